@@ -1,0 +1,51 @@
+"""What is installed and needed: core, and the extras test, data, demo, gpu and mpi.
+
+`constraints.txt` holds the versions that were tested together; the bounds here are only those
+that are known to matter.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "torch>=2.6",
+    "megatron-core==0.16.1",
+    "numpy",
+    "omegaconf>=2.4,<3",
+    "diffusers>=0.35",
+    "transformers>=5.0",
+    "safetensors",
+    "sentencepiece",
+    "tensorboard",
+    "tqdm",
+    "pillow",
+    "einops",
+]
+
+EXTRAS = {
+    "test": ["pytest", "pytest-timeout", "ruff"],
+    # The CUDA 13 wheel also decodes on machines without a GPU. Elsewhere Pillow takes its place.
+    "data": [
+        "nvidia-dali-cuda130>=2.0; sys_platform == 'linux' and platform_machine == 'x86_64'",
+    ],
+    "demo": ["matplotlib"],
+    "gpu": ["transformer-engine"],
+    "mpi": ["mpi4py"],
+}
+
+setup(
+    name="megatron-kosmosg",
+    version="0.1.0",
+    description="KOSMOS-G training, conversion and inference on Megatron-Core and diffusers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["megatron_kosmosg", "megatron_kosmosg.*"]),
+    package_data={"megatron_kosmosg.toy": ["assets/**"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)
