@@ -1,0 +1,1 @@
+"""Stored samples -> batches: a stream that is a pure function of (seed, stage, position)."""

@@ -1,0 +1,117 @@
+"""What flows through the data package: prompts, packed rows, and the protocol of a stream.
+
+Letters: s sequence, b micro-batch, n images. Masks say their polarity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EntityImage:
+    """A prompt picture of one entity, encoded; with a mask, its background is painted white."""
+
+    image: bytes
+    mask: bytes | None = None
+    """Encoded one-channel image of the same size, 255 = entity; None keeps the background."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One model input, not yet decoded. Starts with <s>; never ends with </s>."""
+
+    tokens: np.ndarray
+    """int64 [s]."""
+    image_mask: np.ndarray
+    """bool [s], True = slot that an image embedding fills."""
+    images: list[bytes | EntityImage] = field(default_factory=list)
+    """Prompt pictures, in the order of their slots."""
+    target: bytes | None = None
+    """The picture the U-Net learns to draw (`instruct`)."""
+    caption: str | None = None
+    """The words behind the tokens (`align` hands them to the CLIP text encoder)."""
+
+
+@dataclass(frozen=True)
+class PromptSample:
+    """A prompt at its place in the stream, with the names that a report of a bad image needs."""
+
+    position: int
+    prompt: Prompt
+    dataset: str
+    key: str
+
+
+@dataclass(frozen=True)
+class CaptionSample:
+    """A caption for `align`: our tokens and those of the CLIP text encoder, unpadded."""
+
+    position: int
+    tokens: np.ndarray
+    """int64 [s], starts with <s>."""
+    clip_tokens: np.ndarray
+    """int64 [num_queries], padded."""
+
+
+@dataclass(frozen=True)
+class RowImage:
+    """One picture of a packed row and the stretch of the row that depends on it."""
+
+    image: bytes
+    start: int
+    """Row position of its <image> token."""
+    document_end: int
+    """Row position after the last token of its document in this row."""
+    dataset: str
+    key: str
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One row of `pretrain`: complete sentences of several documents, one after the other."""
+
+    position: int
+    tokens: np.ndarray
+    """int64 [<= seq_length + 1]; inputs are all but the last, labels all but the first."""
+    image_mask: np.ndarray
+    """bool, same length, True = image slot."""
+    label_mask: np.ndarray
+    """bool, same length, True = this token counts in the loss when it is the label."""
+    images: list[RowImage]
+
+
+Sample = PromptSample | CaptionSample | PackedRow
+
+
+class StreamDataset(Protocol):
+    """An endless stream of samples; everything is a pure function of the position.
+
+    `position` counts samples of the stage over all epochs, from 0.
+    """
+
+    def __getitem__(self, position: int) -> Sample:
+        """The sample at `position`, images still encoded."""
+
+    def length(self, position: int) -> int:
+        """Tokens of the sample at `position`, image slots included."""
+
+    def pad_to(self, positions: Sequence[int], global_positions: Sequence[int]) -> int:
+        """Tokens that the rows of the micro-batch `positions` are padded to.
+
+        `global_positions` are those of the whole global batch.
+        """
+
+    def collate(self, samples: Sequence[Sample], pad_to: int) -> dict[str, Tensor]:
+        """The batch of `samples`, images decoded. A bad image is replaced, counted, reported.
+
+        Rows grow beyond `pad_to` only where a replacement is longer than what it replaces.
+        """
+
+    def statistics(self) -> dict[str, int]:
+        """{"bad_samples": undecodable images so far on this rank}."""
