@@ -1,0 +1,274 @@
+"""Every setting of a run, as frozen dataclasses with the paper's values as defaults.
+
+Names are Megatron's where Megatron has one. A string under a field documents it, unit first.
+Values the paper does not state come from the authors' released scripts (arXiv 2310.02992, code of
+2024-04); where the two disagree the field says which one is used. The longest file of `config`
+because it is the reference page of all settings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """MAGNETO language decoder (paper section 2.1)."""
+
+    num_layers: int = 24
+    hidden_size: int = 2048
+    ffn_hidden_size: int = 8192
+    num_attention_heads: int = 32
+    hidden_dropout: float = 0.1
+    """Probability, after embedding, attention output and feed-forward output."""
+    attention_dropout: float = 0.0
+    """Probability. The authors configure 0.1, but their flash kernel never applies it."""
+    layernorm_epsilon: float = 1e-5
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """CLIP ViT image tower; defaults are ViT-L/14."""
+
+    path: str | None = None
+    """Folder of a Hugging Face `CLIPVisionModel` that gives the initial weights in `pretrain`."""
+    num_layers: int = 24
+    hidden_size: int = 1024
+    ffn_hidden_size: int = 4096
+    num_attention_heads: int = 16
+    image_size: int = 224
+    """Pixels per side of the square input."""
+    patch_size: int = 14
+    """Pixels per side of one patch."""
+    num_trainable_layers: int = 1
+    """Blocks, counted from the last, that train together with the post-norm."""
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """Latent queries that turn patch features into decoder inputs."""
+
+    num_latent_queries: int = 64
+    """Decoder positions per image."""
+    num_attention_heads: int = 32
+    attention_dropout: float = 0.1
+    """Probability, in training."""
+
+
+@dataclass(frozen=True)
+class AlignerConfig:
+    """AlignerNet M (to the text-encoder space) and N (back); paper section 2.2."""
+
+    kind: Literal["full", "decoder_only", "none"] = "full"
+    """Variant of the paper's Table 2: `decoder_only` drops M's self-attention encoder,
+    `none` is one linear map per position."""
+    num_layers: int = 12
+    """Layers of each of the stacks (two in M, two in N)."""
+    hidden_size: int = 768
+    ffn_hidden_size: int = 3072
+    num_attention_heads: int = 12
+    num_queries: int = 77
+    """Positions of the condition that the U-Net reads."""
+    max_positions: int = 32768
+    """Rows of each learned position table; the longest prompt is two less."""
+
+
+@dataclass(frozen=True)
+class FrozenFolder:
+    """A frozen component read from a local folder."""
+
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int = 64007
+    """Tokens, without the rows that tensor parallelism pads."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
+    aligner: AlignerConfig = field(default_factory=AlignerConfig)
+    diffusion: FrozenFolder = field(default_factory=FrozenFolder)
+    """Stable Diffusion folder (`unet/ vae/ scheduler/`), needed by `instruct`."""
+    clip_text: FrozenFolder = field(default_factory=FrozenFolder)
+    """Folder that holds `text_encoder/` and `tokenizer/`, needed by `align`."""
+
+
+@dataclass(frozen=True)
+class BlendEntry:
+    """One dataset of a mixture."""
+
+    path: str = "???"
+    """Prefix of the `.bin/.idx` pair written by tools/preprocess_data.py."""
+    weight: float = 1.0
+    """Relative share of the mixture: rows in `pretrain`, samples elsewhere."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    tokenizer_model: str | None = None
+    """SentencePiece model file."""
+    blend: dict[str, BlendEntry] = field(default_factory=dict)
+    """Training mixture, by name."""
+    heldout: dict[str, BlendEntry] = field(default_factory=dict)
+    """Mixture on which the loss is evaluated, by name."""
+    seq_length: int = 2048
+    """Tokens per packed row in `pretrain`; longest prompt elsewhere."""
+    image_backend: Literal["auto", "dali", "pillow"] = "auto"
+    """`auto` takes DALI when it imports."""
+    num_workers: int = 1
+    """Threads that read ahead of training on each loading rank; 0 reads in the training thread."""
+    target_image_size: int = 512
+    """Pixels per side of the image the U-Net learns to draw."""
+    image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    caption_drop_prob: float = 0.5
+    """Probability that an edit sample loses the caption of its original image."""
+    entity_text_drop_prob: float = 0.5
+    """Probability that entity words are dropped, leaving only the picture."""
+    entity_text_drop_per: Literal["sample", "entity"] = "sample"
+    """One coin per sample (the authors' code) or per entity (as the paper reads)."""
+    background_keep_prob: float = 0.5
+    """Probability that an entity picture keeps its background instead of white."""
+    latent_cache: str | None = None
+    """Prefix of cached VAE moments of the target images."""
+    max_bad_samples: int = 100
+    """Undecodable images on one rank after which the run stops."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    world_size: int | None = None
+    """Ranks this config is made for: `--dry-run` plans them, a start with another number is
+    refused. Null takes any number that fits."""
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline rank; needs pipeline_model_parallel_size > 2 without P2P overlap."""
+    sequence_parallel: bool = False
+    """Split the decoder's norms and dropouts along the sequence (decoder only)."""
+    pipeline_layout: str | None = None
+    """What each pipeline stage holds, stages separated by `|`: `decoder*13|decoder*11,M,N`.
+    Default: decoder layers spread evenly, AlignerNet on the last stage."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    timeout_seconds: int = 600
+    """Seconds until a collective whose peers are gone fails the run."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """The frozen U-Net that scores the condition (`instruct`)."""
+
+    placement: Literal["colocated", "dedicated"] = "colocated"
+    ranks_per_replica: int = 1
+    """U-Net ranks per decoder replica (`dedicated`)."""
+    replicas_per_rank: int = 1
+    """Decoder replicas that share one U-Net rank (`dedicated`)."""
+    window: int = 2
+    """Micro-batches in flight between decoder and U-Net ranks (`dedicated`)."""
+    condition_drop_prob: float = 0.1
+    """Probability per image that the condition is replaced by the null condition."""
+    loss_weighting: Literal["none", "min_snr", "capped_snr_plus_one"] = "none"
+    """`none` is the paper's. In terms of the error of the predicted latents the others are
+    min(SNR, gamma) (arXiv 2303.09556) and min(SNR + 1, gamma) (arXiv 2202.00512, capped)."""
+    snr_gamma: float = 5.0
+    timestep_sampling: Literal["uniform", "power"] = "uniform"
+    """`uniform` is the paper's; `power` draws T * u**timestep_power."""
+    timestep_power: float = 1.0
+    recompute: bool = False
+    """Gradient checkpointing inside the U-Net."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    train_iters: int = 200000
+    """Optimizer updates."""
+    micro_batch_size: int = 1
+    """Samples per forward pass of one data-parallel replica."""
+    global_batch_size: int = 1
+    """Samples per optimizer update, over all replicas."""
+    seed: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recompute in the trainable transformer stacks."""
+    eval_interval: int = 0
+    """Iterations between evaluations; 0 evaluates only at the end."""
+    eval_iters: int = 10
+    """Global batches per evaluation."""
+    max_nonfinite_iters: int = 100
+    """Consecutive skipped updates (non-finite loss or gradient) after which the run stops."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; decoupled weight decay hits every trainable tensor, as in the authors' code."""
+
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    lr_warmup_iters: int = 375
+    lr_decay_iters: int | None = None
+    """Iterations until `min_lr`; default `training.train_iters`."""
+    lr_decay_style: Literal["linear", "cosine", "constant"] = "linear"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98
+    adam_eps: float = 1e-6
+    weight_decay: float = 0.01
+    clip_grad: float = 2.0
+    """Largest global gradient norm (authors' scripts; the paper states none)."""
+    initial_loss_scale: float = 65536.0
+    """fp16 only."""
+    min_loss_scale: float = 1.0
+    loss_scale_window: int = 1000
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    save: str | None = None
+    """Folder for checkpoints; default `<logging.output_dir>/checkpoints`."""
+    load: str | None = None
+    """Run or checkpoint folder of the previous stage that gives the initial weights."""
+    load_stage: Literal["previous", "pretrain", "align", "instruct"] = "previous"
+    """Stage whose checkpoint `load` must be. `instruct` from a `pretrain` checkpoint starts with a
+    new AlignerNet (the paper's ablation without alignment)."""
+    save_interval: int = 2000
+    """Iterations between checkpoints; the last iteration is always saved."""
+    async_save: bool = False
+    keep_last: int = 2
+    """Finished checkpoints kept; 0 keeps all."""
+    accept_changes: list[str] = field(default_factory=list)
+    """Settings (or whole sections) that may differ from the resumed checkpoint although they
+    change what is learnt, e.g. `[optimizer.lr, data.blend]`."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    output_dir: str = "???"
+    """Folder of this run."""
+    log_interval: int = 10
+    """Iterations between log lines; metrics.jsonl has every iteration."""
+    tensorboard: bool = True
+    image_interval: int = 0
+    """Iterations between image grids of fixed prompts (`instruct`); 0 draws only at the end."""
+    num_images: int = 8
+    """Held-out prompts in the grid."""
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0
+    peak_tflops: float = 989.0
+    """TFLOP/s of one device in the training precision; the denominator of `mfu`."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    stage: Literal["pretrain", "align", "instruct"] = "???"  # type: ignore[assignment]
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

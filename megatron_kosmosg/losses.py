@@ -1,0 +1,44 @@
+"""The losses of `pretrain` and `align` (paper sections 2.1 and 2.2); `instruct`'s is models/score.py.
+
+Every loss is a float32 sum over its items: the caller also reports how many items it covers, and
+Megatron-Core divides by the global count, so that no layout changes the loss.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+
+
+def token_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor
+) -> torch.Tensor:
+    """Next-token cross-entropy summed over the positions that count.
+
+    logits: [s, b, v/tp], this rank's vocabulary shard; labels: [b, s]; loss_mask: [b, s], 1 counts.
+    """
+    losses = tensor_parallel.vocab_parallel_cross_entropy(
+        logits.float(), labels.transpose(0, 1).contiguous()
+    )
+    return (losses.transpose(0, 1) * loss_mask).sum()
+
+
+def alignment_loss(condition: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error per sample between M's output and the text encoder's, summed over samples.
+
+    condition, target: [b, c, d].
+    """
+    return (condition.float() - target.float()).square().mean(dim=(1, 2)).sum()
+
+
+def reconstruction_loss(
+    reconstruction: torch.Tensor, hidden: torch.Tensor, num_queries: int
+) -> torch.Tensor:
+    """(c / s) times the mean squared error per sample of N(M(hidden)), summed over samples.
+
+    reconstruction, hidden: [b, s, h], where s includes padding: padded positions count, as in the
+    authors' code. num_queries: c, positions of the condition.
+    """
+    scale = num_queries / hidden.shape[1]
+    error = (reconstruction.float() - hidden.float()).square()
+    return scale * error.mean(dim=(1, 2)).sum()

@@ -1,0 +1,123 @@
+"""The frozen half of the model: Stable Diffusion's U-Net, VAE and noise schedule, from a local folder.
+
+Nothing in here is ever trained or changed; gradients pass through the U-Net to its condition only
+(paper section 2.3, "score distillation"). Works with every `prediction_type`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+from megatron_kosmosg.config.errors import ConfigError
+
+
+class FrozenDiffusion:
+    """U-Net, VAE and noise schedule of one Stable Diffusion folder, frozen and in eval mode."""
+
+    def __init__(
+        self, unet: UNet2DConditionModel, vae: AutoencoderKL, noise_scheduler: DDPMScheduler
+    ) -> None:
+        self.unet = unet.eval().requires_grad_(False)
+        self.vae = vae.eval().requires_grad_(False)
+        self.noise_scheduler = noise_scheduler
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: str | Path | None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        recompute: bool = False,
+    ) -> FrozenDiffusion:
+        """The components under `path` (`unet/ vae/ scheduler/`) on `device` in `dtype`.
+
+        recompute: gradient checkpointing inside the U-Net.
+        Raises ConfigError when a component is missing.
+        """
+        folder = Path(path or "")
+        for part in ("unet", "vae", "scheduler"):
+            if path is None or not (folder / part).is_dir():
+                raise ConfigError(
+                    f"model.diffusion.path={path!r} has no folder '{part}'; give a Stable Diffusion "
+                    "folder in diffusers format, with unet/, vae/ and scheduler/."
+                )
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype)
+        noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+        if recompute:
+            unet.enable_gradient_checkpointing()
+        # Convolutions read channels-last faster on every device we measured.
+        unet.to(device, memory_format=torch.channels_last)
+        return cls(unet, vae.to(device), noise_scheduler)
+
+    @property
+    def num_timesteps(self) -> int:
+        return self.noise_scheduler.config.num_train_timesteps
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent along a side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def latent_shape(self, image_size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents of an image of `image_size` pixels.
+
+        Without a size: at the size the U-Net was trained for.
+        """
+        channels, size = self.unet.config.in_channels, self.unet.config.sample_size
+        if image_size is None:
+            return channels, size, size
+        return channels, *(side // self.vae_scale_factor for side in image_size)
+
+    @torch.no_grad()
+    def encode(self, pixel_values: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:
+        """Scaled latents [b, channels, h, w], float32, sampled from the VAE's posterior.
+
+        pixel_values: [b, 3, height, width] in [-1, 1]; posterior_noise: like the latents, N(0, 1).
+        """
+        posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
+        latents = posterior.mean.float() + posterior.std.float() * posterior_noise
+        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images [b, 3, height, width] in [-1, 1], float32, of scaled latents."""
+        latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        return self.vae.decode(latents.to(self.vae.dtype)).sample.float().clamp(-1, 1)
+
+    def predict(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor
+    ) -> torch.Tensor:
+        """The U-Net's output, float32; differentiable in `condition` only.
+
+        noisy_latents: [b, channels, h, w]; timesteps: [b]; condition: [b, c, d].
+        """
+        dtype = self.unet.dtype
+        noisy_latents = noisy_latents.to(dtype, memory_format=torch.channels_last)
+        output = self.unet(noisy_latents, timesteps, encoder_hidden_states=condition.to(dtype))
+        return output.sample.float()
+
+    def target(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """What the U-Net was trained to output, by the scheduler's `prediction_type`."""
+        prediction_type = self.noise_scheduler.config.prediction_type
+        if prediction_type == "epsilon":
+            return noise
+        if prediction_type == "sample":
+            return latents
+        if prediction_type == "v_prediction":
+            return self.noise_scheduler.get_velocity(latents, noise, timesteps)
+        raise ConfigError(
+            f"The scheduler's prediction_type is {prediction_type!r}; epsilon, sample and "
+            "v_prediction are supported (scheduler/scheduler_config.json)."
+        )
+
+    def signal_to_noise(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Signal-to-noise ratio alpha^2 / sigma^2 [b] of the noise schedule, float32."""
+        alphas = self.noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
+        return alphas / (1 - alphas)

@@ -1,0 +1,123 @@
+"""Condition in, loss and gradient out: the denoising loss of the frozen U-Net (paper section 2.3).
+
+`ColocatedScore` holds the U-Net on every decoder replica and splits a micro-batch's rows over the
+replica's tensor-parallel ranks: plain slicing would give each rank another AlignerNet gradient.
+Noise, timesteps and the posterior sample are keyed by stream position, so that any layout and any
+resume draws the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_kosmosg.config.schema import ScoreConfig
+from megatron_kosmosg.data.keyed import torch_generator
+from megatron_kosmosg.models.diffusion import FrozenDiffusion
+from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.rows import row_range, sum_over_tensor_ranks, take_rows
+
+
+@dataclass(frozen=True)
+class ScoreKey:
+    """Where keyed random draws come from: every draw also takes a stream position and a tag."""
+
+    seed: int
+    stream: str
+    """Name of the sample stream, e.g. `instruct` or `instruct-heldout`."""
+
+    def uniform(self, positions: torch.Tensor, tag: str) -> torch.Tensor:
+        """One float32 number in [0, 1) per stream position; CPU tensor [b]."""
+        return torch.stack(
+            [torch.rand((), generator=self._generator(p, tag)) for p in positions.tolist()]
+        )
+
+    def normal(self, positions: torch.Tensor, tag: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Standard normal noise [b, *shape], float32 on the CPU, one generator per position."""
+        rows = [torch.randn(shape, generator=self._generator(p, tag)) for p in positions.tolist()]
+        return torch.stack(rows) if rows else torch.empty(0, *shape)
+
+    def _generator(self, position: int, tag: str) -> torch.Generator:
+        return torch_generator(self.seed, self.stream, position, tag)
+
+
+def drop_condition(
+    condition: torch.Tensor, null_condition: torch.Tensor, drop: torch.Tensor
+) -> torch.Tensor:
+    """Condition [b, c, d] whose rows under `drop` [b] (True = dropped) are the null condition.
+
+    null_condition: [1, c, d]; gradient flows into it.
+    """
+    return torch.where(drop[:, None, None].to(condition.device), null_condition, condition)
+
+
+class ColocatedScore:
+    """The frozen U-Net on the ranks that compute the condition, rows split over tensor ranks."""
+
+    def __init__(
+        self, diffusion: FrozenDiffusion, layout: Layout, config: ScoreConfig, seed: int
+    ) -> None:
+        self._diffusion = diffusion
+        self._layout = layout
+        self._config = config
+        self._seed = seed
+
+    def __call__(
+        self,
+        condition: torch.Tensor,
+        pixel_values: torch.Tensor,
+        positions: torch.Tensor,
+        stream: str,
+    ) -> torch.Tensor:
+        """Denoising loss summed over the micro-batch's images, equal on every tensor rank.
+
+        condition: [b, c, d]; pixel_values: targets [b, 3, height, width] in [-1, 1];
+        positions: stream positions [b]; stream: name of the sample stream (key of the draws).
+        """
+        rows = row_range(len(condition), self._layout)
+        mine = take_rows(condition, self._layout)
+        loss = self._loss_of_rows(
+            mine, pixel_values[rows], positions[rows].cpu(), ScoreKey(self._seed, stream)
+        )
+        return sum_over_tensor_ranks(loss, self._layout)
+
+    def _loss_of_rows(
+        self,
+        condition: torch.Tensor,
+        pixel_values: torch.Tensor,
+        positions: torch.Tensor,
+        key: ScoreKey,
+    ) -> torch.Tensor:
+        if len(condition) == 0:  # ragged split: keep the graph so that backward still communicates
+            return condition.float().sum()
+        diffusion, device = self._diffusion, condition.device
+        timesteps = self._timesteps(key.uniform(positions, "timestep")).to(device)
+        shape = diffusion.latent_shape(tuple(pixel_values.shape[-2:]))
+        latents = diffusion.encode(
+            pixel_values, key.normal(positions, "posterior", shape).to(device)
+        )
+        noise = key.normal(positions, "noise", shape).to(device)
+        noisy_latents = diffusion.noise_scheduler.add_noise(latents, noise, timesteps)
+        prediction = diffusion.predict(noisy_latents, timesteps, condition)
+        target = diffusion.target(latents, noise, timesteps)
+        error = (prediction - target).square().mean(dim=(1, 2, 3))
+        return (self._weight(timesteps) * error).sum()
+
+    def _timesteps(self, uniform: torch.Tensor) -> torch.Tensor:
+        num_timesteps = self._diffusion.num_timesteps
+        if self._config.timestep_sampling == "power":
+            uniform = uniform**self._config.timestep_power
+        return (uniform * num_timesteps).long().clamp(max=num_timesteps - 1)
+
+    def _weight(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Loss weight per image [b], converted to the units of the prediction type."""
+        snr = self._diffusion.signal_to_noise(timesteps)
+        if self._config.loss_weighting == "none":
+            return torch.ones_like(snr)
+        shift = 1.0 if self._config.loss_weighting == "capped_snr_plus_one" else 0.0
+        weight_of_latent_error = (snr + shift).clamp(max=self._config.snr_gamma)
+        # epsilon error = SNR * latent error and v error = (SNR + 1) * latent error.
+        units = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}
+        prediction_type = self._diffusion.noise_scheduler.config.prediction_type
+        return weight_of_latent_error / units[prediction_type]

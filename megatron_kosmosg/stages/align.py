@@ -1,0 +1,111 @@
+"""Stage 2, aligning (paper section 2.2): M maps the decoder's states of a caption to what the
+diffusion model's own text encoder gives for it, and N maps them back. Text only.
+
+Trains AlignerNet M and N; everything else is frozen, yet the decoder's dropout is active, as in
+the authors' code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import CLIPTextModel
+
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.samples import StreamDataset
+from megatron_kosmosg.data.streams import align_stream
+from megatron_kosmosg.losses import alignment_loss, reconstruction_loss
+from megatron_kosmosg.models.kosmosg import KosmosG
+from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.planning.flops import align_flops
+from megatron_kosmosg.stages.freezing import train_only
+from megatron_kosmosg.training.stage import InitialWeights, Probe
+
+
+class AlignStage:
+    name = "align"
+
+    def __init__(self, config: RunConfig, layout: Layout) -> None:
+        self.config = config
+        self._layout = layout
+        self._text_encoder = load_text_encoder(config, layout) if layout.is_last_stage else None
+
+    def build_model(self, layout: Layout) -> list[nn.Module]:
+        """Decoder without output head, and both halves of AlignerNet."""
+        model = KosmosG(self.config, layout, output_head=False, aligner_parts=("M", "N"))
+        train_only(model, [model.aligner_m, model.aligner_n])
+        return [model]
+
+    def build_dataset(self, split: str) -> StreamDataset:
+        """Captions, as decoder tokens and as tokens of the text encoder."""
+        return align_stream(self.config, split)
+
+    def forward_step(self, data_iterator: Iterator[dict[str, torch.Tensor]], model: nn.Module):
+        """Alignment plus reconstruction loss of one micro-batch (mcore's contract)."""
+        batch = next(data_iterator)
+        output = model(
+            batch["tokens"], batch["image_mask"], batch["padding_mask"], batch["pixel_values"]
+        )
+
+        def loss_func(output):
+            with torch.no_grad():
+                target = self._text_encoder(batch["clip_tokens"]).last_hidden_state
+            condition = output["condition"]
+            mse = alignment_loss(condition, target)
+            reconstruction = reconstruction_loss(
+                output["reconstruction"], output["hidden"], condition.shape[1]
+            )
+            loss, count = mse + reconstruction, len(condition)
+            cosine = torch.cosine_similarity(condition.float(), target.float(), dim=-1)
+            parts = {
+                "loss": loss,
+                "mse_loss": mse,
+                "reconstruction_loss": reconstruction,
+                "cosine": cosine.mean(dim=1).sum(),
+            }
+            counted = torch.tensor(count, dtype=torch.int, device=loss.device)
+            report = {k: torch.stack([v.detach().float(), counted.float()]) for k, v in parts.items()}
+            return loss, counted, report
+
+        return output, loss_func
+
+    def initial_weights(self) -> InitialWeights | None:
+        """The decoder, resampler and image tower of `pretrain`; AlignerNet starts new."""
+        return InitialWeights(
+            self.config.checkpoint.load, stage="pretrain", absent=("aligner_m", "aligner_n")
+        )
+
+    def probe(self, model: list[nn.Module], iteration: int) -> Probe:
+        """Nothing beyond the held-out losses and cosine."""
+        return Probe()
+
+    def flops_per_iteration(self, num_tokens: int, num_images: int, num_targets: int) -> float:
+        return align_flops(self.config, num_tokens, num_targets)
+
+
+def load_text_encoder(config: RunConfig, layout: Layout) -> CLIPTextModel:
+    """The diffusion model's text encoder, frozen, on this rank's device.
+
+    Raises ConfigError when the folder is missing or its shape does not fit AlignerNet.
+    """
+    path = config.model.clip_text.path
+    folder = Path(path or "") / "text_encoder"
+    if path is None or not folder.is_dir():
+        raise ConfigError(
+            f"model.clip_text.path={path!r} has no folder 'text_encoder'; give a Stable Diffusion "
+            "folder, or one that holds text_encoder/ and tokenizer/."
+        )
+    encoder = CLIPTextModel.from_pretrained(folder).eval().requires_grad_(False)
+    aligner, sizes = config.model.aligner, encoder.config
+    found = (sizes.max_position_embeddings, sizes.hidden_size)
+    if found != (aligner.num_queries, aligner.hidden_size):
+        raise ConfigError(
+            f"The text encoder in {folder} gives {found[0]} x {found[1]} states, AlignerNet "
+            f"{aligner.num_queries} x {aligner.hidden_size}; set model.aligner.num_queries and "
+            "model.aligner.hidden_size to the text encoder's."
+        )
+    return encoder.to(layout.device)

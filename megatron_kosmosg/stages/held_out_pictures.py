@@ -1,0 +1,72 @@
+"""The image grid of fixed held-out prompts that `instruct` draws while it trains."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch import nn
+
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.samples import StreamDataset
+from megatron_kosmosg.models.diffusion import FrozenDiffusion
+from megatron_kosmosg.models.sampler import generate
+from megatron_kosmosg.models.score import ScoreKey
+from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.stages.null_condition import forward_with_null_row
+from megatron_kosmosg.training.forward import collect_outputs
+from megatron_kosmosg.training.picture_grid import picture_grid, to_picture
+
+CELL_PIXELS = 96
+
+
+def held_out_pictures(
+    config: RunConfig,
+    layout: Layout,
+    diffusion: FrozenDiffusion | None,
+    dataset: StreamDataset,
+    model: list[nn.Module],
+) -> Image.Image | None:
+    """One row per held-out prompt: its pictures, the true image, the generated one.
+
+    Called on all ranks together; None on ranks that do not draw (all but one of the last stage).
+    diffusion: None before the last pipeline stage.
+    """
+    positions = list(range(config.logging.num_images))
+    samples = [dataset[position] for position in positions]
+    batch = dataset.collate(samples, max(dataset.length(position) for position in positions))
+    batch = {name: value.to(layout.device) for name, value in batch.items()}
+    outputs = collect_outputs(forward_with_null_row, model, iter([batch]), 1)
+    if not outputs or layout.tp_rank != 0 or layout.dp_rank != 0:
+        return None
+    condition = outputs[0]["condition"]
+    targets = batch["target_pixel_values"]
+    shape = diffusion.latent_shape(tuple(targets.shape[-2:]))
+    key = ScoreKey(config.training.seed, "held-out-pictures")
+    results = generate(
+        diffusion,
+        condition[:-1],
+        condition[-1:],
+        key.normal(torch.tensor(positions), "initial_noise", shape).to(layout.device),
+        num_inference_steps=config.logging.num_inference_steps,
+        guidance_scale=config.logging.guidance_scale,
+    )
+    prompts = _prompt_pictures(config, batch)
+    width = max(len(pictures) for pictures in prompts)
+    rows = [
+        pictures + [None] * (width - len(pictures)) + [to_picture(target), to_picture(result)]
+        for pictures, target, result in zip(prompts, targets, results, strict=True)
+    ]
+    return picture_grid(rows, CELL_PIXELS)
+
+
+def _prompt_pictures(
+    config: RunConfig, batch: dict[str, torch.Tensor]
+) -> list[list[Image.Image | None]]:
+    """The pictures of each prompt as the image tower saw them."""
+    mean = torch.tensor(config.data.image_mean, device=batch["pixel_values"].device)
+    std = torch.tensor(config.data.image_std, device=mean.device)
+    pixels = (batch["pixel_values"] * std[:, None, None] + mean[:, None, None]) * 2 - 1
+    slots = config.model.resampler.num_latent_queries
+    counts = (batch["image_mask"].sum(dim=1) // slots).tolist()
+    pictures = iter([to_picture(image) for image in pixels])
+    return [[next(pictures) for _ in range(count)] for count in counts]

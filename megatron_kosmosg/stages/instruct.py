@@ -1,0 +1,120 @@
+"""Stage 3, compositional instruction tuning by score distillation (paper section 2.3).
+
+Trains the decoder, the resampler, the last CLIP block with the post-norm and AlignerNet M through
+the frozen U-Net. The null condition is `<s>` alone, an extra row of every micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.samples import StreamDataset
+from megatron_kosmosg.data.streams import instruct_stream
+from megatron_kosmosg.models.diffusion import FrozenDiffusion
+from megatron_kosmosg.models.kosmosg import KosmosG
+from megatron_kosmosg.models.score import ColocatedScore, ScoreKey, drop_condition
+from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.platform import torch_dtype
+from megatron_kosmosg.planning.flops import instruct_flops
+from megatron_kosmosg.stages.freezing import train_only
+from megatron_kosmosg.stages.held_out_pictures import held_out_pictures
+from megatron_kosmosg.stages.null_condition import forward_with_null_row
+from megatron_kosmosg.training.stage import InitialWeights, Probe
+
+
+class InstructStage:
+    name = "instruct"
+
+    def __init__(self, config: RunConfig, layout: Layout) -> None:
+        self.config = config
+        self._layout = layout
+        self._diffusion: FrozenDiffusion | None = None
+        self._score: ColocatedScore | None = None
+        if layout.is_last_stage:
+            self._diffusion = load_diffusion(config, layout)
+            self._score = ColocatedScore(
+                self._diffusion, layout, config.score, config.training.seed
+            )
+
+    def build_model(self, layout: Layout) -> list[nn.Module]:
+        """Decoder without output head, and AlignerNet M."""
+        model = KosmosG(self.config, layout, output_head=False, aligner_parts=("M",))
+        train_only(
+            model,
+            [
+                model.embedding,
+                model.decoder,
+                model.resampler,
+                *model.trainable_vision_modules(),
+                model.aligner_m,
+            ],
+        )
+        return [model]
+
+    def build_dataset(self, split: str) -> StreamDataset:
+        """Prompts that mix text and pictures, each with the image to be drawn."""
+        return instruct_stream(self.config, split)
+
+    def forward_step(self, data_iterator: Iterator[dict[str, torch.Tensor]], model: nn.Module):
+        """Denoising loss of one micro-batch (mcore's contract)."""
+        batch = next(data_iterator)
+        output = forward_with_null_row(batch, model)
+        training = model.training
+
+        def loss_func(output):
+            positions = batch["stream_positions"]
+            stream = self.name if training else f"{self.name}-heldout"
+            condition, null_condition = output["condition"][:-1], output["condition"][-1:]
+            if training:
+                key = ScoreKey(self.config.training.seed, stream)
+                chance = key.uniform(positions, "condition_drop")
+                drop = chance < self.config.score.condition_drop_prob
+                condition = drop_condition(condition, null_condition, drop)
+            loss = self._score(condition, batch["target_pixel_values"], positions, stream)
+            count = torch.tensor(len(condition), dtype=torch.int, device=loss.device)
+            return loss, count, {"loss": torch.stack([loss.detach(), count.float()])}
+
+        return output, loss_func
+
+    def initial_weights(self) -> InitialWeights | None:
+        """The model of `align` without N; or of `pretrain`, when asked, with a new AlignerNet."""
+        load_stage = self.config.checkpoint.load_stage
+        path = self.config.checkpoint.load
+        if load_stage == "pretrain":
+            return InitialWeights(path, stage="pretrain", absent=("aligner_m",))
+        if load_stage == "instruct":
+            return InitialWeights(path, stage="instruct")
+        return InitialWeights(path, stage="align", unused=("aligner_n",))
+
+    def probe(self, model: list[nn.Module], iteration: int) -> Probe:
+        """Pictures of fixed held-out prompts: what the prompt shows, the target, the result."""
+        sheet = held_out_pictures(
+            self.config, self._layout, self._diffusion, self.build_dataset("heldout"), model
+        )
+        return Probe(images={"held_out_prompts": sheet} if sheet is not None else {})
+
+    def flops_per_iteration(self, num_tokens: int, num_images: int, num_targets: int) -> float:
+        return instruct_flops(self.config, num_tokens, num_images, num_targets)
+
+
+def load_diffusion(config: RunConfig, layout: Layout) -> FrozenDiffusion:
+    """The frozen U-Net and VAE of `model.diffusion.path`, checked against AlignerNet's width."""
+    diffusion = FrozenDiffusion.from_folder(
+        config.model.diffusion.path,
+        device=layout.device,
+        dtype=torch_dtype(config.training.precision),
+        recompute=config.score.recompute,
+    )
+    width = diffusion.unet.config.cross_attention_dim
+    if width != config.model.aligner.hidden_size:
+        raise ConfigError(
+            f"The U-Net in {config.model.diffusion.path} reads conditions of width {width}, "
+            f"AlignerNet gives {config.model.aligner.hidden_size}; set "
+            "model.aligner.hidden_size, or give another model.diffusion.path."
+        )
+    return diffusion

@@ -1,0 +1,76 @@
+"""Stage 1, multimodal language modelling (paper section 2.1): next text token, images interleaved.
+
+Trains the decoder, the resampler, the last CLIP block and the CLIP post-norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.samples import StreamDataset
+from megatron_kosmosg.data.streams import pretrain_stream
+from megatron_kosmosg.losses import token_cross_entropy
+from megatron_kosmosg.models.kosmosg import KosmosG
+from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.planning.flops import pretrain_flops
+from megatron_kosmosg.stages.freezing import train_only
+from megatron_kosmosg.training.stage import InitialWeights, Probe
+
+
+class PretrainStage:
+    name = "pretrain"
+
+    def __init__(self, config: RunConfig, layout: Layout) -> None:
+        self.config = config
+        self._layout = layout
+
+    def build_model(self, layout: Layout) -> list[nn.Module]:
+        """Decoder with tied output head, resampler and image tower."""
+        model = KosmosG(self.config, layout, output_head=True)
+        train_only(
+            model,
+            [
+                model.embedding,
+                model.decoder,
+                model.output_layer,
+                model.resampler,
+                *model.trainable_vision_modules(),
+            ],
+        )
+        return [model]
+
+    def build_dataset(self, split: str) -> StreamDataset:
+        """Packed rows of text, captioned images and interleaved documents."""
+        return pretrain_stream(self.config, split)
+
+    def forward_step(self, data_iterator: Iterator[dict[str, torch.Tensor]], model: nn.Module):
+        """Next-token loss on the text tokens of one micro-batch (mcore's contract)."""
+        batch = next(data_iterator)
+        output = model(
+            batch["tokens"], batch["image_mask"], batch["padding_mask"], batch["pixel_values"]
+        )
+
+        def loss_func(output):
+            loss = token_cross_entropy(output["logits"], batch["labels"], batch["loss_mask"])
+            num_tokens = batch["loss_mask"].sum()
+            report = {"loss": torch.stack([loss.detach(), num_tokens])}
+            return loss, num_tokens.int(), report
+
+        return output, loss_func
+
+    def initial_weights(self) -> InitialWeights | None:
+        """None (from scratch, CLIP from `model.vision.path`), or another pretrain checkpoint."""
+        if self.config.checkpoint.load is None:
+            return None
+        return InitialWeights(self.config.checkpoint.load, stage="pretrain")
+
+    def probe(self, model: list[nn.Module], iteration: int) -> Probe:
+        """Nothing beyond the held-out loss."""
+        return Probe()
+
+    def flops_per_iteration(self, num_tokens: int, num_images: int, num_targets: int) -> float:
+        return pretrain_flops(self.config, num_tokens, num_images)

@@ -1,0 +1,32 @@
+"""Rows of small pictures on one sheet, for people who would rather look than read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+
+
+def to_picture(pixels: torch.Tensor) -> Image.Image:
+    """The RGB picture of `pixels` [3, height, width] in [-1, 1]."""
+    array = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(array.permute(1, 2, 0).numpy())
+
+
+def picture_grid(
+    rows: Sequence[Sequence[Image.Image | None]], cell: int, gap: int = 4
+) -> Image.Image:
+    """One sheet with a row per entry of `rows`; None leaves its cell white.
+
+    cell: pixels per side of a cell; smaller pictures are enlarged to it.
+    """
+    columns = max(len(row) for row in rows)
+    step = cell + gap
+    sheet = Image.new("RGB", (columns * step + gap, len(rows) * step + gap), "white")
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            if picture is not None:
+                resized = picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
+                sheet.paste(resized, (gap + j * step, gap + i * step))
+    return sheet
