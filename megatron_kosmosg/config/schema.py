@@ -145,7 +145,7 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
-    """Model chunks per pipeline rank; needs pipeline_model_parallel_size > 2 without P2P overlap."""
+    """Model chunks per pipeline rank; needs pipeline_model_parallel_size > 2."""
     sequence_parallel: bool = False
     """Split the decoder's norms and dropouts along the sequence (decoder only)."""
     pipeline_layout: str | None = None

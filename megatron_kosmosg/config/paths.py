@@ -1,0 +1,19 @@
+"""Where a run reads and writes: names inside the output folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_kosmosg.config.schema import RunConfig
+
+
+def output_folder(config: RunConfig) -> Path:
+    """The run's folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/."""
+    return Path(config.logging.output_dir)
+
+
+def save_folder(config: RunConfig) -> Path:
+    """Folder that holds this run's `iter_XXXXXXX` checkpoints."""
+    if config.checkpoint.save is not None:
+        return Path(config.checkpoint.save)
+    return output_folder(config) / "checkpoints"

@@ -1,0 +1,273 @@
+"""Checks across settings, before a process group or a GPU is touched.
+
+`validate_layout` needs only numbers, so it also serves runs planned for another machine;
+`validate_files` looks at the file system of this one. Both raise ConfigError and change nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.paths import output_folder, save_folder
+from megatron_kosmosg.config.schema import RunConfig
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """Raises ConfigError if this config cannot run on `world_size` ranks of this machine."""
+    validate_layout(config, world_size)
+    validate_files(config)
+
+
+def validate_layout(config: RunConfig, world_size: int) -> None:
+    """Raises ConfigError if sizes, batch and schedule do not fit `world_size` ranks."""
+    _check_numbers(config)
+    _check_world_size(config, world_size)
+    _check_tensor_parallel(config)
+    _check_pipeline(config)
+    _check_overlap(config)
+    _check_schedule(config)
+    microbatches = num_microbatches(config, data_parallel_size(config, world_size))
+    parallel = config.parallel
+    if parallel.virtual_pipeline_model_parallel_size is not None:
+        stages = parallel.pipeline_model_parallel_size
+        if microbatches % stages:
+            raise ConfigError(
+                f"{microbatches} micro-batches per update do not divide into groups of "
+                f"parallel.pipeline_model_parallel_size ({stages}), which the interleaved "
+                "schedule needs; change training.global_batch_size or training.micro_batch_size"
+            )
+
+
+def validate_files(config: RunConfig) -> None:
+    """Raises ConfigError for what the stage needs and this machine does not have."""
+    _check_stage_needs(config)
+    _check_file("data.tokenizer_model", config.data.tokenizer_model)
+    for section, blend in (
+        ("data.blend", config.data.blend),
+        ("data.heldout", config.data.heldout),
+    ):
+        for name, entry in blend.items():
+            for suffix in (".bin", ".idx"):
+                if not Path(entry.path + suffix).is_file():
+                    raise ConfigError(
+                        f"{section}.{name}.path={entry.path}: {entry.path}{suffix} does not "
+                        "exist; write the dataset with tools/preprocess_data.py or correct the "
+                        "prefix (it has no suffix)"
+                    )
+    _check_folder("model.vision.path", config.model.vision.path)
+    if config.stage == "instruct":
+        _check_folder("model.diffusion.path", config.model.diffusion.path)
+    if config.stage == "align":
+        _check_folder("model.clip_text.path", config.model.clip_text.path)
+    if not any(save_folder(config).glob("iter_*")):  # a resumed run reads its own checkpoints
+        _check_folder("checkpoint.load", config.checkpoint.load)
+    _check_writable("logging.output_dir", output_folder(config))
+    _check_writable("checkpoint.save", save_folder(config))
+
+
+def _check_numbers(config: RunConfig) -> None:
+    at_least_one = {
+        "parallel.tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
+        "parallel.pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
+        "parallel.timeout_seconds": config.parallel.timeout_seconds,
+        "training.train_iters": config.training.train_iters,
+        "training.micro_batch_size": config.training.micro_batch_size,
+        "training.global_batch_size": config.training.global_batch_size,
+        "training.eval_iters": config.training.eval_iters,
+        "training.max_nonfinite_iters": config.training.max_nonfinite_iters,
+        "checkpoint.save_interval": config.checkpoint.save_interval,
+        "logging.log_interval": config.logging.log_interval,
+        "data.seq_length": config.data.seq_length,
+        "model.decoder.num_layers": config.model.decoder.num_layers,
+    }
+    for key, value in at_least_one.items():
+        if value < 1:
+            raise ConfigError(f"{key}={value} must be at least 1")
+    zero_or_more = {
+        "training.eval_interval": config.training.eval_interval,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "logging.image_interval": config.logging.image_interval,
+        "data.num_workers": config.data.num_workers,
+        "data.max_bad_samples": config.data.max_bad_samples,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+        "optimizer.clip_grad": config.optimizer.clip_grad,
+        "optimizer.lr_warmup_iters": config.optimizer.lr_warmup_iters,
+    }
+    for key, value in zero_or_more.items():
+        if value < 0:
+            raise ConfigError(f"{key}={value} must not be negative")
+    probabilities = {
+        "model.decoder.hidden_dropout": config.model.decoder.hidden_dropout,
+        "model.decoder.attention_dropout": config.model.decoder.attention_dropout,
+        "model.resampler.attention_dropout": config.model.resampler.attention_dropout,
+        "data.caption_drop_prob": config.data.caption_drop_prob,
+        "data.entity_text_drop_prob": config.data.entity_text_drop_prob,
+        "data.background_keep_prob": config.data.background_keep_prob,
+        "score.condition_drop_prob": config.score.condition_drop_prob,
+    }
+    for key, value in probabilities.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{key}={value} is a probability; it must lie in 0..1")
+    for section, blend in (("blend", config.data.blend), ("heldout", config.data.heldout)):
+        for name, entry in blend.items():
+            if entry.weight <= 0:
+                raise ConfigError(f"data.{section}.{name}.weight={entry.weight} must be above 0")
+
+
+def _check_world_size(config: RunConfig, world_size: int) -> None:
+    wanted = config.parallel.world_size
+    if wanted is not None and wanted != world_size:
+        raise ConfigError(
+            f"this run was started with {world_size} ranks but parallel.world_size={wanted}; "
+            f"start {wanted} ranks or set parallel.world_size={world_size} (null takes any number)"
+        )
+    if config.score.placement == "dedicated":
+        raise ConfigError(
+            "score.placement=dedicated: U-Net ranks of their own do not exist yet; "
+            "set score.placement=colocated"
+        )
+
+
+def _check_tensor_parallel(config: RunConfig) -> None:
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    split = {
+        "model.decoder.num_attention_heads": model.decoder.num_attention_heads,
+        "model.decoder.ffn_hidden_size": model.decoder.ffn_hidden_size,
+        "model.resampler.num_attention_heads": model.resampler.num_attention_heads,
+    }
+    if config.stage != "pretrain" and model.aligner.kind != "none":
+        split["model.aligner.num_attention_heads"] = model.aligner.num_attention_heads
+        split["model.aligner.ffn_hidden_size"] = model.aligner.ffn_hidden_size
+    for key, value in split.items():
+        if value % tp:
+            raise ConfigError(
+                f"{key}={value} must be divisible by parallel.tensor_model_parallel_size={tp}; "
+                f"tensor-parallel sizes that divide it: {_divisors_up_to(value, 16)}"
+            )
+    widths = {
+        "model.decoder": (model.decoder.hidden_size, model.decoder.num_attention_heads),
+        "model.vision": (model.vision.hidden_size, model.vision.num_attention_heads),
+        "model.aligner": (model.aligner.hidden_size, model.aligner.num_attention_heads),
+        "model.resampler": (model.decoder.hidden_size, model.resampler.num_attention_heads),
+    }
+    for section, (hidden, heads) in widths.items():
+        if hidden % heads:
+            raise ConfigError(
+                f"{section}.num_attention_heads={heads} must divide the hidden size {hidden}"
+            )
+    if config.parallel.sequence_parallel and tp == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; "
+            "set parallel.sequence_parallel=false"
+        )
+    if model.vision.image_size % model.vision.patch_size:
+        raise ConfigError(
+            f"model.vision.image_size={model.vision.image_size} must be a multiple of "
+            f"model.vision.patch_size={model.vision.patch_size}"
+        )
+    if model.vision.num_trainable_layers > model.vision.num_layers:
+        raise ConfigError(
+            f"model.vision.num_trainable_layers={model.vision.num_trainable_layers} exceeds "
+            f"model.vision.num_layers={model.vision.num_layers}"
+        )
+
+
+def _check_pipeline(config: RunConfig) -> None:
+    parallel, layers = config.parallel, config.model.decoder.num_layers
+    stages = parallel.pipeline_model_parallel_size
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    if virtual is not None:
+        if virtual < 2:
+            raise ConfigError(
+                f"parallel.virtual_pipeline_model_parallel_size={virtual} must be at least 2; "
+                "null turns interleaving off"
+            )
+        if stages <= 2:
+            raise ConfigError(
+                f"interleaving (parallel.virtual_pipeline_model_parallel_size={virtual}) with "
+                f"parallel.pipeline_model_parallel_size={stages} would exchange wrong tensors "
+                "between the stages without an error; use more than 2 pipeline stages or set "
+                "parallel.virtual_pipeline_model_parallel_size=null"
+            )
+    pieces = stages * (virtual or 1)
+    layout = parallel.pipeline_layout
+    if layout is not None and len(layout.split("|")) != pieces:
+        raise ConfigError(
+            f"parallel.pipeline_layout={layout!r} names {len(layout.split('|'))} stages, but "
+            f"pipeline size {stages} x {virtual or 1} chunks = {pieces} are needed"
+        )
+    if layout is None and layers < pieces:
+        raise ConfigError(
+            f"model.decoder.num_layers={layers} cannot fill {pieces} pipeline stages; set "
+            f"parallel.pipeline_model_parallel_size to at most {layers} or give "
+            "parallel.pipeline_layout"
+        )
+
+
+def _check_overlap(config: RunConfig) -> None:
+    parallel = config.parallel
+    if parallel.overlap_param_gather and not (
+        parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
+    ):
+        raise ConfigError(
+            "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true "
+            "and parallel.overlap_grad_reduce=true"
+        )
+
+
+def _check_schedule(config: RunConfig) -> None:
+    optimizer = config.optimizer
+    decay_iters = optimizer.lr_decay_iters or config.training.train_iters
+    if optimizer.lr_warmup_iters >= decay_iters:
+        raise ConfigError(
+            f"optimizer.lr_warmup_iters={optimizer.lr_warmup_iters} must be below the end of the "
+            f"decay ({decay_iters}: optimizer.lr_decay_iters, or training.train_iters when null)"
+        )
+    if not 0 <= optimizer.min_lr <= optimizer.lr or optimizer.lr == 0:
+        raise ConfigError(
+            f"optimizer.lr={optimizer.lr} must be above 0 and not below "
+            f"optimizer.min_lr={optimizer.min_lr}"
+        )
+    for key, beta in (("adam_beta1", optimizer.adam_beta1), ("adam_beta2", optimizer.adam_beta2)):
+        if not 0 <= beta < 1:
+            raise ConfigError(f"optimizer.{key}={beta} must lie in 0..1 (1 excluded)")
+
+
+def _check_stage_needs(config: RunConfig) -> None:
+    needed = {"data.tokenizer_model": config.data.tokenizer_model, "data.blend": config.data.blend}
+    if config.stage == "align":
+        needed["model.clip_text.path"] = config.model.clip_text.path
+        needed["checkpoint.load"] = config.checkpoint.load
+    if config.stage == "instruct":
+        needed["model.diffusion.path"] = config.model.diffusion.path
+        needed["checkpoint.load"] = config.checkpoint.load
+    absent = [key for key, value in needed.items() if not value]
+    if absent:
+        raise ConfigError(f"stage={config.stage} needs a value for {', '.join(absent)}")
+
+
+def _check_file(key: str, path: str | None) -> None:
+    if path is not None and not Path(path).is_file():
+        raise ConfigError(f"{key}={path}: no such file")
+
+
+def _check_folder(key: str, path: str | None) -> None:
+    if path is not None and not Path(path).is_dir():
+        raise ConfigError(f"{key}={path}: no such folder")
+
+
+def _check_writable(key: str, folder: Path) -> None:
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ConfigError(f"{key}={folder}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}={folder}: no permission to write in {existing}")
+
+
+def _divisors_up_to(value: int, limit: int) -> str:
+    return ", ".join(str(n) for n in range(1, limit + 1) if value % n == 0)

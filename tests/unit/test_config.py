@@ -1,0 +1,214 @@
+"""Settings: what is read, what is refused, and that a refusal says how to go on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.load import differences, flatten, load_config, to_yaml
+from megatron_kosmosg.config.resume import check_resume
+from megatron_kosmosg.config.validate import validate_files, validate_layout
+
+BASE = ["stage=align", "logging.output_dir=run", "training.global_batch_size=8"]
+
+
+def refusal(function, *arguments) -> str:
+    with pytest.raises(ConfigError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "stage: align\nlogging: {output_dir: run}\noptimizer: {lr: 1e-4}\n"
+        "training: {train_iters: 7, seed: 3}\n"
+    )
+    config = load_config(path, ["training.train_iters=9", "data.blend.web.path=/d/web"])
+    assert (config.training.train_iters, config.training.seed) == (9, 3)
+    assert config.optimizer.lr == 1e-4 and config.optimizer.adam_beta2 == 0.98
+    assert config.data.blend["web"].path == "/d/web"
+
+
+def test_yaml_round_trip_is_exact():
+    config = load_config(None, [*BASE, "data.blend.a.path=x", "data.blend.a.weight=0.3"])
+    assert differences(config, config) == {}
+    assert flatten(config)["data.blend.a.weight"] == 0.3
+
+
+def test_yaml_written_by_a_run_is_read_back_equal(tmp_path):
+    config = load_config(None, [*BASE, "data.blend.a.path=x", "optimizer.lr=3e-5"])
+    path = tmp_path / "c.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(path, []) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.trian_iters=5", ["training.trian_iters", "training.train_iters"]),
+        ("optimiser.lr=1", ["optimiser", "optimizer"]),
+        ("lr=1", ["unknown key lr", "optimizer.lr"]),
+        ("model.decoder.num_layer=2", ["model.decoder.num_layer", "model.decoder.num_layers"]),
+        ("data.blend.web.pth=x", ["data.blend.web.pth", "path"]),
+        ("training.train_iters=many", ["training.train_iters", "many"]),
+        ("stage=finetune", ["stage", "pretrain"]),
+        ("training.train_iters", ["section.key=value"]),
+    ],
+)
+def test_bad_setting_is_named_with_a_way_out(override, words):
+    message = refusal(load_config, None, [*BASE, override])
+    assert all(word in message for word in words), message
+
+
+def test_unknown_key_in_yaml_names_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("stage: align\nparalel: {tensor_model_parallel_size: 2}\n")
+    message = refusal(load_config, path, [])
+    assert "mine.yaml" in message and "paralel" in message and "parallel" in message
+
+
+def test_missing_mandatory_settings_are_listed():
+    assert "logging.output_dir" in refusal(load_config, None, ["stage=align"])
+    assert "no such file" in refusal(load_config, "nowhere.yaml", [])
+
+
+def test_config_cannot_be_written_to():
+    config = load_config(None, BASE)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.training.seed = 1  # type: ignore[misc]
+
+
+def test_batch_arithmetic():
+    config = load_config(
+        None, [*BASE, "training.micro_batch_size=2", "parallel.tensor_model_parallel_size=2"]
+    )
+    assert data_parallel_size(config, 4) == 2
+    assert num_microbatches(config, 2) == 2  # 8 samples = 2 ranks x 2 samples x 2
+    message = refusal(num_microbatches, config, 3)
+    assert "training.global_batch_size=8" in message and "6 or 12" in message
+    assert "4 or 6" in refusal(data_parallel_size, config, 5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.tensor_model_parallel_size=3"], ["3", "num_attention_heads=32"]),
+        (["model.decoder.ffn_hidden_size=8191"], ["ffn_hidden_size=8191"]),
+        (["parallel.tensor_model_parallel_size=8"], ["model.aligner.num_attention_heads=12"]),
+        (
+            ["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=true"],
+            ["sequence_parallel", "tensor_model_parallel_size > 1"],
+        ),
+        (
+            [
+                "parallel.tensor_model_parallel_size=1",
+                "parallel.pipeline_model_parallel_size=2",
+                "parallel.virtual_pipeline_model_parallel_size=2",
+            ],
+            ["more than 2 pipeline stages"],
+        ),
+        (
+            ["parallel.pipeline_model_parallel_size=2", "model.decoder.num_layers=1"],
+            ["num_layers=1", "2 pipeline stages"],
+        ),
+        (
+            ["parallel.pipeline_model_parallel_size=2", "parallel.pipeline_layout=decoder*24"],
+            ["pipeline_layout", "1 stages"],
+        ),
+        (["parallel.world_size=256"], ["256", "24 ranks"]),
+        (["optimizer.lr_warmup_iters=10", "training.train_iters=10"], ["lr_warmup_iters=10"]),
+        (["score.condition_drop_prob=1.5"], ["condition_drop_prob=1.5"]),
+        (["score.placement=dedicated"], ["score.placement=colocated"]),
+        (["parallel.overlap_param_gather=true"], ["overlap_grad_reduce"]),
+        (["training.micro_batch_size=0"], ["training.micro_batch_size=0"]),
+        (["model.vision.patch_size=15"], ["patch_size=15"]),
+    ],
+)
+def test_layouts_that_cannot_work_are_refused(overrides, words):
+    config = load_config(
+        None,
+        [
+            *BASE,
+            "training.global_batch_size=24",
+            "parallel.tensor_model_parallel_size=2",
+            *overrides,
+        ],
+    )
+    message = refusal(validate_layout, config, 24)
+    assert all(word in message for word in words), message
+
+
+def test_a_fitting_layout_passes():
+    validate_layout(load_config(None, BASE), 8)
+
+
+def _instruct(tmp_path, **paths) -> list[str]:
+    for name in ("tok.model", "d.bin", "d.idx"):
+        (tmp_path / name).write_bytes(b"x")
+    for name in ("sd", "previous"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    settings = {
+        "data.tokenizer_model": "tok.model",
+        "data.blend.web.path": "d",
+        "model.diffusion.path": "sd",
+        "checkpoint.load": "previous",
+        "logging.output_dir": "out",
+    } | paths
+    return ["stage=instruct", *(f"{key}={tmp_path / value}" for key, value in settings.items())]
+
+
+def test_complete_input_passes(tmp_path):
+    validate_files(load_config(None, _instruct(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.tokenizer_model", "nope.model"),
+        ("data.blend.web.path", "nope"),
+        ("model.diffusion.path", "nope"),
+        ("checkpoint.load", "nope"),
+        ("logging.output_dir", "tok.model/out"),
+    ],
+)
+def test_missing_input_is_named(tmp_path, key, value):
+    message = refusal(validate_files, load_config(None, _instruct(tmp_path, **{key: value})))
+    assert key in message and str(tmp_path / value) in message
+
+
+def test_stage_names_what_it_needs():
+    message = refusal(validate_files, load_config(None, ["stage=instruct", *BASE[1:]]))
+    for key in ("data.tokenizer_model", "data.blend", "model.diffusion.path", "checkpoint.load"):
+        assert key in message
+
+
+def test_resume_notes_a_new_layout_and_refuses_new_maths():
+    saved = load_config(None, BASE)
+    moved = load_config(
+        None, [*BASE, "parallel.tensor_model_parallel_size=2", "training.micro_batch_size=2"]
+    )
+    assert len(check_resume(saved, moved)) == 2
+    for change in (
+        "optimizer.lr=5e-4",
+        "training.seed=1",
+        "training.global_batch_size=16",
+        "model.decoder.num_layers=2",
+        "data.blend.more.path=x",
+        "training.train_iters=300000",
+    ):
+        key = change.split("=", 1)[0]
+        message = refusal(check_resume, saved, load_config(None, [*BASE, change]))
+        assert key.removesuffix(".path") in message and "accept_changes" in message
+        section = key.removesuffix(".more.path")
+        accepted = load_config(None, [*BASE, change, f"checkpoint.accept_changes=[{section}]"])
+        assert any(line.startswith(section) for line in check_resume(saved, accepted))
+
+
+def test_a_longer_run_with_the_same_decay_resumes():
+    saved = load_config(None, [*BASE, "training.train_iters=100"])
+    longer = load_config(None, [*BASE, "training.train_iters=150", "optimizer.lr_decay_iters=100"])
+    assert any("train_iters" in line for line in check_resume(saved, longer))
