@@ -1,0 +1,97 @@
+"""Assembly of token sequences: text runs and pictures, as the authors' loaders lay them out.
+
+A picture takes <image>, `num_latent_queries` slots that also hold the id of <image>, and </image>.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_kosmosg.data.samples import EntityImage, Prompt
+from megatron_kosmosg.data.tokenizer import Tokenizer
+
+IMAGE_TAGS = 2
+"""Positions that a picture takes beside its slots."""
+_TEXT, _TAG, _SLOT = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class SequenceFormat:
+    """The ids and the picture width that every sequence of a run shares."""
+
+    tokenizer: Tokenizer
+    num_latent_queries: int
+
+    @property
+    def image_length(self) -> int:
+        """Positions that one picture takes."""
+        return self.num_latent_queries + IMAGE_TAGS
+
+
+class SequenceBuilder:
+    """Collects tokens, masks and pictures from left to right."""
+
+    def __init__(self, sequence_format: SequenceFormat) -> None:
+        self._format = sequence_format
+        self._tokens: list[np.ndarray] = []
+        self._kinds: list[np.ndarray] = []
+        self._images: list[bytes | EntityImage] = []
+        self.image_starts: list[int] = []
+        """Position of the <image> token of each picture."""
+        self.length = 0
+
+    def add_start(self) -> SequenceBuilder:
+        """Appends <s>, which is never a label that counts."""
+        return self._add([self._format.tokenizer.bos_id], _TAG)
+
+    def add_end(self) -> SequenceBuilder:
+        """Appends </s>, which counts as a label like text does."""
+        return self._add([self._format.tokenizer.eos_id], _TEXT)
+
+    def add_text(self, ids: np.ndarray | list[int]) -> SequenceBuilder:
+        """Appends text ids; none is fine."""
+        return self._add(ids, _TEXT)
+
+    def add_image(self, image: bytes | EntityImage) -> SequenceBuilder:
+        """Appends one picture."""
+        tokenizer = self._format.tokenizer
+        self.image_starts.append(self.length)
+        self._images.append(image)
+        self._add([tokenizer.image_id], _TAG)
+        self._add([tokenizer.image_id] * self._format.num_latent_queries, _SLOT)
+        return self._add([tokenizer.end_image_id], _TAG)
+
+    def prompt(self, target: bytes | None = None, caption: str | None = None) -> Prompt:
+        """What was collected, as a prompt."""
+        return Prompt(self.tokens, self.image_mask, self._images, target, caption)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int64 [s]."""
+        return np.concatenate(self._tokens) if self._tokens else np.zeros(0, np.int64)
+
+    @property
+    def image_mask(self) -> np.ndarray:
+        """bool [s], True = image slot."""
+        return self._kind_array() == _SLOT
+
+    @property
+    def label_mask(self) -> np.ndarray:
+        """bool [s], True = text or </s>, the only labels that count in a language loss."""
+        return self._kind_array() == _TEXT
+
+    @property
+    def images(self) -> list[bytes | EntityImage]:
+        """The pictures in order."""
+        return self._images
+
+    def _kind_array(self) -> np.ndarray:
+        return np.concatenate(self._kinds) if self._kinds else np.zeros(0, np.int8)
+
+    def _add(self, ids: np.ndarray | list[int], kind: int) -> SequenceBuilder:
+        self._tokens.append(np.asarray(ids, np.int64))
+        self._kinds.append(np.full(len(ids), kind, np.int8))
+        self.length += len(ids)
+        return self

@@ -1,0 +1,253 @@
+"""The sample store: a Megatron multimodal indexed dataset plus a manifest, read at random.
+
+One document is one sample; its sequences are the sample's parts, told apart by Megatron's mode
+byte. The container is uint8: encoded pictures stay as they were, token ids are little-endian int32.
+Plain text is an ordinary Megatron token dataset, so existing corpora work as they are.
+
+PREFIX.bin, PREFIX.idx  data and index
+PREFIX.json             manifest (kind, tokenizer fingerprint, counts), written last
+PREFIX.sentences.npy, PREFIX.sentence_offsets.npy  see sentences.py (kinds that `pretrain` packs)
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+from megatron_kosmosg.data.sentences import sentence_table
+from megatron_kosmosg.data.tokenizer import Tokenizer
+
+Kind = Literal["text", "caption", "interleaved", "edit", "compositional"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+FORMAT_VERSION = 1
+TOKENS, IMAGE, JSON = 0, 1, 2
+"""Modes of a part."""
+TOKEN_TYPE = np.dtype("<i4")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a sample, as stored."""
+
+    mode: int
+    data: bytes
+
+    @staticmethod
+    def tokens(ids: np.ndarray) -> Part:
+        """Token ids as a part."""
+        return Part(TOKENS, np.asarray(ids, TOKEN_TYPE).tobytes())
+
+    @staticmethod
+    def json(value: dict[str, Any]) -> Part:
+        """A small JSON object as a part."""
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return Part(JSON, text.encode("utf-8"))
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A stored sample: its JSON part and views of the other parts, in order."""
+
+    info: dict[str, Any]
+    parts: list[np.ndarray]
+    """int32 token ids or uint8 picture bytes, as `modes` says; mapped, not copied."""
+    modes: list[int]
+
+    def tokens(self) -> list[np.ndarray]:
+        """The token parts in order, int32."""
+        return [p for p, mode in zip(self.parts, self.modes, strict=True) if mode == TOKENS]
+
+    def images(self) -> list[bytes]:
+        """The picture parts in order, copied."""
+        return [
+            p.tobytes() for p, mode in zip(self.parts, self.modes, strict=True) if mode == IMAGE
+        ]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What PREFIX.json holds."""
+
+    kind: Kind
+    tokenizer_fingerprint: str
+    vocab_size: int
+    num_samples: int
+    num_tokens: int
+    """Text tokens, without document ends and picture positions."""
+    num_images: int
+    num_rejects: int
+    format_version: int = FORMAT_VERSION
+
+    def write(self, path: Path) -> None:
+        """Writes the manifest as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def read(path: Path) -> Manifest:
+        """The manifest at `path`. Raises ValueError for another format version or broken file."""
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            version = fields["format_version"]
+            if version != FORMAT_VERSION:
+                raise ValueError(f"format version {version}, this code reads {FORMAT_VERSION}")
+            return Manifest(**fields)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a readable manifest: {error}") from error
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    """PREFIX.json."""
+    return Path(f"{prefix}.json")
+
+
+def sentence_paths(prefix: str | Path) -> tuple[Path, Path]:
+    """The sentence table and the offsets of each sample in it."""
+    return Path(f"{prefix}.sentences.npy"), Path(f"{prefix}.sentence_offsets.npy")
+
+
+class SampleWriter:
+    """Writes PREFIX.bin/.idx and the sentence table; `finish` completes them."""
+
+    def __init__(self, prefix: str | Path, kind: Kind) -> None:
+        self._prefix = str(prefix)
+        self._is_text = kind == "text"
+        self._builder = IndexedDatasetBuilder(
+            f"{self._prefix}.bin",
+            dtype=np.int32 if self._is_text else np.uint8,
+            multimodal=not self._is_text,
+        )
+        self._sentences: list[np.ndarray] = []
+        self._sentence_counts: list[np.ndarray] = []
+
+    def add(self, parts: list[Part], sentences: np.ndarray) -> None:
+        """Appends one sample; `sentences` is its table ([0, 2] for kinds that are not packed)."""
+        if self._is_text:
+            (part,) = parts
+            tokens = np.frombuffer(part.data, TOKEN_TYPE)
+            self._builder.add_document(tokens, [len(tokens)])
+        else:
+            data = np.frombuffer(b"".join(part.data for part in parts), np.uint8)
+            self._builder.add_document(
+                data, [len(part.data) for part in parts], [part.mode for part in parts]
+            )
+        self._sentences.append(sentences)
+        self._sentence_counts.append(np.array([len(sentences)], np.int64))
+
+    def add_store(self, prefix: str | Path) -> None:
+        """Appends everything that another writer finished under `prefix`."""
+        self._builder.add_index(str(prefix))
+        table, offsets = (np.load(path) for path in sentence_paths(prefix))
+        self._sentences.append(table)
+        self._sentence_counts.append(np.diff(offsets))
+
+    def finish(self) -> None:
+        """Completes all files."""
+        self._builder.finalize(f"{self._prefix}.idx")
+        table_path, offsets_path = sentence_paths(self._prefix)
+        counts = np.concatenate([np.zeros(1, np.int64), *self._sentence_counts])
+        np.save(table_path, np.concatenate([np.zeros((0, 2), np.int32), *self._sentences]))
+        np.save(offsets_path, np.cumsum(counts))
+
+
+class SampleStore:
+    """Random access to the samples under a prefix; safe to read from several threads.
+
+    Raises FileNotFoundError when the dataset is missing and ValueError when it is damaged.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        missing = [
+            f"{prefix}{end}" for end in (".bin", ".idx") if not Path(f"{prefix}{end}").exists()
+        ]
+        if missing:
+            raise FileNotFoundError(
+                f"no dataset at {prefix}: {' and '.join(missing)} missing; write it with "
+                "tools/preprocess_data.py or correct data.blend.NAME.path"
+            )
+        self.manifest: Manifest | None = None
+        """None for a token dataset that another tool wrote."""
+        if manifest_path(prefix).exists():
+            self.manifest = Manifest.read(manifest_path(prefix))
+        self.kind: Kind = self.manifest.kind if self.manifest else "text"
+        self._data = IndexedDataset(self.prefix, multimodal=self.kind != "text")
+        self._documents = self._data.document_indices
+        self._check()
+
+    def __len__(self) -> int:
+        return len(self._documents) - 1
+
+    def __getitem__(self, index: int) -> RawSample:
+        if self.kind == "text":
+            return RawSample({"key": str(index)}, [self.text(index)], [TOKENS])
+        first, last = int(self._documents[index]), int(self._documents[index + 1])
+        info: dict[str, Any] = {}
+        parts, modes = [], []
+        for i in range(first, last):
+            data, mode = self._data[i]
+            if mode == JSON:
+                info = json.loads(data.tobytes())
+            else:
+                parts.append(data.view(TOKEN_TYPE) if mode == TOKENS else data)
+                modes.append(int(mode))
+        return RawSample(info, parts, modes)
+
+    def text(self, index: int) -> np.ndarray:
+        """Token ids of one document of a text dataset, mapped where it is one sequence."""
+        first, last = int(self._documents[index]), int(self._documents[index + 1])
+        sequences = [self._data[i] for i in range(first, last)]
+        return sequences[0] if len(sequences) == 1 else np.concatenate(sequences)
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises ValueError unless the token ids were made by this very tokenizer."""
+        if self.manifest and self.manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"{self.prefix} was written with another SentencePiece model (fingerprint "
+                f"{self.manifest.tokenizer_fingerprint}, data.tokenizer_model has "
+                f"{tokenizer.fingerprint}); preprocess it again or change data.tokenizer_model"
+            )
+
+    def sentences(self, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+        """(table int32 [sentences, 2], offsets int64 [samples + 1]) of sentences.py.
+
+        Mapped from disk; computed (a pass over all tokens) for datasets of other tools.
+        """
+        table_path, offsets_path = sentence_paths(self.prefix)
+        if self.manifest:
+            return np.load(table_path, mmap_mode="r"), np.load(offsets_path, mmap_mode="r")
+        tables = []
+        for i in range(len(self)):
+            ids = self.text(i)
+            if ids.size and ids.max() >= tokenizer.vocab_size:
+                raise ValueError(
+                    f"{self.prefix}: document {i} holds token id {ids.max()}, data.tokenizer_model "
+                    f"has {tokenizer.vocab_size} ids: it was written with another tokenizer"
+                )
+            tables.append(sentence_table([strip_document_end(ids, tokenizer)], tokenizer))
+        offsets = np.cumsum([0, *(len(table) for table in tables)])
+        return np.concatenate([np.zeros((0, 2), np.int32), *tables]), offsets
+
+    def _check(self) -> None:
+        index = self._data.index
+        item = np.dtype(index.dtype).itemsize
+        needed = int(index.sequence_lengths.astype(np.int64).sum()) * item
+        stored = Path(f"{self.prefix}.bin").stat().st_size
+        if stored != needed:
+            raise ValueError(f"{self.prefix}.bin has {stored} bytes, its index needs {needed}")
+        if self.manifest and self.manifest.num_samples != len(self):
+            raise ValueError(
+                f"{self.prefix}.json counts {self.manifest.num_samples} samples, the index "
+                f"{len(self)}; preprocess the dataset again"
+            )
+        if len(self) == 0:
+            raise ValueError(f"{self.prefix} holds no samples")
+
+
+def strip_document_end(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """`ids` without a closing </s>."""
+    return ids[:-1] if ids.size and ids[-1] == tokenizer.eos_id else ids

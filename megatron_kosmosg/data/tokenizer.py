@@ -1,0 +1,92 @@
+"""Text <-> token ids: a SentencePiece model behind the authors' fairseq dictionary order.
+
+Ids: <s> 0, <pad> 1, </s> 2, <unk> 3, SentencePiece id p >= 3 at p + 1, then six specials, of which
+<image> and </image> bracket a picture. 64,000 pieces give the paper's vocabulary of 64,007.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+TRAILING_SPECIALS = ("<mask>", "</doc>", "<image>", "</image>", "</chunk>", "</line>")
+WORD_START = "\u2581"
+TERMINATORS = (".", "!", "?")
+UNSPACED_TERMINATORS = ("\u3002", "\uff01", "\uff1f")
+"""Sentence ends that no space follows (Chinese, Japanese)."""
+CLOSERS = "\"')]}\u201d\u2019\u00bb"
+
+
+class Tokenizer:
+    """A SentencePiece model file with the special tokens around it.
+
+    Raises FileNotFoundError, or ValueError for a model whose ids 0, 1, 2 are not unk, bos, eos.
+    """
+
+    bos_id, pad_id, eos_id, unk_id = 0, 1, 2, 3
+
+    def __init__(self, model_path: str | Path) -> None:
+        path = Path(model_path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no SentencePiece model at {path}; set data.tokenizer_model")
+        model = path.read_bytes()
+        self.fingerprint = hashlib.blake2b(model, digest_size=16).hexdigest()
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        ids = (self._processor.unk_id(), self._processor.bos_id(), self._processor.eos_id())
+        if ids != (0, 1, 2) or self._processor.pad_id() != -1:
+            raise ValueError(
+                f"{path}: unk, bos, eos are {ids} and pad is {self._processor.pad_id()}; this "
+                "model needs 0, 1, 2 and no pad piece (the SentencePiece trainer's defaults)"
+            )
+        self.num_pieces = self._processor.get_piece_size()
+        self.vocab_size = self.num_pieces + 1 + len(TRAILING_SPECIALS)
+        first = self.num_pieces + 1
+        self.image_id = first + TRAILING_SPECIALS.index("<image>")
+        self.end_image_id = first + TRAILING_SPECIALS.index("</image>")
+        self._build_sentence_tables()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` without <s> and </s>; blank text gives none. Specials are never parsed."""
+        return [i + 1 if i >= 3 else self.unk_id for i in self._processor.encode(text)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """int32 ids of every text, as `encode` gives them."""
+        encoded = self._processor.encode(list(texts), num_threads=1)
+        return [np.where(a >= 3, a + 1, self.unk_id) for a in (np.array(e, "<i4") for e in encoded)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; special tokens are left out, <unk> shows as SentencePiece's mark."""
+        last = self.num_pieces
+        pieces = [0 if i == self.unk_id else i - 1 for i in map(int, ids) if 3 <= i <= last]
+        return self._processor.decode(pieces)
+
+    def sentence_ends(self, ids: np.ndarray) -> np.ndarray:
+        """bool, same length: True where a sentence ends with this token (text ids only).
+
+        A sentence ends at . ! ? (and closing quotes or brackets after it) before a new word, at the
+        ideographic terminators, and nowhere else; the end of a fragment is the caller's to mark.
+        """
+        ends = self._terminates[ids]
+        closers = self._closes[ids]
+        for _ in range(2):
+            ends[1:] |= closers[1:] & ends[:-1]
+        followed = np.ones(len(ids), bool)
+        followed[:-1] = self._starts_word[ids[1:]]
+        return (ends & followed) | self._terminates_unspaced[ids]
+
+    def _build_sentence_tables(self) -> None:
+        pieces = [""] * self.vocab_size
+        for i in range(3, self.num_pieces):
+            pieces[i + 1] = self._processor.id_to_piece(i)
+        bare = [piece.rstrip(CLOSERS) for piece in pieces]
+        self._terminates = np.array([p.endswith(TERMINATORS) for p in bare])
+        self._terminates_unspaced = np.array([p.endswith(UNSPACED_TERMINATORS) for p in bare])
+        self._closes = np.array([p != "" and p.strip(CLOSERS) == "" for p in pieces])
+        self._starts_word = np.array([p.startswith(WORD_START) for p in pieces])
+        # A special token (a document's end, a picture) also follows a finished sentence.
+        self._starts_word[: self.unk_id] = True
+        self._starts_word[self.num_pieces + 1 :] = True
