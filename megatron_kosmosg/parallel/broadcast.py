@@ -1,0 +1,39 @@
+"""One loader per tensor-parallel group: the rank that reads a batch hands it to the others."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_kosmosg.parallel.layout import Layout
+
+
+def broadcast_batch(
+    batch: dict[str, torch.Tensor] | None, layout: Layout
+) -> dict[str, torch.Tensor]:
+    """The batch of tp_rank 0 on every rank of its tensor-parallel group, on their devices.
+
+    batch: CPU tensors of any dtype and shape on tp_rank 0, None elsewhere.
+    """
+    if layout.tp_size == 1:
+        return {key: _to(value, layout.device) for key, value in batch.items()}
+    source = torch.distributed.get_global_rank(layout.tp_group, 0)
+    description = [
+        None if batch is None else [(key, v.dtype, tuple(v.shape)) for key, v in batch.items()]
+    ]
+    torch.distributed.broadcast_object_list(description, source, group=layout.tp_group)
+    received = {}
+    for key, dtype, shape in description[0]:
+        if layout.tp_rank == 0:
+            value = _to(batch[key], layout.device).contiguous()
+        else:
+            value = torch.empty(shape, dtype=dtype, device=layout.device)
+        if value.numel():
+            # Backends have no boolean all over; bytes always travel.
+            wire = value.view(torch.uint8) if dtype is torch.bool else value
+            torch.distributed.broadcast(wire, source, group=layout.tp_group)
+        received[key] = value
+    return received
+
+
+def _to(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return value.to(device, non_blocking=True)

@@ -1,0 +1,133 @@
+"""Lets Megatron-Core run on a CPU: its modules see a `torch` in which "cuda" means the CPU.
+
+megatron-core 0.16.1 hard-codes CUDA in its schedules, mappings, optimizers and RNG tracker. Instead
+of changing torch for everybody, each `megatron.core` module gets a view of torch in which creation
+functions map a CUDA device to the CPU and `torch.cuda` answers for the CPU. Everything else in the
+process sees the real torch, and no call costs anything extra. Only two Tensor methods (`cuda`,
+`type`) are replaced on the class; they answer differently to callers inside Megatron-Core alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Modules that are imported before the views are handed out; the rest comes with them.
+_MEGATRON_MODULES = (
+    "megatron.core.dist_checkpointing.exchange_utils",
+    "megatron.core.dist_checkpointing.serialization",
+    "megatron.core.dist_checkpointing.strategies.async_utils",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.distributed.finalize_model_grads",
+    "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.models.common.language_module.language_module",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.pipeline_parallel.p2p_communication",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.tensor_parallel.mappings",
+    "megatron.core.tensor_parallel.random",
+    "megatron.core.timers",
+    "megatron.core.transformer.transformer_layer",
+)
+CREATION_FUNCTIONS = (
+    "arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like",
+    "rand", "randn", "tensor", "zeros", "zeros_like",
+)  # fmt: skip
+_CPU = torch.device("cpu")
+
+
+def install() -> None:
+    """Give every loaded `megatron.core` module the CPU view of torch. Safe to call again."""
+    for name in _MEGATRON_MODULES:
+        importlib.import_module(name)
+    view = _cpu_view()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and vars(module).get("torch") is torch:
+            module.torch = view
+    _patch_random(view)
+    for method, answer in (("cuda", _cuda_for_megatron), ("type", _type_for_megatron)):
+        original = getattr(torch.Tensor, method)
+        if not isinstance(original, types.FunctionType):  # torch's own is a C function
+            setattr(torch.Tensor, method, answer(original))
+
+
+def _cpu_view() -> types.ModuleType:
+    overrides = {name: _on_cpu(getattr(torch, name)) for name in CREATION_FUNCTIONS}
+    cuda = _view_of(
+        torch.cuda,
+        current_device=lambda: _CPU,
+        synchronize=lambda device=None: None,
+        get_rng_state=lambda device=None: torch.get_rng_state(),
+        set_rng_state=lambda state, device=None: torch.set_rng_state(state),
+        manual_seed=torch.default_generator.manual_seed,
+    )
+    return _view_of(torch, cuda=cuda, **overrides)
+
+
+def _view_of(module: types.ModuleType, **overrides: Any) -> types.ModuleType:
+    view = types.ModuleType(module.__name__)
+    vars(view).update(vars(module))
+    vars(view).update(overrides)
+    view.__getattr__ = lambda name: getattr(module, name)  # what torch imports lazily
+    return view
+
+
+def _on_cpu(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def create_on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)
+        return create(*args, **kwargs)
+
+    return create_on_cpu
+
+
+def _patch_random(view: types.ModuleType) -> None:
+    """The CPU generator plays the CUDA generator in the tracker and in activation recompute.
+
+    Both also save "the CPU's state" beside it: there is no second generator, so that one is a
+    constant. (The tracker warns whenever it changes.)
+    """
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    constant = torch.zeros(1, dtype=torch.uint8)
+    random.torch = _view_of(view, get_rng_state=lambda: constant, set_rng_state=lambda state: None)
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    )
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(
+        new_state
+    )
+
+
+def _called_by_megatron() -> bool:
+    return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.core")
+
+
+def _cuda_for_megatron(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self if _called_by_megatron() else original(self, *args, **kwargs)
+
+    return cuda
+
+
+def _type_for_megatron(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's optimizers compare `tensor.type()` with "torch.cuda.FloatTensor" and the like."""
+
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        if not args and not kwargs and _called_by_megatron():
+            return "torch.cuda." + answer.rsplit(".", 1)[-1]
+        return answer
+
+    return tensor_type

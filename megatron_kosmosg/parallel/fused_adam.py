@@ -1,0 +1,87 @@
+"""AdamW in the state layout of the fused GPU optimizers, for machines that have none.
+
+Megatron-Core 0.16.1 takes TransformerEngine's FusedAdam, else NVIDIA apex's, else torch's AdamW,
+whose per-parameter `step` its distributed optimizer cannot save and load exactly. Where neither is
+installed, this class takes their place: `step` sits in the parameter group.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Iterable
+
+import megatron.core.optimizer as megatron_optimizer
+import torch
+from megatron.core.optimizer import distrib_optimizer
+
+logger = logging.getLogger(__name__)
+
+
+def install() -> str:
+    """Name of the Adam that Megatron's optimizers now use: transformer_engine, apex or own."""
+    if megatron_optimizer.Adam is not FusedLayoutAdamW and not (
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER
+    ):
+        return "transformer_engine" if distrib_optimizer.USING_TE_OPTIMIZER else "apex"
+    if importlib.util.find_spec("apex") and not importlib.util.find_spec("apex.optimizers"):
+        logger.warning(
+            "The installed 'apex' is not NVIDIA's (it has no apex.optimizers) and is ignored; "
+            "`pip uninstall apex` removes it."
+        )
+    megatron_optimizer.Adam = distrib_optimizer.Adam = FusedLayoutAdamW
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+    return "own"
+
+
+class FusedLayoutAdamW(torch.optim.Optimizer):
+    """AdamW with decoupled weight decay; state per parameter: exp_avg and exp_avg_sq."""
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
+        if not adam_w_mode:
+            raise ValueError("only decoupled weight decay (adam_w_mode=True) is implemented")
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+                    self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+            states = [self.state[p] for p in parameters]
+            self._update(group, parameters, [s["exp_avg"] for s in states],
+                         [s["exp_avg_sq"] for s in states])  # fmt: skip
+
+    @staticmethod
+    def _update(group: dict, parameters: list, exp_avgs: list, exp_avg_sqs: list) -> None:
+        beta1, beta2 = group["betas"]
+        grads = [p.grad.to(p.dtype) for p in parameters]
+        correction1 = 1 - beta1 ** group["step"]
+        correction2 = 1 - beta2 ** group["step"]
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+        torch._foreach_mul_(exp_avg_sqs, beta2)
+        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+        denominators = torch._foreach_sqrt(exp_avg_sqs)
+        torch._foreach_div_(denominators, correction2**0.5)
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_addcdiv_(parameters, exp_avgs, denominators, -group["lr"] / correction1)

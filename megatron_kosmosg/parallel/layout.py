@@ -1,0 +1,94 @@
+"""Which rank does what: the tensor-, pipeline- and data-parallel coordinates and groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup
+
+from megatron_kosmosg.config.batching import data_parallel_size
+from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This rank's place. A group is None in a process without torch.distributed."""
+
+    world_size: int
+    rank: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: ProcessGroup | None
+    pp_group: ProcessGroup | None
+    dp_group: ProcessGroup | None
+    process_groups: ProcessGroupCollection
+    """The same and more, in the form that Megatron-Core modules take."""
+    device: torch.device
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds tokens and images."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pp_rank == self.pp_size - 1
+
+
+def create_groups(config: RunConfig, device: torch.device) -> Layout:
+    """Megatron's groups over torch.distributed's world, tensor-parallel ranks adjacent.
+
+    Raises ConfigError if the world does not divide into copies of the model.
+    """
+    data_parallel_size(config, torch.distributed.get_world_size())
+    parallel: ParallelConfig = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        distributed_timeout_minutes=timedelta(seconds=parallel.timeout_seconds).total_seconds()
+        / 60,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Layout(
+        world_size=torch.distributed.get_world_size(),
+        rank=torch.distributed.get_rank(),
+        tp_rank=groups.tp.rank(),
+        tp_size=groups.tp.size(),
+        pp_rank=groups.pp.rank(),
+        pp_size=groups.pp.size(),
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+        tp_group=groups.tp,
+        pp_group=groups.pp,
+        dp_group=groups.dp,
+        process_groups=groups,
+        device=device,
+    )
+
+
+def lone_layout(device: torch.device | str) -> Layout:
+    """A layout of one process without torch.distributed, to build (not train) the whole model."""
+    groups = ProcessGroupCollection(
+        tp=None, pp=None, cp=None, dp=None, dp_cp=None, embd=None, pos_embd=None
+    )
+    return Layout(
+        world_size=1, rank=0, tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, dp_rank=0, dp_size=1,
+        tp_group=None, pp_group=None, dp_group=None, process_groups=groups,
+        device=torch.device(device),
+    )  # fmt: skip
+
+
+def destroy_groups() -> None:
+    """Forget Megatron's groups and buffers."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_global_memory_buffer()

@@ -1,0 +1,67 @@
+"""Splits a micro-batch's rows over tensor-parallel ranks, for work that is not tensor-parallel.
+
+Plain slicing would give every rank the gradient of its own rows only, silently: the slice's
+backward has to gather all rows' gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_kosmosg.parallel.layout import Layout
+
+
+def row_range(num_rows: int, layout: Layout) -> slice:
+    """The rows of this tensor-parallel rank; sizes differ by at most one and may be zero."""
+    size, extra = divmod(num_rows, layout.tp_size)
+    start = layout.tp_rank * size + min(layout.tp_rank, extra)
+    return slice(start, start + size + (layout.tp_rank < extra))
+
+
+def take_rows(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """This rank's rows of `x` [n, ...], which is the same on all tensor-parallel ranks.
+
+    Backward gathers the ranks' row gradients, so each rank gets the gradient of all rows.
+    """
+    return x if layout.tp_size == 1 else _TakeRows.apply(x, layout)
+
+
+def sum_over_tensor_ranks(value: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Sum of `value` over the tensor-parallel group; backward passes the gradient on unchanged.
+
+    Each rank's part of the loss thus gets the gradient of the whole loss once.
+    """
+    return value if layout.tp_size == 1 else _SumOverRanks.apply(value, layout.tp_group)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        ctx.layout, ctx.num_rows = layout, x.shape[0]
+        return x[row_range(x.shape[0], layout)].clone()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        layout = ctx.layout
+        # Rows are ragged, collectives are not: every rank sends as many rows as the largest share.
+        share = -(-ctx.num_rows // layout.tp_size)
+        sent = grad.new_zeros(share, *grad.shape[1:])
+        sent[: grad.shape[0]] = grad
+        gathered = grad.new_empty(layout.tp_size * share, *grad.shape[1:])
+        torch.distributed.all_gather_into_tensor(gathered, sent, group=layout.tp_group)
+        size, extra = divmod(ctx.num_rows, layout.tp_size)
+        parts = gathered.split(share)
+        rows = [part[: size + (rank < extra)] for rank, part in enumerate(parts)]
+        return torch.cat(rows), None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+        total = value.detach().clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return grad, None

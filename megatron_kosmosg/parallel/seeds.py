@@ -1,0 +1,28 @@
+"""Random streams: one shared by the tensor-parallel ranks, one of each rank's own."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from megatron.core import tensor_parallel
+
+from megatron_kosmosg.parallel.layout import Layout
+
+_PER_STAGE = 100  # Megatron-LM's stride between pipeline stages
+_PER_REPLICA = 10
+
+
+def set_seeds(seed: int, layout: Layout) -> None:
+    """Seed torch, numpy, python and Megatron's RNG tracker for this rank.
+
+    Tensor-parallel ranks share the default stream (dropout of replicated activations) and differ in
+    the tracker's (dropout of split ones). Replicas and pipeline stages differ in both, so that
+    dropout is not correlated between them.
+    """
+    own = seed + _PER_STAGE * layout.pp_rank + _PER_REPLICA * _PER_STAGE * layout.dp_rank
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    torch.manual_seed(own)
+    tensor_parallel.model_parallel_cuda_manual_seed(own, force_reset_rng=True)
