@@ -116,7 +116,7 @@ prepare_environment() {
     install_torch "$log" || install_failed "$log"
     echo "  megatron-core, diffusers, transformers and the extras [$extras]"
     run_logged "$log" "$PYTHON" -m pip install -c "$REPOSITORY/constraints.txt" \
-        -e "$REPOSITORY[$extras]" || install_failed "$log"
+        -e "${REPOSITORY}[$extras]" || install_failed "$log"
     printf '%s' "$wanted" >"$stamp"
     echo "  installed in $SECONDS s"
 }

@@ -27,7 +27,11 @@ options=()
 while [ $# -gt 0 ]; do
     case $1 in
         --out)
-            [ $# -ge 2 ] && [ -n "$2" ] || { usage >&2; echo "--out needs a folder" >&2; exit 2; }
+            if [ $# -lt 2 ] || [ -z "$2" ]; then
+                usage >&2
+                echo "--out needs a folder" >&2
+                exit 2
+            fi
             out=$2
             shift
             ;;

@@ -48,8 +48,15 @@ class Runner:
 
     def run(self) -> None:
         """All steps done, or StepFailed / Interrupted raised."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
+        try:
+            self._run_all()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _run_all(self) -> None:
         for index, step in enumerate(self._steps):
             self._write_record()
             if self._stamps.is_done(step):

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# All tests that a machine without a GPU can run: lint, format, pytest. Ends with a summary.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+usage: bash tests/run.sh [--full] [PYTEST ARGUMENTS...]
+
+  --full    also the tests marked slow (long counts)
+
+Other arguments go to pytest, e.g. `bash tests/run.sh tests/unit -k packing`. Uses the active
+virtual environment, or makes .venv in the repository. Exit code 0: everything passed.
+END
+}
+
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=examples/environment.sh
+source "$REPOSITORY/examples/environment.sh"
+
+selection=(-m "not slow")
+arguments=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --full) selection=() ;;
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        *) arguments+=("$1") ;;
+    esac
+    shift
+done
+
+prepare_environment test,data,demo
+cd "$REPOSITORY"
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+# The cheap tests first, so that a plain mistake shows before the spawned ranks start.
+if [ ${#arguments[@]} -eq 0 ]; then
+    for folder in unit parity distributed integration gpu; do
+        if [ -d "tests/$folder" ]; then arguments+=("tests/$folder"); fi
+    done
+fi
+
+SECONDS=0
+failed=()
+"$PYTHON" -m ruff check . || failed+=("ruff check")
+"$PYTHON" -m ruff format --check --quiet . ||
+    failed+=("ruff format (run: $PYTHON -m ruff format .)")
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+"$PYTHON" -m pytest --durations=10 ${selection[@]+"${selection[@]}"} "${arguments[@]}" 2>&1 |
+    tee "$log" || failed+=("pytest")
+
+echo
+echo "Summary ($((SECONDS / 60)) min $((SECONDS % 60)) s)"
+if [ ${#failed[@]} -eq 0 ]; then
+    echo "  lint, format and tests: passed"
+else
+    printf '  FAILED: %s\n' "${failed[@]}"
+fi
+# pytest's own closing line, last.
+grep -E '^=+ .* in [0-9.]+s.* =+$' "$log" | tail -n 1 || echo "pytest did not finish"
+[ ${#failed[@]} -eq 0 ]
