@@ -1,4 +1,4 @@
-"""The frozen half of the model: Stable Diffusion's U-Net, VAE and noise schedule, from a local folder.
+"""The frozen half of the model: Stable Diffusion's U-Net, VAE and noise schedule.
 
 Nothing in here is ever trained or changed; gradients pass through the U-Net to its condition only
 (paper section 2.3, "score distillation"). Works with every `prediction_type`.
@@ -42,8 +42,8 @@ class FrozenDiffusion:
         for part in ("unet", "vae", "scheduler"):
             if path is None or not (folder / part).is_dir():
                 raise ConfigError(
-                    f"model.diffusion.path={path!r} has no folder '{part}'; give a Stable Diffusion "
-                    "folder in diffusers format, with unet/, vae/ and scheduler/."
+                    f"model.diffusion.path={path!r} has no folder '{part}'; give a Stable "
+                    "Diffusion folder in diffusers format, with unet/, vae/ and scheduler/."
                 )
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
         vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype)

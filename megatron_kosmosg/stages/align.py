@@ -68,7 +68,9 @@ class AlignStage:
                 "cosine": cosine.mean(dim=1).sum(),
             }
             counted = torch.tensor(count, dtype=torch.int, device=loss.device)
-            report = {k: torch.stack([v.detach().float(), counted.float()]) for k, v in parts.items()}
+            report = {
+                k: torch.stack([v.detach().float(), counted.float()]) for k, v in parts.items()
+            }
             return loss, counted, report
 
         return output, loss_func

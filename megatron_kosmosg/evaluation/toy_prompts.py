@@ -1,0 +1,130 @@
+"""Held-out prompts of the toy world, and the scene that each of them should give.
+
+Every cell of the evaluation is a list of `Case`s made from integer seeds: what the model is shown
+(words, pictures, or both) and the truth the judge compares with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from megatron_kosmosg.toy.captions import background_phrase, caption, noun_phrase
+from megatron_kosmosg.toy.world import (
+    COARSE_WORDS,
+    PATTERNS,
+    SHAPES,
+    Entity,
+    Scene,
+    coarse_index,
+    render,
+    sample_scene,
+    subject_scene,
+)
+from megatron_kosmosg.training.picture_grid import to_picture
+
+Parts = list[str | Image.Image]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt and the scene it asks for."""
+
+    parts: Parts
+    scene: Scene
+
+
+def scenes(seed: int, count: int, num_entities: int) -> list[Scene]:
+    """`count` held-out scenes."""
+    return [sample_scene((seed, num_entities, i), num_entities, True) for i in range(count)]
+
+
+def subject_picture(entity: Entity, seed: int) -> Image.Image:
+    """The entity alone on white, as a cut-out of its mask would show it."""
+    return to_picture(render(subject_scene(entity, None, (seed, 7))))
+
+
+def words_only(scene: Scene, seed: int) -> Parts:
+    """`a red circle and a ... on a yellow background`, coarse colour words."""
+    return [caption(scene, "coarse", seed)]
+
+
+def images_only(scene: Scene, seed: int) -> Parts:
+    """`a <picture> and a <picture> on a yellow background`."""
+    return _interleave(scene, seed, with_words=False)
+
+
+def words_and_images(scene: Scene, seed: int) -> Parts:
+    """`a red circle <picture> ... on a yellow background`."""
+    return _interleave(scene, seed, with_words=True)
+
+
+def _interleave(scene: Scene, seed: int, with_words: bool) -> Parts:
+    parts: Parts = []
+    rng = np.random.default_rng((seed, 11))
+    for i, entity in enumerate(scene.entities):
+        article = "a" if i == 0 else "and a"
+        words = f"{article} {noun_phrase(entity, 'coarse', rng)}" if with_words else article
+        parts += [words, subject_picture(entity, seed * 10 + i)]
+    return [*parts, f"on a {background_phrase(scene)}"]
+
+
+def background_image(scene: Scene, seed: int) -> Parts:
+    """`a <picture> on a <picture of the plain background>`."""
+    background = to_picture(render(Scene((), scene.background_hue)))
+    return [*images_only(scene, seed)[:-1], "on a", background]
+
+
+def swapped(scene: Scene) -> Scene:
+    """The scene with its two subjects exchanged, each keeping the other's place."""
+    left, right = scene.entities
+    return replace(
+        scene,
+        entities=(
+            replace(right, x=left.x, y=left.y, radius=left.radius),
+            replace(left, x=right.x, y=right.y, radius=right.radius),
+        ),
+    )
+
+
+def cases(
+    seed: int, count: int, num_entities: int, parts: Callable[[Scene, int], Parts]
+) -> list[Case]:
+    """`count` held-out cases whose prompts `parts(scene, seed)` writes."""
+    drawn = scenes(seed, count, num_entities)
+    return [Case(parts(scene, seed * 1000 + i), scene) for i, scene in enumerate(drawn)]
+
+
+def edit_cases(seed: int, count: int) -> list[Case]:
+    """`<picture of a one-entity scene> make it blue` and its like; the truth is the edited scene."""
+    result = []
+    for i, scene in enumerate(scenes(seed, count, 1)):
+        rng = np.random.default_rng((seed, i, 13))
+        instruction, edited = _edit(scene, rng)
+        result.append(Case([to_picture(render(scene)), instruction], edited))
+    return result
+
+
+def _edit(scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:
+    entity = scene.entities[0]
+    kind = ("colour", "shape", "background")[rng.integers(3)]
+    if kind == "colour":
+        word = rng.choice(
+            [w for w in COARSE_WORDS if w != COARSE_WORDS[coarse_index(entity.hue_a)]]
+        )
+        hue = 60.0 * COARSE_WORDS.index(word)
+        return f"make it {word}", replace(scene, entities=(replace(entity, hue_a=hue),))
+    if kind == "shape":
+        shape = str(rng.choice([s for s in SHAPES if s != entity.shape]))
+        return f"turn it into a {shape}", replace(scene, entities=(replace(entity, shape=shape),))
+    present = COARSE_WORDS[coarse_index(scene.background_hue)]
+    word = rng.choice([w for w in COARSE_WORDS if w != present])
+    changed = replace(scene, background_hue=60.0 * COARSE_WORDS.index(word))
+    return f"put it on a {word} background", changed
+
+
+def pattern_index(entity: Entity) -> int:
+    return PATTERNS.index(entity.pattern)
