@@ -15,7 +15,6 @@ from PIL import Image
 from megatron_kosmosg.toy.captions import background_phrase, caption, noun_phrase
 from megatron_kosmosg.toy.world import (
     COARSE_WORDS,
-    PATTERNS,
     SHAPES,
     Entity,
     Scene,
@@ -99,7 +98,7 @@ def cases(
 
 
 def edit_cases(seed: int, count: int) -> list[Case]:
-    """`<picture of a one-entity scene> make it blue` and its like; the truth is the edited scene."""
+    """`<picture of one entity> make it blue` and its like; the truth is the edited scene."""
     result = []
     for i, scene in enumerate(scenes(seed, count, 1)):
         rng = np.random.default_rng((seed, i, 13))
@@ -112,9 +111,8 @@ def _edit(scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:
     entity = scene.entities[0]
     kind = ("colour", "shape", "background")[rng.integers(3)]
     if kind == "colour":
-        word = rng.choice(
-            [w for w in COARSE_WORDS if w != COARSE_WORDS[coarse_index(entity.hue_a)]]
-        )
+        present = COARSE_WORDS[coarse_index(entity.hue_a)]
+        word = rng.choice([w for w in COARSE_WORDS if w != present])
         hue = 60.0 * COARSE_WORDS.index(word)
         return f"make it {word}", replace(scene, entities=(replace(entity, hue_a=hue),))
     if kind == "shape":
@@ -124,7 +122,3 @@ def _edit(scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:
     word = rng.choice([w for w in COARSE_WORDS if w != present])
     changed = replace(scene, background_hue=60.0 * COARSE_WORDS.index(word))
     return f"put it on a {word} background", changed
-
-
-def pattern_index(entity: Entity) -> int:
-    return PATTERNS.index(entity.pattern)

@@ -1,4 +1,4 @@
-"""An interleaved list of words and pictures -> the model's prompt, as the authors' demo lays it out.
+"""An interleaved list of words and pictures -> the model's prompt (authors' demo).
 
 `["a", picture, "in the snow"]` becomes <s> a <image> slots </image> in the snow; every fragment is
 tokenized on its own, and no </s> follows.
