@@ -60,6 +60,8 @@ def write_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Pa
         beta_end=0.012,
         beta_schedule="scaled_linear",
         prediction_type=prediction_type,
+        clip_sample=False,
+        steps_offset=1,
     ).save_pretrained(folder / "scheduler")
     CLIPTextModel(
         CLIPTextConfig(
