@@ -11,11 +11,15 @@ class SampleOrder:
     def __init__(self, name: str, num_samples: int, seed: int, stage: str) -> None:
         self._name, self._num_samples = name, num_samples
         self._seed, self._stage = seed, stage
+        self._latest: tuple[int, KeyedPermutation] | None = None
 
     def epoch(self, epoch: int) -> KeyedPermutation:
         """The shuffle of one pass over the dataset."""
-        key = stream_key(self._seed, self._stage, epoch, f"order/{self._name}")
-        return KeyedPermutation(self._num_samples, key)
+        latest = self._latest
+        if latest is None or latest[0] != epoch:
+            key = stream_key(self._seed, self._stage, epoch, f"order/{self._name}")
+            latest = self._latest = (epoch, KeyedPermutation(self._num_samples, key))
+        return latest[1]
 
     def __getitem__(self, ordinal: int) -> int:
         """The sample index of draw number `ordinal`, counted over all epochs."""

@@ -46,6 +46,8 @@ class PromptSample:
     prompt: Prompt
     dataset: str
     key: str
+    attempt: int
+    """0, or the number of the draw that replaced an unusable sample."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ class StreamDataset(Protocol):
     def length(self, position: int) -> int:
         """Tokens of the sample at `position`, image slots included."""
 
-    def pad_to(self, positions: Sequence[int], global_positions: Sequence[int]) -> int:
-        """Tokens that the rows of the micro-batch `positions` are padded to.
+    def pad_to(self, samples: Sequence[Sample], global_positions: Sequence[int]) -> int:
+        """Tokens that the rows of the micro-batch `samples` are padded to.
 
         `global_positions` are those of the whole global batch.
         """

@@ -53,11 +53,6 @@ class Tokenizer:
         """Ids of `text` without <s> and </s>; blank text gives none. Specials are never parsed."""
         return [i + 1 if i >= 3 else self.unk_id for i in self._processor.encode(text)]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int32 ids of every text, as `encode` gives them."""
-        encoded = self._processor.encode(list(texts), num_threads=1)
-        return [np.where(a >= 3, a + 1, self.unk_id) for a in (np.array(e, "<i4") for e in encoded)]
-
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens are left out, <unk> shows as SentencePiece's mark."""
         last = self.num_pieces

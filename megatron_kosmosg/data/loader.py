@@ -1,0 +1,99 @@
+"""Micro-batches of one data-parallel rank, read ahead in threads.
+
+Global batch i holds stream positions [i * global_batch_size, (i + 1) * global_batch_size), dealt
+out so that the union over ranks is the same for every data-parallel size. There is no state beyond
+the number of samples consumed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from torch import Tensor
+
+from megatron_kosmosg.data.samples import StreamDataset
+
+Batch = dict[str, Tensor]
+
+
+class MicroBatchIterator(Iterator[Batch]):
+    """Endless micro-batches in order; an error while reading is raised by `next`."""
+
+    def __init__(
+        self,
+        dataset: StreamDataset,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        start_sample: int,
+        num_workers: int,
+    ) -> None:
+        """`start_sample`: samples consumed so far by all ranks. `num_workers`: threads, or 0 to
+        read in the caller's."""
+        if global_batch_size % (micro_batch_size * dp_size):
+            raise ValueError(
+                f"training.global_batch_size={global_batch_size} must be a multiple of "
+                f"training.micro_batch_size ({micro_batch_size}) x data-parallel size ({dp_size})"
+            )
+        if start_sample % global_batch_size:
+            raise ValueError(
+                f"{start_sample} consumed samples are not whole global batches of "
+                f"{global_batch_size}; training.global_batch_size changed between save and resume"
+            )
+        self._dataset = dataset
+        self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._start_sample = start_sample
+        self._next = 0
+        self.wait_seconds = 0.0
+        """Seconds that the caller has waited since the last `pop_wait`."""
+        self._read_ahead = max(2, 2 * num_workers)
+        self._pending: deque[Future[Batch]] = deque()
+        self._pool = ThreadPoolExecutor(num_workers, "data-loader") if num_workers > 0 else None
+
+    def positions(self, number: int) -> tuple[list[int], range]:
+        """Stream positions of this rank's micro-batch `number`, and of its global batch."""
+        step = self._micro_batch_size * self._dp_size
+        batch, micro_batch = divmod(number, self._global_batch_size // step)
+        start = self._start_sample + batch * self._global_batch_size
+        first = start + micro_batch * step + self._dp_rank * self._micro_batch_size
+        own = list(range(first, first + self._micro_batch_size))
+        return own, range(start, start + self._global_batch_size)
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        try:
+            if self._pool is None:
+                self._next += 1
+                return self._read(self._next - 1)
+            while len(self._pending) < self._read_ahead:
+                self._pending.append(self._pool.submit(self._read, self._next))
+                self._next += 1
+            return self._pending.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self.wait_seconds += time.perf_counter() - started
+
+    def pop_wait(self) -> float:
+        """Seconds waited since the last call."""
+        waited, self.wait_seconds = self.wait_seconds, 0.0
+        return waited
+
+    def close(self) -> None:
+        """Ends the threads; the iterator cannot be used again."""
+        for future in self._pending:
+            future.cancel()
+        self._pending.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, number: int) -> Batch:
+        own, whole = self.positions(number)
+        samples = [self._dataset[position] for position in own]
+        return self._dataset.collate(samples, self._dataset.pad_to(samples, whole))

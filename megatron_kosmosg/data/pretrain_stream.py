@@ -1,0 +1,84 @@
+"""The stream of `pretrain`: packed rows of text, captioned pictures and interleaved documents.
+
+The mixture counts rows. Labels that count are text and </s>; <s>, picture slots, their <image> and
+</image>, and padding do not. A bad picture leaves its row as it is, with a blank picture and no
+loss from there to the end of its document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_kosmosg.data.bad_samples import BadSampleCounter
+from megatron_kosmosg.data.blend import Blend
+from megatron_kosmosg.data.images import ImageDecoder, ImageTransform
+from megatron_kosmosg.data.packing import PackedDataset
+from megatron_kosmosg.data.samples import PackedRow
+from megatron_kosmosg.data.sequence import SequenceFormat
+
+
+class PretrainStream:
+    """Rows of `seq_length` tokens; see samples.StreamDataset."""
+
+    def __init__(
+        self,
+        blend: Blend,
+        datasets: dict[str, PackedDataset],
+        sequence_format: SequenceFormat,
+        seq_length: int,
+        decoder: ImageDecoder,
+        transform: ImageTransform,
+        bad_samples: BadSampleCounter,
+    ) -> None:
+        self._blend, self._datasets = blend, datasets
+        self._format, self._seq_length = sequence_format, seq_length
+        self._decoder, self._transform = decoder, transform
+        self._bad_samples = bad_samples
+
+    def __getitem__(self, position: int) -> PackedRow:
+        draw = self._blend[position]
+        return self._datasets[draw.name].row(draw.ordinal, position)
+
+    def length(self, position: int) -> int:
+        return len(self[position].tokens) - 1
+
+    def pad_to(self, samples: Sequence[PackedRow], global_positions: Sequence[int]) -> int:
+        return self._seq_length
+
+    def statistics(self) -> dict[str, int]:
+        return {"bad_samples": self._bad_samples.count}
+
+    def collate(self, samples: Sequence[PackedRow], pad_to: int) -> dict[str, Tensor]:
+        """tokens, labels int64 [b, s]; loss_mask float32 [b, s]; image_mask, padding_mask bool
+        [b, s] (True = picture slot, True = padding); pixel_values float32 [n, 3, H, W]."""
+        shape = (len(samples), pad_to)
+        pad = self._format.tokenizer.pad_id
+        tokens, labels = np.full(shape, pad, np.int64), np.full(shape, pad, np.int64)
+        loss_mask, image_mask = np.zeros(shape, np.float32), np.zeros(shape, bool)
+        padding_mask = np.ones(shape, bool)
+        for b, row in enumerate(samples):
+            n = len(row.tokens) - 1
+            tokens[b, :n], labels[b, :n] = row.tokens[:-1], row.tokens[1:]
+            loss_mask[b, :n], image_mask[b, :n] = row.label_mask[1:], row.image_mask[:-1]
+            padding_mask[b, :n] = False
+        images = [(b, image) for b, row in enumerate(samples) for image in row.images]
+        pixels, bad = self._decoder.try_decode(
+            [image.image for _, image in images], self._transform
+        )
+        for error in bad:
+            b, image = images[error.index]
+            loss_mask[b, image.start : image.document_end - 1] = 0
+            position = samples[b].position
+            self._bad_samples.report(image.dataset, image.key, position, error.reason)
+        arrays = {
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": loss_mask,
+            "image_mask": image_mask,
+            "padding_mask": padding_mask,
+        }
+        return {**{k: torch.from_numpy(v) for k, v in arrays.items()}, "pixel_values": pixels}

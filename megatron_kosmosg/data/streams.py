@@ -1,0 +1,142 @@
+"""The stream of each stage from the run's config.
+
+`train` draws from data.blend, `heldout` from data.heldout under keys of its own, so that the same
+positions are the same held-out samples at every evaluation.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_kosmosg.config.schema import BlendEntry, RunConfig
+from megatron_kosmosg.data.align_stream import AlignStream, load_clip_tokenizer
+from megatron_kosmosg.data.bad_samples import BadSampleCounter
+from megatron_kosmosg.data.blend import Blend
+from megatron_kosmosg.data.caption import CaptionPrompts
+from megatron_kosmosg.data.compositional import CompositionalPrompts
+from megatron_kosmosg.data.edit import EditPrompts
+from megatron_kosmosg.data.images import ImageDecoder, prompt_transform, target_transform
+from megatron_kosmosg.data.instruct_stream import InstructStream, PromptMaker, PromptSource
+from megatron_kosmosg.data.order import SampleOrder
+from megatron_kosmosg.data.packing import PackedDataset
+from megatron_kosmosg.data.pretrain_stream import PretrainStream
+from megatron_kosmosg.data.sequence import SequenceFormat
+from megatron_kosmosg.data.store import SampleStore
+from megatron_kosmosg.data.tokenizer import Tokenizer
+
+Split = Literal["train", "heldout"]
+
+
+def pretrain_stream(
+    config: RunConfig, split: Split, device_id: int | None = None
+) -> PretrainStream:
+    """Packed rows; `device_id` is the CUDA device that decodes pictures, None the CPU."""
+    parts = _StreamParts(config, "pretrain", split)
+    sequence_format = parts.sequence_format
+    datasets = {
+        name: PackedDataset(
+            name, store, parts.orders[name], sequence_format, config.data.seq_length + 1
+        )
+        for name, store in parts.stores.items()
+    }
+    return PretrainStream(
+        parts.blend,
+        datasets,
+        sequence_format,
+        config.data.seq_length,
+        ImageDecoder(config.data.image_backend, device_id),
+        prompt_transform(config),
+        BadSampleCounter(config.data.max_bad_samples),
+    )
+
+
+def align_stream(config: RunConfig, split: Split) -> AlignStream:
+    """Captions for the decoder and the CLIP text encoder."""
+    parts = _StreamParts(config, "align", split)
+    for name, store in parts.stores.items():
+        if store.kind != "caption":
+            raise ValueError(
+                f"data.{parts.section}.{name}: {store.prefix} is of kind {store.kind}; "
+                "align reads caption"
+            )
+    return AlignStream(
+        parts.blend,
+        parts.stores,
+        parts.orders,
+        parts.sequence_format.tokenizer,
+        load_clip_tokenizer(config.model.clip_text.path),
+        config.model.aligner.num_queries,
+        config.data.seq_length,
+        config.model.vision.image_size,
+    )
+
+
+def instruct_stream(
+    config: RunConfig, split: Split, device_id: int | None = None
+) -> InstructStream:
+    """Prompts and targets; `device_id` is the CUDA device that decodes pictures, None the CPU."""
+    if config.data.latent_cache is not None:
+        raise ValueError("data.latent_cache is not supported yet; leave it unset")
+    parts = _StreamParts(config, "instruct", split)
+    data = config.data
+    makers: dict[str, PromptMaker] = {
+        "caption": CaptionPrompts(parts.sequence_format),
+        "edit": EditPrompts(parts.sequence_format, data.caption_drop_prob),
+        "compositional": CompositionalPrompts(
+            parts.sequence_format,
+            data.entity_text_drop_prob,
+            data.entity_text_drop_per,
+            data.background_keep_prob,
+        ),
+    }
+    sources = {}
+    for name, store in parts.stores.items():
+        if store.kind not in makers:
+            raise ValueError(
+                f"data.{parts.section}.{name}: {store.prefix} is of kind {store.kind}; "
+                f"instruct reads {', '.join(makers)}"
+            )
+        sources[name] = PromptSource(store, parts.orders[name], makers[store.kind])
+    return InstructStream(
+        parts.blend,
+        sources,
+        config.training.seed,
+        parts.stage_key,
+        data.seq_length,
+        parts.sequence_format.tokenizer.pad_id,
+        ImageDecoder(data.image_backend, device_id),
+        (prompt_transform(config), target_transform(config)),
+        BadSampleCounter(data.max_bad_samples),
+    )
+
+
+class _StreamParts:
+    """What all streams are made of: stores, their orders, the mixture, the tokenizer."""
+
+    def __init__(self, config: RunConfig, stage: str, split: Split) -> None:
+        self.section = {"train": "blend", "heldout": "heldout"}[split]
+        entries: dict[str, BlendEntry] = {
+            "blend": config.data.blend,
+            "heldout": config.data.heldout,
+        }[self.section]
+        if not entries:
+            raise ValueError(f"data.{self.section} is empty; add data.{self.section}.NAME.path")
+        if config.data.tokenizer_model is None:
+            raise ValueError("data.tokenizer_model is not set; it names a SentencePiece model")
+        tokenizer = Tokenizer(config.data.tokenizer_model)
+        if tokenizer.vocab_size != config.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size={config.model.vocab_size}, but data.tokenizer_model "
+                f"{config.data.tokenizer_model} has {tokenizer.vocab_size} ids; set "
+                f"model.vocab_size={tokenizer.vocab_size}"
+            )
+        self.stage_key = f"{stage}/{split}"
+        self.sequence_format = SequenceFormat(tokenizer, config.model.resampler.num_latent_queries)
+        self.blend = Blend({name: entry.weight for name, entry in entries.items()})
+        self.stores: dict[str, SampleStore] = {}
+        self.orders: dict[str, SampleOrder] = {}
+        for name, entry in entries.items():
+            store = SampleStore(entry.path)
+            store.check_tokenizer(tokenizer)
+            self.stores[name] = store
+            self.orders[name] = SampleOrder(name, len(store), config.training.seed, self.stage_key)
