@@ -45,7 +45,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_kosmosg", "megatron_kosmosg.*"]),
-    package_data={"megatron_kosmosg.toy": ["assets/**"]},
+    package_data={
+        "megatron_kosmosg.toy": ["assets/**"],
+        "megatron_kosmosg.evaluation.report": ["page.css"],
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
 )

@@ -1,0 +1,163 @@
+"""The report page: complete, self-contained, honest about misses, and robust to what is absent."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megatron_kosmosg.evaluation.report.charts import stage_chart
+from megatron_kosmosg.evaluation.report.history import read_history, smooth
+from megatron_kosmosg.evaluation.report.page import write_report
+from megatron_kosmosg.evaluation.report.sections import duration
+
+ROW = {
+    "group": "instruct",
+    "name": "hue <median>",
+    "value": 6.25,
+    "unit": "deg",
+    "threshold": 9.0,
+    "direction": "<=",
+    "n": 64,
+    "seed": 0,
+    "chance": 90.0,
+    "ceiling": 0.6,
+    "passed": True,
+}
+
+
+def write_metrics(folder: Path, count: int = 30) -> None:
+    folder.mkdir(parents=True)
+    lines = []
+    for i in range(1, count + 1):
+        record = {"iteration": i, "loss": 3.0 / i, "lr": 1e-3, "grad_norm": 1.0}
+        record |= {"samples_per_sec": 40.0, "tokens_per_sec": 900.0, "tflops": 0.01, "cosine": 0.5}
+        if i % 10 == 0:
+            record |= {"heldout_loss": 4.0 / i, "heldout_accuracy": 0.5}
+        lines.append(json.dumps(record))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def write_run(out: Path, rows: list[dict], mode: str = "full") -> None:
+    for stage in ("pretrain", "align", "instruct"):
+        write_metrics(out / stage)
+    evaluation = out / "evaluation"
+    evaluation.mkdir()
+    (evaluation / "metrics.json").write_text(json.dumps({"rows": rows}))
+    Image.new("RGB", (8, 8), "red").save(evaluation / "sheet.png")
+    picture = {"file": "sheet.png", "title": "One subject", "caption": "shown & drawn"}
+    picture |= {"columns": ["prompt", "result"], "rows": ["a <image> on red"]}
+    (evaluation / "images.json").write_text(json.dumps([picture]))
+    step = {"name": "pretrain", "title": "pretrain", "command": "python -m x 'a b'"}
+    step |= {"seconds": 75.0, "cpu_seconds": 140.0}
+    machine = {"processor": "cpu", "cores": 2, "system": "Linux", "python": "3.11"}
+    record = {"mode": mode, "machine": machine, "steps": [step]}
+    (out / "quickstart.json").write_text(json.dumps(record))
+
+
+def test_the_page_needs_no_other_file(tmp_path):
+    write_run(tmp_path, [ROW])
+    page = write_report(tmp_path).read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:|#|https://arxiv\.org/)([^"]*)"', page)
+    assert len(re.findall(r'<img src="data:image/svg\+xml', page)) == 3
+    assert len(re.findall(r'<img src="data:image/png', page)) == 1
+    assert list(tmp_path.glob("*.tmp")) == []
+
+
+def test_the_page_shows_values_labels_commands_and_escapes_them(tmp_path):
+    write_run(tmp_path, [ROW])
+    page = write_report(tmp_path).read_text()
+    for text in ("6.25", "hue &lt;median&gt;", "a &lt;image&gt; on red", "shown &amp; drawn"):
+        assert text in page
+    assert "python -m x &#x27;a b&#x27;" in page
+    assert "1 min 15 s" in page
+
+
+def test_the_bar_runs_from_chance_to_ceiling(tmp_path):
+    write_run(tmp_path, [ROW])
+    page = write_report(tmp_path).read_text()
+    share = 100 * (90.0 - 6.25) / (90.0 - 0.6)
+    assert f"width:{share:.1f}%" in page
+
+
+@pytest.mark.parametrize(
+    "passed, mode, expected, unexpected",
+    [
+        (True, "full", "All 1 thresholds are met", "missed"),
+        (False, "full", "1 of 1 thresholds are missed: instruct: hue", "are met"),
+        (False, "fast", "Fast run", "thresholds are missed"),
+        (None, "full", "No threshold was evaluated", "are met"),
+    ],
+)
+def test_the_banner_says_what_was_reached(tmp_path, passed, mode, expected, unexpected):
+    write_run(tmp_path, [ROW | {"passed": passed}], mode)
+    page = write_report(tmp_path).read_text()
+    assert expected in page
+    assert unexpected not in page
+
+
+def test_a_page_is_made_of_training_alone(tmp_path):
+    write_metrics(tmp_path / "pretrain")
+    assert "Curves" in write_report(tmp_path).read_text()
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no metrics.jsonl"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_repeated_iteration_counts_once_and_bad_values_leave_no_point(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"iteration": 1, "loss": 9.0}\n{"iteration": 2, "loss": 8.0}\n'
+        '{"iteration": 2, "loss": 7.0}\n{"iteration": 3, "loss": NaN, "lr": 1.0}\n{"itera'
+    )
+    history = read_history(path)
+    assert history.series["loss"] == ([1, 2], [9.0, 7.0])
+    assert history.series["lr"] == ([3], [1.0])
+    assert history.last_iteration == 3
+
+
+def test_series_are_sorted_by_what_they_are(tmp_path):
+    write_metrics(tmp_path / "align")
+    history = read_history(tmp_path / "align" / "metrics.jsonl")
+    assert history.losses() == ["loss"]
+    assert history.others() == ["cosine", "accuracy"]
+    assert history.held_out("loss") == ([10, 20, 30], [0.4, 0.2, 4.0 / 30])
+    assert history.held_out("cosine") is None
+
+
+def test_smoothing_keeps_constants_and_averages_the_window():
+    assert smooth([2.0] * 9, 4) == [2.0] * 9
+    assert smooth([0.0, 3.0, 6.0, 0.0], 2) == [0.0, 3.0, 3.0, 3.0]
+    assert smooth([], 5) == []
+
+
+def test_the_chart_is_valid_svg_with_its_titles(tmp_path):
+    write_metrics(tmp_path / "align", count=2000)
+    svg = stage_chart(read_history(tmp_path / "align" / "metrics.jsonl"))
+    ElementTree.fromstring(svg)
+    for title in (
+        "loss",
+        "cosine, accuracy",
+        "accuracy, held out",
+        "gradient norm",
+        "learning rate",
+        "samples per second",
+    ):
+        assert title in svg
+    assert len(svg) < 250_000
+
+
+def test_durations():
+    assert [duration(s) for s in (8.42, 42.0, 75.0, 3700.0)] == [
+        "8.4 s",
+        "42 s",
+        "1 min 15 s",
+        "1 h 1 min",
+    ]
