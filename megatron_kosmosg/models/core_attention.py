@@ -1,0 +1,64 @@
+"""softmax(q k^T) v through torch's scaled_dot_product_attention, in Megatron's module contract."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class CoreAttention(MegatronModule):
+    """Attention of this rank's heads; flash kernels where torch has them."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **unused_by_this_implementation,
+    ) -> None:
+        super().__init__(config)
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        attn_mask_type: AttnMaskType,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: object | None = None,
+    ) -> torch.Tensor:
+        """query [sq, b, heads, hn], key and value [sk, b, heads, hn] -> [sq, b, heads*hn].
+
+        attention_mask: bool, broadcastable to [b, heads, sq, sk], True = hidden (Megatron's
+        polarity); ignored by causal attention.
+        """
+        if attention_bias is not None or packed_seq_params is not None:
+            raise NotImplementedError("this attention has neither a bias nor packed sequences")
+        is_causal = attn_mask_type is AttnMaskType.causal
+        hidden = None if is_causal else attention_mask
+        dropout = self.config.attention_dropout if self.training else 0.0
+        # Heads are split over ranks, so each rank drops with the tracker's own stream. Under
+        # sequence parallelism the whole block runs in that stream already.
+        own_stream = dropout > 0 and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if own_stream else nullcontext():
+            context = F.scaled_dot_product_attention(
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                attn_mask=None if hidden is None else ~hidden,
+                dropout_p=dropout,
+                is_causal=is_causal,
+                scale=self.softmax_scale,
+            )
+        return context.permute(2, 0, 1, 3).flatten(2)

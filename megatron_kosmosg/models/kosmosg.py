@@ -1,0 +1,207 @@
+"""KOSMOS-G without its image decoder: image tower, resampler, language decoder, AlignerNet.
+
+Each rank builds what its pipeline stage holds (pipeline_pieces.py); an attribute of a part that
+lives elsewhere is None. Composition only: the parts are in their own files.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import nn
+
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.models import boundary
+from megatron_kosmosg.models.aligner import build_aligner_m, build_aligner_n
+from megatron_kosmosg.models.initialise import initialise, mark_tensor_parallel
+from megatron_kosmosg.models.layer_specs import block_spec, causal_layer
+from megatron_kosmosg.models.mcore_configs import decoder_config
+from megatron_kosmosg.models.multimodal_lm import MultimodalEmbedding, OutputHead
+from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
+from megatron_kosmosg.models.resampler import Resampler
+from megatron_kosmosg.models.vision_encoder import VisionEncoder, load_tower
+from megatron_kosmosg.parallel.layout import Layout
+
+
+class KosmosG(LanguageModule):
+    """This pipeline stage's part of the model, in float32 on `layout.device`, initialised.
+
+    output_head: build the tied language head (`pretrain`). aligner_parts: (), ("M",) or ("M", "N").
+    After `requires_grad` is decided, call `agree_on_freezing` on all ranks.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: Layout,
+        *,
+        output_head: bool,
+        aligner_parts: tuple[str, ...] = (),
+    ) -> None:
+        stages = pipeline_pieces(config, aligner_parts)
+        super().__init__(decoder_config(config, stages), pg_collection=layout.process_groups)
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process = layout.is_first_stage
+        self.post_process = layout.is_last_stage
+        self.share_embeddings_and_output_weights = output_head
+        self.input_tensor: torch.Tensor | None = None
+        self._run_config, self._layout, self._pieces = config, layout, stages[layout.pp_rank]
+        # None: nothing arrives; False: its gradient is needed upstream; True: nothing there trains.
+        self._is_upstream_frozen = None if self.pre_process else False
+        with layout.device:
+            self._build(config, output_head)
+        mark_tensor_parallel(self)
+        if layout.device.type != "meta":
+            self._initialise(config)
+
+    def _build(self, config: RunConfig, output_head: bool) -> None:
+        groups, pieces = self._layout.process_groups, self._pieces
+        self.vision_encoder = self.resampler = self.embedding = None
+        self.decoder = self.output_layer = self.aligner_m = self.aligner_n = None
+        if self.pre_process:
+            self.vision_encoder = VisionEncoder(config)
+            self.resampler = Resampler(config, groups)
+            self.embedding = MultimodalEmbedding(self.config, config.model.vocab_size, groups)
+        if pieces.has_decoder:
+            self.decoder = TransformerBlock(
+                self.config,
+                block_spec(pieces.num_decoder_layers, causal_layer()),
+                post_process=pieces.ends_decoder,
+                pg_collection=groups,
+            )
+        if output_head and self.post_process:
+            self.output_layer = OutputHead(
+                self.config, config.model.vocab_size, groups, holds_weight=not self.pre_process
+            )
+        if "M" in pieces.aligner_parts:
+            self.aligner_m = build_aligner_m(config, groups)
+        if "N" in pieces.aligner_parts:
+            self.aligner_n = build_aligner_n(config, groups)
+
+    def _initialise(self, config: RunConfig) -> None:
+        initialise(
+            self,
+            config.model,
+            config.training.seed,
+            self._layout,
+            self._pieces.first_decoder_layer,
+        )
+        if self.vision_encoder is not None and config.model.vision.path is not None:
+            load_tower(self.vision_encoder, config.model.vision)
+        if self.share_embeddings_and_output_weights and (self.pre_process or self.post_process):
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor) -> None:
+        """Take what the stage before sent (Megatron's schedules call this)."""
+        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def agree_on_freezing(self) -> None:
+        """Tell every pipeline stage whether anything before it trains. Call on all ranks.
+
+        Where nothing does, no gradient is computed for it (the schedule is sent zeros). Without
+        this call results are the same, but the backward of frozen layers is computed.
+        """
+        if self._layout.pp_size == 1:
+            return
+        trains = torch.tensor(
+            [any(p.requires_grad for p in self.parameters())],
+            dtype=torch.uint8,
+            device=self._layout.device,
+        )
+        everyone = trains.new_empty(self._layout.pp_size)
+        torch.distributed.all_gather_into_tensor(everyone, trains, group=self._layout.pp_group)
+        if not self.pre_process:
+            self._is_upstream_frozen = not everyone[: self._layout.pp_rank].any().item()
+
+    def trainable_vision_modules(self) -> list[nn.Module]:
+        """The last `model.vision.num_trainable_layers` blocks of the tower and its post-norm."""
+        if self.vision_encoder is None:
+            return []
+        return self.vision_encoder.trainable_modules(
+            self._run_config.model.vision.num_trainable_layers
+        )
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        image_mask: torch.Tensor,
+        padding_mask: torch.Tensor,
+        pixel_values: torch.Tensor,
+    ) -> dict[str, torch.Tensor] | torch.Tensor:
+        """On the last pipeline stage a dict, elsewhere the tensor for the next (boundary.py).
+
+        tokens [b, s] int; image_mask [b, s] bool, True = image slot; padding_mask [b, s] bool,
+        True = padding; pixel_values [n, 3, H, W], n may be 0. The dict: "hidden" [b, s, h] after
+        the final LayerNorm; "logits" [s, b, v/tp] with an output head; "condition" [b, c, d] with
+        M; "reconstruction" [b, s, h] with N.
+        """
+        condition = None
+        if self.pre_process:
+            images = self.resampler(self.vision_encoder(pixel_values))
+            hidden = self.embedding(tokens, image_mask, padding_mask, images)
+        else:
+            hidden, condition = self._receive()
+        if self.decoder is not None:
+            hidden = self.decoder(hidden, attention_mask=None)
+            if self._pieces.ends_decoder:
+                hidden = self._whole_sequence(hidden, tokens.shape[1])
+        output = {"hidden": hidden.transpose(0, 1)}
+        if self.aligner_m is not None:
+            condition = self.aligner_m(output["hidden"], padding_mask)
+        if condition is not None:
+            output["condition"] = condition
+        if self.aligner_n is not None:
+            output["reconstruction"] = self.aligner_n(condition, tokens.shape[1])
+        if self.output_layer is not None:
+            shared = self.embedding.word_embeddings.weight if self.pre_process else None
+            output["logits"] = self.output_layer(hidden, shared)
+        return self._send(output, hidden)
+
+    def _receive(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        received = self.input_tensor
+        if self._is_upstream_frozen:
+            # Recomputation drops the gradient of layers none of whose inputs wants one.
+            here = any(p.requires_grad for p in self.parameters()) and torch.is_grad_enabled()
+            received = received.detach().requires_grad_(here)
+        if "N" in self._pieces.aligner_parts and self.aligner_m is None:
+            aligner = self._run_config.model.aligner
+            return boundary.unpack(received, aligner.num_queries, aligner.hidden_size)
+        return received, None
+
+    def _send(self, output: dict[str, torch.Tensor], hidden: torch.Tensor):
+        if self.post_process:
+            if self._is_upstream_frozen:
+                last = "reconstruction" if "reconstruction" in output else "condition"
+                last = last if last in output else "hidden"
+                output[last] = boundary.with_zero_gradient(output[last], self.input_tensor)
+            return output
+        condition = output.get("condition")
+        sent = hidden if condition is None else boundary.pack(hidden, condition)
+        if self._is_upstream_frozen:
+            sent = boundary.with_zero_gradient(sent, self.input_tensor)
+        return sent
+
+    def _whole_sequence(self, hidden: torch.Tensor, length: int) -> torch.Tensor:
+        """Undo sequence parallelism and its padding: [s/tp, b, h] -> [s, b, h]."""
+        if not self.config.sequence_parallel:
+            return hidden
+        # What follows is the same on every rank, so the gradient needs a slice, not a sum.
+        whole = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=False, group=self.tp_group
+        )
+        return whole[:length] if whole.shape[0] == length else whole[:length].contiguous()
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
+        """Megatron's description of every weight; keys depend on no layout and no stage.
+
+        The output head appears as the embedding it is tied to. Megatron's empty `_extra_state`
+        entries are left out.
+        """
+        # LanguageModule's version takes a last stage without output head for an error.
+        owner = LanguageModule if self.share_embeddings_and_output_weights else MegatronModule
+        state = owner.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+        return {key: value for key, value in state.items() if not key.endswith("_extra_state")}

@@ -1,0 +1,150 @@
+"""Layer specs: Megatron-Core's stock transformer layer with MAGNETO's norms, in three forms.
+
+Two providers give the same parameters and checkpoint keys: `local` (Megatron's own linears and
+torch's attention) and `transformer_engine`. The second is written against megatron-core 0.16.1 and
+has never been run: no machine with TransformerEngine was at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import (
+    CrossAttention,
+    CrossAttentionSubmodules,
+    SelfAttention,
+    SelfAttentionSubmodules,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_kosmosg.models.core_attention import CoreAttention
+from megatron_kosmosg.models.norms import LayerNorm, SubLN, SubLNRowParallelLinear
+from megatron_kosmosg.parallel.platform import transformer_impl
+
+
+@dataclass(frozen=True)
+class Provider:
+    """The building blocks of a layer."""
+
+    column_parallel: type
+    row_parallel: type
+    sub_norm_row_parallel: type
+    causal_attention: type
+    masked_attention: type
+    norm: type
+
+
+LOCAL = Provider(
+    column_parallel=ColumnParallelLinear,
+    row_parallel=RowParallelLinear,
+    sub_norm_row_parallel=SubLNRowParallelLinear,
+    causal_attention=CoreAttention,
+    masked_attention=CoreAttention,
+    norm=LayerNorm,
+)
+
+
+def transformer_engine_provider() -> Provider:
+    """TransformerEngine's linears and causal attention; ImportError without it. Untested."""
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TEDotProductAttention,
+        TERowParallelLinear,
+    )
+
+    class TESubLNRowParallelLinear(SubLN, TERowParallelLinear):
+        """TransformerEngine's row-parallel linear with MAGNETO's sub-norm."""
+
+    return Provider(
+        column_parallel=TEColumnParallelLinear,
+        row_parallel=TERowParallelLinear,
+        sub_norm_row_parallel=TESubLNRowParallelLinear,
+        causal_attention=TEDotProductAttention,
+        masked_attention=CoreAttention,
+        norm=LayerNorm,
+    )
+
+
+def provider() -> Provider:
+    """The provider for this process."""
+    return LOCAL if transformer_impl() == "local" else transformer_engine_provider()
+
+
+def block_spec(num_layers: int, layer: ModuleSpec) -> TransformerBlockSubmodules:
+    """A stack of `num_layers` equal layers; its final LayerNorm is built where the stack ends."""
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=provider().norm)
+
+
+def causal_layer() -> ModuleSpec:
+    """Layer of the language decoder."""
+    return _layer(AttnMaskType.causal)
+
+
+def bidirectional_layer() -> ModuleSpec:
+    """Layer of AlignerNet's encoders; the attention mask hides padding."""
+    return _layer(AttnMaskType.padding)
+
+
+def cross_attention_layer() -> ModuleSpec:
+    """Layer of AlignerNet's decoders: bidirectional, with cross-attention that has no sub-norm."""
+    return _layer(AttnMaskType.padding, with_cross_attention=True)
+
+
+def cross_attention_spec() -> ModuleSpec:
+    """Cross-attention without a sub-norm; the attention mask hides keys."""
+    parts = provider()
+    return ModuleSpec(
+        module=CrossAttention,
+        params={"attn_mask_type": AttnMaskType.padding},
+        submodules=CrossAttentionSubmodules(
+            linear_q=parts.column_parallel,
+            linear_kv=parts.column_parallel,
+            core_attention=parts.masked_attention,
+            linear_proj=parts.row_parallel,
+        ),
+    )
+
+
+def _layer(mask: AttnMaskType, with_cross_attention: bool = False) -> ModuleSpec:
+    parts = provider()
+    causal = mask is AttnMaskType.causal
+    self_attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": mask},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=parts.column_parallel,
+            core_attention=parts.causal_attention if causal else parts.masked_attention,
+            linear_proj=parts.sub_norm_row_parallel,
+        ),
+    )
+    feed_forward = ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(
+            linear_fc1=parts.column_parallel, linear_fc2=parts.sub_norm_row_parallel
+        ),
+    )
+    cross = {}
+    if with_cross_attention:
+        cross = {
+            "pre_cross_attn_layernorm": parts.norm,
+            "cross_attention": cross_attention_spec(),
+            "cross_attn_bda": get_bias_dropout_add,
+        }
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=parts.norm,
+            self_attention=self_attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=parts.norm,
+            mlp=feed_forward,
+            mlp_bda=get_bias_dropout_add,
+            **cross,
+        ),
+    )

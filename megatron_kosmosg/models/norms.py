@@ -1,0 +1,139 @@
+"""LayerNorms: replicated ones, and MAGNETO's sub-norm over features that are split over ranks.
+
+MAGNETO (arXiv 2210.06423) norms what enters the second linear of attention and feed-forward. Under
+tensor parallelism that is the split axis, so the statistics span the ranks of the group.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import get_pg_size
+
+if importlib.util.find_spec("apex") and importlib.util.find_spec("apex.normalization"):
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine  # untested: no GPU
+else:
+    fused_layer_norm_affine = None
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """LayerNorm of Megatron's constructor signature; parameters replicated over the group.
+
+    Under sequence parallelism each rank sees part of the positions, so the parameters are marked
+    for Megatron to sum their gradients over the group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.bias.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., h] -> [..., h]."""
+        if fused_layer_norm_affine is not None and x.is_cuda:
+            return fused_layer_norm_affine(
+                x, self.weight, self.bias, self.normalized_shape, self.eps
+            )
+        return super().forward(x)
+
+
+class ShardedLayerNorm(torch.nn.Module):
+    """LayerNorm over a feature axis of `hidden_size` of which each rank holds hidden_size/tp."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, tp_group) -> None:
+        super().__init__()
+        self.eps, self.tp_group = config.layernorm_epsilon, tp_group
+        shape = hidden_size // get_pg_size(tp_group)
+        self.weight = torch.nn.Parameter(torch.ones(shape, dtype=config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(shape, dtype=config.params_dtype))
+        for parameter in (self.weight, self.bias):
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., hidden_size/tp] -> the same shape."""
+        if get_pg_size(self.tp_group) == 1:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return _ShardedLayerNorm.apply(x, self.weight, self.bias, self.eps, self.tp_group)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
+        """Both parameters are split along axis 0."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0, "bias": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+class _ShardedLayerNorm(torch.autograd.Function):
+    """One collective forward (mean and squared deviation), one backward (two sums)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, group):
+        shards, width = group.size(), x.shape[-1]
+        x32 = x.float()
+        variance, mean = torch.var_mean(x32, dim=-1, correction=0)
+        local = torch.stack([mean, variance])
+        everyone = local.new_empty(shards, *local.shape)
+        torch.distributed.all_gather_into_tensor(everyone, local, group=group)
+        # Chan's merge of equally large parts: stable also where |mean| >> deviation.
+        means, variances = everyone[:, 0], everyone[:, 1]
+        total_variance, total_mean = torch.var_mean(means, dim=0, correction=0)
+        rstd = torch.rsqrt(total_variance.add_(variances.mean(dim=0)).add_(eps)).unsqueeze(-1)
+        normalised = (
+            x32.sub_(total_mean.unsqueeze(-1)) if x32 is not x else x - total_mean[..., None]
+        )
+        normalised = normalised.mul_(rstd)
+        ctx.save_for_backward(normalised.to(x.dtype), rstd, weight)
+        ctx.group, ctx.num_features = group, shards * width
+        return torch.addcmul(bias.float(), normalised, weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        normalised, rstd, weight = ctx.saved_tensors
+        grad, normalised = grad.float(), normalised.float()
+        weighted = grad * weight.float()
+        sums = torch.stack([weighted.sum(dim=-1), torch.linalg.vecdot(weighted, normalised)])
+        torch.distributed.all_reduce(sums, group=ctx.group)
+        sums = sums.div_(ctx.num_features).unsqueeze(-1)
+        grad_x = (weighted - sums[0]).addcmul_(normalised, sums[1], value=-1).mul_(rstd)
+        tokens = tuple(range(grad.dim() - 1))
+        grad_weight = (grad * normalised).sum(dim=tokens)
+        return (
+            grad_x.to(ctx.saved_tensors[0].dtype),
+            grad_weight.to(weight.dtype),
+            grad.sum(dim=tokens).to(weight.dtype),
+            None,
+            None,
+        )
+
+
+class SubLN:
+    """Mixin over a row-parallel linear: a LayerNorm on its (split) input."""
+
+    def __init__(self, input_size: int, output_size: int, *, config, tp_group=None, **kwargs):
+        super().__init__(input_size, output_size, config=config, tp_group=tp_group, **kwargs)
+        self.sub_norm = ShardedLayerNorm(config, input_size, tp_group)
+
+    def forward(self, x: torch.Tensor):
+        """[s, b, input/tp] -> (output without bias, bias)."""
+        return super().forward(self.sub_norm(x))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
+        """The linear's own entries; its idea that the norm is replicated is replaced."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return state | self.sub_norm.sharded_state_dict(
+            f"{prefix}sub_norm.", sharded_offsets, metadata
+        )
+
+
+class SubLNRowParallelLinear(SubLN, RowParallelLinear):
+    """Megatron's row-parallel linear with MAGNETO's sub-norm."""

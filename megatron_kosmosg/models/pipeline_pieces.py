@@ -1,0 +1,117 @@
+"""What each pipeline stage holds: a run of decoder layers, and AlignerNet's halves M and N.
+
+`parallel.pipeline_layout` reads "decoder*13|decoder*11,M,N", with `|` between stages.
+Tokens and images are embedded on the first stage. A half that the run does not build is skipped.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.schema import RunConfig
+
+_PIECE = re.compile(r"^(?:decoder(?:\*(\d+))?|[MN])$")
+
+
+@dataclass(frozen=True)
+class StagePieces:
+    """One pipeline stage's share of the model."""
+
+    first_decoder_layer: int
+    num_decoder_layers: int
+    ends_decoder: bool
+    """Whether the decoder's last layer (and its final LayerNorm) is on this stage."""
+    aligner_parts: tuple[str, ...]
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether any of the decoder is on this stage."""
+        return self.num_decoder_layers > 0 or self.ends_decoder
+
+
+def pipeline_pieces(config: RunConfig, aligner_parts: tuple[str, ...]) -> list[StagePieces]:
+    """The pieces of every pipeline stage, in order.
+
+    Raises ConfigError for a layout that cannot be read or does not hold the model.
+    """
+    num_stages = config.parallel.pipeline_model_parallel_size
+    num_layers = config.model.decoder.num_layers
+    text = config.parallel.pipeline_layout
+    if text is None:
+        counts = [
+            num_layers // num_stages + (stage < num_layers % num_stages)
+            for stage in range(num_stages)
+        ]
+        parts = [()] * (num_stages - 1) + [aligner_parts]
+    else:
+        counts, named = _parse(text)
+        parts = [tuple(part for part in stage if part in aligner_parts) for stage in named]
+        if not any(named):
+            parts[-1] = aligner_parts
+        _check(text, counts, parts, num_stages, num_layers, aligner_parts)
+    stages, first = [], 0
+    for count, stage_parts in zip(counts, parts, strict=True):
+        ends = first < num_layers <= first + count
+        stages.append(StagePieces(first, count, ends, stage_parts))
+        first += count
+    return stages
+
+
+def _parse(text: str) -> tuple[list[int], list[tuple[str, ...]]]:
+    counts, named = [], []
+    for stage in text.replace(" ", "").split("|"):
+        layers, halves = 0, []
+        for piece in stage.split(",") if stage else []:
+            match = _PIECE.match(piece)
+            if match is None:
+                raise ConfigError(
+                    f"parallel.pipeline_layout={text!r}: {piece!r} is not a piece; use decoder, "
+                    "decoder*NUMBER, M and N, with `,` between pieces and `|` between stages"
+                )
+            if piece in ("M", "N"):
+                halves.append(piece)
+            else:
+                layers += int(match.group(1) or 1)
+        counts.append(layers)
+        named.append(tuple(halves))
+    return counts, named
+
+
+def _check(
+    text: str,
+    counts: list[int],
+    parts: list[tuple[str, ...]],
+    num_stages: int,
+    num_layers: int,
+    aligner_parts: tuple[str, ...],
+) -> None:
+    if len(counts) != num_stages:
+        raise ConfigError(
+            f"parallel.pipeline_layout={text!r} has {len(counts)} stages, "
+            f"parallel.pipeline_model_parallel_size is {num_stages}"
+        )
+    if sum(counts) != num_layers:
+        raise ConfigError(
+            f"parallel.pipeline_layout={text!r} holds {sum(counts)} decoder layers, "
+            f"model.decoder.num_layers is {num_layers}"
+        )
+    order = [part for stage in parts for part in stage]
+    if order != list(aligner_parts):
+        raise ConfigError(
+            f"parallel.pipeline_layout={text!r} places AlignerNet's halves as {order}; this run "
+            f"builds {list(aligner_parts)}, each once and in that order"
+        )
+    last_decoder = max(i for i, count in enumerate(counts) if count)
+    first_half = min((i for i, stage in enumerate(parts) if stage), default=num_stages)
+    if first_half < last_decoder:
+        raise ConfigError(
+            f"parallel.pipeline_layout={text!r} places AlignerNet before the decoder's end"
+        )
+    for stage, count in enumerate(counts):
+        if stage > 0 and not count and not parts[stage]:
+            raise ConfigError(
+                f"parallel.pipeline_layout={text!r}: stage {stage} holds nothing that this run "
+                "builds; give it decoder layers or a half of AlignerNet"
+            )

@@ -1,0 +1,47 @@
+"""The connector: latent queries attend to an image's patch features (Kosmos-1's xconnector).
+
+out = W_o attention(latents, keys) with keys = values = [dense(patches); latents]; no residual, norm
+or feed-forward. Heads are split over tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.models.layer_specs import cross_attention_spec
+from megatron_kosmosg.models.mcore_configs import resampler_config
+
+
+class Resampler(MegatronModule):
+    """[n, p+1, h_v] -> [n, q, h]."""
+
+    def __init__(self, config: RunConfig, process_groups: ProcessGroupCollection) -> None:
+        super().__init__(resampler_config(config))
+        self.tp_group = process_groups.tp
+        hidden_size = config.model.decoder.hidden_size
+        self.dense = torch.nn.Linear(config.model.vision.hidden_size, hidden_size)
+        self.latent_query = torch.nn.Parameter(
+            torch.empty(config.model.resampler.num_latent_queries, hidden_size)
+        )
+        self.cross_attention = build_module(
+            cross_attention_spec(),
+            config=self.config,
+            layer_number=1,
+            pg_collection=process_groups,
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """features: [n, p+1, h_v]; n may be 0."""
+        num_images = features.shape[0]
+        keys = self.dense(features).transpose(0, 1)  # [p+1, n, h]
+        latents = self.latent_query[:, None].expand(-1, num_images, -1)
+        output, bias = self.cross_attention(
+            latents.contiguous(),
+            attention_mask=None,
+            key_value_states=torch.cat([keys, latents]),
+        )
+        return (output + bias).transpose(0, 1)
