@@ -106,8 +106,7 @@ class AlignStream:
 
     def _candidate(self, position: int, attempt: int) -> tuple[np.ndarray, str]:
         draw = self._blend[position]
-        order = self._orders[draw.name]
-        index = order[draw.ordinal] if attempt == 0 else order.replacement(position, attempt)
+        index = self._orders[draw.name].candidate(draw.ordinal, position, attempt)
         raw = self._stores[draw.name][index]
         return raw.tokens()[0].astype(np.int64), raw.info["caption"]
 

@@ -109,7 +109,7 @@ def _paint_background_white(image: DataNode, mask: DataNode) -> DataNode:
     """uint8 HWC: the picture where the mask is 255, white where it is 0, mixed in between."""
     keep = fn.cast(mask, dtype=types.FLOAT) / 255.0
     mixed = 255.0 - (255.0 - fn.cast(image, dtype=types.FLOAT)) * keep
-    return fn.reinterpret(fn.cast(mixed + 0.5, dtype=types.UINT8), layout="HWC")
+    return fn.reinterpret(fn.cast(mixed, dtype=types.UINT8), layout="HWC")
 
 
 def _resize_and_crop(image: DataNode, transform: ImageTransform) -> DataNode:

@@ -92,11 +92,7 @@ class InstructStream:
         draw = self._blend[position]
         source = self._sources[draw.name]
         for attempt in range(first_attempt, first_attempt + MAX_ATTEMPTS):
-            if attempt == 0:
-                index = source.order[draw.ordinal]
-            else:
-                index = source.order.replacement(position, attempt)
-            raw = source.store[index]
+            raw = source.store[source.order.candidate(draw.ordinal, position, attempt)]
             prompt = source.make_prompt(raw, Draws(self._seed, self._stage, position))
             if prompt is not None and len(prompt.tokens) <= self._max_length:
                 return PromptSample(position, prompt, draw.name, raw.info["key"], attempt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_kosmosg.data.keyed import KeyedPermutation, numpy_generator, stream_key
+from megatron_kosmosg.data.keyed import KeyedPermutation, stream_key
 
 
 class SampleOrder:
@@ -26,8 +26,15 @@ class SampleOrder:
         epoch, place = divmod(ordinal, self._num_samples)
         return self.epoch(epoch)[place]
 
-    def replacement(self, position: int, attempt: int) -> int:
-        """The sample that stands in at stream position `position`; attempts count from 1."""
-        tag = f"replacement/{self._name}/{attempt}"
-        generator = numpy_generator(self._seed, self._stage, position, tag)
-        return int(generator.integers(self._num_samples))
+    def candidate(self, ordinal: int, position: int, attempt: int) -> int:
+        """The sample for draw `ordinal`, which stands at stream `position`.
+
+        Attempt 0 is the sample itself; later ones are others, drawn by key without repetition.
+        """
+        own = self[ordinal]
+        others = self._num_samples - 1
+        if attempt == 0 or others == 0:
+            return own
+        key = stream_key(self._seed, self._stage, position, f"replacement/{self._name}")
+        index = KeyedPermutation(others, key)[(attempt - 1) % others]
+        return index if index < own else index + 1

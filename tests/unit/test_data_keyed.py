@@ -15,6 +15,7 @@ from megatron_kosmosg.data.keyed import (
     stream_key,
     torch_generator,
 )
+from megatron_kosmosg.data.order import SampleOrder
 
 
 def test_key_depends_on_every_argument_and_nothing_else():
@@ -68,3 +69,14 @@ def test_permutation_mixes_and_depends_on_the_key():
 def test_permutation_refuses_indices_outside():
     with pytest.raises(IndexError):
         KeyedPermutation(5, 0)[5]
+
+
+def test_order_reshuffles_each_epoch_and_replacements_are_other_samples():
+    order = SampleOrder("captions", 9, seed=1, stage="instruct/train")
+    epochs = [[order[9 * epoch + i] for i in range(9)] for epoch in range(4)]
+    assert all(sorted(epoch) == list(range(9)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    tried = [order.candidate(5, position=40, attempt=a) for a in range(9)]
+    assert tried[0] == order[5] and sorted(tried) == list(range(9))
+    assert tried != [order.candidate(5, position=41, attempt=a) for a in range(9)]
+    assert SampleOrder("one", 1, 0, "s").candidate(0, 0, 3) == 0

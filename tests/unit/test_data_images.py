@@ -1,0 +1,172 @@
+"""Decoding: both backends agree, and one bad picture costs one picture."""
+
+from __future__ import annotations
+
+import io
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_kosmosg.data.images import TOLERANCE, BadImage, ImageDecoder, ImageTransform
+from megatron_kosmosg.data.samples import EntityImage
+from tests.unit.data_helpers import encode_image, noise_image
+
+CLIP = ImageTransform(
+    24, "bicubic", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+)
+VAE = ImageTransform(40, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+SIZES = [(24, 24), (33, 47), (47, 33), (64, 64), (100, 257), (225, 301), (40, 41)]
+
+try:
+    import nvidia.dali  # noqa: F401
+
+    BACKENDS = ["pillow", "dali"]
+except ImportError:
+    BACKENDS = ["pillow"]
+needs_dali = pytest.mark.skipif(len(BACKENDS) == 1, reason="nvidia-dali is not installed")
+
+
+@pytest.fixture(scope="module")
+def decoders():
+    return {name: ImageDecoder(name) for name in BACKENDS}
+
+
+def pictures(image_format: str = "PNG") -> list[bytes]:
+    return [noise_image(i, h, w, image_format) for i, (h, w) in enumerate(SIZES)]
+
+
+def levels(pixels: torch.Tensor, transform: ImageTransform) -> np.ndarray:
+    """Back to 0..255, [n, H, W, 3]."""
+    mean, std = (np.array(v)[:, None, None] for v in (transform.mean, transform.std))
+    return ((pixels.numpy() * std + mean) * 255).transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("transform", [CLIP, VAE], ids=["clip", "vae"])
+def test_pillow_follows_torchvisions_geometry(decoders, transform):
+    """Resize(size) then CenterCrop(size), written out as torchvision documents them."""
+    size = transform.size
+    resample = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}[transform.interpolation]
+    got = levels(decoders["pillow"].decode(pictures(), transform), transform)
+    for data, result in zip(pictures(), got, strict=True):
+        image = Image.open(io.BytesIO(data))
+        w, h = image.size
+        new = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+        image = image.resize(new, resample)
+        top, left = round((new[1] - size) / 2.0), round((new[0] - size) / 2.0)
+        expected = np.asarray(image)[top : top + size, left : left + size]
+        assert np.abs(result - expected).max() < 1e-3
+
+
+@needs_dali
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
+@pytest.mark.parametrize("transform", [CLIP, VAE], ids=["clip", "vae"])
+def test_dali_equals_pillow_within_the_stated_tolerance(decoders, transform, image_format):
+    data = pictures(image_format)
+    a, b = (levels(decoders[name].decode(data, transform), transform) for name in BACKENDS)
+    mean, largest = np.abs(a - b).mean(axis=(1, 2, 3)), np.abs(a - b).max(axis=(1, 2, 3))
+    assert mean.max() <= TOLERANCE[0] and largest.max() <= TOLERANCE[1]
+    gentle = [i for i, size in enumerate(SIZES) if min(size) < 2 * transform.size]
+    assert largest[gentle].max() <= 3.001
+
+
+@needs_dali
+def test_pictures_of_the_right_size_are_exact(decoders):
+    data = [noise_image(i, 24, 24) for i in range(3)]
+    a, b = (decoders[name].decode(data, CLIP) for name in BACKENDS)
+    assert (a - b).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_paints_the_background_white(decoders, backend):
+    picture = np.full((24, 24, 3), (10, 100, 200), np.uint8)
+    mask = np.zeros((24, 24), np.uint8)
+    mask[6:18, 6:18] = 255
+    mask[0, 0] = 51  # one fifth entity
+    images = [EntityImage(encode_image(picture), encode_image(mask)), encode_image(picture)]
+    masked, plain = levels(decoders[backend].decode(images, CLIP), CLIP).round()
+    assert (masked[6:18, 6:18] == (10, 100, 200)).all()
+    outside = np.ones((24, 24), bool)
+    outside[6:18, 6:18] = outside[0, 0] = False
+    assert (masked[outside] == 255).all()
+    assert masked[0, 0].tolist() == [206, 224, 244]
+    assert (plain == (10, 100, 200)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grey_palette_and_alpha_pictures_become_rgb(decoders, backend):
+    grey = np.full((24, 24), 80, np.uint8)
+    rgba = np.dstack([np.full((24, 24, 3), 80, np.uint8), np.full((24, 24), 255, np.uint8)])
+    palette = io.BytesIO()
+    Image.fromarray(grey).convert("P").save(palette, "PNG")
+    data = [encode_image(grey), encode_image(rgba), palette.getvalue(), encode_image(grey, "JPEG")]
+    assert (levels(decoders[backend].decode(data, CLIP), CLIP).round() == 80).all()
+
+
+def bad_pictures() -> dict[str, bytes]:
+    good, jpeg = noise_image(0, 40, 40), noise_image(0, 40, 40, "JPEG")
+    return {
+        "empty": b"",
+        "html": b"<html><body>404</body></html>",
+        "garbage": bytes(range(256)),
+        "truncated png": good[: len(good) // 2],
+        "truncated jpeg": jpeg[: len(jpeg) // 2],
+        "header only": jpeg[:20],
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", list(bad_pictures()))
+def test_a_bad_picture_is_found_and_the_others_are_unharmed(decoders, backend, name):
+    good = [noise_image(i, 30, 40, "JPEG") for i in range(4)]
+    expected = decoders[backend].decode(good, CLIP)
+    images = [*good[:2], bad_pictures()[name], *good[2:]]
+    pixels, bad = decoders[backend].try_decode(images, CLIP)
+    assert [error.index for error in bad] == [2] and bad[0].reason
+    assert torch.equal(pixels[[0, 1, 3, 4]], expected)
+    assert not pixels[2].any()
+    with pytest.raises(BadImage, match="image 2"):
+        decoders[backend].decode(images, CLIP)
+    assert torch.equal(decoders[backend].decode(good, CLIP), expected), "usable after a failure"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bad_mask_is_a_bad_picture(decoders, backend):
+    image = EntityImage(noise_image(0, 24, 24), b"not a mask")
+    _, bad = decoders[backend].try_decode([noise_image(1, 24, 24), image], CLIP)
+    assert [error.index for error in bad] == [1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_batch_does_not_change_a_picture(decoders, backend):
+    data = [noise_image(i, 20 + i % 7, 30, "JPEG") for i in range(150)]
+    together = decoders[backend].decode(data, CLIP)
+    for i in (0, 63, 64, 149):
+        assert torch.equal(together[i], decoders[backend].decode([data[i]], CLIP)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_get_the_same_tensors(decoders, backend):
+    data = pictures("JPEG")
+    expected = decoders[backend].decode(data, CLIP)
+    results: list[torch.Tensor] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(decoders[backend].decode(data, CLIP)))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3 and all(torch.equal(r, expected) for r in results)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_pictures_give_an_empty_tensor(decoders, backend):
+    assert decoders[backend].decode([], CLIP).shape == (0, 3, 24, 24)
+
+
+def test_auto_takes_dali_where_it_is_installed():
+    assert ImageDecoder("auto").name == BACKENDS[-1]

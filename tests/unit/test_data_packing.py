@@ -1,0 +1,160 @@
+"""Full-sentence packing against a packer that walks token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_kosmosg.data.order import SampleOrder
+from megatron_kosmosg.data.packing import PackedDataset
+from megatron_kosmosg.data.sequence import SequenceFormat
+from megatron_kosmosg.data.store import TOKENS, SampleStore
+from megatron_kosmosg.data.tokenizer import Tokenizer
+from tests.unit.data_helpers import build_dataset, write_tokenizer
+
+QUERIES = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("packing")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer(write_tokenizer(folder))
+
+
+@pytest.fixture(scope="module")
+def stores(folder):
+    return {
+        kind: SampleStore(build_dataset(folder, kind, 25))
+        for kind in ("text", "caption", "interleaved")
+    }
+
+
+def packed(store, tokenizer, capacity, queries=QUERIES):
+    order = SampleOrder("name", len(store), seed=1, stage="pretrain/train")
+    dataset = PackedDataset("name", store, order, SequenceFormat(tokenizer, queries), capacity)
+    return dataset, order
+
+
+def walk(store, tokenizer, document):
+    """Atoms of one document: (tokens, counts as a label, sentence ends here)."""
+    raw = store[document]
+    image = [tokenizer.image_id] * (QUERIES + 1) + [tokenizer.end_image_id]
+    atoms = [[[tokenizer.bos_id], False, False]]
+    parts = list(zip(raw.parts, raw.modes, strict=True))
+    if store.kind == "caption":
+        parts.reverse()  # the picture is stored last and read first
+    for part, mode in parts:
+        if mode != TOKENS:
+            atoms.append([image, False, False])
+            continue
+        ids = [i for i in part.tolist() if i != tokenizer.eos_id]
+        pieces = [tokenizer.decode([i]) for i in ids]
+        for i, piece in zip(ids, pieces, strict=True):
+            atoms.append([[i], True, piece == "."])
+    atoms.append([[tokenizer.eos_id], True, True])
+    atoms[-2][2] = False  # </s> stays with the last sentence
+    return atoms
+
+
+def reference_rows(store, tokenizer, order, epoch, capacity):
+    sentences, sentence = [], []
+    for document in order.epoch(epoch).take(np.arange(len(store))):
+        for atom in walk(store, tokenizer, int(document)):
+            sentence.append(atom)
+            if atom[2]:
+                sentences.append(sentence)
+                sentence = []
+    assert not sentence
+    rows, row = [], []
+
+    def size(atoms):
+        return sum(len(atom[0]) for atom in atoms)
+
+    for sentence in sentences:
+        pieces, piece = [], []
+        for atom in sentence:
+            if size(piece) + len(atom[0]) > capacity:
+                pieces.append(piece)
+                piece = []
+            piece.append(atom)
+        for part in [*pieces, piece]:
+            if size(row) + size(part) > capacity:
+                rows.append(row)
+                row = []
+            row = row + part
+    rows.append(row)
+    return [
+        (
+            [token for atom in row for token in atom[0]],
+            [atom[1] for atom in row for _ in atom[0]],
+        )
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("kind", ["text", "caption", "interleaved"])
+@pytest.mark.parametrize("capacity", [9, 17, 40, 200])
+def test_rows_equal_a_token_by_token_packer(stores, tokenizer, kind, capacity):
+    store = stores[kind]
+    dataset, order = packed(store, tokenizer, capacity)
+    expected = [
+        row
+        for epoch in range(3)
+        for row in reference_rows(store, tokenizer, order, epoch, capacity)
+    ]
+    for ordinal in reversed(range(len(expected))):  # random access, not in order
+        row = dataset.row(ordinal, position=ordinal)
+        tokens, counts = expected[ordinal]
+        assert row.tokens.tolist() == tokens
+        assert row.label_mask.tolist() == counts
+        assert len(row.tokens) <= capacity
+
+
+def test_pictures_are_whole_and_in_their_slots(stores, tokenizer):
+    store = stores["interleaved"]
+    dataset, _ = packed(store, tokenizer, 17)
+    width = QUERIES + 2
+    originals = {raw.info["key"]: raw.images() for raw in (store[i] for i in range(len(store)))}
+    seen = 0
+    for ordinal in range(60):
+        row = dataset.row(ordinal, ordinal)
+        assert row.image_mask.sum() == QUERIES * len(row.images)
+        for image in row.images:
+            block = row.tokens[image.start : image.start + width]
+            assert block.tolist() == [tokenizer.image_id] * (width - 1) + [tokenizer.end_image_id]
+            mask = row.image_mask[image.start : image.start + width]
+            assert mask.tolist() == [False] + [True] * QUERIES + [False]
+            assert image.image in originals[image.key]
+            after = row.tokens[image.document_end - 1]
+            at_row_end = image.document_end == len(row.tokens)
+            assert after == tokenizer.eos_id or at_row_end
+            seen += 1
+    assert seen > 20
+
+
+def test_epochs_are_shuffled_anew_and_hold_the_same_tokens(stores, tokenizer):
+    store = stores["text"]
+    dataset, order = packed(store, tokenizer, 40)
+    rows = [len(reference_rows(store, tokenizer, order, e, 40)) for e in range(2)]
+    epochs = [
+        [dataset.row(o, o).tokens for o in range(sum(rows[:e]), sum(rows[: e + 1]))]
+        for e in range(2)
+    ]
+    first, second = (np.concatenate(epoch) for epoch in epochs)
+    assert not np.array_equal(first, second)
+    assert sorted(first.tolist()) == sorted(second.tolist())
+
+
+def test_a_row_too_short_for_a_picture_is_refused(stores, tokenizer):
+    with pytest.raises(ValueError, match=r"raise data\.seq_length"):
+        packed(stores["caption"], tokenizer, 7)
+
+
+def test_kinds_that_are_no_documents_are_refused(folder, tokenizer):
+    store = SampleStore(build_dataset(folder, "edit", 2))
+    with pytest.raises(ValueError, match="of kind edit"):
+        packed(store, tokenizer, 40)

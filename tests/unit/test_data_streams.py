@@ -1,0 +1,305 @@
+"""The streams of the three stages: batches, determinism over layouts, bad pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPTokenizer
+
+from megatron_kosmosg.data import store as store_module
+from megatron_kosmosg.data.bad_samples import TooManyBadSamples
+from megatron_kosmosg.data.loader import MicroBatchIterator
+from megatron_kosmosg.data.store import SampleStore
+from megatron_kosmosg.data.streams import align_stream, instruct_stream, pretrain_stream
+from megatron_kosmosg.data.tokenizer import Tokenizer
+from tests.unit.data_helpers import (
+    build_dataset,
+    run_config,
+    write_clip_tokenizer,
+    write_tokenizer,
+)
+
+GLOBAL_BATCH = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("streams")
+    write_clip_tokenizer(folder)
+    for kind in ("text", "caption", "interleaved", "edit", "compositional"):
+        build_dataset(folder, kind, 20)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer(write_tokenizer(folder))
+
+
+def prefixes(folder: Path, **weights: float) -> dict[str, tuple[str, float]]:
+    return {kind: (str(folder / kind), weight) for kind, weight in weights.items()}
+
+
+def make_stream(folder: Path, stage: str, split: str = "train", **data):
+    if stage == "pretrain":
+        blend = prefixes(folder, text=5, caption=5, interleaved=2)
+        return pretrain_stream(run_config(folder, stage, blend, **data), split)
+    if stage == "align":
+        return align_stream(run_config(folder, stage, prefixes(folder, caption=1), **data), split)
+    blend = prefixes(folder, compositional=2, edit=2, caption=1)
+    return instruct_stream(run_config(folder, stage, blend, **data), split)
+
+
+def row_hashes(batch: dict[str, torch.Tensor]) -> list[str]:
+    """One hash per row of everything that belongs to the row, whatever it is padded to."""
+    hashes = []
+    slots = batch["image_mask"].sum(1) // 4
+    ends = torch.cumsum(slots, 0)
+    for b in range(len(batch["tokens"])):
+        digest = hashlib.sha256()
+        n = int((~batch["padding_mask"][b]).sum())
+        for name in sorted(batch):
+            if name == "pixel_values":
+                value = batch[name][ends[b] - slots[b] : ends[b]]
+            else:
+                value = batch[name][b]
+                is_row = value.ndim == 1 and name != "clip_tokens"
+                value = value[:n] if is_row else value
+            digest.update(name.encode() + value.numpy().tobytes())
+        hashes.append(digest.hexdigest())
+    return hashes
+
+
+def global_stream(stream, dp_size, micro_batch_size, num_workers, start_batch, num_batches):
+    """Row hashes in stream order, gathered from every data-parallel rank."""
+    rows: dict[int, str] = {}
+    for rank in range(dp_size):
+        loader = MicroBatchIterator(
+            stream,
+            GLOBAL_BATCH,
+            micro_batch_size,
+            rank,
+            dp_size,
+            start_batch * GLOBAL_BATCH,
+            num_workers,
+        )
+        for number in range(num_batches * GLOBAL_BATCH // (micro_batch_size * dp_size)):
+            own, _ = loader.positions(number)
+            for position, value in zip(own, row_hashes(next(loader)), strict=True):
+                assert position not in rows, "two ranks read the same sample"
+                rows[position] = value
+        loader.close()
+    first = start_batch * GLOBAL_BATCH
+    assert sorted(rows) == list(range(first, first + num_batches * GLOBAL_BATCH))
+    return [rows[position] for position in sorted(rows)]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "align", "instruct"])
+def test_global_stream_is_the_same_for_every_layout_restart_and_thread_count(folder, stage):
+    expected = global_stream(make_stream(folder, stage), 1, GLOBAL_BATCH, 0, 0, 4)
+    assert len(set(expected)) > 15
+    for dp_size, micro_batch_size, num_workers in ((1, 3, 2), (2, 3, 1), (3, 2, 4), (4, 1, 0)):
+        found = global_stream(
+            make_stream(folder, stage), dp_size, micro_batch_size, num_workers, 0, 4
+        )
+        assert found == expected
+    restarted = global_stream(make_stream(folder, stage), 2, 2, 2, 3, 1)
+    assert restarted == expected[3 * GLOBAL_BATCH :]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "align", "instruct"])
+def test_other_seed_split_and_epoch_differ(folder, stage):
+    train = global_stream(make_stream(folder, stage), 1, 4, 0, 0, 8)
+    heldout = global_stream(make_stream(folder, stage, "heldout"), 1, 4, 0, 0, 8)
+    assert train != heldout
+    assert train[:48] != train[48:]
+
+
+def test_instruct_batch_has_the_agreed_keys_and_shapes(folder, tokenizer):
+    stream = make_stream(folder, "instruct")
+    samples = [stream[p] for p in range(10)]
+    width = stream.pad_to(samples, range(10))
+    batch = stream.collate(samples, width)
+    assert width == max(stream.length(p) for p in range(10)) == batch["tokens"].shape[1]
+    images = sum(len(sample.prompt.images) for sample in samples)
+    assert {name: (tuple(v.shape), v.dtype) for name, v in batch.items()} == {
+        "tokens": ((10, width), torch.int64),
+        "image_mask": ((10, width), torch.bool),
+        "padding_mask": ((10, width), torch.bool),
+        "pixel_values": ((images, 3, 8, 8), torch.float32),
+        "target_pixel_values": ((10, 3, 16, 16), torch.float32),
+        "stream_positions": ((10,), torch.int64),
+    }
+    assert batch["stream_positions"].tolist() == list(range(10))
+    assert int(batch["image_mask"].sum()) == 4 * images
+    assert (batch["tokens"][batch["image_mask"]] == tokenizer.image_id).all()
+    assert (batch["tokens"][:, 0] == tokenizer.bos_id).all()
+    assert ((batch["tokens"] == tokenizer.pad_id) == batch["padding_mask"]).all()
+    assert not (batch["tokens"] == tokenizer.eos_id).any()
+    assert -1 <= batch["target_pixel_values"].min() < -0.5
+    assert 0.5 < batch["target_pixel_values"].max() <= 1
+    names = [sample.dataset for sample in samples]
+    counts = [names.count(name) for name in ("compositional", "edit", "caption")]
+    assert counts == [4, 4, 2]
+
+
+def test_pixel_values_follow_rows_then_positions(folder):
+    stream = make_stream(folder, "instruct")
+    samples = [stream[p] for p in range(6)]
+    together = stream.collate(samples, 1)["pixel_values"]
+    apart = [stream.collate([sample], 1)["pixel_values"] for sample in samples]
+    assert torch.equal(together, torch.cat(apart))
+
+
+def test_pretrain_batch_labels_are_the_next_tokens_and_only_text_counts(folder, tokenizer):
+    stream = make_stream(folder, "pretrain")
+    samples = [stream[p] for p in range(24)]
+    batch = stream.collate(samples, stream.pad_to(samples, range(24)))
+    assert batch["tokens"].shape == batch["labels"].shape == (24, 60)
+    for b, row in enumerate(samples):
+        n = len(row.tokens) - 1
+        assert torch.equal(batch["tokens"][b, 1:n], batch["labels"][b, : n - 1])
+        assert batch["labels"][b, n - 1] == row.tokens[-1]
+        assert batch["padding_mask"][b].tolist() == [False] * n + [True] * (60 - n)
+    special = [tokenizer.bos_id, tokenizer.pad_id, tokenizer.image_id, tokenizer.end_image_id]
+    expected = ~torch.isin(batch["labels"], torch.tensor(special))
+    assert torch.equal(batch["loss_mask"], expected.float())
+    assert batch["loss_mask"].dtype == torch.float32
+    assert (batch["labels"] == tokenizer.eos_id)[batch["loss_mask"] > 0].any()
+    assert batch["image_mask"].sum() == 4 * len(batch["pixel_values"]) > 0
+
+
+def test_align_batch_pads_to_the_global_batch_and_tokenises_for_clip(folder, tokenizer):
+    stream = make_stream(folder, "align")
+    whole = range(12)
+    samples = [stream[p] for p in range(4)]
+    width = stream.pad_to(samples, whole)
+    assert width == max(len(stream[p].tokens) for p in whole)
+    batch = stream.collate(samples, width)
+    assert batch["tokens"].shape == (4, width) and not batch["image_mask"].any()
+    assert batch["pixel_values"].shape == (0, 3, 8, 8)
+    assert batch["clip_tokens"].shape == (4, 30) and batch["clip_tokens"].dtype == torch.int64
+    clip = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    captions = {}
+    store = SampleStore(folder / "caption")
+    for i in range(len(store)):
+        raw = store[i]
+        captions[tuple(tokenizer.encode(raw.info["caption"]))] = raw.info["caption"]
+    for row, clip_row, padding in zip(
+        batch["tokens"], batch["clip_tokens"], batch["padding_mask"], strict=True
+    ):
+        caption = captions[tuple(row[~padding][1:].tolist())]
+        expected = clip(caption, padding="max_length", max_length=30, truncation=True)["input_ids"]
+        assert clip_row.tolist() == expected
+
+
+def test_align_leaves_out_captions_that_clip_would_cut(folder):
+    clip = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    store = SampleStore(folder / "caption")
+    lengths = [len(clip(store[i].info["caption"])["input_ids"]) for i in range(len(store))]
+    assert min(lengths) <= 30 < max(lengths), "the filter has something to do"
+    stream = make_stream(folder, "align")
+    rows = [stream[p].clip_tokens for p in range(60)]
+    ends = [row.tolist().index(clip.eos_token_id) for row in rows]
+    assert max(ends) <= 29
+
+
+def break_image(folder: Path, kind: str, name: str, which: int, part: int) -> str:
+    """A copy of a dataset in which one picture's bytes are overwritten; returns its prefix."""
+    prefix = build_dataset(folder, kind, 8, name=name)
+    store = SampleStore(prefix)
+    data = store._data
+    first = int(store._documents[which])
+    images = [i for i in range(first, int(store._documents[which + 1])) if data[i][1] == 1]
+    pointer, length, _ = data.index[images[part]]
+    with Path(f"{prefix}.bin").open("r+b") as file:
+        file.seek(int(pointer))
+        file.write(b"\0" * int(length))
+    return prefix
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_bad_picture_costs_one_sample_is_reported_and_replaced_by_key(folder, caplog, part):
+    prefix = break_image(folder, "edit", f"-broken{part}", 3, part)
+    config = run_config(folder, "instruct", {"edits": (prefix, 1.0)})
+    stream = instruct_stream(config, "train")
+    hit = [p for p in range(8) if stream[p].key == "edit-3"]
+    assert len(hit) == 1, "an epoch holds every sample once"
+    with caplog.at_level(logging.WARNING):
+        batch = stream.collate([stream[p] for p in range(8)], 1)
+    assert stream.statistics() == {"bad_samples": 1}
+    assert "dataset edits, sample edit-3" in caplog.text
+    again = instruct_stream(config, "train")
+    alone = again.collate([again[hit[0]]], 1)
+    assert torch.equal(alone["target_pixel_values"][0], batch["target_pixel_values"][hit[0]])
+    healthy = [p for p in range(8) if p != hit[0]]
+    clean = again.collate([again[p] for p in healthy], 1)
+    assert torch.equal(clean["target_pixel_values"], batch["target_pixel_values"][healthy])
+    assert batch["stream_positions"].tolist() == list(range(8))
+
+
+def test_too_many_bad_pictures_stop_the_run(folder):
+    prefix = break_image(folder, "edit", "-limit", 2, 0)
+    config = run_config(folder, "instruct", {"edits": (prefix, 1.0)}, max_bad_samples=1)
+    stream = instruct_stream(config, "train")
+    with pytest.raises(TooManyBadSamples, match=r"data\.max_bad_samples allows 1"):
+        for start in range(0, 64, 8):
+            stream.collate([stream[p] for p in range(start, start + 8)], 1)
+
+
+def test_bad_picture_in_a_row_silences_its_document_only(folder, tokenizer):
+    prefix = break_image(folder, "caption", "-row", 5, 0)
+    config = run_config(folder, "pretrain", {"captions": (prefix, 1.0)})
+    stream = pretrain_stream(config, "train")
+    rows = [stream[p] for p in range(20)]
+    hit = next(i for i, row in enumerate(rows) if any(im.key == "caption-5" for im in row.images))
+    row = rows[hit]
+    image = next(im for im in row.images if im.key == "caption-5")
+    batch = stream.collate([row], 60)
+    expected = row.label_mask[1:].astype(np.float32)
+    expected[image.start : image.document_end - 1] = 0
+    n = len(row.tokens) - 1
+    assert batch["loss_mask"][0, :n].tolist() == expected.tolist()
+    assert expected.sum() < row.label_mask[1:].sum()
+    place = row.images.index(image)
+    assert not batch["pixel_values"][place].any()
+    assert stream.statistics() == {"bad_samples": 1}
+
+
+def test_wrong_configurations_name_the_key(folder):
+    blend = prefixes(folder, text=1)
+    with pytest.raises(ValueError, match="instruct reads caption, edit, compositional"):
+        instruct_stream(run_config(folder, "instruct", blend), "train")
+    with pytest.raises(ValueError, match="align reads caption"):
+        align_stream(run_config(folder, "align", blend), "train")
+    with pytest.raises(ValueError, match=r"data\.heldout is empty"):
+        config = run_config(folder, "align", blend)
+        data = dataclasses.replace(config.data, heldout={})
+        align_stream(dataclasses.replace(config, data=data), "heldout")
+    with pytest.raises(FileNotFoundError, match="write it with"):
+        wrong = {"x": (str(folder / "missing"), 1.0)}
+        pretrain_stream(run_config(folder, "pretrain", wrong), "train")
+    with pytest.raises(ValueError, match=r"model\.vocab_size"):
+        config = run_config(folder, "pretrain", blend)
+        model = dataclasses.replace(config.model, vocab_size=99)
+        pretrain_stream(dataclasses.replace(config, model=model), "train")
+    with pytest.raises(ValueError, match=r"longer than\s+data\.seq_length=3"):
+        config = run_config(folder, "instruct", prefixes(folder, edit=1), seq_length=3)
+        _ = instruct_stream(config, "train")[0]
+
+
+def test_manifest_counts_what_is_stored(folder):
+    manifest = json.loads((folder / "compositional.json").read_text())
+    store = SampleStore(folder / "compositional")
+    raws = [store[i] for i in range(len(store))]
+    assert manifest["num_samples"] == 20 and manifest["kind"] == "compositional"
+    assert manifest["num_images"] == sum(len(raw.images()) for raw in raws)
+    assert manifest["num_tokens"] == sum(len(t) for raw in raws for t in raw.tokens())
+    assert manifest["format_version"] == store_module.FORMAT_VERSION
