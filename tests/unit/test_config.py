@@ -115,10 +115,6 @@ def test_batch_arithmetic():
             ["parallel.pipeline_model_parallel_size=2", "model.decoder.num_layers=1"],
             ["num_layers=1", "2 pipeline stages"],
         ),
-        (
-            ["parallel.pipeline_model_parallel_size=2", "parallel.pipeline_layout=decoder*24"],
-            ["pipeline_layout", "1 stages"],
-        ),
         (["parallel.world_size=256"], ["256", "24 ranks"]),
         (["optimizer.lr_warmup_iters=10", "training.train_iters=10"], ["lr_warmup_iters=10"]),
         (["score.condition_drop_prob=1.5"], ["condition_drop_prob=1.5"]),

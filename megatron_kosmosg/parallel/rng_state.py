@@ -1,0 +1,38 @@
+"""All random-number state of this rank, so that a resumed run draws what the interrupted one would.
+
+Covers torch, the accelerator, numpy, Python, and Megatron-Core's tracker of tensor-parallel streams.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+
+def rng_state() -> dict[str, Any]:
+    """Plain values and CPU tensors that `restore_rng_state` takes back."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "tracker": {
+            name: state.clone() for name, state in get_cuda_rng_tracker().get_states().items()
+        },
+    }
+
+
+def restore_rng_state(state: dict[str, Any]) -> None:
+    """Puts every generator back to `state`."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["device"] is not None:
+        torch.cuda.set_rng_state(state["device"])
+    get_cuda_rng_tracker().set_states(
+        {name: value.clone() for name, value in state["tracker"].items()}
+    )

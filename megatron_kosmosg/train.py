@@ -1,0 +1,109 @@
+"""Entry of all training stages: `python -m megatron_kosmosg.train --config F.yaml key=value ...`.
+
+Heavy imports happen inside `run`: saving starts helper processes that import this module again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.schema import RunConfig
+
+EXIT_ERROR = 1
+
+DESCRIPTION = """\
+Trains one stage (pretrain, align or instruct) of KOSMOS-G. Start it with torchrun or srun, one
+process per device, or alone. A rerun continues from the newest checkpoint of its output folder.
+"""
+
+EPILOG = """\
+exit codes: 0 all iterations done; 85 a signal (TERM, USR1, Ctrl-C) asked to stop, state is saved,
+start again to continue; 1 error.
+"""
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed command line: config, dry_run, overrides."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_kosmosg.train",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file; see examples/configs")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config, rank layout, parameter counts and batch arithmetic; "
+        "needs no GPU and no data",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file"
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of this rank."""
+    parsed = parse_arguments(arguments)
+    try:
+        config = load_config(parsed.config, parsed.overrides)
+        if parsed.dry_run:
+            from megatron_kosmosg.planning.dry_run import describe
+
+            print(describe(config))
+            return 0
+    except ConfigError as error:  # the same on every rank: one of them says it
+        if _rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    return run(config)
+
+
+def run(config: RunConfig) -> int:
+    """Trains; the exit code of this rank. Process groups are left in every case."""
+    from megatron_kosmosg.config.paths import output_folder
+    from megatron_kosmosg.training.failure import report_failure
+
+    try:
+        return _train(config)
+    except (Exception, KeyboardInterrupt) as error:
+        brief = isinstance(error, (ConfigError, KeyboardInterrupt, FloatingPointError))
+        report_failure(output_folder(config), _rank(), error, brief=brief)
+        return EXIT_ERROR
+
+
+def _train(config: RunConfig) -> int:
+    from megatron_kosmosg.config.paths import output_folder
+    from megatron_kosmosg.config.validate import validate
+    from megatron_kosmosg.parallel import platform
+    from megatron_kosmosg.parallel.rendezvous import find_place
+    from megatron_kosmosg.stages import build_stage
+    from megatron_kosmosg.training.failure import forget_failure
+    from megatron_kosmosg.training.loop import fit
+    from megatron_kosmosg.training.signals import EXIT_STOPPED
+
+    if _rank() == 0:
+        forget_failure(output_folder(config))
+    validate(config, find_place(os.environ).world_size)
+    try:
+        layout = platform.initialize(config)
+        finished = fit(build_stage(config, layout), config, layout)
+    finally:
+        platform.teardown()
+    return 0 if finished else EXIT_STOPPED
+
+
+def _rank() -> int:
+    from megatron_kosmosg.parallel.rendezvous import find_place
+
+    return find_place(os.environ).rank
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Micro-batches as the stages see them: loaded on one rank of each replica, broadcast, on device.
+
+Also counts the work in them and the time spent waiting for them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.loader import MicroBatchIterator
+from megatron_kosmosg.data.samples import StreamDataset
+from megatron_kosmosg.parallel.broadcast import broadcast_batch
+from megatron_kosmosg.parallel.layout import Layout
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Work:
+    """What went through the model on this replica."""
+
+    tokens: int = 0
+    """Positions, padding included: the model computes them."""
+    images: int = 0
+    """Prompt images."""
+    rows: int = 0
+    """Samples: packed rows, captions or prompts."""
+
+
+class BatchFeed:
+    """Iterator of broadcast device batches that starts at stream position `start_sample`."""
+
+    def __init__(
+        self, dataset: StreamDataset, config: RunConfig, layout: Layout, start_sample: int
+    ) -> None:
+        self._layout = layout
+        self._work = Work()
+        self._loader: MicroBatchIterator | None = None
+        if layout.tp_rank == 0:  # the other tensor-parallel ranks get the batch by broadcast
+            self._loader = MicroBatchIterator(
+                dataset,
+                global_batch_size=config.training.global_batch_size,
+                micro_batch_size=config.training.micro_batch_size,
+                dp_rank=layout.dp_rank,
+                dp_size=layout.dp_size,
+                start_sample=start_sample,
+                num_workers=config.data.num_workers,
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = broadcast_batch(None if self._loader is None else next(self._loader), self._layout)
+        self._work.tokens += batch["tokens"].numel()
+        self._work.images += batch["pixel_values"].shape[0]
+        self._work.rows += batch["tokens"].shape[0]
+        return batch
+
+    def chunk_iterators(self, num_chunks: int) -> list[Iterator[Batch]]:
+        """One iterator per model chunk of this rank, all over the same batches."""
+        return list(itertools.tee(self, num_chunks)) if num_chunks > 1 else [self]
+
+    def pop_work(self) -> Work:
+        """The work since the last call."""
+        work, self._work = self._work, Work()
+        return work
+
+    def pop_wait(self) -> float:
+        """Seconds spent waiting for data since the last call; 0 on ranks that do not load."""
+        return 0.0 if self._loader is None else self._loader.pop_wait()
+
+    def close(self) -> None:
+        if self._loader is not None:
+            self._loader.close()

@@ -1,0 +1,168 @@
+"""Saving and resuming a run through Megatron-Core's distributed checkpoints.
+
+One checkpoint holds model, optimizer, learning-rate schedule, progress, the config and every
+rank's random state; any tensor/pipeline/data layout loads any other. Random state is only taken
+back on the layout that wrote it: elsewhere the streams restart from the seed and the iteration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_kosmosg.config.load import load_config, to_yaml
+from megatron_kosmosg.config.paths import save_folder
+from megatron_kosmosg.config.resume import check_resume
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.rng_state import restore_rng_state, rng_state
+from megatron_kosmosg.parallel.seeds import set_seeds
+from megatron_kosmosg.training import checkpoint_folder
+from megatron_kosmosg.training.optimizer import restore_settings, set_num_updates
+from megatron_kosmosg.training.weights import model_state, set_model_state
+
+
+@dataclass
+class Progress:
+    """Where a run stands; equal on all ranks."""
+
+    iteration: int = 0
+    consumed_train_samples: int = 0
+    updates: int = 0
+    """Iterations that changed the parameters."""
+    nonfinite_in_a_row: int = 0
+
+
+def checkpoint_metadata(layout: Layout) -> dict[str, Any]:
+    """What `sharded_state_dict` of model and optimizer must know: optimizer state is stored per
+    parameter, so that it can be split anew for another layout."""
+    return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": layout.dp_group}
+
+
+class Checkpointer:
+    """Saves and restores one run. All methods are collectives over all ranks."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: Layout,
+        chunks: list[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+    ) -> None:
+        """chunks: the bare modules, without wrappers."""
+        self._config, self._layout = config, layout
+        self._chunks, self._optimizer, self._scheduler = chunks, optimizer, scheduler
+        self._folder = save_folder(config)
+        self._pending = AsyncCallsQueue()
+
+    def save(self, progress: Progress) -> None:
+        """Writes `iter_XXXXXXX`; with checkpoint.async_save it appears some iterations later."""
+        self.wait()
+        set_num_updates(self._optimizer, progress.updates)
+        temporary = [""]
+        if self._layout.rank == 0:
+            temporary = [str(checkpoint_folder.begin(self._folder, progress.iteration))]
+        dist.broadcast_object_list(temporary, src=0)
+        strategy = get_default_save_sharded_strategy()
+        if self._layout.dp_size > 1:  # replicas share the writing
+            strategy = FullyParallelSaveStrategyWrapper(strategy, self._layout.dp_group)
+        request = dist_checkpointing.save(
+            self._state(progress, is_loading=False),
+            temporary[0],
+            strategy,
+            async_sharded_save=self._config.checkpoint.async_save,
+        )
+        if request is None:
+            self._complete(Path(temporary[0]))
+        else:
+            request.add_finalize_fn(lambda: self._complete(Path(temporary[0])))
+            self._pending.schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Gives a background save its final name once all ranks have written."""
+        self._pending.maybe_finalize_async_calls(blocking=False)
+
+    def wait(self) -> None:
+        """Returns when no save is under way."""
+        self._pending.maybe_finalize_async_calls(blocking=True)
+
+    def resume(self, path: Path) -> tuple[Progress, list[str]]:
+        """Progress of the checkpoint after loading all of it, and notes for the log.
+
+        Raises ConfigError if the config changes what is learnt (config/resume.py).
+        """
+        saved_config = load_config(path / checkpoint_folder.CONFIG_FILE, [])
+        notes = check_resume(saved_config, self._config)
+        common = dist_checkpointing.load_common_state_dict(str(path))
+        same_layout = common["layout"] == self._layout_signature()
+        strategy = get_default_load_sharded_strategy(str(path))
+        if self._layout.dp_size > 1:
+            strategy = FullyParallelLoadStrategyWrapper(strategy, self._layout.dp_group)
+        wanted = self._state(Progress(), is_loading=True)
+        if not same_layout:
+            del wanted["rng"]
+        loaded = dist_checkpointing.load(wanted, str(path), strategy)
+        set_model_state(self._chunks, loaded)
+        progress = Progress(**loaded["progress"])
+        with torch.no_grad():  # Megatron-Core copies into fp32 parameters in place
+            self._optimizer.load_state_dict(loaded["optimizer"])
+        restore_settings(self._config, self._optimizer, progress.updates)
+        self._scheduler.load_state_dict(loaded["scheduler"])
+        if same_layout:
+            restore_rng_state(loaded["rng"])
+        else:
+            set_seeds(self._config.training.seed + progress.iteration, self._layout)
+            notes.append("another parallel layout: dropout masks differ from an unbroken run")
+        return progress, notes
+
+    def _state(self, progress: Progress, *, is_loading: bool) -> dict[str, Any]:
+        metadata = checkpoint_metadata(self._layout)
+        models = model_state(self._chunks, metadata)
+        flat = models["model0"] if len(models) == 1 else models
+        return {
+            **models,
+            "optimizer": self._optimizer.sharded_state_dict(
+                flat, is_loading=is_loading, metadata=metadata
+            ),
+            "scheduler": self._scheduler.state_dict(),
+            "progress": asdict(progress),
+            "layout": self._layout_signature(),
+            "rng": ShardedObject(
+                "rng", rng_state(), (self._layout.world_size,), (self._layout.rank,)
+            ),
+        }
+
+    def _layout_signature(self) -> dict[str, int]:
+        layout = self._layout
+        return {"tp": layout.tp_size, "pp": layout.pp_size, "dp": layout.dp_size}
+
+    def _complete(self, temporary: Path) -> None:
+        if self._layout.rank == 0:
+            checkpoint_folder.finish(temporary, to_yaml(self._config))
+            checkpoint_folder.prune(self._folder, self._config.checkpoint.keep_last)
+        dist.barrier()
+
+
+def newest_checkpoint(config: RunConfig, layout: Layout) -> Path | None:
+    """This run's newest whole checkpoint as rank 0 sees it, on every rank."""
+    found = [checkpoint_folder.latest_valid(save_folder(config)) if layout.rank == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]

@@ -1,0 +1,46 @@
+"""Whose error is shown when a run fails: the first one, once.
+
+When one rank raises, its peers fail later with errors about lost connections. The first rank to
+claim `failure.txt` in the output folder writes its traceback there and to stderr; a rank that
+finds the file claimed names it in one line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+FAILURE_FILE = "failure.txt"
+
+
+def forget_failure(folder: Path) -> None:
+    """Removes the claim of an earlier run; call on one rank before the others can fail."""
+    (folder / FAILURE_FILE).unlink(missing_ok=True)
+
+
+def report_failure(folder: Path, rank: int, error: BaseException, *, brief: bool) -> bool:
+    """True if this rank's error is the first, which is then written out; False if it was late.
+
+    brief: the message alone, for errors that a changed setting repairs.
+    """
+    text = (
+        f"error: {error}"
+        if brief
+        else f"rank {rank} failed:\n" + "".join(traceback.format_exception(error))
+    )
+    path = folder / FAILURE_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        print(f"rank {rank} ends because of the failure in {path}", file=sys.stderr, flush=True)
+        return False
+    except OSError:
+        print(text, file=sys.stderr, flush=True)  # no folder to agree in: every rank speaks
+        return True
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text + "\n")
+    print(text, file=sys.stderr, flush=True)
+    return True

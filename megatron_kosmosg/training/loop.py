@@ -1,0 +1,187 @@
+"""The training loop: restore, iterate, log, evaluate, save, stop. It never asks which stage runs.
+
+Everything a run does over its life is in `fit`, in order.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.load import to_yaml
+from megatron_kosmosg.config.paths import output_folder
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.training.batches import BatchFeed
+from megatron_kosmosg.training.checkpoint import (
+    Checkpointer,
+    Progress,
+    checkpoint_metadata,
+    newest_checkpoint,
+)
+from megatron_kosmosg.training.checkpoint_folder import CONFIG_FILE, find_checkpoint
+from megatron_kosmosg.training.evaluation import evaluate
+from megatron_kosmosg.training.metrics import MetricsWriter, iteration_record
+from megatron_kosmosg.training.optimizer import build_lr_scheduler, build_optimizer
+from megatron_kosmosg.training.progress import ProgressDisplay
+from megatron_kosmosg.training.signals import StopRequest
+from megatron_kosmosg.training.stage import Stage
+from megatron_kosmosg.training.step import Reporter, connect, train_step
+from megatron_kosmosg.training.weights import load_weights
+from megatron_kosmosg.training.wrapping import unwrap_model, wrap_model
+
+
+def fit(stage: Stage, config: RunConfig, layout: Layout) -> bool:
+    """True when all iterations are done, False when a signal asked to stop and state is saved."""
+    resume_from = newest_checkpoint(config, layout)
+    bare = stage.build_model(layout)
+    _check_chunks(config, bare)
+    if resume_from is None:
+        _take_initial_weights(stage, bare, layout)
+    chunks = wrap_model(bare, config)
+    optimizer = build_optimizer(config, chunks)
+    scheduler = build_lr_scheduler(config, optimizer)
+    connect(chunks, optimizer)
+
+    checkpointer = Checkpointer(config, layout, unwrap_model(chunks), optimizer, scheduler)
+    progress, notes = Progress(), []
+    if resume_from is not None:
+        progress, notes = checkpointer.resume(resume_from)
+
+    writes = layout.rank == 0
+    if writes:
+        output_folder(config).mkdir(parents=True, exist_ok=True)
+        (output_folder(config) / CONFIG_FILE).write_text(to_yaml(config))
+    display = ProgressDisplay(config, progress.iteration, enabled=writes)
+    metrics = MetricsWriter(config, progress.iteration, enabled=writes)
+    _announce(display, resume_from, progress, notes, bare)
+    feed = BatchFeed(
+        stage.build_dataset("train"), config, layout, start_sample=progress.consumed_train_samples
+    )
+    iterators = feed.chunk_iterators(len(chunks))
+    reporter = Reporter(layout)
+    for chunk in chunks:
+        chunk.train()
+
+    stopping = False
+    try:
+        with StopRequest() as stop:
+            while progress.iteration < config.training.train_iters and not stopping:
+                started = time.perf_counter()
+                scheduler.step(1)
+                update = train_step(
+                    stage, config, layout, chunks, optimizer, feed, iterators, reporter
+                )
+                seconds = time.perf_counter() - started
+                _advance(progress, config, update.made)
+
+                record = iteration_record(
+                    stage,
+                    config,
+                    update,
+                    iteration=progress.iteration,
+                    consumed_train_samples=progress.consumed_train_samples,
+                    lr=scheduler.get_lr({}),
+                    seconds=seconds,
+                    world_size=layout.world_size,
+                )
+                metrics.iteration(record)
+                display.step(progress.iteration, seconds, update.totals.losses, record)
+                if not update.made:
+                    _note_skipped(display, progress, config)
+
+                checkpointer.poll()
+                stopping = stop.agreed(layout.device)
+                last = progress.iteration == config.training.train_iters
+                with_loss = last or _due(progress.iteration, config.training.eval_interval)
+                draws = _due(progress.iteration, config.logging.image_interval)
+                if last or (not stopping and (with_loss or draws)):
+                    probe = evaluate(
+                        stage, config, layout, chunks, progress.iteration, with_loss=with_loss
+                    )
+                    metrics.evaluation(progress.iteration, probe.metrics, probe.images)
+                    display.say(_evaluation_line(progress.iteration, probe.metrics))
+                if last or stopping or _due(progress.iteration, config.checkpoint.save_interval):
+                    metrics.flush()
+                    checkpointer.save(progress)
+                    display.say(f"iteration {progress.iteration} | saved")
+            checkpointer.wait()
+            if stop.received is not None and stopping:
+                display.say(f"stopped by {stop.received.name} at iteration {progress.iteration}")
+    finally:
+        feed.close()
+        metrics.close()
+        display.close()
+    return progress.iteration == config.training.train_iters
+
+
+def _check_chunks(config: RunConfig, bare: list[torch.nn.Module]) -> None:
+    needed = config.parallel.virtual_pipeline_model_parallel_size or 1
+    if len(bare) != needed:
+        raise ConfigError(
+            f"stage {config.stage} builds {len(bare)} model chunks per rank, "
+            f"parallel.virtual_pipeline_model_parallel_size asks for {needed}; set it to null"
+        )
+
+
+def _take_initial_weights(stage: Stage, bare: list[torch.nn.Module], layout: Layout) -> None:
+    initial = stage.initial_weights()
+    if initial is not None:
+        source = find_checkpoint(Path(initial.path))
+        load_weights(
+            source,
+            bare,
+            checkpoint_metadata(layout),
+            initial.absent,
+            initial.unused,
+            initial.stage,
+        )
+
+
+def _advance(progress: Progress, config: RunConfig, made: bool) -> None:
+    progress.iteration += 1
+    progress.consumed_train_samples += config.training.global_batch_size
+    progress.updates += int(made)
+    progress.nonfinite_in_a_row = 0 if made else progress.nonfinite_in_a_row + 1
+
+
+def _note_skipped(display: ProgressDisplay, progress: Progress, config: RunConfig) -> None:
+    """Counts a skipped update in the log. Raises FloatingPointError at the configured limit."""
+    limit = config.training.max_nonfinite_iters
+    display.say(
+        f"iteration {progress.iteration} | loss or gradient not finite, parameters kept "
+        f"({progress.nonfinite_in_a_row} in a row, {limit} end the run)"
+    )
+    if progress.nonfinite_in_a_row >= limit:
+        raise FloatingPointError(
+            f"{progress.nonfinite_in_a_row} updates in a row had a loss or gradient that is not "
+            "finite; lower optimizer.lr, or raise training.max_nonfinite_iters"
+        )
+
+
+def _announce(
+    display: ProgressDisplay,
+    resume_from: Path | None,
+    progress: Progress,
+    notes: list[str],
+    bare: list[torch.nn.Module],
+) -> None:
+    trained = sum(p.numel() for chunk in bare for p in chunk.parameters() if p.requires_grad)
+    held = sum(p.numel() for chunk in bare for p in chunk.parameters())
+    display.say(f"rank 0 holds {held:,} parameters, {trained:,} of them train")
+    if resume_from is not None:
+        display.say(f"resumed from {resume_from} at iteration {progress.iteration}")
+    for note in notes:
+        display.say(f"  differs from the checkpoint: {note}")
+
+
+def _evaluation_line(iteration: int, metrics: dict[str, float]) -> str:
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    return f"iteration {iteration} | held out: {numbers or 'pictures only'}"
+
+
+def _due(iteration: int, interval: int) -> bool:
+    return interval > 0 and iteration % interval == 0

@@ -1,0 +1,135 @@
+"""Numbers of a run: throughput per iteration, `metrics.jsonl`, TensorBoard.
+
+One JSON line per iteration, one more for each evaluation (names start with `heldout_`). A number
+that is not finite is written as null. A resumed run cuts the file back to its checkpoint first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_kosmosg.config.paths import output_folder
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.training.stage import Stage
+from megatron_kosmosg.training.step import Update
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def iteration_record(
+    stage: Stage,
+    config: RunConfig,
+    update: Update,
+    *,
+    iteration: int,
+    consumed_train_samples: int,
+    lr: float,
+    seconds: float,
+    world_size: int,
+) -> dict[str, float | None]:
+    """The line of one iteration.
+
+    tflops: TFLOP/s of one device, from the work actually done without recomputation; mfu: its
+    share of logging.peak_tflops; data_wait: share of the iteration spent waiting for data.
+    """
+    totals = update.totals
+    flops = stage.flops_per_iteration(totals.work.tokens, totals.work.images, totals.work.rows)
+    tflops = flops / seconds / world_size / 1e12
+    return {
+        "iteration": iteration,
+        **{name: _finite(value) for name, value in totals.losses.items()},
+        "lr": lr,
+        "grad_norm": _finite(update.grad_norm),
+        "samples_per_sec": config.training.global_batch_size / seconds,
+        "tokens_per_sec": totals.work.tokens / seconds,
+        "tflops": tflops,
+        "mfu": tflops / config.logging.peak_tflops,
+        "data_wait": totals.data_wait / seconds,
+        "consumed_train_samples": consumed_train_samples,
+    }
+
+
+def cut_back(path: Path, iteration: int) -> None:
+    """Drops the lines after `iteration`, and a last line that was cut off; atomic."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue  # half a line of a killed run
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept))
+    temporary.rename(path)
+
+
+class MetricsWriter:
+    """Writer of one rank; `enabled=False` makes every method do nothing."""
+
+    def __init__(self, config: RunConfig, start_iteration: int, *, enabled: bool) -> None:
+        self._file = None
+        self._board: SummaryWriter | None = None
+        if not enabled:
+            return
+        folder = output_folder(config)
+        cut_back(folder / METRICS_FILE, start_iteration)
+        self._file = (folder / METRICS_FILE).open("a")
+        if config.logging.tensorboard:
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_iteration + 1)
+
+    def iteration(self, record: dict[str, float | None]) -> None:
+        """Appends the line of one iteration."""
+        if self._file is not None:
+            self._write(record, "train")
+
+    def evaluation(
+        self, iteration: int, metrics: dict[str, float], images: dict[str, Image.Image]
+    ) -> None:
+        """Appends the line of one evaluation and shows its pictures."""
+        if self._file is None:
+            return
+        if metrics:
+            named = {_heldout(name): _finite(value) for name, value in metrics.items()}
+            self._write({"iteration": iteration, **named}, "heldout")
+        if self._board is not None:
+            for name, image in images.items():
+                pixels = np.asarray(image.convert("RGB"))
+                self._board.add_image(name, pixels, iteration, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Returns when all lines so far are on disk, for checkpoints that count on them."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _write(self, record: dict[str, float | None], group: str) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "iteration" and value is not None:
+                    self._board.add_scalar(f"{group}/{name}", value, record["iteration"])
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _heldout(name: str) -> str:
+    return name if name.startswith("heldout_") else f"heldout_{name}"

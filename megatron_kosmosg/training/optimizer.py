@@ -1,0 +1,104 @@
+"""AdamW and its learning rate, through Megatron-Core (facts of the authors' runs, paper section 3).
+
+Weight decay reaches every trainable tensor, biases and norms included: Megatron-Core's default
+leaves those out. The learning rate of update n is lr*n/warm-up, then falls linearly to min_lr.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_kosmosg.config.schema import RunConfig
+
+
+def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """The optimizer of this rank's trainable parameters; empty but usable when all are frozen."""
+    settings, precision = config.optimizer, config.training.precision
+    mcore = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        params_dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+            precision
+        ],
+        initial_loss_scale=settings.initial_loss_scale,
+        min_loss_scale=settings.min_loss_scale,
+        loss_scale_window=settings.loss_scale_window,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    # {} and not None: None selects Megatron's own exceptions from weight decay.
+    return get_megatron_optimizer(mcore, chunks, config_overrides={}, use_gloo_process_groups=False)
+
+
+def build_lr_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """The schedule, in iterations; `step(1)` before an update sets that update's rate."""
+    settings = config.optimizer
+    decay_iters = settings.lr_decay_iters or config.training.train_iters
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters,
+        lr_decay_steps=decay_iters,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=decay_iters,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # the config decides; differences were checked before
+    )
+
+
+def apply_update(optimizer: MegatronOptimizer, loss: float) -> tuple[bool, float]:
+    """(whether the update was made, global gradient norm); no update if anything is not finite.
+
+    loss: the global loss, equal on all ranks, so that all ranks decide alike.
+    """
+    overflow = optimizer.prepare_grads()  # unscales fp16 gradients and lowers the loss scale
+    norm = math.inf if overflow else float(optimizer.get_grad_norm())
+    if overflow or not math.isfinite(norm) or not math.isfinite(loss):
+        return False, norm
+    clip = optimizer.config.clip_grad
+    parameters = _parameters(optimizer)
+    if clip > 0 and parameters:
+        clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
+    return bool(optimizer.step_with_ready_grads()), norm
+
+
+def restore_settings(config: RunConfig, optimizer: MegatronOptimizer, num_updates: int) -> None:
+    """Puts this run's hyper-parameters and the update count back after a checkpoint was loaded.
+
+    The checkpoint's parameter groups carry the old run's values; and Adam's update count is
+    absent from groups of ranks whose parameters are all frozen.
+    """
+    for group in optimizer.param_groups:
+        group["max_lr"], group["min_lr"] = config.optimizer.lr, config.optimizer.min_lr
+        group["betas"] = (config.optimizer.adam_beta1, config.optimizer.adam_beta2)
+        group["eps"] = config.optimizer.adam_eps
+    set_num_updates(optimizer, num_updates)
+
+
+def set_num_updates(optimizer: MegatronOptimizer, num_updates: int) -> None:
+    """Writes Adam's update count into every group, also empty ones, so that ranks agree."""
+    for group in optimizer.param_groups:
+        group["step"] = num_updates
+
+
+def _parameters(optimizer: MegatronOptimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

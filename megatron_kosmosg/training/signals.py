@@ -1,0 +1,51 @@
+"""A request to stop (SIGTERM, SIGUSR1, Ctrl-C) that all ranks act on at the same iteration.
+
+Slurm and torchrun do not reach every rank at the same moment, and some reach only one; so a signal
+sets a flag, and the ranks agree on it at the end of each iteration. A second Ctrl-C interrupts.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+import torch
+import torch.distributed as dist
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+EXIT_STOPPED = 85
+"""Exit code after a requested stop: state is saved, the run wants to be started again."""
+
+
+class StopRequest:
+    """Context manager: inside it the stop signals only leave a note."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def agreed(self, device: torch.device) -> bool:
+        """True on every rank when any rank got a signal; a collective over all ranks."""
+        flag = torch.tensor([int(self.received is not None)], dtype=torch.int32, device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)

@@ -1,0 +1,150 @@
+"""One optimizer update: Megatron-Core's schedule over the micro-batches, then the optimizer.
+
+The loss is normalised by the number of items in the global batch (`calculate_per_token_loss`):
+a stage returns sums, Megatron-Core divides the gradients, `LossTotals` divides what is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_kosmosg.config.batching import num_microbatches
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.training.batches import Batch, BatchFeed, Work
+from megatron_kosmosg.training.optimizer import apply_update
+from megatron_kosmosg.training.stage import Stage
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What one pass over a global batch gives, equal on every rank."""
+
+    losses: dict[str, float]
+    """`loss` and its parts, means over the global batch's items."""
+    work: Work
+    data_wait: float
+    """Seconds a loading rank waited for data, mean over those ranks."""
+
+
+@dataclass(frozen=True)
+class Update:
+    totals: Totals
+    grad_norm: float
+    """Before clipping; infinite when fp16 gradients overflowed."""
+    made: bool
+    """False if a non-finite loss or gradient kept the parameters as they were."""
+
+
+def connect(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """Tells Megatron-Core's schedules how to scale the loss and finish the gradients."""
+    for chunk in chunks:
+        chunk.config.grad_scale_func = optimizer.scale_loss
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+    if chunks[0].ddp_config.overlap_grad_reduce:
+        pauses = [chunk.no_sync for chunk in chunks]
+        for chunk in chunks:
+            chunk.config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
+
+
+class Reporter:
+    """Sums losses, work and waiting time over ranks; loss names are exchanged once."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._names: list[str] | None = None
+
+    def totals(self, losses: list[dict[str, torch.Tensor]], feed: BatchFeed) -> Totals:
+        """One collective. losses: what the micro-batches of the last stage reported, else empty.
+
+        A value is [sum, count]; equal on the tensor-parallel ranks of a replica.
+        """
+        layout = self._layout
+        if self._names is None:
+            gathered: list[list[str]] = [[] for _ in range(layout.world_size)]
+            dist.all_gather_object(gathered, list(losses[0]) if losses else [])
+            self._names = next(names for names in gathered if names)
+        work, wait, loads = feed.pop_work(), feed.pop_wait(), layout.tp_rank == 0
+        speaks_for_input = loads and layout.pp_rank == 0  # one rank of each replica counts its work
+        values = [0.0] * (2 * len(self._names)) + [
+            float(work.tokens) if speaks_for_input else 0.0,
+            float(work.images) if speaks_for_input else 0.0,
+            float(work.rows) if speaks_for_input else 0.0,
+            wait,
+            float(loads),
+        ]
+        vector = torch.tensor(values, dtype=torch.float64, device=layout.device)
+        if layout.tp_rank == 0:
+            for reported in losses:
+                pairs = torch.cat([reported[name].detach().view(2) for name in self._names])
+                vector[: pairs.numel()] += pairs.to(vector)
+        dist.all_reduce(vector)
+        numbers = vector.tolist()
+        means = {
+            name: numbers[2 * i] / max(numbers[2 * i + 1], 1.0)
+            for i, name in enumerate(self._names)
+        }
+        tokens, images, rows, waited, loaders = numbers[2 * len(self._names) :]
+        return Totals(means, Work(int(tokens), int(images), int(rows)), waited / loaders)
+
+
+def train_step(
+    stage: Stage,
+    config: RunConfig,
+    layout: Layout,
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    feed: BatchFeed,
+    iterators: list[Iterator[Batch]],
+    reporter: Reporter,
+) -> Update:
+    """One global batch forward and backward, and one update of the parameters."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = _run_schedule(stage, config, layout, chunks, iterators, forward_only=False)
+    totals = reporter.totals(losses, feed)
+    made, grad_norm = apply_update(optimizer, totals.losses["loss"])
+    return Update(totals, grad_norm, made)
+
+
+def forward_losses(
+    stage: Stage,
+    config: RunConfig,
+    layout: Layout,
+    chunks: list[DistributedDataParallel],
+    feed: BatchFeed,
+    iterators: list[Iterator[Batch]],
+    reporter: Reporter,
+) -> Totals:
+    """The same pass over one global batch without gradients."""
+    losses = _run_schedule(stage, config, layout, chunks, iterators, forward_only=True)
+    return reporter.totals(losses, feed)
+
+
+def _run_schedule(
+    stage: Stage,
+    config: RunConfig,
+    layout: Layout,
+    chunks: list[DistributedDataParallel],
+    iterators: list[Iterator[Batch]],
+    *,
+    forward_only: bool,
+) -> list[dict[str, torch.Tensor]]:
+    single = len(chunks) == 1
+    return get_forward_backward_func()(
+        forward_step_func=stage.forward_step,
+        data_iterator=iterators[0] if single else iterators,
+        model=chunks[0] if single else chunks,
+        num_microbatches=num_microbatches(config, layout.dp_size),
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.training.micro_batch_size,
+        forward_only=forward_only,
+    )

@@ -1,0 +1,38 @@
+"""The Megatron-Core wrappers around a stage's model: half precision, then data parallelism."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.module import Float16Module
+
+from megatron_kosmosg.config.schema import RunConfig
+
+
+def wrap_model(chunks: list[torch.nn.Module], config: RunConfig) -> list[DistributedDataParallel]:
+    """The chunks in the training precision, gradients accumulated in fp32 and reduced over
+    replicas. Chunks come as the stage built them: fp32, each with its `config`."""
+    parallel = config.parallel
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        inner = chunk if config.training.precision == "fp32" else Float16Module(chunk.config, chunk)
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+        )
+        wrapped.append(
+            DistributedDataParallel(chunk.config, settings, inner, disable_bucketing=index > 0)
+        )
+    return wrapped
+
+
+def unwrap_model(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The stage's own modules inside the wrappers."""
+    bare = []
+    for chunk in chunks:
+        while isinstance(chunk, (DistributedDataParallel, Float16Module)):
+            chunk = chunk.module
+        bare.append(chunk)
+    return bare

@@ -1,0 +1,153 @@
+"""The loop on real ranks with a tiny stage: files, layouts, bad numbers, strict starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_kosmosg.training.checkpoint_folder import latest_valid
+from megatron_kosmosg.training.stage import InitialWeights
+from tests.fake_stage import fake_config
+from tests.ranks import run_ranks
+from tests.training_runs import HalfFrozen, SignalAt, beside_torch_adamw, refused, train
+
+TP2 = {"tensor_model_parallel_size": 2}
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_lines(folder: Path) -> list[dict]:
+    return [line for line in lines(folder) if "lr" in line]
+
+
+def curve(folder: Path) -> list[float]:
+    return [line["loss"] for line in train_lines(folder)]
+
+
+def norms(folder: Path) -> list[float]:
+    return [line["grad_norm"] for line in train_lines(folder)]
+
+
+def test_metrics_lines_have_the_documented_fields(tmp_path):
+    config = fake_config(str(tmp_path), logging={"tensorboard": True}, training={"train_iters": 3})
+    assert run_ranks(1, train, config) == [True]
+    first = train_lines(tmp_path)[0]
+    assert set(first) == {
+        "iteration", "loss", "largest_loss", "lr", "grad_norm", "samples_per_sec",
+        "tokens_per_sec", "tflops", "mfu", "data_wait", "consumed_train_samples",
+    }  # fmt: skip
+    assert [line["consumed_train_samples"] for line in train_lines(tmp_path)] == [8, 16, 24]
+    assert first["tokens_per_sec"] == pytest.approx(3 * first["samples_per_sec"])
+    # 8 rows x 1e6 FLOP; mfu is its share of 989 TFLOP/s
+    assert first["tflops"] == pytest.approx(first["samples_per_sec"] * 1e6 / 1e12)
+    assert first["mfu"] == pytest.approx(first["tflops"] / 989)
+    assert 0 <= first["data_wait"] <= 1
+    heldout = [line for line in lines(tmp_path) if "lr" not in line]
+    assert [line["iteration"] for line in heldout] == [3]
+    assert {"heldout_loss", "heldout_answer"} <= set(heldout[0])
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert (tmp_path / "config.yaml").is_file()
+
+
+def test_updates_follow_an_independent_adamw_with_decay_on_every_tensor(tmp_path):
+    settings = {"lr": 0.02, "lr_warmup_iters": 2, "weight_decay": 0.1, "clip_grad": 0.3}
+    config = fake_config(str(tmp_path), optimizer=settings, training={"train_iters": 4})
+    ((rates, expected, got),) = run_ranks(1, beside_torch_adamw, config)
+    assert [line["lr"] for line in train_lines(tmp_path)] == pytest.approx(rates)
+    assert any(norm > 0.3 for norm in norms(tmp_path))  # clipping took part
+    for name, value in expected.items():
+        np.testing.assert_allclose(got[name], value, rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "training"),
+    [
+        (2, TP2, {}),
+        (2, {}, {}),
+        (2, {"use_distributed_optimizer": False}, {}),
+        (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}, {}),
+        (4, TP2, {"micro_batch_size": 1}),
+    ],
+    ids=["tp2", "dp2", "dp2-plain-optimizer", "dp2-overlap", "tp2-dp2-micro1"],
+)
+def test_every_layout_learns_the_same(tmp_path, ranks, parallel, training):
+    run_ranks(1, train, fake_config(str(tmp_path / "one")))
+    run_ranks(
+        ranks, train, fake_config(str(tmp_path / "many"), parallel=parallel, training=training)
+    )
+    assert curve(tmp_path / "many") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)
+    assert norms(tmp_path / "many") == pytest.approx(norms(tmp_path / "one"), rel=1e-4)
+    ends = [lines(tmp_path / name)[-1]["heldout_loss"] for name in ("one", "many")]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_on_all(tmp_path, number):
+    config = fake_config(str(tmp_path), training={"train_iters": 12})
+    third_iteration = SignalAt(call=4, number=number, rank=1)  # two micro-batches each
+    assert run_ranks(2, train, config, {"hook": third_iteration}) == [False, False]
+    assert os.listdir(tmp_path / "checkpoints") == ["iter_0000003"]
+    assert len(curve(tmp_path)) == 3
+    assert run_ranks(2, train, config) == [True, True]
+    assert [line["iteration"] for line in train_lines(tmp_path)] == list(range(1, 13))
+
+
+def test_a_loss_that_is_not_a_number_is_skipped_and_written_as_null(tmp_path):
+    run_ranks(2, train, fake_config(str(tmp_path)), {"poison": (2,)})
+    assert [line["loss"] is None for line in train_lines(tmp_path)] == [0, 0, 1, 0, 0, 0]
+    assert all(loss < 3 for loss in curve(tmp_path)[3:])
+
+
+def test_too_many_bad_losses_end_the_run(tmp_path):
+    config = fake_config(str(tmp_path), training={"max_nonfinite_iters": 2})
+    with pytest.raises(RuntimeError, match="FloatingPointError: 2 updates in a row"):
+        run_ranks(1, train, config, {"poison": range(6)})
+    assert latest_valid(tmp_path / "checkpoints") is None
+
+
+def test_a_finished_run_does_nothing_more(tmp_path):
+    config = fake_config(str(tmp_path), training={"train_iters": 3})
+    run_ranks(1, train, config)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert run_ranks(1, train, config) == [True]
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_initial_weights_are_strict(tmp_path):
+    previous, config = str(tmp_path / "previous"), fake_config(str(tmp_path / "next"))
+    run_ranks(2, train, fake_config(previous, parallel=TP2))
+
+    def refusal(**rules) -> str:
+        initial = InitialWeights(previous, **({"stage": "align"} | rules))
+        return run_ranks(1, refused, config, {"initial": initial})[0]
+
+    assert "up.weight" in refusal(absent=("up",))
+    assert "norm.bias" in refusal(unused=("norm",))
+    message = refusal(stage="pretrain")
+    assert "stage align" in message and "pretrain" in message and "checkpoint.load" in message
+    run_ranks(1, train, config, {"initial": InitialWeights(previous, "align")})
+    assert curve(tmp_path / "next")[0] < curve(tmp_path / "previous")[0]
+
+
+def test_resume_with_other_maths_is_refused(tmp_path):
+    run_ranks(1, train, fake_config(str(tmp_path), training={"train_iters": 3}))
+    other = fake_config(str(tmp_path), training={"train_iters": 3}, optimizer={"lr": 0.5})
+    assert "optimizer.lr: 0.02 -> 0.5" in run_ranks(1, refused, other)[0]
+
+
+def test_a_rank_without_trainable_parameters_takes_part(tmp_path):
+    """Its peers' norm, updates and checkpoints stay right, also when rank 0 is the frozen one."""
+    config = fake_config(str(tmp_path), parallel=TP2, checkpoint={"save_interval": 3})
+    run_ranks(2, train, config, {}, HalfFrozen)
+    straight = norms(tmp_path)
+    assert all(norm > 0 for norm in straight)
+    (tmp_path / "checkpoints" / "iter_0000006").rename(tmp_path / "set-aside")
+    run_ranks(2, train, config, {}, HalfFrozen)
+    assert norms(tmp_path) == straight

@@ -1,0 +1,67 @@
+"""A run that was killed and started again equals one that was not, on its own layout to the bit."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+from megatron_kosmosg.training.checkpoint_folder import is_valid
+from tests.fake_stage import fake_config
+from tests.integration.test_training_loop import TP2, curve, norms, train_lines
+from tests.ranks import run_ranks
+from tests.training_runs import train, train_until
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [(2, TP2), (2, {}), (1, {"use_distributed_optimizer": False})],
+    ids=["tp2", "dp2", "one-plain-optimizer"],
+)
+def test_resume_is_bit_exact(tmp_path, ranks, parallel, precision):
+    """With dropout, evaluation in between, and a random iteration of the end."""
+    stop = random.randint(1, 5)
+    common = {"parallel": parallel, "training": {"precision": precision, "eval_interval": 2}}
+    checkpoint = {"save_interval": stop}
+    straight = fake_config(str(tmp_path / "straight"), **common)
+    broken = fake_config(str(tmp_path / "broken"), checkpoint=checkpoint, **common)
+    run_ranks(ranks, train, straight, {"dropout": 0.2})
+    run_ranks(ranks, train_until, broken, stop, {"dropout": 0.2})
+    assert len(curve(tmp_path / "broken")) == stop
+    run_ranks(ranks, train, broken, {"dropout": 0.2})
+    assert curve(tmp_path / "broken") == curve(tmp_path / "straight"), f"ended after {stop}"
+    assert norms(tmp_path / "broken") == norms(tmp_path / "straight"), f"ended after {stop}"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [((2, TP2), (1, {})), ((2, TP2), (2, {})), ((2, {}), (2, TP2)), ((1, {}), (2, {}))],
+    ids=["tp2-to-one", "tp2-to-dp2", "dp2-to-tp2", "one-to-dp2"],
+)
+def test_a_checkpoint_continues_on_another_layout(tmp_path, first, second):
+    checkpoint = {"save_interval": 3}
+    run_ranks(1, train, fake_config(str(tmp_path / "straight")))
+    (ranks, parallel), folder = first, str(tmp_path / "b")
+    config = fake_config(folder, parallel=parallel, checkpoint=checkpoint)
+    run_ranks(ranks, train_until, config, 3)
+    ranks, parallel = second
+    run_ranks(ranks, train, fake_config(folder, parallel=parallel, checkpoint=checkpoint))
+    assert curve(tmp_path / "b") == pytest.approx(curve(tmp_path / "straight"), rel=1e-5)
+    assert norms(tmp_path / "b") == pytest.approx(norms(tmp_path / "straight"), rel=1e-4)
+
+
+def test_background_saves_end_as_whole_checkpoints(tmp_path):
+    checkpoint = {"save_interval": 2, "async_save": True, "keep_last": 2}
+    config = fake_config(str(tmp_path), checkpoint=checkpoint)
+    run_ranks(2, train, config)
+    saved = sorted((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in saved] == ["iter_0000004", "iter_0000006"]
+    assert all(is_valid(path) for path in saved)
+    straight = curve(tmp_path)
+    os.truncate(saved[1] / ".metadata", 10)  # the newest is damaged: the one before it is taken
+    run_ranks(2, train, config)
+    assert curve(tmp_path) == straight
+    assert [line["iteration"] for line in train_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert is_valid(saved[1])

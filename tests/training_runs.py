@@ -1,0 +1,122 @@
+"""Whole runs of the fake stage, as functions that a rank process can be given."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.training.loop import fit
+from tests.fake_stage import FakeStage
+
+
+@dataclass(frozen=True)
+class SignalAt:
+    """Sends `number` to its own process at forward pass `call` of rank `rank`."""
+
+    call: int
+    number: int
+    rank: int
+
+    def __call__(self, call: int) -> None:
+        if call == self.call and int(os.environ["RANK"]) == self.rank:
+            os.kill(os.getpid(), self.number)
+
+
+class Killed(Exception):
+    """Stands for a process that ends between two iterations without a goodbye."""
+
+
+@dataclass(frozen=True)
+class KillAt:
+    """Raises at forward pass `call`."""
+
+    call: int
+
+    def __call__(self, call: int) -> None:
+        if call == self.call:
+            raise Killed
+
+
+def train(config: RunConfig, settings: dict | None = None, stage: type = FakeStage) -> bool:
+    """What `fit` returns on this rank. settings: keyword arguments of the stage."""
+    layout = platform.initialize(config)
+    try:
+        return fit(stage(config, **(settings or {})), config, layout)
+    finally:
+        platform.teardown()
+
+
+def train_until(config: RunConfig, stop: int, settings: dict | None = None) -> None:
+    """Trains `stop` updates and ends like a killed run. Four micro-batches an update on one
+    replica."""
+    replicas = int(os.environ["WORLD_SIZE"]) // config.parallel.tensor_model_parallel_size
+    try:
+        train(config, {**(settings or {}), "hook": KillAt(stop * 4 // replicas)})
+    except Killed:
+        return
+    raise AssertionError("the run was not interrupted")
+
+
+def refused(config: RunConfig, settings: dict | None = None) -> str:
+    """The message of the ConfigError that ends the run."""
+    try:
+        train(config, settings)
+    except ConfigError as error:
+        return str(error)
+    raise AssertionError("the run was not refused")
+
+
+class HalfFrozen(FakeStage):
+    """Nothing trains on rank 0, as on a pipeline stage that holds only frozen parts."""
+
+    def build_model(self, layout):
+        chunks = super().build_model(layout)
+        if layout.rank == 0:
+            chunks[0].requires_grad_(False)
+        return chunks
+
+
+def beside_torch_adamw(config: RunConfig) -> tuple[list[float], dict, dict]:
+    """(learning rates, parameters after torch's AdamW, parameters after `fit`) on the same data.
+
+    The schedule is written out here: 2 warm-up updates to 0.02, then a straight line to 0.
+    """
+    layout = platform.initialize(config)
+    try:
+        (model,) = FakeStage(config).build_model(layout)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        adam = torch.optim.AdamW(
+            trainable,
+            lr=1.0,
+            betas=(0.9, 0.98),
+            eps=1e-6,
+            weight_decay=config.optimizer.weight_decay,
+        )
+        dataset = FakeStage(config).build_dataset("train")
+        rates = [0.01, 0.02, 0.01, 0.0]
+        for iteration, rate in enumerate(rates):
+            adam.param_groups[0]["lr"] = rate
+            batch = dataset.collate([dataset[8 * iteration + i] for i in range(8)], 3)
+            adam.zero_grad()
+            (model(batch["inputs"]) - batch["targets"]).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(trainable, config.optimizer.clip_grad)
+            adam.step()
+        expected = {k: v.numpy() for k, v in model.state_dict().items() if v is not None}
+        stage = KeepsItsModel(config)
+        fit(stage, config, layout)
+        got = stage.model.state_dict()
+        return rates, expected, {name: got[name].numpy() for name in expected}
+    finally:
+        platform.teardown()
+
+
+class KeepsItsModel(FakeStage):
+    def build_model(self, layout):
+        chunks = super().build_model(layout)
+        self.model = chunks[0]
+        return chunks
