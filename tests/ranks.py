@@ -28,7 +28,9 @@ _PRELOAD = [
 ]
 
 
-def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list:
+def run_ranks(
+    num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120
+) -> list:
     """What `function(*args)` returns on every rank, in rank order.
 
     Each rank has torchrun's environment variables, so the product's own start-up code runs. Both
@@ -78,7 +80,7 @@ def _collect(pipes: dict, num_ranks: int, timeout: float) -> list:
             except EOFError:
                 raise RuntimeError(f"rank {rank} of {num_ranks} died without an answer") from None
             if error is not None:
-                raise RuntimeError(f"rank {rank} of {num_ranks} failed:\n{error}")
+                raise RuntimeError(f"rank {rank} of {num_ranks} failed:\n{error}") from None
             results[rank] = result
     return results
 

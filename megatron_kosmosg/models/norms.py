@@ -82,10 +82,10 @@ class _ShardedLayerNorm(torch.autograd.Function):
         x32 = x.float()
         variance, mean = torch.var_mean(x32, dim=-1, correction=0)
         local = torch.stack([mean, variance])
-        everyone = local.new_empty(shards, *local.shape)
+        everyone = local.new_empty(shards * 2, *mean.shape)
         torch.distributed.all_gather_into_tensor(everyone, local, group=group)
         # Chan's merge of equally large parts: stable also where |mean| >> deviation.
-        means, variances = everyone[:, 0], everyone[:, 1]
+        means, variances = everyone[::2], everyone[1::2]
         total_variance, total_mean = torch.var_mean(means, dim=0, correction=0)
         rstd = torch.rsqrt(total_variance.add_(variances.mean(dim=0)).add_(eps)).unsqueeze(-1)
         normalised = (

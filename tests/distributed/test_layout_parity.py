@@ -1,0 +1,80 @@
+"""Loss, outputs and every gradient are those of one rank, whatever the layout."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from tests.distributed.layout_case import Case, on_one_rank, train_step, whole_gradients
+from tests.ranks import run_ranks
+
+TOLERANCE = 1e-5
+
+HEAD = {"output_head": True}
+ALIGN = {"aligner_parts": ("M", "N"), "frozen": True}
+INSTRUCT = {"aligner_parts": ("M",), "split_rows": True}
+BOTH = {"output_head": True, "aligner_parts": ("M", "N")}
+CASES = {
+    "pretrain-tp2": (2, Case(tp=2, **HEAD)),
+    "pretrain-tp2-sp": (2, Case(tp=2, sequence_parallel=True, **HEAD)),
+    "pretrain-pp2": (2, Case(pp=2, **HEAD)),
+    "pretrain-dp2": (2, Case(**HEAD)),
+    "pretrain-tp2-pp2-sp": (4, Case(tp=2, pp=2, sequence_parallel=True, **HEAD)),
+    "pretrain-pp2-uneven": (2, Case(pp=2, pipeline_layout="decoder|decoder*2", **HEAD)),
+    "pretrain-tp2-sp-recompute": (
+        2,
+        Case(tp=2, sequence_parallel=True, recompute="full", **HEAD),
+    ),
+    "align-tp2": (2, Case(tp=2, **ALIGN)),
+    "align-tp2-sp": (2, Case(tp=2, sequence_parallel=True, **ALIGN)),
+    "align-pp2": (2, Case(pp=2, **ALIGN)),
+    "align-dp2": (2, Case(**ALIGN)),
+    "align-pp2-n-alone": (2, Case(pp=2, pipeline_layout="decoder*3,M|N", **ALIGN)),
+    "align-tp2-pp2": (4, Case(tp=2, pp=2, **ALIGN)),
+    "align-pp4-all-apart": (4, Case(pp=4, pipeline_layout="decoder*2|decoder|M|N", **ALIGN)),
+    "align-pp2-recompute": (2, Case(pp=2, recompute="full", **ALIGN)),
+    "align-tp2-decoder-only": (2, Case(tp=2, aligner_kind="decoder_only", **ALIGN)),
+    "align-tp2-none": (2, Case(tp=2, aligner_kind="none", **ALIGN)),
+    "instruct-tp2": (2, Case(tp=2, **INSTRUCT)),
+    "instruct-tp2-sp": (2, Case(tp=2, sequence_parallel=True, **INSTRUCT)),
+    "instruct-pp2": (2, Case(pp=2, **INSTRUCT)),
+    "instruct-dp2": (2, Case(**INSTRUCT)),
+    "instruct-pp2-m-alone": (2, Case(pp=2, pipeline_layout="decoder*3|M", **INSTRUCT)),
+    "instruct-tp2-pp2-sp": (4, Case(tp=2, pp=2, sequence_parallel=True, **INSTRUCT)),
+    "all-parts-tp2-pp2-sp": (4, Case(tp=2, pp=2, sequence_parallel=True, **BOTH)),
+}
+
+
+@functools.cache
+def reference(case: Case) -> dict:
+    """The step on one rank."""
+    return run_ranks(1, train_step, case)[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layout_changes_nothing(name: str) -> None:
+    num_ranks, case = CASES[name]
+    expected = reference(on_one_rank(case))
+    results = run_ranks(num_ranks, train_step, case)
+
+    losses = {r["dp_rank"]: r["loss"] for r in results if r["loss"] is not None}
+    assert sum(losses.values()) == pytest.approx(expected["loss"], rel=1e-6)
+    last = [r for r in results if r["outputs"] and r["tp_rank"] == 0]
+    for result in last:
+        mine = expected["outputs"][result["dp_rank"] :: len(last)]
+        for got, want in zip(result["outputs"], mine, strict=True):
+            assert got.keys() == want.keys()
+            for key in want:
+                np.testing.assert_allclose(got[key], want[key], atol=2e-5, rtol=0, err_msg=key)
+
+    gradients = whole_gradients(results)
+    assert gradients.keys() == expected["gradients"].keys()
+    largest = max(np.abs(want).max() for want in expected["gradients"].values())
+    for parameter, want in expected["gradients"].items():
+        scale = np.abs(want).max()
+        if parameter.endswith("k_proj.bias"):
+            scale = largest  # softmax ignores a shift of the keys: zero but for rounding
+        error = np.abs(gradients[parameter] - want).max() / max(scale, 1e-12)
+        assert error < TOLERANCE, f"{parameter}: gradient off by {error:.1e} of its maximum"
