@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from plain_decoder import PlainDecoder
@@ -255,9 +254,7 @@ def main() -> None:
     extra = extra_seconds_per_call()
     with tempfile.TemporaryDirectory() as folder:
         for name, size in SIZES.items():
-            line = compare(
-                name, size, arguments.updates, arguments.rounds, extra, str(Path(folder))
-            )
+            line = compare(name, size, arguments.rounds, extra, folder)
             print(line, flush=True)
 
 
