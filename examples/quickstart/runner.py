@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -45,14 +46,20 @@ class Runner:
         self._environment = child_environment()
         self._interrupted = False
         (out / "logs").mkdir(parents=True, exist_ok=True)
+        self._lock = (out / "steps" / "lock").open("w")
 
     def run(self) -> None:
         """All steps done, or StepFailed / Interrupted raised."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StepFailed(f"Another quickstart is running in {self._out}.") from None
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             self._run_all()
         finally:
+            self._lock.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -87,6 +94,7 @@ class Runner:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=(self._lock.fileno(),),  # locked as long as the step lives, if we die
             )
             status = self._wait(process)
         seconds = time.monotonic() - started

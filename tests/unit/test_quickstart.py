@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -128,6 +129,30 @@ def test_an_interrupt_reaches_the_step_as_sigterm_and_ends_the_run(tmp_path):
     thread.join()
     assert saved.exists()
     assert not json.loads((tmp_path / "steps" / "long.json").read_text())["done"]
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path):
+    command = (sys.executable, "-c", "import time; time.sleep(60)")
+    first = Runner([Step("long", "long", command, (), 60.0)], tmp_path, REPOSITORY, "fast")
+    second = Runner([], tmp_path, REPOSITORY, "fast")
+    refused = []
+
+    def try_then_stop():
+        while not (tmp_path / "logs" / "long.log").exists():
+            time.sleep(0.05)
+        try:
+            fcntl.flock(second._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refused.append(True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=try_then_stop)
+    thread.start()
+    with pytest.raises(Interrupted):
+        first.run()
+    thread.join()
+    assert refused
+    second.run()
 
 
 def test_the_record_names_the_commands_and_their_times(tmp_path):
