@@ -102,23 +102,6 @@ def edit_cases(seed: int, count: int) -> list[Case]:
     result = []
     for i, scene in enumerate(scenes(seed, count, 1)):
         rng = np.random.default_rng((seed, i, 13))
-        instruction, edited = _edit(scene, rng)
+        instruction, edited = sample_edit(scene, rng)
         result.append(Case([to_picture(render(scene)), instruction], edited))
     return result
-
-
-def _edit(scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:
-    entity = scene.entities[0]
-    kind = ("colour", "shape", "background")[rng.integers(3)]
-    if kind == "colour":
-        present = COARSE_WORDS[coarse_index(entity.hue_a)]
-        word = rng.choice([w for w in COARSE_WORDS if w != present])
-        hue = 60.0 * COARSE_WORDS.index(word)
-        return f"make it {word}", replace(scene, entities=(replace(entity, hue_a=hue),))
-    if kind == "shape":
-        shape = str(rng.choice([s for s in SHAPES if s != entity.shape]))
-        return f"turn it into a {shape}", replace(scene, entities=(replace(entity, shape=shape),))
-    present = COARSE_WORDS[coarse_index(scene.background_hue)]
-    word = rng.choice([w for w in COARSE_WORDS if w != present])
-    changed = replace(scene, background_hue=60.0 * COARSE_WORDS.index(word))
-    return f"put it on a {word} background", changed

@@ -82,7 +82,8 @@ def numbers(inputs: ReportInputs) -> str:
     )
     where = (
         "<p>All on combinations of shape, pattern and colour that never occurred in training. "
-        "Chance is what guessing gives, the ceiling what the judge measures on true scenes.</p>"
+        "Chance is what a guess, or each picture judged against another prompt's truth, gives; the "
+        "ceiling is what the judge says of the true scenes.</p>"
     )
     return f"{where}<div class=scroll><table><tr>{head}</tr>{''.join(lines)}</table></div>"
 

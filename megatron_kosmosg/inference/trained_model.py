@@ -1,0 +1,98 @@
+"""The newest checkpoint of a run as one whole model on one process, ready to be asked.
+
+Works from a checkpoint of any layout: Megatron-Core's distributed checkpoints reshard on load.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
+from megatron_kosmosg.data.images import ImageDecoder, prompt_transform
+from megatron_kosmosg.data.padding import pad_rows
+from megatron_kosmosg.data.sequence import SequenceFormat
+from megatron_kosmosg.data.tokenizer import Tokenizer
+from megatron_kosmosg.inference.prompt import build_prompt
+from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.stages import build_stage
+from megatron_kosmosg.stages.null_condition import forward_with_null_row
+from megatron_kosmosg.training.checkpoint import checkpoint_metadata
+from megatron_kosmosg.training.checkpoint_folder import CONFIG_FILE, find_checkpoint
+from megatron_kosmosg.training.weights import load_weights
+
+Parts = Sequence[str | Image.Image]
+
+
+@contextmanager
+def one_process(config: RunConfig) -> Iterator[Layout]:
+    """The layout of a process that holds the whole model; groups are left on exit."""
+    try:
+        yield platform.initialize(alone(config))
+    finally:
+        platform.teardown()
+
+
+def alone(config: RunConfig) -> RunConfig:
+    """The config without any model parallelism."""
+    return dataclasses.replace(config, parallel=ParallelConfig())
+
+
+class TrainedModel:
+    """A run's model in eval mode. Prompts are interleaved lists of words and pictures."""
+
+    def __init__(self, run: Path, layout: Layout) -> None:
+        checkpoint = find_checkpoint(run)
+        self.config = alone(load_config(checkpoint / CONFIG_FILE, []))
+        self.stage = build_stage(self.config, layout)
+        (self.model,) = self.stage.build_model(layout)
+        load_weights(checkpoint, [self.model], checkpoint_metadata(layout))
+        self.model.eval().requires_grad_(False)
+        self.tokenizer = Tokenizer(self.config.data.tokenizer_model)
+        self.sequence_format = SequenceFormat(
+            self.tokenizer, self.config.model.resampler.num_latent_queries
+        )
+        self._images = ImageDecoder(self.config.data.image_backend)
+        self._layout = layout
+
+    @torch.no_grad()
+    def conditions(
+        self, prompts: Sequence[Parts], rows_per_pass: int = 32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(conditions [n, c, d] of the prompts, null condition [1, c, d])."""
+        found = []
+        for start in range(0, len(prompts), rows_per_pass):
+            batch = self.batch(prompts[start : start + rows_per_pass])
+            found.append(forward_with_null_row(batch, self.model)["condition"])
+        return torch.cat([rows[:-1] for rows in found]), found[0][-1:]
+
+    @torch.no_grad()
+    def logits(self, prompts: Sequence[Parts]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(next-token logits [b, s, v], tokens [b, s]) of a `pretrain` model."""
+        batch = self.batch(prompts)
+        output = self.model(
+            batch["tokens"], batch["image_mask"], batch["padding_mask"], batch["pixel_values"]
+        )
+        return output["logits"].transpose(0, 1), batch["tokens"]
+
+    def batch(self, prompts: Sequence[Parts]) -> dict[str, torch.Tensor]:
+        """The prompts as the model's inputs, padded to the longest."""
+        built = [build_prompt(parts, self.sequence_format) for parts in prompts]
+        pixels = self._images.decode(
+            [image for prompt in built for image in prompt.images], prompt_transform(self.config)
+        )
+        batch = pad_rows(
+            [prompt.tokens for prompt in built],
+            [prompt.image_mask for prompt in built],
+            0,
+            self.tokenizer.pad_id,
+        )
+        batch["pixel_values"] = pixels
+        return {name: value.to(self._layout.device) for name, value in batch.items()}

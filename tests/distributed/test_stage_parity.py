@@ -1,0 +1,92 @@
+"""All three stages on every layout against one rank: the same loss and the same gradients.
+
+fp32, dropout 0, odd vocabulary, odd numbers of queries and layers. The bound, 1e-5 of a gradient's
+largest entry, is far above the round-off of another summation order (about 1e-6) and far below any
+error of logic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.distributed.stage_gradients import assemble, stage_gradients
+from tests.ranks import run_ranks
+from tests.tiny_models import tiny_config, write_stable_diffusion
+
+LAYOUTS = {
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2, "pipeline_layout": "decoder*2|decoder*1{tail}"}),
+    "dp2": (2, {}),
+    "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
+                    "pipeline_layout": "decoder*2|decoder*1{tail}"}),
+}  # fmt: skip
+TAILS = {"pretrain": "", "align": ",M,N", "instruct": ",M"}
+TRAINED = {
+    "pretrain": ("embedding", "decoder", "resampler", "vision_encoder"),
+    "align": ("aligner_m", "aligner_n"),
+    "instruct": ("embedding", "decoder", "resampler", "vision_encoder", "aligner_m"),
+}
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    return write_stable_diffusion(tmp_path_factory.mktemp("sd"))
+
+
+def gradients(stage, folder, output_dir, world_size, parallel):
+    parallel = {
+        key: value.format(tail=TAILS[stage]) if isinstance(value, str) else value
+        for key, value in parallel.items()
+    }
+    config = tiny_config(stage, folder, output_dir, **parallel)
+    # Every null row must carry gradient in this comparison, so half the conditions are dropped.
+    score = dataclasses.replace(config.score, condition_drop_prob=0.5)
+    config = dataclasses.replace(config, score=score)
+    results = run_ranks(world_size, stage_gradients, config)
+    tp = config.parallel.tensor_model_parallel_size
+    loss = sum(total for total, _ in results) / tp
+    return loss, assemble([shard for _, shards in results for shard in shards])
+
+
+@pytest.fixture(scope="module")
+def one_rank(stable_diffusion, tmp_path_factory):
+    known = {}
+
+    def compute(stage):
+        if stage not in known:
+            folder = tmp_path_factory.mktemp(stage)
+            known[stage] = gradients(stage, stable_diffusion, folder, 1, {})
+        return known[stage]
+
+    return compute
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stage", TAILS)
+def test_loss_and_gradients_equal_those_of_one_rank(
+    stage, layout, one_rank, stable_diffusion, tmp_path
+):
+    expected_loss, expected = one_rank(stage)
+    loss, found = gradients(stage, stable_diffusion, tmp_path, *LAYOUTS[layout])
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert found.keys() == expected.keys()
+    wrong = {}
+    for key, gradient in expected.items():
+        assert not torch.isnan(found[key]).any(), f"{key}: a part of the gradient has no owner"
+        scale = float(gradient.abs().max())
+        error = float((found[key] - gradient).abs().max()) / max(scale, 1e-30)
+        if error > 1e-5:
+            wrong[key] = error
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("stage", TAILS)
+def test_exactly_the_named_parts_train(stage, one_rank):
+    _, found = one_rank(stage)
+    assert {key.split(".")[0] for key in found} == set(TRAINED[stage])
+    silent = [key for key, gradient in found.items() if float(gradient.abs().max()) == 0]
+    assert not silent, f"no gradient reaches {silent}"
