@@ -267,7 +267,7 @@ def _train_iters(config: Path, overrides: Iterable[str]) -> int | None:
 
 def _evaluation_step(out: Path, sizes: Sizes, runs: dict[str, Path]) -> Step:
     arguments = [word for name, path in runs.items() for word in ("--run", f"{name}={path}")]
-    arguments += ["--world", str(out / "world"), "--output", str(out / "evaluation")]
+    arguments += ["--output", str(out / "evaluation")]
     return Step(
         name="evaluate",
         title="draw held-out prompts and judge the pictures",

@@ -22,7 +22,9 @@ FORBIDDEN = {
     "data": ("megatron.core.parallel_state", "diffusers"),
     "toy/world.py": (NAME,),
     "toy/captions.py": (f"{NAME}.config", f"{NAME}.training", f"{NAME}.models", "torch"),
-    "toy/judge": (f"{NAME}.training", f"{NAME}.stages", f"{NAME}.models", f"{NAME}.toy.training"),
+    "evaluation/toy_judge": (
+        *(f"{NAME}.training", f"{NAME}.stages", f"{NAME}.models", f"{NAME}.toy.training"),
+    ),
 }
 """What a folder or file may not import, by the start of its path inside the package."""
 
