@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from megatron_kosmosg.data.keyed import KeyedPermutation, stream_key
+
+BLOCK = 4096
+"""Places of an epoch that are shuffled together; draws follow one another closely."""
 
 
 class SampleOrder:
@@ -11,20 +16,24 @@ class SampleOrder:
     def __init__(self, name: str, num_samples: int, seed: int, stage: str) -> None:
         self._name, self._num_samples = name, num_samples
         self._seed, self._stage = seed, stage
-        self._latest: tuple[int, KeyedPermutation] | None = None
+        self._latest: tuple[int, int, np.ndarray] = (-1, 0, np.zeros(0, np.int64))
+        """(epoch, block, its samples); replaced as a whole, so that threads may share it."""
 
     def epoch(self, epoch: int) -> KeyedPermutation:
         """The shuffle of one pass over the dataset."""
-        latest = self._latest
-        if latest is None or latest[0] != epoch:
-            key = stream_key(self._seed, self._stage, epoch, f"order/{self._name}")
-            latest = self._latest = (epoch, KeyedPermutation(self._num_samples, key))
-        return latest[1]
+        key = stream_key(self._seed, self._stage, epoch, f"order/{self._name}")
+        return KeyedPermutation(self._num_samples, key)
 
     def __getitem__(self, ordinal: int) -> int:
         """The sample index of draw number `ordinal`, counted over all epochs."""
         epoch, place = divmod(ordinal, self._num_samples)
-        return self.epoch(epoch)[place]
+        block, offset = divmod(place, BLOCK)
+        latest = self._latest
+        if latest[:2] != (epoch, block):
+            stop = min((block + 1) * BLOCK, self._num_samples)
+            samples = self.epoch(epoch).take(np.arange(block * BLOCK, stop))
+            latest = self._latest = (epoch, block, samples)
+        return int(latest[2][offset])
 
     def candidate(self, ordinal: int, position: int, attempt: int) -> int:
         """The sample for draw `ordinal`, which stands at stream `position`.
