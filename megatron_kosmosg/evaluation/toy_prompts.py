@@ -13,16 +13,8 @@ import numpy as np
 from PIL import Image
 
 from megatron_kosmosg.toy.captions import background_phrase, caption, noun_phrase
-from megatron_kosmosg.toy.world import (
-    COARSE_WORDS,
-    SHAPES,
-    Entity,
-    Scene,
-    coarse_index,
-    render,
-    sample_scene,
-    subject_scene,
-)
+from megatron_kosmosg.toy.edits import sample_edit
+from megatron_kosmosg.toy.world import Entity, Scene, render, sample_scene, subject_scene
 from megatron_kosmosg.training.picture_grid import to_picture
 
 Parts = list[str | Image.Image]

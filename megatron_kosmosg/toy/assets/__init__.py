@@ -1,0 +1,10 @@
+"""Frozen parts of the toy world that come with the package: tokenizer, image tower, decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def path() -> Path:
+    """The folder that holds them."""
+    return Path(__file__).resolve().parent

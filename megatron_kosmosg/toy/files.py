@@ -1,0 +1,92 @@
+"""The toy world as ordinary files: PNG and JPEG pictures, and one JSONL file per kind and split.
+
+Training records show no held-out combination; held-out records show only such, except for what an
+edit leads to. A held-out record also states the truth: `scene` (its target picture, else its
+picture) or `scenes` (its pictures in order).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_kosmosg.toy.pictures import PictureFiles
+from megatron_kosmosg.toy.records import WRITERS
+
+SPLITS = ("train", "heldout")
+MANIFEST = "world.json"
+VERSION = 1
+SHARES = {"text": 0.5, "caption": 1.0, "interleaved": 0.5, "compositional": 1.5, "edit": 0.5}
+"""Training records of each kind, relative to `size`."""
+HELDOUT_SHARE, MIN_HELDOUT, MAX_HELDOUT = 0.1, 16, 256
+
+
+@dataclass(frozen=True)
+class World:
+    """What decides the files; the same values give the same bytes."""
+
+    size: int
+    seed: int
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size={self.size}: a world needs at least one scene")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must not be negative")
+
+    def count(self, split: str, kind: str) -> int:
+        """Records in SPLIT/KIND.jsonl."""
+        if split == "train":
+            return max(1, round(self.size * SHARES[kind]))
+        return min(MAX_HELDOUT, max(MIN_HELDOUT, round(self.size * HELDOUT_SHARE)))
+
+
+def is_complete(folder: Path, world: World) -> bool:
+    """Whether `folder` holds exactly this world, finished."""
+    manifest = folder / MANIFEST
+    return manifest.is_file() and json.loads(manifest.read_text()) == asdict(world)
+
+
+def write_world(folder: Path, world: World, report: Callable[[int, int], None]) -> None:
+    """Writes the world beside `folder` and renames it; an older world there is replaced.
+
+    report(done, total) is called after each record. Raises ValueError when `folder` holds anything
+    else.
+    """
+    if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds files that are not a toy world; name another folder")
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tables = [(split, kind) for split in SPLITS for kind in WRITERS]
+    total = sum(world.count(*table) for table in tables)
+    done = 0
+    for split, kind in tables:
+        records = temporary / split
+        records.mkdir(parents=True, exist_ok=True)
+        with PictureFiles(records, kind) as pictures, (records / f"{kind}.jsonl").open("w") as out:
+            for i in range(world.count(split, kind)):
+                out.write(json.dumps(_record(world, split, kind, i, pictures)) + "\n")
+                done += 1
+                report(done, total)
+    (temporary / MANIFEST).write_text(json.dumps(asdict(world)) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+
+
+def _record(
+    world: World, split: str, kind: str, index: int, pictures: PictureFiles
+) -> dict[str, Any]:
+    place = (world.seed, SPLITS.index(split), tuple(WRITERS).index(kind), index)
+    pictures.begin(index)
+    record, truth = WRITERS[kind](np.random.default_rng(place), split == "heldout", pictures)
+    record = {"key": f"{kind}-{index:06d}"} | record
+    return record | truth if split == "heldout" else record

@@ -1,0 +1,81 @@
+"""Pools of training scenes and their pictures, drawn once and kept in memory as bytes.
+
+Only training combinations: `heldout=False` everywhere.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from megatron_kosmosg.toy.world import Scene, render_batch, sample_scene, subject_scene
+
+CHUNK = 64
+
+
+def scenes(seed: int, count: int, two_entities: float) -> list[Scene]:
+    """`count` scenes, of which the share `two_entities` holds two."""
+    return [
+        sample_scene((seed, i), 2 if ((i * 997) % 1000) / 1000 < two_entities else 1, False)
+        for i in range(count)
+    ]
+
+
+def with_subjects(seed: int, drawn: list[Scene], every: int) -> list[Scene]:
+    """The scenes, each `every`-th replaced by a large picture of its last entity.
+
+    Half of those keep their background colour, the others are white around the subject.
+    """
+    result = list(drawn)
+    for i in range(0, len(drawn), every):
+        background = drawn[i].background_hue if (i // every) % 2 else None
+        result[i] = subject_scene(drawn[i].entities[-1], background, (seed, i))
+    return result
+
+
+def pictures(drawn: list[Scene]) -> Tensor:
+    """uint8 [n, 3, 32, 32] of the scenes."""
+    parts = [
+        to_bytes(render_batch(drawn[start : start + CHUNK]))
+        for start in range(0, len(drawn), CHUNK)
+    ]
+    return torch.cat(parts)
+
+
+def to_bytes(image: Tensor) -> Tensor:
+    """uint8 of an image in [-1, 1]."""
+    return ((image + 1.0) * 127.5).round().clamp(0, 255).byte()
+
+
+def from_bytes(image: Tensor) -> Tensor:
+    """float32 in [-1, 1] of a uint8 image."""
+    return image.float() / 127.5 - 1.0
+
+
+class Progress:
+    """Prints one line per interval: step, time remaining, and the running means given to it."""
+
+    def __init__(self, name: str, total: int, interval: int, start: int = 0) -> None:
+        self.name, self.total, self.interval, self.start = name, total, interval, start
+        self.began, self.cpu = time.monotonic(), time.process_time()
+        self.sums: dict[str, float] = {}
+        self.count = 0
+
+    def update(self, step: int, **values: float) -> None:
+        """Adds the values of a finished step (counted from 1)."""
+        for key, value in values.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+        self.count += 1
+        if step % self.interval and step != self.total:
+            return
+        elapsed = time.monotonic() - self.began
+        remaining = elapsed / (step - self.start) * (self.total - step)
+        means = " ".join(f"{key} {value / self.count:.5f}" for key, value in self.sums.items())
+        print(
+            f"{time.strftime('%H:%M:%S')} {self.name} {step}/{self.total} {means} "
+            f"cpu {time.process_time() - self.cpu:.0f}s left {remaining:.0f}s",
+            flush=True,
+        )
+        self.sums, self.count = {}, 0
