@@ -1,0 +1,109 @@
+"""FLOPs and parameters of the frozen Stable Diffusion parts, counted on their real classes.
+
+The modules are built from their folder's config without memory (meta device). Where no folder is
+given, or it is not on this machine, Stable Diffusion v1.5's sizes stand in for it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+SD_V1_5_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+SD_V1_5_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+}
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """Sizes of a CLIP text encoder."""
+
+    num_layers: int
+    width: int
+    ffn_width: int
+    positions: int
+    vocab_size: int
+
+    @property
+    def num_parameters(self) -> int:
+        """Embeddings, layers with biases and two norms each, final norm."""
+        layer = 4 * self.width**2 + 2 * self.width * self.ffn_width
+        layer += 9 * self.width + self.ffn_width  # biases of q k v o and fc2, two norms, fc1's
+        embeddings = (self.vocab_size + self.positions) * self.width
+        return embeddings + self.num_layers * layer + 2 * self.width
+
+
+CLIP_VIT_L_TEXT = TextShape(12, 768, 3072, 77, 49408)
+
+
+def clip_text_shape(path: str | None) -> TextShape:
+    """The text encoder in `path`/text_encoder; ViT-L/14's where there is none."""
+    config_file = Path(path or "") / "text_encoder" / "config.json"
+    if path is None or not config_file.is_file():
+        return CLIP_VIT_L_TEXT
+    sizes = json.loads(config_file.read_text())
+    return TextShape(
+        num_layers=sizes["num_hidden_layers"],
+        width=sizes["hidden_size"],
+        ffn_width=sizes["intermediate_size"],
+        positions=sizes["max_position_embeddings"],
+        vocab_size=sizes["vocab_size"],
+    )
+
+
+def score_flops(
+    path: str | None, image_size: int, condition_length: int, *, with_vae: bool
+) -> float:
+    """FLOPs per image of what pulls a gradient out of the frozen U-Net.
+
+    U-Net forward, its backward to the condition alone, and the VAE encoder unless cached.
+    """
+    forward, backward, encode = _counts(path, image_size, condition_length)
+    return forward + backward + (encode if with_vae else 0)
+
+
+def unet_and_vae(path: str | None) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+    """The two modules on the meta device, frozen."""
+    folder = Path(path or "")
+    with torch.device("meta"):
+        if path is not None and (folder / "unet" / "config.json").is_file():
+            unet = UNet2DConditionModel.from_config(
+                UNet2DConditionModel.load_config(folder / "unet")
+            )
+            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
+        else:
+            unet = UNet2DConditionModel(**SD_V1_5_UNET)
+            vae = AutoencoderKL(**SD_V1_5_VAE)
+    return unet.eval().requires_grad_(False), vae.eval().requires_grad_(False)
+
+
+@cache
+def _counts(path: str | None, image_size: int, condition_length: int) -> tuple[int, int, int]:
+    """(U-Net forward, U-Net backward to the condition, VAE encoder), FLOPs of one image."""
+    unet, vae = unet_and_vae(path)
+    latent_size = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
+    latents = torch.empty(1, unet.config.in_channels, latent_size, latent_size, device="meta")
+    condition = torch.empty(
+        1, condition_length, unet.config.cross_attention_dim, device="meta", requires_grad=True
+    )
+    timesteps = torch.zeros(1, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        prediction = unet(latents, timesteps, condition).sample
+        forward = counter.get_total_flops()
+        prediction.sum().backward()
+    backward = counter.get_total_flops() - forward
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae.encode(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return forward, backward, counter.get_total_flops()
