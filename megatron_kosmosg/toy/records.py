@@ -44,9 +44,13 @@ def _subject(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str]:
 
 
 def text(rng: np.random.Generator, heldout: bool, pictures: Pictures) -> Record:
-    """{"text"}: a few sentences."""
-    sentences = [_sentence(rng, heldout) for _ in range(rng.integers(3, 8))]
-    return {"text": " ".join(sentences)}, {}
+    """{"text"}."""
+    return {"text": document(rng, heldout)}, {}
+
+
+def document(rng: np.random.Generator, heldout: bool) -> str:
+    """A few sentences about scenes, each ended by " ."."""
+    return " ".join(_sentence(rng, heldout) for _ in range(rng.integers(3, 8)))
 
 
 def _sentence(rng: np.random.Generator, heldout: bool) -> str:
