@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-KINDS = ("text", "caption", "interleaved", "compositional", "edit")
-SPLITS = ("train", "heldout")
+SECTIONS = {"train": "data.blend", "heldout": "data.heldout"}
+"""Where a stage's config names the datasets of a split."""
 STAGES = ("pretrain", "align", "instruct")
 STAGE_TITLES = {
     "pretrain": "pretrain: read text and pictures",
@@ -60,11 +60,12 @@ def train_command(config: Path, overrides: Iterable[str]) -> tuple[str, ...]:
 
 
 BLENDS = {
-    "pretrain": ("text", "caption", "interleaved"),
-    "align": ("caption",),
-    "instruct": ("compositional", "edit", "caption"),
+    "pretrain": {"train": ("text", "caption", "interleaved"), "heldout": ("interleaved",)},
+    "align": {"train": ("caption",), "heldout": ("caption",)},
+    "instruct": {"train": ("compositional", "edit", "caption"), "heldout": ("compositional",)},
 }
-"""Names under `data.blend` and `data.heldout` of each stage's config; also the kinds they read."""
+"""Names under `data.blend` (train) and `data.heldout` in each stage's config; also the kinds of
+sample that they read."""
 
 FULL = Sizes(
     world=4000,
@@ -84,6 +85,7 @@ FAST = Sizes(
             "training.eval_iters=1",
             f"checkpoint.save_interval={iterations}",
             "logging.log_interval=5",
+            "logging.image_interval=0",
         )
         for stage, iterations in (("pretrain", 20), ("align", 20), ("instruct", 12))
     },
@@ -161,8 +163,9 @@ def _world_step(out: Path, sizes: Sizes) -> Step:
 
 def _data_steps(repository: Path, out: Path, sizes: Sizes) -> list[Step]:
     steps = []
-    for split in SPLITS:
-        for kind in KINDS:
+    for split in SECTIONS:
+        kinds = dict.fromkeys(kind for stage in STAGES for kind in BLENDS[stage][split])
+        for kind in kinds:
             prefix = out / "data" / split / kind
             tokenizer = Path("megatron_kosmosg/toy/assets/sentencepiece.model")
             command = (
@@ -233,18 +236,19 @@ def _training(
     settings = [f"logging.output_dir={folder}"]
     if load is not None:
         settings.append(f"checkpoint.load={load[1]}")
-    for kind in BLENDS[stage]:
-        settings.append(f"data.blend.{kind}.path={out / 'data' / 'train' / kind}")
-        settings.append(f"data.heldout.{kind}.path={out / 'data' / 'heldout' / kind}")
+    data = []
+    for split, section in SECTIONS.items():
+        for kind in BLENDS[stage][split]:
+            settings.append(f"{section}.{kind}.path={out / 'data' / split / kind}")
+            data.append(f"data-{split}-{kind}")
     settings += overrides
-    data = tuple(f"data-{split}-{kind}" for split in SPLITS for kind in BLENDS[stage])
     return Step(
         name=name,
         title=title,
         command=train_command(config, settings),
         outputs=(folder,),
         seconds=seconds,
-        after=data if load is None else (*data, load[0]),
+        after=tuple(data) if load is None else (*data, load[0]),
         inputs=(repository / config,),
         metrics=folder / "metrics.jsonl",
         iterations=_train_iters(repository / config, overrides),

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 from quickstart.progress import Progress, clock, last_record
 from quickstart.runner import Interrupted, Runner, StepFailed
-from quickstart.steps import STAGES, Step, plan
+from quickstart.steps import BLENDS, STAGES, Step, plan
 from quickstart.verdict import missed, table
+
+from megatron_kosmosg.config.load import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -198,6 +200,24 @@ def test_every_step_comes_after_what_it_reads(tmp_path, fast, ablations):
         seen.add(step.name)
         assert all(tmp_path in path.parents for path in step.outputs), "removes only its own"
     assert set(STAGES) <= seen
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_configs_name_the_datasets_that_are_made(stage):
+    config = load_config(REPOSITORY / "examples" / "configs" / f"toy_{stage}.yaml", [])
+    assert tuple(config.data.blend) == BLENDS[stage]["train"]
+    assert tuple(config.data.heldout) == BLENDS[stage]["heldout"]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_progress_knows_how_long_each_training_is(tmp_path, fast):
+    for step in plan(REPOSITORY, tmp_path, fast=fast, ablations=True):
+        if step.metrics is not None:
+            overrides = [text for text in step.command if text.startswith("training.")]
+            config = load_config(
+                REPOSITORY / step.command[step.command.index("--config") + 1], overrides
+            )
+            assert step.iterations == config.training.train_iters
 
 
 ROW = dict(group="g", name="hue", value=5.0, unit="deg", threshold=9.0, direction="<=", n=64)
