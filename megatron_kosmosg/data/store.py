@@ -12,6 +12,7 @@ PREFIX.sentences.npy, PREFIX.sentence_offsets.npy  see sentences.py (kinds that 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,6 +29,7 @@ FORMAT_VERSION = 1
 TOKENS, IMAGE, JSON = 0, 1, 2
 """Modes of a part."""
 TOKEN_TYPE = np.dtype("<i4")
+COPY_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,16 @@ class SampleWriter:
 
     def add_store(self, prefix: str | Path) -> None:
         """Appends everything that another writer finished under `prefix`."""
-        self._builder.add_index(str(prefix))
+        if Path(f"{prefix}.bin").stat().st_size:
+            # The builder's own add_index runs a full garbage collection for every shard.
+            index = IndexedDataset(str(prefix), multimodal=not self._is_text).index
+            offset = len(self._builder.sequence_lengths)
+            self._builder.sequence_lengths.extend(index.sequence_lengths)
+            self._builder.document_indices.extend((offset + index.document_indices)[1:])
+            if not self._is_text:
+                self._builder.sequence_modes.extend(index.sequence_modes)
+            with Path(f"{prefix}.bin").open("rb") as data:
+                shutil.copyfileobj(data, self._builder.data_file, COPY_BYTES)
         table, offsets = (np.load(path) for path in sentence_paths(prefix))
         self._sentences.append(table)
         self._sentence_counts.append(np.diff(offsets))

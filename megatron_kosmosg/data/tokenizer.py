@@ -51,7 +51,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` without <s> and </s>; blank text gives none. Specials are never parsed."""
-        return [i + 1 if i >= 3 else self.unk_id for i in self._processor.encode(text)]
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` as an int32 array."""
+        pieces = np.array(self._processor.encode(text), np.int32)
+        return np.where(pieces >= 3, pieces + 1, self.unk_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens are left out, <unk> shows as SentencePiece's mark."""

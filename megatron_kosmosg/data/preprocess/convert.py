@@ -45,7 +45,7 @@ Converter = Callable[[Record, Tokenizer], Converted]
 
 def convert_text(record: Record, tokenizer: Tokenizer) -> Converted:
     """{"text"}."""
-    ids = _encode(tokenizer, text_field(record.fields, "text"))
+    ids = tokenizer.encode_array(text_field(record.fields, "text"))
     if not len(ids):
         raise Rejected("text without tokens")
     return Converted(
@@ -59,7 +59,7 @@ def convert_caption(record: Record, tokenizer: Tokenizer) -> Converted:
     """{"key", "image", "caption"}."""
     caption = text_field(record.fields, "caption")
     image = image_field(record, record.fields, "image")
-    ids = _encode(tokenizer, caption)
+    ids = tokenizer.encode_array(caption)
     info = {"key": record.key, "caption": caption}
     info |= extra_fields(record.fields, ("key", "caption", "image"))
     parts = [Part.json(info), Part.tokens(ids), Part(IMAGE, image)]
@@ -74,7 +74,7 @@ def convert_interleaved(record: Record, tokenizer: Tokenizer) -> Converted:
         if not isinstance(item, dict) or len(item.keys() & {"text", "image"}) != 1:
             raise Rejected("content item is neither text nor image")
         if "text" in item:
-            ids = _encode(tokenizer, text_field(item, "text"))
+            ids = tokenizer.encode_array(text_field(item, "text"))
             parts.append(Part.tokens(ids))
             content.append(ids)
         else:
@@ -91,7 +91,7 @@ def convert_edit(record: Record, tokenizer: Tokenizer) -> Converted:
     fields = record.fields
     texts = {name: text_field(fields, name) for name in ("caption", "instruction")}
     images = [image_field(record, fields, name) for name in ("image", "target")]
-    ids = [_encode(tokenizer, text) for text in texts.values()]
+    ids = [tokenizer.encode_array(text) for text in texts.values()]
     info = {"key": record.key} | texts
     info |= extra_fields(fields, ("key", "caption", "instruction", "image", "target"))
     parts = [Part.json(info), *map(Part.tokens, ids), *(Part(IMAGE, data) for data in images)]
@@ -110,7 +110,7 @@ def convert_compositional(record: Record, tokenizer: Tokenizer) -> Converted:
         image = image_field(record, entity.fields, "image")
         mask = mask_field(record, entity.fields, "mask", image)
         for words in (entity.with_words, entity.without_words):
-            parts.append(Part.tokens(_encode(tokenizer, words)))
+            parts.append(Part.tokens(tokenizer.encode_array(words)))
         parts.append(Part(IMAGE, image))
         if mask is not None:
             parts.append(Part(IMAGE, mask))
@@ -118,7 +118,7 @@ def convert_compositional(record: Record, tokenizer: Tokenizer) -> Converted:
         described.append(
             {"text": entity.text, "span": entity.span, "has_mask": mask is not None} | kept
         )
-    parts.append(Part.tokens(_encode(tokenizer, tail)))
+    parts.append(Part.tokens(tokenizer.encode_array(tail)))
     info = {"key": record.key, "caption": caption, "entities": described}
     info |= extra_fields(fields, ("key", "caption", "entities", "image"))
     num_tokens = sum(len(part.data) // 4 for part in parts if part.mode == TOKENS)
@@ -132,7 +132,3 @@ CONVERTERS: dict[Kind, Converter] = {
     "edit": convert_edit,
     "compositional": convert_compositional,
 }
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    return np.array(tokenizer.encode(text), np.int32)
