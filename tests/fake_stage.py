@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from PIL import Image
 from torch import Tensor
 
+from megatron_kosmosg.config.batching import model_parallel_size
 from megatron_kosmosg.config.schema import (
     BlendEntry,
     CheckpointConfig,
@@ -87,28 +88,46 @@ class FakeDataset:
 
 
 class FakeModel(MegatronModule):
-    """Linear -> GELU -> linear over the tensor ranks, then a norm that every rank holds."""
+    """A frozen linear; then linear, GELU, linear over the tensor ranks and a norm on every rank.
 
-    def __init__(self, config: TransformerConfig, dropout: float) -> None:
+    Split over two pipeline stages, the first holds only the frozen linear.
+    """
+
+    def __init__(self, config: TransformerConfig, layout: Layout, dropout: float) -> None:
         super().__init__(config)
-        self.pre_process = self.post_process = True
+        self.pre_process, self.post_process = layout.is_first_stage, layout.is_last_stage
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
-        shared = {"config": config, "init_method": config.init_method, "skip_bias_add": False}
-        self.up = ColumnParallelLinear(WIDTH, 4 * WIDTH, bias=True, gather_output=False, **shared)
-        self.down = RowParallelLinear(4 * WIDTH, WIDTH, bias=True, input_is_parallel=True, **shared)
-        self.norm = torch.nn.LayerNorm(WIDTH)
-        self.frozen = torch.nn.Linear(WIDTH, WIDTH)
-        self.frozen.requires_grad_(False)
-        self.dropout = torch.nn.Dropout(dropout)
+        self._received: Tensor | None = None
+        torch.manual_seed(3)
+        frozen = torch.nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        if self.pre_process:
+            self.frozen = frozen
+        if self.post_process:
+            shared = {"config": config, "init_method": config.init_method, "skip_bias_add": False}
+            self.up = ColumnParallelLinear(
+                WIDTH, 4 * WIDTH, bias=True, gather_output=False, **shared
+            )
+            self.down = RowParallelLinear(
+                4 * WIDTH, WIDTH, bias=True, input_is_parallel=True, **shared
+            )
+            self.norm = torch.nn.LayerNorm(WIDTH)
+            self.dropout = torch.nn.Dropout(dropout)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        hidden, _ = self.up(self.frozen(inputs))
+        if self.pre_process:
+            boundary = self.frozen(inputs.clone().requires_grad_())[None]  # [1, b, WIDTH]
+        else:
+            boundary = self._received
+        if not self.post_process:
+            return boundary
+        hidden, _ = self.up(boundary[0])
         output, _ = self.down(torch.nn.functional.gelu(hidden))
-        return self.norm(self.dropout(output) + inputs)
+        return self.norm(self.dropout(output) + inputs.to(output.dtype))
 
-    def set_input_tensor(self, input_tensor: object) -> None:
-        """Megatron-Core's hook for pipeline stages; this model has one."""
+    def set_input_tensor(self, input_tensor: list[Tensor] | None) -> None:
+        """Megatron-Core's hook: what the pipeline stage before this one sent."""
+        self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
 
 class FakeStage:
@@ -131,18 +150,23 @@ class FakeStage:
     def build_model(self, layout: Layout) -> list[torch.nn.Module]:
         precision = self.config.training.precision
         settings = TransformerConfig(
-            num_layers=1,
+            num_layers=2,
             hidden_size=WIDTH,
             num_attention_heads=2,
             use_cpu_initialization=True,
             calculate_per_token_loss=True,
             tensor_model_parallel_size=layout.tp_size,
+            pipeline_model_parallel_size=layout.pp_size,
+            pipeline_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+                precision, torch.float32
+            ),
+            variable_seq_lengths=True,
+            moe_token_dispatcher_type="alltoall",
             bf16=precision == "bf16",
             fp16=precision == "fp16",
             gradient_accumulation_fusion=False,
         )
-        torch.manual_seed(3)
-        return [FakeModel(settings, self._dropout).to(layout.device)]
+        return [FakeModel(settings, layout, self._dropout).to(layout.device)]
 
     def build_dataset(self, split: str) -> FakeDataset:
         return FakeDataset(split)
@@ -177,5 +201,5 @@ class FakeStage:
 
     def _micro_batches(self) -> int:
         training, world = self.config.training, torch.distributed.get_world_size()
-        replicas = world // self.config.parallel.tensor_model_parallel_size
+        replicas = world // model_parallel_size(self.config)
         return training.global_batch_size // training.micro_batch_size // replicas

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_kosmosg.config.batching import model_parallel_size
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel import platform
@@ -42,11 +43,11 @@ class KillAt:
             raise Killed
 
 
-def train(config: RunConfig, settings: dict | None = None, stage: type = FakeStage) -> bool:
+def train(config: RunConfig, settings: dict | None = None) -> bool:
     """What `fit` returns on this rank. settings: keyword arguments of the stage."""
     layout = platform.initialize(config)
     try:
-        return fit(stage(config, **(settings or {})), config, layout)
+        return fit(FakeStage(config, **(settings or {})), config, layout)
     finally:
         platform.teardown()
 
@@ -54,7 +55,7 @@ def train(config: RunConfig, settings: dict | None = None, stage: type = FakeSta
 def train_until(config: RunConfig, stop: int, settings: dict | None = None) -> None:
     """Trains `stop` updates and ends like a killed run. Four micro-batches an update on one
     replica."""
-    replicas = int(os.environ["WORLD_SIZE"]) // config.parallel.tensor_model_parallel_size
+    replicas = int(os.environ["WORLD_SIZE"]) // model_parallel_size(config)
     try:
         train(config, {**(settings or {}), "hook": KillAt(stop * 4 // replicas)})
     except Killed:
@@ -69,16 +70,6 @@ def refused(config: RunConfig, settings: dict | None = None) -> str:
     except ConfigError as error:
         return str(error)
     raise AssertionError("the run was not refused")
-
-
-class HalfFrozen(FakeStage):
-    """Nothing trains on rank 0, as on a pipeline stage that holds only frozen parts."""
-
-    def build_model(self, layout):
-        chunks = super().build_model(layout)
-        if layout.rank == 0:
-            chunks[0].requires_grad_(False)
-        return chunks
 
 
 def beside_torch_adamw(config: RunConfig) -> tuple[list[float], dict, dict]:

@@ -1,6 +1,6 @@
 """All random-number state of this rank, so that a resumed run draws what the interrupted one would.
 
-Covers torch, the accelerator, numpy, Python, and Megatron-Core's tracker of tensor-parallel streams.
+Covers torch, the accelerator, numpy, Python, and Megatron-Core's tensor-parallel streams.
 """
 
 from __future__ import annotations

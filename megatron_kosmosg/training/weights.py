@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
@@ -66,7 +67,7 @@ def load_weights(
     state = model_state(chunks, metadata)
     stored = {
         key
-        for key in dist_checkpointing.load_sharded_metadata(str(path))
+        for key in load_sharded_metadata(str(path))
         if not key.startswith(NOT_MODEL) and "_extra_state" not in key
     }
     _check_keys(path, written_by, _keys_of_all_ranks(state), stored, tuple(absent), tuple(unused))

@@ -1,0 +1,158 @@
+"""How many parameters each part of a stage has, and each rank of a layout: from the real modules.
+
+The stage builds its own model on the meta device, so what is frozen is what training freezes.
+Vocabulary padding and the tied copy of the embedding are left out of the totals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
+from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
+from megatron_kosmosg.models.pipeline_pieces import StagePieces, pipeline_pieces
+from megatron_kosmosg.parallel.layout import lone_layout
+from megatron_kosmosg.planning.diffusion_flops import clip_text_shape, unet_and_vae
+from megatron_kosmosg.stages import build_stage
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters of one module of the stage."""
+
+    trainable: int
+    frozen: int
+
+
+@dataclass(frozen=True)
+class RankCount:
+    """Parameters that one rank of a pipeline stage holds in memory."""
+
+    trainable: int
+    frozen: int
+    pieces: str
+    """What they are, in words."""
+
+
+@dataclass(frozen=True)
+class ModelCounts:
+    parts: dict[str, Part]
+    """Every module of the stage, frozen helpers (text encoder, U-Net, VAE) included."""
+    ranks: list[RankCount]
+    """One entry per pipeline stage; its tensor-parallel ranks hold equal numbers."""
+
+    @property
+    def trainable(self) -> int:
+        return sum(part.trainable for part in self.parts.values())
+
+    @property
+    def frozen(self) -> int:
+        return sum(part.frozen for part in self.parts.values())
+
+
+def count_model(config: RunConfig) -> ModelCounts:
+    """The counts of the stage and layout in `config`; allocates nothing, reads at most configs."""
+    model = _whole_model(config)
+    parts: dict[str, Part] = {}
+    for name, child in model.named_children():
+        trainable = sum(p.numel() for p in child.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in child.parameters() if not p.requires_grad)
+        if trainable + frozen:
+            parts[name] = Part(trainable, frozen)
+    rows, width = model.embedding.word_embeddings.weight.shape
+    padding = (rows - config.model.vocab_size) * width
+    is_trained = parts["embedding"].trainable > 0
+    parts["embedding"] = Part(
+        parts["embedding"].trainable - padding * is_trained,
+        parts["embedding"].frozen - padding * (not is_trained),
+    )
+    helpers = _frozen_helpers(config)
+    parts.update({name: Part(0, count) for name, count in helpers.items()})
+    return ModelCounts(parts, _ranks(config, model, sum(helpers.values())))
+
+
+def _whole_model(config: RunConfig) -> torch.nn.Module:
+    lone = lone_layout(torch.device("meta"))
+    alone = dataclasses.replace(config, parallel=ParallelConfig())
+    # Frozen helpers sit on the last pipeline stage; a stage object made for another one reads none.
+    stage = build_stage(alone, dataclasses.replace(lone, pp_size=2))
+    (model,) = stage.build_model(lone)
+    return model
+
+
+def _frozen_helpers(config: RunConfig) -> dict[str, int]:
+    if config.stage == "align":
+        return {"clip_text": clip_text_shape(config.model.clip_text.path).num_parameters}
+    if config.stage == "instruct":
+        unet, vae = unet_and_vae(config.model.diffusion.path)
+        return {
+            "unet": sum(p.numel() for p in unet.parameters()),
+            "vae": sum(p.numel() for p in vae.parameters()),
+        }
+    return {}
+
+
+def _ranks(config: RunConfig, model: torch.nn.Module, helpers: int) -> list[RankCount]:
+    parts = tuple(name for name in ("M", "N") if _has(model, f"aligner_{name.lower()}"))
+    stages = pipeline_pieces(config, parts)
+    tp_size = config.parallel.tensor_model_parallel_size
+    vocabulary = padded_vocab_size(config.model.vocab_size, tp_size) // tp_size
+    width = config.model.decoder.hidden_size
+    held: list[defaultdict[bool, int]] = [defaultdict(int) for _ in stages]
+    for name, parameter in model.named_parameters():
+        index = _pipeline_stage(name, stages)
+        if name.endswith("word_embeddings.weight"):
+            numel = vocabulary * width
+            tied_copy = config.stage == "pretrain" and len(stages) > 1
+            held[-1][parameter.requires_grad] += numel * tied_copy
+        else:
+            numel = parameter.numel() // (tp_size if _is_split(parameter) else 1)
+        held[index][parameter.requires_grad] += numel
+    held[-1][False] += helpers
+    return [
+        RankCount(count[True], count[False], _describe(config, stages, index, parts))
+        for index, count in enumerate(held)
+    ]
+
+
+def _is_split(parameter: torch.nn.Parameter) -> bool:
+    """Whether tensor-parallel ranks hold slices; Megatron-Core marks only its own modules."""
+    return hasattr(parameter, "tensor_model_parallel") and parameter.tensor_model_parallel
+
+
+def _pipeline_stage(name: str, stages: list[StagePieces]) -> int:
+    if name.startswith("decoder.layers."):
+        layer = int(name.split(".")[2])
+        return max(i for i, stage in enumerate(stages) if stage.first_decoder_layer <= layer)
+    if name.startswith("decoder."):
+        return next(i for i, stage in enumerate(stages) if stage.ends_decoder)
+    for part in ("M", "N"):
+        if name.startswith(f"aligner_{part.lower()}."):
+            return next(i for i, stage in enumerate(stages) if part in stage.aligner_parts)
+    return 0
+
+
+def _describe(
+    config: RunConfig, stages: list[StagePieces], index: int, parts: tuple[str, ...]
+) -> str:
+    stage, last = stages[index], index == len(stages) - 1
+    pieces = ["image tower, resampler, embedding"] if index == 0 else []
+    if stage.num_decoder_layers:
+        first = stage.first_decoder_layer
+        pieces.append(f"decoder layers {first}-{first + stage.num_decoder_layers - 1}")
+    pieces += [f"AlignerNet {part}" for part in stage.aligner_parts]
+    if last:
+        pieces += {
+            "pretrain": ["output head"],
+            "align": ["CLIP text encoder"],
+            "instruct": ["U-Net and VAE"],
+        }[config.stage]
+    return ", ".join(pieces)
+
+
+def _has(model: torch.nn.Module, name: str) -> bool:
+    return any(child == name for child, _ in model.named_children())
