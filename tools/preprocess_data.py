@@ -6,9 +6,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_kosmosg.data.manifest import KINDS
 from megatron_kosmosg.data.preprocess.progress import ProgressLine
 from megatron_kosmosg.data.preprocess.run import PreprocessJob, preprocess, summary
-from megatron_kosmosg.data.store import KINDS
 
 EPILOG = """\
 records, one JSON object a line; pictures are named relative to the folder of the JSONL file:

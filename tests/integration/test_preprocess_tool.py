@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kosmosg.data.preprocess import progress
+from megatron_kosmosg.data.preprocess.convert import CONVERTERS
 from megatron_kosmosg.data.preprocess.jsonl import JsonlReader
 from megatron_kosmosg.data.preprocess.run import PreprocessJob, find_inputs, preprocess
+from megatron_kosmosg.data.preprocess.shard_work import Counts
 from megatron_kosmosg.data.store import SampleStore
 from tests.unit.data_helpers import image_records, text_records, write_jsonl, write_tokenizer
 
@@ -173,3 +177,36 @@ def test_globs_are_sorted_and_names_are_taken_literally(tmp_path):
         (tmp_path / name).write_text("{}")
     found = find_inputs([str(tmp_path / "?.jsonl"), str(tmp_path / "[x].jsonl")])
     assert [path.name for path in found] == ["a.jsonl", "b.jsonl", "[x].jsonl"]
+
+
+def test_a_worker_that_dies_is_an_error_not_a_hang(tmp_path, monkeypatch):
+    model = str(write_tokenizer(tmp_path))
+    source = str(write_jsonl(tmp_path / "t.jsonl", text_records(3)))
+    monkeypatch.setitem(CONVERTERS, "text", lambda record, tokenizer: os._exit(9))
+    with pytest.raises(ValueError, match="worker process ended unexpectedly"):
+        quiet(PreprocessJob("text", (source,), model, str(tmp_path / "o"), workers=2))
+    assert not [path for path in tmp_path.iterdir() if ".o." in path.name]
+
+
+class Screen(io.StringIO):
+    def __init__(self, is_terminal: bool) -> None:
+        super().__init__()
+        self.is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_one_line_on_a_terminal_and_sparse_in_a_log(is_terminal, monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    screen = Screen(is_terminal)
+    line = progress.ProgressLine(screen)
+    for done in range(1, 11):
+        line(done, 10, Counts(samples=100 * done, output_bytes=10**7 * done))
+    text = screen.getvalue()
+    assert text.count("\n") == (1 if is_terminal else 2)
+    assert text.count("\r") == (10 if is_terminal else 0)
+    last = "100%  1,000 samples  10/s  1.0 MB/s  0 rejected  0 s left\n"
+    assert text.endswith(last)

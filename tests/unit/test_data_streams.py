@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from megatron_kosmosg.data import store as store_module
+from megatron_kosmosg.data import manifest as manifest_module
 from megatron_kosmosg.data.bad_samples import TooManyBadSamples
 from megatron_kosmosg.data.loader import MicroBatchIterator
 from megatron_kosmosg.data.store import SampleStore
@@ -302,4 +302,4 @@ def test_manifest_counts_what_is_stored(folder):
     assert manifest["num_samples"] == 20 and manifest["kind"] == "compositional"
     assert manifest["num_images"] == sum(len(raw.images()) for raw in raws)
     assert manifest["num_tokens"] == sum(len(t) for raw in raws for t in raw.tokens())
-    assert manifest["format_version"] == store_module.FORMAT_VERSION
+    assert manifest["format_version"] == manifest_module.FORMAT_VERSION

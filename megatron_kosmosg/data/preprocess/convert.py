@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_kosmosg.data.manifest import Kind
 from megatron_kosmosg.data.preprocess.entities import order_entities
 from megatron_kosmosg.data.preprocess.fields import (
     extra_fields,
@@ -18,7 +19,7 @@ from megatron_kosmosg.data.preprocess.fields import (
 )
 from megatron_kosmosg.data.preprocess.records import Record, Rejected
 from megatron_kosmosg.data.sentences import sentence_table
-from megatron_kosmosg.data.store import IMAGE, TOKENS, Kind, Part
+from megatron_kosmosg.data.store import IMAGE, TOKENS, Part
 from megatron_kosmosg.data.tokenizer import Tokenizer
 
 NOT_PACKED = np.zeros((0, 2), np.int32)

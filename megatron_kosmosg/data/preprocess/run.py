@@ -13,12 +13,14 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_kosmosg.data.manifest import Kind, Manifest, manifest_path
 from megatron_kosmosg.data.preprocess.jsonl import JsonlReader
 from megatron_kosmosg.data.preprocess.shard_work import Counts, ShardJob, work_on_shard
-from megatron_kosmosg.data.store import Kind, Manifest, SampleWriter, manifest_path, sentence_paths
+from megatron_kosmosg.data.store import SampleWriter, sentence_paths
 from megatron_kosmosg.data.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, Counts], None]
@@ -144,9 +146,15 @@ def _work(job: PreprocessJob, jobs: list[ShardJob], progress: Progress) -> Count
         return counts
     # fork: the workers start with everything imported.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(min(job.workers, len(jobs)), context) as pool:
-        for done, more in enumerate(pool.map(work_on_shard, jobs), 1):
-            add(done, more)
+    try:
+        with ProcessPoolExecutor(min(job.workers, len(jobs)), context) as pool:
+            for done, more in enumerate(pool.map(work_on_shard, jobs), 1):
+                add(done, more)
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a worker process ended unexpectedly (killed, perhaps out of memory); nothing was "
+            "written; try fewer --workers"
+        ) from error
     return counts
 
 

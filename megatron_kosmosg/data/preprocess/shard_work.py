@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from megatron_kosmosg.data.manifest import Kind
 from megatron_kosmosg.data.preprocess.convert import CONVERTERS
 from megatron_kosmosg.data.preprocess.records import BadRecord, Reader, Rejected, Shard
-from megatron_kosmosg.data.store import Kind, SampleWriter
+from megatron_kosmosg.data.store import SampleWriter
 from megatron_kosmosg.data.tokenizer import Tokenizer
 
 
