@@ -22,7 +22,9 @@ from quickstart.steps import Step
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 90
 """Seconds a step gets after Ctrl-C to save its state."""
-_TAIL_LINES = 30
+_TAIL_LINES = 20
+_LAUNCHER_SPEAKS = "torch/distributed/elastic"
+"""In torchrun's first line after a rank failed; 30 lines without the cause follow."""
 
 
 class StepFailed(RuntimeError):
@@ -84,6 +86,7 @@ class Runner:
         with log.open("a", encoding="utf-8") as file:
             file.write(f"\n$ {line}\n")
             file.flush()
+            said_before = file.tell()
             # A session of its own keeps the terminal's Ctrl-C away from it: the step is asked to
             # save and stop once, by _wait, instead of all its ranks dying at once.
             process = subprocess.Popen(
@@ -107,9 +110,9 @@ class Runner:
             raise Interrupted(step.title)
         if status != 0:
             self._progress.clear()
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
             raise StepFailed(
-                f"{tail}\n\nStep '{step.title}' ended with exit code {status}. Its log: {log}"
+                f"{_cause(log, said_before)}\n\n"
+                f"Step '{step.title}' ended with exit code {status}. Its log: {log}"
             )
         missing = [str(path) for path in step.outputs if not path.exists()]
         if missing:
@@ -172,6 +175,14 @@ def child_environment() -> dict[str, str]:
     if num_gpus < 2:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return environment
+
+
+def _cause(log: Path, start: int) -> str:
+    """The end of what was written from byte `start` on, without the launcher's account of dying
+    ranks."""
+    lines = log.read_bytes()[start:].decode("utf-8", errors="replace").splitlines()
+    launcher = (i for i, line in enumerate(lines) if _LAUNCHER_SPEAKS in line)
+    return "\n".join(lines[: next(launcher, len(lines))][-_TAIL_LINES:])
 
 
 def _children_cpu_seconds() -> float:
