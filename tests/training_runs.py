@@ -60,6 +60,9 @@ def train_until(config: RunConfig, stop: int, settings: dict | None = None) -> N
         train(config, {**(settings or {}), "hook": KillAt(stop * 4 // replicas)})
     except Killed:
         return
+    except RuntimeError as error:  # what a pipeline stage sees when the one before it is gone
+        assert "Connection closed by peer" in str(error)
+        return
     raise AssertionError("the run was not interrupted")
 
 

@@ -26,15 +26,11 @@ def align_flops(config: RunConfig, num_tokens: int, num_captions: int) -> float:
     trained = aligner_m_flops(config, num_tokens, num_captions) + aligner_n_flops(
         config, num_tokens, num_captions
     )
-    frozen = decoder_flops(config, num_tokens, num_captions) + clip_text_flops(
-        config, num_captions
-    )
+    frozen = decoder_flops(config, num_tokens, num_captions) + clip_text_flops(config, num_captions)
     return TRAINED * trained + frozen
 
 
-def instruct_flops(
-    config: RunConfig, num_tokens: int, num_images: int, num_targets: int
-) -> float:
+def instruct_flops(config: RunConfig, num_tokens: int, num_images: int, num_targets: int) -> float:
     """FLOPs of one update: `num_targets` prompts, `num_images` pictures in them, `num_tokens`
     positions with padding. The null condition's row is left out."""
     trained = decoder_flops(config, num_tokens, num_targets) + aligner_m_flops(
@@ -66,9 +62,7 @@ def vision_flops(config: RunConfig, num_images: float) -> float:
     """Forward pass of the image tower."""
     sizes = config.model.vision
     patch = 2 * 3 * sizes.patch_size**2 * sizes.hidden_size
-    return num_images * (
-        patch * (_patches(config) - 1) + sizes.num_layers * _vision_block(config)
-    )
+    return num_images * (patch * (_patches(config) - 1) + sizes.num_layers * _vision_block(config))
 
 
 def resampler_flops(config: RunConfig, num_images: float) -> float:

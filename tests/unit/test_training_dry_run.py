@@ -1,0 +1,80 @@
+"""`--dry-run` of the full-size configs: counts equal the published model's, ranks and batches add up."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.planning.dry_run import describe, rank_table
+from megatron_kosmosg.planning.model_counts import count_model
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+
+
+def full_size(stage: str, *overrides: str):
+    return load_config(CONFIGS / f"{stage}_256gpu.yaml", list(overrides))
+
+
+@pytest.mark.parametrize(
+    ("stage", "trainable", "frozen"),
+    [
+        ("pretrain", 1_371_794_432, 290_581_504),
+        ("align", 476_031_488, 1_785_436_416),
+        ("instruct", 1_597_256_192, 1_233_756_331),
+    ],
+)
+def test_full_size_counts_equal_the_authors_model(stage, trainable, frozen):
+    report = describe(full_size(stage))
+    assert re.search(
+        rf"^total +{trainable:,} +{frozen:,} +{trainable + frozen:,}$", report, re.MULTILINE
+    )
+    assert "Ranks (256)" in report
+
+
+def test_pretrain_batch_is_the_papers():
+    report = describe(full_size("pretrain"))
+    assert "1,179,648 tokens an update (576 rows of 2048" in report
+    assert "1 per micro-batch x 9 micro-batches x 64 replicas" in report
+
+
+def test_parameters_per_rank_add_up_to_the_model():
+    """Halves of tensor-split parameters and whole replicated ones: both ranks of all stages hold
+    the model once, the replicated parts twice, and the tied embedding twice."""
+    one = count_model(full_size("pretrain", "parallel.tensor_model_parallel_size=1"))
+    two = count_model(full_size("pretrain"))
+    embedding = 2048 * (64128 - 64007)  # padding that one rank adds to the published count
+    tied_copy = 2048 * 64128
+    assert sum(r.trainable + r.frozen for r in one.ranks) == (
+        one.trainable + one.frozen + embedding + tied_copy
+    )
+    for rank_one, rank_two in zip(one.ranks, two.ranks, strict=True):
+        assert rank_two.trainable < 0.52 * rank_one.trainable or rank_one is one.ranks[0]
+    assert two.ranks[1].frozen == 0
+
+
+def test_rank_table_follows_megatrons_order():
+    config = load_config(
+        None,
+        [
+            "stage=pretrain",
+            "logging.output_dir=x",
+            "parallel.tensor_model_parallel_size=2",
+            "parallel.pipeline_model_parallel_size=2",
+        ],
+    )
+    assert rank_table(config, 8).splitlines()[1:] == [
+        "  replica 0: stage 0: ranks 0, 1 -> stage 1: ranks 4, 5",
+        "  replica 1: stage 0: ranks 2, 3 -> stage 1: ranks 6, 7",
+    ]
+
+
+def test_uneven_pipeline_is_counted_where_it_is():
+    config = full_size("align", "parallel.pipeline_model_parallel_size=2",
+                       "parallel.pipeline_layout=decoder*24|M,N")  # fmt: skip
+    first, second = count_model(config).ranks
+    assert first.trainable == 0
+    assert second.trainable == 476_031_488 and second.frozen == 123_060_480
+    assert "AlignerNet M" in second.pieces and "decoder" not in second.pieces
