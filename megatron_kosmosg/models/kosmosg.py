@@ -164,9 +164,10 @@ class KosmosG(LanguageModule):
     def _receive(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         received = self.input_tensor
         if self._is_upstream_frozen:
-            # Recomputation drops the gradient of layers none of whose inputs wants one.
-            here = any(p.requires_grad for p in self.parameters()) and torch.is_grad_enabled()
-            received = received.detach().requires_grad_(here)
+            # Recomputation drops the gradients of layers none of whose inputs wants one.
+            layers = self.decoder.parameters() if self.decoder is not None else ()
+            trains = torch.is_grad_enabled() and any(p.requires_grad for p in layers)
+            received = received.detach().requires_grad_(trains)
         if "N" in self._pieces.aligner_parts and self.aligner_m is None:
             aligner = self._run_config.model.aligner
             return boundary.unpack(received, aligner.num_queries, aligner.hidden_size)

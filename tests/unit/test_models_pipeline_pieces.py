@@ -1,0 +1,63 @@
+"""Reading `parallel.pipeline_layout`."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.schema import DecoderConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_kosmosg.models.pipeline_pieces import StagePieces, pipeline_pieces
+
+
+def _pieces(num_layers: int, stages: int, layout: str | None, parts: tuple[str, ...]):
+    config = RunConfig(
+        stage="align",
+        model=ModelConfig(decoder=DecoderConfig(num_layers=num_layers)),
+        parallel=ParallelConfig(pipeline_model_parallel_size=stages, pipeline_layout=layout),
+    )
+    return pipeline_pieces(config, parts)
+
+
+def test_default_spreads_layers_and_puts_the_aligner_last() -> None:
+    assert _pieces(5, 2, None, ("M", "N")) == [
+        StagePieces(0, 3, False, ()),
+        StagePieces(3, 2, True, ("M", "N")),
+    ]
+
+
+def test_uneven_layout_with_the_aligner_on_stages_of_its_own() -> None:
+    assert _pieces(24, 4, "decoder*13 | decoder*11 | M | N", ("M", "N")) == [
+        StagePieces(0, 13, False, ()),
+        StagePieces(13, 11, True, ()),
+        StagePieces(24, 0, False, ("M",)),
+        StagePieces(24, 0, False, ("N",)),
+    ]
+
+
+def test_first_stage_may_hold_the_embedding_alone() -> None:
+    assert _pieces(3, 2, "|decoder*3", ())[0] == StagePieces(0, 0, False, ())
+
+
+def test_half_that_is_not_built_is_skipped() -> None:
+    assert _pieces(3, 2, "decoder*2|decoder,M,N", ("M",))[1].aligner_parts == ("M",)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("decoder*2|decoder|M", "3 stages"),
+        ("decoder*2|decoder*2,M", "4 decoder layers"),
+        ("decoder*2|decoder,X", "'X' is not a piece"),
+        ("decoder,M|decoder*2", "before the decoder's end"),
+        ("decoder*2,M|decoder,M", r"\['M', 'M'\]"),
+        ("decoder*3|N", r"places AlignerNet's halves as \[\]"),
+    ],
+)
+def test_unusable_layouts_are_named(layout: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _pieces(3, 2, layout, ("M",))
+
+
+def test_stage_that_would_hold_nothing_is_named() -> None:
+    with pytest.raises(ConfigError, match="stage 1 holds nothing"):
+        _pieces(3, 2, "decoder*3|N", ())
