@@ -213,7 +213,13 @@ def render(scene: Scene) -> Tensor:
     return render_batch([scene])[0]
 
 
+def coverages(entities: Sequence[Entity]) -> Tensor:
+    """float32 [n, 2, 32, 32] in [0, 1]: share of each pixel that shows hue A, and hue B."""
+    inside, second = _masks(entities)
+    parts = torch.stack([inside & ~second, inside & second], 1).float()
+    return torch.nn.functional.avg_pool2d(parts, 2)
+
+
 def entity_masks(entities: Sequence[Entity]) -> Tensor:
     """float32 [n, 32, 32] in [0, 1]: share of each pixel that the entity covers."""
-    inside, _ = _masks(entities)
-    return torch.nn.functional.avg_pool2d(inside[:, None].float(), 2)[:, 0]
+    return coverages(entities).sum(1)

@@ -79,7 +79,7 @@ def test_the_package_was_found():
 def test_the_rules_notice_a_breach(tmp_path):
     breach = tmp_path / "x.py"
     breach.write_text(
-        "def f():\n    from megatron_kosmosg.training.loop import fit\n    import omegaconf.errors\n"
+        "import omegaconf.errors\ndef f():\n    from megatron_kosmosg.training.loop import fit\n"
     )
     assert own_files(imports(breach)) == {"training/loop.py"}
     assert "omegaconf.errors" in imports(breach)
