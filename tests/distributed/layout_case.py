@@ -19,6 +19,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
 
 from megatron_kosmosg.config.schema import (
     AlignerConfig,
@@ -57,6 +58,7 @@ class Case:
     """Each tensor-parallel rank computes the loss of its rows only, as `instruct` does."""
     recompute: str = "none"
     aligner_kind: str = "full"
+    precision: str = "fp32"
 
     def config(self) -> RunConfig:
         """The run's config."""
@@ -70,7 +72,7 @@ class Case:
                 pipeline_layout=self.pipeline_layout,
                 timeout_seconds=60,
             ),
-            training=TrainingConfig(precision="fp32", recompute=self.recompute, seed=5),
+            training=TrainingConfig(precision=self.precision, recompute=self.recompute, seed=5),
         )
 
 
@@ -161,10 +163,11 @@ def train_step(case: Case) -> dict:
 def _train_step(case: Case, layout: Layout) -> dict:
     model = build(case, layout)
     first_layer = model._pieces.first_decoder_layer
+    half = case.precision != "fp32"
     wrapped = DistributedDataParallel(
         model.config,
-        DistributedDataParallelConfig(use_distributed_optimizer=False),
-        model,
+        DistributedDataParallelConfig(use_distributed_optimizer=False, grad_reduce_in_fp32=True),
+        Float16Module(model.config, model) if half else model,
         disable_bucketing=True,
     )
     model.config.finalize_model_grads_func = finalize_model_grads
@@ -179,6 +182,7 @@ def _train_step(case: Case, layout: Layout) -> dict:
 
         def loss_func(output):
             outputs.append(_complete(output, layout))
+            output = {key: value.float() for key, value in output.items()}
             loss = _loss(case, output, batch, layout)
             return loss, torch.tensor(3, dtype=torch.int), {"loss": loss.detach()}
 
@@ -198,7 +202,7 @@ def _train_step(case: Case, layout: Layout) -> dict:
         "pp_rank": layout.pp_rank,
         "dp_rank": layout.dp_rank,
         "loss": float(sum(entry["loss"] for entry in losses)) if losses else None,
-        "outputs": [{k: v.numpy() for k, v in output.items()} for output in outputs],
+        "outputs": [{k: v.float().numpy() for k, v in output.items()} for output in outputs],
         "gradients": {
             global_name(name, first_layer): parameter.main_grad.numpy()
             for name, parameter in model.named_parameters()
@@ -236,7 +240,7 @@ def _complete(output: dict, layout: Layout) -> dict[str, torch.Tensor]:
     return complete
 
 
-def whole_gradients(results: list[dict]) -> dict[str, np.ndarray]:
+def whole_gradients(results: list[dict], tolerance: float = 2e-6) -> dict[str, np.ndarray]:
     """The gradient of every parameter, put together from all ranks' shares.
 
     Replicas (over tensor-parallel ranks, data-parallel ranks, and the tied head's copy) must agree.
@@ -247,7 +251,9 @@ def whole_gradients(results: list[dict]) -> dict[str, np.ndarray]:
             if name == "output_layer.weight":
                 name = "embedding.word_embeddings.weight"
             known = shares.setdefault(name, {}).setdefault(result["tp_rank"], gradient)
-            np.testing.assert_allclose(known, gradient, atol=1e-6 * np.abs(known).max())
+            np.testing.assert_allclose(
+                known, gradient, rtol=0, atol=tolerance * np.abs(known).max(), err_msg=name
+            )
     whole = {}
     for name, by_rank in shares.items():
         ordered = [by_rank[rank] for rank in sorted(by_rank)]
@@ -255,7 +261,7 @@ def whole_gradients(results: list[dict]) -> dict[str, np.ndarray]:
         if axis is None:
             for other in ordered[1:]:
                 np.testing.assert_allclose(
-                    ordered[0], other, atol=2e-6 * np.abs(other).max(), err_msg=name
+                    ordered[0], other, rtol=0, atol=tolerance * np.abs(other).max(), err_msg=name
                 )
             whole[name] = ordered[0]
         else:

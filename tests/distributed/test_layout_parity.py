@@ -78,3 +78,29 @@ def test_layout_changes_nothing(name: str) -> None:
             scale = largest  # softmax ignores a shift of the keys: zero but for rounding
         error = np.abs(gradients[parameter] - want).max() / max(scale, 1e-12)
         assert error < TOLERANCE, f"{parameter}: gradient off by {error:.1e} of its maximum"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_half_precision_stays_near_single(precision: str, tp: int) -> None:
+    """Two pipeline stages, sequence parallel where the tensor-parallel size allows it."""
+    exact = Case(aligner_parts=("M", "N"), output_head=True)
+    half = Case(
+        tp=tp,
+        pp=2,
+        sequence_parallel=tp > 1,
+        precision=precision,
+        aligner_parts=("M", "N"),
+        output_head=True,
+    )
+    expected = reference(exact)
+    results = run_ranks(2 * tp, train_step, half)
+    loss = next(r["loss"] for r in results if r["loss"] is not None)
+    assert loss == pytest.approx(expected["loss"], rel=0.02)
+    gradients = whole_gradients(results, tolerance=0.05)
+    for parameter, want in expected["gradients"].items():
+        if parameter.endswith("k_proj.bias"):
+            continue
+        got = gradients[parameter]
+        cosine = (got * want).sum() / (np.linalg.norm(got) * np.linalg.norm(want))
+        assert cosine > 0.97, f"{parameter}: cosine {cosine:.3f} to the float32 gradient"

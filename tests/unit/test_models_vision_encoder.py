@@ -1,0 +1,75 @@
+"""The image tower: the stock class's features, a given folder's weights, no image at all."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import CLIPVisionModel
+
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.schema import ModelConfig, RunConfig, VisionConfig
+from megatron_kosmosg.models.vision_encoder import VisionEncoder, load_tower, tower_config
+
+SIZES = VisionConfig(
+    num_layers=3,
+    hidden_size=16,
+    ffn_hidden_size=24,
+    num_attention_heads=2,
+    image_size=28,
+    patch_size=14,
+)
+
+
+@pytest.fixture
+def encoder() -> VisionEncoder:
+    torch.manual_seed(0)
+    return VisionEncoder(RunConfig(stage="pretrain", model=ModelConfig(vision=SIZES)))
+
+
+def test_features_are_the_stock_towers_normed_tokens(encoder: VisionEncoder) -> None:
+    images = torch.randn(2, 3, 28, 28)
+    stock = CLIPVisionModel(tower_config(SIZES)).eval()
+    stock.load_state_dict(encoder.tower.state_dict())
+    tokens = stock(images).last_hidden_state
+    wanted = F.normalize(stock.post_layernorm(tokens), dim=-1)
+    torch.testing.assert_close(encoder(images), wanted)
+    torch.testing.assert_close(encoder(images).norm(dim=-1), torch.ones(2, 5))
+
+
+def test_no_image_gives_trainable_parameters_a_zero_gradient(encoder: VisionEncoder) -> None:
+    encoder.requires_grad_(False)
+    for module in encoder.trainable_modules(1):
+        module.requires_grad_(True)
+    features = encoder(torch.zeros(0, 3, 28, 28))
+    assert features.shape == (0, 5, 16)
+    features.sum().backward()
+    for name, parameter in encoder.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and not parameter.grad.any(), name
+    assert encoder.tower.encoder.layers[1].mlp.fc1.weight.grad is None
+    assert encoder.tower.encoder.layers[2].mlp.fc1.weight.grad is not None
+
+
+def test_folder_fills_every_weight(encoder: VisionEncoder, tmp_path: Path) -> None:
+    saved = CLIPVisionModel(tower_config(SIZES))
+    saved.save_pretrained(tmp_path)
+    load_tower(encoder, dataclasses.replace(SIZES, path=str(tmp_path)))
+    for name, value in saved.state_dict().items():
+        assert torch.equal(encoder.tower.state_dict()[name], value), name
+
+
+def test_folder_of_another_size_is_refused(encoder: VisionEncoder, tmp_path: Path) -> None:
+    CLIPVisionModel(tower_config(dataclasses.replace(SIZES, num_layers=2))).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ConfigError, match="num_hidden_layers=2.*set model.vision.num_layers=2"):
+        load_tower(encoder, dataclasses.replace(SIZES, path=str(tmp_path)))
+
+
+def test_folder_without_a_tower_is_named(encoder: VisionEncoder, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no config.json"):
+        load_tower(encoder, dataclasses.replace(SIZES, path=str(tmp_path)))
