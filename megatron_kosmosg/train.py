@@ -8,11 +8,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.paths import output_folder
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.validate import validate_files, validate_layout
+
+if TYPE_CHECKING:
+    from megatron_kosmosg.parallel.rendezvous import Place
 
 EXIT_ERROR = 1
 
@@ -58,8 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(describe(config))
             return 0
+        validate_layout(config, _place().world_size)
     except ConfigError as error:  # the same on every rank: one of them says it
-        if _rank() == 0:
+        if _place().rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
     return run(config)
@@ -67,42 +75,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(config: RunConfig) -> int:
     """Trains; the exit code of this rank. Process groups are left in every case."""
-    from megatron_kosmosg.config.paths import output_folder
+    _quieten_libraries()
     from megatron_kosmosg.training.failure import report_failure
 
     try:
         return _train(config)
     except (Exception, KeyboardInterrupt) as error:
-        brief = isinstance(error, (ConfigError, KeyboardInterrupt, FloatingPointError))
-        report_failure(output_folder(config), _rank(), error, brief=brief)
+        is_brief = isinstance(error, (ConfigError, KeyboardInterrupt, FloatingPointError))
+        report_failure(output_folder(config), _place().rank, error, brief=is_brief)
         return EXIT_ERROR
 
 
 def _train(config: RunConfig) -> int:
-    from megatron_kosmosg.config.paths import output_folder
-    from megatron_kosmosg.config.validate import validate
     from megatron_kosmosg.parallel import platform
-    from megatron_kosmosg.parallel.rendezvous import find_place
     from megatron_kosmosg.stages import build_stage
-    from megatron_kosmosg.training.failure import forget_failure
+    from megatron_kosmosg.training.failure import forget_failure, raise_together
     from megatron_kosmosg.training.loop import fit
     from megatron_kosmosg.training.signals import EXIT_STOPPED
 
-    if _rank() == 0:
+    if _place().rank == 0:
         forget_failure(output_folder(config))
-    validate(config, find_place(os.environ).world_size)
     try:
         layout = platform.initialize(config)
+        raise_together(lambda: validate_files(config))
         finished = fit(build_stage(config, layout), config, layout)
     finally:
         platform.teardown()
     return 0 if finished else EXIT_STOPPED
 
 
-def _rank() -> int:
+def _place() -> Place:
     from megatron_kosmosg.parallel.rendezvous import find_place
 
-    return find_place(os.environ).rank
+    return find_place(os.environ)
+
+
+def _quieten_libraries() -> None:
+    """Hides warnings that no user can act on: missing optional kernels, renamed collectives."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", message=".*non-leaf Tensor.*", category=UserWarning)
 
 
 if __name__ == "__main__":

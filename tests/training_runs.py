@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import signal
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +14,7 @@ from megatron_kosmosg.config.batching import model_parallel_size
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.training.checkpoint import Checkpointer
 from megatron_kosmosg.training.loop import fit
 from tests.fake_stage import FakeStage
 
@@ -64,6 +68,38 @@ def train_until(config: RunConfig, stop: int, settings: dict | None = None) -> N
         assert "Connection closed by peer" in str(error)
         return
     raise AssertionError("the run was not interrupted")
+
+
+def run_program(config: RunConfig, settings: dict | None = None) -> tuple[int, str]:
+    """(exit code, stderr) of the training program with the fake stage in place of the real ones."""
+    from megatron_kosmosg import stages, train
+
+    stages.build_stage = lambda config, layout: FakeStage(config, **(settings or {}))
+    train.validate_files = lambda config: None  # the fake stage reads no files
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = train.run(config)
+    return code, said.getvalue()
+
+
+def run_on_taken_port(config: RunConfig, port: int) -> tuple[int, str]:
+    """`run_program` as rank 0 of 2 whose port somebody else listens on."""
+    os.environ.update(WORLD_SIZE="2", MASTER_PORT=str(port))
+    return run_program(config)
+
+
+def train_and_die_saving(config: RunConfig, iteration: int, rank: int) -> None:
+    """Trains until `rank` is killed while checkpoint `iteration` is written but not yet named."""
+    dies = int(os.environ["RANK"]) == rank
+    complete = Checkpointer._complete
+
+    def killed(self, temporary):
+        if dies and temporary.name.startswith(f"iter_{iteration:07d}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        complete(self, temporary)
+
+    Checkpointer._complete = killed
+    train(config)
 
 
 def refused(config: RunConfig, settings: dict | None = None) -> str:

@@ -16,12 +16,6 @@ from megatron_kosmosg.config.paths import output_folder, save_folder
 from megatron_kosmosg.config.schema import RunConfig
 
 
-def validate(config: RunConfig, world_size: int) -> None:
-    """Raises ConfigError if this config cannot run on `world_size` ranks of this machine."""
-    validate_layout(config, world_size)
-    validate_files(config)
-
-
 def validate_layout(config: RunConfig, world_size: int) -> None:
     """Raises ConfigError if sizes, batch and schedule do not fit `world_size` ranks."""
     _check_numbers(config)
@@ -58,7 +52,8 @@ def validate_files(config: RunConfig) -> None:
                         "exist; write the dataset with tools/preprocess_data.py or correct the "
                         "prefix (it has no suffix)"
                     )
-    _check_folder("model.vision.path", config.model.vision.path)
+    if config.stage == "pretrain":
+        _check_folder("model.vision.path", config.model.vision.path)
     if config.stage == "instruct":
         _check_folder("model.diffusion.path", config.model.diffusion.path)
     if config.stage == "align":

@@ -62,7 +62,7 @@ def is_valid(folder: Path) -> bool:
 
 def latest_valid(save: Path) -> Path | None:
     """The newest whole checkpoint in `save`, or None."""
-    for folder in sorted(_iteration_folders(save), reverse=True):
+    for folder in reversed(_iteration_folders(save)):
         if is_valid(folder):
             return folder
     return None
@@ -94,13 +94,15 @@ def prune(save: Path, keep_last: int) -> None:
     """Removes all but the newest `keep_last` whole checkpoints (0 keeps all)."""
     if keep_last == 0:
         return
-    whole = [folder for folder in sorted(_iteration_folders(save)) if is_valid(folder)]
+    whole = [folder for folder in _iteration_folders(save) if is_valid(folder)]
     for folder in whole[:-keep_last]:
         _remove(folder)
 
 
 def _iteration_folders(save: Path) -> list[Path]:
-    return [path for path in save.glob("iter_*") if path.is_dir() and path.suffix != ".tmp"]
+    """Folders under their final names, oldest first."""
+    named = {int(path.name[5:]): path for path in save.glob("iter_*") if path.name[5:].isdigit()}
+    return [named[iteration] for iteration in sorted(named)]
 
 
 def _remove(folder: Path) -> None:

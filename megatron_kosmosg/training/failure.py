@@ -10,7 +10,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_kosmosg.config.errors import ConfigError
 
 FAILURE_FILE = "failure.txt"
 
@@ -26,7 +31,7 @@ def report_failure(folder: Path, rank: int, error: BaseException, *, brief: bool
     brief: the message alone, for errors that a changed setting repairs.
     """
     text = (
-        f"error: {error}"
+        f"error: {str(error) or type(error).__name__}"
         if brief
         else f"rank {rank} failed:\n" + "".join(traceback.format_exception(error))
     )
@@ -44,3 +49,20 @@ def report_failure(folder: Path, rank: int, error: BaseException, *, brief: bool
         file.write(text + "\n")
     print(text, file=sys.stderr, flush=True)
     return True
+
+
+def raise_together(check: Callable[[], None]) -> None:
+    """Runs `check` on every rank; when any raises ConfigError, all raise the lowest rank's.
+
+    For checks whose answer may differ between nodes, so that no rank waits for one that left.
+    """
+    problem = None
+    try:
+        check()
+    except ConfigError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise ConfigError(found)

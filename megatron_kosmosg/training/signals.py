@@ -1,12 +1,14 @@
 """A request to stop (SIGTERM, SIGUSR1, Ctrl-C) that all ranks act on at the same iteration.
 
 Slurm and torchrun do not reach every rank at the same moment, and some reach only one; so a signal
-sets a flag, and the ranks agree on it at the end of each iteration. A second Ctrl-C interrupts.
+sets a flag, and the ranks agree on it at the end of each iteration. Another Ctrl-C some seconds
+later interrupts at once (torchrun repeats the first one to its ranks within a moment).
 """
 
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 
 import torch
@@ -18,11 +20,16 @@ EXIT_STOPPED = 85
 """Exit code after a requested stop: state is saved, the run wants to be started again."""
 
 
+SAME_REQUEST_SECONDS = 3.0
+"""An interrupt that follows another within this time is its echo."""
+
+
 class StopRequest:
     """Context manager: inside it the stop signals only leave a note."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._noted_at = 0.0
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -46,6 +53,8 @@ class StopRequest:
         return bool(flag.item())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received == signal.SIGINT and number == signal.SIGINT:
+        is_repeated = self.received == signal.SIGINT and number == signal.SIGINT
+        if is_repeated and time.monotonic() - self._noted_at > SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        if self.received is None:
+            self.received, self._noted_at = signal.Signals(number), time.monotonic()

@@ -147,9 +147,7 @@ def test_a_pipeline_stage_without_trainable_parameters_takes_part(tmp_path):
     which writes the common part, has made none."""
     pipeline = {"pipeline_model_parallel_size": 2}
     run_ranks(1, train, fake_config(str(tmp_path / "one")))
-    config = fake_config(
-        str(tmp_path / "two"), parallel=pipeline, checkpoint={"save_interval": 3}
-    )
+    config = fake_config(str(tmp_path / "two"), parallel=pipeline, checkpoint={"save_interval": 3})
     run_ranks(2, train_until, config, 3)
     run_ranks(2, train, config)
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)

@@ -1,4 +1,4 @@
-"""`--dry-run` of the full-size configs: counts equal the published model's, ranks and batches add up."""
+"""`--dry-run` of the full-size configs: the published model's counts, ranks and batch."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_stable_diffusion_at_512_pixels():
 
 
 def test_a_typical_instruct_sample_costs_what_its_parts_cost():
-    """215 positions, two pictures, cached latents: 2.17 TFLOP of our model and 1.67 of the U-Net."""
+    """215 positions, two pictures, cached latents: 2.17 TFLOP of ours and 1.67 of the U-Net."""
     cached = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, latent_cache="x"))
     total = flops.instruct_flops(cached, num_tokens=215, num_images=2, num_targets=1)
     assert total / 1e12 == pytest.approx(2.17 + 1.67, rel=5e-3)

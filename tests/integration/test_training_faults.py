@@ -1,0 +1,122 @@
+"""What happens when a rank fails, is killed or is told to stop, and what the user then reads."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+
+from tests.fake_stage import fake_config
+from tests.integration.test_training_loop import curve
+from tests.ranks import run_ranks
+from tests.training_runs import (
+    SignalAt,
+    run_on_taken_port,
+    run_program,
+    train,
+    train_and_die_saving,
+)
+
+
+@dataclass(frozen=True)
+class FailAt:
+    """Raises on one rank at forward pass `call`."""
+
+    call: int
+    rank: int
+
+    def __call__(self, call: int) -> None:
+        if call == self.call and int(os.environ["RANK"]) == self.rank:
+            raise OSError("the disk is on fire")
+
+
+def test_a_rank_that_raises_ends_all_and_its_error_alone_is_shown(tmp_path):
+    config = fake_config(str(tmp_path))
+    started = time.monotonic()
+    outcomes = run_ranks(2, run_program, config, {"hook": FailAt(call=4, rank=1)})
+    assert [code for code, _ in outcomes] == [1, 1]
+    (_, quiet), (_, loud) = outcomes
+    assert "rank 1 failed" in loud and loud.count("OSError: the disk is on fire") == 1
+    reported = [line for line in quiet.splitlines() if line and "Warning" not in line]
+    assert "Traceback" not in quiet and any("because of the failure in" in x for x in reported)
+    assert "the disk is on fire" in (tmp_path / "failure.txt").read_text()
+    assert time.monotonic() - started < 60  # the timeout of the process group
+    codes = [code for code, _ in run_ranks(2, run_program, config)]
+    assert codes == [0, 0] and not (tmp_path / "failure.txt").exists()
+
+
+def test_exit_code_85_asks_to_be_started_again(tmp_path):
+    config = fake_config(str(tmp_path))
+    hook = SignalAt(call=4, number=signal.SIGUSR1, rank=0)
+    assert [code for code, _ in run_ranks(2, run_program, config, {"hook": hook})] == [85, 85]
+
+
+def test_a_port_in_use_is_said_in_one_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ((code, said),) = run_ranks(1, run_on_taken_port, fake_config(str(tmp_path)), port)
+    assert code == 1 and f"port {port}" in said and "in use" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_between_saves(tmp_path, rank):
+    run_ranks(2, train, fake_config(str(tmp_path / "straight")))
+    config = fake_config(str(tmp_path / "killed"), checkpoint={"save_interval": 2})
+    kill = SignalAt(call=2 * 3, number=signal.SIGKILL, rank=rank)  # in the fourth iteration
+    with pytest.raises(RuntimeError, match="died without an answer|closed by peer"):
+        run_ranks(2, train, config, {"hook": kill})
+    run_ranks(2, train, config)
+    assert curve(tmp_path / "killed") == curve(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
+def test_killed_during_a_save(tmp_path, async_save):
+    run_ranks(2, train, fake_config(str(tmp_path / "straight")))
+    checkpoint = {"save_interval": 2, "async_save": async_save}
+    config = fake_config(str(tmp_path / "killed"), checkpoint=checkpoint)
+    with pytest.raises(RuntimeError, match="died without an answer|closed by peer"):
+        run_ranks(2, train_and_die_saving, config, 4, 0)
+    names = sorted(os.listdir(tmp_path / "killed" / "checkpoints"))
+    assert names == ["iter_0000002", "iter_0000004.tmp"]
+    run_ranks(2, train, config)
+    assert curve(tmp_path / "killed") == curve(tmp_path / "straight")
+    assert not list((tmp_path / "killed" / "checkpoints").glob("*.tmp"))
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "megatron_kosmosg.train", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_help_names_overrides_and_exit_codes():
+    result = program("--help")
+    assert result.returncode == 0
+    assert "section.key=value" in result.stdout and "85" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config", "missing.yaml"], ["missing.yaml", "no such file"]),
+        (["stage=align", "logging.output_dir=x", "modl.vocab_size=3"], ["modl", "model"]),
+        (["stage=align", "logging.output_dir={tmp}/run"], ["data.tokenizer_model"]),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_1(tmp_path, arguments, words):
+    result = program(*(text.replace("{tmp}", str(tmp_path)) for text in arguments))
+    assert result.returncode == 1
+    assert all(word in result.stderr for word in words), result.stderr
+    assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) < 4

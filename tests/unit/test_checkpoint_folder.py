@@ -1,0 +1,73 @@
+"""Checkpoint folders: only whole ones have a final name, and only whole ones are found."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.training import checkpoint_folder as folders
+
+
+def save(root, iteration: int, content: bytes = b"weights"):
+    temporary = folders.begin(root, iteration)
+    (temporary / "part").mkdir()
+    (temporary / "part" / "a.bin").write_bytes(content)
+    return folders.finish(temporary, "stage: align\n")
+
+
+def test_a_finished_save_is_found_and_an_unfinished_one_is_not(tmp_path):
+    first = save(tmp_path, 5)
+    assert first.name == "iter_0000005" and folders.is_valid(first)
+    assert (first / "config.yaml").read_text() == "stage: align\n"
+    unfinished = folders.begin(tmp_path, 10)
+    (unfinished / "a.bin").write_bytes(b"half")
+    assert folders.latest_valid(tmp_path) == first
+    assert folders.begin(tmp_path, 11).exists() and not unfinished.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "no listing"])
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, damage):
+    older, newest = save(tmp_path, 1), save(tmp_path, 2)
+    if damage == "truncate":
+        os.truncate(newest / "part" / "a.bin", 3)
+    elif damage == "remove":
+        (newest / "part" / "a.bin").unlink()
+    else:
+        (newest / "complete.json").write_text("{")
+    assert folders.latest_valid(tmp_path) == older
+
+
+def test_order_is_by_iteration_not_by_digits(tmp_path):
+    save(tmp_path, 9_999_999)
+    newest = save(tmp_path, 10_000_000)
+    assert folders.latest_valid(tmp_path) == newest
+
+
+def test_saving_an_iteration_again_replaces_it(tmp_path):
+    save(tmp_path, 3, b"old")
+    again = save(tmp_path, 3, b"newer")
+    assert (again / "part" / "a.bin").read_bytes() == b"newer"
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000003"]
+
+
+def test_pruning_keeps_the_newest_whole_ones(tmp_path):
+    for iteration in (1, 2, 3, 4):
+        save(tmp_path, iteration)
+    os.truncate(tmp_path / "iter_0000004" / "part" / "a.bin", 0)
+    folders.prune(tmp_path, keep_last=2)
+    assert {path.name for path in tmp_path.iterdir()} == {f"iter_000000{i}" for i in (2, 3, 4)}
+    folders.prune(tmp_path, keep_last=0)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_run_folder_a_checkpoint_folder_and_an_iteration_all_name_the_same(tmp_path):
+    wanted = save(tmp_path / "checkpoints", 7)
+    for path in (tmp_path, tmp_path / "checkpoints", wanted):
+        assert folders.find_checkpoint(path) == wanted
+    with pytest.raises(ConfigError, match="checkpoint.load"):
+        folders.find_checkpoint(tmp_path / "elsewhere")
+    os.truncate(wanted / "part" / "a.bin", 0)
+    with pytest.raises(ConfigError, match="damaged"):
+        folders.find_checkpoint(wanted)

@@ -1,0 +1,60 @@
+"""Stop requests leave a note, a second Ctrl-C interrupts; the first failure is the one shown."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from megatron_kosmosg.training import signals
+from megatron_kosmosg.training.failure import forget_failure, report_failure
+from megatron_kosmosg.training.signals import STOP_SIGNALS, StopRequest
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_noted_and_handlers_are_put_back(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), number)
+        assert stop.received == number
+    assert signal.getsignal(number) is before
+
+
+def test_an_echo_is_ignored_and_a_later_interrupt_interrupts(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] += 1
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        now[0] += 4
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def raised(text: str) -> Exception:
+    try:
+        raise ValueError(text)
+    except ValueError as error:
+        return error
+
+
+def test_only_the_first_failure_is_written_out(tmp_path, capsys):
+    assert report_failure(tmp_path, 3, raised("no memory"), brief=False)
+    first = capsys.readouterr().err
+    assert "rank 3 failed" in first and "Traceback" in first
+    assert not report_failure(tmp_path, 0, raised("connection lost"), brief=False)
+    late = capsys.readouterr().err
+    assert "connection lost" not in late and "failure.txt" in late
+    assert "no memory" in (tmp_path / "failure.txt").read_text()
+    forget_failure(tmp_path)
+    assert report_failure(tmp_path, 0, raised("again"), brief=True)
+    assert capsys.readouterr().err == "error: again\n"
+
+
+def test_without_a_folder_to_agree_in_everyone_speaks(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert report_failure(tmp_path / "file" / "run", 2, raised("bad path"), brief=True)
+    assert "bad path" in capsys.readouterr().err
