@@ -37,6 +37,12 @@ def pipeline_pieces(config: RunConfig, aligner_parts: tuple[str, ...]) -> list[S
     Raises ConfigError for a layout that cannot be read or does not hold the model.
     """
     num_stages = config.parallel.pipeline_model_parallel_size
+    virtual = config.parallel.virtual_pipeline_model_parallel_size
+    if virtual is not None:
+        raise ConfigError(
+            f"parallel.virtual_pipeline_model_parallel_size={virtual}: a rank builds one chunk of "
+            "the model, interleaved stages do not exist; set it to null"
+        )
     num_layers = config.model.decoder.num_layers
     text = config.parallel.pipeline_layout
     if text is None:

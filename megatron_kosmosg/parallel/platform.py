@@ -6,6 +6,7 @@ CUDA with NCCL where there is a GPU, otherwise the CPU with gloo and the shim of
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from datetime import timedelta
 
@@ -18,6 +19,7 @@ from megatron_kosmosg.parallel.layout import Layout, create_groups, destroy_grou
 from megatron_kosmosg.parallel.rendezvous import Place, find_place, meet
 from megatron_kosmosg.parallel.seeds import set_seeds
 
+logger = logging.getLogger(__name__)
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -33,6 +35,17 @@ def initialize(config: RunConfig) -> Layout:
     meet(place, _backend(chosen), timedelta(seconds=config.parallel.timeout_seconds))
     layout = create_groups(config, chosen)
     set_seeds(config.training.seed, layout)
+    if layout.rank == 0:
+        logger.info(
+            "%d ranks on %s (tensor %d x pipeline %d x data %d), %s layers, %s Adam",
+            layout.world_size,
+            chosen.type,
+            layout.tp_size,
+            layout.pp_size,
+            layout.dp_size,
+            transformer_impl(),
+            fused_adam.install(),
+        )
     return layout
 
 

@@ -58,6 +58,17 @@ def test_unusable_layouts_are_named(layout: str, message: str) -> None:
         _pieces(3, 2, layout, ("M",))
 
 
+def test_interleaving_is_refused() -> None:
+    config = RunConfig(
+        stage="align",
+        parallel=ParallelConfig(
+            pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2
+        ),
+    )
+    with pytest.raises(ConfigError, match="interleaved stages do not exist"):
+        pipeline_pieces(config, ())
+
+
 def test_stage_that_would_hold_nothing_is_named() -> None:
     with pytest.raises(ConfigError, match="stage 1 holds nothing"):
         _pieces(3, 2, "decoder*3|N", ())
