@@ -23,6 +23,8 @@ CORE = [
     "tqdm",
     "pillow",
     "einops",
+    # megatron-core saves checkpoints with it and does not declare it.
+    "psutil",
 ]
 
 EXTRAS = {
