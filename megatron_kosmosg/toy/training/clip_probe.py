@@ -1,7 +1,8 @@
 """How much of a subject can be read from the image tower by a linear map: ridge regression.
 
-Fitted on crops of training combinations, measured on held-out ones, from all tokens scaled to
-length one, as the model reads them.
+Fitted on crops of training combinations, measured on held-out ones, from tokens scaled to length
+one, as the model reads them: from all of them side by side, or from their mean. Only the mean tells
+towers apart: side by side, even random weights keep the colours.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import CLIPVisionModel
 from megatron_kosmosg.toy.training import clip, pool
 from megatron_kosmosg.toy.world import PATTERNS, SHAPES, Scene, sample_scene, subject_scene
 
-RIDGE = 1e-3
+RIDGE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,11 @@ def crops(seed: int, count: int, heldout: bool) -> list[Scene]:
 
 
 @torch.no_grad()
-def features(tower: CLIPVisionModel, scenes: list[Scene]) -> Tensor:
-    """float64 [n, tokens * width + 1]."""
+def features(tower: CLIPVisionModel, scenes: list[Scene], mean: bool) -> Tensor:
+    """float64 [n, tokens * width + 1], or [n, width + 1] of the tokens' mean."""
     parts = [F.normalize(clip.tokens(tower, p), dim=-1) for p in pool.pictures(scenes).split(128)]
-    flat = torch.cat(parts).flatten(1).double()
+    tokens = torch.cat(parts).double()
+    flat = tokens.mean(1) if mean else tokens.flatten(1)
     return torch.cat([flat, torch.ones(len(flat), 1, dtype=flat.dtype)], 1)
 
 
@@ -56,14 +58,16 @@ def targets(scenes: list[Scene]) -> Tensor:
     return torch.cat([angle.cos()[:, None], angle.sin()[:, None], shape, pattern], 1)
 
 
-def probe(tower: CLIPVisionModel, count: int = 4000, heldout: int = 600, seed: int = 5) -> Probe:
-    """What ridge regression reads from the tower's tokens."""
+def probe(
+    tower: CLIPVisionModel, mean: bool, count: int = 4000, heldout: int = 600, seed: int = 5
+) -> Probe:
+    """What ridge regression reads from the tower's tokens, or from their mean."""
     train, test = crops(seed, count, False), crops(seed + 1, heldout, True)
-    inputs, outputs = features(tower, train), targets(train)
+    inputs, outputs = features(tower, train, mean), targets(train)
     gram = inputs.T @ inputs / count
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     weights = torch.linalg.solve(gram, inputs.T @ outputs / count)
-    found, truth = features(tower, test) @ weights, targets(test)
+    found, truth = features(tower, test, mean) @ weights, targets(test)
     hue = torch.atan2(found[:, 1], found[:, 0]) - torch.atan2(truth[:, 1], truth[:, 0])
     error = torch.atan2(hue.sin(), hue.cos()).abs() * (180 / math.pi)
     last = 2 + len(SHAPES)
