@@ -24,6 +24,7 @@ LAYOUTS = {
     "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
                     "pipeline_layout": "decoder*2|decoder*1{tail}"}),
 }  # fmt: skip
+ZERO_GRADIENT = "self_attn.k_proj.bias"
 TAILS = {"pretrain": "", "align": ",M,N", "instruct": ",M"}
 TRAINED = {
     "pretrain": ("embedding", "decoder", "resampler", "vision_encoder"),
@@ -74,11 +75,13 @@ def test_loss_and_gradients_equal_those_of_one_rank(
     loss, found = gradients(stage, stable_diffusion, tmp_path, *LAYOUTS[layout])
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert found.keys() == expected.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
     wrong = {}
     for key, gradient in expected.items():
         assert not torch.isnan(found[key]).any(), f"{key}: a part of the gradient has no owner"
-        scale = float(gradient.abs().max())
-        error = float((found[key] - gradient).abs().max()) / max(scale, 1e-30)
+        # Softmax ignores a constant added to all keys: this gradient is zero but for round-off.
+        scale = largest if key.endswith(ZERO_GRADIENT) else float(gradient.abs().max())
+        error = float((found[key] - gradient).abs().max()) / scale
         if error > 1e-5:
             wrong[key] = error
     assert not wrong, wrong
