@@ -20,7 +20,8 @@ LAYOUTS = {
     "tp2": (2, {"tensor_model_parallel_size": 2}),
     "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "pp2": (2, {"pipeline_model_parallel_size": 2, "pipeline_layout": "decoder*2|decoder*1{tail}"}),
-    "dp2": (2, {}),
+    # The distributed optimizer would leave each rank the reduced gradient of its own shard only.
+    "dp2": (2, {"use_distributed_optimizer": False}),
     "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
                     "pipeline_layout": "decoder*2|decoder*1{tail}"}),
 }  # fmt: skip
