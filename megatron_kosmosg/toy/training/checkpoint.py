@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ def load(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Puts a finished folder in its place, its files readable by all."""
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
 
 
 class Average:

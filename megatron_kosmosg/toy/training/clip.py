@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from megatron_kosmosg.toy.captions import ALL_WORDS, caption
 from megatron_kosmosg.toy.training import checkpoint, pool
-from megatron_kosmosg.toy.world import IMAGE_SIZE
+from megatron_kosmosg.toy.world import IMAGE_SIZE, Scene
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -110,7 +109,7 @@ def word_ids(captions: list[str]) -> Tensor:
     return ids
 
 
-def caption_of(scene: pool.Scene, index: int, step: int, seed: int) -> str:
+def caption_of(scene: Scene, index: int, step: int, seed: int) -> str:
     """Fine words in every second step's captions, else a mixture."""
     return caption(scene, "fine" if (index + step) % 2 else "mix", (seed, step, index))
 
@@ -172,5 +171,4 @@ def export(model: Pair, folder: Path) -> None:
     }
     text = json.dumps(preprocessor, indent=2) + "\n"
     (temporary / "preprocessor_config.json").write_text(text, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    checkpoint.replace_folder(temporary, folder)

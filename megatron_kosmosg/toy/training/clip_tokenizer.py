@@ -1,4 +1,7 @@
-"""The toy CLIP tokenizer's files: a byte-pair encoding in which each toy word is one token."""
+"""The toy CLIP tokenizer's files: a byte-pair encoding in which each toy word is one token.
+
+Merges of equal frequency come in another order each time, so a text model belongs to its files.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,71 @@
+"""What the decoder learns to draw: scenes of training combinations and their latent posteriors.
+
+The autoencoder runs once per scene; files of 2048 posteriors in fp16 lie in RUN/latents.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from megatron_kosmosg.toy.training import checkpoint, pool
+from megatron_kosmosg.toy.world import Scene, render_batch, sample_scene
+
+PER_FILE = 2048
+
+
+def scenes_of(seed: int, file: int, count: int = PER_FILE) -> list[Scene]:
+    """The scenes of one file: two of three hold two entities."""
+    return [sample_scene((seed, file, i), 2 if i % 3 else 1, False) for i in range(count)]
+
+
+class Posteriors:
+    """Scenes, their scaled latent posteriors, and which of them hold one and two entities."""
+
+    def __init__(self, scenes: list[Scene], mean: Tensor, std: Tensor) -> None:
+        self.scenes, self.mean, self.std = scenes, mean, std
+        counts = torch.tensor([len(scene.entities) for scene in scenes])
+        self.rows = {number: (counts == number).nonzero().flatten() for number in (1, 2)}
+
+    def sample(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """float32 latents [len(rows), channels, 8, 8]."""
+        mean = self.mean[rows].float()
+        return mean + self.std[rows].float() * torch.randn(mean.shape, generator=generator)
+
+
+def posteriors(
+    run: Path, codec: AutoencoderKL, files: int, seed: int, per_file: int = PER_FILE
+) -> Posteriors:
+    """All files of RUN/latents; those that are missing are made first."""
+    progress = pool.Progress("latents", files, 1)
+    scenes: list[Scene] = []
+    parts = []
+    for file in range(files):
+        drawn = scenes_of(seed, file, per_file)
+        path = run / "latents" / f"{seed}-{per_file}-{file:03d}.pt"
+        part = checkpoint.load(path)
+        if part is None:
+            part = encode(codec, drawn)
+            checkpoint.save(path, part)
+            progress.update(file + 1, std=part["mean"].float().std().item())
+        scenes += drawn
+        parts.append(part)
+    mean, std = (torch.cat([part[key] for part in parts]) for key in ("mean", "std"))
+    return Posteriors(scenes, mean, std)
+
+
+@torch.no_grad()
+def encode(codec: AutoencoderKL, scenes: list[Scene]) -> dict[str, Tensor]:
+    """{"mean", "std"} of the scaled posteriors, float16 [n, channels, 8, 8]."""
+    found = [
+        codec.encode(render_batch(scenes[start : start + pool.CHUNK])).latent_dist
+        for start in range(0, len(scenes), pool.CHUNK)
+    ]
+    scale = codec.config.scaling_factor
+    return {
+        "mean": torch.cat([each.mean * scale for each in found]).half(),
+        "std": torch.cat([each.std * scale for each in found]).half(),
+    }
