@@ -16,6 +16,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 _PRELOAD = [
+    "megatron_kosmosg.parallel",
     "torch",
     "transformers.models.clip.modeling_clip",
     "megatron.core.dist_checkpointing.strategies.fully_parallel",

@@ -54,6 +54,7 @@ class KosmosG(LanguageModule):
         self._is_upstream_frozen = None if self.pre_process else False
         with layout.device:
             self._build(config, output_head)
+        self.to(layout.device)  # TransformerEngine allocates on the CPU first
         mark_tensor_parallel(self)
         if layout.device.type != "meta":
             self._initialise(config)
