@@ -1,6 +1,6 @@
 """Entry of all training stages: `python -m megatron_kosmosg.train --config F.yaml key=value ...`.
 
-Heavy imports happen inside `run`: saving starts helper processes that import this module again.
+Heavy imports happen inside `run`, so that `--help` and a mistyped setting answer at once.
 """
 
 from __future__ import annotations
@@ -81,8 +81,7 @@ def run(config: RunConfig) -> int:
     try:
         return _train(config)
     except (Exception, KeyboardInterrupt) as error:
-        is_brief = isinstance(error, (ConfigError, KeyboardInterrupt, FloatingPointError))
-        report_failure(output_folder(config), _place().rank, error, brief=is_brief)
+        report_failure(output_folder(config), _place().rank, error)
         return EXIT_ERROR
 
 

@@ -15,11 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import (
-    get_default_load_sharded_strategy,
-    get_default_save_sharded_strategy,
-)
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -35,6 +31,7 @@ from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.rng_state import restore_rng_state, rng_state
 from megatron_kosmosg.parallel.seeds import set_seeds
 from megatron_kosmosg.training import checkpoint_folder
+from megatron_kosmosg.training.checkpoint_writer import BackgroundSave, ThreadSaveStrategy
 from megatron_kosmosg.training.optimizer import restore_settings, set_num_updates
 from megatron_kosmosg.training.weights import model_state, set_model_state
 
@@ -71,7 +68,7 @@ class Checkpointer:
         self._config, self._layout = config, layout
         self._chunks, self._optimizer, self._scheduler = chunks, optimizer, scheduler
         self._folder = save_folder(config)
-        self._pending = AsyncCallsQueue()
+        self._background = BackgroundSave()
 
     def save(self, progress: Progress) -> None:
         """Writes `iter_XXXXXXX`; with checkpoint.async_save it appears some iterations later."""
@@ -81,28 +78,29 @@ class Checkpointer:
         if self._layout.rank == 0:
             temporary = [str(checkpoint_folder.begin(self._folder, progress.iteration))]
         dist.broadcast_object_list(temporary, src=0)
-        strategy = get_default_save_sharded_strategy()
+        is_async = self._config.checkpoint.async_save
+        strategy = ThreadSaveStrategy(in_background=is_async)
         if self._layout.dp_size > 1:  # replicas share the writing
             strategy = FullyParallelSaveStrategyWrapper(strategy, self._layout.dp_group)
         request = dist_checkpointing.save(
             self._state(progress, is_loading=False),
             temporary[0],
             strategy,
-            async_sharded_save=self._config.checkpoint.async_save,
+            async_sharded_save=is_async,
         )
         if request is None:
             self._complete(Path(temporary[0]))
         else:
             request.add_finalize_fn(lambda: self._complete(Path(temporary[0])))
-            self._pending.schedule_async_request(request)
+            self._background.start(request)
 
     def poll(self) -> None:
         """Gives a background save its final name once all ranks have written."""
-        self._pending.maybe_finalize_async_calls(blocking=False)
+        self._background.poll(self._layout.device)
 
     def wait(self) -> None:
         """Returns when no save is under way."""
-        self._pending.maybe_finalize_async_calls(blocking=True)
+        self._background.wait()
 
     def resume(self, path: Path) -> tuple[Progress, list[str]]:
         """Progress of the checkpoint after loading all of it, and notes for the log.

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.rng_state import restore_rng_state, rng_state
 from megatron_kosmosg.training.batches import BatchFeed
@@ -20,21 +21,20 @@ def evaluate(
     layout: Layout,
     chunks: list[DistributedDataParallel],
     iteration: int,
-    *,
-    with_loss: bool,
+    heldout: StreamDataset | None,
 ) -> Probe:
     """Metrics and pictures; training continues afterwards as if this had not happened.
 
-    with_loss: also the mean loss over the first `training.eval_iters` global batches of
-    `data.heldout`, in evaluation mode.
+    heldout: the stream whose first `training.eval_iters` global batches give a mean loss, in
+    evaluation mode; None leaves the loss out.
     """
     state = rng_state()
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
         metrics = {}
-        if with_loss and config.data.heldout:
-            metrics = _heldout_losses(stage, config, layout, chunks)
+        if heldout is not None:
+            metrics = _heldout_losses(stage, config, layout, chunks, heldout)
         probe = _from_last_stage(stage.probe(chunks, iteration), layout)
     for chunk in chunks:
         chunk.train()
@@ -47,8 +47,9 @@ def _heldout_losses(
     config: RunConfig,
     layout: Layout,
     chunks: list[DistributedDataParallel],
+    heldout: StreamDataset,
 ) -> dict[str, float]:
-    feed = BatchFeed(stage.build_dataset("heldout"), config, layout, start_sample=0)
+    feed = BatchFeed(heldout, config, layout, start_sample=0)
     try:
         iterators = feed.chunk_iterators(len(chunks))
         reporter = Reporter(layout)

@@ -19,22 +19,21 @@ from megatron_kosmosg.config.errors import ConfigError
 
 FAILURE_FILE = "failure.txt"
 
+OWN_CODE = Path(__file__).parents[1]
+
 
 def forget_failure(folder: Path) -> None:
     """Removes the claim of an earlier run; call on one rank before the others can fail."""
     (folder / FAILURE_FILE).unlink(missing_ok=True)
 
 
-def report_failure(folder: Path, rank: int, error: BaseException, *, brief: bool) -> bool:
-    """True if this rank's error is the first, which is then written out; False if it was late.
+def report_failure(folder: Path, rank: int, error: BaseException) -> bool:
+    """True if this rank's error is the first, which is then shown; False if it was late.
 
-    brief: the message alone, for errors that a changed setting repairs.
+    The file gets the traceback. On stderr, an error that the user can repair is its message alone.
     """
-    text = (
-        f"error: {str(error) or type(error).__name__}"
-        if brief
-        else f"rank {rank} failed:\n" + "".join(traceback.format_exception(error))
-    )
+    full = f"rank {rank} failed:\n" + "".join(traceback.format_exception(error))
+    shown = f"error: {str(error) or type(error).__name__}" if _explains_itself(error) else full
     path = folder / FAILURE_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,11 +42,11 @@ def report_failure(folder: Path, rank: int, error: BaseException, *, brief: bool
         print(f"rank {rank} ends because of the failure in {path}", file=sys.stderr, flush=True)
         return False
     except OSError:
-        print(text, file=sys.stderr, flush=True)  # no folder to agree in: every rank speaks
+        print(shown, file=sys.stderr, flush=True)  # no folder to agree in: every rank speaks
         return True
     with os.fdopen(descriptor, "w") as file:
-        file.write(text + "\n")
-    print(text, file=sys.stderr, flush=True)
+        file.write(full)
+    print(shown, file=sys.stderr, flush=True)
     return True
 
 
@@ -66,3 +65,11 @@ def raise_together(check: Callable[[], None]) -> None:
     for found in problems:
         if found is not None:
             raise ConfigError(found)
+
+
+def _explains_itself(error: BaseException) -> bool:
+    """Whether the message is written for users: ours, about a setting, an input or the numbers."""
+    if isinstance(error, (ConfigError, FloatingPointError, KeyboardInterrupt)):
+        return True
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return isinstance(error, ValueError) and Path(raised_in).is_relative_to(OWN_CODE)

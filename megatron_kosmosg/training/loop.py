@@ -36,6 +36,8 @@ from megatron_kosmosg.training.wrapping import unwrap_model, wrap_model
 
 def fit(stage: Stage, config: RunConfig, layout: Layout) -> bool:
     """True when all iterations are done, False when a signal asked to stop and state is saved."""
+    data = stage.build_dataset("train")
+    heldout = stage.build_dataset("heldout") if config.data.heldout else None
     resume_from = newest_checkpoint(config, layout)
     bare = stage.build_model(layout)
     _check_chunks(config, bare)
@@ -58,9 +60,7 @@ def fit(stage: Stage, config: RunConfig, layout: Layout) -> bool:
     display = ProgressDisplay(config, progress.iteration, enabled=writes)
     metrics = MetricsWriter(config, progress.iteration, enabled=writes)
     _announce(display, resume_from, progress, notes, bare)
-    feed = BatchFeed(
-        stage.build_dataset("train"), config, layout, start_sample=progress.consumed_train_samples
-    )
+    feed = BatchFeed(data, config, layout, start_sample=progress.consumed_train_samples)
     iterators = feed.chunk_iterators(len(chunks))
     reporter = Reporter(layout)
     for chunk in chunks:
@@ -100,7 +100,12 @@ def fit(stage: Stage, config: RunConfig, layout: Layout) -> bool:
                 draws = _due(progress.iteration, config.logging.image_interval)
                 if last or (not stopping and (with_loss or draws)):
                     probe = evaluate(
-                        stage, config, layout, chunks, progress.iteration, with_loss=with_loss
+                        stage,
+                        config,
+                        layout,
+                        chunks,
+                        progress.iteration,
+                        heldout if with_loss else None,
                     )
                     metrics.evaluation(progress.iteration, probe.metrics, probe.images)
                     display.say(_evaluation_line(progress.iteration, probe.metrics))

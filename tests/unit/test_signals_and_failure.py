@@ -7,6 +7,8 @@ import signal
 
 import pytest
 
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.training import signals
 from megatron_kosmosg.training.failure import forget_failure, report_failure
 from megatron_kosmosg.training.signals import STOP_SIGNALS, StopRequest
@@ -42,19 +44,27 @@ def raised(text: str) -> Exception:
 
 
 def test_only_the_first_failure_is_written_out(tmp_path, capsys):
-    assert report_failure(tmp_path, 3, raised("no memory"), brief=False)
+    assert report_failure(tmp_path, 3, raised("no memory"))
     first = capsys.readouterr().err
     assert "rank 3 failed" in first and "Traceback" in first
-    assert not report_failure(tmp_path, 0, raised("connection lost"), brief=False)
+    assert not report_failure(tmp_path, 0, raised("connection lost"))
     late = capsys.readouterr().err
     assert "connection lost" not in late and "failure.txt" in late
     assert "no memory" in (tmp_path / "failure.txt").read_text()
     forget_failure(tmp_path)
-    assert report_failure(tmp_path, 0, raised("again"), brief=True)
+    assert report_failure(tmp_path, 0, ConfigError("again"))
     assert capsys.readouterr().err == "error: again\n"
 
 
 def test_without_a_folder_to_agree_in_everyone_speaks(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert report_failure(tmp_path / "file" / "run", 2, raised("bad path"), brief=True)
+    assert report_failure(tmp_path / "file" / "run", 2, raised("bad path"))
     assert "bad path" in capsys.readouterr().err
+
+
+def test_an_error_about_the_input_is_one_line_and_the_file_has_the_traceback(tmp_path, capsys):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["stage=align", "nonsense=1"])
+    report_failure(tmp_path, 0, caught.value)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert "Traceback" in (tmp_path / "failure.txt").read_text()
