@@ -53,14 +53,16 @@ class Progress:
         self._measured = 0.0
         self._index = 0
         self._started = 0.0
-        self._first_share = 0.0
+        self._first_record: dict = {}
+        self._anchor: tuple[float, float] | None = None
         self._last_line = 0.0
 
     def begin(self, index: int) -> None:
         """Step `index` starts now; a training may start in its middle."""
         self._index = index
         self._started = self._last_line = time.monotonic()
-        self._first_share = self._share(self._steps[index])
+        self._first_record = self._record()
+        self._anchor = None
         self._say(f"{self._label()} ...", keep=not self._is_terminal)
 
     def update(self) -> None:
@@ -76,8 +78,7 @@ class Progress:
 
     def finish(self, seconds: float) -> None:
         """The current step is done after `seconds` of this run."""
-        step = self._steps[self._index]
-        self._expected += step.seconds * (1.0 - self._first_share)
+        self._expected += self._steps[self._index].seconds * (1.0 - self._share(self._first_record))
         self._measured += seconds
         self._say(f"{self._label()} done in {clock(seconds)}", keep=True)
 
@@ -94,30 +95,39 @@ class Progress:
 
     def remaining(self, now: float) -> tuple[float, float]:
         """Seconds until the end of (this step, all steps)."""
-        step = self._steps[self._index]
         elapsed = now - self._started
         slowness = self._measured / self._expected if self._expected > 20 else 1.0
-        share = self._share(step)
-        if share - self._first_share > _TRUSTED_SHARE:
-            left = elapsed * (1.0 - share) / (share - self._first_share)
-            slowness = (elapsed + left) / (step.seconds * (1.0 - self._first_share))
-        else:
-            expected = step.seconds * slowness * (1.0 - self._first_share)
-            left = max(expected - elapsed, 0.05 * expected)
-        later = sum(other.seconds for other in self._steps[self._index + 1 :])
+        to_do = self._steps[self._index].seconds * (1.0 - self._share(self._first_record))
+        left = max(slowness * to_do - elapsed, 0.05 * slowness * to_do)
+        share = self._share(self._new_record())
+        if self._anchor is None and share > 0:
+            self._anchor = (now, share)  # imports and the first iteration are behind
+        elif self._anchor is not None and share - self._anchor[1] > _TRUSTED_SHARE:
+            seconds_per_share = (now - self._anchor[0]) / (share - self._anchor[1])
+            left = seconds_per_share * (1.0 - share)
+            slowness = (elapsed + left) / max(to_do, 1.0)
+        later = sum(step.seconds for step in self._steps[self._index + 1 :])
         return left, left + slowness * later
 
-    def _share(self, step: Step) -> float:
-        if step.metrics is None or not step.iterations:
-            return 0.0
-        return min(last_record(step.metrics).get("iteration", 0) / step.iterations, 1.0)
+    def _record(self) -> dict:
+        """Where the current training is by its metrics, {} for other steps."""
+        step = self._steps[self._index]
+        return last_record(step.metrics) if step.metrics and step.iterations else {}
+
+    def _new_record(self) -> dict:
+        """The same, {} until this run has written something."""
+        record = self._record()
+        return {} if record == self._first_record else record
+
+    def _share(self, record: dict) -> float:
+        """Share of the current training that is done; 0 for other steps."""
+        return min(record.get("iteration", 0) / (self._steps[self._index].iterations or 1), 1.0)
 
     def _training_state(self) -> list[str]:
-        step = self._steps[self._index]
-        record = last_record(step.metrics) if step.metrics else {}
+        record = self._new_record()
         if "iteration" not in record:
             return []
-        state = [f"iteration {record['iteration']}/{step.iterations}"]
+        state = [f"iteration {record['iteration']}/{self._steps[self._index].iterations}"]
         if isinstance(record.get("loss"), float):
             state.append(f"loss {record['loss']:.4f}")
         return state

@@ -181,11 +181,21 @@ def test_time_remaining_follows_the_training_itself(tmp_path):
     progress.begin(0)
     started = time.monotonic()
     assert progress.remaining(started)[1] == pytest.approx(150.0, abs=1.0)
-    metrics.write_text('{"iteration": 50, "loss": 1.0}\n{"iteration": 7')
-    # Half in 100 s: this machine is twice as slow as expected, for the later step too.
-    step_left, all_left = progress.remaining(started + 100.0)
-    assert step_left == pytest.approx(100.0, rel=0.02)
-    assert all_left == pytest.approx(200.0, rel=0.02)
+    metrics.write_text('{"iteration": 10, "loss": 1.0}\n')
+    progress.remaining(started + 40.0)  # 40 s to start up do not count as slow iterations
+    metrics.write_text('{"iteration": 60, "loss": 1.0}\n{"iteration": 7')
+    step_left, all_left = progress.remaining(started + 140.0)
+    assert step_left == pytest.approx(80.0, rel=0.02)  # 50 iterations took 100 s, 40 are left
+    assert all_left == pytest.approx(80.0 + 50.0 * (140.0 + 80.0) / 100.0, rel=0.02)
+
+
+def test_a_resumed_training_has_less_to_do(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"iteration": 75}\n')
+    train = Step("t", "t", (), (), 100.0, metrics=metrics, iterations=100)
+    progress = Progress([train], io.StringIO())
+    progress.begin(0)
+    assert progress.remaining(time.monotonic())[0] == pytest.approx(25.0, abs=1.0)
 
 
 def test_last_record_survives_a_half_written_line(tmp_path):
