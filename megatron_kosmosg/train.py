@@ -110,7 +110,13 @@ def _place() -> Place:
 
 
 def _quieten_libraries() -> None:
-    """Hides warnings that no user can act on: missing optional kernels, renamed collectives."""
+    """Hides what no user can act on: missing optional kernels, renamed collectives, a bar for
+    every small file that is read."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", message=".*non-leaf Tensor.*", category=UserWarning)

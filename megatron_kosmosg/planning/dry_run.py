@@ -114,11 +114,11 @@ def batch_table(config: RunConfig, world_size: int) -> str:
         without_pictures = flops.pretrain_flops(config, tokens, 0)
         picture = flops.pretrain_flops(config, tokens, 1) - without_pictures
         lines.append(
-            f"{without_pictures / 1e12:,.1f} TFLOP an update, and {picture / 1e12:.3f} for each "
+            f"{without_pictures / 1e12:,.4g} TFLOP an update, and {picture / 1e12:.3g} for each "
             "picture in it"
         )
     else:
-        typical = TYPICAL_LENGTH[config.stage]
+        typical = min(TYPICAL_LENGTH[config.stage], length)
         work = (
             flops.align_flops(config, rows * typical, rows)
             if config.stage == "align"
@@ -126,7 +126,7 @@ def batch_table(config: RunConfig, world_size: int) -> str:
         )
         pictures = "" if config.stage == "align" else " with two pictures"
         lines.append(
-            f"{work / 1e12:,.1f} TFLOP an update for prompts of {typical} positions{pictures}"
+            f"{work / 1e12:,.4g} TFLOP an update for prompts of {typical} positions{pictures}"
         )
     return "\n".join(lines)
 

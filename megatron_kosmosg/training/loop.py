@@ -31,7 +31,7 @@ from megatron_kosmosg.training.signals import StopRequest
 from megatron_kosmosg.training.stage import Stage
 from megatron_kosmosg.training.step import Reporter, connect, train_step
 from megatron_kosmosg.training.weights import load_weights
-from megatron_kosmosg.training.wrapping import unwrap_model, wrap_model
+from megatron_kosmosg.training.wrapping import unwrap_model, whole_parameters, wrap_model
 
 
 def fit(stage: Stage, config: RunConfig, layout: Layout) -> bool:
@@ -99,23 +99,19 @@ def fit(stage: Stage, config: RunConfig, layout: Layout) -> bool:
                 with_loss = last or _due(progress.iteration, config.training.eval_interval)
                 draws = _due(progress.iteration, config.logging.image_interval)
                 if last or (not stopping and (with_loss or draws)):
-                    probe = evaluate(
-                        stage,
-                        config,
-                        layout,
-                        chunks,
-                        progress.iteration,
-                        heldout if with_loss else None,
-                    )
+                    stream = heldout if with_loss else None
+                    with whole_parameters(chunks):
+                        probe = evaluate(stage, config, layout, chunks, progress.iteration, stream)
                     metrics.evaluation(progress.iteration, probe.metrics, probe.images)
                     display.say(_evaluation_line(progress.iteration, probe.metrics))
                 if last or stopping or _due(progress.iteration, config.checkpoint.save_interval):
                     metrics.flush()
-                    checkpointer.save(progress)
-                    display.say(f"iteration {progress.iteration} | saved")
+                    with whole_parameters(chunks):
+                        checkpointer.save(progress)
+                    display.say(f"iteration {progress.iteration} | checkpoint")
             checkpointer.wait()
-            if stop.received is not None and stopping:
-                display.say(f"stopped by {stop.received.name} at iteration {progress.iteration}")
+            if stopping:
+                display.say(f"asked to stop: state of iteration {progress.iteration} is saved")
     finally:
         feed.close()
         metrics.close()

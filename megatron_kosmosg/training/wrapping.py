@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
@@ -36,3 +39,19 @@ def unwrap_model(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
             chunk = chunk.module
         bare.append(chunk)
     return bare
+
+
+@contextmanager
+def whole_parameters(chunks: list[DistributedDataParallel]) -> Iterator[None]:
+    """Inside, every rank's parameters are those of the last update.
+
+    With overlapped gathering a rank has only its own share until the next forward pass asks.
+    """
+    overlaps = chunks[0].ddp_config.overlap_param_gather
+    if overlaps:
+        for chunk in chunks:
+            chunk.disable_forward_pre_hook(param_sync=True)
+    yield
+    if overlaps:
+        for chunk in chunks:
+            chunk.enable_forward_pre_hook()

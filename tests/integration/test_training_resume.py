@@ -35,6 +35,18 @@ def test_resume_is_bit_exact(tmp_path, ranks, parallel, precision):
     assert norms(tmp_path / "broken") == norms(tmp_path / "straight"), f"ended after {stop}"
 
 
+def test_resume_with_overlapped_gathering_is_bit_exact(tmp_path):
+    """A save right after an update must not store shares that were not gathered yet."""
+    parallel = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    common = {"parallel": parallel, "training": {"precision": "bf16", "eval_interval": 2}}
+    straight = fake_config(str(tmp_path / "straight"), **common)
+    broken = fake_config(str(tmp_path / "broken"), checkpoint={"save_interval": 3}, **common)
+    run_ranks(2, train, straight)
+    run_ranks(2, train_until, broken, 3)
+    run_ranks(2, train, broken)
+    assert curve(tmp_path / "broken") == curve(tmp_path / "straight")
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [((2, TP2), (1, {})), ((2, TP2), (2, {})), ((2, {}), (2, TP2)), ((1, {}), (2, {}))],
