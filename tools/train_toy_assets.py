@@ -87,9 +87,8 @@ class Parts:
         if state is None:
             raise FileNotFoundError(f"{self.run / 'decoder.pt'} is missing; run `decoder` first")
         folder = self.target / "stable-diffusion"
-        export.stable_diffusion(
-            state["ema"], self._codec(), self._text_model(), self._tokenizer(), folder
-        )
+        words = _existing(self.tokenizer_folder, "tokenizer")
+        export.stable_diffusion(state["ema"], self._codec(), self._text_model(), words, folder)
         print(f"{folder}: decoder after {state['step']} steps")
 
     def _codec(self) -> AutoencoderKL:

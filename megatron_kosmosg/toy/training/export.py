@@ -9,9 +9,9 @@ from pathlib import Path
 import diffusers
 from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
-from megatron_kosmosg.toy.training import checkpoint, decoder
+from megatron_kosmosg.toy.training import checkpoint, decoder, vae
 
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -32,7 +32,7 @@ def stable_diffusion(
     unet_weights: dict[str, Tensor],
     codec: AutoencoderKL,
     text_model: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
+    tokenizer_folder: Path,
     folder: Path,
 ) -> None:
     """Writes unet/ vae/ scheduler/ text_encoder/ tokenizer/ model_index.json under `folder`."""
@@ -41,10 +41,14 @@ def stable_diffusion(
     unet = decoder.build(codec.config.latent_channels, text_model.config.hidden_size)
     unet.load_state_dict(unet_weights)
     unet.half().save_pretrained(temporary / "unet")
-    codec.half().save_pretrained(temporary / "vae")
+    # A loaded autoencoder would write the path it came from into its config.
+    shipped = vae.build()
+    shipped.register_to_config(scaling_factor=codec.config.scaling_factor)
+    shipped.load_state_dict(codec.state_dict())
+    shipped.half().save_pretrained(temporary / "vae")
     decoder.noise_scheduler().save_pretrained(temporary / "scheduler")
     text_model.half().save_pretrained(temporary / "text_encoder")
-    tokenizer.save_pretrained(temporary / "tokenizer")
+    shutil.copytree(tokenizer_folder, temporary / "tokenizer")
     index = json.dumps(MODEL_INDEX, indent=2) + "\n"
     (temporary / "model_index.json").write_text(index, encoding="utf-8")
     checkpoint.replace_folder(temporary, folder)
