@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
@@ -11,9 +12,11 @@ from megatron.core import tensor_parallel
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import ParallelConfig, RunConfig, TrainingConfig
+from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.broadcast import broadcast_batch
 from megatron_kosmosg.parallel.rows import row_range, sum_over_tensor_ranks, take_rows
+from megatron_kosmosg.parallel.seeds import set_seeds
 from tests.distributed.layout_case import Case, build, micro_batch
 from tests.ranks import run_ranks
 
@@ -108,12 +111,8 @@ def test_tensor_parallel_ranks_share_one_stream_and_differ_in_the_other() -> Non
 def dropped(tp: int, sequence_parallel: bool, recompute: str) -> list[float]:
     """Gradient norm of a training forward with dropout, twice from the same seeds."""
     case = Case(tp=tp, sequence_parallel=sequence_parallel, recompute=recompute)
-    config = case.config()
-    config = _with_dropout(config, 0.3)
+    config = _with_dropout(case.config(), 0.3)
     layout = platform.initialize(config)
-    from megatron_kosmosg.models.kosmosg import KosmosG
-    from megatron_kosmosg.parallel.seeds import set_seeds
-
     model = KosmosG(config, layout, output_head=False)
     norms = []
     for seed in (3, 3, 4):
@@ -130,8 +129,6 @@ def dropped(tp: int, sequence_parallel: bool, recompute: str) -> list[float]:
 
 
 def _with_dropout(config: RunConfig, probability: float) -> RunConfig:
-    import dataclasses
-
     replace = dataclasses.replace
     decoder = replace(config.model.decoder, hidden_dropout=probability, attention_dropout=0.1)
     resampler = replace(config.model.resampler, attention_dropout=0.1)
