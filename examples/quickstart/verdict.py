@@ -14,11 +14,12 @@ def read_rows(metrics: Path) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows grouped as they come, columns aligned."""
+    """Rows by group, groups in the order of their first row; columns aligned."""
     header = ("", "value", "threshold", "chance", "ceiling", "n", "seed", "met")
     lines: list[tuple[str, ...] | str] = [header]
     group = None
-    for row in rows:
+    order = list(dict.fromkeys(row["group"] for row in rows))
+    for row in sorted(rows, key=lambda row: order.index(row["group"])):
         if row["group"] != group:
             group = row["group"]
             lines.append(group)

@@ -24,9 +24,10 @@ image decoder's own text encoder would have said.</li>
 the target from the condition, and the language side learns from that gradient.</li>
 </ol>
 <p>The image decoder, its text encoder and the image tower come trained with the package and stand
-for Stable Diffusion and CLIP; the image decoder and the text encoder never change. The judge is a
-program that reads the drawn picture by comparing it with rendered templates. It shares no code with
-the training, and each hue error stands beside the one for pictures exchanged between prompts.</p>
+for Stable Diffusion and CLIP; the image decoder and the text encoder never change. Nothing
+in the judge is learnt: it fits rendered templates to the drawn picture and reads off shape, pattern
+and colours. Each figure stands beside its control, the same pictures judged against another
+prompt's truth.</p>
 """
 
 _NEXT = """

@@ -63,7 +63,7 @@ def pictures(inputs: ReportInputs) -> str:
     """Every sheet of the evaluation."""
     if not inputs.pictures:
         return "<p class=soft>The evaluation wrote no pictures.</p>"
-    return "".join(_figure(picture) for picture in inputs.pictures)
+    return f"<div class=figures>{''.join(_figure(picture) for picture in inputs.pictures)}</div>"
 
 
 def numbers(inputs: ReportInputs) -> str:
@@ -71,7 +71,8 @@ def numbers(inputs: ReportInputs) -> str:
     if not inputs.rows:
         return "<p class=soft>The evaluation wrote no metrics.</p>"
     lines, group = [], None
-    for row in inputs.rows:
+    order = list(dict.fromkeys(row["group"] for row in inputs.rows))
+    for row in sorted(inputs.rows, key=lambda row: order.index(row["group"])):
         if row["group"] != group:
             group = row["group"]
             lines.append(f"<tr class=group><td colspan=9>{escape(group)}</td></tr>")
