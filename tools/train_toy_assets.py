@@ -25,14 +25,14 @@ from megatron_kosmosg.toy.training import (
     vae,
 )
 
-STEPS = {"vae": 2600, "text": 700, "clip": 850, "decoder": 15000}
+STEPS = {"vae": 2600, "text": 700, "clip": 850, "decoder": 5500}
 EPILOG = """\
 parts, in the order of `all`:
   tokenizer  ASSETS/sentencepiece.model, and CLIP's vocabulary in RUN/stable-diffusion/tokenizer
   vae        AutoencoderKL into RUN/vae_fp32                       (about 1000 CPU seconds)
   text       CLIPTextModel into RUN/stable-diffusion/text_encoder  (100)
   clip       CLIPVisionModel into ASSETS/clip-vision               (300)
-  decoder    UNet2DConditionModel, averaged weights in RUN/decoder.pt; needs vae and text (4000)
+  decoder    UNet2DConditionModel, averaged weights in RUN/decoder.pt; needs vae and text (1500)
   export     RUN -> ASSETS/stable-diffusion in fp16; needs vae, text and decoder
 
 Each part continues from its checkpoint in RUN, prints its progress with the seconds left, and
