@@ -23,11 +23,13 @@ from megatron_kosmosg.config.schema import RunConfig
 def load_config(path: str | Path | None, overrides: list[str]) -> RunConfig:
     """The run's config: schema defaults, then the YAML file, then `a.b=value` strings in order.
 
+    A file may start from another one, named by its key `include` relative to itself.
+
     Raises ConfigError for an unreadable file, an unknown or missing key, a value of another type.
     """
     layers: list[tuple[str, DictConfig]] = []
     if path is not None:
-        layers.append((str(path), _read_yaml(Path(path))))
+        layers.extend(_file_layers(Path(path), ()))
     for override in overrides:
         if "=" not in override:
             raise ConfigError(
@@ -80,6 +82,18 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
 def known_keys() -> list[str]:
     """Dotted names of all settings; NAME stands for a free entry name of a mapping."""
     return [name for name, _ in _schema_leaves(RunConfig, "")]
+
+
+def _file_layers(path: Path, including: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
+    """The file, after the one that its `include` names (relative to it), if any."""
+    if path.resolve() in including:
+        raise ConfigError(f"--config {path} includes itself")
+    content = _read_yaml(path)
+    included = content.pop("include", None)
+    if included is None:
+        return [(str(path), content)]
+    base = _file_layers(path.parent / included, (*including, path.resolve()))
+    return [*base, (str(path), content)]
 
 
 def _read_yaml(path: Path) -> DictConfig:
