@@ -72,13 +72,14 @@ class Progress:
             return
         self._last_line = now
         step_left, all_left = self.remaining(now)
-        parts = [self._label(), *self._training_state()]
-        parts += [f"step {clock(step_left)} left", f"all {clock(all_left)} left"]
+        # The time first: a narrow terminal cuts the line at its end.
+        times = f"{clock(all_left)} left (step {clock(step_left)})"
+        parts = [f"{self._number()} {times}", self._step().title, *self._training_state()]
         self._say("  ".join(parts), keep=not self._is_terminal)
 
     def finish(self, seconds: float) -> None:
         """The current step is done after `seconds` of this run."""
-        self._expected += self._steps[self._index].seconds * (1.0 - self._share(self._first_record))
+        self._expected += self._step().seconds * (1.0 - self._share(self._first_record))
         self._measured += seconds
         self._say(f"{self._label()} done in {clock(seconds)}", keep=True)
 
@@ -97,7 +98,7 @@ class Progress:
         """Seconds until the end of (this step, all steps)."""
         elapsed = now - self._started
         slowness = self._measured / self._expected if self._expected > 20 else 1.0
-        to_do = self._steps[self._index].seconds * (1.0 - self._share(self._first_record))
+        to_do = self._step().seconds * (1.0 - self._share(self._first_record))
         left = max(slowness * to_do - elapsed, 0.05 * slowness * to_do)
         share = self._share(self._new_record())
         if self._anchor is None and share > 0:
@@ -111,7 +112,7 @@ class Progress:
 
     def _record(self) -> dict:
         """Where the current training is by its metrics, {} for other steps."""
-        step = self._steps[self._index]
+        step = self._step()
         return last_record(step.metrics) if step.metrics and step.iterations else {}
 
     def _new_record(self) -> dict:
@@ -121,19 +122,25 @@ class Progress:
 
     def _share(self, record: dict) -> float:
         """Share of the current training that is done; 0 for other steps."""
-        return min(record.get("iteration", 0) / (self._steps[self._index].iterations or 1), 1.0)
+        return min(record.get("iteration", 0) / (self._step().iterations or 1), 1.0)
 
     def _training_state(self) -> list[str]:
         record = self._new_record()
         if "iteration" not in record:
             return []
-        state = [f"iteration {record['iteration']}/{self._steps[self._index].iterations}"]
+        state = [f"iteration {record['iteration']}/{self._step().iterations}"]
         if isinstance(record.get("loss"), float):
             state.append(f"loss {record['loss']:.4f}")
         return state
 
+    def _step(self) -> Step:
+        return self._steps[self._index]
+
+    def _number(self) -> str:
+        return f"[{self._index + 1}/{len(self._steps)}]"
+
     def _label(self) -> str:
-        return f"[{self._index + 1}/{len(self._steps)}] {self._steps[self._index].title}"
+        return f"{self._number()} {self._step().title}"
 
     def _say(self, text: str, keep: bool) -> None:
         if self._is_terminal:
