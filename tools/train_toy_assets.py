@@ -55,7 +55,7 @@ class Parts:
             clip_tokenizer.write(self.tokenizer_folder)
 
     def vae(self) -> None:
-        codec = vae.train(self.run, self.steps["vae"], 32, 2e-3, seed=0)
+        codec = vae.train(self.run, self.steps["vae"], 32, 2e-3, seed=11)
         codec.save_pretrained(self.codec_folder)
 
     def text(self) -> None:
