@@ -41,7 +41,13 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) ->
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
     # {} and not None: None selects Megatron's own exceptions from weight decay.
-    return get_megatron_optimizer(mcore, chunks, config_overrides={}, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(
+        mcore, chunks, config_overrides={}, use_gloo_process_groups=False
+    )
+    for part in optimizer.chained_optimizers:
+        if not part.is_stub_optimizer:  # a save before the first update needs Adam's state, too
+            part.init_state_fn(part.optimizer, mcore)
+    return optimizer
 
 
 def build_lr_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
