@@ -68,7 +68,7 @@ class Runner:
     def _run_all(self) -> None:
         for index, step in enumerate(self._steps):
             self._write_record()
-            if self._stamps.is_done(step):
+            if not step.always and self._stamps.is_done(step):
                 is_current = self._stamps.is_current_code(self._stamps.read(step))
                 note = "" if is_current else " (by another version of the code; --fresh repeats it)"
                 self._progress.reuse(index, "already done" + note)

@@ -50,6 +50,8 @@ class Step:
     """metrics.jsonl of a training step, which tells how far it is."""
     iterations: int | None = None
     """Iterations of a training step."""
+    always: bool = False
+    """Runs every time: quick, and shows what the other steps left."""
 
 
 def train_command(config: Path, overrides: Iterable[str]) -> tuple[str, ...]:
@@ -145,6 +147,7 @@ def plan(repository: Path, out: Path, *, fast: bool, ablations: bool) -> list[St
             outputs=(out / "report.html",),
             seconds=sizes.seconds["report"],
             after=tuple(step.name for step in steps),
+            always=True,
         )
     )
     return steps

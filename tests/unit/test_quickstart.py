@@ -70,6 +70,13 @@ def test_a_changed_input_file_runs_the_step_anew(tmp_path):
     assert (tmp_path / "commands.log").read_text().count("# ") == 2
 
 
+def test_a_step_may_run_every_time(tmp_path):
+    step = Step("page", "page", writes(tmp_path / "a"), (tmp_path / "a",), 1.0, always=True)
+    run([step], tmp_path)
+    run([step], tmp_path)
+    assert (tmp_path / "commands.log").read_text().count("# ") == 2
+
+
 def test_a_lost_output_is_made_again(tmp_path):
     steps = chain(tmp_path)
     run(steps, tmp_path)
