@@ -1,0 +1,154 @@
+"""The three real stages on the toy world, one after the other, on two tensor-parallel ranks.
+
+Each is also ended at a random iteration and started again: losses, gradient norms and the held-out
+loss of the end must be those of the uninterrupted run to the bit, with dropout, data order, noise
+and timesteps included.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.stages import build_stage
+from megatron_kosmosg.toy import assets
+from megatron_kosmosg.toy.files import World, write_world
+from megatron_kosmosg.training.loop import fit
+from tests.ranks import run_ranks
+
+REPOSITORY = Path(__file__).parents[2]
+STAGES = ("pretrain", "align", "instruct")
+ITERATIONS = 5
+OVERRIDES = (
+    "model.decoder.hidden_dropout=0.1",
+    "model.resampler.attention_dropout=0.1",
+    f"training.train_iters={ITERATIONS}",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=4",
+    "training.eval_interval=0",
+    "training.eval_iters=1",
+    "optimizer.lr_warmup_iters=1",
+    "logging.image_interval=0",
+    "logging.num_images=2",
+    "logging.num_inference_steps=2",
+    "logging.tensorboard=false",
+)
+
+
+class Ended(Exception):
+    """Stands for a process that ends between two iterations."""
+
+
+class EndingStage:
+    """A stage whose process ends in the middle of an iteration."""
+
+    def __init__(self, stage, forward_passes: int) -> None:
+        self._stage, self._left = stage, forward_passes
+
+    def __getattr__(self, name):
+        return getattr(self._stage, name)
+
+    def forward_step(self, data_iterator, model):
+        if model.training and self._left == 0:
+            raise Ended
+        self._left -= model.training
+        return self._stage.forward_step(data_iterator, model)
+
+
+def train(config: RunConfig, forward_passes: int | None = None) -> None:
+    """Trains on this rank; ends without a goodbye after `forward_passes`, if given."""
+    layout = platform.initialize(config)
+    try:
+        stage = build_stage(config, layout)
+        if forward_passes is not None:
+            stage = EndingStage(stage, forward_passes)
+        fit(stage, config, layout)
+    except Ended:
+        pass
+    finally:
+        platform.teardown()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    write_world(folder / "world", World(24, 0), lambda done, total: None)
+    for split in ("train", "heldout"):
+        for kind in ("text", "caption", "interleaved", "edit", "compositional"):
+            job = PreprocessJob(
+                kind=kind,
+                inputs=(str(folder / "world" / split / f"{kind}.jsonl"),),
+                tokenizer_model=str(assets.path() / "sentencepiece.model"),
+                output_prefix=str(folder / "data" / split / kind),
+            )
+            preprocess(job, lambda *_: None)
+    return folder
+
+
+def config_of(
+    stage: str, data: Path, output_dir: Path, previous: Path | None, *more: str
+) -> RunConfig:
+    file = REPOSITORY / "examples" / "configs" / f"toy_{stage}.yaml"
+    shipped = load_config(file, [])
+    frozen = assets.path() / "stable-diffusion"
+    paths = [
+        f"data.tokenizer_model={assets.path() / 'sentencepiece.model'}",
+        f"model.vision.path={assets.path() / 'clip-vision'}",
+        f"model.diffusion.path={frozen}",
+        f"model.clip_text.path={frozen}",
+        f"logging.output_dir={output_dir}",
+        f"checkpoint.load={previous or 'null'}",
+    ]
+    for name in shipped.data.blend:
+        paths.append(f"data.blend.{name}.path={data / 'data' / 'train' / name}")
+    for name in shipped.data.heldout:
+        paths.append(f"data.heldout.{name}.path={data / 'data' / 'heldout' / name}")
+    return load_config(file, [*paths, *OVERRIDES, *more])
+
+
+def records(run: Path) -> list[tuple]:
+    """What each line of the run's metrics says of the numbers that are learnt."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    keys = ("iteration", "loss", "grad_norm", "lr", "consumed_train_samples", "heldout_loss")
+    return [tuple(line.get(key) for key in keys) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data) -> Path:
+    previous = None
+    for stage in STAGES:
+        run_ranks(2, train, config_of(stage, data, data / stage, previous), timeout=240)
+        previous = data / stage
+    return data
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_trains_and_resumes_to_the_bit(stage, uninterrupted, tmp_path):
+    expected = records(uninterrupted / stage)
+    losses = [loss for _, loss, *_ in expected if loss is not None]
+    assert len(losses) == ITERATIONS and all(map(math.isfinite, losses))
+    assert expected[-1][-1] is not None  # the held-out loss of the final parameters
+    stop = random.randint(1, ITERATIONS - 1)
+    before = STAGES[STAGES.index(stage) - 1] if stage != "pretrain" else None
+    previous = None if before is None else uninterrupted / before
+    interval = f"checkpoint.save_interval={stop}"
+    config = config_of(stage, uninterrupted, tmp_path / "run", previous, interval)
+    run_ranks(2, train, config, 2 * stop + 1, timeout=240)
+    assert len(records(tmp_path / "run")) == stop
+    run_ranks(2, train, config, timeout=240)
+    assert records(tmp_path / "run") == expected, f"ended after {stop}"
+
+
+def test_a_checkpoint_of_the_wrong_stage_is_refused_by_name(uninterrupted, tmp_path):
+    previous, one_rank = uninterrupted / "pretrain", "parallel.tensor_model_parallel_size=1"
+    config = config_of("instruct", uninterrupted, tmp_path / "run", previous, one_rank)
+    with pytest.raises(RuntimeError, match="pretrain.*align|align.*pretrain"):
+        run_ranks(1, train, config, timeout=240)
