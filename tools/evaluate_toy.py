@@ -11,7 +11,8 @@ from pathlib import Path
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.evaluation.toy_drawing import Sampling
-from megatron_kosmosg.evaluation.toy_results import Results, TextEncoderModel, ToyResults
+from megatron_kosmosg.evaluation.toy_results import Results, ToyResults
+from megatron_kosmosg.evaluation.toy_text_encoder import TextEncoderModel
 from megatron_kosmosg.evaluation.toy_words import word_rows
 from megatron_kosmosg.inference.trained_model import TrainedModel, one_process
 from megatron_kosmosg.stages.instruct import load_diffusion

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from megatron_kosmosg.evaluation import toy_cells as measures
 from megatron_kosmosg.evaluation.metric_row import MetricRow
@@ -26,6 +25,7 @@ from megatron_kosmosg.evaluation.toy_prompts import (
     words_and_images,
     words_only,
 )
+from megatron_kosmosg.evaluation.toy_text_encoder import TextEncoderModel
 from megatron_kosmosg.inference.trained_model import TrainedModel
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
 from megatron_kosmosg.training.picture_grid import picture_grid, to_picture
@@ -40,28 +40,6 @@ class Results:
 
     rows: list[MetricRow] = field(default_factory=list)
     sheets: list[tuple[str, str, str, Image.Image]] = field(default_factory=list)
-
-
-class TextEncoderModel:
-    """The image decoder's own text encoder behind the interface of `TrainedModel.conditions`."""
-
-    def __init__(self, folder: str) -> None:
-        self._encoder = CLIPTextModel.from_pretrained(f"{folder}/text_encoder").eval()
-        self._tokenizer = CLIPTokenizer.from_pretrained(f"{folder}/tokenizer")
-
-    @torch.no_grad()
-    def conditions(self, prompts: list[Parts]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(conditions [n, c, d], null condition [1, c, d]) of prompts of words alone."""
-        captions = [" ".join(parts) for parts in prompts]
-        tokens = self._tokenizer(
-            [*captions, ""],
-            padding="max_length",
-            max_length=self._encoder.config.max_position_embeddings,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        states = self._encoder(tokens).last_hidden_state
-        return states[:-1], states[-1:]
 
 
 class ToyResults:

@@ -1,0 +1,30 @@
+"""The image decoder's own text encoder, asked the same way as a trained model."""
+
+from __future__ import annotations
+
+import torch
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from megatron_kosmosg.evaluation.toy_prompts import Parts
+
+
+class TextEncoderModel:
+    """The image decoder's own text encoder behind the interface of `TrainedModel.conditions`."""
+
+    def __init__(self, folder: str) -> None:
+        self._encoder = CLIPTextModel.from_pretrained(f"{folder}/text_encoder").eval()
+        self._tokenizer = CLIPTokenizer.from_pretrained(f"{folder}/tokenizer")
+
+    @torch.no_grad()
+    def conditions(self, prompts: list[Parts]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(conditions [n, c, d], null condition [1, c, d]) of prompts of words alone."""
+        captions = [" ".join(parts) for parts in prompts]
+        tokens = self._tokenizer(
+            [*captions, ""],
+            padding="max_length",
+            max_length=self._encoder.config.max_position_embeddings,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        states = self._encoder(tokens).last_hidden_state
+        return states[:-1], states[-1:]
