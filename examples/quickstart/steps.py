@@ -252,10 +252,20 @@ def _training(
         outputs=(folder,),
         seconds=seconds,
         after=tuple(data) if load is None else (*data, load[0]),
-        inputs=(repository / config,),
+        inputs=_with_included(repository / config),
         metrics=folder / "metrics.jsonl",
         iterations=_train_iters(repository / config, overrides),
     )
+
+
+def _with_included(config: Path) -> tuple[Path, ...]:
+    """The YAML file and the files that it includes."""
+    files = [config]
+    if config.is_file():
+        for line in config.read_text(encoding="utf-8").splitlines():
+            if line.startswith("include:"):
+                files += _with_included(config.parent / line.removeprefix("include:").strip())
+    return tuple(files)
 
 
 def _train_iters(config: Path, overrides: Iterable[str]) -> int | None:

@@ -244,6 +244,8 @@ def test_the_progress_knows_how_long_each_training_is(tmp_path, fast):
                 REPOSITORY / step.command[step.command.index("--config") + 1], overrides
             )
             assert step.iterations == config.training.train_iters
+            names = [path.name for path in step.inputs]
+            assert len(names) == 2 and names[1] == "toy_base.yaml", "what the config includes"
 
 
 ROW = dict(group="g", name="hue", value=5.0, unit="deg", threshold=9.0, direction="<=", n=64)
