@@ -112,7 +112,10 @@ _NO_ALIGNER = "model.aligner.kind=none"
 _DEEP = "model.aligner.num_layers=6"
 
 ABLATIONS = (
-    Ablation("instruct_unaligned", "instruct", "instruct without align", "pretrain"),
+    Ablation(
+        *("instruct_unaligned", "instruct", "instruct without align"),
+        *("pretrain", ("checkpoint.load_stage=pretrain",)),
+    ),
     Ablation("align_decoder_only", "align", "align, M without encoder", "pretrain", (_NO_ENCODER,)),
     Ablation(
         *("instruct_decoder_only", "instruct", "instruct, M without encoder"),
