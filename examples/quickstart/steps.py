@@ -71,14 +71,14 @@ sample that they read."""
 
 FULL = Sizes(
     world=4000,
-    seconds={"world": 40, "data": 15, "pretrain": 180, "align": 150, "instruct": 600}
-    | {"evaluate": 90, "report": 8, "ablation": 600},
+    seconds={"world": 40, "data": 12, "pretrain": 230, "align": 340, "instruct": 620}
+    | {"evaluate": 90, "report": 8},
 )
 
 FAST = Sizes(
     world=240,
     seconds={"world": 6, "data": 8, "pretrain": 30, "align": 28, "instruct": 35}
-    | {"evaluate": 25, "report": 6, "ablation": 30},
+    | {"evaluate": 20, "report": 6},
     overrides={
         stage: (
             f"training.train_iters={iterations}",
