@@ -285,3 +285,49 @@ def test_the_script_refuses_bad_arguments_before_installing(arguments, code, mes
 )
 def test_shell_scripts_parse(path):
     subprocess.run(["bash", "-n", str(REPOSITORY / path)], check=True)
+
+
+def in_environment_script(command: str, **variables: str) -> subprocess.CompletedProcess:
+    """Runs a command after sourcing examples/environment.sh."""
+    script_file = REPOSITORY / "examples" / "environment.sh"
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f'source "{script_file}"; {command}'],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | variables,
+    )
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path):
+    folder = tmp_path / "not" / "yet"
+    full = in_environment_script(f'require_free_space "{folder}" 999999999 "the quickstart"')
+    assert full.returncode == 1
+    assert "the quickstart needs about 999999999 MiB" in full.stderr
+    assert in_environment_script(f'require_free_space "{folder}" 1 x').returncode == 0
+    assert not folder.exists()
+
+
+def test_a_machine_without_a_fitting_python_is_told_so(tmp_path):
+    result = in_environment_script(f'PATH="{tmp_path}"; find_base_python')
+    assert result.returncode == 1
+    assert "Python 3.11 or 3.12 is needed" in result.stderr
+
+
+def test_an_active_environment_of_another_python_is_refused(tmp_path):
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    result = in_environment_script(
+        "prepare_environment test", VIRTUAL_ENV=str(tmp_path), REPOSITORY=str(REPOSITORY)
+    )
+    assert result.returncode == 1
+    assert "is not Python 3.11 or 3.12" in result.stderr
+
+
+def test_a_failed_installation_shows_the_end_of_its_log(tmp_path):
+    (tmp_path / "log").write_text("first\nERROR: no such package\n")
+    result = in_environment_script(f'install_failed "{tmp_path / "log"}"')
+    assert result.returncode == 1
+    assert "ERROR: no such package" in result.stderr and "installation failed" in result.stderr
