@@ -5,6 +5,7 @@ Thresholds are those the quickstart promises; a miss is reported, never hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -160,6 +161,7 @@ class ToyResults:
             "A background given as a picture",
             "Prompt pictures (subject, background), true scene, result.",
             rows,
+            ("truth", "result"),
         )
 
     def _edits(self, model: TrainedModel) -> None:
@@ -177,13 +179,14 @@ class ToyResults:
             "Edits",
             f"Picture, true edit, result. From the top: {instructions}.",
             self._rows(cell, asked),
+            ("true edit", "result"),
         )
 
     def _sheet(
         self, model: TrainedModel, before: TrainedModel | None, num_entities: int, cell: Cell
     ) -> None:
         shown = self._cases(num_entities, images_only)
-        rows = self._rows(cell, shown)
+        rows, headings = self._rows(cell, shown), ("truth", "result")
         caption = "Prompt pictures, true scene, result after instruct"
         if before is not None:
             drawn = self._draw(before, [case.parts for case in shown], num_entities)
@@ -192,12 +195,14 @@ class ToyResults:
                 for row, image in zip(rows, drawn.images, strict=False)
             ]
             caption = "Prompt pictures, true scene, result before instruct (align only), after"
+            headings = ("truth", "before", "after")
         words = "one subject" if num_entities == 1 else "two subjects"
         self._add_sheet(
             f"pictures_{num_entities}",
             f"Pictures in, {words}",
             f"{caption}. The words only say “a … on a (colour) background”.",
             rows,
+            headings,
         )
 
     def _rows(self, cell: Cell, shown: list[Case]) -> list[list[Image.Image]]:
@@ -233,6 +238,7 @@ class ToyResults:
     def _add(self, row: MetricRow) -> None:
         self.results.rows.append(row)
 
-    def _add_sheet(self, name: str, title: str, caption: str, rows) -> None:
-        sheet = picture_grid(rows, CELL_PIXELS)
+    def _add_sheet(self, name: str, title: str, caption: str, rows, results: Sequence[str]) -> None:
+        headings = ["prompt"] * (len(rows[0]) - len(results)) + list(results)
+        sheet = picture_grid(rows, CELL_PIXELS, headings)
         self.results.sheets.append((f"{name}.png", title, caption, sheet))

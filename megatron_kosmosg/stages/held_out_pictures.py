@@ -56,7 +56,7 @@ def held_out_pictures(
         pictures + [None] * (width - len(pictures)) + [to_picture(target), to_picture(result)]
         for pictures, target, result in zip(prompts, targets, results, strict=True)
     ]
-    return picture_grid(rows, CELL_PIXELS)
+    return picture_grid(rows, CELL_PIXELS, ["prompt"] * width + ["truth", "result"])
 
 
 def _prompt_pictures(

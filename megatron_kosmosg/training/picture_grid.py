@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
+
+HEADING_PIXELS = 20
 
 
 def to_picture(pixels: torch.Tensor) -> Image.Image:
@@ -15,18 +17,25 @@ def to_picture(pixels: torch.Tensor) -> Image.Image:
 
 
 def picture_grid(
-    rows: Sequence[Sequence[Image.Image | None]], cell: int, gap: int = 4
+    rows: Sequence[Sequence[Image.Image | None]],
+    cell: int,
+    headings: Sequence[str] = (),
+    gap: int = 4,
 ) -> Image.Image:
     """One sheet with a row per entry of `rows`; None leaves its cell white.
 
-    cell: pixels per side of a cell; smaller pictures are enlarged to it.
+    cell: pixels per side of a cell; smaller pictures are enlarged to it. headings: short words
+    above the columns.
     """
     columns = max(len(row) for row in rows)
-    step = cell + gap
-    sheet = Image.new("RGB", (columns * step + gap, len(rows) * step + gap), "white")
+    step, top = cell + gap, HEADING_PIXELS if headings else 0
+    sheet = Image.new("RGB", (columns * step + gap, top + len(rows) * step + gap), "white")
+    for j, heading in enumerate(headings):
+        place = (gap + j * step + cell / 2, top / 2 + gap / 2)
+        ImageDraw.Draw(sheet).text(place, heading, fill="black", anchor="mm", font_size=12)
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             if picture is not None:
                 resized = picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
-                sheet.paste(resized, (gap + j * step, gap + i * step))
+                sheet.paste(resized, (gap + j * step, top + gap + i * step))
     return sheet

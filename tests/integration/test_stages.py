@@ -1,4 +1,4 @@
-"""The three real stages on the toy world, one after the other, on two tensor-parallel ranks.
+"""The three real stages on the toy world, one after the other, on two ranks as shipped.
 
 Each is also ended at a random iteration and started again: losses, gradient norms and the held-out
 loss of the end must be those of the uninterrupted run to the bit, with dropout, data order, noise
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.preprocess.run import PreprocessJob, preprocess
@@ -32,7 +33,7 @@ OVERRIDES = (
     "model.resampler.attention_dropout=0.1",
     f"training.train_iters={ITERATIONS}",
     "training.global_batch_size=8",
-    "training.micro_batch_size=4",
+    "training.micro_batch_size=2",
     "training.eval_interval=0",
     "training.eval_iters=1",
     "optimizer.lr_warmup_iters=1",
@@ -141,7 +142,9 @@ def test_stage_trains_and_resumes_to_the_bit(stage, uninterrupted, tmp_path):
     previous = None if before is None else uninterrupted / before
     interval = f"checkpoint.save_interval={stop}"
     config = config_of(stage, uninterrupted, tmp_path / "run", previous, interval)
-    run_ranks(2, train, config, 2 * stop + 1, timeout=240)
+    replicas = data_parallel_size(config, 2)
+    passes = stop * num_microbatches(config, replicas) + 1
+    run_ranks(2, train, config, passes, timeout=240)
     assert len(records(tmp_path / "run")) == stop
     run_ranks(2, train, config, timeout=240)
     assert records(tmp_path / "run") == expected, f"ended after {stop}"
