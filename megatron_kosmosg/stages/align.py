@@ -92,6 +92,8 @@ class AlignStage:
 def load_text_encoder(config: RunConfig, layout: Layout) -> CLIPTextModel:
     """The diffusion model's text encoder, frozen, on this rank's device.
 
+    In fp32 when training in fp32, else in fp16 as in the authors' code: bf16 would round its targets
+    too coarsely, and whatever dtype the folder is stored in says nothing (CPUs are slow in fp16).
     Raises ConfigError when the folder is missing or its shape does not fit AlignerNet.
     """
     path = config.model.clip_text.path
@@ -101,7 +103,8 @@ def load_text_encoder(config: RunConfig, layout: Layout) -> CLIPTextModel:
             f"model.clip_text.path={path!r} has no folder 'text_encoder'; give a Stable Diffusion "
             "folder, or one that holds text_encoder/ and tokenizer/."
         )
-    encoder = CLIPTextModel.from_pretrained(folder).eval().requires_grad_(False)
+    dtype = torch.float32 if config.training.precision == "fp32" else torch.float16
+    encoder = CLIPTextModel.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
     aligner, sizes = config.model.aligner, encoder.config
     found = (sizes.max_position_embeddings, sizes.hidden_size)
     if found != (aligner.num_queries, aligner.hidden_size):

@@ -92,7 +92,12 @@ class InstructStage:
         return InitialWeights(path, stage="align", unused=("aligner_n",))
 
     def probe(self, model: list[nn.Module], iteration: int) -> Probe:
-        """Pictures of fixed held-out prompts: what the prompt shows, the target, the result."""
+        """Pictures of fixed held-out prompts: what the prompt shows, the target, the result.
+
+        Nothing where the run has no held-out data.
+        """
+        if not self.config.data.heldout:
+            return Probe()
         sheet = held_out_pictures(
             self.config, self._layout, self._diffusion, self.build_dataset("heldout"), model
         )
