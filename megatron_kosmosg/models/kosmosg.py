@@ -195,7 +195,8 @@ class KosmosG(LanguageModule):
         whole = tensor_parallel.gather_from_sequence_parallel_region(
             hidden, tensor_parallel_output_grad=False, group=self.tp_group
         )
-        return whole[:length] if whole.shape[0] == length else whole[:length].contiguous()
+        # Not a view: where this is sent on, Megatron's schedule frees its storage.
+        return whole if whole.shape[0] == length else whole[:length].clone()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
         """Megatron's description of every weight; keys depend on no layout and no stage.

@@ -43,6 +43,11 @@ CASES = {
     "instruct-dp2": (2, Case(**INSTRUCT)),
     "instruct-pp2-m-alone": (2, Case(pp=2, pipeline_layout="decoder*3|M", **INSTRUCT)),
     "instruct-tp2-pp2-sp": (4, Case(tp=2, pp=2, sequence_parallel=True, **INSTRUCT)),
+    "instruct-tp2-pp2-sp-m-alone": (
+        4,
+        Case(tp=2, pp=2, sequence_parallel=True, pipeline_layout="decoder*3|M", **INSTRUCT),
+    ),
+    "instruct-tp2-recompute-selective": (2, Case(tp=2, recompute="selective", **INSTRUCT)),
     "all-parts-tp2-pp2-sp": (4, Case(tp=2, pp=2, sequence_parallel=True, **BOTH)),
 }
 
