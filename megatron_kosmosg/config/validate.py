@@ -234,6 +234,14 @@ def _check_stage_needs(config: RunConfig) -> None:
     if config.stage == "instruct":
         needed["model.diffusion.path"] = config.model.diffusion.path
         needed["checkpoint.load"] = config.checkpoint.load
+    for key, interval in (
+        ("training.eval_interval", config.training.eval_interval),
+        ("logging.image_interval", config.logging.image_interval),
+    ):
+        if interval and not config.data.heldout:
+            raise ConfigError(
+                f"{key}={interval} needs held-out data; give data.heldout.NAME.path, or set {key}=0"
+            )
     absent = [key for key, value in needed.items() if not value]
     if absent:
         raise ConfigError(f"stage={config.stage} needs a value for {', '.join(absent)}")

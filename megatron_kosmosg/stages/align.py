@@ -92,8 +92,8 @@ class AlignStage:
 def load_text_encoder(config: RunConfig, layout: Layout) -> CLIPTextModel:
     """The diffusion model's text encoder, frozen, on this rank's device.
 
-    In fp32 when training in fp32, else in fp16 as in the authors' code: bf16 would round its targets
-    too coarsely, and whatever dtype the folder is stored in says nothing (CPUs are slow in fp16).
+    In fp32 when training in fp32 (CPUs are slow in fp16), else in fp16 as the authors do: bf16
+    would round the targets too coarsely. The dtype of the files says nothing.
     Raises ConfigError when the folder is missing or its shape does not fit AlignerNet.
     """
     path = config.model.clip_text.path

@@ -103,7 +103,8 @@ def fit(stage: Stage, config: RunConfig, layout: Layout) -> bool:
                     with whole_parameters(chunks):
                         probe = evaluate(stage, config, layout, chunks, progress.iteration, stream)
                     metrics.evaluation(progress.iteration, probe.metrics, probe.images)
-                    display.say(_evaluation_line(progress.iteration, probe.metrics))
+                    if probe.metrics or probe.images:
+                        display.say(_evaluation_line(progress.iteration, probe.metrics))
                 if last or stopping or _due(progress.iteration, config.checkpoint.save_interval):
                     metrics.flush()
                     with whole_parameters(chunks):

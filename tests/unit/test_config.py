@@ -176,6 +176,15 @@ def test_missing_input_is_named(tmp_path, key, value):
     assert key in message and str(tmp_path / value) in message
 
 
+@pytest.mark.parametrize("key", ["training.eval_interval", "logging.image_interval"])
+def test_evaluation_without_held_out_data_is_refused(tmp_path, key):
+    settings = [*_instruct(tmp_path), f"{key}=10"]
+    message = refusal(validate_files, load_config(None, settings))
+    assert key in message and "data.heldout.NAME.path" in message
+    held_out = f"data.heldout.web.path={tmp_path / 'd'}"
+    validate_files(load_config(None, [*settings, held_out]))
+
+
 def test_stage_names_what_it_needs():
     message = refusal(validate_files, load_config(None, ["stage=instruct", *BASE[1:]]))
     for key in ("data.tokenizer_model", "data.blend", "model.diffusion.path", "checkpoint.load"):
