@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -23,8 +24,12 @@ OWN_CODE = Path(__file__).parents[1]
 
 
 def forget_failure(folder: Path) -> None:
-    """Removes the claim of an earlier run; call on one rank before the others can fail."""
-    (folder / FAILURE_FILE).unlink(missing_ok=True)
+    """Removes the claim of an earlier run; call on one rank before the others can fail.
+
+    A folder that cannot be used is no concern here: config/validate.py says what is wrong with it.
+    """
+    with suppress(OSError):
+        (folder / FAILURE_FILE).unlink()
 
 
 def report_failure(folder: Path, rank: int, error: BaseException) -> bool:
@@ -38,10 +43,10 @@ def report_failure(folder: Path, rank: int, error: BaseException) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
-        print(f"rank {rank} ends because of the failure in {path}", file=sys.stderr, flush=True)
-        return False
-    except OSError:
+    except OSError as problem:
+        if isinstance(problem, FileExistsError) and path.is_file():
+            print(f"rank {rank} ends because of the failure in {path}", file=sys.stderr, flush=True)
+            return False
         print(shown, file=sys.stderr, flush=True)  # no folder to agree in: every rank speaks
         return True
     with os.fdopen(descriptor, "w") as file:

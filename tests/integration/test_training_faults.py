@@ -92,6 +92,14 @@ def test_killed_during_a_save(tmp_path, async_save):
     assert not list((tmp_path / "killed" / "checkpoints").glob("*.tmp"))
 
 
+READY = (
+    "data.tokenizer_model={tmp}/f",
+    "data.blend.x.path={tmp}/x",
+    "training.global_batch_size=1",
+)
+"""Input that is complete as far as it is checked before anything is read."""
+
+
 def program(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "megatron_kosmosg.train", *arguments],
@@ -114,9 +122,12 @@ def test_help_names_overrides_and_exit_codes():
         (["--config", "missing.yaml"], ["missing.yaml", "no such file"]),
         (["stage=align", "logging.output_dir=x", "modl.vocab_size=3"], ["modl", "model"]),
         (["stage=align", "logging.output_dir={tmp}/run"], ["data.tokenizer_model"]),
+        (["stage=pretrain", "logging.output_dir={tmp}/f/run", *READY], ["is a file, not a folder"]),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_1(tmp_path, arguments, words):
+    for name in ("f", "x.bin", "x.idx"):
+        (tmp_path / name).write_text("")
     result = program(*(text.replace("{tmp}", str(tmp_path)) for text in arguments))
     assert result.returncode == 1
     assert all(word in result.stderr for word in words), result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 
@@ -174,6 +175,13 @@ def test_complete_input_passes(tmp_path):
 def test_missing_input_is_named(tmp_path, key, value):
     message = refusal(validate_files, load_config(None, _instruct(tmp_path, **{key: value})))
     assert key in message and str(tmp_path / value) in message
+
+
+def test_a_folder_without_write_permission_is_named(tmp_path, monkeypatch):
+    config = load_config(None, _instruct(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    message = refusal(validate_files, config)
+    assert f"logging.output_dir={tmp_path / 'out'}: no permission" in message
 
 
 @pytest.mark.parametrize("key", ["training.eval_interval", "logging.image_interval"])

@@ -56,9 +56,11 @@ def test_only_the_first_failure_is_written_out(tmp_path, capsys):
     assert capsys.readouterr().err == "error: again\n"
 
 
-def test_without_a_folder_to_agree_in_everyone_speaks(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_without_a_folder_to_agree_in_everyone_speaks(tmp_path, capsys, name):
     (tmp_path / "file").write_text("")
-    assert report_failure(tmp_path / "file" / "run", 2, raised("bad path"))
+    forget_failure(tmp_path / name)
+    assert report_failure(tmp_path / name, 2, raised("bad path"))
     assert "bad path" in capsys.readouterr().err
 
 
