@@ -1,0 +1,81 @@
+"""The sheet of held-out prompts is the same picture on every layout, drawn by one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.stages.held_out_pictures import held_out_pictures
+from megatron_kosmosg.stages.instruct import InstructStage
+from megatron_kosmosg.training.wrapping import wrap_model
+from tests.ranks import run_ranks
+from tests.tiny_models import random_batch, replace_section, tiny_config, write_stable_diffusion
+
+LENGTH = 13
+LAYOUTS = {
+    "tp2": {"tensor_model_parallel_size": 2},
+    "tp2_sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "dp2": {},
+}
+
+
+class Prompts:
+    """Stands for the stream: positions are all that `collate` needs."""
+
+    def __getitem__(self, position: int) -> int:
+        return position
+
+    def length(self, position: int) -> int:
+        return LENGTH
+
+    def collate(self, samples: list[int], pad_to: int) -> dict:
+        return random_batch("instruct", len(samples), pad_to, seed=3)
+
+
+def sheet(config: RunConfig) -> np.ndarray | None:
+    """The sheet's pixels on the rank that draws."""
+    layout = platform.initialize(config)
+    try:
+        stage = InstructStage(config, layout)
+        chunks = wrap_model(stage.build_model(layout), config)
+        for chunk in chunks:
+            chunk.eval()
+        drawn = held_out_pictures(config, layout, stage._diffusion, Prompts(), chunks)
+        return None if drawn is None else np.asarray(drawn)
+    finally:
+        platform.teardown()
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory) -> Path:
+    return write_stable_diffusion(tmp_path_factory.mktemp("sd"))
+
+
+def config_of(stable_diffusion: Path, **parallel) -> RunConfig:
+    config = tiny_config("instruct", stable_diffusion, stable_diffusion, **parallel)
+    return replace_section(config, "logging", num_images=3, num_inference_steps=2)
+
+
+@pytest.fixture(scope="module")
+def alone(stable_diffusion) -> np.ndarray:
+    return run_ranks(1, sheet, config_of(stable_diffusion))[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_draws_the_same_sheet_once(layout, alone, stable_diffusion):
+    results = run_ranks(2, sheet, config_of(stable_diffusion, **LAYOUTS[layout]))
+    (drawn,) = [result for result in results if result is not None]
+    assert drawn.std() > 10
+    assert np.abs(drawn.astype(int) - alone).max() <= 2
+
+
+def test_half_precision_draws_nearly_the_same(alone, stable_diffusion):
+    """The model's outputs are half precision here, the sampler's latents are not."""
+    config = replace_section(config_of(stable_diffusion), "training", precision="bf16")
+    (drawn,) = run_ranks(1, sheet, config)
+    assert np.abs(drawn.astype(int) - alone).mean() < 3
