@@ -56,7 +56,7 @@ def evaluate(arguments: argparse.Namespace) -> Results:
         if "pretrain" in models:
             print("pretrain: words", flush=True)
             toy.results.rows.extend(
-                word_rows(models["pretrain"], arguments.seed, count, not arguments.fast)
+                word_rows(models["pretrain"], arguments.seed, 4 * count, not arguments.fast)
             )
         if "align" in models:
             print("align: words to pictures", flush=True)

@@ -152,7 +152,7 @@ class ToyResults:
     def _background(self, model: TrainedModel) -> None:
         cell = self._cell("instruct", "background from a picture", model, 1, background_image)
         self._add(
-            cell.row("background word", measures.background_word, "share", self._threshold(0.9))
+            cell.row("background word", measures.background_word, "share", self._threshold(0.85))
         )
         self._add(cell.row("background hue, median", measures.background_hue, "degrees"))
         rows = self._rows(cell, self._cases(1, background_image))
