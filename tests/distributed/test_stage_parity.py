@@ -22,6 +22,8 @@ LAYOUTS = {
     "pp2": (2, {"pipeline_model_parallel_size": 2, "pipeline_layout": "decoder*2|decoder*1{tail}"}),
     # The distributed optimizer would leave each rank the reduced gradient of its own shard only.
     "dp2": (2, {"use_distributed_optimizer": False}),
+    # A bucket waits for all its parameters: each must get a gradient from every micro-batch.
+    "dp2_overlap": (2, {"use_distributed_optimizer": False, "overlap_grad_reduce": True}),
     "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
                     "pipeline_layout": "decoder*2|decoder*1{tail}"}),
 }  # fmt: skip
