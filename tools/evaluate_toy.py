@@ -63,9 +63,10 @@ def evaluate(arguments: argparse.Namespace) -> Results:
             toy.align(models["align"], TextEncoderModel(config.model.diffusion.path))
         print("instruct: pictures to pictures", flush=True)
         toy.instruct(models["instruct"], models.get("align"))
-        for name in models.keys() - {"pretrain", "align", "instruct"}:
-            print(f"variant {name}", flush=True)
-            toy.variant(name, models[name])
+        for name, model in models.items():
+            if name not in {"pretrain", "align", "instruct"}:
+                print(f"variant {name}", flush=True)
+                toy.variant(name, model)
     return toy.results
 
 

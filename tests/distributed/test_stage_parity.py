@@ -41,15 +41,16 @@ def stable_diffusion(tmp_path_factory):
     return write_stable_diffusion(tmp_path_factory.mktemp("sd"))
 
 
-def gradients(stage, folder, output_dir, world_size, parallel):
+def gradients(stage, folder, output_dir, world_size, parallel, precision="fp32"):
     parallel = {
         key: value.format(tail=TAILS[stage]) if isinstance(value, str) else value
         for key, value in parallel.items()
     }
     config = tiny_config(stage, folder, output_dir, **parallel)
-    # Every null row must carry gradient in this comparison, so half the conditions are dropped.
+    # Null rows must carry gradient in this comparison, so half the conditions are dropped.
     score = dataclasses.replace(config.score, condition_drop_prob=0.5)
-    config = dataclasses.replace(config, score=score)
+    training = dataclasses.replace(config.training, precision=precision)
+    config = dataclasses.replace(config, score=score, training=training)
     results = run_ranks(world_size, stage_gradients, config)
     tp = config.parallel.tensor_model_parallel_size
     loss = sum(total for total, _ in results) / tp
@@ -96,3 +97,15 @@ def test_exactly_the_named_parts_train(stage, one_rank):
     assert {key.split(".")[0] for key in found} == set(TRAINED[stage])
     silent = [key for key, gradient in found.items() if float(gradient.abs().max()) == 0]
     assert not silent, f"no gradient reaches {silent}"
+
+
+@pytest.mark.parametrize("stage", TAILS)
+def test_bf16_stays_near_fp32(stage, one_rank, stable_diffusion, tmp_path):
+    """The real stages in half precision: their outputs are half, their losses are not."""
+    expected_loss, expected = one_rank(stage)
+    loss, found = gradients(stage, stable_diffusion, tmp_path, *LAYOUTS["tp2"], precision="bf16")
+    assert loss == pytest.approx(expected_loss, rel=5e-3)
+    for key, wanted in expected.items():
+        if not key.endswith(ZERO_GRADIENT):
+            cosine = torch.cosine_similarity(found[key].flatten(), wanted.flatten(), dim=0)
+            assert cosine > 0.99, f"{key}: cosine {cosine:.3f}"
