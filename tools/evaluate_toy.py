@@ -63,6 +63,8 @@ def evaluate(arguments: argparse.Namespace) -> Results:
             toy.align(models["align"], TextEncoderModel(config.model.diffusion.path))
         print("instruct: pictures to pictures", flush=True)
         toy.instruct(models["instruct"], models.get("align"))
+        if "align" in models:
+            toy.variant("align only", models["align"])
         for name, model in models.items():
             if name not in {"pretrain", "align", "instruct"}:
                 print(f"variant {name}", flush=True)
