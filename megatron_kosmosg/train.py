@@ -20,6 +20,7 @@ from megatron_kosmosg.config.validate import validate_files, validate_layout
 
 if TYPE_CHECKING:
     from megatron_kosmosg.parallel.rendezvous import Place
+    from megatron_kosmosg.stages.held_out_pictures import PictureJudge
 
 EXIT_ERROR = 1
 
@@ -97,10 +98,18 @@ def _train(config: RunConfig) -> int:
     try:
         layout = platform.initialize(config)
         raise_together(lambda: validate_files(config))
-        finished = fit(build_stage(config, layout), config, layout)
+        finished = fit(build_stage(config, layout, _picture_judge(config)), config, layout)
     finally:
         platform.teardown()
     return 0 if finished else EXIT_STOPPED
+
+
+def _picture_judge(config: RunConfig) -> PictureJudge | None:
+    if config.logging.picture_judge == "none":
+        return None
+    from megatron_kosmosg.evaluation.toy_picture_judge import judge_pictures
+
+    return judge_pictures
 
 
 def _place() -> Place:

@@ -74,7 +74,7 @@ def run_program(config: RunConfig, settings: dict | None = None) -> tuple[int, s
     """(exit code, stderr) of the training program with the fake stage in place of the real ones."""
     from megatron_kosmosg import stages, train
 
-    stages.build_stage = lambda config, layout: FakeStage(config, **(settings or {}))
+    stages.build_stage = lambda config, layout, judge: FakeStage(config, **(settings or {}))
     train.validate_files = lambda config: None  # the fake stage reads no files
     said = io.StringIO()
     with contextlib.redirect_stderr(said):

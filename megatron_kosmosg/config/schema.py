@@ -257,6 +257,9 @@ class LoggingConfig:
     """Held-out prompts in the grid."""
     num_inference_steps: int = 50
     guidance_scale: float = 6.0
+    picture_judge: Literal["none", "toy"] = "none"
+    """What measures the pictures of the grid against their targets: `toy` reads shapes and hues of
+    the toy world."""
     peak_tflops: float = 989.0
     """TFLOP/s of one device in the training precision; the denominator of `mfu`."""
 

@@ -134,20 +134,9 @@ class ToyResults:
         title = "pictures exchanged, 2 entities"
         new = Cell("instruct", title, drawn, [case.scene for case in exchanged], seed)
         old = Cell("instruct", title, drawn, [case.scene for case in plain], seed)
-        follows, keeps = new.value(measures.ALL), old.value(measures.ALL)
-        self._add(
-            MetricRow(
-                "instruct",
-                f"{title}: all right against the exchanged truth",
-                follows,
-                "share",
-                self._count,
-                seed,
-                chance=keeps,
-                ceiling=1.0,
-                threshold=self._threshold(0.7),
-            )
-        )
+        limit, kept = self._threshold(0.7), self._threshold(0.3)
+        self._add(new.row("all right against the exchanged truth", measures.ALL, "share", limit))
+        self._add(old.row("all right against the first order", measures.ALL, "share", kept, "<="))
 
     def _background(self, model: TrainedModel) -> None:
         cell = self._cell("instruct", "background from a picture", model, 1, background_image)

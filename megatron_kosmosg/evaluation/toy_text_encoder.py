@@ -12,7 +12,9 @@ class TextEncoderModel:
     """The image decoder's own text encoder behind the interface of `TrainedModel.conditions`."""
 
     def __init__(self, folder: str) -> None:
-        self._encoder = CLIPTextModel.from_pretrained(f"{folder}/text_encoder").eval()
+        self._encoder = CLIPTextModel.from_pretrained(
+            f"{folder}/text_encoder", dtype=torch.float32
+        ).eval()
         self._tokenizer = CLIPTokenizer.from_pretrained(f"{folder}/tokenizer")
 
     @torch.no_grad()

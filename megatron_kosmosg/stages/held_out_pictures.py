@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from PIL import Image
 from torch import nn
@@ -15,8 +17,11 @@ from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
 from megatron_kosmosg.training.forward import collect_outputs
 from megatron_kosmosg.training.picture_grid import picture_grid, to_picture
+from megatron_kosmosg.training.stage import Probe
 
 CELL_PIXELS = 96
+PictureJudge = Callable[[torch.Tensor, torch.Tensor], dict[str, float]]
+"""Metrics of (results, targets), both [n, 3, height, width] in [-1, 1]."""
 
 
 def held_out_pictures(
@@ -25,11 +30,12 @@ def held_out_pictures(
     diffusion: FrozenDiffusion | None,
     dataset: StreamDataset,
     model: list[nn.Module],
-) -> Image.Image | None:
-    """One row per held-out prompt: its pictures, the true image, the generated one.
+    judge: PictureJudge | None = None,
+) -> Probe:
+    """A sheet with one row per held-out prompt: its pictures, the true image, the generated one.
 
-    Called on all ranks together; None on ranks that do not draw (all but one of the last stage).
-    diffusion: None before the last pipeline stage.
+    Called on all ranks together; empty on ranks that do not draw (all but one of the last stage).
+    diffusion: None before the last pipeline stage. judge: gives the metrics, if any.
     """
     positions = list(range(config.logging.num_images))
     samples = [dataset[position] for position in positions]
@@ -37,7 +43,7 @@ def held_out_pictures(
     batch = {name: value.to(layout.device) for name, value in batch.items()}
     outputs = collect_outputs(forward_with_null_row, model, iter([batch]), 1)
     if not outputs or layout.tp_rank != 0 or layout.dp_rank != 0:
-        return None
+        return Probe()
     condition = outputs[0]["condition"]
     targets = batch["target_pixel_values"]
     shape = diffusion.latent_shape(tuple(targets.shape[-2:]))
@@ -56,7 +62,8 @@ def held_out_pictures(
         pictures + [None] * (width - len(pictures)) + [to_picture(target), to_picture(result)]
         for pictures, target, result in zip(prompts, targets, results, strict=True)
     ]
-    return picture_grid(rows, CELL_PIXELS, ["prompt"] * width + ["truth", "result"])
+    sheet = picture_grid(rows, CELL_PIXELS, ["prompt"] * width + ["truth", "result"])
+    return Probe({} if judge is None else judge(results, targets), {"held_out_prompts": sheet})
 
 
 def _prompt_pictures(

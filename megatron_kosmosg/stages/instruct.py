@@ -22,7 +22,7 @@ from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.planning.flops import instruct_flops
 from megatron_kosmosg.stages.freezing import train_only
-from megatron_kosmosg.stages.held_out_pictures import held_out_pictures
+from megatron_kosmosg.stages.held_out_pictures import PictureJudge, held_out_pictures
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
 from megatron_kosmosg.training.stage import InitialWeights, Probe
 
@@ -30,9 +30,12 @@ from megatron_kosmosg.training.stage import InitialWeights, Probe
 class InstructStage:
     name = "instruct"
 
-    def __init__(self, config: RunConfig, layout: Layout) -> None:
+    def __init__(
+        self, config: RunConfig, layout: Layout, picture_judge: PictureJudge | None = None
+    ) -> None:
         self.config = config
         self._layout = layout
+        self._picture_judge = picture_judge
         self._diffusion: FrozenDiffusion | None = None
         self._score: ColocatedScore | None = None
         if layout.is_last_stage:
@@ -58,7 +61,7 @@ class InstructStage:
 
     def build_dataset(self, split: str) -> StreamDataset:
         """Prompts that mix text and pictures, each with the image to be drawn."""
-        return instruct_stream(self.config, split)
+        return instruct_stream(self.config, split, self._layout.device.index)
 
     def forward_step(self, data_iterator: Iterator[dict[str, torch.Tensor]], model: nn.Module):
         """Denoising loss of one micro-batch (mcore's contract)."""
@@ -92,16 +95,20 @@ class InstructStage:
         return InitialWeights(path, stage="align", unused=("aligner_n",))
 
     def probe(self, model: list[nn.Module], iteration: int) -> Probe:
-        """Pictures of fixed held-out prompts: what the prompt shows, the target, the result.
+        """Pictures of fixed held-out prompts, and what the picture judge says of them.
 
         Nothing where the run has no held-out data.
         """
         if not self.config.data.heldout:
             return Probe()
-        sheet = held_out_pictures(
-            self.config, self._layout, self._diffusion, self.build_dataset("heldout"), model
+        return held_out_pictures(
+            self.config,
+            self._layout,
+            self._diffusion,
+            self.build_dataset("heldout"),
+            model,
+            self._picture_judge,
         )
-        return Probe(images={"held_out_prompts": sheet} if sheet is not None else {})
 
     def flops_per_iteration(self, num_tokens: int, num_images: int, num_targets: int) -> float:
         return instruct_flops(self.config, num_tokens, num_images, num_targets)

@@ -74,7 +74,7 @@ def _gradient_shards(model: torch.nn.Module) -> list[Shard]:
                 shard.key,
                 shard.global_shape,
                 shard.global_offset,
-                gradient.view(shard.data.shape).numpy(),
+                gradient.view(shard.data.shape).cpu().numpy(),
             )
         )
     return shards

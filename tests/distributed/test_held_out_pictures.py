@@ -46,7 +46,7 @@ def sheet(config: RunConfig) -> np.ndarray | None:
         for chunk in chunks:
             chunk.eval()
         drawn = held_out_pictures(config, layout, stage._diffusion, Prompts(), chunks)
-        return None if drawn is None else np.asarray(drawn)
+        return np.asarray(drawn.images["held_out_prompts"]) if drawn.images else None
     finally:
         platform.teardown()
 

@@ -131,17 +131,29 @@ def uninterrupted(data) -> Path:
     return data
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_stage_trains_and_resumes_to_the_bit(stage, uninterrupted, tmp_path):
-    expected = records(uninterrupted / stage)
+TP2 = ("parallel.tensor_model_parallel_size=2",)
+
+
+@pytest.mark.parametrize(
+    ("stage", "layout"),
+    [("pretrain", ()), ("align", ()), ("instruct", ()), ("instruct", TP2)],
+    ids=["pretrain-tp2-sp", "align-dp2", "instruct-dp2", "instruct-tp2"],
+)
+def test_stage_trains_and_resumes_to_the_bit(stage, layout, uninterrupted, tmp_path):
+    before = STAGES[STAGES.index(stage) - 1] if stage != "pretrain" else None
+    previous = None if before is None else uninterrupted / before
+    straight = uninterrupted / stage
+    if layout:
+        straight = tmp_path / "straight"
+        config = config_of(stage, uninterrupted, straight, previous, *layout)
+        run_ranks(2, train, config, timeout=240)
+    expected = records(straight)
     losses = [loss for _, loss, *_ in expected if loss is not None]
     assert len(losses) == ITERATIONS and all(map(math.isfinite, losses))
     assert expected[-1][-1] is not None  # the held-out loss of the final parameters
     stop = random.randint(1, ITERATIONS - 1)
-    before = STAGES[STAGES.index(stage) - 1] if stage != "pretrain" else None
-    previous = None if before is None else uninterrupted / before
     interval = f"checkpoint.save_interval={stop}"
-    config = config_of(stage, uninterrupted, tmp_path / "run", previous, interval)
+    config = config_of(stage, uninterrupted, tmp_path / "run", previous, interval, *layout)
     replicas = data_parallel_size(config, 2)
     passes = stop * num_microbatches(config, replicas) + 1
     run_ranks(2, train, config, passes, timeout=240)

@@ -1,0 +1,41 @@
+"""The three stages on one CUDA device against the CPU: the same loss and gradients.
+
+fp32 with TF32 off. The bound, 1e-3 of a gradient's largest entry, allows for other kernels' order
+of summation. Without a GPU these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from tests.distributed.stage_gradients import assemble, stage_gradients
+from tests.ranks import run_ranks
+from tests.tiny_models import tiny_config, write_stable_diffusion
+
+pytestmark = pytest.mark.gpu
+
+
+def gradients_on_cpu(config):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return stage_gradients(config)
+
+
+def gradients_on_gpu(config):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return stage_gradients(config)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "align", "instruct"])
+def test_gpu_gives_the_losses_and_gradients_of_the_cpu(stage, tmp_path):
+    config = tiny_config(stage, write_stable_diffusion(tmp_path / "sd"), tmp_path)
+    ((expected_loss, expected),) = run_ranks(1, gradients_on_cpu, config)
+    ((loss, found),) = run_ranks(1, gradients_on_gpu, config)
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+    expected, found = assemble(expected), assemble(found)
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for key, gradient in expected.items():
+        scale = max(float(gradient.abs().max()), 1e-3 * largest)
+        assert float((found[key] - gradient).abs().max()) <= 1e-3 * scale, key

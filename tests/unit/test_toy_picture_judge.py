@@ -1,0 +1,23 @@
+"""The judge of pictures drawn in training: counts entities, and sees equal and unequal pictures."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_kosmosg.evaluation.toy_picture_judge import count_entities, judge_pictures
+from megatron_kosmosg.toy.world import render_batch, sample_scene
+
+SCENES = [sample_scene((5, i), 1 + i % 2, heldout=i % 3 == 0) for i in range(120)]
+
+
+def test_entities_are_counted_on_true_pictures():
+    expected = [len(scene.entities) for scene in SCENES]
+    assert count_entities(render_batch(SCENES)) == expected
+
+
+def test_true_pictures_are_right_and_exchanged_ones_are_not():
+    pictures = render_batch(SCENES)
+    right = judge_pictures(pictures, pictures)
+    assert right["toy_all"] == 1.0 and right["toy_hue_mean"] == 0.0
+    wrong = judge_pictures(torch.roll(pictures, 2, dims=0), pictures)
+    assert wrong["toy_all"] < 0.2 and wrong["toy_hue_median"] > 45
