@@ -219,8 +219,8 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     clip_grad: float = 2.0
     """Largest global gradient norm (authors' scripts; the paper states none)."""
-    initial_loss_scale: float = 65536.0
-    """fp16 only."""
+    initial_loss_scale: float = 1024.0
+    """fp16 only. The loss is a sum over the micro-batch's items, hence lower than elsewhere."""
     min_loss_scale: float = 1.0
     loss_scale_window: int = 1000
 

@@ -5,6 +5,7 @@ Trains the decoder, the resampler, the last CLIP block and the CLIP post-norm.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -30,6 +31,13 @@ class PretrainStage:
 
     def build_model(self, layout: Layout) -> list[nn.Module]:
         """Decoder with tied output head, resampler and image tower."""
+        is_new = self.config.checkpoint.load is None and self.config.model.vision.path is None
+        if is_new and layout.rank == 0:
+            warnings.warn(
+                "model.vision.path is not set: the image tower starts from random weights, and all "
+                "but its last blocks stay so",
+                stacklevel=2,
+            )
         model = KosmosG(self.config, layout, output_head=True)
         train_only(
             model,
