@@ -11,13 +11,16 @@ from megatron_kosmosg.evaluation.toy_judge import compare, read_scenes, summaris
 
 SAME_COLOUR = 0.25
 """Distance of RGB values in [-1, 1] below which two pixels show the same colour."""
+MIDDLE, MIN_ROWS = 16, 8
+"""Column between two entities, and rows of it that one entity alone covers at least; the outermost
+points of two entities touch fewer."""
 
 
 def count_entities(pictures: torch.Tensor) -> list[int]:
-    """Entities in each true picture [n, 3, 32, 32]: alone, one covers the centre; two leave it."""
-    corner, centre = pictures[:, :, 1, 1], pictures[:, :, 16, 16]
-    is_background = (corner - centre).norm(dim=1) < SAME_COLOUR
-    return [2 if background else 1 for background in is_background.tolist()]
+    """Entities in each true picture [n, 3, 32, 32]: one covers the middle column, two flank it."""
+    background = pictures[:, :, 1, 1, None]
+    covered = (pictures[:, :, :, MIDDLE] - background).norm(dim=1) >= SAME_COLOUR
+    return [1 if rows >= MIN_ROWS else 2 for rows in covered.sum(dim=1).tolist()]
 
 
 def judge_pictures(results: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:

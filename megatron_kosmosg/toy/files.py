@@ -22,8 +22,8 @@ from megatron_kosmosg.toy.records import WRITERS
 
 SPLITS = ("train", "heldout")
 MANIFEST = "world.json"
-VERSION = 1
-SHARES = {"text": 0.5, "caption": 1.0, "interleaved": 0.5, "compositional": 1.5, "edit": 0.5}
+VERSION = 2
+SHARES = {"text": 0.5, "caption": 3.0, "interleaved": 0.5, "compositional": 1.5, "edit": 0.5}
 """Training records of each kind, relative to `size`."""
 HELDOUT_SHARE, MIN_HELDOUT, MAX_HELDOUT = 0.1, 16, 256
 
