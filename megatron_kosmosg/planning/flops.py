@@ -77,29 +77,38 @@ def resampler_flops(config: RunConfig, num_images: float) -> float:
 
 def aligner_m_flops(config: RunConfig, num_tokens: float, num_rows: float) -> float:
     """Forward pass of AlignerNet M over rows of equal length."""
-    sizes, width = config.model.aligner, config.model.decoder.hidden_size
-    projection = 2 * num_tokens * width * sizes.hidden_size
-    if sizes.kind == "none":
-        return projection
     length = num_tokens / max(num_rows, 1e-9)
-    encoder = sizes.num_layers * _layer(
-        sizes.hidden_size, sizes.ffn_hidden_size, num_tokens, length
+    return _aligner_half(
+        config, num_tokens, num_rows, length, queries=config.model.aligner.num_queries, keys=length
     )
-    decoder = num_rows * _cross_stack(config, queries=sizes.num_queries, keys=length)
-    return projection + decoder + (encoder if sizes.kind == "full" else 0.0)
 
 
 def aligner_n_flops(config: RunConfig, num_tokens: float, num_rows: float) -> float:
     """Forward pass of AlignerNet N, back to the decoder's space."""
+    length = num_tokens / max(num_rows, 1e-9)
+    return _aligner_half(
+        config, num_tokens, num_rows, length, queries=length, keys=config.model.aligner.num_queries
+    )
+
+
+def _aligner_half(
+    config: RunConfig,
+    num_tokens: float,
+    num_rows: float,
+    length: float,
+    *,
+    queries: float,
+    keys: float,
+) -> float:
+    """M or N: one linear map, an encoder over the prompt, queries that cross-attend to keys."""
     sizes, width = config.model.aligner, config.model.decoder.hidden_size
     projection = 2 * num_tokens * width * sizes.hidden_size
     if sizes.kind == "none":
         return projection
-    length = num_tokens / max(num_rows, 1e-9)
     encoder = sizes.num_layers * _layer(
         sizes.hidden_size, sizes.ffn_hidden_size, num_tokens, length
     )
-    decoder = num_rows * _cross_stack(config, queries=length, keys=sizes.num_queries)
+    decoder = num_rows * _cross_stack(config, queries=queries, keys=keys)
     return projection + decoder + (encoder if sizes.kind == "full" else 0.0)
 
 
