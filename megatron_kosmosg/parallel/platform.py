@@ -15,8 +15,9 @@ import torch
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel import cpu_shim, fused_adam
 from megatron_kosmosg.parallel.cpu_shim_selftest import run_self_test
+from megatron_kosmosg.parallel.devices import choose_device
 from megatron_kosmosg.parallel.layout import Layout, create_groups, destroy_groups
-from megatron_kosmosg.parallel.rendezvous import Place, find_place, meet
+from megatron_kosmosg.parallel.rendezvous import find_place, meet
 from megatron_kosmosg.parallel.seeds import set_seeds
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def initialize(config: RunConfig) -> Layout:
     `teardown`, also after an error.
     """
     place = find_place(os.environ)
-    chosen = _choose_device(place)
+    chosen = choose_device(place)
     prepare_megatron(chosen)
     meet(place, _backend(chosen), timedelta(seconds=config.parallel.timeout_seconds))
     layout = create_groups(config, chosen)
@@ -100,15 +101,6 @@ def transformer_impl() -> str:
     """ "transformer_engine" where it imports on a GPU, else "local"."""
     has_engine = importlib.util.find_spec("transformer_engine") is not None
     return "transformer_engine" if has_engine and torch.cuda.is_available() else "local"
-
-
-def _choose_device(place: Place) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    # Slurm may show each task one GPU only, which is then number 0.
-    chosen = torch.device("cuda", place.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(chosen)
-    return chosen
 
 
 def _backend(chosen: torch.device) -> str:

@@ -1,0 +1,54 @@
+"""Generated pictures as PNG files that say how they were made, and whether one is finished.
+
+A file appears under its name only when it is whole. Its text chunks are `prompt`,
+`negative_prompt`, `seed`, `settings` (JSON) and `settings_hash`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+
+from megatron_kosmosg.inference.picture_plan import Picture
+
+
+def write_picture(image: Image.Image, picture: Picture, folder: Path) -> Path:
+    """The file in `folder`, which is made if need be; an older one of that name is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = [part if isinstance(part, str) else part.name for part in picture.record.content]
+    texts = {
+        "prompt": picture.record.text,
+        "negative_prompt": picture.settings["negative_prompt"],
+        "seed": str(picture.settings["seed"]),
+        "settings": json.dumps(picture.settings | {"shown": shown}, ensure_ascii=False),
+        "settings_hash": picture.settings_hash,
+        "Software": "megatron-kosmosg",
+    }
+    chunks = PngImagePlugin.PngInfo()
+    for name, text in texts.items():
+        chunks.add_text(name, text)
+    path = folder / picture.file_name
+    save_atomically(image, path, pnginfo=chunks)
+    return path
+
+
+def save_atomically(image: Image.Image, path: Path, **options: object) -> None:
+    """Writes a PNG beside `path` and renames it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, "PNG", **options)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_finished(picture: Picture, folder: Path) -> bool:
+    """True if `folder` holds this picture, made with exactly these settings."""
+    try:
+        with Image.open(folder / picture.file_name) as image:
+            return image.info.get("settings_hash") == picture.settings_hash
+    except (OSError, SyntaxError, ValueError):
+        return False

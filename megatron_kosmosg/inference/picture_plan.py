@@ -1,0 +1,147 @@
+"""Which pictures a prompt becomes, and everything that decides how each of them looks.
+
+The settings of a picture depend on its record and the run's defaults alone: not on the rank that
+draws it, nor on what else the file holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_kosmosg.data.keyed import stream_key
+from megatron_kosmosg.inference.prompt_records import (
+    OPTION_FIELDS,
+    DrawingOptions,
+    Part,
+    PromptError,
+    PromptRecord,
+    open_picture,
+)
+
+STREAM = "generate"
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What all prompts of a run share."""
+
+    model: str
+    """Fingerprint of the model's files."""
+    scheduler: str
+    dtype: str
+    defaults: DrawingOptions
+    """For records that do not say; all set but height, width (the model's own size then) and
+    control_image."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """Fingerprint and strength of each."""
+    controlnet: tuple[str, float] | None = None
+    """Fingerprint and strength."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to draw."""
+
+    record: PromptRecord
+    index: int
+    """Its number among the pictures of the record, from 0."""
+    options: DrawingOptions
+    """Of this picture: `seed` is its generator's."""
+    settings: dict[str, Any]
+    """All that decides how it looks, as JSON types; pictures as digests of their files."""
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.record.id}-{self.index}.png"
+
+    @property
+    def settings_hash(self) -> str:
+        return _digest(json.dumps(self.settings, sort_keys=True).encode())
+
+
+class PicturePlan:
+    """Plans the pictures of records; every picture file is read and decoded once, as a check."""
+
+    def __init__(self, run: RunSettings) -> None:
+        self._run = run
+        self._digests: dict[Path, str] = {}
+
+    def pictures(self, record: PromptRecord) -> list[Picture]:
+        """The pictures of the record in order. Raises PromptError naming it."""
+        options = _filled(record.options, self._run.defaults)
+        if options.seed is None or options.num_images is None:
+            raise AssertionError("the run's defaults lack seed or num_images")
+        first = options.seed
+        if record.options.seed is None:
+            # Prompts of a file start from noise of their own, wherever they stand in it.
+            first = stream_key(options.seed, STREAM, 0, record.id) % 2**32
+        try:
+            shared = self._shared_settings(record, options)
+        except PromptError as error:
+            raise PromptError(f"{record.id}: {error}") from error
+        return [
+            Picture(
+                record,
+                index,
+                dataclasses.replace(options, seed=first + index),
+                shared | {"seed": first + index},
+            )
+            for index in range(options.num_images)
+        ]
+
+    def _shared_settings(self, record: PromptRecord, options: DrawingOptions) -> dict[str, Any]:
+        run = self._run
+        settings: dict[str, Any] = {
+            "content": [self._described(part) for part in record.content],
+            "model": run.model,
+            "scheduler": run.scheduler,
+            "dtype": run.dtype,
+        }
+        for name in ("negative_prompt", "steps", "guidance", "height", "width"):
+            settings[name] = getattr(options, name)
+        if run.loras:
+            settings["loras"] = [list(lora) for lora in run.loras]
+        if run.controlnet is None and options.control_image is not None:
+            raise PromptError("a control image needs --controlnet")
+        if run.controlnet is not None:
+            if options.control_image is None:
+                raise PromptError("a ControlNet needs a control image; give control_image")
+            settings["controlnet"] = list(run.controlnet)
+            settings["control_image"] = self._digest_of(options.control_image)
+        return settings
+
+    def _described(self, part: Part) -> dict[str, str]:
+        if isinstance(part, str):
+            return {"text": part}
+        return {"image": self._digest_of(part)}
+
+    def _digest_of(self, path: Path) -> str:
+        if path not in self._digests:
+            open_picture(path)
+            self._digests[path] = _digest(path.read_bytes())
+        return self._digests[path]
+
+
+def prompt_id(text: str, pictures: Sequence[Picture]) -> str:
+    """A name for a prompt without one: its first words and a digest of its settings."""
+    words = "-".join(re.findall(r"[a-z0-9]+", text.replace("<image>", "").lower()))
+    digest = pictures[0].settings_hash[:8]
+    return f"{words[:40].rstrip('-')}-{digest}" if words else digest
+
+
+def _filled(options: DrawingOptions, defaults: DrawingOptions) -> DrawingOptions:
+    values = {name: getattr(options, name) for name in OPTION_FIELDS}
+    return dataclasses.replace(
+        defaults, **{name: value for name, value in values.items() if value is not None}
+    )
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

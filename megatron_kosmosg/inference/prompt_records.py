@@ -1,0 +1,210 @@
+"""What is asked for: words and pictures in order, with settings of their own; one or a JSONL file.
+
+A JSONL record is an object with these fields, all but the prompt optional; pictures are named
+relative to the folder of the file:
+  prompt           words, with `<image>` where a picture goes; needs as many `images`
+  images           list of files
+  content          instead of the two: [{"text": ..} or {"image": file}, ...], where words are
+                   words, also "<image>"
+  id               names the pictures ID-0.png, ID-1.png, ..; the line's number if absent
+  negative_prompt, seed, num_images, steps, guidance, height, width, control_image
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+PLACEHOLDER = "<image>"
+Part = str | Path
+"""Words, or the file of a picture."""
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
+_WHOLE_NUMBERS = {"seed": 0, "num_images": 1, "steps": 1, "height": 1, "width": 1}
+"""Fields that hold a whole number, and the smallest."""
+_PROMPT_FIELDS = ("prompt", "images", "content")
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be used; the message names it and what is needed."""
+
+
+@dataclass(frozen=True)
+class DrawingOptions:
+    """How a prompt is drawn; None leaves the choice to the run's defaults."""
+
+    negative_prompt: str | None = None
+    seed: int | None = None
+    """Seed of the first picture; the next ones count up."""
+    num_images: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    height: int | None = None
+    """Pixels."""
+    width: int | None = None
+    control_image: Path | None = None
+    """What a ControlNet sees."""
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """One prompt."""
+
+    id: str
+    content: tuple[Part, ...]
+    options: DrawingOptions = field(default_factory=DrawingOptions)
+
+    @property
+    def images(self) -> list[Path]:
+        """Its pictures' files in order."""
+        return [part for part in self.content if isinstance(part, Path)]
+
+    @property
+    def text(self) -> str:
+        """The prompt for people: words with `<image>` for every picture."""
+        return " ".join(PLACEHOLDER if isinstance(p, Path) else p for p in self.content)
+
+
+OPTION_FIELDS = tuple(option.name for option in fields(DrawingOptions))
+RECORD_FIELDS = ("id", *_PROMPT_FIELDS, *OPTION_FIELDS)
+
+
+def read_records(path: Path) -> list[PromptRecord]:
+    """The records of a JSONL file. Raises PromptError for the first bad one, naming its line."""
+    try:
+        lines = path.read_bytes().decode("utf-8").splitlines()
+    except FileNotFoundError:
+        raise PromptError(f"no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{path} cannot be read: {error}") from error
+    records: list[PromptRecord] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path.name}:{number}"
+        try:
+            given = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise PromptError(f"{place}: not JSON ({error})") from error
+        record = parse_record(given, path.parent, place, f"{number:06d}")
+        # Some file systems take "Cat" and "cat" for the same name.
+        earlier = seen.setdefault(record.id.casefold(), number)
+        if earlier != number:
+            raise PromptError(f"{place}: id {record.id!r} is that of line {earlier}, too")
+        records.append(record)
+    if not records:
+        raise PromptError(f"{path} holds no record")
+    return records
+
+
+def parse_record(given: Any, folder: Path, place: str, default_id: str) -> PromptRecord:
+    """The record of a JSON object; `place` names it in errors."""
+    if not isinstance(given, dict):
+        raise PromptError(f"{place}: a record is a JSON object, not {_short(given)}")
+    for name in given:
+        if name not in RECORD_FIELDS:
+            near = difflib.get_close_matches(name, RECORD_FIELDS, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(RECORD_FIELDS)}"
+            raise PromptError(f"{place}: unknown field {name!r}; {hint}")
+    name = given.get("id", default_id)
+    if not isinstance(name, str) or not _ID.fullmatch(name):
+        raise PromptError(
+            f"{place}: id {_short(name)} cannot name a file; use letters, digits, '.', '_', '-'"
+        )
+    if ("prompt" in given) == ("content" in given):
+        raise PromptError(f"{place}: give either prompt (with images) or content")
+    if "content" in given:
+        if "images" in given:
+            raise PromptError(f"{place}: content holds its pictures itself; leave out images")
+        content = interleaved_content(given["content"], folder, place)
+    else:
+        content = _placeholder_content(given["prompt"], given.get("images", []), folder, place)
+    return PromptRecord(name, content, _options(given, folder, place))
+
+
+def interleaved_content(given: Any, folder: Path, place: str) -> tuple[Part, ...]:
+    """The parts of `[{"text": ..} or {"image": file}, ...]`."""
+    if not isinstance(given, list) or not given:
+        raise PromptError(f"{place}: content is a list of text and image entries")
+    content: list[Part] = []
+    for entry in given:
+        if not isinstance(entry, dict) or list(entry) not in (["text"], ["image"]):
+            raise PromptError(
+                f'{place}: a content entry is {{"text": ..}} or {{"image": file}}, '
+                f"not {_short(entry)}"
+            )
+        ((kind, value),) = entry.items()
+        if not isinstance(value, str):
+            raise PromptError(f"{place}: {kind} is a string, not {_short(value)}")
+        content.append(value if kind == "text" else folder / value)
+    return tuple(content)
+
+
+def _placeholder_content(
+    prompt: Any, images: Any, folder: Path, place: str
+) -> tuple[Part, ...]:
+    if not isinstance(prompt, str):
+        raise PromptError(f"{place}: prompt is a string, not {_short(prompt)}")
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise PromptError(f"{place}: images is a list of file names, not {_short(images)}")
+    return split_prompt(prompt, [folder / image for image in images], place)
+
+
+def split_prompt(prompt: str, images: Sequence[Path], place: str) -> tuple[Part, ...]:
+    """The parts of `prompt`, an image in the place of every `<image>`."""
+    fragments = prompt.split(PLACEHOLDER)
+    if len(fragments) - 1 != len(images):
+        raise PromptError(
+            f"{place}: {len(fragments) - 1} {PLACEHOLDER} in the prompt but {len(images)} "
+            f"image(s) given; write {PLACEHOLDER} once where each picture goes"
+        )
+    content: list[Part] = []
+    for i, fragment in enumerate(fragments):
+        if i:
+            content.append(images[i - 1])
+        if fragment.strip():
+            content.append(fragment.strip())
+    return tuple(content)
+
+
+def _options(given: Mapping[str, Any], folder: Path, place: str) -> DrawingOptions:
+    values = {name: given[name] for name in OPTION_FIELDS if given.get(name) is not None}
+    for name, smallest in _WHOLE_NUMBERS.items():
+        value = values.get(name, smallest)
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise PromptError(
+                f"{place}: {name} is a whole number from {smallest} up, not {_short(value)}"
+            )
+    guidance = values.get("guidance", 1.0)
+    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or guidance < 0:
+        raise PromptError(f"{place}: guidance is a number from 0 up, not {_short(guidance)}")
+    for name in ("negative_prompt", "control_image"):
+        if not isinstance(values.get(name, ""), str):
+            raise PromptError(f"{place}: {name} is a string, not {_short(values[name])}")
+    if "control_image" in values:
+        values["control_image"] = folder / values["control_image"]
+    return DrawingOptions(**values)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The RGB picture of a file, upright. Raises PromptError if it cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise PromptError(f"no picture {path}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise PromptError(f"{path} cannot be decoded as a picture: {error}") from error
+
+
+def _short(value: Any) -> str:
+    said = json.dumps(value, ensure_ascii=False, default=str)
+    return said if len(said) <= 60 else said[:57] + "..."
