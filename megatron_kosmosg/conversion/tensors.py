@@ -1,0 +1,119 @@
+"""Named tensors that are read one at a time, and the view of one format as the other."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+
+from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.rules import RuleTable, summary
+
+
+class TensorInfo(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class TensorSource(Protocol):
+    """A file or folder of tensors: what it holds is known without reading them."""
+
+    def names(self) -> dict[str, TensorInfo]:
+        """Shape and dtype of every tensor."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU."""
+
+
+class InMemory:
+    """Tensors of a dict as a TensorSource."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> dict[str, TensorInfo]:
+        return {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+class Joined:
+    """Several sources with different names as one."""
+
+    def __init__(self, *sources: TensorSource) -> None:
+        self._owner: dict[str, TensorSource] = {}
+        for source in sources:
+            for name in source.names():
+                assert name not in self._owner, f"two sources hold {name}"
+                self._owner[name] = source
+
+    def names(self) -> dict[str, TensorInfo]:
+        infos = {source: source.names() for source in dict.fromkeys(self._owner.values())}
+        return {name: infos[source][name] for name, source in self._owner.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._owner[name].read(name)
+
+
+class _Translated:
+    """A source under the names of the other side of a table; tensors are made when read."""
+
+    def __init__(self, source: TensorSource, names: Collection[str], recipe) -> None:
+        self._source, self._names, self._recipe = source, list(names), recipe
+
+    def names(self) -> dict[str, TensorInfo]:
+        infos = self._source.names()
+        found = {}
+        for name in self._names:
+            sources, make = self._recipe(name)
+            inputs = [
+                torch.empty(infos[s].shape, dtype=infos[s].dtype, device="meta") for s in sources
+            ]
+            made = make(inputs)
+            found[name] = TensorInfo(tuple(made.shape), made.dtype)
+        return found
+
+    def read(self, name: str) -> torch.Tensor:
+        sources, make = self._recipe(name)
+        return make([self._source.read(source) for source in sources])
+
+
+def as_ours(table: RuleTable, theirs: TensorSource, ours: Collection[str]) -> TensorSource:
+    """Their tensors under our names `ours`. Call `table.check` and `check_ties` before."""
+    return _Translated(theirs, ours, table.ours_from)
+
+
+def as_theirs(table: RuleTable, ours: TensorSource) -> TensorSource:
+    """Our tensors under their names, tied ones once."""
+    return _Translated(ours, table.their_names(ours.names()), table.theirs_from)
+
+
+def check_ties(table: RuleTable, theirs: TensorSource) -> None:
+    """Raises ConversionError when a tensor and its tied duplicate differ."""
+    for name, duplicate in table.ties(theirs.names()):
+        if not torch.equal(theirs.read(name), theirs.read(duplicate)):
+            raise ConversionError(
+                f"{duplicate} differs from {name}; this model ties the two, so one of them would "
+                "be lost. Tie them in the file first"
+            )
+
+
+def check_shapes(
+    found: Mapping[str, TensorInfo], wanted: Mapping[str, tuple[int, ...]], remedy: str
+) -> None:
+    """Raises ConversionError, ending in `remedy`, when a tensor has another shape than wanted."""
+    wrong = {
+        name: (found[name].shape, shape)
+        for name, shape in wanted.items()
+        if found[name].shape != tuple(shape)
+    }
+    if wrong:
+        first, (given, needed) = next(iter(wrong.items()))
+        others = [line for line in summary(wrong) if line != first][:5]
+        raise ConversionError(
+            f"{first} has shape {list(given)}, the model needs {list(needed)}"
+            + (f" ({len(wrong)} tensors differ: {', '.join(others)})" if len(wrong) > 1 else "")
+            + f"; {remedy}"
+        )

@@ -1,0 +1,156 @@
+"""Rule tables: both directions are inverses, and every name is accounted for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.rules import (
+    RuleTable,
+    first_rows,
+    interleaved,
+    same,
+    stacked,
+    summary,
+    weight_and_bias,
+)
+from megatron_kosmosg.conversion.tensors import (
+    InMemory,
+    Joined,
+    as_ours,
+    as_theirs,
+    check_shapes,
+    check_ties,
+)
+
+HEADS, WIDTH, LAYERS = 2, 6, 3
+TABLE = RuleTable(
+    [
+        first_rows("embedding", "embed", 5, duplicates=["head"]),
+        same("norm.{i}.weight", "layer.{i}.ln"),
+        *weight_and_bias(
+            interleaved, "layers.{i}.qkv", [f"layer.{{i}}.{p}" for p in ("q", "k", "v")], HEADS
+        ),
+        stacked(["tower.{i}.q", "tower.{i}.k", "tower.{i}.v"], "blocks.{i}.in_proj"),
+    ],
+    {"buffer.*": "a buffer without influence"},
+)
+
+
+@pytest.fixture
+def theirs() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    tensors = {"embed": draw(7, WIDTH), "buffer.x": draw(1)}
+    tensors["head"] = tensors["embed"].clone()
+    for layer in range(LAYERS):
+        tensors[f"layer.{layer}.ln"] = draw(WIDTH)
+        tensors[f"blocks.{layer}.in_proj"] = draw(3 * WIDTH, WIDTH)
+        for part in "qkv":
+            tensors[f"layer.{layer}.{part}.weight"] = draw(WIDTH, WIDTH)
+            tensors[f"layer.{layer}.{part}.bias"] = draw(WIDTH)
+    return tensors
+
+
+OURS = ["embedding"] + [
+    name
+    for layer in range(LAYERS)
+    for name in (
+        f"norm.{layer}.weight",
+        f"layers.{layer}.qkv.weight",
+        f"layers.{layer}.qkv.bias",
+        *(f"tower.{layer}.{part}" for part in "qkv"),
+    )
+]
+
+
+def test_fused_rows_are_ordered_by_head(theirs) -> None:
+    names, make = TABLE.ours_from("layers.1.qkv.weight")
+    assert names == ["layer.1.q.weight", "layer.1.k.weight", "layer.1.v.weight"]
+    fused = make([theirs[name] for name in names])
+    rows = WIDTH // HEADS
+    wanted = []
+    for head in range(HEADS):
+        for name in names:
+            wanted.append(theirs[name][head * rows : (head + 1) * rows])
+    assert torch.equal(fused, torch.cat(wanted))
+
+
+def test_there_and_back_changes_nothing(theirs) -> None:
+    source = InMemory(theirs)
+    dropped = TABLE.check(source.names(), OURS)
+    assert dropped == {"a buffer without influence": ["buffer.x"]}
+    check_ties(TABLE, source)
+    ours = as_ours(TABLE, source, OURS)
+    back = as_theirs(TABLE, ours)
+    assert back.names().keys() == theirs.keys() - {"head", "buffer.x"}
+    for name, info in back.names().items():
+        tensor = back.read(name)
+        assert (tuple(tensor.shape), tensor.dtype) == info
+        wanted = theirs[name][:5] if name == "embed" else theirs[name]
+        assert torch.equal(tensor, wanted), name
+    for name, info in ours.names().items():
+        assert tuple(ours.read(name).shape) == info.shape
+
+
+def test_every_key_is_used_once_or_named(theirs) -> None:
+    theirs["layer.0.rotary"] = theirs.pop("layer.2.ln")
+    theirs["layer.1.rotary"] = torch.ones(1)
+    with pytest.raises(ConversionError) as caught:
+        TABLE.check(theirs, OURS)
+    assert "1 tensor missing:\n    layer.2.ln" in str(caught.value)
+    assert "2 tensors without a place in the model:\n    layer.[0-1].rotary" in str(caught.value)
+
+
+def test_layers_beyond_the_model_are_left_over(theirs) -> None:
+    fewer = [name for name in OURS if ".2." not in name]
+    with pytest.raises(ConversionError, match=r"layer\.2\.q\.weight"):
+        TABLE.check(theirs, fewer)
+
+
+def test_a_duplicate_may_be_absent_but_not_different(theirs) -> None:
+    theirs["head"] = theirs["head"] + 1e-3
+    with pytest.raises(ConversionError, match="head differs from embed"):
+        check_ties(TABLE, InMemory(theirs))
+    del theirs["head"]
+    TABLE.check(theirs, OURS)
+    check_ties(TABLE, InMemory(theirs))
+
+
+def test_sizes_that_cannot_be_split_are_refused(theirs) -> None:
+    _, make = TABLE.ours_from("layers.0.qkv.weight")
+    with pytest.raises(ConversionError, match="5 rows.*2 attention heads"):
+        make([torch.ones(5, 2)] * 3)
+    _, make = TABLE.ours_from("embedding")
+    with pytest.raises(ConversionError, match=r"4 rows.*vocab_size"):
+        make([torch.ones(4, 2)])
+    _, make = TABLE.ours_from("tower.0.k")
+    with pytest.raises(ConversionError, match="3 projections"):
+        make([torch.ones(4, 2)])
+
+
+def test_shapes_are_compared(theirs) -> None:
+    infos = InMemory(theirs).names()
+    check_shapes(infos, {"embed": (7, WIDTH)}, "x")
+    with pytest.raises(ConversionError, match=r"embed has shape \[7, 6\].*\[8, 6\]; pass x"):
+        check_shapes(infos, {"embed": (8, WIDTH)}, "pass x")
+
+
+def test_two_rules_for_one_name_are_refused() -> None:
+    with pytest.raises(AssertionError, match="two rules for a"):
+        RuleTable([same("a", "x"), same("a", "y")])
+
+
+def test_joined_sources_answer_for_their_names(theirs) -> None:
+    joined = Joined(InMemory(theirs), InMemory({"more": torch.zeros(2)}))
+    assert joined.names().keys() == {*theirs, "more"}
+    assert joined.read("more").shape == (2,) and joined.read("embed").shape == (7, WIDTH)
+
+
+def test_names_of_layers_are_shown_in_one_line() -> None:
+    assert summary(["a.0.b", "a.1.b", "a.3.b", "c", "d.4.e"]) == ["a.[0,1,3].b", "c", "d.4.e"]
+    assert summary([f"n{k}" for k in range(5)], limit=2) == ["n0", "n1", "... and 3 more"]
