@@ -1,4 +1,4 @@
-"""What is installed and needed: core, and the extras test, data, demo, gpu and mpi.
+"""What is installed and needed: core, and the extras test, data, diffusers, demo, gpu and mpi.
 
 `constraints.txt` holds the versions that were tested together; the bounds here are only those
 that are known to matter.
@@ -27,8 +27,12 @@ CORE = [
     "psutil",
 ]
 
+# LoRA files and CPU offload of an exported model; loading is leaner with accelerate, too.
+DIFFUSERS = ["accelerate", "peft"]
+
 EXTRAS = {
-    "test": ["pytest", "pytest-timeout", "ruff"],
+    "test": ["pytest", "pytest-timeout", "ruff", *DIFFUSERS],
+    "diffusers": DIFFUSERS,
     # The CUDA 13 wheel also decodes on machines without a GPU. Elsewhere Pillow takes its place.
     "data": [
         "nvidia-dali-cuda130>=2.0; sys_platform == 'linux' and platform_machine == 'x86_64'",
