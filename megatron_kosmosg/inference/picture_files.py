@@ -7,7 +7,7 @@ A file appears under its name only when it is whole. Its text chunks are `prompt
 from __future__ import annotations
 
 import json
-import os
+import uuid
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -37,7 +37,7 @@ def write_picture(image: Image.Image, picture: Picture, folder: Path) -> Path:
 
 def save_atomically(image: Image.Image, path: Path, **options: object) -> None:
     """Writes a PNG beside `path` and renames it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         image.save(temporary, "PNG", **options)
         temporary.replace(path)

@@ -1,0 +1,71 @@
+"""One picture that shows prompts beside what was drawn: words, the prompt's pictures, results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+FONT_SIZE, LINE_PIXELS, GAP, MIN_WIDTH = 13, 18, 6, 560
+INK, FAINT, RULE = (20, 20, 20), (110, 110, 110), (205, 205, 205)
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """One prompt. Every picture has a label above it."""
+
+    text: str
+    prompt_pictures: Sequence[tuple[str, Image.Image]]
+    results: Sequence[tuple[str, Image.Image]]
+
+
+def contact_sheet(rows: Sequence[SheetRow], cell: int) -> Image.Image:
+    """The sheet; results start in the same column in every row.
+
+    cell: pixels per side of the square that a picture is fitted into, its proportions kept.
+    """
+    step = cell + GAP
+    before = max(len(row.prompt_pictures) for row in rows) * step
+    before += 2 * GAP if before else 0
+    width = GAP + before + max(len(row.results) for row in rows) * step
+    width = max(width, MIN_WIDTH)
+    font = ImageFont.load_default(FONT_SIZE)
+    texts = [_wrap(row.text or "(no words)", font, width - 2 * GAP) for row in rows]
+    heights = [len(lines) * LINE_PIXELS + LINE_PIXELS + cell + 3 * GAP for lines in texts]
+    sheet = Image.new("RGB", (width, sum(heights) + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for row, lines, height in zip(rows, texts, heights, strict=True):
+        y = top + GAP
+        for line in lines:
+            draw.text((GAP, y), line, fill=INK, font=font)
+            y += LINE_PIXELS
+        for start, pictures in ((GAP, row.prompt_pictures), (GAP + before, row.results)):
+            for j, (label, picture) in enumerate(pictures):
+                x = start + j * step
+                place = (x + cell / 2, y + LINE_PIXELS / 2)
+                draw.text(place, label, fill=FAINT, font=font, anchor="mm")
+                fitted = _fit(picture, cell)
+                offset = ((cell - fitted.width) // 2, (cell - fitted.height) // 2)
+                sheet.paste(fitted, (x + offset[0], y + LINE_PIXELS + offset[1]))
+        top += height
+        draw.line([(0, top), (width, top)], fill=RULE)
+    return sheet
+
+
+def _fit(picture: Image.Image, cell: int) -> Image.Image:
+    factor = cell / max(picture.size)
+    size = tuple(max(1, round(side * factor)) for side in picture.size)
+    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

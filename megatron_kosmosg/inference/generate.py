@@ -1,0 +1,121 @@
+"""Draws this rank's share of a list of prompts; pictures that are finished are left as they are.
+
+Ranks share nothing but the folder. Rank r takes blocks r, r + world_size, .. of `batch_size`
+records each; a block is drawn in the same calls on any number of ranks and in any continued run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from megatron_kosmosg.inference.contact_sheet import SheetRow, contact_sheet
+from megatron_kosmosg.inference.picture_files import is_finished, save_atomically, write_picture
+from megatron_kosmosg.inference.picture_plan import Picture, PicturePlan
+from megatron_kosmosg.inference.prompt_records import PromptRecord, open_picture
+
+SHEET_FILE = "contact_sheet.png"
+MIN_CELL, MAX_CELL = 96, 256
+
+Report = Callable[[int, int], None]
+"""Called with (finished, all) pictures of this rank."""
+
+
+class Drawer(Protocol):
+    """A model with its sampler."""
+
+    def check(self, pictures: Sequence[Picture]) -> None:
+        """Raises PromptError for the first prompt that the model cannot take."""
+
+    def draw(self, pictures: Sequence[Picture]) -> list[Image.Image]:
+        """The pictures of one group: all of one or more records with equal `group_key`."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Prompts, how they are drawn, and where to."""
+
+    records: Sequence[PromptRecord]
+    plan: PicturePlan
+    folder: Path
+    batch_size: int = 1
+    """Records per block."""
+    rank: int = 0
+    world_size: int = 1
+
+
+def group_key(picture: Picture) -> tuple[object, ...]:
+    """What the pictures of one call share."""
+    options = picture.options
+    size = (options.height, options.width)
+    if options.control_image is not None and None in size:
+        size = open_picture(options.control_image).size
+    return (*size, options.steps, options.guidance, options.num_images)
+
+
+def generate(job: Job, open_drawer: Callable[[], Drawer], report: Report) -> int:
+    """Number of pictures drawn. The model is opened only if a picture is missing.
+
+    Raises PromptError before anything is written if one of this rank's prompts cannot be used.
+    """
+    groups = list(_groups(job))
+    everything = [picture for group in groups for picture in group]
+    missing = [[p for p in group if not is_finished(p, job.folder)] for group in groups]
+    left = sum(map(len, missing))
+    report(len(everything) - left, len(everything))
+    if not left:
+        return 0
+    drawer = open_drawer()
+    drawer.check(everything)
+    done = len(everything) - left
+    for group, wanted in zip(groups, missing, strict=True):
+        if not wanted:
+            continue
+        for picture, image in zip(group, drawer.draw(group), strict=True):
+            if picture in wanted:
+                write_picture(image, picture, job.folder)
+                done += 1
+        report(done, len(everything))
+    return left
+
+
+def write_sheet(job: Job, num_records: int) -> Path | None:
+    """The contact sheet of the first records, once all their pictures are there (else None).
+
+    The rank that finishes last finds them complete.
+    """
+    rows, sizes = [], []
+    for record in job.records[:num_records]:
+        pictures = job.plan.pictures(record)
+        if not all(is_finished(picture, job.folder) for picture in pictures):
+            return None
+        results = [open_picture(job.folder / picture.file_name) for picture in pictures]
+        shown = [(str(i), open_picture(path)) for i, path in enumerate(record.images, start=1)]
+        labels = [f"seed {picture.options.seed}" for picture in pictures]
+        rows.append(SheetRow(_numbered(record), shown, list(zip(labels, results, strict=True))))
+        sizes += [max(result.size) for result in results]
+    if not rows:
+        return None
+    path = job.folder / SHEET_FILE
+    save_atomically(contact_sheet(rows, min(MAX_CELL, max(MIN_CELL, *sizes))), path)
+    return path
+
+
+def _groups(job: Job) -> Iterator[list[Picture]]:
+    starts = range(0, len(job.records), job.batch_size)
+    for start in starts[job.rank :: job.world_size]:
+        block = job.records[start : start + job.batch_size]
+        pictures = [picture for record in block for picture in job.plan.pictures(record)]
+        for _, group in groupby(pictures, group_key):
+            yield list(group)
+
+
+def _numbered(record: PromptRecord) -> str:
+    numbers = iter(range(1, len(record.images) + 1))
+    words = [part if isinstance(part, str) else f"[{next(numbers)}]" for part in record.content]
+    return f"{record.id}: {' '.join(words)}"

@@ -1,0 +1,239 @@
+"""Drawing a list of prompts: restarts, ranks, metadata, the sheet; the drawer makes noise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_kosmosg.inference.contact_sheet import SheetRow, contact_sheet
+from megatron_kosmosg.inference.fingerprint import fingerprint
+from megatron_kosmosg.inference.generate import Job, generate, group_key, write_sheet
+from megatron_kosmosg.inference.picture_files import is_finished
+from megatron_kosmosg.inference.picture_plan import Picture, PicturePlan, RunSettings, prompt_id
+from megatron_kosmosg.inference.prompt_records import (
+    DrawingOptions,
+    PromptError,
+    PromptRecord,
+    read_records,
+)
+
+DEFAULTS = DrawingOptions(negative_prompt="", seed=7, num_images=2, steps=4, guidance=2.0)
+RUN = RunSettings("model", "saved", "fp32", DEFAULTS)
+
+
+class NoiseDrawer:
+    """Every picture is noise of its own seed; `fail_after` calls it breaks down."""
+
+    def __init__(self, fail_after: int = 10**9) -> None:
+        self.calls: list[list[str]] = []
+        self._fail_after = fail_after
+
+    def check(self, pictures: Sequence[Picture]) -> None:
+        for picture in pictures:
+            if "too long" in picture.record.text:
+                raise PromptError(f"{picture.record.id}: too long")
+
+    def draw(self, pictures: Sequence[Picture]) -> list[Image.Image]:
+        assert len({group_key(picture) for picture in pictures}) == 1
+        if len(self.calls) == self._fail_after:
+            raise KeyboardInterrupt
+        self.calls.append([picture.file_name for picture in pictures])
+        seeds = [picture.options.seed for picture in pictures]
+        noise = [np.random.default_rng(seed).integers(0, 256, (8, 8, 3)) for seed in seeds]
+        return [Image.fromarray(pixels.astype(np.uint8)) for pixels in noise]
+
+
+@pytest.fixture
+def records(tmp_path):
+    for name, colour in (("cat.png", "red"), ("dog.png", "blue")):
+        Image.new("RGB", (9, 6), colour).save(tmp_path / name)
+    lines = [
+        {"id": "plain", "prompt": "a dög"},
+        {"id": "cat", "prompt": "<image> in snow", "images": ["cat.png"], "seed": 5},
+        {"id": "both", "prompt": "<image> and <image>", "images": ["cat.png", "dog.png"]},
+        {"id": "many", "prompt": "a cat", "num_images": 3, "negative_prompt": "blue"},
+        {"id": "last", "prompt": "a house"},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return read_records(path)
+
+
+def quiet(done: int, total: int) -> None:
+    pass
+
+
+def draw_all(records, folder: Path, drawer: NoiseDrawer | None = None, run=RUN, **job) -> int:
+    drawer = drawer or NoiseDrawer()
+    return generate(Job(records, PicturePlan(run), folder, **job), lambda: drawer, quiet)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_pictures_say_how_they_were_made(records, tmp_path):
+    assert draw_all(records, tmp_path / "out") == 11
+    with Image.open(tmp_path / "out" / "cat-1.png") as image:
+        said = image.info
+    settings = json.loads(said["settings"])
+    assert (said["prompt"], said["seed"], said["negative_prompt"]) == ("<image> in snow", "6", "")
+    assert settings["shown"] == ["cat.png", "in snow"]
+    assert (settings["steps"], settings["guidance"], settings["seed"]) == (4, 2.0, 6)
+    with Image.open(tmp_path / "out" / "plain-0.png") as image:
+        assert image.info["prompt"] == "a dög"
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_ranks_together_draw_what_one_rank_draws(records, tmp_path, batch_size):
+    one = NoiseDrawer()
+    draw_all(records, tmp_path / "one", one, batch_size=batch_size)
+    calls = []
+    for rank in range(3):
+        drawer = NoiseDrawer()
+        draw_all(
+            records,
+            tmp_path / "three",
+            drawer,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=3,
+        )
+        calls += drawer.calls
+    assert sorted(calls) == sorted(one.calls)
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+
+
+def test_an_interrupted_run_continues_and_a_finished_one_opens_no_model(records, tmp_path):
+    draw_all(records, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        draw_all(records, tmp_path / "out", NoiseDrawer(fail_after=2))
+    assert len(contents(tmp_path / "out")) == 4
+    (tmp_path / "out" / "cat-0.png").write_bytes(b"")  # a copy that was cut short
+    drawer = NoiseDrawer()
+    assert draw_all(records, tmp_path / "out", drawer) == 8
+    assert drawer.calls[0] == ["cat-0.png", "cat-1.png"] and len(drawer.calls) == 4
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+    def no_model():
+        raise AssertionError("nothing is missing")
+
+    assert generate(Job(records, PicturePlan(RUN), tmp_path / "out"), no_model, quiet) == 0
+
+
+def test_other_settings_draw_again(records, tmp_path):
+    draw_all(records, tmp_path)
+    for changed in (
+        replace(RUN, model="other"),
+        replace(RUN, scheduler="ddim"),
+        replace(RUN, dtype="bf16"),
+        replace(RUN, loras=(("style", 1.0),)),
+        *(
+            replace(RUN, defaults=replace(DEFAULTS, **{name: value}))
+            for name, value in {"steps": 5, "guidance": 3.0, "height": 16}.items()
+        ),
+    ):
+        assert draw_all(records, tmp_path, run=changed) == 11
+        assert draw_all(records, tmp_path, run=changed) == 0
+    # Records with a seed or a negative prompt of their own do not follow the run's.
+    draw_all(records, tmp_path)
+    other = replace(RUN, defaults=replace(DEFAULTS, seed=8))
+    assert draw_all(records, tmp_path, run=other) == 9
+    draw_all(records, tmp_path)
+    other = replace(RUN, defaults=replace(DEFAULTS, negative_prompt="red"))
+    assert draw_all(records, tmp_path, run=other) == 8
+    # Another picture behind the same name.
+    draw_all(records, tmp_path)
+    Image.new("RGB", (9, 6), "green").save(records[1].images[0])
+    assert draw_all(records, tmp_path) == 4
+
+
+def test_seeds_belong_to_the_record_and_not_to_its_place(records):
+    def seeds(listed):
+        plan = PicturePlan(RUN)
+        return {r.id: [p.options.seed for p in plan.pictures(r)] for r in listed}
+
+    assert seeds(records) == seeds(records[::-1])
+    assert seeds(records)["cat"] == [5, 6]
+    firsts = [found[0] for found in seeds(records).values()]
+    assert len(set(firsts)) == len(firsts)
+
+
+def test_one_bad_prompt_and_nothing_is_written(records, tmp_path):
+    out = tmp_path / "out"
+    broken = replace(records[1], id="broken", content=(tmp_path / "none.png",))
+    with pytest.raises(PromptError, match="broken: no picture .*none.png"):
+        draw_all([*records, broken], out)
+    with pytest.raises(PromptError, match="long: too long"):
+        draw_all([*records, PromptRecord("long", ("too long",))], out)
+    with pytest.raises(PromptError, match="plain: a ControlNet needs a control image"):
+        draw_all(records, out, run=replace(RUN, controlnet=("net", 1.0)))
+    controlled = replace(records[0], options=DrawingOptions(control_image=records[1].images[0]))
+    with pytest.raises(PromptError, match="plain: a control image needs --controlnet"):
+        draw_all([controlled], out)
+    assert not out.exists()
+
+
+def test_the_sheet_appears_when_all_its_pictures_are_there(records, tmp_path):
+    job = Job(records, PicturePlan(RUN), tmp_path / "out")
+    assert write_sheet(job, 5) is None
+    draw_all(records[:3], tmp_path / "out")
+    assert write_sheet(job, 5) is None
+    assert write_sheet(job, 0) is None
+    with Image.open(write_sheet(job, 3)) as three:
+        height = three.height
+    draw_all(records, tmp_path / "out")
+    with Image.open(write_sheet(job, 5)) as five:
+        assert five.height > height
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_sheet_shows_prompt_pictures_left_of_results_and_keeps_proportions():
+    red, wide = Image.new("RGB", (10, 10), "red"), Image.new("RGB", (20, 10), "blue")
+    rows = [
+        SheetRow("cat: [1] in snow", [("1", red)], [("seed 1", wide)]),
+        SheetRow("word " * 60, [], [("seed 1", wide), ("seed 2", red)]),
+    ]
+    sheet = np.asarray(contact_sheet(rows, 96)).astype(int)
+    is_red = (sheet[..., 0] > 250) & (sheet[..., 1] < 5)
+    is_blue = (sheet[..., 2] > 250) & (sheet[..., 0] < 5)
+    assert is_red.sum() == 2 * 96 * 96 and is_blue.sum() == 2 * 96 * 48
+    first_row = slice(0, np.nonzero(is_blue)[0].min() + 60)
+    assert np.nonzero(is_red[first_row])[1].max() < np.nonzero(is_blue)[1].min()
+
+
+def test_a_prompt_without_a_name_gets_one_from_its_words_and_settings(records):
+    pictures = PicturePlan(RUN).pictures(records[1])
+    name = prompt_id("<image> in the Snow, (4k)!", pictures)
+    assert name.startswith("in-the-snow-4k-") and len(name) == len("in-the-snow-4k-") + 8
+    other = PicturePlan(replace(RUN, dtype="fp16")).pictures(records[1])
+    assert prompt_id("<image> in the Snow, (4k)!", other) != name
+    assert len(prompt_id("<image>", pictures)) == 8
+
+
+def test_fingerprints_follow_contents_not_places(tmp_path):
+    for place in ("a", "b"):
+        (tmp_path / place / "unet").mkdir(parents=True)
+        (tmp_path / place / "unet" / "weights").write_bytes(bytes(3_000_000))
+        (tmp_path / place / ".cache").mkdir()
+        (tmp_path / place / ".cache" / place).write_text(place)
+    same = fingerprint(tmp_path / "a")
+    assert fingerprint(tmp_path / "b") == same
+    (tmp_path / "b" / "unet" / "weights").write_bytes(bytes(2_999_999) + b"x")
+    assert fingerprint(tmp_path / "b") != same
+    (tmp_path / "a" / "unet" / "more").write_bytes(b"")
+    assert fingerprint(tmp_path / "a") != same
+    assert fingerprint(tmp_path / "a", tmp_path / "b") != fingerprint(tmp_path / "b")
+
+
+def test_a_picture_that_is_not_ours_is_not_finished(records, tmp_path):
+    (picture, _) = PicturePlan(RUN).pictures(records[0])
+    assert not is_finished(picture, tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / picture.file_name)
+    assert not is_finished(picture, tmp_path)
