@@ -1,0 +1,167 @@
+"""A checkpoint of weights alone, which `checkpoint.load` takes like any other.
+
+One process writes Megatron-Core's `torch_dist` format through torch's own writer, reading one
+tensor of the source at a time. The folder gets its final name when everything is on disk.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan, WriteItem
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
+
+from megatron_kosmosg.config.load import to_yaml
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.rules import summary
+from megatron_kosmosg.conversion.stored_names import EMBEDDING, stored_key
+from megatron_kosmosg.conversion.tensors import TensorInfo, TensorSource, check_shapes
+from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
+from megatron_kosmosg.models.parameter_count import meta_model
+from megatron_kosmosg.training import checkpoint_folder
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+ALIGNER_PARTS = {"pretrain": (), "align": ("M", "N"), "instruct": ("M",)}
+"""What a checkpoint of each stage holds of AlignerNet."""
+
+
+def model_tensors(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of all weights of `config.stage`'s model, without vocabulary padding."""
+    parts = ALIGNER_PARTS[config.stage]
+    state = meta_model(config, config.stage == "pretrain", parts).state_dict()
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in state.items()
+        if not name.endswith("_extra_state")
+    }
+    shapes[EMBEDDING] = (config.model.vocab_size, *shapes[EMBEDDING][1:])
+    return shapes
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raises ConversionError when `folder` holds a checkpoint or is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise ConversionError(f"{folder} is a file; give a folder for the checkpoint")
+    if any(path.suffix != ".tmp" for path in folder.glob("iter_*")):
+        raise ConversionError(f"{folder} already holds a checkpoint; give another folder")
+
+
+def write_checkpoint(
+    folder: Path, config: RunConfig, source: TensorSource, progress: Progress | None = None
+) -> Path:
+    """`folder/iter_0000000`, written from the source's tensors in their own dtypes.
+
+    Raises ConversionError, before anything is written, unless the source has exactly the tensors
+    of `config.stage`'s model. What was begun is removed again when something fails.
+    """
+    infos, wanted = source.names(), model_tensors(config)
+    for what, names in (
+        ("lacks", wanted.keys() - infos.keys()),
+        ("has no place for", infos.keys() - wanted.keys()),
+    ):
+        if names:
+            raise ConversionError(
+                f"a checkpoint of stage {config.stage} cannot be written; the source or the model "
+                f"{what} {', '.join(summary(sorted(names), limit=5))}"
+            )
+    check_shapes(infos, wanted, "check the sizes under model")
+    refuse_existing(folder)
+    is_new = not folder.exists()
+    temporary = checkpoint_folder.begin(folder, 0)
+    try:
+        _write(temporary, config, source, infos, progress)
+        return checkpoint_folder.finish(temporary, to_yaml(config))
+    except BaseException:  # an interrupt too
+        shutil.rmtree(folder if is_new else temporary, ignore_errors=True)
+        raise
+
+
+def _write(
+    folder: Path,
+    config: RunConfig,
+    source: TensorSource,
+    infos: dict[str, TensorInfo],
+    progress: Progress | None,
+) -> None:
+    padded_rows = padded_vocab_size(config.model.vocab_size, 1)
+    planner = _OneByOne(source, infos, padded_rows, progress)
+    writer = FileSystemWriter(folder, per_thread_copy_ahead=0)  # nothing comes from a device
+    writer.set_up_storage_writer(is_coordinator=True)
+    plan = writer.prepare_local_plan(planner.create_local_plan())
+    plans, metadata = planner.create_global_plan([plan])
+    (plan,) = writer.prepare_global_plan(plans)
+    results = writer.write_data(plan, planner).wait()
+    writer.finish(metadata, [results])
+    torch.save({}, folder / "common.pt")  # no progress, no optimizer: nothing to resume
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+class _OneByOne(DefaultSavePlanner):
+    """Reads a tensor when the writer has got to it."""
+
+    def __init__(
+        self,
+        source: TensorSource,
+        infos: dict[str, TensorInfo],
+        padded_rows: int,
+        progress: Progress | None,
+    ) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._source, self._infos, self._padded_rows = source, infos, padded_rows
+        self._progress = progress
+        self._names: dict[tuple[str, int], str] = {}
+        self._bytes_done = 0
+        self._bytes_in_all = sum(
+            torch.Size(info.shape).numel() * info.dtype.itemsize for info in infos.values()
+        )
+
+    def create_local_plan(self) -> SavePlan:
+        """One shard per tensor; the layers of a stack share a key."""
+        depth: dict[str, int] = {}
+        for name in self._infos:
+            key, layer = stored_key(name)
+            if layer is not None:
+                depth[key] = max(depth.get(key, 0), layer + 1)
+        return SavePlan([self._item(name, depth) for name in self._infos])
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        """The tensor of a planned shard, in the checkpoint's shape."""
+        index = write_item.index
+        name = self._names[index.fqn, index.offset[0] if len(index.offset) else 0]
+        tensor = self._source.read(name)
+        self._bytes_done += tensor.nbytes
+        if name == EMBEDDING:
+            padding = tensor.new_zeros(self._padded_rows - len(tensor), *tensor.shape[1:])
+            tensor = torch.cat([tensor, padding])
+        if self._progress is not None:
+            self._progress(self._bytes_done, self._bytes_in_all)
+        return tensor.contiguous().reshape(write_item.tensor_data.chunk.sizes)
+
+    def _item(self, name: str, depth: dict[str, int]) -> WriteItem:
+        key, layer = stored_key(name)
+        shape, dtype = self._infos[name]
+        if name == EMBEDDING:
+            shape = (self._padded_rows, *shape[1:])
+        offsets, size = (0,) * len(shape), shape
+        if layer is not None:
+            offsets, size = (layer, *offsets), (depth[key], *shape)
+            shape = (1, *shape)
+        self._names[key, offsets[0] if offsets else 0] = name
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
+        return WriteItem(
+            MetadataIndex(key, chunk.offsets),
+            WriteItemType.SHARD,
+            tensor_data=TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(size)),
+        )
