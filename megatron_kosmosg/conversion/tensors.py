@@ -117,3 +117,29 @@ def check_shapes(
             + (f" ({len(wrong)} tensors differ: {', '.join(others)})" if len(wrong) > 1 else "")
             + f"; {remedy}"
         )
+
+
+class Selected:
+    """The tensors of a source whose names start with one of the prefixes."""
+
+    def __init__(self, source: TensorSource, prefixes: tuple[str, ...]) -> None:
+        self._source, self._prefixes = source, prefixes
+
+    def names(self) -> dict[str, TensorInfo]:
+        infos = self._source.names().items()
+        return {name: info for name, info in infos if name.startswith(self._prefixes)}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._source.read(name)
+
+
+def check_complete(found: Mapping[str, TensorInfo], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ConversionError unless `found` has exactly the names and shapes of `wanted`."""
+    for what, names in (
+        ("lacks", wanted.keys() - found.keys()),
+        ("has no place for", found.keys() - wanted.keys()),
+    ):
+        if names:
+            lines = ", ".join(summary(sorted(names), limit=5))
+            raise ConversionError(f"the source or the model {what} {lines}")
+    check_shapes(found, wanted, "check the sizes under model")

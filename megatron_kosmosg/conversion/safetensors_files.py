@@ -1,0 +1,169 @@
+"""Safetensors files of a component, in shards with an index, written and read piece by piece.
+
+Names are those of transformers (stem `model`) and diffusers (stem `diffusion_pytorch_model`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_kosmosg.conversion.checkpoint_writer import Progress
+from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.tensors import TensorInfo, TensorSource
+
+MAX_SHARD_BYTES = 2_000_000_000
+TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPE_OF = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class InDtype:
+    """A source whose floating-point tensors are cast when they are read; None casts nothing."""
+
+    def __init__(self, source: TensorSource, dtype: torch.dtype | None) -> None:
+        self._source, self._dtype = source, dtype
+
+    def names(self) -> dict[str, TensorInfo]:
+        infos = self._source.names()
+        return {name: TensorInfo(i.shape, self._wanted(i.dtype)) for name, i in infos.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Raises ConversionError where a number is too large for the dtype."""
+        tensor = self._source.read(name)
+        cast = tensor.to(self._wanted(tensor.dtype))
+        if cast.dtype != tensor.dtype and not _all_finite(cast) and _all_finite(tensor):
+            raise ConversionError(
+                f"{name} has numbers up to {tensor.abs().max():.3g}, too large for "
+                f"{str(cast.dtype).removeprefix('torch.')}; give --dtype bf16 or fp32"
+            )
+        return cast
+
+    def _wanted(self, dtype: torch.dtype) -> torch.dtype:
+        return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
+
+
+class SafetensorsFolder:
+    """One component's weights as a TensorSource.
+
+    Raises ConversionError for missing, truncated or contradictory files.
+    """
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        files = _weight_files(folder, stem)
+        self._file_of: dict[str, Path] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        for path in files:
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    piece = file.get_slice(name)
+                    dtype = _DTYPE_OF.get(piece.get_dtype())
+                    if dtype is None:
+                        raise ConversionError(f"{path}: {name} is of type {piece.get_dtype()}")
+                    self._infos[name] = TensorInfo(tuple(piece.get_shape()), dtype)
+                    self._file_of[name] = path
+
+    def names(self) -> dict[str, TensorInfo]:
+        return dict(self._infos)
+
+    def read(self, name: str) -> torch.Tensor:
+        with _opened(self._file_of[name]) as file:
+            return file.get_tensor(name).clone()  # the file stays mapped no longer than this
+
+
+def write_safetensors(
+    folder: Path,
+    stem: str,
+    source: TensorSource,
+    progress: Progress | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes the source's tensors in their order; holds one shard at a time.
+
+    One shard is `stem.safetensors`; several come with `stem.safetensors.index.json`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    infos = source.names()
+    sizes = {name: torch.Size(i.shape).numel() * i.dtype.itemsize for name, i in infos.items()}
+    shards = list(_shards(sizes, max_shard_bytes))
+    total, done = sum(sizes.values()), 0
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"{stem}{suffix}.safetensors"
+        tensors = {}
+        for name in names:
+            tensors[name] = _own(source.read(name))
+            done += sizes[name]
+            if progress is not None:
+                progress(done, total)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        del tensors
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _shards(sizes: dict[str, int], max_bytes: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    filled = 0
+    for name, size in sizes.items():
+        if names and filled + size > max_bytes:
+            yield names
+            names, filled = [], 0
+        names.append(name)
+        filled += size
+    yield names
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with a storage of just its size: no view that keeps a larger one alive."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def _weight_files(folder: Path, stem: str) -> list[Path]:
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        single = folder / f"{stem}.safetensors"
+        if not single.is_file():
+            raise ConversionError(f"{folder} has no {single.name} and no {index.name}")
+        return [single]
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ConversionError(f"{index} is no index of shards: {error!r}") from None
+    files = [folder / name for name in dict.fromkeys(names)]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise ConversionError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
+    return files
+
+
+def _opened(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(
+            f"{path} is no whole safetensors file ({error}); copy or download it again"
+        ) from None
