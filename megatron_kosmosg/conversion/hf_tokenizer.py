@@ -42,8 +42,8 @@ def token_list(model_path: Path) -> list[str]:
     return [*HEAD, *(piece.piece for piece in pieces[3:]), *TRAILING_SPECIALS]
 
 
-def write_tokenizer(model_path: Path, folder: Path, model_max_length: int) -> None:
-    """Fills `folder` for `AutoTokenizer.from_pretrained`, the SentencePiece model beside.
+def build_tokenizer(model_path: Path, model_max_length: int) -> PreTrainedTokenizerFast:
+    """The stock tokenizer of a SentencePiece model.
 
     A call adds `<s>` and no `</s>`, as prompts have it; control tokens in a text stay text.
     model_max_length: tokens. Raises ConversionError for a model that this form cannot express.
@@ -69,6 +69,12 @@ def write_tokenizer(model_path: Path, folder: Path, model_max_length: int) -> No
                 f"{model_path}: the Hugging Face form of this model gives other ids for {text!r}: "
                 f"{found} instead of {wanted}; the model cannot be exported"
             )
+    return tokenizer
+
+
+def write_tokenizer(model_path: Path, folder: Path, model_max_length: int) -> None:
+    """Fills `folder` for `AutoTokenizer.from_pretrained`, the SentencePiece model beside."""
+    tokenizer = build_tokenizer(model_path, model_max_length)
     tokenizer.save_pretrained(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     # Names that transformers 4 knows too.

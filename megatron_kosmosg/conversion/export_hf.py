@@ -1,0 +1,79 @@
+"""`export-hf` and `export-mllm`: a training checkpoint as the folders that stock libraries open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_kosmosg.conversion import hf_folder
+from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
+from megatron_kosmosg.conversion.checkpoint_writer import Progress
+from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.hf_aligner import NOT_EXPORTED, OURS
+from megatron_kosmosg.conversion.output_folder import new_folder
+from megatron_kosmosg.conversion.rules import summary
+from megatron_kosmosg.conversion.stable_diffusion import StableDiffusion
+
+
+def export_hf(
+    checkpoint: Path,
+    sd: Path,
+    output: Path,
+    dtype: torch.dtype | None = None,
+    tokenizer: Path | None = None,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Writes the diffusers folder of an `align` or `instruct` checkpoint; returns notes.
+
+    dtype None keeps the checkpoint's for the language side and the folder's for Stable Diffusion.
+    tokenizer: SentencePiece model, when the one that the checkpoint names is not to be used.
+    """
+    source = CheckpointTensors(checkpoint)
+    config = source.config
+    if config.stage == "pretrain":
+        raise ConversionError(
+            f"{source.path} is a pretrain checkpoint and has no AlignerNet; export-mllm writes its "
+            "language model, export-hf takes an align or instruct checkpoint"
+        )
+    stable_diffusion = StableDiffusion(sd, config.model.aligner)
+    model_file = hf_folder.tokenizer_model(config, tokenizer)
+    dropped = [name for name in source.names() if name.startswith(NOT_EXPORTED)]
+    with new_folder(output) as folder:
+        hf_folder.write_tokenizer_files(folder / "tokenizer", model_file, config)
+        hf_folder.write_image_processor(folder / "mllm_image_processor", config)
+        hf_folder.write_mllm(folder / hf_folder.MLLM, source, config, dtype, progress)
+        hf_folder.write_aligner(folder / hf_folder.ALIGNER, source, config, dtype, progress)
+        stable_diffusion.write(folder, dtype, progress)
+        hf_folder.write_index(folder, stable_diffusion.index)
+    return _dropped_notes(dropped, "AlignerNet N, which only `align` trains with")
+
+
+def export_mllm(
+    checkpoint: Path,
+    output: Path,
+    dtype: torch.dtype | None = None,
+    tokenizer: Path | None = None,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Writes the language model of any checkpoint with its tokenizer and image processor.
+
+    One folder for `AutoModelForImageTextToText`, `AutoTokenizer` and `AutoImageProcessor`.
+    Returns notes; the other arguments are `export_hf`'s.
+    """
+    source = CheckpointTensors(checkpoint)
+    config = source.config
+    model_file = hf_folder.tokenizer_model(config, tokenizer)
+    dropped = [name for name in source.names() if name.startswith((*OURS, *NOT_EXPORTED))]
+    with new_folder(output) as folder:
+        hf_folder.write_mllm(folder, source, config, dtype, progress)
+        hf_folder.write_tokenizer_files(folder, model_file, config)
+        hf_folder.write_image_processor(folder, config)
+    return _dropped_notes(dropped, "AlignerNet, which is no part of the language model")
+
+
+def _dropped_notes(names: list[str], what: str) -> list[str]:
+    if not names:
+        return []
+    listed = summary(names, limit=len(names))
+    return [f"not exported: {len(names)} tensors of {what}", *(f"  {name}" for name in listed)]

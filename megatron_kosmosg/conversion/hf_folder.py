@@ -1,0 +1,168 @@
+"""The files of an exported model: stock Kosmos-2, tokenizer, image processor, aligner, index.
+
+One diffusers folder of stock classes and one small component that brings its own .py file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.conversion.checkpoint_writer import Progress
+from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.hf_aligner import aligner_arguments, aligner_weights
+from megatron_kosmosg.conversion.hf_tokenizer import write_tokenizer
+from megatron_kosmosg.conversion.kosmos2 import kosmos2_config, kosmos2_weights
+from megatron_kosmosg.conversion.safetensors_files import (
+    DIFFUSERS,
+    TRANSFORMERS,
+    InDtype,
+    write_safetensors,
+)
+from megatron_kosmosg.conversion.tensors import TensorSource
+from megatron_kosmosg.data.tokenizer import Tokenizer
+from megatron_kosmosg.inference import modeling_kosmosg_aligner, pipeline_kosmosg
+
+MLLM, ALIGNER = "mllm", "aligner"
+INDEX_FILE = "model_index.json"
+
+
+def write_mllm(
+    folder: Path,
+    source: TensorSource,
+    config: RunConfig,
+    dtype: torch.dtype | None,
+    progress: Progress | None,
+) -> None:
+    """The language side as a stock `Kosmos2ForConditionalGeneration`; dtype None keeps ours."""
+    weights = InDtype(kosmos2_weights(source, config), dtype)
+    stock = kosmos2_config(config)
+    stock.dtype = next(iter(weights.names().values())).dtype
+    write_safetensors(folder, TRANSFORMERS, weights, progress)
+    stock.save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=Tokenizer.bos_id,
+        eos_token_id=Tokenizer.eos_id,
+        pad_token_id=Tokenizer.pad_id,
+    ).save_pretrained(folder)
+
+
+def write_aligner(
+    folder: Path,
+    source: TensorSource,
+    config: RunConfig,
+    dtype: torch.dtype | None,
+    progress: Progress | None,
+) -> None:
+    """AlignerNet M as a component with its own .py file."""
+    weights = InDtype(aligner_weights(source, config.model), dtype)
+    write_safetensors(folder, DIFFUSERS, weights, progress)
+    settings = {
+        "_class_name": modeling_kosmosg_aligner.KosmosGAligner.__name__,
+        "_diffusers_version": version("diffusers"),
+        **aligner_arguments(config.model),
+    }
+    _write_json(folder / "config.json", settings)
+    _copy_module(modeling_kosmosg_aligner, folder, pipeline_kosmosg.ALIGNER_MODULE)
+
+
+def write_image_processor(folder: Path, config: RunConfig) -> None:
+    """CLIP's image processor with the run's size, mean and deviation.
+
+    Written by hand: transformers would record the name of the backend that is installed here.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    size = config.model.vision.image_size
+    settings = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.data.image_mean),
+        "image_std": list(config.data.image_std),
+    }
+    _write_json(folder / "preprocessor_config.json", settings)
+
+
+def write_index(folder: Path, stable_diffusion: dict[str, list[str]]) -> None:
+    """model_index.json and the pipeline's .py file.
+
+    stable_diffusion: the entries of unet, vae and scheduler.
+    """
+    absent = ("text_encoder", "safety_checker", "feature_extractor", "image_encoder")
+    parts = {
+        **{name: [None, None] for name in absent},
+        **stable_diffusion,
+        MLLM: ["transformers", "Kosmos2ForConditionalGeneration"],
+        "mllm_image_processor": ["transformers", "CLIPImageProcessor"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        ALIGNER: [
+            pipeline_kosmosg.ALIGNER_MODULE,
+            modeling_kosmosg_aligner.KosmosGAligner.__name__,
+        ],
+    }
+    index = {
+        "_class_name": [
+            pipeline_kosmosg.PIPELINE_MODULE,
+            pipeline_kosmosg.KosmosGPipeline.__name__,
+        ],
+        "_diffusers_version": version("diffusers"),
+        "requires_safety_checker": False,
+        **dict(sorted(parts.items())),
+    }
+    _write_json(folder / INDEX_FILE, index)
+    _copy_module(pipeline_kosmosg, folder, pipeline_kosmosg.PIPELINE_MODULE)
+
+
+def tokenizer_model(config: RunConfig, given: Path | None) -> Path:
+    """The SentencePiece model to export: the one given, else the run's.
+
+    Raises ConversionError when there is none or its vocabulary is not the model's.
+    """
+    path = given or (config.data.tokenizer_model and Path(config.data.tokenizer_model))
+    if path is None or not Path(path).is_file():
+        raise ConversionError(
+            f"no SentencePiece model at {path} (data.tokenizer_model of the checkpoint); give it "
+            "with --tokenizer-model"
+        )
+    found = load_tokenizer(path).vocab_size
+    if found != config.model.vocab_size:
+        raise ConversionError(
+            f"the tokenizer {path} has {found} tokens, the model {config.model.vocab_size}; give "
+            "the SentencePiece model that it was trained with (--tokenizer-model)"
+        )
+    return Path(path)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Our tokenizer. Raises ConversionError for a file that is no SentencePiece model."""
+    try:
+        return Tokenizer(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConversionError(f"{path} is no usable SentencePiece model: {error}") from None
+
+
+def write_tokenizer_files(folder: Path, model_path: Path, config: RunConfig) -> None:
+    """The tokenizer with the run's longest sequence as its limit."""
+    write_tokenizer(model_path, folder, config.data.seq_length)
+
+
+def _copy_module(module: Any, folder: Path, name: str) -> None:
+    shutil.copyfile(module.__file__, folder / f"{name}.py")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

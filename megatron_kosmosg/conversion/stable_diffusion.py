@@ -1,0 +1,115 @@
+"""The frozen parts of an export: a Stable Diffusion folder checked against AlignerNet, and copied.
+
+Only U-Net, VAE and scheduler are used; their weights are read from safetensors files.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_kosmosg.config.schema import AlignerConfig
+from megatron_kosmosg.conversion.checkpoint_writer import Progress
+from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.safetensors_files import (
+    DIFFUSERS,
+    InDtype,
+    SafetensorsFolder,
+    write_safetensors,
+)
+
+_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+SCHEDULER_FILE = "scheduler_config.json"
+
+
+class StableDiffusion:
+    """The parts of a diffusers folder that an export takes over.
+
+    Raises ConversionError when something is missing, of another class, or does not fit AlignerNet.
+    """
+
+    def __init__(self, folder: Path, aligner: AlignerConfig) -> None:
+        self._folder = folder
+        self._configs = {part: self._config(part, "config.json") for part in _CLASSES}
+        self._scheduler = self._config("scheduler", SCHEDULER_FILE)
+        for part, wanted in _CLASSES.items():
+            found = self._configs[part].get("_class_name")
+            if found != wanted:
+                raise ConversionError(f"{folder / part} is a {found}, a {wanted} is needed")
+        self._check_fit(aligner)
+        self._weights = {
+            part: SafetensorsFolder(folder / part, self._stem(part)) for part in _CLASSES
+        }
+
+    @property
+    def index(self) -> dict[str, list[str]]:
+        """The entries of these parts in model_index.json."""
+        entries = {part: ["diffusers", name] for part, name in _CLASSES.items()}
+        return {**entries, "scheduler": ["diffusers", self._scheduler["_class_name"]]}
+
+    def write(self, output: Path, dtype: torch.dtype | None, progress: Progress | None) -> None:
+        """Copies the parts into `output`; dtype None keeps theirs."""
+        for part, weights in self._weights.items():
+            (output / part).mkdir()
+            shutil.copyfile(self._folder / part / "config.json", output / part / "config.json")
+            write_safetensors(output / part, DIFFUSERS, InDtype(weights, dtype), progress)
+        (output / "scheduler").mkdir()
+        shutil.copyfile(
+            self._folder / "scheduler" / SCHEDULER_FILE, output / "scheduler" / SCHEDULER_FILE
+        )
+
+    def _check_fit(self, aligner: AlignerConfig) -> None:
+        unet, vae = self._configs["unet"], self._configs["vae"]
+        width = unet.get("cross_attention_dim")
+        if width != aligner.hidden_size:
+            raise ConversionError(
+                f"the U-Net in {self._folder} reads conditions of width {width}, AlignerNet makes "
+                f"width {aligner.hidden_size}; give the Stable Diffusion that the model was "
+                "trained with, or one of the same shape (768: any Stable Diffusion 1.x)"
+            )
+        if unet.get("in_channels") != vae.get("latent_channels"):
+            raise ConversionError(
+                f"the U-Net in {self._folder} takes {unet.get('in_channels')} channels, the VAE "
+                f"makes {vae.get('latent_channels')}; inpainting U-Nets and the like do not fit"
+            )
+        text = self._folder / "text_encoder" / "config.json"
+        if not text.is_file():
+            return
+        positions = _json(text).get("max_position_embeddings")
+        if positions != aligner.num_queries:
+            raise ConversionError(
+                f"the U-Net in {self._folder} was trained on conditions of {positions} positions "
+                f"(its text encoder's), AlignerNet makes {aligner.num_queries}; give the Stable "
+                "Diffusion that the model was trained with, or one of the same shape"
+            )
+
+    def _config(self, part: str, file: str) -> dict[str, Any]:
+        path = self._folder / part / file
+        if not path.is_file():
+            raise ConversionError(
+                f"no {path}; --sd takes a Stable Diffusion folder in diffusers' layout, with "
+                "unet/, vae/ and scheduler/"
+            )
+        return _json(path)
+
+    def _stem(self, part: str) -> str:
+        """Prefers the files of full precision to the `.fp16` variant."""
+        for stem in (DIFFUSERS, f"{DIFFUSERS}.fp16"):
+            names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
+            if any((self._folder / part / name).is_file() for name in names):
+                return stem
+        raise ConversionError(
+            f"{self._folder / part} has no {DIFFUSERS}.safetensors; open and save the folder once "
+            "with diffusers (from_pretrained, save_pretrained) to get safetensors files"
+        )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path} is no JSON file: {error}") from None
