@@ -1,0 +1,400 @@
+"""KOSMOS-G as a diffusers pipeline: Stable Diffusion whose condition is read from text and images.
+
+A language model (stock Kosmos-2) and an aligner take the place of CLIP's text encoder; U-Net, VAE
+and scheduler are untouched. Long because the file travels with every exported model, so it stands
+alone: it imports torch, diffusers, transformers and Pillow only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ModelMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import logging
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Kosmos2ForConditionalGeneration, PreTrainedTokenizerBase
+
+logger = logging.get_logger(__name__)
+
+PLACEHOLDER = "<image>"
+PIPELINE_MODULE = "pipeline_kosmosg"
+ALIGNER_MODULE = "modeling_kosmosg_aligner"
+PORTABLE = {
+    "TokenizersBackend": "PreTrainedTokenizerFast",
+    "CLIPImageProcessorPil": "CLIPImageProcessor",
+}
+"""What transformers 5 records for two classes -> names that transformers 4 knows as well."""
+
+Parts = list[str | Image.Image]
+
+
+class KosmosGPipeline(StableDiffusionPipeline):
+    """Images from prompts of text and images.
+
+    A prompt is a string with an `<image>` for each of `images`, or a list of texts and images,
+    `["A", dog, "on a beach"]`, in whose texts `<image>` means nothing. A list without any image in
+    it is a batch, of either form. Everything else is as in StableDiffusionPipeline.
+    """
+
+    model_cpu_offload_seq = "mllm->aligner->image_encoder->unet->vae"
+    _optional_components = [*StableDiffusionPipeline._optional_components, "text_encoder"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        tokenizer: PreTrainedTokenizerBase,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        mllm: Kosmos2ForConditionalGeneration,
+        aligner: ModelMixin,
+        mllm_image_processor: Any,
+        text_encoder: torch.nn.Module | None = None,
+        safety_checker: torch.nn.Module | None = None,
+        feature_extractor: Any = None,
+        image_encoder: torch.nn.Module | None = None,
+        requires_safety_checker: bool = False,
+    ) -> None:
+        """Puts all models in eval mode: a language model with dropout gives other images."""
+        checker = (safety_checker, feature_extractor, image_encoder, requires_safety_checker)
+        super().__init__(vae, text_encoder, tokenizer, unet, scheduler, *checker)
+        self.register_modules(mllm=mllm, aligner=aligner, mllm_image_processor=mllm_image_processor)
+        for component in self.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.eval()
+        self._check_parts()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list | None = None,
+        images: Image.Image | list | None = None,
+        *,
+        negative_prompt: str | list[str] | None = None,
+        guidance_scale: float = 7.5,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        **settings: Any,
+    ):
+        """StableDiffusionPipelineOutput, or a tuple with return_dict=False.
+
+        images belong to the `<image>` of a string; a batch has a list of them for each prompt.
+        settings: all other arguments of StableDiffusionPipeline (num_inference_steps, generator,
+        num_images_per_prompt, height, width, output_type, callback_on_step_end, ...).
+        """
+        known = inspect.signature(StableDiffusionPipeline.__call__).parameters
+        for name in settings.keys() - known.keys():
+            raise TypeError(f"unexpected argument {name!r}; a prompt's images are `images`")
+        self._guidance_scale = guidance_scale
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt,
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            images=images,
+        )
+        return super().__call__(
+            guidance_scale=guidance_scale,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            **settings,
+        )
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list | None = None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+        images: Image.Image | list | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(prompt_embeds, negative_prompt_embeds), each [b * num_images_per_prompt, c, d].
+
+        Any pipeline of Stable Diffusion 1.5 takes them. The negative is a text; without one it is
+        the empty prompt, and None without guidance. Embeddings that are given pass through;
+        lora_scale and clip_skip are CLIP's and have no meaning here.
+        """
+        device = device or self._execution_device
+        if clip_skip is not None:
+            logger.warning("clip_skip is ignored: CLIP's text encoder is not used here")
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either `prompt` or `prompt_embeds`")
+        if prompt_embeds is None:
+            prompt_embeds = self._conditions(as_batch(prompt, images), device)
+        elif images is not None:
+            raise ValueError("`images` belong to a `prompt`; `prompt_embeds` have read theirs")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("give either `negative_prompt` or `negative_prompt_embeds`")
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            negatives = negative_batch(negative_prompt, len(prompt_embeds))
+            negative_prompt_embeds = self._conditions(negatives, device)
+            negative_prompt_embeds = negative_prompt_embeds.expand(len(prompt_embeds), -1, -1)
+        dtype = prompt_embeds.dtype if self.unet is None else self.unet.dtype
+        return tuple(
+            None if e is None else e.to(device, dtype).repeat_interleave(num_images_per_prompt, 0)
+            for e in (prompt_embeds, negative_prompt_embeds)
+        )
+
+    def _conditions(self, prompts: list[Parts], device: torch.device) -> torch.Tensor:
+        """[b, c, d] of interleaved prompts."""
+        if self.mllm is None or self.aligner is None:
+            raise ValueError(
+                "this pipeline was loaded without its language model or aligner; give "
+                "`prompt_embeds` and `negative_prompt_embeds`"
+            )
+        pad = self.tokenizer.pad_token_id
+        rows = [self._tokenize(parts, number) for number, parts in enumerate(prompts, start=1)]
+        tokens, slots = (
+            pad_sequence([torch.tensor(row) for row in side], True, padding).to(device)
+            for side, padding in zip(zip(*rows, strict=True), (pad, False), strict=True)
+        )
+        states = language_states(self.mllm, tokens, slots, self._pixels(prompts, device))
+        return self.aligner(states.to(self.aligner.dtype), padding_mask=tokens == pad)
+
+    def _tokenize(self, parts: Parts, number: int) -> tuple[list[int], list[bool]]:
+        """(ids, whether each is an image slot) of the batch's prompt `number`."""
+        start, end = self.tokenizer.convert_tokens_to_ids([PLACEHOLDER, "</image>"])
+        num_slots = self.mllm.config.latent_query_num
+        tokens, slots = [self.tokenizer.bos_token_id], [False]
+        for part in parts:
+            if isinstance(part, str):
+                # Names of special tokens in a text are text like any other.
+                ids = self.tokenizer(part, add_special_tokens=False, split_special_tokens=True)
+                tokens += ids.input_ids if part.strip() else []
+                slots += [False] * (len(tokens) - len(slots))
+            else:
+                tokens += [start] * (1 + num_slots) + [end]
+                slots += [False] + [True] * num_slots + [False]
+        limits = [self.mllm.config.text_config.max_position_embeddings, self.aligner.longest_prompt]
+        longest = min(limit for limit in limits if limit is not None)
+        if len(tokens) > longest:
+            raise ValueError(
+                f"prompt {number} takes {len(tokens)} positions ({num_slots + 2} an image), this "
+                f"model has {longest}: shorten the text or give fewer images"
+            )
+        return tokens, slots
+
+    def _pixels(self, prompts: list[Parts], device: torch.device) -> torch.Tensor | None:
+        """[n, 3, H, W] of all images of the batch, prompt by prompt."""
+        size = self.mllm.config.vision_config.image_size
+        pictures = [
+            resize_and_crop(part, size, f"image {position} of prompt {number}")
+            for number, parts in enumerate(prompts, start=1)
+            for position, part in enumerate((p for p in parts if not isinstance(p, str)), start=1)
+        ]
+        if not pictures:
+            return None
+        inputs = self.mllm_image_processor(
+            pictures, do_resize=False, do_center_crop=False, return_tensors="pt"
+        )
+        return inputs.pixel_values.to(device, self.mllm.dtype)
+
+    def _check_parts(self) -> None:
+        """ValueError for components that do not fit together."""
+        if self.aligner is not None and self.unet is not None:
+            reads, given = self.unet.config.cross_attention_dim, self.aligner.config.hidden_size
+            if reads != given:
+                raise ValueError(
+                    f"the U-Net reads conditions of width {reads}, the aligner makes {given}: use "
+                    "a U-Net of the Stable Diffusion version that the model was trained with"
+                )
+        if self.mllm is None or self.tokenizer is None:
+            return
+        known, expected = len(self.tokenizer), self.mllm.config.text_config.vocab_size
+        if known != expected:
+            raise ValueError(
+                f"the tokenizer knows {known} tokens, the language model {expected}: load the "
+                "tokenizer with `from_pretrained` from the model's own folder"
+            )
+
+    @classmethod
+    def lora_state_dict(cls, *args: Any, **kwargs: Any):
+        """As StableDiffusionPipeline's, without what belongs to a CLIP text encoder.
+
+        Raises ValueError when nothing is left.
+        """
+        state, *rest = super().lora_state_dict(*args, **kwargs)
+        kept = {name: value for name, value in state.items() if "text_encoder" not in name}
+        if not kept:
+            raise ValueError(
+                f"all {len(state)} tensors of this LoRA change CLIP's text encoder, none the U-Net"
+            )
+        if len(kept) < len(state):
+            logger.warning(
+                f"left out {len(state) - len(kept)} of the LoRA's {len(state)} tensors: they "
+                "change CLIP's text encoder, which is not used here; the U-Net's are loaded"
+            )
+        return kept, *rest
+
+    def load_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing but warn."""
+        logger.warning("textual inversion is ignored: CLIP's text encoder is not used here")
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any):
+        """The folder's model_index.json; an installed package's own classes need no trust flag."""
+        loaded = super().load_config(*args, **kwargs)
+        package = __name__.rpartition(".")[0]
+        if not package or package.startswith("diffusers_modules"):
+            return loaded
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        # diffusers takes classes of modules that are imported already.
+        aligner = importlib.import_module(f"{package}.{ALIGNER_MODULE}")
+        index["_class_name"] = cls.__name__
+        index["aligner"] = [aligner.__name__, aligner.KosmosGAligner.__name__]
+        return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Writes a folder that loads with and without the package, as `export-hf` does."""
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("save to a folder, then upload that: `hf upload REPOSITORY FOLDER`")
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        shutil.copyfile(__file__, folder / f"{PIPELINE_MODULE}.py")
+        if self.aligner is not None:
+            source = inspect.getfile(type(self.aligner))
+            shutil.copyfile(source, folder / "aligner" / f"{ALIGNER_MODULE}.py")
+        source = Path(self.tokenizer.name_or_path)
+        if (source / "tokenizer.json").is_file() and not source.samefile(folder / "tokenizer"):
+            shutil.copytree(source, folder / "tokenizer", dirs_exist_ok=True)
+        path = folder / self.config_name
+        index = portable_index(json.loads(path.read_text(encoding="utf-8")))
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def language_states(
+    mllm: Kosmos2ForConditionalGeneration,
+    tokens: torch.Tensor,
+    image_mask: torch.Tensor,
+    pixel_values: torch.Tensor | None,
+) -> torch.Tensor:
+    """[b, s, h] after the final LayerNorm: what the aligner reads.
+
+    tokens [b, s], padded at the end; image_mask bool [b, s], True = image slot; pixel_values
+    [n, 3, H, W] fill the slots row by row, None where there is no image.
+    """
+    images = {"pixel_values": pixel_values}
+    if pixel_values is None:  # stock Kosmos-2 asks for images: give it none
+        shape = (0, mllm.config.latent_query_num, mllm.config.text_config.embed_dim)
+        images = {"image_embeds": torch.zeros(shape, dtype=mllm.dtype, device=tokens.device)}
+    # No attention mask: a causal model does not see padding at the end.
+    return mllm(
+        **images,
+        input_ids=tokens,
+        image_embeds_position_mask=image_mask,
+        output_hidden_states=True,
+        logits_to_keep=1,
+        use_cache=False,
+    ).hidden_states[-1]
+
+
+def portable_index(index: dict) -> dict:
+    """A model_index.json that names the two files in the folder instead of this installation."""
+    parts = {name: value for name, value in index.items() if isinstance(value, (list, tuple))}
+    parts = {name: [value[0], PORTABLE.get(value[1], value[1])] for name, value in parts.items()}
+    if parts["aligner"][0] is not None:
+        parts["aligner"][0] = ALIGNER_MODULE
+    index = {**index, **parts, "_class_name": [PIPELINE_MODULE, KosmosGPipeline.__name__]}
+    index.pop("_name_or_path", None)
+    return index
+
+
+def as_batch(prompt: str | list, images: Image.Image | list | None) -> list[Parts]:
+    """The prompts as interleaved lists, images in their places.
+
+    Raises ValueError when placeholders and images differ in number, TypeError for other things.
+    """
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(prompt, str):
+        return [interleave(prompt, images or [], 1)]
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        raise TypeError(f"a prompt is a string or a list, not {prompt!r}")
+    if any(isinstance(item, Image.Image) for item in prompt):
+        prompt = [prompt]
+    images = images or [None] * len(prompt)
+    if len(images) != len(prompt):
+        raise ValueError(
+            f"{len(prompt)} prompts, but {len(images)} entries in `images`: give a list for each"
+        )
+    batch = []
+    for number, (item, own) in enumerate(zip(prompt, images, strict=True), start=1):
+        own = list(own) if isinstance(own, (list, tuple)) else [] if own is None else [own]
+        if isinstance(item, str):
+            batch.append(interleave(item, own, number))
+        elif own:
+            raise ValueError(f"prompt {number} is a list and holds its images; leave out `images`")
+        else:
+            parts = list(item) if isinstance(item, (list, tuple)) else [item]
+            check_pictures([part for part in parts if not isinstance(part, str)], number)
+            batch.append(parts)
+    return batch
+
+
+def interleave(text: str, images: list, number: int) -> Parts:
+    """The pieces of `text` with an image in the place of each placeholder."""
+    pieces = text.split(PLACEHOLDER)
+    if len(pieces) - 1 != len(images):
+        raise ValueError(
+            f"prompt {number} has {len(pieces) - 1} {PLACEHOLDER} placeholders, but "
+            f"{len(images)} images were given: write {PLACEHOLDER} where each image goes (in a "
+            'list, [["..."]], it is text)'
+        )
+    check_pictures(images, number)
+    parts: Parts = [pieces[0]]
+    for image, piece in zip(images, pieces[1:], strict=True):
+        parts += [image, piece]
+    return parts
+
+
+def check_pictures(images: list, number: int) -> None:
+    """TypeError for the first that is no PIL image."""
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise TypeError(
+                f"prompt {number}: {image!r} is no PIL image (diffusers.utils.load_image opens "
+                "files and addresses)"
+            )
+
+
+def negative_batch(negative_prompt: str | list[str] | None, batch_size: int) -> list[Parts]:
+    """The negatives as prompts: one for all, or one for each."""
+    if negative_prompt is None:
+        return [[]]
+    if isinstance(negative_prompt, str):
+        return [[negative_prompt]]
+    if not all(isinstance(text, str) for text in negative_prompt):
+        raise TypeError("a negative prompt is a string, or a list of strings: it has no images")
+    if len(negative_prompt) != batch_size:
+        raise ValueError(f"{len(negative_prompt)} negative prompts for {batch_size} prompts")
+    return [[text] for text in negative_prompt]
+
+
+def resize_and_crop(picture: Image.Image, size: int, name: str) -> Image.Image:
+    """The middle square of side `size`, as in training.
+
+    Image processors round half pixels another way, and resize otherwise where torchvision is.
+    """
+    try:
+        picture = picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    width, height = (int(size * side / min(picture.size)) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return picture.crop((left, top, left + size, top + size))
