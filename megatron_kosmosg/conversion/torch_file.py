@@ -1,0 +1,197 @@
+"""Files written by `torch.save`, read lazily: tensors stay on disk until one is asked for.
+
+A `.pt` file is a zip archive of one pickle and one record per storage. Our own unpickler rebuilds
+only tensors and plain containers; anything else needs `trust`, because unpickling it could run code
+that the file's author chose.
+"""
+
+from __future__ import annotations
+
+import collections
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.tensors import TensorInfo
+
+_TRUSTED_ROOTS = ("torch", "numpy", "builtins", "collections", "argparse", "copyreg", "_codecs")
+"""With `trust`, classes of other packages (fairseq, omegaconf) become placeholders that hold their
+attributes, so those packages need not be installed."""
+
+
+class LazyTensor:
+    """A tensor on disk."""
+
+    def __init__(self, storage: _Storage, offset: int, size: tuple, stride: tuple) -> None:
+        self._storage, self._offset = storage, offset
+        self._size, self._stride = tuple(size), tuple(stride)
+
+    @property
+    def info(self) -> TensorInfo:
+        return TensorInfo(self._size, self._storage.dtype)
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in memory of its own."""
+        flat = self._storage.read()
+        return flat.as_strided(self._size, self._stride, self._offset)
+
+
+class Placeholder:
+    """An object of a class that is not imported: only its attributes."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Placeholder:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.arguments = args
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.__dict__[str(key)] = value
+
+    def append(self, value: Any) -> None:
+        self.__dict__.setdefault("items", []).append(value)
+
+    def extend(self, values: list) -> None:
+        self.__dict__.setdefault("items", []).extend(values)
+
+
+def load_lazily(path: Path, *, trust: bool = False) -> Any:
+    """What `torch.save` was given, with a LazyTensor in place of every tensor.
+
+    trust: also rebuild Python objects other than tensors and plain containers.
+    Raises ConversionError for a file that is not whole, is of another kind, or needs `trust`.
+    """
+    _check_kind(path)
+    try:
+        archive = zipfile.ZipFile(path)
+        (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl")
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise ConversionError(
+            f"{path} is a zip archive, but not one of torch.save: {error}"
+        ) from None
+    root = name.removesuffix("data.pkl")
+    if f"{root}constants.pkl" in archive.namelist():
+        raise ConversionError(
+            f"{path} is a TorchScript archive; give a file with a state dict, for example "
+            "torch.save(torch.jit.load(path).state_dict(), 'sd.pt')"
+        )
+    if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder") != b"little":
+        raise ConversionError(f"{path} was written on a big-endian machine, which is not supported")
+    with archive.open(name) as stream:
+        try:
+            return _Unpickler(stream, path, archive, root, trust).load()
+        except ConversionError:
+            raise
+        except Exception as error:  # unpickling raises whatever the file's objects raise
+            raise ConversionError(f"{path} cannot be unpickled: {error}") from error
+
+
+def _check_kind(path: Path) -> None:
+    if not path.is_file():
+        raise ConversionError(f"{path}: no such file")
+    if zipfile.is_zipfile(path):
+        return
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(16)
+    if start.startswith(b"PK\x03\x04"):
+        raise ConversionError(
+            f"{path} ends too early: the index at the end of the archive is missing ({size:,} "
+            "bytes are there); copy or download it again"
+        )
+    if start[:1] == b"\x80":
+        raise ConversionError(
+            f"{path} is in the format that PyTorch wrote before version 1.6; load it and save it "
+            "again with torch.save of a newer version"
+        )
+    raise ConversionError(f"{path} is not a file of torch.save: it begins with {start!r}")
+
+
+class _Storage:
+    """A flat block of numbers in the archive."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile, record: str, dtype: torch.dtype):
+        self._path, self._archive, self._record, self.dtype = path, archive, record, dtype
+
+    def read(self) -> torch.Tensor:
+        try:
+            size = self._archive.getinfo(self._record).file_size
+            flat = torch.empty(size // self.dtype.itemsize, dtype=self.dtype)
+            with self._archive.open(self._record) as stream:
+                if stream.readinto(flat.view(torch.uint8).numpy()) != size:
+                    raise EOFError("the record is shorter than the index says")
+        except (KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise ConversionError(
+                f"{self._path} is damaged at {self._record}: {error}; copy or download it again"
+            ) from None
+        return flat
+
+
+def _rebuild_tensor(storage, offset, size, stride, *unused) -> LazyTensor:
+    return LazyTensor(storage, offset, size, stride)
+
+
+def _rebuild_parameter(data, *unused) -> LazyTensor:
+    return data
+
+
+_PLAIN = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch", "Size"): tuple,
+}
+
+
+_DTYPES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+"""What each storage class holds."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Rebuilds tensors lazily; refuses every other class unless trusted."""
+
+    def __init__(
+        self, stream: Any, path: Path, archive: zipfile.ZipFile, root: str, trust: bool
+    ) -> None:
+        super().__init__(stream)
+        self._path, self._archive, self._root, self._trust = path, archive, root, trust
+
+    def persistent_load(self, saved_id: tuple) -> _Storage:
+        kind, storage_type, key = saved_id[:3]
+        if kind != "storage":
+            raise ConversionError(f"{self._path} refers to {kind!r}, which is not a tensor")
+        return _Storage(self._path, self._archive, f"{self._root}data/{key}", storage_type)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PLAIN:
+            return _PLAIN[module, name]
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        if not self._trust:
+            raise ConversionError(
+                f"{self._path} holds an object of class {module}.{name}. Rebuilding objects other "
+                "than tensors and plain containers can run code that the file's author chose; if "
+                "you trust where the file comes from, add --trust-pickle"
+            )
+        if module.split(".")[0] in _TRUSTED_ROOTS:
+            return super().find_class(module, name)
+        return type(name, (Placeholder,), {"__module__": module})
