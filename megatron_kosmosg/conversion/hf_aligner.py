@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_kosmosg.config.schema import AlignerConfig, ModelConfig
+from megatron_kosmosg.config.load import flatten
+from megatron_kosmosg.config.schema import AlignerConfig, RunConfig
+from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.magneto_layers import stack_rules
 from megatron_kosmosg.conversion.rules import RuleTable, same, weight_and_bias
 from megatron_kosmosg.conversion.tensors import (
@@ -38,38 +41,40 @@ def aligner_table(aligner: AlignerConfig) -> RuleTable:
     return RuleTable(rules)
 
 
-def aligner_weights(source: TensorSource, model: ModelConfig) -> TensorSource:
+def aligner_weights(source: TensorSource, config: RunConfig) -> TensorSource:
     """M of a model of ours under the component's names, checked to be all of it."""
-    theirs = as_theirs(aligner_table(model.aligner), Selected(source, OURS))
+    theirs = as_theirs(aligner_table(config.model.aligner), Selected(source, OURS))
     with torch.device("meta"):
-        wanted = KosmosGAligner(**aligner_arguments(model)).state_dict()
+        wanted = KosmosGAligner(**aligner_arguments(config)).state_dict()
     check_complete(theirs.names(), {name: tuple(t.shape) for name, t in wanted.items()})
     return theirs
 
 
-def aligner_arguments(model: ModelConfig) -> dict[str, Any]:
+_KEYS = {
+    "input_size": "model.decoder.hidden_size",
+    "hidden_size": "model.aligner.hidden_size",
+    "ffn_hidden_size": "model.aligner.ffn_hidden_size",
+    "num_layers": "model.aligner.num_layers",
+    "num_attention_heads": "model.aligner.num_attention_heads",
+    "num_queries": "model.aligner.num_queries",
+    "max_positions": "model.aligner.max_positions",
+    "kind": "model.aligner.kind",
+}
+"""Names in the component's config.json, and ours."""
+
+
+def aligner_arguments(config: RunConfig) -> dict[str, Any]:
     """Keyword arguments of `KosmosGAligner`, which are its config.json too."""
-    aligner = model.aligner
-    return {
-        "input_size": model.decoder.hidden_size,
-        "hidden_size": aligner.hidden_size,
-        "ffn_hidden_size": aligner.ffn_hidden_size,
-        "num_layers": aligner.num_layers,
-        "num_attention_heads": aligner.num_attention_heads,
-        "num_queries": aligner.num_queries,
-        "max_positions": aligner.max_positions,
-        "kind": aligner.kind,
-    }
+    ours = flatten(config)
+    return {name: ours[key] for name, key in _KEYS.items()}
 
 
-def aligner_sizes(settings: Mapping[str, Any]) -> AlignerConfig:
-    """The sizes under `model.aligner` that the component's config.json states."""
-    return AlignerConfig(
-        kind=settings["kind"],
-        num_layers=settings["num_layers"],
-        hidden_size=settings["hidden_size"],
-        ffn_hidden_size=settings["ffn_hidden_size"],
-        num_attention_heads=settings["num_attention_heads"],
-        num_queries=settings["num_queries"],
-        max_positions=settings["max_positions"],
-    )
+def aligner_sizes(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """{dotted key: value} of the sizes that the component's config.json states.
+
+    Raises ConversionError for a config.json that lacks one.
+    """
+    missing = [name for name in _KEYS if name not in settings]
+    if missing:
+        raise ConversionError(f"{folder}: config.json has no {', '.join(missing)}")
+    return {key: settings[name] for name, key in _KEYS.items()}

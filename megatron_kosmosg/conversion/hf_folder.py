@@ -62,12 +62,12 @@ def write_aligner(
     progress: Progress | None,
 ) -> None:
     """AlignerNet M as a component with its own .py file."""
-    weights = InDtype(aligner_weights(source, config.model), dtype)
+    weights = InDtype(aligner_weights(source, config), dtype)
     write_safetensors(folder, DIFFUSERS, weights, progress)
     settings = {
         "_class_name": modeling_kosmosg_aligner.KosmosGAligner.__name__,
         "_diffusers_version": version("diffusers"),
-        **aligner_arguments(config.model),
+        **aligner_arguments(config),
     }
     _write_json(folder / "config.json", settings)
     _copy_module(modeling_kosmosg_aligner, folder, pipeline_kosmosg.ALIGNER_MODULE)

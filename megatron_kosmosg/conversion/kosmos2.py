@@ -6,17 +6,12 @@ The two are numerically the same model (sinusoidal positions, sub-LayerNorm, tie
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
 
-from megatron_kosmosg.config.schema import (
-    DecoderConfig,
-    ModelConfig,
-    ResamplerConfig,
-    RunConfig,
-    VisionConfig,
-)
+from megatron_kosmosg.config.schema import ModelConfig, RunConfig
 from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.magneto_layers import cross_attention_rules, stack_rules
 from megatron_kosmosg.conversion.rules import Rule, RuleTable, first_rows, same, weight_and_bias
@@ -115,8 +110,8 @@ def kosmos2_config(config: RunConfig) -> Kosmos2Config:
     )
 
 
-def model_sizes(found: Kosmos2Config, folder: Path) -> ModelConfig:
-    """The sizes under `model` (without AlignerNet) that a stock config states.
+def model_sizes(found: Kosmos2Config, folder: Path) -> dict[str, Any]:
+    """{dotted key: value} of the sizes under `model` that a stock config states.
 
     Raises ConversionError for settings that would make it another model than ours.
     """
@@ -136,25 +131,19 @@ def model_sizes(found: Kosmos2Config, folder: Path) -> ModelConfig:
                 f"{folder}: config.json has {name}={given!r}, KOSMOS-G has {needed!r}; "
                 "this is another model"
             )
-    return ModelConfig(
-        vocab_size=text.vocab_size,
-        decoder=DecoderConfig(
-            num_layers=text.layers,
-            hidden_size=text.embed_dim,
-            ffn_hidden_size=text.ffn_dim,
-            num_attention_heads=text.attention_heads,
-            hidden_dropout=text.dropout,
-            layernorm_epsilon=text.layer_norm_eps,
-        ),
-        vision=VisionConfig(
-            num_layers=vision.num_hidden_layers,
-            hidden_size=vision.hidden_size,
-            ffn_hidden_size=vision.intermediate_size,
-            num_attention_heads=vision.num_attention_heads,
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-        ),
-        resampler=ResamplerConfig(
-            num_latent_queries=found.latent_query_num, num_attention_heads=text.attention_heads
-        ),
-    )
+    return {
+        "model.vocab_size": text.vocab_size,
+        "model.decoder.num_layers": text.layers,
+        "model.decoder.hidden_size": text.embed_dim,
+        "model.decoder.ffn_hidden_size": text.ffn_dim,
+        "model.decoder.num_attention_heads": text.attention_heads,
+        "model.decoder.layernorm_epsilon": text.layer_norm_eps,
+        "model.vision.num_layers": vision.num_hidden_layers,
+        "model.vision.hidden_size": vision.hidden_size,
+        "model.vision.ffn_hidden_size": vision.intermediate_size,
+        "model.vision.num_attention_heads": vision.num_attention_heads,
+        "model.vision.image_size": vision.image_size,
+        "model.vision.patch_size": vision.patch_size,
+        "model.resampler.num_latent_queries": found.latent_query_num,
+        "model.resampler.num_attention_heads": text.attention_heads,
+    }

@@ -1,0 +1,188 @@
+"""`import-hf` and `import-kosmos2`: stock Hugging Face folders as a checkpoint to train from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Kosmos2Config
+
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.conversion import hf_aligner, hf_folder, kosmos2
+from megatron_kosmosg.conversion.checkpoint_writer import (
+    Progress,
+    model_tensors,
+    refuse_existing,
+    write_checkpoint,
+)
+from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.hf_tokenizer import check_same_tokens, folder_model
+from megatron_kosmosg.conversion.imported_config import imported_config
+from megatron_kosmosg.conversion.rules import RuleTable
+from megatron_kosmosg.conversion.safetensors_files import (
+    DIFFUSERS,
+    TRANSFORMERS,
+    InDtype,
+    SafetensorsFolder,
+)
+from megatron_kosmosg.conversion.tensors import Joined, TensorSource, as_ours, check_ties
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A checkpoint that was written, and what the user should know of it."""
+
+    checkpoint: Path
+    notes: list[str]
+
+
+def import_hf(
+    folder: Path,
+    output: Path,
+    dtype: torch.dtype | None = None,
+    config_file: Path | None = None,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Imported:
+    """The inverse of `export-hf` (an `instruct` checkpoint) and of `export-mllm` (`pretrain`).
+
+    dtype None keeps the folder's. Sizes are the folder's; config_file and overrides give the other
+    settings. The tokenizer is the SentencePiece model in the folder.
+    """
+    has_aligner = (folder / hf_folder.INDEX_FILE).is_file()
+    mllm, tokenizer_folder, processor = folder, folder, folder
+    if has_aligner:
+        mllm, tokenizer_folder = folder / hf_folder.MLLM, folder / "tokenizer"
+        processor = folder / "mllm_image_processor"
+    sizes, settings = _language_facts(mllm, processor)
+    if has_aligner:
+        aligner = folder / hf_folder.ALIGNER
+        sizes |= hf_aligner.aligner_sizes(_json(aligner / "config.json"), aligner)
+    tokenizer = folder_model(tokenizer_folder)
+    check_same_tokens(tokenizer, tokenizer_folder)
+    _check_vocabulary(tokenizer, sizes["model.vocab_size"], exact=True)
+    sizes["stage"] = "instruct" if has_aligner else "pretrain"
+    settings |= _places(output, tokenizer)
+    if has_aligner:
+        settings["model.diffusion.path"] = str(folder.resolve())
+    config = imported_config(sizes, settings, config_file, overrides)
+    refuse_existing(output)
+    sources = [language_source(mllm, config)]
+    if has_aligner:
+        sources.append(aligner_source(folder / hf_folder.ALIGNER, config))
+    written = write_checkpoint(output, config, InDtype(Joined(*sources), dtype), progress)
+    return Imported(written, [f"stage {config.stage}, tokenizer {config.data.tokenizer_model}"])
+
+
+def import_kosmos2(
+    folder: Path,
+    output: Path,
+    dtype: torch.dtype | None = None,
+    config_file: Path | None = None,
+    overrides: Sequence[str] = (),
+    tokenizer: Path | None = None,
+    progress: Progress | None = None,
+) -> Imported:
+    """A `pretrain` checkpoint from the layout of microsoft/kosmos-2-patch14-224.
+
+    The rows of Kosmos-2's grounding tokens are cut off. tokenizer: SentencePiece model, default the
+    folder's; either way every id must mean the same in the folder's tokenizer.
+    """
+    sizes, settings = _language_facts(folder, folder)
+    tokenizer = tokenizer or folder_model(folder)
+    check_same_tokens(tokenizer, folder)
+    rows = sizes["model.vocab_size"]
+    sizes["model.vocab_size"] = _check_vocabulary(tokenizer, rows, exact=False)
+    sizes["stage"] = "pretrain"
+    settings |= _places(output, tokenizer)
+    config = imported_config(sizes, settings, config_file, overrides)
+    refuse_existing(output)
+    source = InDtype(language_source(folder, config), dtype)
+    notes = [f"stage {config.stage}, tokenizer {config.data.tokenizer_model}"]
+    if config.model.vocab_size < rows:
+        notes.append(
+            f"kept the first {config.model.vocab_size:,} of {rows:,} embedding rows; the others "
+            "belong to Kosmos-2's grounding tokens"
+        )
+    return Imported(write_checkpoint(output, config, source, progress), notes)
+
+
+def language_source(mllm: Path, config: RunConfig) -> TensorSource:
+    """The stock Kosmos-2 in `mllm` under our names. Raises ConversionError for other contents."""
+    weights = SafetensorsFolder(mllm, TRANSFORMERS)
+    return _translated(mllm, kosmos2.kosmos2_table(config.model), weights, config, kosmos2.OURS)
+
+
+def aligner_source(folder: Path, config: RunConfig) -> TensorSource:
+    """The aligner component in `folder` under our names."""
+    table = hf_aligner.aligner_table(config.model.aligner)
+    weights = SafetensorsFolder(folder, DIFFUSERS)
+    return _translated(folder, table, weights, config, hf_aligner.OURS)
+
+
+def _translated(
+    folder: Path,
+    table: RuleTable,
+    weights: SafetensorsFolder,
+    config: RunConfig,
+    prefixes: tuple[str, ...],
+) -> TensorSource:
+    ours = [name for name in model_tensors(config) if name.startswith(prefixes)]
+    try:
+        table.check(weights.names(), ours)
+        check_ties(table, weights)
+    except ConversionError as error:
+        raise ConversionError(f"{folder}: {error}") from None
+    return as_ours(table, weights, ours)
+
+
+def _language_facts(mllm: Path, processor: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(sizes, other settings) by dotted key, of the stock Kosmos-2 in a folder."""
+    stated = _json(mllm / "config.json")
+    if stated.get("model_type") != Kosmos2Config.model_type:
+        raise ConversionError(
+            f"{mllm} holds a model of type {stated.get('model_type')!r}, not 'kosmos-2'; give the "
+            "folder that export-hf or export-mllm wrote, or one of microsoft/kosmos-2"
+        )
+    found = Kosmos2Config.from_pretrained(mllm)
+    settings = {
+        "model.decoder.hidden_dropout": found.text_config.dropout,
+        "data.seq_length": found.text_config.max_position_embeddings,
+    }
+    if (processor / "preprocessor_config.json").is_file():
+        images = _json(processor / "preprocessor_config.json")
+        for name in ("image_mean", "image_std"):
+            if name in images:
+                settings[f"data.{name}"] = images[name]
+    return kosmos2.model_sizes(found, mllm), settings
+
+
+def _places(output: Path, tokenizer: Path) -> dict[str, str]:
+    return {
+        "logging.output_dir": str(output),
+        "data.tokenizer_model": str(tokenizer.resolve()),
+    }
+
+
+def _check_vocabulary(tokenizer: Path, rows: int, exact: bool) -> int:
+    """The tokenizer's vocabulary size, which must fit the rows of the embedding."""
+    size = hf_folder.load_tokenizer(tokenizer).vocab_size
+    if size > rows or (exact and size != rows):
+        raise ConversionError(
+            f"{tokenizer} has {size} tokens, the model's embedding {rows} rows; give the "
+            "tokenizer that the weights were trained with"
+        )
+    return size
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConversionError(f"no {path}; is this the folder of an exported model?")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path} is no JSON file: {error}") from None

@@ -1,0 +1,37 @@
+"""The config that an imported checkpoint stores: what the file states, and the user's additions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.load import flatten, load_config
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.conversion.errors import ConversionError
+
+
+def imported_config(
+    sizes: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    config_file: Path | None,
+    overrides: Sequence[str],
+) -> RunConfig:
+    """config_file <- settings <- sizes <- overrides (`section.key=value`).
+
+    sizes: {dotted key: value} that the imported model has, whatever the config file says.
+    settings: the same for what overrides may change. Raises ConversionError for a bad file or
+    override, and for an override that contradicts a size.
+    """
+    facts = [f"{key}={json.dumps(value)}" for key, value in {**settings, **sizes}.items()]
+    try:
+        config = load_config(config_file, [*facts, *overrides])
+    except ConfigError as error:
+        raise ConversionError(str(error)) from None
+    result = flatten(config)
+    for key, value in sizes.items():
+        if result[key] != value:
+            raise ConversionError(f"{key}={result[key]} was given, but the model has {value}")
+    return config
