@@ -67,12 +67,13 @@ def generate(job: Job, open_drawer: Callable[[], Drawer], report: Report) -> int
     everything = [picture for group in groups for picture in group]
     missing = [[p for p in group if not is_finished(p, job.folder)] for group in groups]
     left = sum(map(len, missing))
-    report(len(everything) - left, len(everything))
+    done = len(everything) - left
     if not left:
+        report(done, done)
         return 0
     drawer = open_drawer()
     drawer.check(everything)
-    done = len(everything) - left
+    report(done, len(everything))
     for group, wanted in zip(groups, missing, strict=True):
         if not wanted:
             continue

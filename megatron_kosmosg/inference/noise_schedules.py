@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-)
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from typing import Any
 
 SAVED = "saved"
 SCHEDULERS = {
-    "dpm++": DPMSolverMultistepScheduler,
-    "ddim": DDIMScheduler,
-    "pndm": PNDMScheduler,
-    "euler": EulerDiscreteScheduler,
+    "dpm++": "DPMSolverMultistepScheduler",
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "euler": "EulerDiscreteScheduler",
 }
+"""Classes of diffusers, which takes seconds to import."""
 
 
-def noise_scheduler(name: str, saved: SchedulerMixin) -> SchedulerMixin:
+def noise_scheduler(name: str, saved: Any) -> Any:
     """The named sampler with the settings of `saved` that it knows; "saved" is that one itself."""
-    return saved if name == SAVED else SCHEDULERS[name].from_config(saved.config)
+    if name == SAVED:
+        return saved
+    import diffusers
+
+    return getattr(diffusers, SCHEDULERS[name]).from_config(saved.config)

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from megatron_kosmosg.data.keyed import stream_key
 from megatron_kosmosg.inference.prompt_records import (
     OPTION_FIELDS,
+    PLACEHOLDER,
     DrawingOptions,
     Part,
     PromptError,
@@ -81,11 +81,11 @@ class PicturePlan:
         first = options.seed
         if record.options.seed is None:
             # Prompts of a file start from noise of their own, wherever they stand in it.
-            first = stream_key(options.seed, STREAM, 0, record.id) % 2**32
+            first = stream_key(options.seed, STREAM, 0, str(record.id)) % 2**32
         try:
             shared = self._shared_settings(record, options)
         except PromptError as error:
-            raise PromptError(f"{record.id}: {error}") from error
+            raise PromptError(f"{record.id or '--prompt'}: {error}") from error
         return [
             Picture(
                 record,
@@ -95,6 +95,16 @@ class PicturePlan:
             )
             for index in range(options.num_images)
         ]
+
+    def named(self, record: PromptRecord) -> PromptRecord:
+        """The record; without an id, with one made of its first words and its settings."""
+        if record.id is not None:
+            return record
+        picture = self.pictures(record)[0]
+        words = "-".join(re.findall(r"[a-z0-9]+", record.text.replace(PLACEHOLDER, "").lower()))
+        digest = picture.settings_hash[:8]
+        name = f"{words[:40].rstrip('-')}-{digest}" if words else digest
+        return dataclasses.replace(record, id=name)
 
     def _shared_settings(self, record: PromptRecord, options: DrawingOptions) -> dict[str, Any]:
         run = self._run
@@ -127,13 +137,6 @@ class PicturePlan:
             open_picture(path)
             self._digests[path] = _digest(path.read_bytes())
         return self._digests[path]
-
-
-def prompt_id(text: str, pictures: Sequence[Picture]) -> str:
-    """A name for a prompt without one: its first words and a digest of its settings."""
-    words = "-".join(re.findall(r"[a-z0-9]+", text.replace("<image>", "").lower()))
-    digest = pictures[0].settings_hash[:8]
-    return f"{words[:40].rstrip('-')}-{digest}" if words else digest
 
 
 def _filled(options: DrawingOptions, defaults: DrawingOptions) -> DrawingOptions:

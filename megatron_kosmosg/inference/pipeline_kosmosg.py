@@ -158,7 +158,7 @@ class KosmosGPipeline(StableDiffusionPipeline):
                 "`prompt_embeds` and `negative_prompt_embeds`"
             )
         pad = self.tokenizer.pad_token_id
-        rows = [self._tokenize(parts, number) for number, parts in enumerate(prompts, start=1)]
+        rows = [self.prompt_tokens(parts, number) for number, parts in enumerate(prompts, start=1)]
         tokens, slots = (
             pad_sequence([torch.tensor(row) for row in side], True, padding).to(device)
             for side, padding in zip(zip(*rows, strict=True), (pad, False), strict=True)
@@ -166,8 +166,8 @@ class KosmosGPipeline(StableDiffusionPipeline):
         states = language_states(self.mllm, tokens, slots, self._pixels(prompts, device))
         return self.aligner(states.to(self.aligner.dtype), padding_mask=tokens == pad)
 
-    def _tokenize(self, parts: Parts, number: int) -> tuple[list[int], list[bool]]:
-        """(ids, whether each is an image slot) of the batch's prompt `number`."""
+    def prompt_tokens(self, parts: Parts, number: int = 1) -> tuple[list[int], list[bool]]:
+        """(ids, whether each is an image slot); ValueError when the model has fewer positions."""
         start, end = self.tokenizer.convert_tokens_to_ids([PLACEHOLDER, "</image>"])
         num_slots = self.mllm.config.latent_query_num
         tokens, slots = [self.tokenizer.bos_token_id], [False]

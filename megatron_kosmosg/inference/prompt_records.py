@@ -57,7 +57,8 @@ class DrawingOptions:
 class PromptRecord:
     """One prompt."""
 
-    id: str
+    id: str | None
+    """Names its pictures; None until its settings are known."""
     content: tuple[Part, ...]
     options: DrawingOptions = field(default_factory=DrawingOptions)
 
@@ -148,9 +149,7 @@ def interleaved_content(given: Any, folder: Path, place: str) -> tuple[Part, ...
     return tuple(content)
 
 
-def _placeholder_content(
-    prompt: Any, images: Any, folder: Path, place: str
-) -> tuple[Part, ...]:
+def _placeholder_content(prompt: Any, images: Any, folder: Path, place: str) -> tuple[Part, ...]:
     if not isinstance(prompt, str):
         raise PromptError(f"{place}: prompt is a string, not {_short(prompt)}")
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):

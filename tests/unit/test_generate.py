@@ -15,7 +15,7 @@ from megatron_kosmosg.inference.contact_sheet import SheetRow, contact_sheet
 from megatron_kosmosg.inference.fingerprint import fingerprint
 from megatron_kosmosg.inference.generate import Job, generate, group_key, write_sheet
 from megatron_kosmosg.inference.picture_files import is_finished
-from megatron_kosmosg.inference.picture_plan import Picture, PicturePlan, RunSettings, prompt_id
+from megatron_kosmosg.inference.picture_plan import Picture, PicturePlan, RunSettings
 from megatron_kosmosg.inference.prompt_records import (
     DrawingOptions,
     PromptError,
@@ -209,12 +209,13 @@ def test_the_sheet_shows_prompt_pictures_left_of_results_and_keeps_proportions()
 
 
 def test_a_prompt_without_a_name_gets_one_from_its_words_and_settings(records):
-    pictures = PicturePlan(RUN).pictures(records[1])
-    name = prompt_id("<image> in the Snow, (4k)!", pictures)
-    assert name.startswith("in-the-snow-4k-") and len(name) == len("in-the-snow-4k-") + 8
-    other = PicturePlan(replace(RUN, dtype="fp16")).pictures(records[1])
-    assert prompt_id("<image> in the Snow, (4k)!", other) != name
-    assert len(prompt_id("<image>", pictures)) == 8
+    assert PicturePlan(RUN).named(records[1]) == records[1]
+    record = replace(records[1], id=None, content=(*records[1].content, "Snow, (4k)!"))
+    name = PicturePlan(RUN).named(record).id
+    assert name.startswith("in-snow-snow-4k-") and len(name) == len("in-snow-snow-4k-") + 8
+    assert PicturePlan(replace(RUN, dtype="fp16")).named(record).id != name
+    only_picture = replace(record, content=record.content[:1])
+    assert len(PicturePlan(RUN).named(only_picture).id) == 8
 
 
 def test_fingerprints_follow_contents_not_places(tmp_path):

@@ -1,0 +1,103 @@
+"""Draws planned pictures with a KosmosGPipeline, through a ControlNet if there is one.
+
+The start noise of every picture comes from a generator on the CPU with the picture's own seed, so
+that it is the same on every device and in every batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from PIL import Image
+
+from megatron_kosmosg.inference.picture_plan import Picture
+from megatron_kosmosg.inference.pipeline_kosmosg import KosmosGPipeline, Parts
+from megatron_kosmosg.inference.prompt_records import PromptError, PromptRecord, open_picture
+
+SIZE_UNIT = 8
+"""Pixels; diffusers takes multiples of it only."""
+
+
+class PipelineDrawer:
+    """A `Drawer` (generate.py)."""
+
+    def __init__(
+        self,
+        pipeline: KosmosGPipeline,
+        controlnet: ControlNetModel | None = None,
+        control_scale: float = 1.0,
+    ) -> None:
+        self._pipeline = pipeline
+        self._painter, self._extra = pipeline, {}
+        if controlnet is not None:
+            # Not from_pipe, which casts all parts to float32 unless told otherwise.
+            self._painter = StableDiffusionControlNetPipeline(
+                vae=pipeline.vae,
+                text_encoder=None,
+                tokenizer=pipeline.tokenizer,
+                unet=pipeline.unet,
+                controlnet=controlnet,
+                scheduler=pipeline.scheduler,
+                safety_checker=pipeline.safety_checker,
+                feature_extractor=pipeline.feature_extractor,
+                requires_safety_checker=False,
+            )
+            self._extra = {"controlnet_conditioning_scale": control_scale}
+        self._has_control = controlnet is not None
+
+    def show_steps(self, shown: bool) -> None:
+        """Whether every call shows a bar of its sampling steps."""
+        self._painter.set_progress_bar_config(disable=not shown, leave=False)
+
+    def check(self, pictures: Sequence[Picture]) -> None:
+        """Raises PromptError for a size or a prompt length that the model cannot take."""
+        unit = math.lcm(SIZE_UNIT, self._pipeline.vae_scale_factor)
+        for picture in pictures:
+            if picture.index:
+                continue
+            record, options = picture.record, picture.options
+            for name in ("height", "width"):
+                size = getattr(options, name)
+                if size is not None and size % unit:
+                    raise PromptError(
+                        f"{record.id}: {name} {size} is not a multiple of {unit} pixels"
+                    )
+            for parts in (record.content, [options.negative_prompt]):
+                try:
+                    self._pipeline.prompt_tokens(parts)
+                except ValueError as error:
+                    said = str(error).removeprefix("prompt 1 ")
+                    raise PromptError(f"{record.id}: {said}") from error
+
+    def draw(self, pictures: Sequence[Picture]) -> list[Image.Image]:
+        """The pictures of a group of records that share `group_key`."""
+        firsts = [picture for picture in pictures if picture.index == 0]
+        options = firsts[0].options
+        guided = options.guidance > 1
+        embeds, negative_embeds = self._pipeline.encode_prompt(
+            [_opened(picture.record) for picture in firsts],
+            do_classifier_free_guidance=guided,
+            negative_prompt=[p.options.negative_prompt for p in firsts] if guided else None,
+        )
+        control = {}
+        if self._has_control:
+            control = {"image": [open_picture(p.options.control_image) for p in firsts]}
+        return self._painter(
+            prompt_embeds=embeds,
+            negative_prompt_embeds=negative_embeds,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            height=options.height,
+            width=options.width,
+            num_images_per_prompt=options.num_images,
+            generator=[torch.Generator("cpu").manual_seed(p.options.seed) for p in pictures],
+            **control,
+            **self._extra,
+        ).images
+
+
+def _opened(record: PromptRecord) -> Parts:
+    return [part if isinstance(part, str) else open_picture(part) for part in record.content]

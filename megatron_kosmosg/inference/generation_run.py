@@ -1,0 +1,107 @@
+"""One run of tools/generate.py on one rank: settings, the model when it is needed, progress."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_kosmosg.inference.fingerprint import fingerprint
+from megatron_kosmosg.inference.generate import Drawer, Job, generate, write_sheet
+from megatron_kosmosg.inference.model_source import ModelSource
+from megatron_kosmosg.inference.picture_plan import PicturePlan, RunSettings
+from megatron_kosmosg.inference.prompt_records import DrawingOptions, PromptRecord
+from megatron_kosmosg.parallel.rendezvous import Place
+
+TERMINAL_SECONDS, LOG_SECONDS = 0.1, 30.0
+"""Least time between two updates of the progress line."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be drawn, how and where to."""
+
+    records: Sequence[PromptRecord]
+    source: ModelSource
+    defaults: DrawingOptions
+    scheduler: str
+    dtype: str
+    device: torch.device
+    output: Path
+    batch_size: int = 1
+    """Prompts drawn together."""
+    sheet_rows: int = 0
+    """Prompts on the contact sheet."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a rank has done."""
+
+    num_drawn: int
+    num_kept: int
+    """Pictures that were finished before."""
+    sheet: Path | None
+
+
+def run(request: Request, place: Place) -> Finished:
+    """Draws this rank's share. Raises PromptError or ConfigError before anything is written."""
+    source = request.source
+    plan = PicturePlan(
+        RunSettings(
+            model=source.model_fingerprint(),
+            scheduler=request.scheduler,
+            dtype=request.dtype,
+            defaults=request.defaults,
+            loras=tuple((fingerprint(file), strength) for file, strength in source.loras),
+            controlnet=source.controlnet_fingerprint(),
+        )
+    )
+    records = [plan.named(record) for record in request.records]
+    job = Job(records, plan, request.output, request.batch_size, place.rank, place.world_size)
+
+    def open_model() -> Drawer:
+        # Imported here: what is wrong with the prompts is said before libraries are loaded.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        from megatron_kosmosg.conversion.safetensors_files import DTYPES
+        from megatron_kosmosg.inference.open_model import open_drawer
+
+        dtype = DTYPES[request.dtype]
+        drawer = open_drawer(source, request.scheduler, dtype, request.device)
+        drawer.show_steps(len(records) == 1 and sys.stderr.isatty())
+        return drawer
+
+    with _Progress(place.rank == 0) as progress:
+        drawn = generate(job, open_model, progress)
+    return Finished(drawn, progress.total - drawn, write_sheet(job, request.sheet_rows))
+
+
+class _Progress:
+    """A line with the pictures done and the time left, on one rank."""
+
+    def __init__(self, is_shown: bool) -> None:
+        self._is_shown = is_shown
+        self._bar: tqdm | None = None
+        self.total = 0
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, done: int, total: int) -> None:
+        """The first call starts the clock."""
+        self.total = total
+        if not self._is_shown:
+            return
+        if self._bar is None:
+            interval = TERMINAL_SECONDS if sys.stderr.isatty() else LOG_SECONDS
+            self._bar = tqdm(total=total, initial=done, unit="picture", mininterval=interval)
+        self._bar.update(done - self._bar.n)

@@ -1,0 +1,85 @@
+"""Which files a pipeline is made of: an exported folder or a training checkpoint, and additions.
+
+Finding and fingerprinting them needs no library that takes long to import; opening does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.inference.fingerprint import fingerprint
+from megatron_kosmosg.training.checkpoint_folder import CONFIG_FILE, find_checkpoint
+
+INDEX_FILE = "model_index.json"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Folders and files that were found to exist."""
+
+    folder: Path
+    """An exported folder, or the `iter_` folder of a checkpoint."""
+    is_exported: bool
+    stable_diffusion: Path | None
+    """`unet/ vae/ scheduler/` that draw; None: those of the exported folder."""
+    tokenizer_model: Path | None = None
+    """SentencePiece model of a checkpoint; None: as its config says."""
+    loras: tuple[tuple[Path, float], ...] = ()
+    """Files and strengths."""
+    controlnet: tuple[Path, float] | None = None
+    """Folder and strength."""
+
+    def model_fingerprint(self) -> str:
+        """Changes with any weight or setting that draws, apart from LoRAs and ControlNet."""
+        files = (self.folder, self.stable_diffusion, self.tokenizer_model)
+        return fingerprint(*(file for file in files if file is not None))
+
+    def controlnet_fingerprint(self) -> tuple[str, float] | None:
+        """(fingerprint of its folder, strength)."""
+        return self.controlnet and (fingerprint(self.controlnet[0]), self.controlnet[1])
+
+
+def find_model(
+    path: Path,
+    stable_diffusion: Path | None = None,
+    tokenizer_model: Path | None = None,
+    loras: tuple[tuple[Path, float], ...] = (),
+    controlnet: tuple[Path, float] | None = None,
+) -> ModelSource:
+    """The model at `path`. Raises ConfigError, naming the option, for what is not there.
+
+    stable_diffusion: replaces the U-Net, VAE and scheduler; a checkpoint's default is its
+    `model.diffusion.path`.
+    """
+    is_exported = (path / INDEX_FILE).is_file()
+    folder = path if is_exported else _checkpoint(path)
+    if not is_exported and stable_diffusion is None:
+        named = load_config(folder / CONFIG_FILE, []).model.diffusion.path
+        if named is None:
+            raise ConfigError(
+                f"{folder} names no Stable Diffusion folder (model.diffusion.path); give --sd"
+            )
+        stable_diffusion = Path(named)
+    if stable_diffusion is not None and not (stable_diffusion / "unet").is_dir():
+        raise ConfigError(
+            f"{stable_diffusion} is no Stable Diffusion folder (unet/ vae/ scheduler/); give --sd"
+        )
+    for file, _ in loras:
+        if not file.is_file():
+            raise ConfigError(f"--lora {file}: no such file")
+    if controlnet is not None and not (controlnet[0] / "config.json").is_file():
+        raise ConfigError(f"--controlnet {controlnet[0]}: no config.json there")
+    return ModelSource(folder, is_exported, stable_diffusion, tokenizer_model, loras, controlnet)
+
+
+def _checkpoint(path: Path) -> Path:
+    try:
+        return find_checkpoint(path)
+    except ConfigError as error:
+        raise ConfigError(
+            f"--model {path} is neither an exported folder ({INDEX_FILE}) nor a run with a "
+            f"finished checkpoint ({error})"
+        ) from error

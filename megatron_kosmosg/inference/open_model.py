@@ -1,0 +1,86 @@
+"""Opens the files of a ModelSource as a pipeline, and everything that is added to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from diffusers import ControlNetModel
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.schema import AlignerConfig
+from megatron_kosmosg.conversion.hf_folder import ALIGNER, MLLM
+from megatron_kosmosg.conversion.safetensors_files import (
+    DIFFUSERS,
+    TRANSFORMERS,
+    SafetensorsFolder,
+)
+from megatron_kosmosg.inference.drawing import PipelineDrawer
+from megatron_kosmosg.inference.from_checkpoint import (
+    diffusion_parts,
+    pipeline_from_checkpoint,
+)
+from megatron_kosmosg.inference.model_source import ModelSource
+from megatron_kosmosg.inference.noise_schedules import noise_scheduler
+from megatron_kosmosg.inference.pipeline_kosmosg import KosmosGPipeline
+
+Opened = TypeVar("Opened")
+
+
+def open_drawer(
+    source: ModelSource, scheduler: str, dtype: torch.dtype, device: torch.device
+) -> PipelineDrawer:
+    """The model ready to draw. Raises ConfigError naming the part that cannot be opened."""
+    for library in (transformers_logging, diffusers_logging):
+        library.disable_progress_bar()
+    pipeline = _opened("--model", lambda: open_pipeline(source, dtype, device))
+    pipeline.scheduler = noise_scheduler(scheduler, pipeline.scheduler)
+    names = [f"lora_{i}" for i in range(len(source.loras))]
+    for name, (file, _) in zip(names, source.loras, strict=True):
+        _opened("--lora", lambda f=file, n=name: pipeline.load_lora_weights(f, adapter_name=n))
+    if names:
+        pipeline.set_adapters(names, [strength for _, strength in source.loras])
+    if source.controlnet is None:
+        return PipelineDrawer(pipeline)
+    folder, strength = source.controlnet
+    controlnet = _opened(
+        "--controlnet", lambda: ControlNetModel.from_pretrained(folder, torch_dtype=dtype)
+    )
+    return PipelineDrawer(pipeline, controlnet.to(device), strength)
+
+
+def open_pipeline(source: ModelSource, dtype: torch.dtype, device: torch.device) -> KosmosGPipeline:
+    """The pipeline alone, on `device`."""
+    if not source.is_exported:
+        return pipeline_from_checkpoint(
+            source.folder, source.stable_diffusion, dtype, device, source.tokenizer_model
+        )
+    _check_weights(source.folder)
+    replaced = {}
+    if source.stable_diffusion is not None:
+        settings = json.loads((source.folder / ALIGNER / "config.json").read_text())
+        read = AlignerConfig(
+            hidden_size=settings["hidden_size"], num_queries=settings["num_queries"]
+        )
+        replaced = diffusion_parts(source.stable_diffusion, read, dtype)
+    pipeline = KosmosGPipeline.from_pretrained(source.folder, torch_dtype=dtype, **replaced)
+    return pipeline.to(device)
+
+
+def _check_weights(folder: Path) -> None:
+    """ConversionError for a missing or truncated file; transformers would draw random weights."""
+    SafetensorsFolder(folder / MLLM, TRANSFORMERS)
+    SafetensorsFolder(folder / ALIGNER, DIFFUSERS)
+
+
+def _opened(option: str, opening: Callable[[], Opened]) -> Opened:
+    try:
+        return opening()
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ConfigError(f"{option} cannot be opened: {error}") from error
