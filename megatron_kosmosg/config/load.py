@@ -27,19 +27,8 @@ def load_config(path: str | Path | None, overrides: list[str]) -> RunConfig:
 
     Raises ConfigError for an unreadable file, an unknown or missing key, a value of another type.
     """
-    layers: list[tuple[str, DictConfig]] = []
-    if path is not None:
-        layers.extend(_file_layers(Path(path), ()))
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(
-                f"{override!r} is not an override; write section.key=value, "
-                "for example training.train_iters=100"
-            )
-        layers.append((f"override {override!r}", _from_dotlist(override)))
-
     merged = OmegaConf.structured(RunConfig)
-    for source, layer in layers:
+    for source, layer in _layers(path, overrides):
         _refuse_unknown_keys(source, OmegaConf.to_container(layer, resolve=False))
         try:
             OmegaConf.set_readonly(merged, False)
@@ -58,6 +47,15 @@ def load_config(path: str | Path | None, overrides: list[str]) -> RunConfig:
         raise ConfigError(_explain("config", error)) from None
     assert isinstance(config, RunConfig)
     return config
+
+
+def given_keys(path: str | Path | None, overrides: list[str]) -> set[str]:
+    """Dotted keys that the file (with what it includes) or an override sets; no defaults."""
+    return {
+        key
+        for _, layer in _layers(path, overrides)
+        for key, _ in _flat_items(OmegaConf.to_container(layer, resolve=False), "")
+    }
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -82,6 +80,21 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
 def known_keys() -> list[str]:
     """Dotted names of all settings; NAME stands for a free entry name of a mapping."""
     return [name for name, _ in _schema_leaves(RunConfig, "")]
+
+
+def _layers(path: str | Path | None, overrides: list[str]) -> list[tuple[str, DictConfig]]:
+    """[(where it comes from, settings)] in the order in which they are merged."""
+    layers: list[tuple[str, DictConfig]] = []
+    if path is not None:
+        layers.extend(_file_layers(Path(path), ()))
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(
+                f"{override!r} is not an override; write section.key=value, "
+                "for example training.train_iters=100"
+            )
+        layers.append((f"override {override!r}", _from_dotlist(override)))
+    return layers
 
 
 def _file_layers(path: Path, including: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:

@@ -25,13 +25,16 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.rules import summary
 from megatron_kosmosg.conversion.stored_names import EMBEDDING, stored_key
-from megatron_kosmosg.conversion.tensors import TensorInfo, TensorSource, check_shapes
+from megatron_kosmosg.conversion.tensors import TensorInfo, TensorSource, check_shapes, num_bytes
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
 from megatron_kosmosg.models.parameter_count import meta_model
 from megatron_kosmosg.training import checkpoint_folder
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
+
+_FILE_BYTES = 1 << 29
+"""Largest file, unless one tensor is larger."""
 
 ALIGNER_PARTS = {"pretrain": (), "align": ("M", "N"), "instruct": ("M",)}
 """What a checkpoint of each stage holds of AlignerNet."""
@@ -99,11 +102,12 @@ def _write(
     planner = _OneByOne(source, infos, padded_rows, progress)
     writer = FileSystemWriter(folder, per_thread_copy_ahead=0)  # nothing comes from a device
     writer.set_up_storage_writer(is_coordinator=True)
-    plan = writer.prepare_local_plan(planner.create_local_plan())
-    plans, metadata = planner.create_global_plan([plan])
-    (plan,) = writer.prepare_global_plan(plans)
-    results = writer.write_data(plan, planner).wait()
-    writer.finish(metadata, [results])
+    # One plan per file: the writer keeps the tensors of a file until it is closed.
+    plans, metadata = planner.create_global_plan(planner.create_local_plans())
+    results = [
+        writer.write_data(plan, planner).wait() for plan in writer.prepare_global_plan(plans)
+    ]
+    writer.finish(metadata, results)
     torch.save({}, folder / "common.pt")  # no progress, no optimizer: nothing to resume
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
@@ -123,18 +127,25 @@ class _OneByOne(DefaultSavePlanner):
         self._progress = progress
         self._names: dict[tuple[str, int], str] = {}
         self._bytes_done = 0
-        self._bytes_in_all = sum(
-            torch.Size(info.shape).numel() * info.dtype.itemsize for info in infos.values()
-        )
+        self._bytes_in_all = sum(map(num_bytes, infos.values()))
 
-    def create_local_plan(self) -> SavePlan:
-        """One shard per tensor; the layers of a stack share a key."""
+    def create_local_plans(self) -> list[SavePlan]:
+        """One plan per file. One shard per tensor; the layers of a stack share a key."""
         depth: dict[str, int] = {}
         for name in self._infos:
             key, layer = stored_key(name)
             if layer is not None:
                 depth[key] = max(depth.get(key, 0), layer + 1)
-        return SavePlan([self._item(name, depth) for name in self._infos])
+        plans: list[list[WriteItem]] = [[]]
+        filled = 0
+        for name, info in self._infos.items():
+            size = num_bytes(info)
+            if plans[-1] and filled + size > _FILE_BYTES:
+                plans.append([])
+                filled = 0
+            plans[-1].append(self._item(name, depth))
+            filled += size
+        return [SavePlan(items) for items in plans]
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         """The tensor of a planned shard, in the checkpoint's shape."""

@@ -122,6 +122,10 @@ class RuleTable:
         """(our names, function of those tensors) that make their tensor `theirs`."""
         return _find(self._by_theirs, theirs, "theirs")
 
+    def has_rule_for(self, theirs: str) -> bool:
+        """Whether the tensor `theirs` turns into tensors of ours (duplicates do not)."""
+        return split_layer(theirs)[0] in self._by_theirs
+
     def their_names(self, ours: Collection[str]) -> list[str]:
         """Names of theirs that our tensors `ours` turn into, without duplicates of tied ones."""
         return list(dict.fromkeys(name for our in ours for name in self.ours_from(our)[0]))

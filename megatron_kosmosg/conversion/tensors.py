@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Collection, Mapping
 from typing import NamedTuple, Protocol
 
@@ -14,6 +16,11 @@ from megatron_kosmosg.conversion.rules import RuleTable, summary
 class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+def num_bytes(info: TensorInfo) -> int:
+    """Size of the tensor in memory."""
+    return math.prod(info.shape) * info.dtype.itemsize
 
 
 class TensorSource(Protocol):
@@ -78,6 +85,12 @@ class _Translated:
     def read(self, name: str) -> torch.Tensor:
         sources, make = self._recipe(name)
         return make([self._source.read(source) for source in sources])
+
+
+def widest_dtype(source: TensorSource) -> torch.dtype:
+    """The floating-point dtype that holds every number of the source."""
+    dtypes = {info.dtype for info in source.names().values() if info.dtype.is_floating_point}
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def as_ours(table: RuleTable, theirs: TensorSource, ours: Collection[str]) -> TensorSource:

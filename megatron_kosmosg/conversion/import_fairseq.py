@@ -1,0 +1,167 @@
+"""`import-fairseq`: the authors' checkpoints (stage 1, stage 2, final) as ours."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_kosmosg.config.load import given_keys
+from megatron_kosmosg.config.schema import ModelConfig, RunConfig
+from megatron_kosmosg.conversion.authors import authors_table, has_fused_vision, stage_of
+from megatron_kosmosg.conversion.checkpoint_writer import (
+    Progress,
+    model_tensors,
+    refuse_existing,
+    write_checkpoint,
+)
+from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.fairseq_file import FairseqFile, LazyTensors
+from megatron_kosmosg.conversion.imported_config import imported_config
+from megatron_kosmosg.conversion.openai_clip import OURS as TOWER
+from megatron_kosmosg.conversion.openai_clip import clip_table, read_clip_file
+from megatron_kosmosg.conversion.rules import RuleTable
+from megatron_kosmosg.conversion.safetensors_files import InDtype
+from megatron_kosmosg.conversion.sizes import head_counts, our_shapes, refuse_contradictions, sizes
+from megatron_kosmosg.conversion.tensors import (
+    Joined,
+    TensorSource,
+    as_ours,
+    check_ties,
+    widest_dtype,
+)
+from megatron_kosmosg.data.tokenizer import Tokenizer
+
+_FILE_OF_STAGE = {"pretrain": "stage 1", "align": "stage 2", "instruct": "final"}
+_PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class FairseqImport:
+    """What is imported, and what the user says about it."""
+
+    input: Path
+    output: Path
+    vision: Path | None = None
+    """CLIP state dict for the image-tower tensors that the checkpoint lacks."""
+    config_file: Path | None = None
+    overrides: Sequence[str] = ()
+    tokenizer: Path | None = None
+    trust: bool = False
+    """Rebuild Python objects in the files."""
+    drop: Sequence[str] = ()
+    """Patterns of further tensor names to leave out."""
+
+
+@dataclass(frozen=True)
+class FairseqImported:
+    """What was written, and what the user should know of it."""
+
+    checkpoint: Path
+    notes: list[str]
+
+
+def import_fairseq(job: FairseqImport, progress: Progress | None = None) -> FairseqImported:
+    """Writes `job.output/iter_0000000`; its stage follows from the parts the file holds.
+
+    Raises ConversionError or ConfigError before anything is written.
+    """
+    refuse_existing(job.output)
+    file = FairseqFile(job.input, trust=job.trust)
+    clip = None if job.vision is None else read_clip_file(job.vision, trust=job.trust)
+    try:
+        return _import(job, file, clip, progress)
+    except ConversionError as error:
+        raise ConversionError(f"{job.input}: {error}") from None
+
+
+def _import(
+    job: FairseqImport, file: FairseqFile, clip: LazyTensors | None, progress: Progress | None
+) -> FairseqImported:
+    dtype = widest_dtype(file)
+    fused_vision = has_fused_vision(file.names())
+    config = _config(job, file, clip, fused_vision, dtype)
+    table = authors_table(config.model, fused_vision=fused_vision)
+    table = RuleTable(table.rules, {**table.may_drop, **dict.fromkeys(job.drop, "as asked")})
+    wanted = model_tensors(config)
+    from_clip = [] if clip is None else _absent_tower(table, file, wanted)
+    own = [name for name in wanted if name not in from_clip]
+    dropped = table.check(file.names(), own)
+    check_ties(table, file)
+    # Layers are stored in one block, which has one dtype.
+    source: TensorSource = InDtype(as_ours(table, file, own), dtype)
+    if clip is not None:
+        clip_table().check(clip.names(), [name for name in wanted if name.startswith(TOWER)])
+        source = Joined(source, as_ours(clip_table(), clip, from_clip))
+    notes = [
+        f"{_FILE_OF_STAGE[config.stage]} file -> stage {config.stage}, "
+        f"{len(file.names())} tensors, {_PRECISIONS.get(dtype, dtype)}"
+    ]
+    notes += [f"left out ({reason}): {len(names)}" for reason, names in dropped.items()]
+    if clip is not None:
+        notes.append(f"{len(from_clip)} image-tower tensors from {job.vision}")
+    if job.tokenizer is None:
+        notes.append("no tokenizer: set data.tokenizer_model where one is needed")
+    return FairseqImported(write_checkpoint(job.output, config, source, progress), notes)
+
+
+def _config(
+    job: FairseqImport,
+    file: FairseqFile,
+    clip: LazyTensors | None,
+    fused_vision: bool,
+    dtype: torch.dtype,
+) -> RunConfig:
+    stage = stage_of(file.names())
+    shapes = {} if clip is None else our_shapes(clip_table(), clip)
+    shapes |= our_shapes(authors_table(ModelConfig(), fused_vision=fused_vision), file)
+    if not any(name.startswith(TOWER) for name in shapes):
+        raise ConversionError("there is no image tower in it; add --vision ViT-L-14-sd.pt")
+    overrides = list(job.overrides)
+    given = given_keys(job.config_file, overrides)
+    found = {"stage": stage, **sizes(shapes, stage)}
+    found |= head_counts(found, stage, file.option("decoder_attention_heads"), given)
+    if stage != "pretrain":
+        found["model.aligner.kind"] = "full"
+    refuse_contradictions(job.config_file, overrides, found)
+    settings = {
+        "logging.output_dir": str(job.output),
+        "training.precision": _PRECISIONS.get(dtype, "fp32"),
+    }
+    if job.tokenizer is not None:
+        settings["data.tokenizer_model"] = str(job.tokenizer.resolve())
+    config = imported_config(found, settings, job.config_file, overrides)
+    _check_tokenizer(job.tokenizer, config)
+    if "model.resampler.num_attention_heads" in given:
+        return config
+    heads = config.model.decoder.num_attention_heads  # so it is in the released code
+    resampler = dataclasses.replace(config.model.resampler, num_attention_heads=heads)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, resampler=resampler))
+
+
+def _check_tokenizer(tokenizer: Path | None, config: RunConfig) -> None:
+    if tokenizer is None:
+        return
+    try:
+        size = Tokenizer(tokenizer).vocab_size
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConversionError(f"--tokenizer-model {tokenizer}: {error}") from None
+    if size != config.model.vocab_size:
+        raise ConversionError(
+            f"--tokenizer-model {tokenizer} makes {size:,} token ids, the embedding has "
+            f"{config.model.vocab_size:,} rows; give the model that the weights were trained with"
+        )
+
+
+def _absent_tower(
+    table: RuleTable, file: FairseqFile, wanted: dict[str, tuple[int, ...]]
+) -> list[str]:
+    present = file.names()
+    return [
+        name
+        for name in wanted
+        if name.startswith(TOWER) and not set(table.ours_from(name)[0]) <= present.keys()
+    ]
