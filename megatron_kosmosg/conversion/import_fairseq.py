@@ -70,17 +70,28 @@ def import_fairseq(job: FairseqImport, progress: Progress | None = None) -> Fair
     Raises ConversionError or ConfigError before anything is written.
     """
     refuse_existing(job.output)
+    config, source, notes = open_fairseq(job)
+    if job.tokenizer is None:
+        notes.append("no tokenizer: set data.tokenizer_model where one is needed")
+    return FairseqImported(write_checkpoint(job.output, config, source, progress), notes)
+
+
+def open_fairseq(job: FairseqImport) -> tuple[RunConfig, TensorSource, list[str]]:
+    """(config, all tensors of that model under our names, notes); tensors stay on disk.
+
+    Raises ConversionError or ConfigError.
+    """
     file = FairseqFile(job.input, trust=job.trust)
     clip = None if job.vision is None else read_clip_file(job.vision, trust=job.trust)
     try:
-        return _import(job, file, clip, progress)
+        return _opened(job, file, clip)
     except ConversionError as error:
         raise ConversionError(f"{job.input}: {error}") from None
 
 
-def _import(
-    job: FairseqImport, file: FairseqFile, clip: LazyTensors | None, progress: Progress | None
-) -> FairseqImported:
+def _opened(
+    job: FairseqImport, file: FairseqFile, clip: LazyTensors | None
+) -> tuple[RunConfig, TensorSource, list[str]]:
     dtype = widest_dtype(file)
     fused_vision = has_fused_vision(file.names())
     config = _config(job, file, clip, fused_vision, dtype)
@@ -103,9 +114,7 @@ def _import(
     notes += [f"left out ({reason}): {len(names)}" for reason, names in dropped.items()]
     if clip is not None:
         notes.append(f"{len(from_clip)} image-tower tensors from {job.vision}")
-    if job.tokenizer is None:
-        notes.append("no tokenizer: set data.tokenizer_model where one is needed")
-    return FairseqImported(write_checkpoint(job.output, config, source, progress), notes)
+    return config, source, notes
 
 
 def _config(

@@ -1,0 +1,126 @@
+"""`verify`: two models of any format on the same random prompts, largest differences of outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Kosmos2Config
+
+from megatron_kosmosg.conversion import hf_folder
+from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
+from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.import_fairseq import FairseqImport, open_fairseq
+from megatron_kosmosg.conversion.model_outputs import (
+    PromptShape,
+    folder_parts,
+    outputs_of_folder,
+    outputs_of_ours,
+    prompt_shape,
+    random_prompts,
+)
+
+Outputs = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models."""
+
+    description: str
+    shape: PromptShape
+    run: Callable[[Outputs], Outputs]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two outputs are apart; padding is not looked at."""
+
+    name: str
+    largest_value: float
+    largest_difference: float
+
+    @property
+    def relative(self) -> float:
+        """Of the largest value."""
+        return self.largest_difference / self.largest_value if self.largest_value else 0.0
+
+
+def verify(
+    a: Path,
+    b: Path,
+    seed: int = 0,
+    config_file: Path | None = None,
+    overrides: Sequence[str] = (),
+    trust: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[Difference]:
+    """Differences of hidden states, logits and, where both have M, of the condition.
+
+    a, b: a run or checkpoint of ours, an authors' file, or a folder of export-hf or export-mllm.
+    The other arguments are for authors' files. Raises ConversionError when the two cannot be
+    compared.
+    """
+    sides = [open_side(path, config_file, overrides, trust) for path in (a, b)]
+    if sides[0].shape != sides[1].shape:
+        raise ConversionError(
+            f"these are models of other sizes: {a} has {sides[0].shape}, {b} has {sides[1].shape}"
+        )
+    prompts = random_prompts(sides[0].shape, seed)
+    found = []
+    for side in sides:
+        say(f"running {side.description}")
+        found.append(side.run(prompts))
+    return differences(found[0], found[1], prompts["padding_mask"])
+
+
+def differences(a: Outputs, b: Outputs, padding_mask: torch.Tensor) -> list[Difference]:
+    """One entry for each output that both have. Raises ConversionError for other shapes."""
+    result = []
+    for name in ("hidden", "logits", "condition"):
+        if name not in a or name not in b:
+            continue
+        first, second = a[name].double(), b[name].double()
+        if first.shape != second.shape:
+            raise ConversionError(
+                f"{name} has shape {list(first.shape)} in one model, {list(second.shape)} in the "
+                "other"
+            )
+        if name != "condition":
+            first, second = first[~padding_mask], second[~padding_mask]
+        largest = first.abs().max().item()
+        result.append(Difference(name, largest, (first - second).abs().max().item()))
+    return result
+
+
+def open_side(path: Path, config_file: Path | None, overrides: Sequence[str], trust: bool) -> Side:
+    """The model at `path`, whatever its format; nothing large is read yet."""
+    if path.is_file():
+        job = FairseqImport(path, path, None, config_file, overrides, trust=trust)
+        config, source, _ = open_fairseq(job)
+        return Side(
+            f"{path}: authors' file, stage {config.stage}, with Megatron-Core",
+            prompt_shape(config),
+            lambda prompts: outputs_of_ours(config, source, prompts),
+        )
+    is_exported = (path / hf_folder.INDEX_FILE).is_file() or (path / "config.json").is_file()
+    if not is_exported:
+        checkpoint = CheckpointTensors(path)
+        return Side(
+            f"{checkpoint.path}: checkpoint, stage {checkpoint.stage}, with Megatron-Core",
+            prompt_shape(checkpoint.config),
+            lambda prompts: outputs_of_ours(checkpoint.config, checkpoint, prompts),
+        )
+    mllm, aligner = folder_parts(path)
+    stock = Kosmos2Config.from_pretrained(mllm, local_files_only=True)
+    shape = PromptShape(
+        stock.text_config.vocab_size, stock.latent_query_num, stock.vision_config.image_size
+    )
+    return Side(
+        f"{path}: Hugging Face folder, with transformers"
+        + ("" if aligner is None else " and the aligner component"),
+        shape,
+        lambda prompts: outputs_of_folder(mllm, aligner, prompts),
+    )
