@@ -37,12 +37,16 @@ def tiny_pipeline(folder: Path) -> KosmosGPipeline:
     write_tokenizer(model, folder / "tokenizer", model_max_length=LONGEST_PROMPT)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     torch.manual_seed(7)
+    mllm = Kosmos2ForConditionalGeneration(mllm_config(len(tokenizer)))
+    with torch.no_grad():  # as it is initialised, pictures hardly change what it says
+        for parameter in mllm.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
     return KosmosGPipeline(
         vae=AutoencoderKL.from_pretrained(stable_diffusion / "vae"),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel.from_pretrained(stable_diffusion / "unet"),
         scheduler=DDPMScheduler.from_pretrained(stable_diffusion / "scheduler"),
-        mllm=Kosmos2ForConditionalGeneration(mllm_config(len(tokenizer))),
+        mllm=mllm,
         aligner=KosmosGAligner(
             input_size=HIDDEN,
             hidden_size=CONDITION_WIDTH,
