@@ -113,7 +113,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=_natural,
         default=40,
         metavar="N",
-        help="prompts on contact_sheet.png (40); 0 writes none",
+        help="prompts on the contact sheet (40); 0 writes none",
     )
     given = parser.parse_args(arguments)
     if given.image and given.prompt is None:
@@ -131,6 +131,7 @@ def request_of(given: argparse.Namespace, place: Place) -> Request:
     device = _device(given.device, place)
     return Request(
         records=_records(given),
+        is_list=given.prompts is not None,
         source=find_model(
             given.model,
             given.sd,
@@ -192,9 +193,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
-    print(f"{finished.num_drawn} pictures drawn, {finished.num_kept} kept in {given.output}")
+    rank = f"rank {place.rank}: " if place.world_size > 1 else ""
+    print(f"{rank}{finished.num_drawn} drawn, {finished.num_kept} kept in {given.output}")
     if finished.sheet is not None:
-        print(f"contact sheet: {finished.sheet}")
+        print(f"{rank}contact sheet: {finished.sheet}")
     return 0
 
 

@@ -30,11 +30,14 @@ class Captioner:
     `export-mllm`."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
+        # export-hf writes a folder per part, export-mllm all files into one.
+        parts = ("mllm", "tokenizer", "mllm_image_processor")
+        model, tokenizer, images = parts if (folder / "mllm").is_dir() else ("", "", "")
         self.model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
-            folder, subfolder="mllm", dtype=torch.float32 if device == "cpu" else torch.bfloat16
+            folder, subfolder=model, dtype=torch.float32 if device == "cpu" else torch.bfloat16
         ).to(device)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        self.images = AutoImageProcessor.from_pretrained(folder, subfolder="mllm_image_processor")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, subfolder=tokenizer)
+        self.images = AutoImageProcessor.from_pretrained(folder, subfolder=images)
 
     @torch.no_grad()
     def continue_prompt(

@@ -19,8 +19,7 @@ from megatron_kosmosg.inference.picture_files import is_finished, save_atomicall
 from megatron_kosmosg.inference.picture_plan import Picture, PicturePlan
 from megatron_kosmosg.inference.prompt_records import PromptRecord, open_picture
 
-SHEET_FILE = "contact_sheet.png"
-MIN_CELL, MAX_CELL = 96, 256
+MIN_CELL, MAX_CELL = 128, 256
 
 Report = Callable[[int, int], None]
 """Called with (finished, all) pictures of this rank."""
@@ -43,6 +42,7 @@ class Job:
     records: Sequence[PromptRecord]
     plan: PicturePlan
     folder: Path
+    sheet_file: str
     batch_size: int = 1
     """Records per block."""
     rank: int = 0
@@ -96,13 +96,13 @@ def write_sheet(job: Job, num_records: int) -> Path | None:
         if not all(is_finished(picture, job.folder) for picture in pictures):
             return None
         results = [open_picture(job.folder / picture.file_name) for picture in pictures]
-        shown = [(str(i), open_picture(path)) for i, path in enumerate(record.images, start=1)]
+        shown = [(f"[{i}]", open_picture(path)) for i, path in enumerate(record.images, start=1)]
         labels = [f"seed {picture.options.seed}" for picture in pictures]
         rows.append(SheetRow(_numbered(record), shown, list(zip(labels, results, strict=True))))
         sizes += [max(result.size) for result in results]
     if not rows:
         return None
-    path = job.folder / SHEET_FILE
+    path = job.folder / job.sheet_file
     save_atomically(contact_sheet(rows, min(MAX_CELL, max(MIN_CELL, *sizes))), path)
     return path
 

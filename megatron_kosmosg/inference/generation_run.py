@@ -27,6 +27,8 @@ class Request:
     """What is to be drawn, how and where to."""
 
     records: Sequence[PromptRecord]
+    is_list: bool
+    """Whether they come from a file."""
     source: ModelSource
     defaults: DrawingOptions
     scheduler: str
@@ -63,7 +65,16 @@ def run(request: Request, place: Place) -> Finished:
         )
     )
     records = [plan.named(record) for record in request.records]
-    job = Job(records, plan, request.output, request.batch_size, place.rank, place.world_size)
+    job = Job(
+        records,
+        plan,
+        request.output,
+        # Prompts that come one by one into the same folder keep their sheets.
+        "contact_sheet.png" if request.is_list else f"{records[0].id}-sheet.png",
+        request.batch_size,
+        place.rank,
+        place.world_size,
+    )
 
     def open_model() -> Drawer:
         # Imported here: what is wrong with the prompts is said before libraries are loaded.
@@ -73,7 +84,7 @@ def run(request: Request, place: Place) -> Finished:
 
         dtype = DTYPES[request.dtype]
         drawer = open_drawer(source, request.scheduler, dtype, request.device)
-        drawer.show_steps(len(records) == 1 and sys.stderr.isatty())
+        drawer.show_steps(not request.is_list and sys.stderr.isatty())
         return drawer
 
     with _Progress(place.rank == 0) as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -39,6 +40,8 @@ def open_drawer(
     """The model ready to draw. Raises ConfigError naming the part that cannot be opened."""
     for library in (transformers_logging, diffusers_logging):
         library.disable_progress_bar()
+    # The oldest diffusers that we support does not know the new name, `dtype`.
+    warnings.filterwarnings("ignore", message=".*`torch_dtype` is deprecated")
     pipeline = _opened("--model", lambda: open_pipeline(source, dtype, device))
     pipeline.scheduler = noise_scheduler(scheduler, pipeline.scheduler)
     names = [f"lora_{i}" for i in range(len(source.loras))]

@@ -24,6 +24,7 @@ from megatron_kosmosg.inference.prompt_records import (
 )
 
 DEFAULTS = DrawingOptions(negative_prompt="", seed=7, num_images=2, steps=4, guidance=2.0)
+SHEET = "sheet.png"
 RUN = RunSettings("model", "saved", "fp32", DEFAULTS)
 
 
@@ -71,7 +72,8 @@ def quiet(done: int, total: int) -> None:
 
 def draw_all(records, folder: Path, drawer: NoiseDrawer | None = None, run=RUN, **job) -> int:
     drawer = drawer or NoiseDrawer()
-    return generate(Job(records, PicturePlan(run), folder, **job), lambda: drawer, quiet)
+    job = Job(records, PicturePlan(run), folder, SHEET, **job)
+    return generate(job, lambda: drawer, quiet)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -124,7 +126,7 @@ def test_an_interrupted_run_continues_and_a_finished_one_opens_no_model(records,
     def no_model():
         raise AssertionError("nothing is missing")
 
-    assert generate(Job(records, PicturePlan(RUN), tmp_path / "out"), no_model, quiet) == 0
+    assert generate(Job(records, PicturePlan(RUN), tmp_path / "out", SHEET), no_model, quiet) == 0
 
 
 def test_other_settings_draw_again(records, tmp_path):
@@ -181,7 +183,7 @@ def test_one_bad_prompt_and_nothing_is_written(records, tmp_path):
 
 
 def test_the_sheet_appears_when_all_its_pictures_are_there(records, tmp_path):
-    job = Job(records, PicturePlan(RUN), tmp_path / "out")
+    job = Job(records, PicturePlan(RUN), tmp_path / "out", SHEET)
     assert write_sheet(job, 5) is None
     draw_all(records[:3], tmp_path / "out")
     assert write_sheet(job, 5) is None
