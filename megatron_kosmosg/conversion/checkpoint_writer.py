@@ -23,9 +23,8 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion.errors import ConversionError
-from megatron_kosmosg.conversion.rules import summary
 from megatron_kosmosg.conversion.stored_names import EMBEDDING, stored_key
-from megatron_kosmosg.conversion.tensors import TensorInfo, TensorSource, check_shapes, num_bytes
+from megatron_kosmosg.conversion.tensors import TensorInfo, TensorSource, check_complete, num_bytes
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
 from megatron_kosmosg.models.parameter_count import meta_model
 from megatron_kosmosg.training import checkpoint_folder
@@ -69,17 +68,8 @@ def write_checkpoint(
     Raises ConversionError, before anything is written, unless the source has exactly the tensors
     of `config.stage`'s model. What was begun is removed again when something fails.
     """
-    infos, wanted = source.names(), model_tensors(config)
-    for what, names in (
-        ("lacks", wanted.keys() - infos.keys()),
-        ("has no place for", infos.keys() - wanted.keys()),
-    ):
-        if names:
-            raise ConversionError(
-                f"a checkpoint of stage {config.stage} cannot be written; the source or the model "
-                f"{what} {', '.join(summary(sorted(names), limit=5))}"
-            )
-    check_shapes(infos, wanted, "check the sizes under model")
+    infos = source.names()
+    check_complete(infos, model_tensors(config))
     refuse_existing(folder)
     is_new = not folder.exists()
     temporary = checkpoint_folder.begin(folder, 0)
