@@ -273,8 +273,11 @@ def _add_verify(commands) -> None:
 
 
 def _verify(given: argparse.Namespace) -> list[str]:
+    from transformers.utils.logging import disable_progress_bar
+
     from megatron_kosmosg.conversion.verify import verify
 
+    disable_progress_bar()
     found = verify(given.a, given.b, given.seed, given.config, given.overrides, given.trust_pickle)
     lines = [f"{'':10} {'largest':>10} {'difference':>11} {'relative':>9}"]
     for each in found:

@@ -83,13 +83,13 @@ def random_prompts(shape: PromptShape, seed: int) -> dict[str, torch.Tensor]:
     return batch
 
 
-@torch.no_grad()
 def outputs_of_ours(
     config: RunConfig, source: TensorSource, prompts: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """{"hidden", "logits", "condition" where there is M}, rows [b, s or c, ...] on the CPU.
 
-    source: all weights of a model of ours; N is left out.
+    source: all weights of a model of ours; N is left out. Call it with gradients enabled: setting
+    up Megatron-Core on a CPU checks them.
     """
     has_aligner = config.stage != "pretrain"
     alone = dataclasses.replace(
@@ -100,13 +100,11 @@ def outputs_of_ours(
             config.model, vision=dataclasses.replace(config.model.vision, path=None)
         ),
     )
+    parts = ("M",) if has_aligner else ()
     layout = platform.initialize(alone)
     try:
-        model = KosmosG(
-            alone, layout, output_head=True, aligner_parts=("M",) if has_aligner else ()
-        )
-        fill(model, source)
-        model.eval()
+        model = KosmosG(alone, layout, output_head=True, aligner_parts=parts)
+        fill(model.eval().requires_grad_(False), source)
         inputs = {name: value.to(layout.device) for name, value in prompts.items()}
         output = model(**inputs)
         output["logits"] = output["logits"].transpose(0, 1)[..., : config.model.vocab_size]

@@ -1,0 +1,161 @@
+"""Stock Kosmos-2, filled through our tables, gives the authors' numbers and our own model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Kosmos2ForConditionalGeneration
+
+from megatron_kosmosg.config.schema import (
+    AlignerConfig,
+    DecoderConfig,
+    ModelConfig,
+    ResamplerConfig,
+    RunConfig,
+    VisionConfig,
+)
+from megatron_kosmosg.conversion.authors import authors_table
+from megatron_kosmosg.conversion.checkpoint_writer import model_tensors
+from megatron_kosmosg.conversion.hf_aligner import aligner_arguments, aligner_weights
+from megatron_kosmosg.conversion.kosmos2 import HEAD, kosmos2_config, kosmos2_weights
+from megatron_kosmosg.conversion.model_outputs import (
+    outputs_of_ours,
+    prompt_shape,
+    random_prompts,
+)
+from megatron_kosmosg.conversion.tensors import InMemory, TensorSource, as_ours
+from megatron_kosmosg.inference.modeling_kosmosg_aligner import KosmosGAligner
+from tests.conversion_models import conversion_config, random_weights
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def golden_config(golden: dict) -> RunConfig:
+    sizes = golden["sizes"]
+    return RunConfig(
+        stage="align",
+        model=ModelConfig(
+            vocab_size=golden["vocab_size"],
+            decoder=DecoderConfig(
+                num_layers=sizes["layers"],
+                hidden_size=sizes["hidden"],
+                ffn_hidden_size=sizes["ffn"],
+                num_attention_heads=sizes["heads"],
+            ),
+            vision=VisionConfig(
+                num_layers=sizes["vis_layers"],
+                hidden_size=sizes["vis_width"],
+                ffn_hidden_size=4 * sizes["vis_width"],
+                num_attention_heads=sizes["vis_heads"],
+                image_size=sizes["image"],
+                patch_size=sizes["patch"],
+            ),
+            resampler=ResamplerConfig(
+                num_latent_queries=sizes["latents"], num_attention_heads=sizes["heads"]
+            ),
+            aligner=AlignerConfig(
+                num_layers=sizes["al_layers"],
+                hidden_size=sizes["al_dim"],
+                ffn_hidden_size=sizes["al_ffn"],
+                num_attention_heads=sizes["al_heads"],
+                num_queries=sizes["cond_tokens"],
+                max_positions=sizes["max_pos"],
+            ),
+        ),
+    )
+
+
+def stock_model(source: TensorSource, config: RunConfig) -> Kosmos2ForConditionalGeneration:
+    weights = kosmos2_weights(source, config)
+    state = {name: weights.read(name) for name in weights.names()}
+    state[HEAD] = state["text_model.model.embed_tokens.weight"]
+    model = Kosmos2ForConditionalGeneration(kosmos2_config(config))
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+def stock_aligner(source: TensorSource, config: RunConfig) -> KosmosGAligner:
+    weights = aligner_weights(source, config)
+    model = KosmosGAligner(**aligner_arguments(config))
+    model.load_state_dict({name: weights.read(name) for name in weights.names()}, strict=True)
+    return model.eval()
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert got.shape == wanted.shape
+    error = (got - wanted).abs().max() / wanted.abs().max()
+    assert error < 1e-5, f"off by {error:.1e} of the maximum"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@torch.no_grad()
+def test_the_authors_numbers_without_megatron(number: int) -> None:
+    torch.set_num_threads(1)
+    golden = torch.load(GOLDEN / f"official_tiny_{number}.pt", weights_only=True)
+    config = golden_config(golden)
+    theirs = InMemory(golden["model"])
+    ours = as_ours(authors_table(config.model), theirs, list(model_tensors(config)))
+    inputs, wanted = golden["inputs"], golden["outputs"]
+    output = stock_model(ours, config)(
+        pixel_values=inputs["images"],
+        input_ids=inputs["tokens"],
+        image_embeds_position_mask=inputs["image_slots"],
+        output_hidden_states=True,
+    )
+    close(output.image_embeds.flatten(0, 1), wanted["image_features"])
+    close(output.hidden_states[-1], wanted["hidden"])
+    close(output.logits, wanted["logits"])
+    condition = stock_aligner(ours, config)(output.hidden_states[-1], inputs["tokens"] == 1)
+    close(condition, wanted["condition"])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> tuple[Kosmos2ForConditionalGeneration, dict, dict]:
+    """The stock model, random prompts (two pictures, one, none, `<s>`), our model's outputs."""
+    torch.set_num_threads(1)
+    config = conversion_config("pretrain", tmp_path_factory.mktemp("models"))
+    source = InMemory(random_weights(config))
+    prompts = random_prompts(prompt_shape(config), seed=0)
+    ours = outputs_of_ours(config, source, prompts)
+    return stock_model(source, config), prompts, ours
+
+
+def test_random_prompts_are_keyed_and_of_all_kinds(models) -> None:
+    _, prompts, _ = models
+    shape = prompt_shape(conversion_config("pretrain", Path("unused")))
+    again, other = random_prompts(shape, seed=0), random_prompts(shape, seed=1)
+    assert all(torch.equal(prompts[name], again[name]) for name in prompts)
+    assert prompts["tokens"].tolist() != other["tokens"].tolist()
+    slots = prompts["image_mask"].sum(dim=1) // shape.num_latent_queries
+    assert slots.tolist() == [2, 1, 0, 0]
+    assert (~prompts["padding_mask"]).sum(dim=1)[-1] == 1
+
+
+@torch.no_grad()
+def test_two_pictures_in_a_row_beside_shorter_rows(models) -> None:
+    model, prompts, ours = models
+    output = model(
+        pixel_values=prompts["pixel_values"],
+        input_ids=prompts["tokens"],
+        image_embeds_position_mask=prompts["image_mask"],
+        output_hidden_states=True,
+    )
+    real = ~prompts["padding_mask"]
+    close(output.hidden_states[-1][real], ours["hidden"][real])
+    close(output.logits[real], ours["logits"][real])
+
+
+@torch.no_grad()
+def test_text_alone_through_inputs_embeds(models) -> None:
+    model, prompts, ours = models
+    for row in (2, 3):
+        real = ~prompts["padding_mask"][row]
+        tokens = prompts["tokens"][row, real][None]
+        with pytest.raises(ValueError, match="pixel_values"):
+            model(input_ids=tokens)
+        embeddings = model.get_input_embeddings()(tokens)
+        output = model.text_model(inputs_embeds=embeddings, output_hidden_states=True)
+        close(output.hidden_states[-1][0], ours["hidden"][row, real])
+        close(output.logits[0], ours["logits"][row, real])
