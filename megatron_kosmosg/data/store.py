@@ -12,41 +12,18 @@ PREFIX.sentences.npy, PREFIX.sentence_offsets.npy  see sentences.py (kinds that 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_kosmosg.data.manifest import Kind, Manifest, manifest_path
+from megatron_kosmosg.data.parts import IMAGE, JSON, TOKEN_TYPE, TOKENS
+from megatron_kosmosg.data.sentence_files import sentence_paths
 from megatron_kosmosg.data.sentences import sentence_table
 from megatron_kosmosg.data.tokenizer import Tokenizer
-
-TOKENS, IMAGE, JSON = 0, 1, 2
-"""Modes of a part."""
-TOKEN_TYPE = np.dtype("<i4")
-COPY_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of a sample, as stored."""
-
-    mode: int
-    data: bytes
-
-    @staticmethod
-    def tokens(ids: np.ndarray) -> Part:
-        """Token ids as a part."""
-        return Part(TOKENS, np.asarray(ids, TOKEN_TYPE).tobytes())
-
-    @staticmethod
-    def json(value: dict[str, Any]) -> Part:
-        """A small JSON object as a part."""
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        return Part(JSON, text.encode("utf-8"))
 
 
 @dataclass(frozen=True)
@@ -67,64 +44,6 @@ class RawSample:
         return [
             p.tobytes() for p, mode in zip(self.parts, self.modes, strict=True) if mode == IMAGE
         ]
-
-
-def sentence_paths(prefix: str | Path) -> tuple[Path, Path]:
-    """The sentence table and the offsets of each sample in it."""
-    return Path(f"{prefix}.sentences.npy"), Path(f"{prefix}.sentence_offsets.npy")
-
-
-class SampleWriter:
-    """Writes PREFIX.bin/.idx and the sentence table; `finish` completes them."""
-
-    def __init__(self, prefix: str | Path, kind: Kind) -> None:
-        self._prefix = str(prefix)
-        self._is_text = kind == "text"
-        self._builder = IndexedDatasetBuilder(
-            f"{self._prefix}.bin",
-            dtype=np.int32 if self._is_text else np.uint8,
-            multimodal=not self._is_text,
-        )
-        self._sentences: list[np.ndarray] = []
-        self._sentence_counts: list[np.ndarray] = []
-
-    def add(self, parts: list[Part], sentences: np.ndarray) -> None:
-        """Appends one sample; `sentences` is its table ([0, 2] for kinds that are not packed)."""
-        if self._is_text:
-            (part,) = parts
-            tokens = np.frombuffer(part.data, TOKEN_TYPE)
-            self._builder.add_document(tokens, [len(tokens)])
-        else:
-            data = np.frombuffer(b"".join(part.data for part in parts), np.uint8)
-            self._builder.add_document(
-                data, [len(part.data) for part in parts], [part.mode for part in parts]
-            )
-        self._sentences.append(sentences)
-        self._sentence_counts.append(np.array([len(sentences)], np.int64))
-
-    def add_store(self, prefix: str | Path) -> None:
-        """Appends everything that another writer finished under `prefix`."""
-        if Path(f"{prefix}.bin").stat().st_size:
-            # The builder's own add_index runs a full garbage collection for every shard.
-            index = IndexedDataset(str(prefix), multimodal=not self._is_text).index
-            offset = len(self._builder.sequence_lengths)
-            self._builder.sequence_lengths.extend(index.sequence_lengths)
-            self._builder.document_indices.extend((offset + index.document_indices)[1:])
-            if not self._is_text:
-                self._builder.sequence_modes.extend(index.sequence_modes)
-            with Path(f"{prefix}.bin").open("rb") as data:
-                shutil.copyfileobj(data, self._builder.data_file, COPY_BYTES)
-        table, offsets = (np.load(path) for path in sentence_paths(prefix))
-        self._sentences.append(table)
-        self._sentence_counts.append(np.diff(offsets))
-
-    def finish(self) -> None:
-        """Completes all files."""
-        self._builder.finalize(f"{self._prefix}.idx")
-        table_path, offsets_path = sentence_paths(self._prefix)
-        counts = np.concatenate([np.zeros(1, np.int64), *self._sentence_counts])
-        np.save(table_path, np.concatenate([np.zeros((0, 2), np.int32), *self._sentences]))
-        np.save(offsets_path, np.cumsum(counts))
 
 
 class SampleStore:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kosmosg.data.preprocess import progress
-from megatron_kosmosg.data.preprocess.convert import CONVERTERS
+from megatron_kosmosg.data.preprocess import inputs, progress, text_batches
+from megatron_kosmosg.data.preprocess.counts import Counts
+from megatron_kosmosg.data.preprocess.inputs import find_inputs
 from megatron_kosmosg.data.preprocess.jsonl import JsonlReader
-from megatron_kosmosg.data.preprocess.run import PreprocessJob, find_inputs, preprocess
-from megatron_kosmosg.data.preprocess.shard_work import Counts
+from megatron_kosmosg.data.preprocess.records import ShardSize
+from megatron_kosmosg.data.preprocess.run import PreprocessJob, preprocess
 from megatron_kosmosg.data.store import SampleStore
 from tests.unit.data_helpers import image_records, text_records, write_jsonl, write_tokenizer
 
@@ -74,7 +75,7 @@ def test_tool_ends_with_an_error_and_no_dataset_when_too_many_are_rejected(tmp_p
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_output_is_byte_identical_for_any_number_of_workers(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr("megatron_kosmosg.data.preprocess.jsonl.MAX_RECORDS", 4)
+    monkeypatch.setattr(inputs, "MAX_RECORDS", 4)
     model = write_tokenizer(tmp_path)
     records = text_records(30) if kind == "text" else image_records(tmp_path, kind, 30)
     broken = {"key": "broken", "text": 5}
@@ -92,10 +93,10 @@ def test_output_is_byte_identical_for_any_number_of_workers(tmp_path, kind, monk
 
 
 def test_shards_cover_the_file_and_the_limit_is_global(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_kosmosg.data.preprocess.jsonl.MAX_RECORDS", 4)
+    monkeypatch.setattr(inputs, "MAX_RECORDS", 4)
     model = write_tokenizer(tmp_path)
     files = [str(write_jsonl(tmp_path / f"{i}.jsonl", text_records(10, seed=i))) for i in range(2)]
-    shards = JsonlReader().shards(Path(files[0]), None)
+    shards = JsonlReader().shards(Path(files[0]), None, ShardSize(4, 1 << 20, 1 << 20))
     assert [shard.num_records for shard in shards] == [4, 4, 2]
     prefix = tmp_path / "limited"
     quiet(PreprocessJob("text", tuple(files), str(model), str(prefix), limit=13))
@@ -115,8 +116,8 @@ BAD_LINES = {
     b'{"key": "x", "image": 3, "caption": "red"}': "image is not a file name",
     b'{"key": "x", "image": "gone.png", "caption": "red"}': "image cannot be read",
     b'{"key": "x", "image": "empty.png", "caption": "red"}': "image is an empty file",
-    b'{"key": "x", "image": "half.png", "caption": "red"}': "image cannot be decoded",
-    b'{"key": "x", "image": "page.png", "caption": "red"}': "image cannot be decoded",
+    b'{"key": "x", "image": "half.png", "caption": "red"}': "image is truncated",
+    b'{"key": "x", "image": "page.png", "caption": "red"}': "image is a web page",
     b"{not json": "not JSON",
     b"[1, 2]": "not a JSON object",
     b'{"key": "\xff\xfe"}': "invalid UTF-8",
@@ -169,23 +170,26 @@ def test_a_failed_run_leaves_the_older_dataset_whole(tmp_path):
     with pytest.raises(ValueError, match="rejected"):
         quiet(PreprocessJob("text", (bad,), model, prefix, max_rejects=0))
     assert Path(f"{prefix}.bin").read_bytes() == before and len(SampleStore(prefix)) == 4
+    quiet(PreprocessJob("text", (bad,), model, prefix, max_rejects=1, resume=True))
+    assert len(SampleStore(prefix)) == 2
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 def test_globs_are_sorted_and_names_are_taken_literally(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "[x].jsonl"):
         (tmp_path / name).write_text("{}")
-    found = find_inputs([str(tmp_path / "?.jsonl"), str(tmp_path / "[x].jsonl")])
-    assert [path.name for path in found] == ["a.jsonl", "b.jsonl", "[x].jsonl"]
+    found = find_inputs([str(tmp_path / "?.jsonl"), str(tmp_path / "[x].jsonl")], "text")
+    assert [given.path.name for given in found] == ["a.jsonl", "b.jsonl", "[x].jsonl"]
 
 
 def test_a_worker_that_dies_is_an_error_not_a_hang(tmp_path, monkeypatch):
     model = str(write_tokenizer(tmp_path))
+    monkeypatch.setattr(inputs, "MAX_RECORDS", 1)
     source = str(write_jsonl(tmp_path / "t.jsonl", text_records(3)))
-    monkeypatch.setitem(CONVERTERS, "text", lambda record, tokenizer: os._exit(9))
+    monkeypatch.setattr(text_batches.TextBatches, "add", lambda self, record: os._exit(9))
     with pytest.raises(ValueError, match="worker process ended unexpectedly"):
         quiet(PreprocessJob("text", (source,), model, str(tmp_path / "o"), workers=2))
-    assert not [path for path in tmp_path.iterdir() if ".o." in path.name]
+    assert not list(tmp_path.glob("o.*"))
 
 
 class Screen(io.StringIO):

@@ -11,7 +11,7 @@ from megatron_kosmosg.data.caption import MAX_TOKENS, CaptionPrompts
 from megatron_kosmosg.data.compositional import CompositionalPrompts
 from megatron_kosmosg.data.edit import EditPrompts
 from megatron_kosmosg.data.keyed import Draws
-from megatron_kosmosg.data.preprocess.convert import CONVERTERS
+from megatron_kosmosg.data.preprocess.convert import CONVERTERS, Conversion
 from megatron_kosmosg.data.preprocess.entities import order_entities
 from megatron_kosmosg.data.preprocess.records import Record, Rejected
 from megatron_kosmosg.data.samples import EntityImage
@@ -36,7 +36,7 @@ def layout(tokenizer):
 
 def stored(kind: str, fields: dict, tokenizer: Tokenizer, tmp_path) -> RawSample:
     """What the store gives back for a record."""
-    parts = CONVERTERS[kind](Record("f:1", fields, tmp_path), tokenizer).parts
+    parts = CONVERTERS[kind](Record("f:1", fields, tmp_path), Conversion(tokenizer)).parts
     assert parts[0].mode == JSON
     arrays = [
         np.frombuffer(p.data, TOKEN_TYPE if p.mode == TOKENS else np.uint8) for p in parts[1:]

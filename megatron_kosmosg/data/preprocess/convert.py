@@ -1,4 +1,7 @@
-"""A converter per kind: record -> parts of a stored sample, in the order the kind's file states."""
+"""A converter per kind: record -> parts of a stored sample, in the order the kind's file states.
+
+Plain text goes through text_batches.py, many documents at a time.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,13 @@ from typing import Any
 import numpy as np
 
 from megatron_kosmosg.data.manifest import Kind
+from megatron_kosmosg.data.parts import IMAGE, TOKENS, Part
 from megatron_kosmosg.data.preprocess.entities import order_entities
-from megatron_kosmosg.data.preprocess.fields import (
-    extra_fields,
-    image_field,
-    list_field,
-    mask_field,
-    text_field,
-)
+from megatron_kosmosg.data.preprocess.fields import extra_fields, list_field, text_field
+from megatron_kosmosg.data.preprocess.options import Options
+from megatron_kosmosg.data.preprocess.pictures import PictureCheck
 from megatron_kosmosg.data.preprocess.records import Record, Rejected
 from megatron_kosmosg.data.sentences import sentence_table
-from megatron_kosmosg.data.store import IMAGE, TOKENS, Part
 from megatron_kosmosg.data.tokenizer import Tokenizer
 
 NOT_PACKED = np.zeros((0, 2), np.int32)
@@ -34,6 +33,8 @@ class Converted:
     """Sentence table; empty for kinds that are not packed."""
     num_tokens: int
     """Text tokens; the readings of a caption with and without its entities both count."""
+    left_out: tuple[str, ...] = ()
+    """Why pictures were left out of a document that was kept; one reason each."""
 
     @property
     def num_images(self) -> int:
@@ -41,77 +42,100 @@ class Converted:
         return sum(part.mode == IMAGE for part in self.parts)
 
 
-Converter = Callable[[Record, Tokenizer], Converted]
+class Conversion:
+    """What all records of a shard are converted with."""
+
+    def __init__(self, tokenizer: Tokenizer, options: Options | None = None) -> None:
+        self.options = options or Options()
+        self.pictures = PictureCheck(self.options)
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a run of text."""
+        return self._tokenizer.encode_array(text)
+
+    def sentences(self, content: list[np.ndarray | None]) -> np.ndarray:
+        """The sentence table of a sample that is packed."""
+        return sentence_table(content, self._tokenizer)
 
 
-def convert_text(record: Record, tokenizer: Tokenizer) -> Converted:
-    """{"text"}."""
-    ids = tokenizer.encode_array(text_field(record.fields, "text"))
-    if not len(ids):
-        raise Rejected("text without tokens")
-    return Converted(
-        [Part.tokens(np.append(ids, tokenizer.eos_id))],
-        sentence_table([ids], tokenizer),
-        len(ids),
-    )
+Converter = Callable[[Record, Conversion], Converted]
 
 
-def convert_caption(record: Record, tokenizer: Tokenizer) -> Converted:
+def convert_caption(record: Record, use: Conversion) -> Converted:
     """{"key", "image", "caption"}."""
     caption = text_field(record.fields, "caption")
-    image = image_field(record, record.fields, "image")
-    ids = tokenizer.encode_array(caption)
+    image = use.pictures.read(record, record.fields, "image")
+    ids = use.encode(caption)
     info = {"key": record.key, "caption": caption}
     info |= extra_fields(record.fields, ("key", "caption", "image"))
     parts = [Part.json(info), Part.tokens(ids), Part(IMAGE, image)]
-    return Converted(parts, sentence_table([None, ids], tokenizer), len(ids))
+    return Converted(parts, use.sentences([None, ids]), len(ids))
 
 
-def convert_interleaved(record: Record, tokenizer: Tokenizer) -> Converted:
+def convert_interleaved(record: Record, use: Conversion) -> Converted:
     """{"key", "content": [{"text"} | {"image"}, ...]}."""
     info = {"key": record.key} | extra_fields(record.fields, ("key", "content"))
-    parts, content = [Part.json(info)], []
+    parts, content, left_out = [Part.json(info)], [], []
+    num_images = 0
     for item in list_field(record.fields, "content"):
-        if not isinstance(item, dict) or len(item.keys() & {"text", "image"}) != 1:
-            raise Rejected("content item is neither text nor image")
-        if "text" in item:
-            ids = tokenizer.encode_array(text_field(item, "text"))
+        if not isinstance(item, dict):
+            raise Rejected("content item is neither text nor image", repr(item)[:80])
+        # Parquet gives every item both fields, one of them null.
+        given = [name for name in ("text", "image") if item.get(name) is not None]
+        if len(given) != 1:
+            raise Rejected("content item is neither text nor image", f"it has {given}")
+        if given == ["text"]:
+            ids = use.encode(text_field(item, "text"))
             parts.append(Part.tokens(ids))
             content.append(ids)
-        else:
-            parts.append(Part(IMAGE, image_field(record, item, "image")))
-            content.append(None)
+            continue
+        if num_images == use.options.max_images:
+            left_out.append("more than --max-images")
+            continue
+        try:
+            image = use.pictures.read(record, item, "image")
+        except Rejected as rejected:
+            if not use.options.drop_bad_images:
+                raise
+            left_out.append(rejected.reason)
+            continue
+        num_images += 1
+        parts.append(Part(IMAGE, image))
+        content.append(None)
+    if num_images < use.options.min_images:
+        raise Rejected("document with too few images", str(num_images))
     if not any(part.mode == TOKENS and part.data for part in parts):
         raise Rejected("document without text")
     num_tokens = sum(len(ids) for ids in content if ids is not None)
-    return Converted(parts, sentence_table(content, tokenizer), num_tokens)
+    return Converted(parts, use.sentences(content), num_tokens, tuple(left_out))
 
 
-def convert_edit(record: Record, tokenizer: Tokenizer) -> Converted:
+def convert_edit(record: Record, use: Conversion) -> Converted:
     """{"key", "caption", "image", "instruction", "target"}."""
     fields = record.fields
     texts = {name: text_field(fields, name) for name in ("caption", "instruction")}
-    images = [image_field(record, fields, name) for name in ("image", "target")]
-    ids = [tokenizer.encode_array(text) for text in texts.values()]
+    images = [use.pictures.read(record, fields, name) for name in ("image", "target")]
+    ids = [use.encode(text) for text in texts.values()]
     info = {"key": record.key} | texts
     info |= extra_fields(fields, ("key", "caption", "instruction", "image", "target"))
     parts = [Part.json(info), *map(Part.tokens, ids), *(Part(IMAGE, data) for data in images)]
     return Converted(parts, NOT_PACKED, sum(map(len, ids)))
 
 
-def convert_compositional(record: Record, tokenizer: Tokenizer) -> Converted:
+def convert_compositional(record: Record, use: Conversion) -> Converted:
     """{"key", "caption", "image", "entities": [{"text", "span", "image", "mask"}, ...]}."""
     fields = record.fields
     caption = text_field(fields, "caption")
-    target = image_field(record, fields, "image")
+    target = use.pictures.read(record, fields, "image")
     placed, tail = order_entities(caption, list_field(fields, "entities"))
     described: list[dict[str, Any]] = []
     parts = [Part(IMAGE, target)]
     for entity in placed:
-        image = image_field(record, entity.fields, "image")
-        mask = mask_field(record, entity.fields, "mask", image)
+        image = use.pictures.read(record, entity.fields, "image")
+        mask = use.pictures.read_mask(record, entity.fields, "mask", image)
         for words in (entity.with_words, entity.without_words):
-            parts.append(Part.tokens(tokenizer.encode_array(words)))
+            parts.append(Part.tokens(use.encode(words)))
         parts.append(Part(IMAGE, image))
         if mask is not None:
             parts.append(Part(IMAGE, mask))
@@ -119,7 +143,7 @@ def convert_compositional(record: Record, tokenizer: Tokenizer) -> Converted:
         described.append(
             {"text": entity.text, "span": entity.span, "has_mask": mask is not None} | kept
         )
-    parts.append(Part.tokens(tokenizer.encode_array(tail)))
+    parts.append(Part.tokens(use.encode(tail)))
     info = {"key": record.key, "caption": caption, "entities": described}
     info |= extra_fields(fields, ("key", "caption", "entities", "image"))
     num_tokens = sum(len(part.data) // 4 for part in parts if part.mode == TOKENS)
@@ -127,7 +151,6 @@ def convert_compositional(record: Record, tokenizer: Tokenizer) -> Converted:
 
 
 CONVERTERS: dict[Kind, Converter] = {
-    "text": convert_text,
     "caption": convert_caption,
     "interleaved": convert_interleaved,
     "edit": convert_edit,

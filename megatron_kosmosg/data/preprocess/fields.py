@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
+import json
 from typing import Any
 
-from PIL import Image
-
-from megatron_kosmosg.data.preprocess.records import Record, Rejected
+from megatron_kosmosg.data.preprocess.records import Rejected
 
 
 def text_field(fields: dict[str, Any], name: str) -> str:
@@ -16,6 +14,8 @@ def text_field(fields: dict[str, Any], name: str) -> str:
         raise Rejected(f"no field {name}")
     value = fields[name]
     if not isinstance(value, str):
+        if value is None:
+            raise Rejected(f"{name} is null")
         raise Rejected(f"{name} is not text", repr(value)[:80])
     if not value.strip():
         raise Rejected(f"empty {name}")
@@ -27,53 +27,25 @@ def list_field(fields: dict[str, Any], name: str) -> list[Any]:
     if name not in fields:
         raise Rejected(f"no field {name}")
     if not isinstance(fields[name], list):
-        raise Rejected(f"{name} is not a list")
+        raise Rejected(f"{name} is null" if fields[name] is None else f"{name} is not a list")
     return fields[name]
 
 
-def image_field(record: Record, fields: dict[str, Any], name: str) -> bytes:
-    """The encoded picture, byte for byte as it is in the file, after it was decoded once."""
-    data = _read(record, fields, name)
-    image_size(data, name)
-    return data
-
-
-def mask_field(record: Record, fields: dict[str, Any], name: str, image: bytes) -> bytes | None:
-    """The encoded mask of `image`, None where the record says null or nothing."""
-    if fields.get(name) is None:
-        return None
-    mask = _read(record, fields, name)
-    if image_size(mask, name) != image_size(image, "image"):
-        raise Rejected(f"{name} and its image differ in size")
-    return mask
-
-
-def image_size(data: bytes, name: str) -> tuple[int, int]:
-    """(width, height) of an encoded picture that decodes completely."""
-    if not data:
-        raise Rejected(f"{name} is an empty file")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Rejected(f"{name} cannot be decoded", str(error)) from error
-
-
 def extra_fields(fields: dict[str, Any], used: tuple[str, ...]) -> dict[str, Any]:
-    """The fields that no converter asked for; they are kept in the sample's JSON part."""
-    return {name: value for name, value in fields.items() if name not in used}
+    """The fields that no converter asked for; they are kept in the sample's JSON part.
+
+    What JSON does not know (dates and decimals of Parquet) becomes text; bytes are left out.
+    """
+    return {
+        name: json.loads(json.dumps(value, default=str))
+        for name, value in fields.items()
+        if name not in used and not _holds_bytes(value)
+    }
 
 
-def _read(record: Record, fields: dict[str, Any], name: str) -> bytes:
-    if name not in fields:
-        raise Rejected(f"no field {name}")
-    value = fields[name]
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(value, str) or not value:
-        raise Rejected(f"{name} is not a file name", repr(value)[:80])
-    try:
-        return (record.folder / value).read_bytes()
-    except OSError as error:
-        raise Rejected(f"{name} cannot be read", f"{value}: {error.strerror}") from error
+def _holds_bytes(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_bytes, value.values()))
+    if isinstance(value, list):
+        return any(map(_holds_bytes, value))
+    return isinstance(value, bytes)

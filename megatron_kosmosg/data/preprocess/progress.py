@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TextIO
 
-from megatron_kosmosg.data.preprocess.shard_work import Counts
+from megatron_kosmosg.data.preprocess.counts import Counts
 
 TERMINAL_SECONDS, LOG_SECONDS = 0.2, 60.0
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
+
+from megatron_kosmosg.data.preprocess.options import Options
 
 
 class Rejected(Exception):
@@ -26,11 +28,23 @@ class Record:
     fields: dict[str, Any]
     folder: Path
     """Folder that relative file names refer to."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Contents that came with the record, by the name a field may call them (a tar's members)."""
 
     @property
     def key(self) -> str:
         """The record's own key, or its source."""
-        return str(self.fields.get("key", self.source))
+        return str(self.fields["key"]) if self.has_own_key else self.source
+
+    @property
+    def has_own_key(self) -> bool:
+        """Whether the input names the record."""
+        return self.fields.get("key") is not None
+
+    def with_fields(self, fields: dict[str, Any]) -> Record:
+        """The same record with other fields; it keeps its key."""
+        own = {"key": self.fields["key"]} if self.has_own_key else {}
+        return replace(self, fields=own | fields)
 
 
 @dataclass(frozen=True)
@@ -41,22 +55,40 @@ class BadRecord:
     rejected: Rejected
 
 
+Folder = tuple[str, tuple[str, ...] | None]
+"""A folder below the input, and its seeds if they are listed (prompt_folders.py)."""
+
+
 @dataclass(frozen=True)
 class Shard:
-    """A stretch of one input file, the unit of work. Depends on the input alone."""
+    """A stretch of one input, the unit of work. Depends on the input alone."""
 
     path: Path
     offset: int
-    """Bytes from the start of the file."""
+    """Where it starts: bytes, or the number of a row group."""
     first_record: int
-    num_records: int
+    num_records: int | None
+    """None: all up to the end of the input."""
+    folders: tuple[Folder, ...] = ()
+    """What an input that is a folder holds."""
+
+
+@dataclass(frozen=True)
+class ShardSize:
+    """Where a shard ends: at whichever comes first."""
+
+    records: int
+    text_bytes: int
+    """For inputs that hold text."""
+    image_bytes: int
+    """For inputs that hold pictures."""
 
 
 class Reader(Protocol):
-    """Reads one input format."""
+    """Reads one input format. Methods raise OSError only for inputs that cannot be opened."""
 
-    def shards(self, path: Path, limit: int | None) -> list[Shard]:
-        """The file cut into shards; at most `limit` records in all."""
+    def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
+        """The input cut into shards; with a limit, at most that many records in all, counted."""
 
-    def read(self, shard: Shard) -> Iterator[Record | BadRecord]:
+    def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
         """The records of a shard in order."""

@@ -1,30 +1,47 @@
-"""A whole preprocessing run: plan shards, work on them in processes, join them, write the manifest.
+"""A whole preprocessing run: plan shards, work on them, join them, write the manifest.
 
 The output appears under its name only when everything went well, and does not depend on the number
-of workers.
+or kind of workers. Every worker process of a run calls `preprocess`; one of them leads.
 """
 
 from __future__ import annotations
 
-import glob
-import multiprocessing
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from megatron_kosmosg.data.manifest import Kind, Manifest, manifest_path
-from megatron_kosmosg.data.preprocess.jsonl import JsonlReader
-from megatron_kosmosg.data.preprocess.shard_work import Counts, ShardJob, work_on_shard
-from megatron_kosmosg.data.store import SampleWriter, sentence_paths
+from megatron_kosmosg.data.manifest import FORMAT_VERSION, Kind, Manifest, manifest_path
+from megatron_kosmosg.data.preprocess.counts import Counts, summary
+from megatron_kosmosg.data.preprocess.inputs import Input, find_inputs, limited, shard_size
+from megatron_kosmosg.data.preprocess.join import (
+    CopyJob,
+    JoinPlan,
+    copy_shard,
+    is_joined,
+    mark_joined,
+    move_into_place,
+    plan_join,
+    prepare_target,
+    rejects_path,
+    write_rejects,
+    write_tables,
+)
+from megatron_kosmosg.data.preprocess.options import Options
+from megatron_kosmosg.data.preprocess.records import Shard, ShardSize
+from megatron_kosmosg.data.preprocess.shard_work import ShardJob, work_on_shard
+from megatron_kosmosg.data.preprocess.work_folder import WorkFolder
+from megatron_kosmosg.data.preprocess.workers import LocalWorkers, Workers
 from megatron_kosmosg.data.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, Counts], None]
 """Called with (shards done, shards in all, counts so far)."""
+
+
+class TooManyRejects(ValueError):
+    """More records were left out than --max-rejects allows."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +50,20 @@ class PreprocessJob:
 
     kind: Kind
     inputs: tuple[str, ...]
-    """Files and glob patterns."""
+    """Files, folders and glob patterns."""
     tokenizer_model: str
     output_prefix: str
     workers: int = 1
+    """Processes, where `preprocess` is not given any."""
     max_rejects: int = 100
     """Left-out records beyond which the run fails."""
     limit: int | None = None
     """Records to read of all inputs together; None reads all."""
+    format: str = "auto"
+    """One of inputs.FORMATS."""
+    options: Options = Options()
+    resume: bool = False
+    """Go on where a run of the same job was killed."""
 
 
 @dataclass(frozen=True)
@@ -51,136 +74,141 @@ class Report:
     seconds: float
 
 
-def preprocess(job: PreprocessJob, progress: Progress) -> Report:
+def preprocess(job: PreprocessJob, progress: Progress, workers: Workers | None = None) -> Report:
     """Writes the dataset `job.output_prefix`, replacing an older one.
 
-    Raises ValueError for empty input or too many rejects; then only PREFIX.rejects.jsonl is new.
+    Raises ValueError for unusable input and TooManyRejects; then nothing of that name changes but
+    PREFIX.rejects.jsonl.
     """
     started = time.perf_counter()
+    workers = workers or LocalWorkers(job.workers)
+    job.options.check(job.kind)
     tokenizer = Tokenizer(job.tokenizer_model)
     prefix = Path(job.output_prefix)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    files = find_inputs(job.inputs)
-    with tempfile.TemporaryDirectory(prefix=f".{prefix.name}.", dir=prefix.parent) as scratch:
-        jobs = _plan(job, files, Path(scratch))
-        counts = _work(job, jobs, progress)
-        _write_rejects(jobs, prefix)
-        num_rejects = counts.rejects.total()
-        if num_rejects > job.max_rejects:
-            raise ValueError(
-                f"{num_rejects} records rejected, --max-rejects allows {job.max_rejects}; nothing "
-                f"was written but {prefix}.rejects.jsonl\n{summary(counts)}"
+    folder = WorkFolder(prefix)
+    inputs = workers.lead(lambda: find_inputs(job.inputs, job.kind, job.format))
+    shards = _plan(job, inputs, workers)
+    workers.lead(lambda: folder.open(_identity(job, inputs, tokenizer), job.resume))
+    try:
+        jobs = [
+            ShardJob(
+                *(job.kind, given, shard, job.options, job.tokenizer_model),
+                prefix=str(folder.path / f"{number:08d}"),
             )
-        if counts.samples == 0:
-            raise ValueError(f"no usable record in {', '.join(job.inputs)}\n{summary(counts)}")
-        joined = Path(scratch) / "joined"
-        _join(job.kind, [shard_job.prefix for shard_job in jobs], joined)
-        manifest = Manifest(
-            job.kind,
-            tokenizer.fingerprint,
-            tokenizer.vocab_size,
-            counts.samples,
-            counts.tokens,
-            counts.images,
-            num_rejects,
-        )
-        manifest.write(manifest_path(joined))
-        _move_into_place(joined, prefix)
+            for number, (given, shard) in enumerate(shards)
+        ]
+        counts = _work(job, jobs, folder, progress, workers)
+        counts = _join(job, jobs, folder, counts, tokenizer, workers)
+        workers.lead(folder.remove)
+    finally:
+        folder.close()
     return Report(counts, time.perf_counter() - started)
 
 
-def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """The files that the names and globs stand for, globs sorted. Raises ValueError if none."""
-    files: list[Path] = []
-    for pattern in patterns:
-        found = [Path(pattern)] if Path(pattern).is_file() else []
-        found = found or [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-        found = [path for path in found if path.is_file()]
-        if not found:
-            raise ValueError(f"--input {pattern} matches no file")
-        files.extend(found)
-    return files
+def _identity(job: PreprocessJob, inputs: list[Input], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Everything that the bytes of the output depend on."""
+    files = [(str(given.path.absolute()), given.format, given.path.stat()) for given in inputs]
+    return {
+        "kind": job.kind,
+        "input files": [[name, form, stat.st_size, stat.st_mtime_ns] for name, form, stat in files],
+        "tokenizer model": tokenizer.fingerprint,
+        "limit": job.limit,
+        "options": asdict(job.options),
+        "format version": FORMAT_VERSION,
+    }
 
 
-def summary(counts: Counts) -> str:
-    """A small table of what was kept and what was left out, by reason."""
-    rows = [
-        ("samples", counts.samples),
-        ("text tokens", counts.tokens),
-        ("images", counts.images),
-        ("bytes written", counts.output_bytes),
-        ("rejected", counts.rejects.total()),
+def _plan(job: PreprocessJob, inputs: list[Input], workers: Workers) -> list[tuple[Input, Shard]]:
+    size = workers.lead(lambda: shard_size(inputs))
+    cut = partial(_shards, options=job.options, limit=job.limit, size=size)
+    per_input = limited(workers.map(cut, inputs), job.limit)
+    shards = [
+        (given, shard) for given, found in zip(inputs, per_input, strict=True) for shard in found
     ]
-    rows += [(f"  {reason}", number) for reason, number in sorted(counts.rejects.items())]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {number:>15,}" for name, number in rows)
-
-
-def _plan(job: PreprocessJob, files: list[Path], scratch: Path) -> list[ShardJob]:
-    reader = JsonlReader()
-    shards, left = [], job.limit
-    for path in files:
-        found = reader.shards(path, left)
-        shards.extend(found)
-        if left is not None:
-            left -= sum(shard.num_records for shard in found)
     if not shards:
         raise ValueError(f"--input {' '.join(job.inputs)}: no records")
-    return [
-        ShardJob(job.kind, reader, shard, job.tokenizer_model, str(scratch / f"{i:08d}"))
-        for i, shard in enumerate(shards)
-    ]
+    return shards
 
 
-def _work(job: PreprocessJob, jobs: list[ShardJob], progress: Progress) -> Counts:
+def _shards(given: Input, options: Options, limit: int | None, size: ShardSize) -> list[Shard]:
+    return given.reader(options).shards(given.path, limit, size)
+
+
+def _work(
+    job: PreprocessJob,
+    jobs: list[ShardJob],
+    folder: WorkFolder,
+    progress: Progress,
+    workers: Workers,
+) -> Counts:
     counts = Counts()
 
     def add(done: int, more: Counts) -> None:
         nonlocal counts
         counts += more
         progress(done, len(jobs), counts)
+        _check_rejects(job, counts, folder)
 
-    if job.workers <= 1:
-        for done, shard_job in enumerate(jobs, 1):
-            add(done, work_on_shard(shard_job))
-        return counts
-    # fork: the workers start with everything imported.
-    context = multiprocessing.get_context("fork")
     try:
-        with ProcessPoolExecutor(min(job.workers, len(jobs)), context) as pool:
-            for done, more in enumerate(pool.map(work_on_shard, jobs), 1):
-                add(done, more)
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "a worker process ended unexpectedly (killed, perhaps out of memory); nothing was "
-            "written; try fewer --workers"
-        ) from error
+        found = workers.map(work_on_shard, jobs, add)
+    except TooManyRejects:
+        workers.lead(lambda: write_rejects(jobs, [], rejects_path(job.output_prefix)))
+        raise
+    return sum(found, Counts())
+
+
+def _join(
+    job: PreprocessJob,
+    jobs: list[ShardJob],
+    folder: WorkFolder,
+    worked: Counts,
+    tokenizer: Tokenizer,
+    workers: Workers,
+) -> Counts:
+    joined = folder.path / "joined"
+    plans: list[JoinPlan] = []
+    """One, in the leader: the arrays of all samples need not be everywhere."""
+
+    def plan() -> tuple[list[CopyJob], Counts]:
+        plans.append(plan_join(job.kind, jobs, joined))
+        counts = plans[0].counts(worked)
+        write_rejects(jobs, plans[0].duplicates, rejects_path(job.output_prefix))
+        _check_rejects(job, counts, folder)
+        if counts.samples == 0:
+            folder.remove()
+            raise ValueError(f"no usable record in {', '.join(job.inputs)}\n{summary(counts)}")
+        if not is_joined(joined):
+            prepare_target(plans[0], joined)
+        return plans[0].copies, counts
+
+    def finish() -> None:
+        if not is_joined(joined):
+            write_tables(plans[0], joined)
+            manifest = Manifest(
+                job.kind,
+                tokenizer.fingerprint,
+                tokenizer.vocab_size,
+                counts.samples,
+                counts.tokens,
+                counts.images,
+                counts.rejects.total(),
+            )
+            manifest.write(manifest_path(joined))
+            mark_joined(joined)
+        move_into_place(joined, Path(job.output_prefix))
+
+    copies, counts = workers.lead(plan)
+    workers.map(copy_shard, copies)
+    workers.lead(finish)
     return counts
 
 
-def _write_rejects(jobs: list[ShardJob], prefix: Path) -> None:
-    joined = Path(f"{prefix}.rejects.jsonl")
-    temporary = Path(f"{joined}.tmp")
-    with temporary.open("wb") as output:
-        for shard_job in jobs:
-            output.write(Path(f"{shard_job.prefix}.rejects.jsonl").read_bytes())
-    temporary.replace(joined)
-
-
-def _join(kind: Kind, prefixes: list[str], joined: Path) -> None:
-    writer = SampleWriter(joined, kind)
-    for prefix in prefixes:
-        writer.add_store(prefix)
-        for path in (f"{prefix}.bin", f"{prefix}.idx"):
-            Path(path).unlink()
-    writer.finish()
-
-
-def _move_into_place(joined: Path, prefix: Path) -> None:
-    # The manifest goes first and comes last: a dataset without it is not taken for a finished one.
-    manifest_path(prefix).unlink(missing_ok=True)
-    names = [(f"{joined}{end}", f"{prefix}{end}") for end in (".bin", ".idx")]
-    names += list(zip(sentence_paths(joined), sentence_paths(prefix), strict=True))
-    names.append((str(manifest_path(joined)), str(manifest_path(prefix))))
-    for source, target in names:
-        shutil.move(source, target)
+def _check_rejects(job: PreprocessJob, counts: Counts, folder: WorkFolder) -> None:
+    num_rejects = counts.rejects.total()
+    if num_rejects > job.max_rejects:
+        raise TooManyRejects(
+            f"{num_rejects} records rejected, --max-rejects allows {job.max_rejects}; see "
+            f"{rejects_path(job.output_prefix)}. No dataset was written. What is done stays in "
+            f"{folder.path}: the same command with a larger --max-rejects and --resume goes on\n"
+            f"{summary(counts)}"
+        )

@@ -1,4 +1,4 @@
-"""The work on one shard: read, convert, write a small store of its own beside a rejects file.
+"""The work on one shard: read, convert, write it beside a rejects file.
 
 What a shard's files hold depends on the shard alone, so the number of workers cannot change them.
 """
@@ -6,38 +6,22 @@ What a shard's files hold depends on the shard alone, so the number of workers c
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from megatron_kosmosg.data.manifest import Kind
-from megatron_kosmosg.data.preprocess.convert import CONVERTERS
-from megatron_kosmosg.data.preprocess.records import BadRecord, Reader, Rejected, Shard
-from megatron_kosmosg.data.store import SampleWriter
+from megatron_kosmosg.data.preprocess.convert import CONVERTERS, Conversion
+from megatron_kosmosg.data.preprocess.counts import Counts
+from megatron_kosmosg.data.preprocess.inputs import Input
+from megatron_kosmosg.data.preprocess.layouts import canonical_records
+from megatron_kosmosg.data.preprocess.options import Options
+from megatron_kosmosg.data.preprocess.records import BadRecord, Record, Rejected, Shard
+from megatron_kosmosg.data.preprocess.shard_store import ShardWriter
+from megatron_kosmosg.data.preprocess.text_batches import TextBatches
 from megatron_kosmosg.data.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What came of some records."""
-
-    samples: int = 0
-    tokens: int = 0
-    images: int = 0
-    output_bytes: int = 0
-    """Bytes of the pictures and tokens that were written."""
-    rejects: Counter[str] = field(default_factory=Counter)
-    """Records left out, by reason."""
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.samples + other.samples,
-            self.tokens + other.tokens,
-            self.images + other.images,
-            self.output_bytes + other.output_bytes,
-            self.rejects + other.rejects,
-        )
 
 
 @dataclass(frozen=True)
@@ -45,45 +29,120 @@ class ShardJob:
     """One shard and where its output goes."""
 
     kind: Kind
-    reader: Reader
+    given: Input
     shard: Shard
+    options: Options
     tokenizer_model: str
     prefix: str
     """Prefix of the shard's own files."""
 
+    @property
+    def rejects_path(self) -> Path:
+        """One JSON object a line: source, key, reason, detail."""
+        return Path(f"{self.prefix}.rejects.jsonl")
+
+    @property
+    def counts_path(self) -> Path:
+        """Written last: the shard is done."""
+        return Path(f"{self.prefix}.counts.json")
+
 
 def work_on_shard(job: ShardJob) -> Counts:
-    """Writes PREFIX.bin/.idx, the sentence table and PREFIX.rejects.jsonl; returns the counts."""
-    tokenizer = _tokenizer(job.tokenizer_model)
-    convert = CONVERTERS[job.kind]
-    samples = tokens = images = written = 0
-    rejects: Counter[str] = Counter()
-    writer = SampleWriter(job.prefix, job.kind)
-    with Path(f"{job.prefix}.rejects.jsonl").open("w", encoding="utf-8") as rejects_file:
+    """Writes the shard's files (shard_store.py), its rejects and the counts that it returns.
 
-        def reject(source: str, key: str, rejected: Rejected) -> None:
-            rejects[rejected.reason] += 1
-            line = {"source": source, "key": key, "reason": rejected.reason}
-            if rejected.detail:
-                line["detail"] = rejected.detail
-            rejects_file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    A shard that was done before is left as it is.
+    """
+    if job.counts_path.exists():
+        return Counts.read(job.counts_path)
+    started = time.perf_counter()
+    work = _ShardWork(job)
+    work.run()
+    counts = work.counts(time.perf_counter() - started)
+    counts.write(job.counts_path)
+    return counts
 
-        for record in job.reader.read(job.shard):
-            if isinstance(record, BadRecord):
-                reject(record.source, record.source, record.rejected)
-                continue
+
+def reject_line(source: str, key: str, rejected: Rejected) -> str:
+    """A line of a rejects file."""
+    line = {"source": source, "key": key, "reason": rejected.reason}
+    if rejected.detail:
+        line["detail"] = rejected.detail
+    # ASCII: what is wrong with a record may be its Unicode.
+    return json.dumps(line) + "\n"
+
+
+class _ShardWork:
+    def __init__(self, job: ShardJob) -> None:
+        tokenizer = _tokenizer(job.tokenizer_model)
+        self._job = job
+        self._use = Conversion(tokenizer, job.options)
+        self._writer = ShardWriter(job.prefix, job.kind)
+        self._texts = TextBatches(tokenizer, self._writer)
+        self._rejects: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
+
+    def run(self) -> None:
+        job = self._job
+        with job.rejects_path.open("w", encoding="utf-8") as self._file:
             try:
-                converted = convert(record, tokenizer)
+                for record in job.given.reader(job.options).read(job.shard, job.options):
+                    if isinstance(record, BadRecord):
+                        self._reject(record.source, record.source, record.rejected)
+                    else:
+                        self._take(record)
             except Rejected as rejected:
-                reject(record.source, record.key, rejected)
-                continue
-            writer.add(converted.parts, converted.sentences)
-            samples += 1
-            tokens += converted.num_tokens
-            images += converted.num_images
-            written += sum(len(part.data) for part in converted.parts)
-    writer.finish()
-    return Counts(samples, tokens, images, written, rejects)
+                # The rest of the shard cannot be read.
+                self._reject(job.shard.path.name, job.shard.path.name, rejected)
+            self._flush_texts()
+        self._writer.finish()
+
+    def counts(self, seconds: float) -> Counts:
+        writer, pictures = self._writer, self._use.pictures
+        return Counts(
+            writer.num_samples,
+            writer.num_tokens,
+            writer.num_images,
+            writer.num_bytes,
+            self._rejects,
+            self._left_out,
+            pictures.num_verified,
+            pictures.seconds,
+            seconds,
+        )
+
+    def _take(self, record: Record) -> None:
+        kind = self._job.kind
+        try:
+            for found in canonical_records(kind, record, self._job.options, self._use.pictures):
+                if kind == "text":
+                    self._texts.add(found)
+                    if self._texts.is_full:
+                        self._flush_texts()
+                else:
+                    self._write(found)
+        except UnicodeEncodeError as error:
+            self._reject(record.source, record.key, Rejected("text is not Unicode", str(error)))
+        except Rejected as rejected:
+            self._reject(record.source, record.key, rejected)
+
+    def _write(self, record: Record) -> None:
+        converted = CONVERTERS[self._job.kind](record, self._use)
+        self._left_out.update(converted.left_out)
+        self._writer.add(
+            converted.parts,
+            converted.sentences,
+            converted.num_tokens,
+            converted.num_images,
+            (record.source, record.key if record.has_own_key else None),
+        )
+
+    def _flush_texts(self) -> None:
+        for record, rejected in self._texts.flush():
+            self._reject(record.source, record.key, rejected)
+
+    def _reject(self, source: str, key: str, rejected: Rejected) -> None:
+        self._rejects[rejected.reason] += 1
+        self._file.write(reject_line(source, key, rejected))
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,77 @@
+"""What came of some records, added up over shards, and the table that a run ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What came of some records."""
+
+    samples: int = 0
+    tokens: int = 0
+    images: int = 0
+    output_bytes: int = 0
+    """Bytes of the pictures and tokens that were written."""
+    rejects: Counter[str] = field(default_factory=Counter)
+    """Records left out, by reason."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Pictures left out of documents that were kept, by reason."""
+    verified: int = 0
+    """Pictures that were checked."""
+    verify_seconds: float = 0.0
+    """Time of the checks, added over workers."""
+    work_seconds: float = 0.0
+    """Time of all the work on shards, added over workers."""
+
+    def __add__(self, other: Counts) -> Counts:
+        mine, theirs = vars(self), vars(other)
+        return Counts(**{name: mine[name] + theirs[name] for name in mine})
+
+    def write(self, path: Path) -> None:
+        """As JSON; the file appears when it is complete."""
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(vars(self)), encoding="utf-8")
+        os.replace(temporary, path)
+
+    @staticmethod
+    def read(path: Path) -> Counts:
+        """What `write` wrote."""
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        reasons = {name: Counter(fields.pop(name)) for name in ("rejects", "left_out")}
+        return Counts(**fields, **reasons)
+
+
+def summary(counts: Counts) -> str:
+    """A small table of what was kept and what was left out, by reason."""
+    rows = [
+        ("samples", counts.samples),
+        ("text tokens", counts.tokens),
+        ("images", counts.images),
+        ("bytes written", counts.output_bytes),
+        ("rejected", counts.rejects.total()),
+        *_by_reason(counts.rejects),
+    ]
+    if counts.left_out:
+        rows += [("pictures left out", counts.left_out.total()), *_by_reason(counts.left_out)]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {number:>15,}" for name, number in rows)
+
+
+def verification(counts: Counts) -> str:
+    """One line on what checking the pictures took."""
+    share = 100 * counts.verify_seconds / max(counts.work_seconds, 1e-9)
+    rate = counts.verified / max(counts.verify_seconds, 1e-9)
+    return (
+        f"{counts.verified:,} pictures checked in {counts.verify_seconds:.1f} s of worker time "
+        f"({rate:,.0f}/s, {share:.0f} % of the work)"
+    )
+
+
+def _by_reason(reasons: Counter[str]) -> list[tuple[str, int]]:
+    return [(f"  {reason}", number) for reason, number in sorted(reasons.items())]

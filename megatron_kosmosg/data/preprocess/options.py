@@ -1,0 +1,58 @@
+"""The choices that, besides the input, decide what a preprocessing run writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from megatron_kosmosg.data.manifest import Kind
+
+Verification = Literal["decode", "header"]
+DocumentBreak = Literal["blank", "line", "file"]
+VERIFICATIONS: tuple[Verification, ...] = get_args(Verification)
+DOCUMENT_BREAKS: tuple[DocumentBreak, ...] = get_args(DocumentBreak)
+MAX_IMAGE_PIXELS = 89_478_485
+"""Pillow's own limit: 256 MiB of RGB pixels."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """See the options of tools/preprocess_data.py."""
+
+    verify_images: Verification = "decode"
+    """"header" does not notice a truncated file."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Width times height beyond which a picture is rejected before it is decoded."""
+    min_image_side: int = 1
+    """Pixels of the shorter side below which a picture is rejected; not asked of masks."""
+    image_root: str | None = None
+    """Folder that file names of pictures refer to; None: that of the file which names them."""
+    fields: tuple[tuple[str, str], ...] = ()
+    """(our name of a field, its name in the input)."""
+    text_documents: DocumentBreak = "blank"
+    """Where a document of a plain text file ends."""
+    min_images: int = 0
+    """Pictures that an interleaved document needs."""
+    max_images: int | None = None
+    """Pictures of an interleaved document that are kept, from its start; None keeps all."""
+    drop_bad_images: bool = False
+    """Leave unusable pictures out of interleaved documents instead of rejecting the documents."""
+
+    def check(self, kind: Kind) -> None:
+        """Raises ValueError for choices that are impossible or that `kind` does not know."""
+        default = Options()
+        for option in ("min_images", "max_images", "drop_bad_images"):
+            if kind != "interleaved" and self.__dict__[option] != default.__dict__[option]:
+                raise ValueError(
+                    f"--{option.replace('_', '-')} is for --kind interleaved, not {kind}"
+                )
+        if not 1 <= self.max_image_pixels <= 2 * MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"--max-image-pixels {self.max_image_pixels} must lie in 1 to "
+                f"{2 * MAX_IMAGE_PIXELS}, beyond which Pillow does not decode"
+            )
+        if self.max_images is not None and self.max_images < max(1, self.min_images):
+            raise ValueError(
+                f"--max-images {self.max_images} must be at least 1 and --min-images "
+                f"({self.min_images})"
+            )

@@ -1,0 +1,152 @@
+"""What a shard leaves behind for the join: its bytes, and arrays that say what they are.
+
+PREFIX.bin           the parts of its samples, one after the other
+PREFIX.npz           ShardIndex
+PREFIX.names.jsonl   [source, key] of every sample
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from megatron_kosmosg.data.manifest import Kind
+from megatron_kosmosg.data.parts import TOKEN_TYPE, Part
+
+KEY_TYPE = np.dtype("S16")
+Name = tuple[str, str | None]
+"""Source of a sample, and its own key if it has one."""
+
+
+def dataset_dtype(kind: Kind) -> np.dtype:
+    """Of one item of the dataset's sequences: a token id of plain text, else a byte."""
+    return TOKEN_TYPE if kind == "text" else np.dtype(np.uint8)
+
+
+@dataclass
+class ShardIndex:
+    """Arrays over the samples or the parts of a shard."""
+
+    lengths: np.ndarray
+    """int32 [parts], items of the dataset's dtype."""
+    modes: np.ndarray
+    """int8 [parts]."""
+    num_parts: np.ndarray
+    """int32 [samples]."""
+    sentences: np.ndarray
+    """int32 [sentences, 2], see sentences.py."""
+    num_sentences: np.ndarray
+    """int32 [samples]."""
+    num_tokens: np.ndarray
+    """int64 [samples]."""
+    num_images: np.ndarray
+    """int64 [samples]."""
+    keys: np.ndarray
+    """S16 [samples]: hash of the sample's own key, empty where it has none."""
+
+    @staticmethod
+    def read(prefix: str) -> ShardIndex:
+        """The index that ShardWriter wrote."""
+        with np.load(f"{prefix}.npz") as arrays:
+            return ShardIndex(**{name.name: arrays[name.name] for name in fields(ShardIndex)})
+
+    def kept(self, keep: np.ndarray) -> ShardIndex:
+        """The samples for which `keep` (bool [samples]) is True."""
+        parts = np.repeat(keep, self.num_parts)
+        sentences = np.repeat(keep, self.num_sentences)
+        return ShardIndex(
+            self.lengths[parts],
+            self.modes[parts],
+            self.num_parts[keep],
+            self.sentences[sentences],
+            self.num_sentences[keep],
+            self.num_tokens[keep],
+            self.num_images[keep],
+            self.keys[keep],
+        )
+
+
+def key_hash(key: str | None) -> bytes:
+    """What duplicates are found by."""
+    if key is None:
+        return b""
+    return hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=16).digest()
+
+
+class ShardWriter:
+    """Writes one shard. Arrays of several samples may be added at once."""
+
+    def __init__(self, prefix: str, kind: Kind) -> None:
+        self._prefix = prefix
+        self._itemsize = dataset_dtype(kind).itemsize
+        self._arrays: dict[str, list[np.ndarray]] = {name.name: [] for name in fields(ShardIndex)}
+        self._data = Path(f"{prefix}.bin").open("wb")
+        self._names = Path(f"{prefix}.names.jsonl").open("w", encoding="utf-8")
+        self.num_samples = self.num_tokens = self.num_images = self.num_bytes = 0
+
+    def add(
+        self,
+        parts: list[Part],
+        sentences: np.ndarray,
+        num_tokens: int,
+        num_images: int,
+        name: Name,
+    ) -> None:
+        """One sample."""
+        for part in parts:
+            self.add_bytes(part.data)
+        self.add_arrays(
+            lengths=np.array([len(part.data) // self._itemsize for part in parts], np.int32),
+            modes=np.array([part.mode for part in parts], np.int8),
+            num_parts=np.array([len(parts)], np.int32),
+            sentences=sentences,
+            num_sentences=np.array([len(sentences)], np.int32),
+            num_tokens=np.array([num_tokens], np.int64),
+            num_images=np.array([num_images], np.int64),
+            names=[name],
+        )
+
+    def add_bytes(self, data: bytes) -> None:
+        """Parts of samples whose arrays `add_arrays` adds."""
+        self._data.write(data)
+        self.num_bytes += len(data)
+
+    def add_arrays(self, names: list[Name], **arrays: np.ndarray) -> None:
+        """The arrays of ShardIndex, but the keys, of samples whose bytes were written."""
+        self.num_samples += len(names)
+        self.num_tokens += int(arrays["num_tokens"].sum())
+        self.num_images += int(arrays["num_images"].sum())
+        arrays["keys"] = np.array([key_hash(key) for _, key in names], KEY_TYPE)
+        for name, array in arrays.items():
+            self._arrays[name].append(array)
+        self._names.writelines(json.dumps(name) + "\n" for name in names)
+
+    def finish(self) -> None:
+        """Completes the files."""
+        self._data.close()
+        self._names.close()
+        empty = {
+            "lengths": np.zeros(0, np.int32),
+            "modes": np.zeros(0, np.int8),
+            "num_parts": np.zeros(0, np.int32),
+            "sentences": np.zeros((0, 2), np.int32),
+            "num_sentences": np.zeros(0, np.int32),
+            "num_tokens": np.zeros(0, np.int64),
+            "num_images": np.zeros(0, np.int64),
+            "keys": np.zeros(0, KEY_TYPE),
+        }
+        np.savez(
+            f"{self._prefix}.npz",
+            **{name: np.concatenate([empty[name], *self._arrays[name]]) for name in empty},
+        )
+
+
+def read_names(prefix: str) -> list[tuple[str, str]]:
+    """(source, key) of the samples of a shard; the key of one without is its source."""
+    with Path(f"{prefix}.names.jsonl").open(encoding="utf-8") as file:
+        pairs = [json.loads(line) for line in file]
+    return [(source, source if key is None else key) for source, key in pairs]

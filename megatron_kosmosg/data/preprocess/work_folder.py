@@ -1,0 +1,73 @@
+"""The folder beside the output that holds finished shards until the dataset is whole.
+
+It outlives a killed run; --resume takes it up again if it belongs to the very same job.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+JOB_FILE, LOCK_FILE = "job.json", "lock"
+
+
+class WorkFolder:
+    """`.NAME.partial` beside the output prefix .../NAME."""
+
+    def __init__(self, prefix: Path) -> None:
+        self.path = prefix.parent / f".{prefix.name}.partial"
+        self._lock: IO[str] | None = None
+
+    def open(self, job: dict[str, Any], resume: bool) -> None:
+        """Makes the folder ready for `job`, which says everything the output depends on.
+
+        Raises ValueError when another run is at work in it, or when --resume finds another job's.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        stored = self.path / JOB_FILE
+        if resume and stored.exists():
+            before = json.loads(stored.read_text(encoding="utf-8"))
+            job = json.loads(json.dumps(job))
+            changed = [name for name in job if before.get(name) != job[name]]
+            if changed:
+                raise ValueError(
+                    f"--resume: {self.path} is of a run with other {', '.join(changed)}; run as "
+                    "before, or without --resume to start anew"
+                )
+            return
+        for path in self.path.iterdir():
+            if path.name != LOCK_FILE:
+                path.unlink()
+        temporary = self.path / f"{JOB_FILE}.tmp"
+        temporary.write_text(json.dumps(job, indent=1), encoding="utf-8")
+        os.replace(temporary, stored)
+
+    def remove(self) -> None:
+        """Deletes the folder; killed at any moment, what is left is not taken up again."""
+        (self.path / JOB_FILE).unlink(missing_ok=True)
+        shutil.rmtree(self.path)
+        self.close()
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        self._lock = (self.path / LOCK_FILE).open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise ValueError(
+                f"another run is writing this dataset: it holds {self.path}"
+            ) from error
+        except OSError:
+            # A file system without locks: the user must not start two runs at once.
+            return
