@@ -26,7 +26,7 @@ from megatron_kosmosg.evaluation.toy_prompts import (
     words_and_images,
     words_only,
 )
-from megatron_kosmosg.evaluation.toy_text_encoder import TextEncoderModel
+from megatron_kosmosg.evaluation.toy_text_encoder import TextEncoderModel, WithUnconditional
 from megatron_kosmosg.inference.trained_model import TrainedModel
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
 from megatron_kosmosg.training.picture_grid import picture_grid, to_picture
@@ -75,7 +75,9 @@ class ToyResults:
         )
         for num_entities in (1, 2):
             own = self._cell("text encoder", "words", text_encoder, num_entities, words_only)
-            ours = self._cell("align", "words", model, num_entities, words_only)
+            aligned = WithUnconditional(model, text_encoder)
+            ours = self._cell("align", "words", aligned, num_entities, words_only)
+            untrained = self._cell("align", "words", model, num_entities, words_only)
             reached = own.value(measures.ALL)
             self._add(own.row("shape, pattern, colour all right", measures.ALL, "share"))
             limit = self._threshold(round(0.9 * reached, 3))
@@ -83,6 +85,9 @@ class ToyResults:
                 ours.row("all right (90 % of the text encoder's)", measures.ALL, "share", limit)
             )
             self._add(ours.row("hue error, median", measures.HUE_MEDIAN, "degrees"))
+            self._add(
+                untrained.row("all right, guided by its own null condition", measures.ALL, "share")
+            )
 
     def instruct(self, model: TrainedModel, before: TrainedModel | None) -> None:
         """The issue's cells: pictures alone, swap, background picture, edits; before and after."""

@@ -6,6 +6,7 @@ import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from megatron_kosmosg.evaluation.toy_prompts import Parts
+from megatron_kosmosg.inference.trained_model import TrainedModel
 
 
 class TextEncoderModel:
@@ -30,3 +31,18 @@ class TextEncoderModel:
         ).input_ids
         states = self._encoder(tokens).last_hidden_state
         return states[:-1], states[-1:]
+
+
+class WithUnconditional:
+    """A model's conditions, guided away from another model's null condition instead of its own.
+
+    `align` never shows AlignerNet an empty prompt (nor do the authors); only `instruct` teaches the
+    null condition. What `align` learnt is therefore judged with the text encoder's.
+    """
+
+    def __init__(self, model: TrainedModel, unconditional: TextEncoderModel) -> None:
+        self._model, self._unconditional = model, unconditional
+
+    def conditions(self, prompts: list[Parts]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the model's conditions [n, c, d], the other's null condition [1, c, d])."""
+        return self._model.conditions(prompts)[0], self._unconditional.conditions([])[1]
