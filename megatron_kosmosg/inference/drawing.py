@@ -13,12 +13,9 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 
-from megatron_kosmosg.inference.picture_plan import Picture
+from megatron_kosmosg.inference.picture_plan import SIZE_UNIT, Picture
 from megatron_kosmosg.inference.pipeline_kosmosg import KosmosGPipeline, Parts
 from megatron_kosmosg.inference.prompt_records import PromptError, PromptRecord, open_picture
-
-SIZE_UNIT = 8
-"""Pixels; diffusers takes multiples of it only."""
 
 
 class PipelineDrawer:
@@ -65,12 +62,13 @@ class PipelineDrawer:
                     raise PromptError(
                         f"{record.id}: {name} {size} is not a multiple of {unit} pixels"
                     )
-            for parts in (record.content, [options.negative_prompt]):
+            negative = [options.negative_prompt]
+            for what, parts in (("prompt", record.content), ("negative prompt", negative)):
                 try:
                     self._pipeline.prompt_tokens(parts)
                 except ValueError as error:
                     said = str(error).removeprefix("prompt 1 ")
-                    raise PromptError(f"{record.id}: {said}") from error
+                    raise PromptError(f"{record.id}: the {what} {said}") from error
 
     def draw(self, pictures: Sequence[Picture]) -> list[Image.Image]:
         """The pictures of a group of records that share `group_key`."""

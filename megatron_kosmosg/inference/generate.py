@@ -52,10 +52,7 @@ class Job:
 def group_key(picture: Picture) -> tuple[object, ...]:
     """What the pictures of one call share."""
     options = picture.options
-    size = (options.height, options.width)
-    if options.control_image is not None and None in size:
-        size = open_picture(options.control_image).size
-    return (*size, options.steps, options.guidance, options.num_images)
+    return options.height, options.width, options.steps, options.guidance, options.num_images
 
 
 def generate(job: Job, open_drawer: Callable[[], Drawer], report: Report) -> int:

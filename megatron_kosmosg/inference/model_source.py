@@ -80,6 +80,5 @@ def _checkpoint(path: Path) -> Path:
         return find_checkpoint(path)
     except ConfigError as error:
         raise ConfigError(
-            f"--model {path} is neither an exported folder ({INDEX_FILE}) nor a run with a "
-            f"finished checkpoint ({error})"
+            f"--model {path} is no exported folder, which would have a {INDEX_FILE}; and {error}"
         ) from error

@@ -26,6 +26,8 @@ from megatron_kosmosg.inference.prompt_records import (
 )
 
 STREAM = "generate"
+SIZE_UNIT = 8
+"""Pixels; diffusers takes multiples of it only."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class PicturePlan:
 
     def __init__(self, run: RunSettings) -> None:
         self._run = run
-        self._digests: dict[Path, str] = {}
+        self._read: dict[Path, tuple[str, tuple[int, int]]] = {}
 
     def pictures(self, record: PromptRecord) -> list[Picture]:
         """The pictures of the record in order. Raises PromptError naming it."""
@@ -83,6 +85,7 @@ class PicturePlan:
             # Prompts of a file start from noise of their own, wherever they stand in it.
             first = stream_key(options.seed, STREAM, 0, str(record.id)) % 2**32
         try:
+            options = self._sized(options)
             shared = self._shared_settings(record, options)
         except PromptError as error:
             raise PromptError(f"{record.id or '--prompt'}: {error}") from error
@@ -124,19 +127,32 @@ class PicturePlan:
             if options.control_image is None:
                 raise PromptError("a ControlNet needs a control image; give control_image")
             settings["controlnet"] = list(run.controlnet)
-            settings["control_image"] = self._digest_of(options.control_image)
+            settings["control_image"] = self._read_picture(options.control_image)[0]
         return settings
 
     def _described(self, part: Part) -> dict[str, str]:
         if isinstance(part, str):
             return {"text": part}
-        return {"image": self._digest_of(part)}
+        return {"image": self._read_picture(part)[0]}
 
-    def _digest_of(self, path: Path) -> str:
-        if path not in self._digests:
-            open_picture(path)
-            self._digests[path] = _digest(path.read_bytes())
-        return self._digests[path]
+    def _read_picture(self, path: Path) -> tuple[str, tuple[int, int]]:
+        """(digest of the file, (width, height))."""
+        if path not in self._read:
+            size = open_picture(path).size
+            self._read[path] = _digest(path.read_bytes()), size
+        return self._read[path]
+
+    def _sized(self, options: DrawingOptions) -> DrawingOptions:
+        """With the size of the control image where none is given."""
+        if options.control_image is None:
+            return options
+        width, height = (
+            max(1, side // SIZE_UNIT) * SIZE_UNIT
+            for side in self._read_picture(options.control_image)[1]
+        )
+        return dataclasses.replace(
+            options, height=options.height or height, width=options.width or width
+        )
 
 
 def _filled(options: DrawingOptions, defaults: DrawingOptions) -> DrawingOptions:

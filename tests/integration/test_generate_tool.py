@@ -226,8 +226,7 @@ def test_a_controlnet(files, tool, pipeline):
     asked = ["--model", str(files / "exported"), "--prompt", "a cross", *DRAWING]
     asked += ["--output", str(files / "additions")]
     control = ["--controlnet", str(files / "controlnet"), "--control-scale", "0.5"]
-    size = ["--height", "16", "--width", "16"]
-    assert tool.main([*asked, *control, *size, "--control-image", str(files / "cat.png")]) == 0
+    assert tool.main([*asked, *control, "--control-image", str(files / "cat.png")]) == 0
     embeds, negative = pipeline.encode_prompt("a cross")
     names = ("vae", "tokenizer", "unet", "scheduler")
     painter = StableDiffusionControlNetPipeline(
@@ -247,8 +246,8 @@ def test_a_controlnet(files, tool, pipeline):
         guidance_scale=3.0,
         controlnet_conditioning_scale=0.5,
         generator=torch.Generator().manual_seed(0),
-        height=16,
-        width=16,
+        height=32,
+        width=40,
     ).images[0]
     (found,) = (i for name, i in pixels(files / "additions").items() if name.endswith("-0.png"))
     assert np.array_equal(found, np.asarray(wanted))
@@ -290,15 +289,15 @@ def test_loras(files, tool):
         (["--content", "{"], "--content is not JSON"),
         (["--prompts", "none.jsonl"], "no file none.jsonl"),
         (["--prompts", "{files}/cat.png"], "cannot be read"),
-        (["--prompt", "a", "--model", "none"], "neither an exported folder .* nor a run"),
+        (["--prompt", "a", "--model", "none"], "no exported folder.*no finished checkpoint"),
         (["--prompt", "a", "--model", "{files}/run", "--sd", "none"], "no Stable Diffusion folder"),
         (["--prompt", "a", "--lora", "none"], "--lora none: no such file"),
         (["--prompt", "a", "--controlnet", "none"], "--controlnet none: no config.json"),
         (["--prompt", "a", "--controlnet", "{files}/sd/unet"], "needs a control image"),
         (["--prompt", "a", "--device", "abacus"], "--device abacus: "),
         (["--prompt", "a", "--height", "12"], "height 12 is not a multiple of 8"),
-        (["--prompt", "red " * 50], "takes 51 positions"),
-        (["--prompt", "a", "--negative", "red " * 50], "takes 51 positions"),
+        (["--prompt", "red " * 50], "the prompt takes 51 positions"),
+        (["--prompt", "a", "--negative", "red " * 50], "negative prompt takes 51 positions"),
         (["--prompt", "a", "--lora", "{files}/cat.png"], "--lora cannot be opened"),
         (["--prompt", "a", "--model", "{files}/truncated"], "no whole safetensors file"),
     ],
