@@ -53,6 +53,7 @@ setup(
     packages=find_packages(include=["megatron_kosmosg", "megatron_kosmosg.*"]),
     package_data={
         "megatron_kosmosg.toy": ["assets/**"],
+        "megatron_kosmosg.evaluation": ["dataset_page.css"],
         "megatron_kosmosg.evaluation.report": ["page.css"],
     },
     install_requires=CORE,
