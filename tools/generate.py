@@ -38,7 +38,7 @@ examples:
 A JSONL record is {"prompt": "<image> in snow", "images": ["cat.png"]} or {"content": [{"text": ..}
 or {"image": ..}, ...]}, pictures named relative to the file. Optional fields: id (names the
 pictures ID-0.png, ID-1.png, ..; the line's number if absent), negative_prompt, seed, num_images,
-steps, guidance, height, width, control_image. The options below are the defaults of all records.
+steps, guidance, height, width, control_image. Drawing options are the defaults of all records.
 
 The same command continues an interrupted run. A picture is drawn again only if something that
 decides how it looks has changed. Ranks (torchrun or srun) share the records; the pictures are the
@@ -73,8 +73,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     asked.add_argument("--prompt", help="one prompt, <image> where each --image goes")
     asked.add_argument("--content", help="one prompt as a JSON list of text and image entries")
     asked.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL file of prompts")
-    parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for pictures")
     drawing = parser.add_argument_group("drawing")
     drawing.add_argument("--negative", default="", metavar="TEXT", help="what not to draw")
     drawing.add_argument("--num-images", type=_positive, default=1, metavar="N", help="(1)")
@@ -127,6 +129,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def request_of(given: argparse.Namespace, place: Place) -> Request:
     """Raises PromptError or ConfigError for what cannot be used."""
+    if given.output.exists() and not given.output.is_dir():
+        raise ConfigError(f"--output {given.output} is a file; give a folder")
     strengths = given.lora_scale or [1.0] * len(given.lora)
     device = _device(given.device, place)
     return Request(
@@ -182,7 +186,8 @@ def _device(name: str | None, place: Place) -> torch.device:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when this rank's pictures are all there, 2 (message on stderr) when nothing was drawn."""
+    """0 when this rank's pictures are all there, 2 when nothing was drawn, 1 when one could not be
+    written, 130 on Ctrl-C; a message on stderr."""
     given = parse(arguments)
     try:
         place = find_place(os.environ)
@@ -190,6 +195,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (PromptError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}; the same command continues", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130

@@ -42,7 +42,7 @@ def pipeline_from_checkpoint(
 
     stable_diffusion: folder with the `unet/ vae/ scheduler/` that draw.
     spm_model: SentencePiece model, where the checkpoint's `data.tokenizer_model` is not there.
-    Raises ConversionError for whatever could not be exported either.
+    To keep it as a folder, use export-hf. Raises ConversionError for what that refuses.
     """
     checkpoint = CheckpointTensors(run)
     if not any(name.startswith(OURS) for name in checkpoint.names()):

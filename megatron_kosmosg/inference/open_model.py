@@ -42,18 +42,20 @@ def open_drawer(
         library.disable_progress_bar()
     # The oldest diffusers that we support does not know the new name, `dtype`.
     warnings.filterwarnings("ignore", message=".*`torch_dtype` is deprecated")
-    pipeline = _opened("--model", lambda: open_pipeline(source, dtype, device))
+    pipeline = _opened(f"--model {source.folder}", lambda: open_pipeline(source, dtype, device))
     pipeline.scheduler = noise_scheduler(scheduler, pipeline.scheduler)
     names = [f"lora_{i}" for i in range(len(source.loras))]
     for name, (file, _) in zip(names, source.loras, strict=True):
-        _opened("--lora", lambda f=file, n=name: pipeline.load_lora_weights(f, adapter_name=n))
+        _opened(
+            f"--lora {file}", lambda f=file, n=name: pipeline.load_lora_weights(f, adapter_name=n)
+        )
     if names:
         pipeline.set_adapters(names, [strength for _, strength in source.loras])
     if source.controlnet is None:
         return PipelineDrawer(pipeline)
     folder, strength = source.controlnet
     controlnet = _opened(
-        "--controlnet", lambda: ControlNetModel.from_pretrained(folder, torch_dtype=dtype)
+        f"--controlnet {folder}", lambda: ControlNetModel.from_pretrained(folder, torch_dtype=dtype)
     )
     return PipelineDrawer(pipeline, controlnet.to(device), strength)
 
@@ -82,8 +84,8 @@ def _check_weights(folder: Path) -> None:
     SafetensorsFolder(folder / ALIGNER, DIFFUSERS)
 
 
-def _opened(option: str, opening: Callable[[], Opened]) -> Opened:
+def _opened(what: str, opening: Callable[[], Opened]) -> Opened:
     try:
         return opening()
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ConfigError(f"{option} cannot be opened: {error}") from error
+        raise ConfigError(f"{what} cannot be opened: {error}") from error

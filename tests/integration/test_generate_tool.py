@@ -294,11 +294,12 @@ def test_loras(files, tool):
         (["--prompt", "a", "--lora", "none"], "--lora none: no such file"),
         (["--prompt", "a", "--controlnet", "none"], "--controlnet none: no config.json"),
         (["--prompt", "a", "--controlnet", "{files}/sd/unet"], "needs a control image"),
+        (["--prompt", "a", "--output", "{files}/cat.png"], "cat.png is a file; give a folder"),
         (["--prompt", "a", "--device", "abacus"], "--device abacus: "),
         (["--prompt", "a", "--height", "12"], "height 12 is not a multiple of 8"),
         (["--prompt", "red " * 50], "the prompt takes 51 positions"),
         (["--prompt", "a", "--negative", "red " * 50], "negative prompt takes 51 positions"),
-        (["--prompt", "a", "--lora", "{files}/cat.png"], "--lora cannot be opened"),
+        (["--prompt", "a", "--lora", "{files}/cat.png"], "--lora .*cat.png cannot be opened"),
         (["--prompt", "a", "--model", "{files}/truncated"], "no whole safetensors file"),
     ],
 )
@@ -308,7 +309,7 @@ def test_bad_input_is_named_and_nothing_is_written(files, tool, capsys, argument
         arguments = [*arguments, "--model", "{files}/exported"]
     output = files / "bad"
     given = [argument.replace("{files}", str(files)) for argument in arguments]
-    assert tool.main([*given, "--output", str(output)]) == 2
+    assert tool.main(["--output", str(output), *given]) == 2
     said = capsys.readouterr().err
     assert re.search(message, said) and said.count("error: ") == 1, said
     assert not output.exists()
