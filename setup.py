@@ -18,7 +18,8 @@ CORE = [
     "diffusers>=0.35",
     "transformers>=5.0",
     "safetensors",
-    "sentencepiece",
+    # Batched encoding into numpy arrays.
+    "sentencepiece>=0.2.3",
     "tensorboard",
     "tqdm",
     "pillow",
@@ -35,11 +36,12 @@ EXTRAS = {
     "diffusers": DIFFUSERS,
     # The CUDA 13 wheel also decodes on machines without a GPU. Elsewhere Pillow takes its place.
     "data": [
+        "pyarrow",
         "nvidia-dali-cuda130>=2.0; sys_platform == 'linux' and platform_machine == 'x86_64'",
     ],
     "demo": ["matplotlib"],
     "gpu": ["transformer-engine"],
-    "mpi": ["mpi4py"],
+    "mpi": MPI,
 }
 
 setup(
