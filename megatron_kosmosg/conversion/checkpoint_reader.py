@@ -66,9 +66,9 @@ class CheckpointTensors:
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor; holds it and one stored shard."""
         key, layer = stored_key(name)
-        if key not in self._stored:
+        stored = self._stored.get(key)
+        if stored is None or (layer is not None and layer >= stored.size[0]):
             raise ConversionError(f"{self.path} holds no {name}")
-        stored = self._stored[key]
         shape = self._own_shape(key)
         offsets = (0,) * len(shape)
         if layer is not None:
