@@ -31,8 +31,12 @@ CORE = [
 # LoRA files and CPU offload of an exported model; loading is leaner with accelerate, too.
 DIFFUSERS = ["accelerate", "peft"]
 
+# The wheel of MPICH is for machines without an MPI of their own; a cluster's users install mpi4py
+# alone. Open MPI's wheel must not be installed beside it: both bring an `mpirun`.
+MPI = ["mpi4py>=4.1", "mpich>=5.0; sys_platform == 'linux' and platform_machine == 'x86_64'"]
+
 EXTRAS = {
-    "test": ["pytest", "pytest-timeout", "ruff", *DIFFUSERS],
+    "test": ["pytest", "pytest-timeout", "ruff", *DIFFUSERS, *MPI],
     "diffusers": DIFFUSERS,
     # The CUDA 13 wheel also decodes on machines without a GPU. Elsewhere Pillow takes its place.
     "data": [
