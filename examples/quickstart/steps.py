@@ -9,6 +9,7 @@ from pathlib import Path
 
 SECTIONS = {"train": "data.blend", "heldout": "data.heldout"}
 """Where a stage's config names the datasets of a split."""
+SD_FOLDER = Path("megatron_kosmosg/toy/assets/stable-diffusion")
 STAGES = ("pretrain", "align", "instruct")
 STAGE_TITLES = {
     "pretrain": "pretrain: read text and pictures",
@@ -72,13 +73,13 @@ sample that they read."""
 FULL = Sizes(
     world=4000,
     seconds={"world": 40, "data": 12, "pretrain": 230, "align": 340, "instruct": 620}
-    | {"evaluate": 90, "report": 8},
+    | {"export": 15, "generate": 20, "evaluate": 90, "report": 8},
 )
 
 FAST = Sizes(
     world=240,
     seconds={"world": 6, "data": 8, "pretrain": 30, "align": 28, "instruct": 35}
-    | {"evaluate": 20, "report": 6},
+    | {"export": 15, "generate": 20, "evaluate": 20, "report": 6},
     overrides={
         stage: (
             f"training.train_iters={iterations}",
@@ -137,6 +138,7 @@ def plan(repository: Path, out: Path, *, fast: bool, ablations: bool) -> list[St
         steps.append(_train_step(repository, out, sizes, stage, previous))
         previous = stage
     runs = {stage: out / stage for stage in STAGES}
+    steps += [_export_step(out, sizes), _generate_step(out, sizes)]
     if ablations:
         for ablation in ABLATIONS:
             steps.append(_ablation_step(repository, out, sizes, ablation, runs))
@@ -283,6 +285,32 @@ def _train_iters(config: Path, overrides: Iterable[str]) -> int | None:
             if key.strip() == "train_iters":
                 return int(value.split("#")[0])
     return None
+
+
+def _export_step(out: Path, sizes: Sizes) -> Step:
+    command = ("tools/convert_checkpoint.py", "export-hf", "--input", str(out / "instruct"))
+    return Step(
+        name="export",
+        title="export: a folder that diffusers and transformers open",
+        command=(sys.executable, *command, "--sd", str(SD_FOLDER), "--output", str(out / "export")),
+        outputs=(out / "export",),
+        seconds=sizes.seconds["export"],
+        after=("instruct",),
+    )
+
+
+def _generate_step(out: Path, sizes: Sizes) -> Step:
+    prompts = out / "world" / "heldout" / "prompts.jsonl"
+    command = ("tools/generate.py", "--model", str(out / "export"), "--prompts", str(prompts))
+    drawing = ("--num-images", "4", "--steps", "8", "--guidance", "2")
+    return Step(
+        name="generate",
+        title="draw held-out prompts with the exported pipeline",
+        command=(sys.executable, *command, *drawing, "--output", str(out / "generated")),
+        outputs=(out / "generated",),
+        seconds=sizes.seconds["generate"],
+        after=("world", "export"),
+    )
 
 
 def _evaluation_step(out: Path, sizes: Sizes, runs: dict[str, Path]) -> Step:

@@ -2,7 +2,8 @@
 
 Training records show no held-out combination; held-out records show only such, except for what an
 edit leads to. A held-out record also states the truth: `scene` (its target picture, else its
-picture) or `scenes` (its pictures in order).
+picture) or `scenes` (its pictures in order). `heldout/prompts.jsonl` asks for the first of them in
+the form tools/generate.py reads: the entities as pictures only.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from megatron_kosmosg.toy.records import WRITERS
 
 SPLITS = ("train", "heldout")
 MANIFEST = "world.json"
-VERSION = 2
+VERSION = 3
 SHARES = {"text": 0.5, "caption": 3.0, "interleaved": 0.5, "compositional": 1.5, "edit": 0.5}
 """Training records of each kind, relative to `size`."""
+PROMPTS_FILE, NUM_PROMPTS = "prompts.jsonl", 8
 HELDOUT_SHARE, MIN_HELDOUT, MAX_HELDOUT = 0.1, 16, 256
 
 
@@ -76,10 +78,29 @@ def write_world(folder: Path, world: World, report: Callable[[int, int], None]) 
                 out.write(json.dumps(_record(world, split, kind, i, pictures)) + "\n")
                 done += 1
                 report(done, total)
+    _write_prompts(temporary / "heldout")
     (temporary / MANIFEST).write_text(json.dumps(asdict(world)) + "\n")
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(temporary, folder)
+
+
+def _write_prompts(heldout: Path) -> None:
+    records = (heldout / "compositional.jsonl").read_text().splitlines()[:NUM_PROMPTS]
+    prompts = [prompt_record(json.loads(line)) for line in records]
+    (heldout / PROMPTS_FILE).write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+
+
+def prompt_record(record: dict[str, Any]) -> dict[str, Any]:
+    """A compositional record as a prompt: its caption, each entity's words replaced by its
+    picture."""
+    content, end = [], 0
+    for entity in record["entities"]:
+        start, next_end = entity["span"]
+        content += [{"text": record["caption"][end:start].strip()}, {"image": entity["image"]}]
+        end = next_end
+    content.append({"text": record["caption"][end:].strip()})
+    return {"id": record["key"], "content": [part for part in content if part.get("text") != ""]}
 
 
 def _record(

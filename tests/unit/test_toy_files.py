@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_kosmosg.inference.prompt_records import read_records
 from megatron_kosmosg.toy.files import SPLITS, World, is_complete, write_world
 from megatron_kosmosg.toy.records import WRITERS
 from megatron_kosmosg.toy.world import Scene, is_heldout, render
@@ -149,3 +150,18 @@ def test_the_tool_reuses_a_finished_world_and_refuses_bad_sizes(world):
     assert again.returncode == 0 and "left as it is" in again.stdout
     bad = run("--output", str(world), "--size", "0")
     assert bad.returncode == 1 and "size=0" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_prompts_name_entities_by_their_pictures_only(world):
+    prompts = read_records(world / "heldout" / "prompts.jsonl")
+    records = read(world, "heldout", "compositional")[: len(prompts)]
+    assert len(prompts) == 8
+    for prompt, record in zip(prompts, records, strict=True):
+        words = " ".join(part for part in prompt.content if isinstance(part, str))
+        pictures = [part for part in prompt.content if not isinstance(part, str)]
+        assert pictures == [world / "heldout" / e["image"] for e in record["entities"]]
+        expected_words = record["caption"]
+        for entity in record["entities"]:
+            assert entity["text"] not in words
+            expected_words = expected_words.replace(entity["text"], "")
+        assert words.split() == expected_words.split()

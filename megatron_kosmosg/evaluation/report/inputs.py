@@ -65,6 +65,16 @@ def read_inputs(out: Path) -> ReportInputs:
         )
         for entry in _read_json(evaluation / "images.json", [])
     ]
+    sheet = out / "generated" / "contact_sheet.png"
+    if sheet.is_file():
+        pictures.append(
+            Picture(
+                path=sheet,
+                title="Drawn by the exported pipeline",
+                caption="Held-out prompts, four starts each, with tools/generate.py from export/, "
+                "the diffusers folder made of the last checkpoint.",
+            )
+        )
     return ReportInputs(
         mode=record.get("mode", "full"),
         machine=record.get("machine", {}),

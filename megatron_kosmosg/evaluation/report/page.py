@@ -45,9 +45,15 @@ and the batch arithmetic, on any machine. No GPU run has been made for this page
 <pre><code>python -m megatron_kosmosg.train \\
     --config examples/configs/instruct_256gpu.yaml --dry-run</code></pre>
 <h3>diffusers</h3>
-<p>The frozen image decoder is an ordinary diffusers folder. Any Stable Diffusion folder with
-<code>unet/ vae/ scheduler/</code> takes its place through <code>model.diffusion.path</code>, with
-<code>text_encoder/ tokenizer/</code> through <code>model.clip_text.path</code>.</p>
+<p><code>export/</code> in this run's folder is a diffusers pipeline: <code>mllm/</code> a stock
+<code>Kosmos2ForConditionalGeneration</code>, <code>unet/ vae/ scheduler/</code> those of the frozen
+image decoder, only <code>aligner/</code> has code of its own. ControlNet, LoRA, schedulers and
+image-to-image work on it as on Stable Diffusion (<code>examples/inference/</code>).</p>
+<pre><code>from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("export", trust_remote_code=True)
+pipe(["a", picture, "on a red background"], num_inference_steps=8, guidance_scale=2)</code></pre>
+<p>Any Stable Diffusion folder takes the toy decoder's place in training through
+<code>model.diffusion.path</code> and <code>model.clip_text.path</code>.</p>
 """
 
 _SECTIONS = (
