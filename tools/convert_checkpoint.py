@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Checkpoints of other projects -> ours, ours -> folders that stock libraries open."""
+"""Checkpoints of other projects -> ours, ours -> folders that stock libraries open.
+
+Long because it is the help page of six commands; the work is in megatron_kosmosg/conversion.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +109,8 @@ DTYPES = ("fp16", "bf16", "fp32")
 
 def main() -> int:
     """0 when all is done, 1 when models differ, 2 (message on stderr) when nothing was written."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=RAW)
+    description = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(description=description, epilog=EPILOG, formatter_class=RAW)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_import_fairseq(commands)
     _add_import_kosmos2(commands)
@@ -132,14 +136,9 @@ class Different(Exception):
 
 
 def _add_import_fairseq(commands) -> None:
-    parser = commands.add_parser(
-        "import-fairseq",
-        description=IMPORT_FAIRSEQ,
-        epilog=IMPORT_FAIRSEQ_EPILOG,
-        formatter_class=RAW,
+    parser = _command(
+        commands, "import-fairseq", IMPORT_FAIRSEQ, IMPORT_FAIRSEQ_EPILOG, _import_fairseq
     )
-    parser.add_argument("--input", type=Path, required=True, metavar="FILE", help="checkpoint")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")
     parser.add_argument(
         "--vision",
         type=Path,
@@ -163,7 +162,6 @@ def _add_import_fairseq(commands) -> None:
         help="leave out further tensors by name, e.g. 'audio_model.*'; repeatable",
     )
     _add_config(parser)
-    parser.set_defaults(run=_import_fairseq)
 
 
 def _import_fairseq(given: argparse.Namespace) -> list[str]:

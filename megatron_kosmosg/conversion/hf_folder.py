@@ -18,7 +18,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion.checkpoint_writer import Progress
 from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.hf_aligner import aligner_arguments, aligner_weights
-from megatron_kosmosg.conversion.hf_tokenizer import write_tokenizer
+from megatron_kosmosg.conversion.hf_tokenizer import checked_vocabulary, write_tokenizer
 from megatron_kosmosg.conversion.kosmos2 import kosmos2_config, kosmos2_weights
 from megatron_kosmosg.conversion.safetensors_files import (
     DIFFUSERS,
@@ -132,27 +132,12 @@ def tokenizer_model(config: RunConfig, given: Path | None) -> Path:
 
     Raises ConversionError when there is none or its vocabulary is not the model's.
     """
-    path = given or (config.data.tokenizer_model and Path(config.data.tokenizer_model))
-    if path is None or not Path(path).is_file():
-        raise ConversionError(
-            f"no SentencePiece model at {path} (data.tokenizer_model of the checkpoint); give it "
-            "with --tokenizer-model"
-        )
-    found = load_tokenizer(path).vocab_size
-    if found != config.model.vocab_size:
-        raise ConversionError(
-            f"the tokenizer {path} has {found} tokens, the model {config.model.vocab_size}; give "
-            "the SentencePiece model that it was trained with (--tokenizer-model)"
-        )
-    return Path(path)
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Our tokenizer. Raises ConversionError for a file that is no SentencePiece model."""
-    try:
-        return Tokenizer(path)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConversionError(f"{path} is no usable SentencePiece model: {error}") from None
+    named = config.data.tokenizer_model
+    if given is None and named is None:
+        raise ConversionError("the checkpoint names no tokenizer; give --tokenizer-model")
+    path = given or Path(named)
+    checked_vocabulary(path, config.model.vocab_size)
+    return path
 
 
 def write_tokenizer_files(folder: Path, model_path: Path, config: RunConfig) -> None:

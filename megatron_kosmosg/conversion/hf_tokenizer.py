@@ -42,6 +42,26 @@ def token_list(model_path: Path) -> list[str]:
     return [*HEAD, *(piece.piece for piece in pieces[3:]), *TRAILING_SPECIALS]
 
 
+def checked_vocabulary(model_path: Path, rows: int, *, or_fewer: bool = False) -> int:
+    """Ids of a SentencePiece model, which must be as many as an embedding has rows.
+
+    or_fewer: or fewer. Raises ConversionError otherwise, and for a file that is no such model.
+    """
+    try:
+        size = Tokenizer(model_path).vocab_size
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConversionError(
+            f"{model_path} is no usable SentencePiece model ({error}); give one with "
+            "--tokenizer-model"
+        ) from None
+    if size > rows or (size < rows and not or_fewer):
+        raise ConversionError(
+            f"the tokenizer {model_path} makes {size:,} token ids, the embedding has {rows:,} "
+            "rows; give the model that the weights were trained with (--tokenizer-model)"
+        )
+    return size
+
+
 def build_tokenizer(model_path: Path, model_max_length: int) -> PreTrainedTokenizerFast:
     """The stock tokenizer of a SentencePiece model.
 

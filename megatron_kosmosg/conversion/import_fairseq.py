@@ -20,7 +20,8 @@ from megatron_kosmosg.conversion.checkpoint_writer import (
 )
 from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.fairseq_file import FairseqFile, LazyTensors
-from megatron_kosmosg.conversion.imported_config import imported_config
+from megatron_kosmosg.conversion.hf_tokenizer import checked_vocabulary
+from megatron_kosmosg.conversion.imported_config import Imported, imported_config
 from megatron_kosmosg.conversion.openai_clip import OURS as TOWER
 from megatron_kosmosg.conversion.openai_clip import clip_table, read_clip_file
 from megatron_kosmosg.conversion.rules import RuleTable
@@ -33,7 +34,6 @@ from megatron_kosmosg.conversion.tensors import (
     check_ties,
     widest_dtype,
 )
-from megatron_kosmosg.data.tokenizer import Tokenizer
 
 _FILE_OF_STAGE = {"pretrain": "stage 1", "align": "stage 2", "instruct": "final"}
 _PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -56,15 +56,7 @@ class FairseqImport:
     """Patterns of further tensor names to leave out."""
 
 
-@dataclass(frozen=True)
-class FairseqImported:
-    """What was written, and what the user should know of it."""
-
-    checkpoint: Path
-    notes: list[str]
-
-
-def import_fairseq(job: FairseqImport, progress: Progress | None = None) -> FairseqImported:
+def import_fairseq(job: FairseqImport, progress: Progress | None = None) -> Imported:
     """Writes `job.output/iter_0000000`; its stage follows from the parts the file holds.
 
     Raises ConversionError or ConfigError before anything is written.
@@ -73,7 +65,7 @@ def import_fairseq(job: FairseqImport, progress: Progress | None = None) -> Fair
     config, source, notes = open_fairseq(job)
     if job.tokenizer is None:
         notes.append("no tokenizer: set data.tokenizer_model where one is needed")
-    return FairseqImported(write_checkpoint(job.output, config, source, progress), notes)
+    return Imported(write_checkpoint(job.output, config, source, progress), notes)
 
 
 def open_fairseq(job: FairseqImport) -> tuple[RunConfig, TensorSource, list[str]]:
@@ -143,26 +135,13 @@ def _config(
     if job.tokenizer is not None:
         settings["data.tokenizer_model"] = str(job.tokenizer.resolve())
     config = imported_config(found, settings, job.config_file, overrides)
-    _check_tokenizer(job.tokenizer, config)
+    if job.tokenizer is not None:
+        checked_vocabulary(job.tokenizer, config.model.vocab_size)
     if "model.resampler.num_attention_heads" in given:
         return config
     heads = config.model.decoder.num_attention_heads  # so it is in the released code
     resampler = dataclasses.replace(config.model.resampler, num_attention_heads=heads)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, resampler=resampler))
-
-
-def _check_tokenizer(tokenizer: Path | None, config: RunConfig) -> None:
-    if tokenizer is None:
-        return
-    try:
-        size = Tokenizer(tokenizer).vocab_size
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConversionError(f"--tokenizer-model {tokenizer}: {error}") from None
-    if size != config.model.vocab_size:
-        raise ConversionError(
-            f"--tokenizer-model {tokenizer} makes {size:,} token ids, the embedding has "
-            f"{config.model.vocab_size:,} rows; give the model that the weights were trained with"
-        )
 
 
 def _absent_tower(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,12 @@ from megatron_kosmosg.conversion.checkpoint_writer import (
     write_checkpoint,
 )
 from megatron_kosmosg.conversion.errors import ConversionError
-from megatron_kosmosg.conversion.hf_tokenizer import check_same_tokens, folder_model
-from megatron_kosmosg.conversion.imported_config import imported_config
+from megatron_kosmosg.conversion.hf_tokenizer import (
+    check_same_tokens,
+    checked_vocabulary,
+    folder_model,
+)
+from megatron_kosmosg.conversion.imported_config import Imported, imported_config
 from megatron_kosmosg.conversion.rules import RuleTable
 from megatron_kosmosg.conversion.safetensors_files import (
     DIFFUSERS,
@@ -30,14 +33,6 @@ from megatron_kosmosg.conversion.safetensors_files import (
     SafetensorsFolder,
 )
 from megatron_kosmosg.conversion.tensors import Joined, TensorSource, as_ours, check_ties
-
-
-@dataclass(frozen=True)
-class Imported:
-    """A checkpoint that was written, and what the user should know of it."""
-
-    checkpoint: Path
-    notes: list[str]
 
 
 def import_hf(
@@ -64,7 +59,7 @@ def import_hf(
         sizes |= hf_aligner.aligner_sizes(_json(aligner / "config.json"), aligner)
     tokenizer = folder_model(tokenizer_folder)
     check_same_tokens(tokenizer, tokenizer_folder)
-    _check_vocabulary(tokenizer, sizes["model.vocab_size"], exact=True)
+    checked_vocabulary(tokenizer, sizes["model.vocab_size"])
     sizes["stage"] = "instruct" if has_aligner else "pretrain"
     settings |= _places(output, tokenizer)
     if has_aligner:
@@ -96,7 +91,7 @@ def import_kosmos2(
     tokenizer = tokenizer or folder_model(folder)
     check_same_tokens(tokenizer, folder)
     rows = sizes["model.vocab_size"]
-    sizes["model.vocab_size"] = _check_vocabulary(tokenizer, rows, exact=False)
+    sizes["model.vocab_size"] = checked_vocabulary(tokenizer, rows, or_fewer=True)
     sizes["stage"] = "pretrain"
     settings |= _places(output, tokenizer)
     config = imported_config(sizes, settings, config_file, overrides)
@@ -166,17 +161,6 @@ def _places(output: Path, tokenizer: Path) -> dict[str, str]:
         "logging.output_dir": str(output),
         "data.tokenizer_model": str(tokenizer.resolve()),
     }
-
-
-def _check_vocabulary(tokenizer: Path, rows: int, exact: bool) -> int:
-    """The tokenizer's vocabulary size, which must fit the rows of the embedding."""
-    size = hf_folder.load_tokenizer(tokenizer).vocab_size
-    if size > rows or (exact and size != rows):
-        raise ConversionError(
-            f"{tokenizer} has {size} tokens, the model's embedding {rows} rows; give the "
-            "tokenizer that the weights were trained with"
-        )
-    return size
 
 
 def _json(path: Path) -> dict[str, Any]:

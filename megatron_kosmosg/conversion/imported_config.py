@@ -1,9 +1,10 @@
-"""The config that an imported checkpoint stores: what the file states, and the user's additions."""
+"""What an import leaves: a checkpoint, and its config of known sizes and the user's settings."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,14 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import flatten, load_config
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion.errors import ConversionError
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was written, and what the user should know of it."""
+
+    checkpoint: Path
+    notes: list[str]
 
 
 def imported_config(
