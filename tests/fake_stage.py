@@ -31,6 +31,9 @@ from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.training.stage import InitialWeights, Probe
 
 WIDTH = 8
+NOTHING = {"x": BlendEntry("none")}
+BAD_ABOVE = 1.0
+"""A sample whose first number is larger counts as one with a bad image."""
 
 
 def fake_config(output_dir: str, **sections: dict) -> RunConfig:
@@ -47,7 +50,9 @@ def fake_config(output_dir: str, **sections: dict) -> RunConfig:
     optimizer = {"lr": 0.02, "lr_warmup_iters": 2} | given.get("optimizer", {})
     return RunConfig(
         stage="align",
-        data=DataConfig(num_workers=1, heldout={"x": BlendEntry("none")}),
+        data=DataConfig(
+            **({"num_workers": 1, "blend": NOTHING, "heldout": NOTHING} | given.get("data", {}))
+        ),
         parallel=ParallelConfig(timeout_seconds=60, **given.get("parallel", {})),
         training=TrainingConfig(**training),
         optimizer=OptimizerConfig(**optimizer),
@@ -61,15 +66,19 @@ def fake_config(output_dir: str, **sections: dict) -> RunConfig:
 class FakeDataset:
     """Position p gives WIDTH numbers drawn from p, and their image under a fixed map."""
 
-    def __init__(self, split: str) -> None:
+    def __init__(self, split: str, content: str = "same") -> None:
+        self._content = content
         self._offset = {"train": 0, "heldout": 10**6}[split]
 
     def __getitem__(self, position: int) -> Tensor:
         generator = torch.Generator().manual_seed(self._offset + position)
         return torch.randn(WIDTH, generator=generator)
 
-    def length(self, position: int) -> int:
-        return 3
+    def fingerprints(self) -> dict[str, str]:
+        return {"x": self._content}
+
+    def lengths(self, positions: Sequence[int]) -> None:
+        return None
 
     def pad_to(self, positions: Sequence[int], global_positions: Sequence[int]) -> int:
         return 3
@@ -79,12 +88,10 @@ class FakeDataset:
         return {
             "tokens": torch.zeros(len(samples), pad_to, dtype=torch.int64),
             "pixel_values": torch.zeros(0, 3, 2, 2),
+            "bad_samples": (inputs[:, 0] > BAD_ABOVE).sum(),
             "inputs": inputs,
             "targets": torch.sin(2 * inputs) + inputs.roll(1, dims=1),
         }
-
-    def statistics(self) -> dict[str, int]:
-        return {"bad_samples": 0}
 
 
 class FakeModel(MegatronModule):
@@ -143,7 +150,10 @@ class FakeStage:
         poison: Sequence[int] = (),
         initial: InitialWeights | None = None,
         hook=None,
+        content: str = "same",
     ) -> None:
+        """content: fingerprint of the dataset."""
+        self._content = content
         self.config, self._dropout, self._poison = config, dropout, set(poison)
         self._initial, self._hook, self._calls = initial, hook, 0
 
@@ -169,7 +179,7 @@ class FakeStage:
         return [FakeModel(settings, layout, self._dropout).to(layout.device)]
 
     def build_dataset(self, split: str) -> FakeDataset:
-        return FakeDataset(split)
+        return FakeDataset(split, self._content)
 
     def forward_step(self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module):
         batch = next(data_iterator)

@@ -8,8 +8,13 @@ from megatron_kosmosg.config.schema import RunConfig
 
 
 def output_folder(config: RunConfig) -> Path:
-    """The run's folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/."""
+    """The run's folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, packing/."""
     return Path(config.logging.output_dir)
+
+
+def packing_folder(config: RunConfig) -> Path:
+    """Folder of the indices that `pretrain` packs its rows by; may be deleted, is made anew."""
+    return output_folder(config) / "packing"
 
 
 def save_folder(config: RunConfig) -> Path:

@@ -6,6 +6,9 @@ the same computation is laid out over ranks, logged, evaluated or stored may cha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import differences
 from megatron_kosmosg.config.schema import RunConfig
@@ -16,6 +19,7 @@ FREE_TO_CHANGE = (
     "logging",
     "data.heldout",
     "data.num_workers",
+    "data.balance_tokens",  # the same samples, added up in another order
     "data.image_backend",  # another decoder rounds pixels differently, nothing more
     "data.latent_cache",  # cached moments equal computed ones
     "data.max_bad_samples",
@@ -35,16 +39,36 @@ FREE_TO_CHANGE = (
 """Keys and sections; every other setting changes what is learnt."""
 
 
-def check_resume(saved: RunConfig, current: RunConfig) -> list[str]:
+def check_resume(
+    saved: RunConfig,
+    current: RunConfig,
+    saved_data: Mapping[str, str] = MappingProxyType({}),
+    current_data: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
     """One line per harmless difference between the checkpoint's config and this run's.
 
-    Raises ConfigError naming all differences that change what is learnt and are not accepted.
+    saved_data, current_data: fingerprint of each dataset of data.blend, by name; a dataset that
+    only moved may, one of other content may not. Raises ConfigError naming all differences that
+    change what is learnt and are not accepted.
     """
     accepted = current.checkpoint.accept_changes
+    both = saved_data.keys() & current_data.keys()
+    moved = [f"data.blend.{name}.path" for name in both if saved_data[name] == current_data[name]]
+    changed = {key: f"{old} -> {new}" for key, (old, new) in differences(saved, current).items()}
+    for name in sorted(both):
+        if saved_data[name] != current_data[name]:
+            path = current.data.blend[name].path
+            changed[f"data.blend.{name}.content"] = (
+                f"the dataset {path} is not the one of the checkpoint (fingerprint "
+                f"{saved_data[name]} -> {current_data[name]})"
+            )
+    names, names_now = list(saved.data.blend), list(current.data.blend)
+    if names != names_now and sorted(names) == sorted(names_now):
+        changed["data.blend"] = f"order {', '.join(names)} -> {', '.join(names_now)}"
     noted, refused = [], []
-    for key, (old, new) in differences(saved, current).items():
-        line = f"{key}: {old} -> {new}"
-        free = _covers(FREE_TO_CHANGE, key)
+    for key, change in changed.items():
+        line = f"{key}: {change}"
+        free = _covers(FREE_TO_CHANGE, key) or key in moved
         (noted if free or _covers(accepted, key) else refused).append(line)
     if _decay_end(saved) != _decay_end(current) and not _covers(accepted, "training.train_iters"):
         refused.append(

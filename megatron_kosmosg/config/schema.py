@@ -119,6 +119,9 @@ class DataConfig:
     """`auto` takes DALI when it imports."""
     num_workers: int = 1
     """Threads that read ahead of training on each loading rank; 0 reads in the training thread."""
+    balance_tokens: bool = True
+    """Deal the samples of a global batch to ranks and micro-batches by length (`instruct`; the rows
+    of the other stages are equally long). The batch, its noise and its loss stay the same."""
     target_image_size: int = 512
     """Pixels per side of the image the U-Net learns to draw."""
     image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
@@ -132,9 +135,10 @@ class DataConfig:
     background_keep_prob: float = 0.5
     """Probability that an entity picture keeps its background instead of white."""
     latent_cache: str | None = None
-    """Prefix of cached VAE moments of the target images."""
+    """Name of the VAE moments of target images that tools/cache_latents.py left beside each
+    dataset of data.blend (`instruct`); null encodes the images while training."""
     max_bad_samples: int = 100
-    """Undecodable images on one rank after which the run stops."""
+    """Undecodable images, over all ranks and restarts, above which the run stops."""
 
 
 @dataclass(frozen=True)

@@ -227,6 +227,11 @@ def _check_schedule(config: RunConfig) -> None:
 
 
 def _check_stage_needs(config: RunConfig) -> None:
+    if config.data.latent_cache is not None and config.stage != "instruct":
+        raise ConfigError(
+            f"data.latent_cache={config.data.latent_cache} means nothing to stage={config.stage}: "
+            "only instruct has target images; set data.latent_cache=null"
+        )
     needed = {"data.tokenizer_model": config.data.tokenizer_model, "data.blend": config.data.blend}
     if config.stage == "align":
         needed["model.clip_text.path"] = config.model.clip_text.path

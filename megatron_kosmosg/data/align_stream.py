@@ -1,14 +1,14 @@
 """The stream of `align`: captions, tokenised for the decoder and for the CLIP text encoder.
 
 As in the authors' loader, captions that CLIP would truncate are left out, and those of more than
-num_queries + 8 (there 85) of our tokens. Rows are padded to the longest of the *global* batch,
-because the reconstruction loss depends on the padded length and must not depend on the layout.
+num_queries + 8 (there 85) of our tokens. Rows are padded to one length over the *global* batch,
+because the reconstruction loss depends on the padded length and must not depend on the layout. That
+length comes from the index alone: a caption that CLIP would truncate is replaced by one that has no
+more of our tokens, so no rank has to tokenise another rank's captions to know it.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from megatron_kosmosg.data.blend import Blend
+from megatron_kosmosg.data.caption import TOKENS_PART
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.padding import pad_rows
 from megatron_kosmosg.data.samples import CaptionSample
@@ -26,9 +27,7 @@ from megatron_kosmosg.data.tokenizer import Tokenizer
 
 EXTRA_TOKENS = 8
 """Our tokens that a caption may have beyond the text encoder's positions."""
-MAX_ATTEMPTS = 100
-BLOCK, BLOCKS_KEPT = 256, 64
-"""Captions that are tokenised together, and how many such blocks are remembered."""
+MAX_ATTEMPTS = 1000
 
 
 class AlignStream:
@@ -47,36 +46,55 @@ class AlignStream:
     ) -> None:
         """`num_queries`: positions of the CLIP text encoder. `max_length`: tokens, with <s>."""
         self._blend, self._stores, self._orders = blend, stores, orders
-        self._tokenizer, self._clip_tokenizer = tokenizer, clip_tokenizer
+        self._tokenizer = tokenizer
+        self._clip_pad_id = clip_tokenizer.pad_token_id
+        self._clip_encode = clip_tokenizer.backend_tokenizer.encode
         self._num_queries = num_queries
         self._max_tokens = min(num_queries + EXTRA_TOKENS, max_length - 1)
         self._image_size = image_size
-        self._lock = threading.Lock()
-        self._blocks: OrderedDict[int, list[CaptionSample]] = OrderedDict()
 
     def __getitem__(self, position: int) -> CaptionSample:
-        block, place = divmod(position, BLOCK)
-        with self._lock:
-            if block not in self._blocks:
-                self._blocks[block] = self._read_block(range(block * BLOCK, (block + 1) * BLOCK))
-                if len(self._blocks) > BLOCKS_KEPT:
-                    self._blocks.popitem(last=False)
-            self._blocks.move_to_end(block)
-            return self._blocks[block][place]
+        draw = self._blend[position]
+        store, order = self._stores[draw.name], self._orders[draw.name]
+        limit = self._max_tokens
+        for attempt in range(MAX_ATTEMPTS):
+            index = order.candidate(draw.ordinal, position, attempt)
+            num_tokens = int(store.part_lengths(np.array([index]), TOKENS_PART)[0])
+            if num_tokens > limit:
+                continue
+            limit = num_tokens  # what pad_to counted for this position
+            raw = store[index]
+            clip_ids = self._clip_encode(raw.info["caption"]).ids
+            if len(clip_ids) <= self._num_queries:
+                tokens = np.concatenate([[self._tokenizer.bos_id], raw.tokens()[0]])
+                return CaptionSample(position, tokens.astype(np.int64), self._pad_clip(clip_ids))
+        raise self._nothing_fits()
 
-    def length(self, position: int) -> int:
-        return len(self[position].tokens)
+    def fingerprints(self) -> dict[str, str]:
+        return {name: store.fingerprint() for name, store in self._stores.items()}
+
+    def lengths(self, positions: Sequence[int]) -> None:
+        """None: all rows of a global batch are equally long."""
 
     def pad_to(self, samples: Sequence[CaptionSample], global_positions: Sequence[int]) -> int:
-        """The longest row of the global batch."""
-        return max(self.length(position) for position in global_positions)
-
-    def statistics(self) -> dict[str, int]:
-        return {"bad_samples": 0}
+        """The longest row of the global batch, before CLIP's limit replaces any."""
+        longest = 0
+        which, ordinals = self._blend.take(np.asarray(global_positions))
+        for i, name in enumerate(self._blend.names):
+            mine = which == i
+            if not mine.any():
+                continue
+            indices = self._orders[name].take(ordinals[mine])
+            lengths = self._stores[name].part_lengths(indices, TOKENS_PART)
+            for place in np.flatnonzero(lengths > self._max_tokens).tolist():
+                position = int(np.asarray(global_positions)[mine][place])
+                lengths[place] = self._first_that_fits(name, int(ordinals[mine][place]), position)
+            longest = max(longest, int(lengths.max()))
+        return 1 + longest
 
     def collate(self, samples: Sequence[CaptionSample], pad_to: int) -> dict[str, Tensor]:
         """tokens, image_mask (all False), padding_mask [b, s]; pixel_values [0, 3, H, W];
-        clip_tokens int64 [b, num_queries]."""
+        clip_tokens int64 [b, num_queries]; bad_samples int64 [], always 0."""
         tokens = [sample.tokens for sample in samples]
         rows = pad_rows(
             tokens, [np.zeros(len(row), bool) for row in tokens], pad_to, self._tokenizer.pad_id
@@ -85,33 +103,26 @@ class AlignStream:
         return rows | {
             "pixel_values": torch.zeros(0, 3, self._image_size, self._image_size),
             "clip_tokens": torch.from_numpy(clip_tokens),
+            "bad_samples": torch.tensor(0),
         }
 
-    def _read_block(self, positions: range) -> list[CaptionSample]:
-        found: dict[int, CaptionSample] = {}
-        for attempt in range(MAX_ATTEMPTS):
-            missing = [position for position in positions if position not in found]
-            if not missing:
-                return [found[position] for position in positions]
-            candidates = [self._candidate(position, attempt) for position in missing]
-            encoded = self._clip_tokenizer([caption for _, caption in candidates])["input_ids"]
-            for position, (ids, _), clip_ids in zip(missing, candidates, encoded, strict=True):
-                if len(clip_ids) <= self._num_queries and len(ids) <= self._max_tokens:
-                    tokens = np.concatenate([[self._tokenizer.bos_id], ids])
-                    found[position] = CaptionSample(position, tokens, self._pad_clip(clip_ids))
-        raise ValueError(
+    def _first_that_fits(self, name: str, ordinal: int, position: int) -> int:
+        """Our tokens of the first candidate that is short enough."""
+        for attempt in range(1, MAX_ATTEMPTS):
+            index = self._orders[name].candidate(ordinal, position, attempt)
+            length = int(self._stores[name].part_lengths(np.array([index]), TOKENS_PART)[0])
+            if length <= self._max_tokens:
+                return length
+        raise self._nothing_fits()
+
+    def _nothing_fits(self) -> ValueError:
+        return ValueError(
             f"{MAX_ATTEMPTS} captions in a row are longer than {self._num_queries} CLIP tokens "
             f"(model.aligner.num_queries) or {self._max_tokens} tokens (data.seq_length)"
         )
 
-    def _candidate(self, position: int, attempt: int) -> tuple[np.ndarray, str]:
-        draw = self._blend[position]
-        index = self._orders[draw.name].candidate(draw.ordinal, position, attempt)
-        raw = self._stores[draw.name][index]
-        return raw.tokens()[0].astype(np.int64), raw.info["caption"]
-
     def _pad_clip(self, ids: list[int]) -> np.ndarray:
-        padded = np.full(self._num_queries, self._clip_tokenizer.pad_token_id, np.int64)
+        padded = np.full(self._num_queries, self._clip_pad_id, np.int64)
         padded[: len(ids)] = ids
         return padded
 

@@ -1,9 +1,12 @@
-"""Counts undecodable pictures of this rank, reports each, and stops the run past the limit."""
+"""What happens to pictures that cannot be decoded: each is reported, too many end the run.
+
+Streams put their number into every batch, so that the count is a function of the samples trained
+on, the same on every layout and after every restart.
+"""
 
 from __future__ import annotations
 
 import logging
-import threading
 
 logger = logging.getLogger(__name__)
 
@@ -12,25 +15,18 @@ class TooManyBadSamples(ValueError):
     """More pictures were undecodable than data.max_bad_samples allows."""
 
 
-class BadSampleCounter:
-    """Thread-safe count with a limit."""
+def report_bad_image(dataset: str, key: str, position: int, reason: str) -> None:
+    """Names one bad picture in the log."""
+    logger.warning(
+        "dataset %s, sample %s, stream position %d: bad image replaced: %s",
+        *(dataset, key, position, reason),
+    )
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self.count = 0
 
-    def report(self, dataset: str, key: str, position: int, reason: str) -> None:
-        """Counts one bad picture. Raises TooManyBadSamples beyond the limit."""
-        with self._lock:
-            self.count += 1
-            count = self.count
-        logger.warning(
-            "dataset %s, sample %s, stream position %d: bad image replaced (%d so far): %s",
-            *(dataset, key, position, count, reason),
+def check_bad_samples(count: int, limit: int) -> None:
+    """Raises TooManyBadSamples when `count` bad pictures are more than data.max_bad_samples."""
+    if count > limit:
+        raise TooManyBadSamples(
+            f"{count} undecodable images so far, data.max_bad_samples allows {limit}; the log "
+            "names the dataset and sample of each ('bad image replaced')"
         )
-        if count > self._limit:
-            raise TooManyBadSamples(
-                f"{count} undecodable images, data.max_bad_samples allows {self._limit}; the last "
-                f"is sample {key} of dataset {dataset}: {reason}"
-            )

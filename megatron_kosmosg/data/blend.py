@@ -60,6 +60,12 @@ class Blend:
         i = int(self._pattern[place])
         return Draw(self.names[i], period * self._shares[i] + int(self._ordinals[place]))
 
+    def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(index into `names`, ordinal) of the draws at `positions`, int64 of the same length."""
+        periods, places = np.divmod(np.asarray(positions, np.int64), self.period)
+        which = self._pattern[places].astype(np.int64)
+        return which, periods * np.array(self._shares, np.int64)[which] + self._ordinals[places]
+
 
 def _chairman_assignment(shares: list[int]) -> np.ndarray:
     """int32 [sum of shares]: index of the dataset drawn at each place of one period."""

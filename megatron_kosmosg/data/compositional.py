@@ -15,7 +15,12 @@ import numpy as np
 from megatron_kosmosg.data.keyed import Draws
 from megatron_kosmosg.data.samples import EntityImage, Prompt
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
-from megatron_kosmosg.data.store import RawSample
+from megatron_kosmosg.data.store import TOKENS, PartSizes, RawSample
+
+
+def target_picture(raw: RawSample) -> memoryview:
+    """The encoded picture that `instruct` learns to draw."""
+    return memoryview(raw.parts[0])
 
 
 class CompositionalPrompts:
@@ -33,10 +38,19 @@ class CompositionalPrompts:
         self._text_drop_per = entity_text_drop_per
         self._background_keep_prob = background_keep_prob
 
+    def length(self, sizes: PartSizes, draws: Draws) -> int:
+        """Tokens of the prompt."""
+        texts = [size for mode, size in sizes if mode == TOKENS]
+        num_entities = len(texts) // 2
+        chosen = sum(
+            texts[2 * i + self._drops_words(i, draws)] + self._format.image_length
+            for i in range(num_entities)
+        )
+        return 1 + chosen + texts[-1]
+
     def __call__(self, raw: RawSample, draws: Draws) -> Prompt:
         """The prompt; coins decide on the entities' words and on each picture's background."""
-        parts = iter(raw.parts)
-        target = next(parts).tobytes()
+        parts = iter(raw.parts[1:])
         builder = SequenceBuilder(self._format).add_start()
         for i, entity in enumerate(raw.info["entities"]):
             with_words, without_words = next(parts), next(parts)
@@ -45,7 +59,7 @@ class CompositionalPrompts:
             builder.add_text(without_words if self._drops_words(i, draws) else with_words)
             builder.add_image(self._picture(i, image, mask, draws))
         builder.add_text(next(parts))
-        return builder.prompt(target, raw.info["caption"])
+        return builder.prompt(target_picture(raw), raw.info["caption"])
 
     def _drops_words(self, entity: int, draws: Draws) -> bool:
         tag = "entity text"

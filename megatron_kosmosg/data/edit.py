@@ -9,7 +9,12 @@ from __future__ import annotations
 from megatron_kosmosg.data.keyed import Draws
 from megatron_kosmosg.data.samples import Prompt
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
-from megatron_kosmosg.data.store import RawSample
+from megatron_kosmosg.data.store import PartSizes, RawSample
+
+
+def target_picture(raw: RawSample) -> memoryview:
+    """The encoded picture that `instruct` learns to draw."""
+    return memoryview(raw.parts[3])
 
 
 class EditPrompts:
@@ -19,12 +24,21 @@ class EditPrompts:
         self._format = sequence_format
         self._caption_drop_prob = caption_drop_prob
 
+    def length(self, sizes: PartSizes, draws: Draws) -> int:
+        """Tokens of the prompt."""
+        (_, caption), (_, instruction), *_ = sizes
+        said = 0 if self._drops_caption(draws) else caption
+        return 1 + said + self._format.image_length + instruction
+
     def __call__(self, raw: RawSample, draws: Draws) -> Prompt:
         """The prompt; one coin decides whether the caption of the first picture is said."""
         caption, instruction = raw.tokens()
-        before, after = raw.images()
+        before = raw.parts[2].tobytes()
         builder = SequenceBuilder(self._format).add_start()
-        if not draws.coin("caption drop", self._caption_drop_prob):
+        if not self._drops_caption(draws):
             builder.add_text(caption)
         builder.add_image(before).add_text(instruction)
-        return builder.prompt(after, raw.info["instruction"])
+        return builder.prompt(target_picture(raw), raw.info["instruction"])
+
+    def _drops_caption(self, draws: Draws) -> bool:
+        return draws.coin("caption drop", self._caption_drop_prob)

@@ -119,6 +119,11 @@ def prompt_transform(config: RunConfig) -> ImageTransform:
 
 
 def target_transform(config: RunConfig) -> ImageTransform:
-    """What the VAE encodes: bilinear, in [-1, 1]."""
+    """What the VAE encodes."""
+    return target_pixels(config.data.target_image_size)
+
+
+def target_pixels(size: int) -> ImageTransform:
+    """`size` pixels a side, bilinear, in [-1, 1]."""
     half = (0.5, 0.5, 0.5)
-    return ImageTransform(config.data.target_image_size, "bilinear", half, half)
+    return ImageTransform(size, "bilinear", half, half)

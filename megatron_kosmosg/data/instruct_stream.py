@@ -1,29 +1,40 @@
 """The stream of `instruct`: prompts with pictures and the picture to draw, mixed by weight.
 
 A sample whose picture is bad, or whose prompt is too long, is replaced by another of its dataset,
-drawn by key.
+drawn by key. Lengths come from the index, without reading a sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_kosmosg.data.bad_samples import BadSampleCounter
+from megatron_kosmosg.data.bad_samples import report_bad_image
 from megatron_kosmosg.data.blend import Blend
 from megatron_kosmosg.data.images import BadImage, Encoded, ImageDecoder, ImageTransform
 from megatron_kosmosg.data.keyed import Draws
+from megatron_kosmosg.data.latent_cache import LatentCache
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.padding import pad_rows
 from megatron_kosmosg.data.samples import Prompt, PromptSample
-from megatron_kosmosg.data.store import RawSample, SampleStore
+from megatron_kosmosg.data.store import PartSizes, RawSample, SampleStore
 
 MAX_ATTEMPTS = 100
-PromptMaker = Callable[[RawSample, Draws], Prompt | None]
-"""The prompt of a stored sample, None where it cannot be used."""
+
+
+class PromptMaker(Protocol):
+    """Turns the stored samples of one kind into prompts."""
+
+    def length(self, sizes: PartSizes, draws: Draws) -> int | None:
+        """Tokens of the prompt that the call gives, None where the sample cannot be used."""
+
+    def __call__(self, raw: RawSample, draws: Draws) -> Prompt:
+        """The prompt of a stored sample."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,18 @@ class PromptSource:
     store: SampleStore
     order: SampleOrder
     make_prompt: PromptMaker
+    latents: LatentCache | None = None
+    """VAE moments of its targets, which are then not decoded."""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The sample that stands at a position, and the length of its prompt."""
+
+    dataset: str
+    index: int
+    attempt: int
+    length: int
 
 
 class InstructStream:
@@ -48,33 +71,36 @@ class InstructStream:
         pad_id: int,
         decoder: ImageDecoder,
         transforms: tuple[ImageTransform, ImageTransform],
-        bad_samples: BadSampleCounter,
     ) -> None:
         """`max_length`: tokens of the longest prompt. `transforms`: of prompt and target images."""
         self._blend, self._sources = blend, sources
         self._seed, self._stage = seed, stage
         self._max_length, self._pad_id = max_length, pad_id
-        self._decoder, self._bad_samples = decoder, bad_samples
+        self._decoder = decoder
         self._prompt_transform, self._target_transform = transforms
 
     def __getitem__(self, position: int) -> PromptSample:
         return self._sample(position, 0)
 
-    def length(self, position: int) -> int:
-        return len(self[position].prompt.tokens)
+    def fingerprints(self) -> dict[str, str]:
+        return {name: source.store.fingerprint() for name, source in self._sources.items()}
+
+    def lengths(self, positions: Sequence[int]) -> np.ndarray:
+        """Tokens of the prompts at `positions`: a micro-batch is as wide as its longest."""
+        return np.array([self._choose(position, 0).length for position in positions], np.int64)
 
     def pad_to(self, samples: Sequence[PromptSample], global_positions: Sequence[int]) -> int:
         """The longest of the micro-batch: padding does not enter this stage's loss."""
         return max(len(sample.prompt.tokens) for sample in samples)
 
-    def statistics(self) -> dict[str, int]:
-        return {"bad_samples": self._bad_samples.count}
-
     def collate(self, samples: Sequence[PromptSample], pad_to: int) -> dict[str, Tensor]:
         """tokens, image_mask, padding_mask [b, s]; pixel_values float32 [n, 3, H, W], n over (b,
-        position); target_pixel_values float32 [b, 3, T, T] in [-1, 1]; stream_positions int64 [b].
+        position); stream_positions int64 [b]; bad_samples int64 [].
+
+        Targets: target_pixel_values float32 [b, 3, T, T] in [-1, 1], or, where they are cached,
+        target_moments float16 [b, 2, channels, height, width] (mean and deviation).
         """
-        samples, pixels, targets = self._decode(list(samples))
+        samples, num_bad, pixels, targets = self._decode(list(samples))
         rows = pad_rows(
             [sample.prompt.tokens for sample in samples],
             [sample.prompt.image_mask for sample in samples],
@@ -82,37 +108,73 @@ class InstructStream:
             self._pad_id,
         )
         positions = torch.tensor([sample.position for sample in samples], dtype=torch.int64)
-        return rows | {
-            "pixel_values": pixels,
-            "target_pixel_values": targets,
-            "stream_positions": positions,
-        }
+        return (
+            rows
+            | targets
+            | {
+                "pixel_values": pixels,
+                "stream_positions": positions,
+                "bad_samples": torch.tensor(num_bad),
+            }
+        )
 
-    def _sample(self, position: int, first_attempt: int) -> PromptSample:
+    def _choose(self, position: int, first_attempt: int) -> _Choice:
         draw = self._blend[position]
-        source = self._sources[draw.name]
+        source, draws = self._sources[draw.name], Draws(self._seed, self._stage, position)
         for attempt in range(first_attempt, first_attempt + MAX_ATTEMPTS):
-            raw = source.store[source.order.candidate(draw.ordinal, position, attempt)]
-            prompt = source.make_prompt(raw, Draws(self._seed, self._stage, position))
-            if prompt is not None and len(prompt.tokens) <= self._max_length:
-                return PromptSample(position, prompt, draw.name, raw.info["key"], attempt)
+            index = source.order.candidate(draw.ordinal, position, attempt)
+            length = source.make_prompt.length(source.store.part_sizes(index), draws)
+            if length is not None and length <= self._max_length:
+                return _Choice(draw.name, index, attempt, length)
         raise ValueError(
             f"dataset {draw.name}: {MAX_ATTEMPTS} samples in a row are longer than "
             f"data.seq_length={self._max_length}; raise it"
         )
 
-    def _decode(self, samples: list[PromptSample]) -> tuple[list[PromptSample], Tensor, Tensor]:
+    def _sample(self, position: int, first_attempt: int) -> PromptSample:
+        choice = self._choose(position, first_attempt)
+        source = self._sources[choice.dataset]
+        raw = source.store[choice.index]
+        prompt = source.make_prompt(raw, Draws(self._seed, self._stage, position))
+        return PromptSample(
+            position, prompt, choice.dataset, raw.info["key"], choice.index, choice.attempt
+        )
+
+    def _decode(
+        self, samples: list[PromptSample]
+    ) -> tuple[list[PromptSample], int, Tensor, dict[str, Tensor]]:
+        """The samples, bad ones replaced; how many were; prompt pictures; targets."""
+        num_bad = 0
         while True:
             owners = [i for i, s in enumerate(samples) for _ in s.prompt.images]
             images: list[Encoded] = [image for s in samples for image in s.prompt.images]
-            targets = [s.prompt.target or b"" for s in samples]
             pixels, bad_images = self._decoder.try_decode(images, self._prompt_transform)
-            target_pixels, bad_targets = self._decoder.try_decode(targets, self._target_transform)
+            targets, bad_targets = self._targets(samples)
             bad: dict[int, BadImage] = {owners[error.index]: error for error in bad_images}
             bad |= {error.index: error for error in bad_targets}
             if not bad:
-                return samples, pixels, target_pixels
+                return samples, num_bad, pixels, targets
+            num_bad += len(bad)
             for i in sorted(bad):
                 old = samples[i]
-                self._bad_samples.report(old.dataset, old.key, old.position, bad[i].reason)
+                report_bad_image(old.dataset, old.key, old.position, bad[i].reason)
                 samples[i] = self._sample(old.position, old.attempt + 1)
+
+    def _targets(self, samples: list[PromptSample]) -> tuple[dict[str, Tensor], list[BadImage]]:
+        caches = [self._sources[sample.dataset].latents for sample in samples]
+        if any(cache is None for cache in caches):
+            targets = [bytes(s.prompt.target or b"") for s in samples]
+            pixels, bad = self._decoder.try_decode(targets, self._target_transform)
+            return {"target_pixel_values": pixels}, bad
+        stored = [
+            cache.moments(sample.index) for cache, sample in zip(caches, samples, strict=True)
+        ]
+        bad = [
+            BadImage(i, "the target has no cached moments because it could not be decoded")
+            for i, moments in enumerate(stored)
+            if moments is None
+        ]
+        whole = [moments for moments in stored if moments is not None]
+        if bad:
+            return {}, bad
+        return {"target_moments": torch.from_numpy(np.stack(whole))}, []

@@ -1,19 +1,22 @@
 """Micro-batches of one data-parallel rank, read ahead in threads.
 
-Global batch i holds stream positions [i * global_batch_size, (i + 1) * global_batch_size), dealt
-out so that the union over ranks is the same for every data-parallel size. There is no state beyond
-the number of samples consumed.
+Global batch i holds stream positions [i * global_batch_size, (i + 1) * global_batch_size) on every
+data-parallel size; balance.py says which rank reads which of them. There is no state beyond the
+number of samples consumed.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 from torch import Tensor
 
+from megatron_kosmosg.data.balance import by_length, in_stream_order
 from megatron_kosmosg.data.samples import StreamDataset
 
 Batch = dict[str, Tensor]
@@ -31,9 +34,10 @@ class MicroBatchIterator(Iterator[Batch]):
         dp_size: int,
         start_sample: int,
         num_workers: int,
+        balance_tokens: bool,
     ) -> None:
         """`start_sample`: samples consumed so far by all ranks. `num_workers`: threads, or 0 to
-        read in the caller's."""
+        read in the caller's. `balance_tokens`: deal the samples by length where it matters."""
         if global_batch_size % (micro_batch_size * dp_size):
             raise ValueError(
                 f"training.global_batch_size={global_batch_size} must be a multiple of "
@@ -48,6 +52,10 @@ class MicroBatchIterator(Iterator[Batch]):
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._start_sample = start_sample
+        self._balance_tokens = balance_tokens
+        self._arranged: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+        """(global batch, which of its places are this rank's); the latest one asked for."""
+        self._arranging = threading.Lock()
         self._next = 0
         self.wait_seconds = 0.0
         """Seconds that the caller has waited since the last `pop_wait`."""
@@ -60,9 +68,21 @@ class MicroBatchIterator(Iterator[Batch]):
         step = self._micro_batch_size * self._dp_size
         batch, micro_batch = divmod(number, self._global_batch_size // step)
         start = self._start_sample + batch * self._global_batch_size
-        first = start + micro_batch * step + self._dp_rank * self._micro_batch_size
-        own = list(range(first, first + self._micro_batch_size))
-        return own, range(start, start + self._global_batch_size)
+        whole = range(start, start + self._global_batch_size)
+        with self._arranging:
+            if self._arranged[0] != batch:
+                self._arranged = (batch, self._arrange(whole))
+            places = self._arranged[1][micro_batch]
+        return (start + places).tolist(), whole
+
+    def _arrange(self, whole: range) -> np.ndarray:
+        """int64 [micro-batches, micro_batch_size]: this rank's places in the global batch."""
+        lengths = self._dataset.lengths(whole) if self._balance_tokens else None
+        if lengths is None:
+            dealt = in_stream_order(len(whole), self._micro_batch_size, self._dp_size)
+        else:
+            dealt = by_length(lengths, self._micro_batch_size, self._dp_size)
+        return dealt[self._dp_rank]
 
     def __next__(self) -> Batch:
         started = time.perf_counter()

@@ -21,8 +21,11 @@ class SampleOrder:
 
     def epoch(self, epoch: int) -> KeyedPermutation:
         """The shuffle of one pass over the dataset."""
-        key = stream_key(self._seed, self._stage, epoch, f"order/{self._name}")
-        return KeyedPermutation(self._num_samples, key)
+        return KeyedPermutation(self._num_samples, self.epoch_key(epoch))
+
+    def epoch_key(self, epoch: int) -> int:
+        """What the shuffle of `epoch` depends on beside the number of samples."""
+        return stream_key(self._seed, self._stage, epoch, f"order/{self._name}")
 
     def __getitem__(self, ordinal: int) -> int:
         """The sample index of draw number `ordinal`, counted over all epochs."""
@@ -34,6 +37,14 @@ class SampleOrder:
             samples = self.epoch(epoch).take(np.arange(block * BLOCK, stop))
             latest = self._latest = (epoch, block, samples)
         return int(latest[2][offset])
+
+    def take(self, ordinals: np.ndarray) -> np.ndarray:
+        """The sample indices of the draws `ordinals`, int64 of the same length."""
+        epochs, places = np.divmod(np.asarray(ordinals, np.int64), self._num_samples)
+        samples = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            samples[epochs == epoch] = self.epoch(epoch).take(places[epochs == epoch])
+        return samples
 
     def candidate(self, ordinal: int, position: int, attempt: int) -> int:
         """The sample for draw `ordinal`, which stands at stream `position`.

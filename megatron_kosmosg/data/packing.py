@@ -2,20 +2,28 @@
 
 An epoch is its documents in shuffled order, each <s> document </s>, laid end to end. A row takes
 sentences until the next one does not fit (the rest is padding); only a sentence longer than a row
-is cut, never inside a picture. A row is thus one stretch of the epoch, found by its number alone.
-The index of one epoch takes 16 bytes a document and 8 a row, plus the sentence table while built.
+is cut, never inside a picture. A row is thus one stretch of the epoch, found by its number alone
+in the index of packing_index.py.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from megatron_kosmosg.data import caption, interleaved, text
 from megatron_kosmosg.data.order import SampleOrder
+from megatron_kosmosg.data.packing_index import (
+    EpochIndex,
+    EpochIndexWriter,
+    load_or_build,
+    pack_rows,
+)
 from megatron_kosmosg.data.samples import PackedRow, RowImage
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
 from megatron_kosmosg.data.store import SampleStore
@@ -27,22 +35,12 @@ DOCUMENTS = {
 }
 """How each kind becomes a document; the kinds that can be packed."""
 EPOCHS_KEPT = 2
-
-
-@dataclass(frozen=True)
-class EpochIndex:
-    """Where documents and rows of one epoch begin, in tokens from the start of the epoch."""
-
-    documents: np.ndarray
-    """int64 [documents]: sample index, in the order of the epoch."""
-    document_starts: np.ndarray
-    """int64 [documents + 1]."""
-    row_starts: np.ndarray
-    """int64 [rows + 1]."""
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.row_starts) - 1
+"""Indices that stay in memory or mapped."""
+BLOCK = 65_536
+"""Documents that are indexed together, which bounds the memory. Indices of smaller datasets are not
+kept in files."""
+FORMAT_VERSION = 1
+"""Of the rule by which rows are made; part of an index's name on disk."""
 
 
 class PackedDataset:
@@ -58,7 +56,9 @@ class PackedDataset:
         order: SampleOrder,
         sequence_format: SequenceFormat,
         capacity: int,
+        index_folder: Path,
     ) -> None:
+        """`index_folder`: where indices are kept, one subfolder each."""
         if store.kind not in DOCUMENTS:
             raise ValueError(
                 f"data.blend.{name}: {store.prefix} is of kind {store.kind}; "
@@ -72,6 +72,7 @@ class PackedDataset:
         store.check_tokenizer(sequence_format.tokenizer)
         self._name, self._store, self._order = name, store, order
         self._format, self._capacity = sequence_format, capacity
+        self._index_folder = index_folder
         self._sentences, self._offsets = store.sentences(sequence_format.tokenizer)
         if len(self._sentences) == 0:
             raise ValueError(f"data.blend.{name}: {store.prefix} holds no text and no pictures")
@@ -79,6 +80,10 @@ class PackedDataset:
         self._epoch_rows: list[int] = []
         """Rows of each epoch indexed so far; later epochs follow from earlier ones."""
         self._indices: OrderedDict[int, EpochIndex] = OrderedDict()
+
+    def fingerprint(self) -> str:
+        """Of the dataset's content."""
+        return self._store.fingerprint()
 
     def row(self, ordinal: int, position: int) -> PackedRow:
         """Row number `ordinal`, counted over all epochs; it will stand at stream `position`."""
@@ -122,25 +127,61 @@ class PackedDataset:
 
     def _index(self, epoch: int) -> EpochIndex:
         if epoch not in self._indices:
-            self._indices[epoch] = self._build_index(epoch)
+            self._indices[epoch] = self._make_index(epoch)
             if len(self._indices) > EPOCHS_KEPT:
                 self._indices.popitem(last=False)
         return self._indices[epoch]
 
-    def _build_index(self, epoch: int) -> EpochIndex:
-        documents = self._order.epoch(epoch).take(np.arange(len(self._store)))
+    def _make_index(self, epoch: int) -> EpochIndex:
+        if len(self._store) <= BLOCK:  # quicker made than read
+            everything = self._order.epoch(epoch).take(np.arange(len(self._store)))
+            documents, document_starts, cuts = self._index_block(everything, 0)
+            return EpochIndex(documents, document_starts, pack_rows(cuts, self._capacity))
+        folder = self._index_folder / f"epoch{epoch}-{self._index_name(epoch)}"
+        return load_or_build(folder, partial(self._write_index, epoch))
+
+    def _index_name(self, epoch: int) -> str:
+        """Changes with everything that the index depends on."""
+        parts = (
+            FORMAT_VERSION,
+            self.fingerprint(),
+            self._format.tokenizer.fingerprint,
+            self._order.epoch_key(epoch),
+            self._format.image_length,
+            self._capacity,
+        )
+        text = "|".join(map(str, parts)).encode()
+        return hashlib.blake2b(text, digest_size=8, person=b"kosmosg-packing").hexdigest()
+
+    def _write_index(self, epoch: int, folder: Path) -> None:
+        writer = EpochIndexWriter(folder, self._capacity)
+        permutation, start = self._order.epoch(epoch), 0
+        for first in range(0, len(self._store), BLOCK):
+            block = np.arange(first, min(first + BLOCK, len(self._store)))
+            documents, document_starts, cuts = self._index_block(permutation.take(block), start)
+            if len(documents):
+                writer.add(documents, document_starts[1:], cuts)
+                start = int(document_starts[-1])
+        writer.finish()
+
+    def _index_block(
+        self, documents: np.ndarray, start: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(documents that hold anything, their starts and the end, allowed cuts), from `start`."""
         counts = self._offsets[documents + 1] - self._offsets[documents]
         documents, counts = documents[counts > 0], counts[counts > 0]
+        if not len(documents):
+            return documents, np.array([start]), np.zeros(0, np.int64)
         firsts = np.cumsum(counts) - counts
         table_rows = np.repeat(self._offsets[documents] - firsts, counts) + np.arange(counts.sum())
         table = self._sentences[table_rows]
         lengths = table[:, 0] + table[:, 1].astype(np.int64) * self._format.image_length
         lengths[firsts] += 1  # <s>
         lengths[firsts + counts - 1] += 1  # </s>
-        ends = np.cumsum(lengths)
-        document_starts = np.concatenate([[0], ends[firsts + counts - 1]])
-        ends = self._cut_long_sentences(ends, lengths, table[:, 1], documents, document_starts)
-        return EpochIndex(documents, document_starts, pack_rows(ends, self._capacity))
+        ends = start + np.cumsum(lengths)
+        document_starts = np.concatenate([[start], ends[firsts + counts - 1]])
+        cuts = self._cut_long_sentences(ends, lengths, table[:, 1], documents, document_starts)
+        return documents, document_starts, cuts
 
     def _cut_long_sentences(
         self,
@@ -173,17 +214,3 @@ class PackedDataset:
     def _document(self, sample: int) -> tuple[str, SequenceBuilder]:
         raw = self._store[sample]
         return raw.info["key"], DOCUMENTS[self._store.kind](raw, self._format)
-
-
-def pack_rows(ends: np.ndarray, capacity: int) -> np.ndarray:
-    """int64 [rows + 1]: the greedy row boundaries, the first 0, the last ends[-1].
-
-    `ends`: where a cut is allowed, increasing, no two further apart than `capacity`.
-    """
-    starts = np.concatenate([[0], ends[:-1]])
-    following = np.searchsorted(ends, starts + capacity, "right")
-    boundaries, piece = [0], 0
-    while piece < len(ends):
-        piece = int(following[piece])
-        boundaries.append(int(ends[piece - 1]))
-    return np.array(boundaries, np.int64)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_kosmosg.data.bad_samples import BadSampleCounter
+from megatron_kosmosg.data.bad_samples import report_bad_image
 from megatron_kosmosg.data.blend import Blend
 from megatron_kosmosg.data.images import ImageDecoder, ImageTransform
 from megatron_kosmosg.data.packing import PackedDataset
@@ -32,29 +32,28 @@ class PretrainStream:
         seq_length: int,
         decoder: ImageDecoder,
         transform: ImageTransform,
-        bad_samples: BadSampleCounter,
     ) -> None:
         self._blend, self._datasets = blend, datasets
         self._format, self._seq_length = sequence_format, seq_length
         self._decoder, self._transform = decoder, transform
-        self._bad_samples = bad_samples
 
     def __getitem__(self, position: int) -> PackedRow:
         draw = self._blend[position]
         return self._datasets[draw.name].row(draw.ordinal, position)
 
-    def length(self, position: int) -> int:
-        return len(self[position].tokens) - 1
+    def fingerprints(self) -> dict[str, str]:
+        return {name: dataset.fingerprint() for name, dataset in self._datasets.items()}
+
+    def lengths(self, positions: Sequence[int]) -> None:
+        """None: all rows are equally long."""
 
     def pad_to(self, samples: Sequence[PackedRow], global_positions: Sequence[int]) -> int:
         return self._seq_length
 
-    def statistics(self) -> dict[str, int]:
-        return {"bad_samples": self._bad_samples.count}
-
     def collate(self, samples: Sequence[PackedRow], pad_to: int) -> dict[str, Tensor]:
         """tokens, labels int64 [b, s]; loss_mask float32 [b, s]; image_mask, padding_mask bool
-        [b, s] (True = picture slot, True = padding); pixel_values float32 [n, 3, H, W]."""
+        [b, s] (True = picture slot, True = padding); pixel_values float32 [n, 3, H, W];
+        bad_samples int64 []."""
         shape = (len(samples), pad_to)
         pad = self._format.tokenizer.pad_id
         tokens, labels = np.full(shape, pad, np.int64), np.full(shape, pad, np.int64)
@@ -73,7 +72,7 @@ class PretrainStream:
             b, image = images[error.index]
             loss_mask[b, image.start : image.document_end - 1] = 0
             position = samples[b].position
-            self._bad_samples.report(image.dataset, image.key, position, error.reason)
+            report_bad_image(image.dataset, image.key, position, error.reason)
         arrays = {
             "tokens": tokens,
             "labels": labels,
@@ -81,4 +80,7 @@ class PretrainStream:
             "image_mask": image_mask,
             "padding_mask": padding_mask,
         }
-        return {**{k: torch.from_numpy(v) for k, v in arrays.items()}, "pixel_values": pixels}
+        return {k: torch.from_numpy(v) for k, v in arrays.items()} | {
+            "pixel_values": pixels,
+            "bad_samples": torch.tensor(len(bad)),
+        }

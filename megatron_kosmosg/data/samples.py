@@ -32,8 +32,8 @@ class Prompt:
     """bool [s], True = slot that an image embedding fills."""
     images: list[bytes | EntityImage] = field(default_factory=list)
     """Prompt pictures, in the order of their slots."""
-    target: bytes | None = None
-    """The picture the U-Net learns to draw (`instruct`)."""
+    target: memoryview | None = None
+    """The picture the U-Net learns to draw (`instruct`), encoded; mapped, read when it is used."""
     caption: str | None = None
     """The words behind the tokens (`align` hands them to the CLIP text encoder)."""
 
@@ -46,6 +46,8 @@ class PromptSample:
     prompt: Prompt
     dataset: str
     key: str
+    index: int
+    """Its number in the dataset."""
     attempt: int
     """0, or the number of the draw that replaced an unusable sample."""
 
@@ -100,8 +102,15 @@ class StreamDataset(Protocol):
     def __getitem__(self, position: int) -> Sample:
         """The sample at `position`, images still encoded."""
 
-    def length(self, position: int) -> int:
-        """Tokens of the sample at `position`, image slots included."""
+    def fingerprints(self) -> dict[str, str]:
+        """Of each dataset of the mixture, by name: what `store.fingerprint` says of its content."""
+
+    def lengths(self, positions: Sequence[int]) -> np.ndarray | None:
+        """Tokens of the samples at `positions`, int64, image slots included, from the index alone.
+
+        None where all rows of a global batch are equally long, so that it does not matter for the
+        work which rank reads which sample.
+        """
 
     def pad_to(self, samples: Sequence[Sample], global_positions: Sequence[int]) -> int:
         """Tokens that the rows of the micro-batch `samples` are padded to.
@@ -110,10 +119,8 @@ class StreamDataset(Protocol):
         """
 
     def collate(self, samples: Sequence[Sample], pad_to: int) -> dict[str, Tensor]:
-        """The batch of `samples`, images decoded. A bad image is replaced, counted, reported.
+        """The batch of `samples`, images decoded. A bad image is replaced and reported, and
+        `bad_samples`, an int64 scalar, counts those of this batch.
 
         Rows grow beyond `pad_to` only where a replacement is longer than what it replaces.
         """
-
-    def statistics(self) -> dict[str, int]:
-        """{"bad_samples": undecodable images so far on this rank}."""

@@ -63,7 +63,7 @@ class SequenceBuilder:
         self._add([tokenizer.image_id] * self._format.num_latent_queries, _SLOT)
         return self._add([tokenizer.end_image_id], _TAG)
 
-    def prompt(self, target: bytes | None = None, caption: str | None = None) -> Prompt:
+    def prompt(self, target: memoryview | None = None, caption: str | None = None) -> Prompt:
         """What was collected, as a prompt."""
         return Prompt(self.tokens, self.image_mask, self._images, target, caption)
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_kosmosg.data.fingerprint import dataset_fingerprint
 from megatron_kosmosg.data.manifest import Kind, Manifest, manifest_path
 from megatron_kosmosg.data.parts import IMAGE, JSON, TOKEN_TYPE, TOKENS
 from megatron_kosmosg.data.sentence_files import sentence_paths
@@ -46,6 +47,10 @@ class RawSample:
         ]
 
 
+PartSizes = list[tuple[int, int]]
+"""(mode, size) of the parts of a sample but the JSON one; see SampleStore.part_sizes."""
+
+
 class SampleStore:
     """Random access to the samples under a prefix; safe to read from several threads.
 
@@ -69,6 +74,7 @@ class SampleStore:
         self.kind: Kind = self.manifest.kind if self.manifest else "text"
         self._data = IndexedDataset(self.prefix, multimodal=self.kind != "text")
         self._documents = self._data.document_indices
+        self._fingerprint: str | None = None
         self._check()
 
     def __len__(self) -> int:
@@ -88,6 +94,35 @@ class SampleStore:
                 parts.append(data.view(TOKEN_TYPE) if mode == TOKENS else data)
                 modes.append(int(mode))
         return RawSample(info, parts, modes)
+
+    def fingerprint(self) -> str:
+        """Of the content; see fingerprint.py."""
+        if self._fingerprint is None:
+            self._fingerprint = dataset_fingerprint(self.prefix)
+        return self._fingerprint
+
+    def part_sizes(self, index: int) -> PartSizes:
+        """(mode, size) of each part but the JSON one, from the index alone: no data is read.
+
+        Sizes are token ids, or bytes of a picture.
+        """
+        parts = slice(int(self._documents[index]), int(self._documents[index + 1]))
+        sizes = self._data.index.sequence_lengths[parts].tolist()
+        if self.kind == "text":
+            return [(TOKENS, sum(sizes))]
+        modes = self._data.index.sequence_modes[parts].tolist()
+        return [
+            (mode, size // TOKEN_TYPE.itemsize if mode == TOKENS else size)
+            for mode, size in zip(modes, sizes, strict=True)
+            if mode != JSON
+        ]
+
+    def part_lengths(self, indices: np.ndarray, part: int) -> np.ndarray:
+        """int64: token ids of part number `part` (0 = the JSON part) of each sample, from the
+        index alone."""
+        sequences = self._documents[np.asarray(indices, np.int64)] + part
+        bytes_ = self._data.index.sequence_lengths[sequences].astype(np.int64)
+        return bytes_ // TOKEN_TYPE.itemsize
 
     def text(self, index: int) -> np.ndarray:
         """Token ids of one document of a text dataset, mapped where it is one sequence."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from typing import Literal
 
+from megatron_kosmosg.config.paths import packing_folder
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from megatron_kosmosg.data.align_stream import AlignStream, load_clip_tokenizer
-from megatron_kosmosg.data.bad_samples import BadSampleCounter
 from megatron_kosmosg.data.blend import Blend
 from megatron_kosmosg.data.caption import CaptionPrompts
 from megatron_kosmosg.data.compositional import CompositionalPrompts
 from megatron_kosmosg.data.edit import EditPrompts
 from megatron_kosmosg.data.images import ImageDecoder, prompt_transform, target_transform
 from megatron_kosmosg.data.instruct_stream import InstructStream, PromptMaker, PromptSource
+from megatron_kosmosg.data.latent_cache import LatentCache
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.packing import PackedDataset
 from megatron_kosmosg.data.pretrain_stream import PretrainStream
@@ -35,7 +36,12 @@ def pretrain_stream(
     sequence_format = parts.sequence_format
     datasets = {
         name: PackedDataset(
-            name, store, parts.orders[name], sequence_format, config.data.seq_length + 1
+            name,
+            store,
+            parts.orders[name],
+            sequence_format,
+            config.data.seq_length + 1,
+            packing_folder(config),
         )
         for name, store in parts.stores.items()
     }
@@ -46,7 +52,6 @@ def pretrain_stream(
         config.data.seq_length,
         ImageDecoder(config.data.image_backend, device_id),
         prompt_transform(config),
-        BadSampleCounter(config.data.max_bad_samples),
     )
 
 
@@ -72,11 +77,13 @@ def align_stream(config: RunConfig, split: Split) -> AlignStream:
 
 
 def instruct_stream(
-    config: RunConfig, split: Split, device_id: int | None = None
+    config: RunConfig, split: Split, device_id: int | None = None, vae: str | None = None
 ) -> InstructStream:
-    """Prompts and targets; `device_id` is the CUDA device that decodes pictures, None the CPU."""
-    if config.data.latent_cache is not None:
-        raise ValueError("data.latent_cache is not supported yet; leave it unset")
+    """Prompts and targets; `device_id` is the CUDA device that decodes pictures, None the CPU.
+
+    `vae`: fingerprint of the run's VAE where data.latent_cache is set; the held-out stream decodes
+    its targets all the same, because its pictures are shown.
+    """
     parts = _StreamParts(config, "instruct", split)
     data = config.data
     makers: dict[str, PromptMaker] = {
@@ -96,7 +103,12 @@ def instruct_stream(
                 f"data.{parts.section}.{name}: {store.prefix} is of kind {store.kind}; "
                 f"instruct reads {', '.join(makers)}"
             )
-        sources[name] = PromptSource(store, parts.orders[name], makers[store.kind])
+        latents = None
+        if data.latent_cache is not None and split == "train":
+            if vae is None:
+                raise ValueError("data.latent_cache needs the fingerprint of the run's VAE")
+            latents = LatentCache(store, data.latent_cache, vae, target_transform(config))
+        sources[name] = PromptSource(store, parts.orders[name], makers[store.kind], latents)
     return InstructStream(
         parts.blend,
         sources,
@@ -106,7 +118,6 @@ def instruct_stream(
         parts.sequence_format.tokenizer.pad_id,
         ImageDecoder(data.image_backend, device_id),
         (prompt_transform(config), target_transform(config)),
-        BadSampleCounter(data.max_bad_samples),
     )
 
 

@@ -6,12 +6,42 @@ Nothing in here is ever trained or changed; gradients pass through the U-Net to 
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 from megatron_kosmosg.config.errors import ConfigError
+
+
+@torch.no_grad()
+def vae_moments(vae: AutoencoderKL, pixel_values: torch.Tensor) -> torch.Tensor:
+    """[b, 2, channels, h, w], float32: mean and standard deviation of the posterior, not scaled.
+
+    pixel_values: [b, 3, height, width] in [-1, 1].
+    """
+    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+    return torch.stack([posterior.mean.float(), posterior.std.float()], dim=1)
+
+
+def load_vae(path: str | Path | None, dtype: torch.dtype) -> AutoencoderKL:
+    """The frozen VAE in `path`/vae, on the CPU. Raises ConfigError when it is missing."""
+    folder = Path(path or "") / "vae"
+    if path is None or not folder.is_dir():
+        raise ConfigError(f"{path!r} has no folder 'vae'; give a folder in diffusers format")
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype)
+    return vae.eval().requires_grad_(False)
+
+
+def vae_fingerprint(vae: AutoencoderKL) -> str:
+    """Hash of the weights that moments depend on: the encoder's, in float32 as loaded."""
+    digest = hashlib.blake2b(digest_size=12, person=b"kosmosg-vae")
+    for name, tensor in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(f"{name} {tuple(tensor.shape)}|".encode())
+            digest.update(tensor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class FrozenDiffusion:
@@ -73,14 +103,17 @@ class FrozenDiffusion:
             return channels, size, size
         return channels, *(side // self.vae_scale_factor for side in image_size)
 
-    @torch.no_grad()
-    def encode(self, pixel_values: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:
-        """Scaled latents [b, channels, h, w], float32, sampled from the VAE's posterior.
+    def moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Mean and standard deviation of the VAE's posterior, float32; see `vae_moments`."""
+        return vae_moments(self.vae, pixel_values)
 
-        pixel_values: [b, 3, height, width] in [-1, 1]; posterior_noise: like the latents, N(0, 1).
+    def sample_latents(self, moments: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:
+        """Scaled latents [b, channels, h, w], float32, drawn from the posterior.
+
+        moments: [b, 2, channels, h, w], any float dtype; posterior_noise: like latents, N(0, 1).
         """
-        posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
-        latents = posterior.mean.float() + posterior.std.float() * posterior_noise
+        mean, std = moments.float().unbind(dim=1)
+        latents = mean + std * posterior_noise
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     @torch.no_grad()

@@ -66,26 +66,27 @@ class ColocatedScore:
     def __call__(
         self,
         condition: torch.Tensor,
-        pixel_values: torch.Tensor,
+        targets: torch.Tensor,
         positions: torch.Tensor,
         stream: str,
     ) -> torch.Tensor:
         """Denoising loss summed over the micro-batch's images, equal on every tensor rank.
 
-        condition: [b, c, d]; pixel_values: targets [b, 3, height, width] in [-1, 1];
-        positions: stream positions [b]; stream: name of the sample stream (key of the draws).
+        condition: [b, c, d]; targets: pixels [b, 3, height, width] in [-1, 1], or the moments of
+        their posteriors [b, 2, channels, h, w]; positions: stream positions [b]; stream: name of
+        the sample stream (key of the draws).
         """
         rows = row_range(len(condition), self._layout)
         mine = take_rows(condition, self._layout)
         loss = self._loss_of_rows(
-            mine, pixel_values[rows], positions[rows].cpu(), ScoreKey(self._seed, stream)
+            mine, targets[rows], positions[rows].cpu(), ScoreKey(self._seed, stream)
         )
         return sum_over_tensor_ranks(loss, self._layout)
 
     def _loss_of_rows(
         self,
         condition: torch.Tensor,
-        pixel_values: torch.Tensor,
+        targets: torch.Tensor,
         positions: torch.Tensor,
         key: ScoreKey,
     ) -> torch.Tensor:
@@ -93,9 +94,10 @@ class ColocatedScore:
             return condition.float().sum()
         diffusion, device = self._diffusion, condition.device
         timesteps = self._timesteps(key.uniform(positions, "timestep")).to(device)
-        shape = diffusion.latent_shape(tuple(pixel_values.shape[-2:]))
-        latents = diffusion.encode(
-            pixel_values, key.normal(positions, "posterior", shape).to(device)
+        moments = targets if targets.ndim == 5 else diffusion.moments(targets)
+        shape = tuple(moments.shape[2:])
+        latents = diffusion.sample_latents(
+            moments, key.normal(positions, "posterior", shape).to(device)
         )
         noise = key.normal(positions, "noise", shape).to(device)
         noisy_latents = diffusion.noise_scheduler.add_noise(latents, noise, timesteps)

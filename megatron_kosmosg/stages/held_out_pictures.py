@@ -39,7 +39,7 @@ def held_out_pictures(
     """
     positions = list(range(config.logging.num_images))
     samples = [dataset[position] for position in positions]
-    batch = dataset.collate(samples, max(dataset.length(position) for position in positions))
+    batch = dataset.collate(samples, dataset.pad_to(samples, positions))
     batch = {name: value.to(layout.device) for name, value in batch.items()}
     outputs = collect_outputs(forward_with_null_row, model, iter([batch]), 1)
     if not outputs or layout.tp_rank != 0 or layout.dp_rank != 0:

@@ -15,7 +15,7 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.data.streams import instruct_stream
-from megatron_kosmosg.models.diffusion import FrozenDiffusion
+from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_vae, vae_fingerprint
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.models.score import ColocatedScore, ScoreKey, drop_condition
 from megatron_kosmosg.parallel.layout import Layout
@@ -61,7 +61,10 @@ class InstructStage:
 
     def build_dataset(self, split: str) -> StreamDataset:
         """Prompts that mix text and pictures, each with the image to be drawn."""
-        return instruct_stream(self.config, split, self._layout.device.index)
+        vae = None
+        if self.config.data.latent_cache is not None:
+            vae = vae_fingerprint(load_vae(self.config.model.diffusion.path, torch.float32))
+        return instruct_stream(self.config, split, self._layout.device.index, vae)
 
     def forward_step(self, data_iterator: Iterator[dict[str, torch.Tensor]], model: nn.Module):
         """Denoising loss of one micro-batch (mcore's contract)."""
@@ -78,7 +81,9 @@ class InstructStage:
                 chance = key.uniform(positions, "condition_drop")
                 drop = chance < self.config.score.condition_drop_prob
                 condition = drop_condition(condition, null_condition, drop)
-            loss = self._score(condition, batch["target_pixel_values"], positions, stream)
+            cached = "target_moments" in batch
+            targets = batch["target_moments" if cached else "target_pixel_values"]
+            loss = self._score(condition, targets, positions, stream)
             count = torch.tensor(len(condition), dtype=torch.int, device=loss.device)
             return loss, count, {"loss": torch.stack([loss.detach(), count.float()])}
 

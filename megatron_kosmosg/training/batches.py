@@ -30,6 +30,8 @@ class Work:
     """Prompt images."""
     rows: int = 0
     """Samples: packed rows, captions or prompts."""
+    bad_samples: int = 0
+    """Images that could not be decoded."""
 
 
 class BatchFeed:
@@ -50,6 +52,7 @@ class BatchFeed:
                 dp_size=layout.dp_size,
                 start_sample=start_sample,
                 num_workers=config.data.num_workers,
+                balance_tokens=config.data.balance_tokens,
             )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -60,6 +63,7 @@ class BatchFeed:
         self._work.tokens += batch["tokens"].numel()
         self._work.images += batch["pixel_values"].shape[0]
         self._work.rows += batch["tokens"].shape[0]
+        self._work.bad_samples += int(batch["bad_samples"])
         return batch
 
     def chunk_iterators(self, num_chunks: int) -> list[Iterator[Batch]]:

@@ -45,6 +45,8 @@ class Progress:
     updates: int = 0
     """Iterations that changed the parameters."""
     nonfinite_in_a_row: int = 0
+    bad_samples: int = 0
+    """Images that could not be decoded, over all iterations."""
 
 
 def checkpoint_metadata(layout: Layout) -> dict[str, Any]:
@@ -63,10 +65,12 @@ class Checkpointer:
         chunks: list[torch.nn.Module],
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
+        datasets: dict[str, str],
     ) -> None:
-        """chunks: the bare modules, without wrappers."""
+        """chunks: the bare modules, without wrappers. datasets: fingerprints of the mixture."""
         self._config, self._layout = config, layout
         self._chunks, self._optimizer, self._scheduler = chunks, optimizer, scheduler
+        self._datasets = datasets
         self._folder = save_folder(config)
         self._background = BackgroundSave()
 
@@ -108,8 +112,8 @@ class Checkpointer:
         Raises ConfigError if the config changes what is learnt (config/resume.py).
         """
         saved_config = load_config(path / checkpoint_folder.CONFIG_FILE, [])
-        notes = check_resume(saved_config, self._config)
         common = dist_checkpointing.load_common_state_dict(str(path))
+        notes = check_resume(saved_config, self._config, common.get("datasets", {}), self._datasets)
         same_layout = common["layout"] == self._layout_signature()
         strategy = get_default_load_sharded_strategy(str(path))
         if self._layout.dp_size > 1:
@@ -143,6 +147,7 @@ class Checkpointer:
             "scheduler": self._scheduler.state_dict(),
             "progress": asdict(progress),
             "layout": self._layout_signature(),
+            "datasets": self._datasets,
             "rng": ShardedObject(
                 "rng", rng_state(), (self._layout.world_size,), (self._layout.rank,)
             ),

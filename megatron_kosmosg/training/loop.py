@@ -14,6 +14,7 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.paths import output_folder
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.bad_samples import check_bad_samples
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.checkpoint import (
@@ -29,7 +30,7 @@ from megatron_kosmosg.training.optimizer import build_lr_scheduler, build_optimi
 from megatron_kosmosg.training.progress import ProgressDisplay
 from megatron_kosmosg.training.signals import StopRequest
 from megatron_kosmosg.training.stage import Stage
-from megatron_kosmosg.training.step import Reporter, connect, train_step
+from megatron_kosmosg.training.step import Reporter, Update, connect, train_step
 from megatron_kosmosg.training.weights import load_weights
 from megatron_kosmosg.training.wrapping import unwrap_model, whole_parameters, wrap_model
 
@@ -48,7 +49,9 @@ def fit(stage: Stage, config: RunConfig, layout: Layout) -> bool:
     scheduler = build_lr_scheduler(config, optimizer)
     connect(chunks, optimizer)
 
-    checkpointer = Checkpointer(config, layout, unwrap_model(chunks), optimizer, scheduler)
+    checkpointer = Checkpointer(
+        config, layout, unwrap_model(chunks), optimizer, scheduler, data.fingerprints()
+    )
     progress, notes = Progress(), []
     if resume_from is not None:
         progress, notes = checkpointer.resume(resume_from)
@@ -76,7 +79,7 @@ def fit(stage: Stage, config: RunConfig, layout: Layout) -> bool:
                     stage, config, layout, chunks, optimizer, feed, iterators, reporter
                 )
                 seconds = time.perf_counter() - started
-                _advance(progress, config, update.made)
+                _advance(progress, config, update)
 
                 record = iteration_record(
                     stage,
@@ -84,6 +87,7 @@ def fit(stage: Stage, config: RunConfig, layout: Layout) -> bool:
                     update,
                     iteration=progress.iteration,
                     consumed_train_samples=progress.consumed_train_samples,
+                    bad_samples=progress.bad_samples,
                     lr=scheduler.get_lr({}),
                     seconds=seconds,
                     world_size=layout.world_size,
@@ -92,6 +96,7 @@ def fit(stage: Stage, config: RunConfig, layout: Layout) -> bool:
                 display.step(progress.iteration, seconds, update.totals.losses, record)
                 if not update.made:
                     _note_skipped(display, progress, config)
+                check_bad_samples(progress.bad_samples, config.data.max_bad_samples)
 
                 checkpointer.poll()
                 stopping = stop.agreed(layout.device)
@@ -143,11 +148,12 @@ def _take_initial_weights(stage: Stage, bare: list[torch.nn.Module], layout: Lay
         )
 
 
-def _advance(progress: Progress, config: RunConfig, made: bool) -> None:
+def _advance(progress: Progress, config: RunConfig, update: Update) -> None:
     progress.iteration += 1
     progress.consumed_train_samples += config.training.global_batch_size
-    progress.updates += int(made)
-    progress.nonfinite_in_a_row = 0 if made else progress.nonfinite_in_a_row + 1
+    progress.bad_samples += update.totals.work.bad_samples
+    progress.updates += int(update.made)
+    progress.nonfinite_in_a_row = 0 if update.made else progress.nonfinite_in_a_row + 1
 
 
 def _note_skipped(display: ProgressDisplay, progress: Progress, config: RunConfig) -> None:

@@ -30,6 +30,7 @@ def iteration_record(
     *,
     iteration: int,
     consumed_train_samples: int,
+    bad_samples: int,
     lr: float,
     seconds: float,
     world_size: int,
@@ -37,7 +38,8 @@ def iteration_record(
     """The line of one iteration.
 
     tflops: TFLOP/s of one device, from the work actually done without recomputation; mfu: its
-    share of logging.peak_tflops; data_wait: share of the iteration spent waiting for data.
+    share of logging.peak_tflops; data_wait: share of the iteration spent waiting for data;
+    bad_samples: undecodable images since the first iteration, restarts included.
     """
     totals = update.totals
     flops = stage.flops_per_iteration(totals.work.tokens, totals.work.images, totals.work.rows)
@@ -53,6 +55,7 @@ def iteration_record(
         "mfu": tflops / config.logging.peak_tflops,
         "data_wait": totals.data_wait / seconds,
         "consumed_train_samples": consumed_train_samples,
+        "bad_samples": bad_samples,
     }
 
 

@@ -77,6 +77,7 @@ class Reporter:
             float(work.tokens) if speaks_for_input else 0.0,
             float(work.images) if speaks_for_input else 0.0,
             float(work.rows) if speaks_for_input else 0.0,
+            float(work.bad_samples) if speaks_for_input else 0.0,
             wait,
             float(loads),
         ]
@@ -91,8 +92,8 @@ class Reporter:
             name: numbers[2 * i] / max(numbers[2 * i + 1], 1.0)
             for i, name in enumerate(self._names)
         }
-        tokens, images, rows, waited, loaders = numbers[2 * len(self._names) :]
-        return Totals(means, Work(int(tokens), int(images), int(rows)), waited / loaders)
+        *done, waited, loaders = numbers[2 * len(self._names) :]
+        return Totals(means, Work(*map(int, done)), waited / loaders)
 
 
 def train_step(

@@ -30,7 +30,7 @@ class Prompts:
     def __getitem__(self, position: int) -> int:
         return position
 
-    def length(self, position: int) -> int:
+    def pad_to(self, samples: list[int], global_positions: list[int]) -> int:
         return LENGTH
 
     def collate(self, samples: list[int], pad_to: int) -> dict:

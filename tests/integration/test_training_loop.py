@@ -42,6 +42,7 @@ def test_metrics_lines_have_the_documented_fields(tmp_path):
     assert set(first) == {
         "iteration", "loss", "largest_loss", "lr", "grad_norm", "samples_per_sec",
         "tokens_per_sec", "tflops", "mfu", "data_wait", "consumed_train_samples",
+            "bad_samples",
     }  # fmt: skip
     assert [line["consumed_train_samples"] for line in train_lines(tmp_path)] == [8, 16, 24]
     assert first["tokens_per_sec"] == pytest.approx(3 * first["samples_per_sec"])
@@ -112,6 +113,14 @@ def test_too_many_bad_losses_end_the_run(tmp_path):
     assert latest_valid(tmp_path / "checkpoints") is None
 
 
+def test_too_many_bad_images_end_the_run(tmp_path):
+    config = fake_config(str(tmp_path), data={"max_bad_samples": 3})
+    with pytest.raises(RuntimeError, match=r"undecodable images .* data\.max_bad_samples allows 3"):
+        run_ranks(2, train, config)
+    counts = [line["bad_samples"] for line in train_lines(tmp_path)]
+    assert max(counts[:-1]) <= 3 < counts[-1]
+
+
 def test_a_finished_run_does_nothing_more(tmp_path):
     config = fake_config(str(tmp_path), training={"train_iters": 3})
     run_ranks(1, train, config)
@@ -140,6 +149,9 @@ def test_resume_with_other_maths_is_refused(tmp_path):
     run_ranks(1, train, fake_config(str(tmp_path), training={"train_iters": 3}))
     other = fake_config(str(tmp_path), training={"train_iters": 3}, optimizer={"lr": 0.5})
     assert "optimizer.lr: 0.02 -> 0.5" in run_ranks(1, refused, other)[0]
+    same = fake_config(str(tmp_path), training={"train_iters": 3})
+    message = run_ranks(1, refused, same, {"content": "other"})[0]
+    assert "data.blend.x.content" in message and "same -> other" in message
 
 
 def test_a_pipeline_stage_without_trainable_parameters_takes_part(tmp_path):

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from megatron_kosmosg.training.checkpoint_folder import is_valid
-from tests.fake_stage import fake_config
+from tests.fake_stage import BAD_ABOVE, FakeDataset, fake_config
 from tests.integration.test_training_loop import TP2, curve, norms, train_lines
 from tests.ranks import run_ranks
 from tests.training_runs import train, train_until
@@ -62,6 +62,10 @@ def test_a_checkpoint_continues_on_another_layout(tmp_path, first, second):
     run_ranks(ranks, train, fake_config(folder, parallel=parallel, checkpoint=checkpoint))
     assert curve(tmp_path / "b") == pytest.approx(curve(tmp_path / "straight"), rel=1e-5)
     assert norms(tmp_path / "b") == pytest.approx(norms(tmp_path / "straight"), rel=1e-4)
+    bad = [[line["bad_samples"] for line in train_lines(tmp_path / n)] for n in ("b", "straight")]
+    dataset = FakeDataset("train")
+    each = [sum(bool(dataset[8 * i + j][0] > BAD_ABOVE) for j in range(8)) for i in range(6)]
+    assert bad[0] == bad[1] == [sum(each[: i + 1]) for i in range(6)] and bad[0][-1] > 2
 
 
 def test_background_saves_end_as_whole_checkpoints(tmp_path):

@@ -17,6 +17,7 @@ from megatron_kosmosg.config.schema import (
     BlendEntry,
     DataConfig,
     FrozenFolder,
+    LoggingConfig,
     ModelConfig,
     ResamplerConfig,
     RunConfig,
@@ -197,4 +198,5 @@ def run_config(
             tokenizer_model=str(model_path), blend=entries, heldout=entries, **settings
         ),
         training=TrainingConfig(seed=7),
+        logging=LoggingConfig(output_dir=str(folder / "run")),
     )

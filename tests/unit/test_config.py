@@ -221,6 +221,34 @@ def test_resume_notes_a_new_layout_and_refuses_new_maths():
         assert any(line.startswith(section) for line in check_resume(saved, accepted))
 
 
+def test_a_dataset_may_move_but_not_change_between_save_and_resume():
+    first, second = "data.blend.a.path=p/a", "data.blend.b.path=p/b"
+    saved = load_config(None, [*BASE, first, second])
+    moved = load_config(None, [*BASE, "data.blend.a.path=q/a", second])
+    prints = {"a": "123", "b": "456"}
+    message = refusal(check_resume, saved, moved)  # nothing is known of the content
+    assert "data.blend.a.path: p/a -> q/a" in message
+    (note,) = check_resume(saved, moved, prints, prints)
+    assert note.startswith("data.blend.a.path")
+    changed = prints | {"b": "789"}
+    message = refusal(check_resume, saved, saved, prints, changed)
+    assert "data.blend.b.content: the dataset p/b" in message and "456 -> 789" in message
+    for accepted in ("data.blend.b.content", "data.blend.b", "data.blend"):
+        willing = load_config(
+            None, [*BASE, first, second, f"checkpoint.accept_changes=[{accepted}]"]
+        )
+        assert any("456 -> 789" in line for line in check_resume(saved, willing, prints, changed))
+
+
+def test_weights_and_order_of_a_mixture_may_not_change_unnoticed():
+    first, second = "data.blend.a.path=p/a", "data.blend.b.path=p/b"
+    saved = load_config(None, [*BASE, first, second])
+    turned = load_config(None, [*BASE, second, first])
+    assert "data.blend: order a, b -> b, a" in refusal(check_resume, saved, turned)
+    heavier = load_config(None, [*BASE, first, second, "data.blend.b.weight=2"])
+    assert "data.blend.b.weight: 1.0 -> 2.0" in refusal(check_resume, saved, heavier)
+
+
 def test_a_longer_run_with_the_same_decay_resumes():
     saved = load_config(None, [*BASE, "training.train_iters=100"])
     longer = load_config(None, [*BASE, "training.train_iters=150", "optimizer.lr_decay_iters=100"])

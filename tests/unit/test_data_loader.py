@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ class Numbers:
         self.fail_at, self.delay = fail_at, delay
         self.read: list[int] = []
         self.global_ranges: set[range] = set()
+        self.sizes: np.ndarray | None = None
 
     def __getitem__(self, position):
         if position == self.fail_at:
@@ -26,8 +28,13 @@ class Numbers:
         self.read.append(position)
         return position
 
-    def length(self, position):
-        return 1
+    def fingerprints(self):
+        return {}
+
+    def lengths(self, positions):
+        return (
+            self.sizes[np.asarray(positions) % len(self.sizes)] if self.sizes is not None else None
+        )
 
     def pad_to(self, samples, global_positions):
         self.global_ranges.add(global_positions)
@@ -35,9 +42,6 @@ class Numbers:
 
     def collate(self, samples, pad_to):
         return {"tokens": torch.tensor(samples)}
-
-    def statistics(self):
-        return {"bad_samples": 0}
 
 
 def loader_threads():
@@ -48,7 +52,7 @@ def loader_threads():
 def test_ranks_share_each_global_batch_in_the_agreed_order(num_workers):
     batches = []
     for rank in range(2):
-        loader = MicroBatchIterator(Numbers(delay=0.001), 12, 3, rank, 2, 24, num_workers)
+        loader = MicroBatchIterator(Numbers(delay=0.001), 12, 3, rank, 2, 24, num_workers, True)
         batches.append([next(loader)["tokens"].tolist() for _ in range(4)])
         loader.close()
     assert batches[0] == [[24, 25, 26], [30, 31, 32], [36, 37, 38], [42, 43, 44]]
@@ -57,7 +61,7 @@ def test_ranks_share_each_global_batch_in_the_agreed_order(num_workers):
 
 def test_padding_is_told_the_whole_global_batch():
     numbers = Numbers()
-    loader = MicroBatchIterator(numbers, 4, 2, 1, 2, 8, 0)
+    loader = MicroBatchIterator(numbers, 4, 2, 1, 2, 8, 0, True)
     next(loader)
     next(loader)
     assert numbers.global_ranges == {range(8, 12), range(12, 16)}
@@ -65,7 +69,7 @@ def test_padding_is_told_the_whole_global_batch():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_error_while_reading_reaches_the_caller_after_the_good_batches(num_workers):
-    loader = MicroBatchIterator(Numbers(fail_at=5), 2, 2, 0, 1, 0, num_workers)
+    loader = MicroBatchIterator(Numbers(fail_at=5), 2, 2, 0, 1, 0, num_workers, True)
     assert [next(loader)["tokens"].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
     with pytest.raises(RuntimeError, match="no sample 5"):
         next(loader)
@@ -74,7 +78,7 @@ def test_an_error_while_reading_reaches_the_caller_after_the_good_batches(num_wo
 
 def test_close_ends_the_threads_and_stops_reading():
     numbers = Numbers(delay=0.005)
-    loader = MicroBatchIterator(numbers, 1, 1, 0, 1, 0, 2)
+    loader = MicroBatchIterator(numbers, 1, 1, 0, 1, 0, 2, True)
     next(loader)
     assert loader_threads()
     loader.close()
@@ -87,7 +91,7 @@ def test_close_ends_the_threads_and_stops_reading():
 
 def test_reads_ahead_only_so_far_and_waits_are_counted():
     numbers = Numbers(delay=0.02)
-    loader = MicroBatchIterator(numbers, 1, 1, 0, 1, 0, 1)
+    loader = MicroBatchIterator(numbers, 1, 1, 0, 1, 0, 1, True)
     next(loader)
     assert loader.pop_wait() >= 0.015 and loader.wait_seconds == 0
     time.sleep(0.3)
@@ -100,8 +104,8 @@ def test_reads_ahead_only_so_far_and_waits_are_counted():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((10, 3, 0, 2, 0, 0), "must be a multiple"),
-        ((12, 3, 0, 2, 5, 0), "not whole global batches"),
+        ((10, 3, 0, 2, 0, 0, True), "must be a multiple"),
+        ((12, 3, 0, 2, 5, 0, True), "not whole global batches"),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(arguments, message):

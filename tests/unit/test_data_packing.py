@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -33,9 +35,11 @@ def stores(folder):
     }
 
 
-def packed(store, tokenizer, capacity, queries=QUERIES):
+def packed(store, tokenizer, capacity, queries=QUERIES, folder=Path("unused")):
     order = SampleOrder("name", len(store), seed=1, stage="pretrain/train")
-    dataset = PackedDataset("name", store, order, SequenceFormat(tokenizer, queries), capacity)
+    dataset = PackedDataset(
+        "name", store, order, SequenceFormat(tokenizer, queries), capacity, folder
+    )
     return dataset, order
 
 

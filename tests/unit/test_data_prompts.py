@@ -16,7 +16,7 @@ from megatron_kosmosg.data.preprocess.entities import order_entities
 from megatron_kosmosg.data.preprocess.records import Record, Rejected
 from megatron_kosmosg.data.samples import EntityImage
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
-from megatron_kosmosg.data.store import JSON, TOKEN_TYPE, TOKENS, RawSample
+from megatron_kosmosg.data.store import IMAGE, JSON, TOKEN_TYPE, TOKENS, RawSample
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from tests.unit.data_helpers import encode_image, noise_image, write_tokenizer
 
@@ -93,8 +93,8 @@ def test_caption_prompt_draws_its_picture(layout, tokenizer, tmp_path):
     prompt = CaptionPrompts(layout)(stored("caption", fields, tokenizer, tmp_path), DRAWS)
     assert prompt.tokens.tolist() == spell(tokenizer, "the red circle")
     assert prompt.images == [] and prompt.target == picture and not prompt.image_mask.any()
-    long = fields | {"caption": "red " * (MAX_TOKENS + 1)}
-    assert CaptionPrompts(layout)(stored("caption", long, tokenizer, tmp_path), DRAWS) is None
+    assert CaptionPrompts(layout).length([(TOKENS, MAX_TOKENS + 1), (IMAGE, 9)], DRAWS) is None
+    assert CaptionPrompts(layout).length([(TOKENS, MAX_TOKENS), (IMAGE, 9)], DRAWS) == 129
 
 
 @pytest.mark.parametrize("drop", [0.0, 1.0])

@@ -1,0 +1,158 @@
+"""VAE moments of target images, computed once: PREFIX.NAME.bin/.idx/.json beside a dataset.
+
+The files are a Megatron multimodal indexed dataset like the samples': document i holds the moments
+of sample i, float16 [2, channels, height, width], mean and standard deviation of the posterior.
+The posterior is still sampled anew for every use. The manifest names what the moments were made
+from; anything else is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_kosmosg.data.images import ImageTransform
+from megatron_kosmosg.data.index_file import write_index
+from megatron_kosmosg.data.store import SampleStore
+
+MOMENTS, NO_MOMENTS = 3, 4
+"""Modes of a part: moments, or filling for a target that could not be decoded."""
+MOMENTS_TYPE = np.dtype("<f2")
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LatentSource:
+    """What moments are made from; two caches with the same source are interchangeable."""
+
+    dataset: str
+    """Fingerprint of the dataset."""
+    vae: str
+    """Fingerprint of the VAE encoder's weights."""
+    transform: str
+    """How the picture becomes pixels."""
+
+
+@dataclass(frozen=True)
+class LatentManifest:
+    """PREFIX.NAME.json; its presence means that the cache is whole."""
+
+    source: LatentSource
+    shape: list[int]
+    """[2, channels, height, width]."""
+    num_samples: int
+    num_bad: int
+    """Targets that could not be decoded."""
+    precision: str
+    """In which the VAE ran."""
+    format_version: int = FORMAT_VERSION
+
+    def write(self, path: Path) -> None:
+        """Writes the manifest as JSON, whole or not at all."""
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        temporary.rename(path)
+
+    @staticmethod
+    def read(path: Path) -> LatentManifest:
+        """The manifest at `path`. Raises ValueError for another version or a broken file."""
+        try:
+            fields = json.loads(path.read_text())
+            if fields["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format version {fields['format_version']}")
+            return LatentManifest(**(fields | {"source": LatentSource(**fields["source"])}))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a readable manifest: {error}") from error
+
+
+def describe_transform(transform: ImageTransform) -> str:
+    """The part of LatentSource that says how the picture becomes pixels."""
+    return (
+        f"{transform.size} px, {transform.interpolation}, centre crop, "
+        f"mean {transform.mean}, std {transform.std}"
+    )
+
+
+def latent_prefix(dataset_prefix: str | Path, name: str) -> str:
+    """PREFIX.NAME."""
+    return f"{dataset_prefix}.{name}"
+
+
+class LatentCache:
+    """The moments of one dataset by sample number; safe to read from several threads."""
+
+    def __init__(self, store: SampleStore, name: str, vae: str, transform: ImageTransform) -> None:
+        """`vae`: fingerprint of the run's VAE. Raises FileNotFoundError where there is no whole
+        cache, ValueError where it was made from something else, naming what."""
+        prefix = latent_prefix(store.prefix, name)
+        manifest_path = Path(f"{prefix}.json")
+        advice = f"run tools/cache_latents.py --name {name}, or set data.latent_cache=null"
+        if not manifest_path.exists():
+            raise FileNotFoundError(
+                f"data.latent_cache={name}: no finished cache at {prefix}; {advice}"
+            )
+        self.manifest = LatentManifest.read(manifest_path)
+        wanted = LatentSource(store.fingerprint(), vae, describe_transform(transform))
+        made, needed = asdict(self.manifest.source), asdict(wanted)
+        differ = [
+            f"{key}: made from {made[key]}, this run has {needed[key]}"
+            for key in made
+            if made[key] != needed[key]
+        ]
+        if differ:
+            raise ValueError(
+                f"data.latent_cache={name}: {prefix} does not fit this run\n  "
+                + "\n  ".join(differ)
+                + f"\n{advice}"
+            )
+        self._data = IndexedDataset(prefix, multimodal=True)
+        if len(self._data) != len(store):
+            raise ValueError(f"{prefix} has {len(self._data)} entries for {len(store)} samples")
+
+    def moments(self, index: int) -> np.ndarray | None:
+        """float16 [2, channels, height, width] of a sample's target; None where it is bad."""
+        data, mode = self._data[index]
+        if mode == NO_MOMENTS:
+            return None
+        return data.view(MOMENTS_TYPE).reshape(self.manifest.shape)
+
+
+class LatentWriter:
+    """Writes moments in any order, from several processes: records have one size.
+
+    `PREFIX.NAME.partial.bin` gets the data; `finish` turns it into the cache.
+    """
+
+    def __init__(self, prefix: str, shape: tuple[int, ...], num_samples: int) -> None:
+        self._prefix, self._shape, self._num_samples = prefix, shape, num_samples
+        self._record = int(np.prod(shape)) * MOMENTS_TYPE.itemsize
+        self.data_path = Path(f"{prefix}.partial.bin")
+        if not self.data_path.exists():
+            self.data_path.touch()
+        os.truncate(self.data_path, num_samples * self._record)
+
+    def write(self, first: int, moments: np.ndarray) -> None:
+        """Stores `moments` [n, 2, channels, height, width] of samples `first`, `first` + 1, ..."""
+        assert moments.shape[1:] == self._shape
+        with self.data_path.open("r+b") as file:
+            file.seek(first * self._record)
+            file.write(np.ascontiguousarray(moments, MOMENTS_TYPE).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self, source: LatentSource, bad: list[int], precision: str) -> None:
+        """Completes the cache; `bad` are the samples without moments."""
+        modes = np.full(self._num_samples, MOMENTS, np.int8)
+        modes[bad] = NO_MOMENTS
+        index = Path(f"{self._prefix}.idx.tmp")
+        lengths, ones = np.full(len(modes), self._record), np.ones(len(modes), np.int64)
+        write_index(index, np.dtype(np.uint8), lengths, modes, ones)
+        self.data_path.rename(f"{self._prefix}.bin")
+        index.rename(f"{self._prefix}.idx")
+        manifest = LatentManifest(source, list(self._shape), self._num_samples, len(bad), precision)
+        manifest.write(Path(f"{self._prefix}.json"))

@@ -1,0 +1,145 @@
+"""Where documents and rows of one packed epoch begin: built in blocks, kept in files, mapped.
+
+An index takes 16 bytes a document and 8 a row on disk. It is built once, by the first process that
+needs it, in memory that does not grow with the dataset; restarts and other ranks map the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_kosmosg.data.file_lock import exclusive
+
+_ARRAYS = ("documents", "document_starts", "row_starts")
+_SIZES = "sizes.json"
+"""Written last: a folder that has it, and files of these sizes, is whole."""
+INDEX_TYPE = np.dtype("<i8")
+
+
+@dataclass(frozen=True)
+class EpochIndex:
+    """Where documents and rows of one epoch begin, in tokens from the start of the epoch."""
+
+    documents: np.ndarray
+    """int64 [documents]: sample index, in the order of the epoch."""
+    document_starts: np.ndarray
+    """int64 [documents + 1]."""
+    row_starts: np.ndarray
+    """int64 [rows + 1]."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_starts) - 1
+
+
+class RowPacker:
+    """Greedy row boundaries of a stretch of tokens whose allowed cuts arrive piece by piece."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._start = 0
+        """Where the open row begins."""
+        self._pending = np.zeros(0, np.int64)
+        """Allowed cuts after it."""
+
+    def add(self, ends: np.ndarray) -> np.ndarray:
+        """int64: boundaries of the rows that further cuts cannot change.
+
+        `ends`: where a cut is allowed, increasing, no two further apart than `capacity`.
+        """
+        ends = np.concatenate([self._pending, ends])
+        starts = np.concatenate([[self._start], ends[:-1]])
+        following = np.searchsorted(ends, starts + self._capacity, "right")
+        pieces, piece = [], 0
+        while piece < len(ends) and following[piece] < len(ends):
+            piece = int(following[piece])
+            pieces.append(piece - 1)
+        boundaries = ends[pieces]
+        if pieces:
+            self._start = int(boundaries[-1])
+        self._pending = ends[piece:]
+        return boundaries
+
+    def finish(self) -> np.ndarray:
+        """int64, at most one: the end of the open row."""
+        return self._pending[-1:]
+
+
+def pack_rows(ends: np.ndarray, capacity: int) -> np.ndarray:
+    """int64 [rows + 1]: the greedy row boundaries, the first 0, the last ends[-1]."""
+    packer = RowPacker(capacity)
+    return np.concatenate([[0], packer.add(ends), packer.finish()]).astype(np.int64)
+
+
+class EpochIndexWriter:
+    """Takes blocks of consecutive documents and their allowed cuts; files in `folder`."""
+
+    def __init__(self, folder: Path, capacity: int) -> None:
+        folder.mkdir(parents=True)
+        self._folder = folder
+        self._files = {name: (folder / f"{name}.i64").open("wb") for name in _ARRAYS}
+        self._counts = dict.fromkeys(_ARRAYS, 0)
+        self._packer = RowPacker(capacity)
+        self._put("document_starts", np.zeros(1, np.int64))
+        self._put("row_starts", np.zeros(1, np.int64))
+
+    def add(self, documents: np.ndarray, document_ends: np.ndarray, cuts: np.ndarray) -> None:
+        """Sample numbers, where each document ends, and every place where a row may end."""
+        self._put("documents", documents)
+        self._put("document_starts", document_ends)
+        self._put("row_starts", self._packer.add(cuts))
+
+    def finish(self) -> None:
+        """Completes the files."""
+        self._put("row_starts", self._packer.finish())
+        for file in self._files.values():
+            file.close()
+        (self._folder / _SIZES).write_text(json.dumps(self._counts))
+
+    def _put(self, name: str, values: np.ndarray) -> None:
+        self._files[name].write(np.asarray(values, INDEX_TYPE).tobytes())
+        self._counts[name] += len(values)
+
+
+def load_or_build(folder: Path, build: Callable[[Path], None]) -> EpochIndex:
+    """The index in `folder`, made by `build(path of a new folder)` where it is not there yet."""
+    found = _load(folder)
+    if found is not None:
+        return found
+    with exclusive(folder.with_suffix(".lock")):
+        found = _load(folder)  # another process may have built it meanwhile
+        if found is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary = folder.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            build(temporary)
+            try:
+                temporary.rename(folder)
+            except OSError:  # built by another process although this one held the lock
+                shutil.rmtree(temporary)
+            found = _load(folder)
+    if found is None:
+        raise OSError(f"the packing index {folder} cannot be read back after it was written")
+    return found
+
+
+def _load(folder: Path) -> EpochIndex | None:
+    try:
+        sizes = json.loads((folder / _SIZES).read_text())
+        paths = {name: folder / f"{name}.i64" for name in _ARRAYS}
+        whole = all(
+            path.stat().st_size == sizes[name] * INDEX_TYPE.itemsize for name, path in paths.items()
+        )
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    if not whole:
+        return None
+    return EpochIndex(**{name: np.memmap(path, INDEX_TYPE, "r") for name, path in paths.items()})
