@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.conversion.authors import authors_table
 from megatron_kosmosg.models.parameter_count import count_parameters, meta_model
 
 
@@ -21,6 +22,66 @@ def test_full_size_counts() -> None:
     assert counts["total"] == 1_662_375_936 + 476_031_488
 
 
+def test_pieces_of_the_full_size_model() -> None:
+    """Parameters of what the modules are made of."""
+    model = meta_model(RunConfig(stage="align"), False, ("M", "N"))
+    for name, count in {
+        "decoder.layers.0": 50_378_752,
+        "decoder.final_layernorm": 4_096,
+        "aligner_m.positions": 25_165_824,
+        "aligner_m.query": 59_136,
+        "aligner_m.decoder": 113_515_008,
+        "aligner_n.query": 25_165_824,
+        "aligner_n.decoder": 113_515_008,
+        "aligner_n.positions": 25_165_824,
+    }.items():
+        found = [
+            p.numel() for path, p in model.named_parameters() if f"{path}.".startswith(f"{name}.")
+        ]
+        assert sum(found) == count, name
+    encoder_m = [
+        model.aligner_m.input_projection,
+        model.aligner_m.positions,
+        model.aligner_m.encoder,
+    ]
+    encoder_n = [
+        model.aligner_n.output_projection,
+        model.aligner_n.positions,
+        model.aligner_n.encoder,
+    ]
+    assert _count(encoder_m) == 111_887_616
+    assert _count(encoder_n) == 111_888_896
+    assert len(model.decoder.layers) == 24
+
+
+def _count(modules) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def test_as_many_tensors_as_in_the_authors_files() -> None:
+    """They list the tied head and two buffers besides: 486 of the language model."""
+    config = RunConfig(stage="align")
+    names = [name for name, _ in meta_model(config, False, ("M", "N")).named_parameters()]
+    theirs = authors_table(config.model).their_names(names)
+    found = {
+        part: len([name for name in theirs if name.startswith(prefix)])
+        for part, prefix in {
+            "language model": "gpt_model.",
+            "image tower": "img_model.",
+            "connector": "img_connector.",
+            "M": "aligner.encoder",
+            "M and N": "aligner.",
+        }.items()
+    }
+    assert found == {
+        "language model": 486 - 3,
+        "image tower": 391,
+        "connector": 11,
+        "M": 608,
+        "M and N": 1216,
+    }
+
+
 def test_tied_head_and_vocabulary_padding_are_not_counted() -> None:
     without = count_parameters(RunConfig(stage="pretrain"), False, ())
     assert count_parameters(RunConfig(stage="pretrain"), True, ()) == without
@@ -29,8 +90,7 @@ def test_tied_head_and_vocabulary_padding_are_not_counted() -> None:
 
 def test_trainable_parameters_of_the_image_tower() -> None:
     model = meta_model(RunConfig(stage="pretrain"), True, ())
-    modules = model.trainable_vision_modules()
-    assert sum(p.numel() for module in modules for p in module.parameters()) == 12_598_272
+    assert _count(model.trainable_vision_modules()) == 12_598_272
 
 
 @pytest.mark.parametrize(

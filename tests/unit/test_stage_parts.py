@@ -9,6 +9,7 @@ import torch
 from transformers import CLIPTextModel
 
 from megatron_kosmosg.parallel.layout import lone_layout
+from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.stages.align import load_text_encoder
 from megatron_kosmosg.stages.instruct import InstructStage
 from megatron_kosmosg.training.stage import Probe
@@ -25,6 +26,31 @@ def test_the_text_encoders_dtype_is_not_that_of_its_files(tmp_path, precision, d
     config = tiny_config("align", tmp_path, tmp_path / "out")
     config = replace_section(config, "training", precision=precision)
     assert load_text_encoder(config, lone_layout("cpu")).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("stage", "parts"),
+    [
+        ("pretrain", ("embedding", "decoder", "resampler")),
+        ("align", ("aligner_m", "aligner_n")),
+        ("instruct", ("embedding", "decoder", "resampler", "aligner_m")),
+    ],
+)
+def test_what_trains(stage: str, parts: tuple[str, ...], tmp_path) -> None:
+    """Whole parts, and in pretrain and instruct the tower's last block and post-norm."""
+    config = tiny_config(stage, tmp_path, tmp_path)
+    lone = lone_layout("meta")
+    # A stage object of another pipeline rank loads no frozen helper.
+    (model,) = build_stage(config, dataclasses.replace(lone, pp_size=2)).build_model(lone)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    tower = "vision_encoder.tower."
+    trained_tower = (f"{tower}encoder.layers.2.", f"{tower}post_layernorm.")
+    wanted = tuple(f"{part}." for part in parts) + (trained_tower if stage != "align" else ())
+    names = {name for name, _ in model.named_parameters()}
+    assert trained == {name for name in names if name.startswith(wanted)}
+    assert {name.split(".")[0] for name in trained} >= set(parts)
+    if stage != "align":
+        assert len([name for name in trained if name.startswith(tower)]) == 18
 
 
 def test_a_run_without_held_out_data_draws_no_pictures(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.planning.dry_run import describe, rank_table
-from megatron_kosmosg.planning.model_counts import count_model
+from megatron_kosmosg.planning.model_counts import Part, count_model
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 
@@ -32,6 +32,45 @@ def test_full_size_counts_equal_the_authors_model(stage, trainable, frozen):
         rf"^total +{trainable:,} +{frozen:,} +{trainable + frozen:,}$", report, re.MULTILINE
     )
     assert "Ranks (256)" in report
+
+
+LANGUAGE_MODEL = {"embedding": 131_086_336, "decoder": 1_209_094_144, "resampler": 19_015_680}
+"""The tied output head adds nothing; the decoder includes its final norm."""
+TOWER_TRAINED, TOWER_FROZEN = 12_598_272, 290_581_504
+
+
+@pytest.mark.parametrize(
+    ("stage", "wanted"),
+    [
+        (
+            "pretrain",
+            {name: Part(count, 0) for name, count in LANGUAGE_MODEL.items()}
+            | {"vision_encoder": Part(TOWER_TRAINED, TOWER_FROZEN)},
+        ),
+        (
+            "align",
+            {name: Part(0, count) for name, count in LANGUAGE_MODEL.items()}
+            | {
+                "vision_encoder": Part(0, TOWER_TRAINED + TOWER_FROZEN),
+                "aligner_m": Part(225_461_760, 0),
+                "aligner_n": Part(250_569_728, 0),
+                "clip_text": Part(0, 123_060_480),
+            },
+        ),
+        (
+            "instruct",
+            {name: Part(count, 0) for name, count in LANGUAGE_MODEL.items()}
+            | {
+                "vision_encoder": Part(TOWER_TRAINED, TOWER_FROZEN),
+                "aligner_m": Part(225_461_760, 0),
+                "unet": Part(0, 859_520_964),
+                "vae": Part(0, 83_653_863),
+            },
+        ),
+    ],
+)
+def test_every_module_of_a_stage_has_the_published_count(stage, wanted):
+    assert count_model(full_size(stage)).parts == wanted
 
 
 def test_pretrain_batch_is_the_papers():
