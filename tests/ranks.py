@@ -26,6 +26,7 @@ _PRELOAD = [
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.transformer.transformer_block",
+    "megatron_kosmosg.models.diffusion",
 ]
 
 

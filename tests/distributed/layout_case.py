@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.distributed import (
@@ -21,23 +20,21 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
-from megatron_kosmosg.config.schema import (
-    AlignerConfig,
-    DecoderConfig,
-    ModelConfig,
-    ParallelConfig,
-    ResamplerConfig,
-    RunConfig,
-    TrainingConfig,
-    VisionConfig,
-)
-from megatron_kosmosg.models.initialise import global_name, split_axis
+from megatron_kosmosg.config.schema import ParallelConfig, RunConfig, TrainingConfig
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.rows import sum_over_tensor_ranks, take_rows
+from tests.distributed.shares import gradients
+from tests.tiny_models import (
+    CONDITION_WIDTH,
+    HIDDEN_SIZE,
+    NUM_LATENT_QUERIES,
+    NUM_QUERIES,
+    VOCAB_SIZE,
+    model_config,
+)
 
-VOCAB_SIZE = 101
 LENGTHS = (15, 12, 9, 14)
 """Tokens per row of each micro-batch; none divides by every tensor-parallel size."""
 
@@ -76,40 +73,6 @@ class Case:
         )
 
 
-def model_config(aligner_kind: str = "full") -> ModelConfig:
-    """Tiny, odd where the real one is even, and without dropout."""
-    return ModelConfig(
-        vocab_size=VOCAB_SIZE,
-        decoder=DecoderConfig(
-            num_layers=3,
-            hidden_size=32,
-            ffn_hidden_size=48,
-            num_attention_heads=4,
-            hidden_dropout=0.0,
-        ),
-        vision=VisionConfig(
-            num_layers=2,
-            hidden_size=24,
-            ffn_hidden_size=40,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=14,
-        ),
-        resampler=ResamplerConfig(
-            num_latent_queries=5, num_attention_heads=4, attention_dropout=0.0
-        ),
-        aligner=AlignerConfig(
-            kind=aligner_kind,
-            num_layers=2,
-            hidden_size=20,
-            ffn_hidden_size=36,
-            num_attention_heads=2,
-            num_queries=7,
-            max_positions=40,
-        ),
-    )
-
-
 def micro_batch(index: int) -> dict[str, torch.Tensor]:
     """Three rows: two images, text and padding, one image; index 2 has no image at all."""
     generator = torch.Generator().manual_seed(100 + index)
@@ -117,7 +80,8 @@ def micro_batch(index: int) -> dict[str, torch.Tensor]:
     tokens = torch.randint(4, VOCAB_SIZE, (3, length), generator=generator)
     image_mask = torch.zeros(3, length, dtype=torch.bool)
     if index != 2:
-        image_mask[0, 1:6] = image_mask[2, 3:8] = True
+        for row, start in ((0, 1), (2, 3)):
+            image_mask[row, start : start + NUM_LATENT_QUERIES] = True
     padding_mask = torch.zeros(3, length, dtype=torch.bool)
     padding_mask[1, length - 4 :] = True
     tokens[padding_mask] = 1
@@ -128,8 +92,8 @@ def micro_batch(index: int) -> dict[str, torch.Tensor]:
         "padding_mask": padding_mask,
         "pixel_values": torch.randn(num_images, 3, 28, 28, generator=generator),
         "labels": torch.randint(4, VOCAB_SIZE, (3, length), generator=generator),
-        "target": torch.randn(3, 7, 20, generator=generator),
-        "probe": torch.randn(3, length, 32, generator=generator),
+        "target": torch.randn(3, NUM_QUERIES, CONDITION_WIDTH, generator=generator),
+        "probe": torch.randn(3, length, HIDDEN_SIZE, generator=generator),
     }
 
 
@@ -152,7 +116,7 @@ def build(case: Case, layout: Layout) -> KosmosG:
 
 
 def train_step(case: Case) -> dict:
-    """Loss, outputs and gradients (this rank's shares, as numpy) of one step on this rank."""
+    """Loss, outputs and gradients (this rank's share) of one step on this rank."""
     layout = platform.initialize(case.config())
     try:
         return _train_step(case, layout)
@@ -162,7 +126,6 @@ def train_step(case: Case) -> dict:
 
 def _train_step(case: Case, layout: Layout) -> dict:
     model = build(case, layout)
-    first_layer = model._pieces.first_decoder_layer
     half = case.precision != "fp32"
     wrapped = DistributedDataParallel(
         model.config,
@@ -181,7 +144,7 @@ def _train_step(case: Case, layout: Layout) -> dict:
         )
 
         def loss_func(output):
-            outputs.append(_complete(output, layout))
+            outputs.append(complete_outputs(output, layout))
             output = {key: value.float() for key, value in output.items()}
             loss = _loss(case, output, batch, layout)
             return loss, torch.tensor(3, dtype=torch.int), {"loss": loss.detach()}
@@ -199,15 +162,10 @@ def _train_step(case: Case, layout: Layout) -> dict:
     )
     return {
         "tp_rank": layout.tp_rank,
-        "pp_rank": layout.pp_rank,
         "dp_rank": layout.dp_rank,
         "loss": float(sum(entry["loss"] for entry in losses)) if losses else None,
         "outputs": [{k: v.float().numpy() for k, v in output.items()} for output in outputs],
-        "gradients": {
-            global_name(name, first_layer): parameter.main_grad.numpy()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        },
+        "gradients": gradients(model, layout),
     }
 
 
@@ -231,42 +189,14 @@ def _loss(case: Case, output: dict, batch: dict, layout: Layout) -> torch.Tensor
     return loss
 
 
-def _complete(output: dict, layout: Layout) -> dict[str, torch.Tensor]:
+def complete_outputs(output: dict, layout: Layout) -> dict[str, torch.Tensor]:
+    """The model's outputs, detached, the logits with all ranks' shares of the vocabulary."""
     complete = {key: value.detach() for key, value in output.items()}
     if "logits" in complete and layout.tp_size > 1:
         shards = [torch.empty_like(complete["logits"]) for _ in range(layout.tp_size)]
         torch.distributed.all_gather(shards, complete["logits"].contiguous(), layout.tp_group)
         complete["logits"] = torch.cat(shards, dim=-1)
     return complete
-
-
-def whole_gradients(results: list[dict], tolerance: float = 2e-6) -> dict[str, np.ndarray]:
-    """The gradient of every parameter, put together from all ranks' shares.
-
-    Replicas (over tensor-parallel ranks, data-parallel ranks, and the tied head's copy) must agree.
-    """
-    shares: dict[str, dict[int, np.ndarray]] = {}
-    for result in results:
-        for name, gradient in result["gradients"].items():
-            if name == "output_layer.weight":
-                name = "embedding.word_embeddings.weight"
-            known = shares.setdefault(name, {}).setdefault(result["tp_rank"], gradient)
-            np.testing.assert_allclose(
-                known, gradient, rtol=0, atol=tolerance * np.abs(known).max(), err_msg=name
-            )
-    whole = {}
-    for name, by_rank in shares.items():
-        ordered = [by_rank[rank] for rank in sorted(by_rank)]
-        axis = split_axis(name)
-        if axis is None:
-            for other in ordered[1:]:
-                np.testing.assert_allclose(
-                    ordered[0], other, rtol=0, atol=tolerance * np.abs(other).max(), err_msg=name
-                )
-            whole[name] = ordered[0]
-        else:
-            whole[name] = np.concatenate(ordered, axis=axis)
-    return whole
 
 
 def on_one_rank(case: Case) -> Case:

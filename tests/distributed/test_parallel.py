@@ -19,6 +19,7 @@ from megatron_kosmosg.parallel.rows import row_range, sum_over_tensor_ranks, tak
 from megatron_kosmosg.parallel.seeds import set_seeds
 from tests.distributed.layout_case import Case, build, micro_batch
 from tests.ranks import run_ranks
+from tests.tiny_models import HIDDEN_SIZE
 
 
 def _config(tp: int = 1, pp: int = 1, timeout: int = 60) -> RunConfig:
@@ -202,7 +203,7 @@ def frozen_backward(pp: int) -> tuple[int, int]:
         if type(module).__name__ == "ColumnParallelLinear":
             module.register_full_backward_hook(lambda *args: calls.append(1))
     if not layout.is_first_stage:
-        model.set_input_tensor([torch.randn(15, 3, 32, requires_grad=True)])
+        model.set_input_tensor([torch.randn(15, 3, HIDDEN_SIZE, requires_grad=True)])
     batch = micro_batch(0)
     output = model(
         batch["tokens"], batch["image_mask"], batch["padding_mask"], batch["pixel_values"]

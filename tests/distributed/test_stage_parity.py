@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
-import torch
 
-from tests.distributed.stage_gradients import assemble, stage_gradients
+from tests.distributed.shares import whole
+from tests.distributed.stage_gradients import stage_gradients
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_config, write_stable_diffusion
 
@@ -54,7 +55,7 @@ def gradients(stage, folder, output_dir, world_size, parallel, precision="fp32")
     results = run_ranks(world_size, stage_gradients, config)
     tp = config.parallel.tensor_model_parallel_size
     loss = sum(total for total, _ in results) / tp
-    return loss, assemble([shard for _, shards in results for shard in shards])
+    return loss, whole([share for _, share in results], tolerance=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +80,12 @@ def test_loss_and_gradients_equal_those_of_one_rank(
     loss, found = gradients(stage, stable_diffusion, tmp_path, *LAYOUTS[layout])
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert found.keys() == expected.keys()
-    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    largest = max(np.abs(gradient).max() for gradient in expected.values())
     wrong = {}
     for key, gradient in expected.items():
-        assert not torch.isnan(found[key]).any(), f"{key}: a part of the gradient has no owner"
         # Softmax ignores a constant added to all keys: this gradient is zero but for round-off.
-        scale = largest if key.endswith(ZERO_GRADIENT) else float(gradient.abs().max())
-        error = float((found[key] - gradient).abs().max()) / scale
+        scale = largest if key.endswith(ZERO_GRADIENT) else np.abs(gradient).max()
+        error = np.abs(found[key] - gradient).max() / scale
         if error > 1e-5:
             wrong[key] = error
     assert not wrong, wrong
@@ -95,7 +95,7 @@ def test_loss_and_gradients_equal_those_of_one_rank(
 def test_exactly_the_named_parts_train(stage, one_rank):
     _, found = one_rank(stage)
     assert {key.split(".")[0] for key in found} == set(TRAINED[stage])
-    silent = [key for key, gradient in found.items() if float(gradient.abs().max()) == 0]
+    silent = [key for key, gradient in found.items() if not gradient.any()]
     assert not silent, f"no gradient reaches {silent}"
 
 
@@ -107,5 +107,6 @@ def test_bf16_stays_near_fp32(stage, one_rank, stable_diffusion, tmp_path):
     assert loss == pytest.approx(expected_loss, rel=5e-3)
     for key, wanted in expected.items():
         if not key.endswith(ZERO_GRADIENT):
-            cosine = torch.cosine_similarity(found[key].flatten(), wanted.flatten(), dim=0)
+            lengths = np.linalg.norm(found[key]) * np.linalg.norm(wanted)
+            cosine = (found[key] * wanted).sum() / lengths
             assert cosine > 0.9, f"{key}: cosine {cosine:.3f}"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import ScoreConfig
-from megatron_kosmosg.data.keyed import torch_generator
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
 from megatron_kosmosg.models.sampler import generate
 from megatron_kosmosg.models.score import ColocatedScore, ScoreKey, drop_condition
 from megatron_kosmosg.parallel.layout import lone_layout
+from tests.denoising_reference import denoising_errors
 from tests.tiny_models import CONDITION_WIDTH, NUM_QUERIES, TARGET_SIZE, write_stable_diffusion
 
 SEED = 11
@@ -36,42 +36,10 @@ def score(folder, **settings) -> ColocatedScore:
     return ColocatedScore(diffusion, lone_layout(CPU), ScoreConfig(**settings), SEED)
 
 
-def reference_errors(folder, condition, pixels, positions) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean squared error per image in the units of the prediction, timesteps), in float64."""
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet").double().eval()
-    vae = AutoencoderKL.from_pretrained(folder / "vae").double().eval()
-    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
-    errors, timesteps = [], []
-    for row, position in enumerate(positions.tolist()):
-        draw = {
-            tag: torch_generator(SEED, "instruct", position, tag)
-            for tag in ("timestep", "posterior", "noise")
-        }
-        timestep = int(torch.rand((), generator=draw["timestep"]) * 1000)
-        posterior = vae.encode(pixels[row : row + 1].double()).latent_dist
-        shape = posterior.mean.shape[1:]
-        noise_of = {t: torch.randn(shape, generator=draw[t]).double() for t in draw}
-        latents = (posterior.mean + posterior.std * noise_of["posterior"]) * 0.9
-        alpha = scheduler.alphas_cumprod[timestep].double()
-        noise = noise_of["noise"]
-        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        output = unet(
-            noisy, torch.tensor([timestep]), encoder_hidden_states=condition[row : row + 1].double()
-        ).sample
-        target = {
-            "epsilon": noise[None],
-            "sample": latents,
-            "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * latents,
-        }[scheduler.config.prediction_type]
-        errors.append((output - target).square().mean())
-        timesteps.append(timestep)
-    return torch.stack(errors), torch.tensor(timesteps)
-
-
 def test_loss_is_the_sum_of_per_image_means_as_computed_by_hand(folder):
     condition, pixels, positions = inputs()
     loss = score(folder)(condition, pixels, positions, "instruct")
-    errors, _ = reference_errors(folder, condition, pixels, positions)
+    errors, _ = denoising_errors(folder, SEED, condition, pixels, positions)
     torch.testing.assert_close(loss.double(), errors.sum(), rtol=1e-5, atol=0)
 
 
@@ -81,7 +49,7 @@ def test_weights_are_those_of_the_latent_error_for_every_prediction_type(folder,
     loss = score(folder, loss_weighting=weighting, snr_gamma=4.0)(
         condition, pixels, positions, "instruct"
     )
-    errors, timesteps = reference_errors(folder, condition, pixels, positions)
+    errors, timesteps = denoising_errors(folder, SEED, condition, pixels, positions)
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
     alpha = scheduler.alphas_cumprod[timesteps].double()
     snr = alpha / (1 - alpha)

@@ -1,0 +1,87 @@
+"""Tensors of the whole model from the shares that ranks hold of them, and the other way round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_kosmosg.models.initialise import global_name, split_axis
+from megatron_kosmosg.models.kosmosg import KosmosG
+from megatron_kosmosg.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank holds: parameters or their gradients by the whole model's names."""
+
+    tp_rank: int
+    tensors: dict[str, np.ndarray]
+    """NumPy travels between processes whole; torch would share memory."""
+
+
+def parameters(model: KosmosG, layout: Layout) -> Share:
+    """This rank's parameters."""
+    return _share(model, layout, lambda parameter: parameter)
+
+
+def gradients(model: KosmosG, layout: Layout) -> Share:
+    """This rank's reduced gradients of what trains, as Megatron's DDP leaves them."""
+    return _share(model, layout, lambda p: p.main_grad if p.requires_grad else None)
+
+
+def _share(
+    model: KosmosG, layout: Layout, value: Callable[[torch.nn.Parameter], torch.Tensor | None]
+) -> Share:
+    first = model._pieces.first_decoder_layer
+    found = {global_name(name, first): value(p) for name, p in model.named_parameters()}
+    return Share(
+        layout.tp_rank,
+        {name: v.detach().cpu().numpy() for name, v in found.items() if v is not None},
+    )
+
+
+def whole(shares: Iterable[Share], tolerance: float) -> dict[str, np.ndarray]:
+    """Every tensor put together from all ranks' shares.
+
+    Replicas (over tensor-parallel ranks, data-parallel ranks, and the tied head's copy) must agree
+    to `tolerance` of the tensor's largest entry.
+    """
+    known: dict[str, dict[int, np.ndarray]] = {}
+    for share in shares:
+        for name, tensor in share.tensors.items():
+            if name == "output_layer.weight":
+                name = "embedding.word_embeddings.weight"
+            first = known.setdefault(name, {}).setdefault(share.tp_rank, tensor)
+            _agree(name, first, tensor, tolerance)
+    together = {}
+    for name, by_rank in known.items():
+        ordered = [by_rank[rank] for rank in sorted(by_rank)]
+        axis = split_axis(name)
+        if axis is None:
+            for other in ordered[1:]:
+                _agree(name, ordered[0], other, tolerance)
+        together[name] = ordered[0] if axis is None else np.concatenate(ordered, axis=axis)
+    return together
+
+
+def _agree(name: str, one: np.ndarray, other: np.ndarray, tolerance: float) -> None:
+    bound = tolerance * np.abs(one).max()
+    np.testing.assert_allclose(one, other, rtol=0, atol=bound, err_msg=name)
+
+
+@torch.no_grad()
+def fill(model: KosmosG, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give this rank its share of the whole model's parameters, each of which must be there."""
+    first = model._pieces.first_decoder_layer
+    for local_name, parameter in model.named_parameters():
+        name = global_name(local_name, first)
+        if name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"
+        axis, tensor = split_axis(name), tensors[name]
+        if axis is not None:
+            tensor = tensor.chunk(layout.tp_size, dim=axis)[layout.tp_rank]
+        assert tensor.shape == parameter.shape, name
+        parameter.copy_(tensor)
