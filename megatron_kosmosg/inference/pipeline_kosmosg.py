@@ -223,23 +223,18 @@ class KosmosGPipeline(StableDiffusionPipeline):
             )
 
     @classmethod
-    def lora_state_dict(cls, *args: Any, **kwargs: Any):
-        """As StableDiffusionPipeline's, without what belongs to a CLIP text encoder.
-
-        Raises ValueError when nothing is left.
-        """
-        state, *rest = super().lora_state_dict(*args, **kwargs)
-        kept = {name: value for name, value in state.items() if "text_encoder" not in name}
-        if not kept:
+    def load_lora_into_text_encoder(cls, state_dict: dict, *args: Any, **kwargs: Any) -> None:
+        """Only a warning; a ValueError for a file that holds nothing for the U-Net."""
+        count = sum(name.startswith(cls.text_encoder_name) for name in state_dict)
+        if count == len(state_dict):
             raise ValueError(
-                f"all {len(state)} tensors of this LoRA change CLIP's text encoder, none the U-Net"
+                f"all {count} tensors of this LoRA change CLIP's text encoder, none the U-Net"
             )
-        if len(kept) < len(state):
+        if count:
             logger.warning(
-                f"left out {len(state) - len(kept)} of the LoRA's {len(state)} tensors: they "
-                "change CLIP's text encoder, which is not used here; the U-Net's are loaded"
+                f"left out {count} of the LoRA's {len(state_dict)} tensors: they change CLIP's "
+                "text encoder, which is not used here; the U-Net's are loaded"
             )
-        return kept, *rest
 
     def load_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing but warn."""
