@@ -66,7 +66,15 @@ class TarReader:
 def _groups(file: IO[bytes]) -> Iterator[Group]:
     """Samples from the file's position on. Raises Rejected at damage, after the whole samples."""
     group: Group | None = None
-    for member in _members(file):
+    damage: Rejected | None = None
+    members = _members(file)
+    while True:
+        try:
+            member = next(members, None)
+        except Rejected as rejected:
+            member, damage = None, rejected
+        if member is None:
+            break
         folder, _, name = member.name.rpartition("/")
         stem = name.split(".", 1)[0]
         if member.isdir() or not stem:
@@ -79,6 +87,8 @@ def _groups(file: IO[bytes]) -> Iterator[Group]:
         group[1].append(member)
     if group is not None:
         yield group
+    if damage is not None:
+        raise damage
 
 
 def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
@@ -96,7 +106,8 @@ def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
             file.seek(archive.offset)
             mark = file.read(BLOCK)
     except tarfile.TarError as error:
-        raise Rejected("tar is damaged", str(error)) from error
+        is_short = "end of data" in str(error)
+        raise Rejected("tar is truncated" if is_short else "tar is damaged", str(error)) from error
     if len(mark) < BLOCK:
         raise Rejected("tar is truncated", "no end mark")
     if mark.strip(b"\0"):
