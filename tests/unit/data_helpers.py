@@ -25,6 +25,7 @@ from megatron_kosmosg.config.schema import (
     VisionConfig,
 )
 from megatron_kosmosg.data.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.tokenizer import Tokenizer
 
 WORDS = (
@@ -155,6 +156,20 @@ def build_dataset(folder: Path, kind: str, count: int, seed: int = 0, name: str 
     prefix = str(folder / f"{kind}{name}")
     model = str(write_tokenizer(folder))
     preprocess(PreprocessJob(kind, (str(path),), model, prefix), lambda *_: None)
+    return prefix
+
+
+def break_image(folder: Path, kind: str, name: str, which: int, part: int) -> str:
+    """A copy of a dataset in which one picture's bytes are overwritten; returns its prefix."""
+    prefix = build_dataset(folder, kind, 8, name=name)
+    store = SampleStore(prefix)
+    data = store._data
+    first = int(store._documents[which])
+    images = [i for i in range(first, int(store._documents[which + 1])) if data[i][1] == 1]
+    pointer, length, _ = data.index[images[part]]
+    with Path(f"{prefix}.bin").open("r+b") as file:
+        file.seek(int(pointer))
+        file.write(b"\0" * int(length))
     return prefix
 
 

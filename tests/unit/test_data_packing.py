@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_kosmosg.data import packing
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.packing import PackedDataset
+from megatron_kosmosg.data.packing_index import RowPacker
 from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.store import TOKENS, SampleStore
 from megatron_kosmosg.data.tokenizer import Tokenizer
@@ -162,3 +164,54 @@ def test_kinds_that_are_no_documents_are_refused(folder, tokenizer):
     store = SampleStore(build_dataset(folder, "edit", 2))
     with pytest.raises(ValueError, match="of kind edit"):
         packed(store, tokenizer, 40)
+
+
+def test_an_index_in_files_equals_the_one_in_memory_and_is_built_once(
+    stores, tokenizer, tmp_path, monkeypatch
+):
+    """Blocks of a few documents, so that rows and long sentences cross block ends."""
+    for kind, capacity in (("interleaved", 17), ("text", 9), ("caption", 40)):
+        expected, _ = packed(stores[kind], tokenizer, capacity)
+        rows = [expected.row(o, o) for o in range(70)]
+        monkeypatch.setattr(packing, "BLOCK", 3)
+        built, _ = packed(stores[kind], tokenizer, capacity, folder=tmp_path / kind)
+        for row in rows:
+            assert np.array_equal(built.row(row.position, row.position).tokens, row.tokens)
+        names = sorted(path.name for path in (tmp_path / kind).iterdir() if path.is_dir())
+        assert names and all((tmp_path / kind / name / "sizes.json").exists() for name in names)
+        monkeypatch.setattr(packing.PackedDataset, "_write_index", refuse)  # a restart only maps
+        again, _ = packed(stores[kind], tokenizer, capacity, folder=tmp_path / kind)
+        assert np.array_equal(again.row(69, 69).tokens, rows[69].tokens)
+        other, _ = packed(stores[kind], tokenizer, capacity + 1, folder=tmp_path / kind)
+        with pytest.raises(AssertionError, match="is built"):  # another capacity is another index
+            other.row(0, 0)
+        monkeypatch.undo()
+
+
+def refuse(self, epoch, folder):
+    raise AssertionError(f"{folder} is built")
+
+
+def test_half_an_index_is_built_again(stores, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "BLOCK", 4)
+    first, _ = packed(stores["text"], tokenizer, 17, folder=tmp_path)
+    expected = first.row(5, 5).tokens
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    (folder / "row_starts.i64").write_bytes(b"\0" * 8)
+    again, _ = packed(stores["text"], tokenizer, 17, folder=tmp_path)
+    assert np.array_equal(again.row(5, 5).tokens, expected)
+
+
+@pytest.mark.parametrize("capacity", [5, 12, 60])
+def test_rows_are_packed_alike_however_the_cuts_arrive(capacity):
+    rng = np.random.default_rng(capacity)
+    ends = np.cumsum(rng.integers(1, 6, 400))
+    expected, start = [0], 0
+    for i, end in enumerate(ends):
+        if i + 1 == len(ends) or ends[i + 1] - start > capacity:
+            expected.append(int(end))
+            start = int(end)
+    for pieces in (1, 7, 400):
+        packer = RowPacker(capacity)
+        found = [packer.add(part) for part in np.array_split(ends, pieces)]
+        assert np.concatenate([[0], *found, packer.finish()]).tolist() == expected

@@ -20,6 +20,7 @@ from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.streams import align_stream, instruct_stream, pretrain_stream
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from tests.unit.data_helpers import (
+    break_image,
     build_dataset,
     run_config,
     write_clip_tokenizer,
@@ -287,20 +288,6 @@ def test_align_leaves_out_captions_that_clip_would_cut(folder):
     rows = [stream[p].clip_tokens for p in range(60)]
     ends = [row.tolist().index(clip.eos_token_id) for row in rows]
     assert max(ends) <= 29
-
-
-def break_image(folder: Path, kind: str, name: str, which: int, part: int) -> str:
-    """A copy of a dataset in which one picture's bytes are overwritten; returns its prefix."""
-    prefix = build_dataset(folder, kind, 8, name=name)
-    store = SampleStore(prefix)
-    data = store._data
-    first = int(store._documents[which])
-    images = [i for i in range(first, int(store._documents[which + 1])) if data[i][1] == 1]
-    pointer, length, _ = data.index[images[part]]
-    with Path(f"{prefix}.bin").open("r+b") as file:
-        file.seek(int(pointer))
-        file.write(b"\0" * int(length))
-    return prefix
 
 
 @pytest.mark.parametrize("part", [0, 1])

@@ -1,0 +1,173 @@
+"""Reads every sample of a dataset as training would and says what is wrong with which."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from megatron_kosmosg.data.sentences import sentence_table
+from megatron_kosmosg.data.store import (
+    IMAGE,
+    JSON,
+    TOKENS,
+    RawSample,
+    SampleStore,
+    strip_document_end,
+)
+from megatron_kosmosg.data.tokenizer import Tokenizer
+
+_LAYOUTS = {"text": (TOKENS,), "caption": (TOKENS, IMAGE), "edit": (TOKENS, TOKENS, IMAGE, IMAGE)}
+_PACKED = ("text", "caption", "interleaved")
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with one sample, or (index None) with the dataset as a whole."""
+
+    index: int | None
+    key: str
+    reason: str
+
+
+def check_dataset(
+    store: SampleStore,
+    tokenizer: Tokenizer,
+    num_workers: int,
+    progress: Callable[[int, int], None],
+) -> Iterator[Problem]:
+    """All problems, in the order of the samples; those of the dataset as a whole last."""
+    checker = _Checker(store, tokenizer)
+    starts = range(0, len(store), CHUNK)
+    with ThreadPoolExecutor(num_workers, "check") as pool:
+        for start, found in zip(starts, pool.map(checker.chunk, starts), strict=True):
+            yield from found.problems
+            checker.num_tokens += found.num_tokens
+            checker.num_images += found.num_images
+            progress(min(start + CHUNK, len(store)), len(store))
+    yield from checker.counts()
+
+
+@dataclass
+class _Found:
+    problems: list[Problem]
+    num_tokens: int = 0
+    num_images: int = 0
+
+
+class _Checker:
+    def __init__(self, store: SampleStore, tokenizer: Tokenizer) -> None:
+        self._store, self._tokenizer = store, tokenizer
+        self.num_tokens = self.num_images = 0
+        self._sentences: tuple[np.ndarray, np.ndarray] | None = None
+        if store.kind in _PACKED and store.manifest is not None:
+            self._sentences = store.sentences(tokenizer)
+
+    def chunk(self, start: int) -> _Found:
+        """What the samples from `start` on hold, and what is wrong with them."""
+        found = _Found([])
+        for index in range(start, min(start + CHUNK, len(self._store))):
+            key = str(index)
+            try:
+                raw = self._store[index]
+                key = str(raw.info.get("key", "")) or key
+                reasons = list(self._sample(index, raw))
+                found.num_tokens += sum(
+                    len(strip_document_end(ids, self._tokenizer)) for ids in raw.tokens()
+                )
+                found.num_images += raw.modes.count(IMAGE)
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                reasons = [f"cannot be read: {error}"]
+            found.problems += [Problem(index, key, reason) for reason in reasons]
+        return found
+
+    def counts(self) -> Iterator[Problem]:
+        """Where the manifest counts something else than what is stored."""
+        manifest = self._store.manifest
+        if manifest is None:
+            return
+        for name, stated, counted in (
+            ("num_tokens", manifest.num_tokens, self.num_tokens),
+            ("num_images", manifest.num_images, self.num_images),
+        ):
+            if stated != counted:
+                yield Problem(None, "", f"the manifest states {name} {stated}, found {counted}")
+
+    def _sample(self, index: int, raw: RawSample) -> Iterator[str]:
+        kind = self._store.kind
+        if kind != "text" and not raw.info.get("key"):
+            yield "no key"
+        if kind in _LAYOUTS and tuple(raw.modes) != _LAYOUTS[kind]:
+            yield f"parts {raw.modes} instead of {list(_LAYOUTS[kind])} (0 text, 1 picture)"
+            return
+        if JSON in raw.modes:
+            yield "more than one JSON part"
+        for ids in raw.tokens():
+            yield from self._tokens(ids)
+        sizes = []
+        for i, data in enumerate(raw.images()):
+            size, reason = _decode(data)
+            sizes.append(size)
+            if reason is not None:
+                yield f"picture {i}: {reason}"
+        if kind == "compositional":
+            yield from _entities(raw, sizes)
+        if self._sentences is not None:
+            yield from self._table(index, raw)
+
+    def _tokens(self, ids: np.ndarray) -> Iterator[str]:
+        ids = strip_document_end(ids, self._tokenizer)
+        text = (ids >= self._tokenizer.unk_id) & (ids <= self._tokenizer.num_pieces)
+        if not text.all():
+            yield f"token id {int(ids[~text][0])} is no text token"
+
+    def _table(self, index: int, raw: RawSample) -> Iterator[str]:
+        table, offsets = self._sentences
+        content = [
+            None if mode == IMAGE else strip_document_end(part, self._tokenizer)
+            for part, mode in zip(raw.parts, raw.modes, strict=True)
+        ]
+        if self._store.kind == "caption":
+            content.reverse()  # the picture is stored last and read first
+        stored = table[int(offsets[index]) : int(offsets[index + 1])]
+        if not np.array_equal(stored, sentence_table(content, self._tokenizer)):
+            yield "the sentence table does not fit the tokens; preprocess the dataset again"
+
+
+def _decode(data: bytes) -> tuple[tuple[int, int] | None, str | None]:
+    """(size, why it cannot be decoded or None)."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return image.size, None
+    except Exception as error:  # noqa: BLE001 - Pillow raises errors of many kinds for bad files
+        return None, str(error) or type(error).__name__
+
+
+def _entities(raw: RawSample, sizes: list[tuple[int, int] | None]) -> Iterator[str]:
+    """What is wrong with the caption's spans and the masks."""
+    caption, entities = raw.info["caption"], raw.info["entities"]
+    expected = [IMAGE]
+    for entity in entities:
+        expected += [TOKENS, TOKENS, IMAGE, *[IMAGE] * bool(entity["has_mask"])]
+    if raw.modes != [*expected, TOKENS]:
+        yield f"parts {raw.modes} do not fit {len(entities)} entities"
+        return
+    end, place = 0, 1
+    for i, entity in enumerate(entities):
+        start, stop = entity["span"]
+        if not end <= start < stop <= len(caption):
+            yield f"entity {i}: span {start}..{stop} does not lie behind {end} in the caption"
+        elif caption[start:stop].lower() != entity["text"].lower():
+            yield f"entity {i}: the span reads {caption[start:stop]!r}, not {entity['text']!r}"
+        end = max(end, stop)
+        if entity["has_mask"]:
+            if None not in (sizes[place], sizes[place + 1]) and sizes[place] != sizes[place + 1]:
+                yield f"entity {i}: mask {sizes[place + 1]} on a picture of {sizes[place]} pixels"
+            place += 1
+        place += 1

@@ -1,0 +1,169 @@
+"""Cached VAE moments: what is stored, restarts, refusals, and the loss of training with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_kosmosg.config.schema import ScoreConfig
+from megatron_kosmosg.data.images import ImageDecoder, target_pixels
+from megatron_kosmosg.data.latent_cache import LatentCache
+from megatron_kosmosg.data.store import SampleStore
+from megatron_kosmosg.data.streams import instruct_stream
+from megatron_kosmosg.models.diffusion import (
+    FrozenDiffusion,
+    load_vae,
+    vae_fingerprint,
+    vae_moments,
+)
+from megatron_kosmosg.models.score import ColocatedScore
+from megatron_kosmosg.parallel.layout import lone_layout
+from megatron_kosmosg.stages.latent_moments import LatentJob, cache_latents
+from tests.tiny_models import CONDITION_WIDTH, NUM_QUERIES, TARGET_SIZE, write_stable_diffusion
+from tests.unit.data_helpers import break_image, build_dataset, run_config
+
+KINDS = ("caption", "edit", "compositional")
+CPU = torch.device("cpu")
+TRANSFORM = target_pixels(TARGET_SIZE)
+DECODER = ImageDecoder("pillow")
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return load_vae(write_stable_diffusion(tmp_path_factory.mktemp("sd")), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, vae):
+    """Datasets of all kinds, one with a bad target, and their caches."""
+    folder = tmp_path_factory.mktemp("latents")
+    for kind in KINDS:
+        build_dataset(folder, kind, 14)
+    break_image(folder, "edit", "-broken", 3, 1)
+    for name in (*KINDS, "edit-broken"):
+        assert encode(SampleStore(folder / name), vae)
+    return folder
+
+
+def encode(store: SampleStore, vae, name: str = "latents", rank=0, world_size=1, stop_after=None):
+    job = LatentJob(store, name, TRANSFORM, "fp32", batch_size=2, shard_size=4)
+    done = []
+
+    def progress(samples: int, total: int) -> None:
+        done.append(samples)
+        if len(done) == stop_after:
+            raise KeyboardInterrupt
+
+    return cache_latents(job, vae, DECODER, CPU, rank, world_size, progress)
+
+
+def test_moments_are_those_of_the_vae_within_half_precision(folder, vae):
+    for kind, place in (("caption", 0), ("edit", 1), ("compositional", 0)):
+        store = SampleStore(folder / kind)
+        cache = LatentCache(store, "latents", vae_fingerprint(vae), TRANSFORM)
+        pixels = DECODER.decode([store[i].images()[place] for i in range(14)], TRANSFORM)
+        expected = vae_moments(vae, pixels).numpy()
+        found = np.stack([cache.moments(i) for i in range(14)])
+        assert found.dtype == np.float16 and found.shape == (14, 2, 4, 8, 8)
+        np.testing.assert_allclose(found.astype(np.float32), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_ranks_and_restarts_write_the_same_bytes(folder, vae):
+    store = SampleStore(folder / "edit")
+    with pytest.raises(KeyboardInterrupt):
+        encode(store, vae, "many", rank=1, world_size=2, stop_after=1)
+    assert not encode(store, vae, "many", rank=0, world_size=3)
+    assert not Path(f"{store.prefix}.many.json").exists()
+    calls = []
+
+    class Counting(type(vae)):
+        def encode(self, pixels):
+            calls.append(len(pixels))
+            return super().encode(pixels)
+
+    counting = Counting.from_config(vae.config)
+    counting.load_state_dict(vae.state_dict())
+    assert encode(store, counting, "many")
+    assert sum(calls) == 4, "only the shard that nobody had done"
+    for end in (".bin", ".idx", ".json"):
+        one = Path(f"{store.prefix}.latents{end}").read_bytes()
+        assert one == Path(f"{store.prefix}.many{end}").read_bytes()
+    assert encode(store, vae, "many"), "a finished cache is left alone"
+    left = {path.name for path in folder.iterdir() if path.name.startswith("edit.many")}
+    assert left == {"edit.many.bin", "edit.many.idx", "edit.many.json", "edit.many.lock"}
+
+
+def test_other_vae_transform_or_dataset_is_refused(folder, vae, tmp_path):
+    store, mark = SampleStore(folder / "caption"), vae_fingerprint(vae)
+    with pytest.raises(ValueError, match=r"transform: made from 16 px.*this run has 32 px"):
+        LatentCache(store, "latents", mark, target_pixels(32))
+    other = load_vae(write_stable_diffusion(tmp_path), torch.float32)
+    with torch.no_grad():
+        other.quant_conv.bias += 1e-3
+    with pytest.raises(ValueError, match="vae: made from"):
+        LatentCache(store, "latents", vae_fingerprint(other), TRANSFORM)
+    with pytest.raises(ValueError, match="another vae"):
+        encode(store, other)
+    with pytest.raises(FileNotFoundError, match=r"run tools/cache_latents\.py --name absent"):
+        LatentCache(store, "absent", mark, TRANSFORM)
+    changed = SampleStore(build_dataset(tmp_path, "caption", 15))
+    for end in (".bin", ".idx", ".json"):
+        content = Path(f"{store.prefix}.latents{end}").read_bytes()
+        Path(f"{changed.prefix}.latents{end}").write_bytes(content)
+    with pytest.raises(ValueError, match="dataset: made from"):
+        LatentCache(changed, "latents", mark, TRANSFORM)
+    with pytest.raises(ValueError, match="only caption, edit, compositional"):
+        encode(SampleStore(build_dataset(tmp_path, "text", 2)), vae)
+
+
+def test_the_decoders_of_the_vae_do_not_matter_to_its_fingerprint(vae):
+    mark = vae_fingerprint(vae)
+    with torch.no_grad():
+        vae.post_quant_conv.bias += 1
+        assert vae_fingerprint(vae) == mark
+        vae.post_quant_conv.bias -= 1
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
+def test_loss_with_and_without_the_cache_differs_by_storage_error(
+    folder, vae, tmp_path, prediction_type
+):
+    """Same samples, same keyed posterior sample; a bad target is replaced by the same other one."""
+    blend = {name: (str(folder / name), 1.0) for name in (*KINDS, "edit-broken")}
+    config = run_config(folder, "instruct", blend, target_image_size=TARGET_SIZE)
+    data = dataclasses.replace(config.data, latent_cache="latents")
+    cached_config = dataclasses.replace(config, data=data)
+    plain = instruct_stream(config, "train")
+    cached = instruct_stream(cached_config, "train", vae=vae_fingerprint(vae))
+    sd = write_stable_diffusion(tmp_path, prediction_type)
+    diffusion = FrozenDiffusion.from_folder(sd, device=CPU, dtype=torch.float32)
+    score = ColocatedScore(diffusion, lone_layout(CPU), ScoreConfig(), 7)
+    condition = torch.randn(32, NUM_QUERIES, CONDITION_WIDTH)
+    batches = [s.collate([s[p] for p in range(32)], 1) for s in (plain, cached)]
+    assert "target_pixel_values" not in batches[1]
+    assert batches[1]["target_moments"].dtype == torch.float16
+    assert batches[0]["bad_samples"] == batches[1]["bad_samples"] == 1
+    assert torch.equal(batches[0]["tokens"], batches[1]["tokens"])
+    losses = [
+        score(condition, targets, batches[0]["stream_positions"], "instruct")
+        for targets in (batches[0]["target_pixel_values"], batches[1]["target_moments"])
+    ]
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=0)
+    other_noise = score(
+        condition, batches[1]["target_moments"], 100 + batches[0]["stream_positions"], "instruct"
+    )
+    assert (other_noise - losses[1]).abs() > 10 * (losses[0] - losses[1]).abs()
+
+
+def test_the_held_out_stream_keeps_its_pictures(folder, vae):
+    blend = {"edit": (str(folder / "edit"), 1.0)}
+    config = run_config(
+        folder, "instruct", blend, target_image_size=TARGET_SIZE, latent_cache="latents"
+    )
+    stream = instruct_stream(config, "heldout", vae=vae_fingerprint(vae))
+    assert stream.collate([stream[0]], 1)["target_pixel_values"].shape == (1, 3, 16, 16)
