@@ -1,0 +1,35 @@
+"""The same prompt and noise with the samplers of the paper, side by side.
+
+    python examples/inference/schedulers.py kosmos-g --prompt "<image> on a beach" --image dog.png
+
+DPM-Solver++ with 100 steps is the paper's DreamBench setting, DDIM with 250 its FID setting.
+"""
+
+from __future__ import annotations
+
+import time
+
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from shared import embeddings, load, run, sampling
+
+SAMPLERS = (
+    (DPMSolverMultistepScheduler, 100),
+    (DDIMScheduler, 250),
+    (EulerDiscreteScheduler, 30),
+)
+
+
+def draw(args):
+    pipeline = load(args).to(args.device)
+    condition, pictures = embeddings(pipeline, args), []
+    for scheduler, steps in SAMPLERS:
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+        started = time.perf_counter()
+        settings = {**sampling(args), "num_inference_steps": steps}
+        pictures += pipeline(**condition, **settings).images
+        print(f"{scheduler.__name__}, {steps} steps: {time.perf_counter() - started:.1f} s")
+    return pictures
+
+
+if __name__ == "__main__":
+    run(draw, __doc__)

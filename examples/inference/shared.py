@@ -1,0 +1,80 @@
+"""What the examples share: the arguments of a drawing, loading a folder, saving the pictures.
+
+Needs diffusers and transformers only. The folder brings its pipeline as two .py files, which run
+when it is loaded: read them, or install the package and use its KosmosGPipeline instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import load_image, make_image_grid
+from PIL import Image
+
+
+def run(
+    draw: Callable[[argparse.Namespace], list[Image.Image]],
+    description: str,
+    add_arguments: Callable[[argparse.ArgumentParser], Any] = lambda parser: None,
+) -> None:
+    """Parses the command line, draws, and writes the pictures side by side."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="a folder of `convert_checkpoint.py export-hf`")
+    parser.add_argument("--prompt", default="", help="text with an <image> for each --image")
+    parser.add_argument("--image", action="append", default=[], help="a picture of the prompt")
+    parser.add_argument("--negative-prompt", help="what the picture should not show")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance-scale", type=float, default=6.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("picture.png"))
+    add_arguments(parser)
+    args = parser.parse_args()
+    try:
+        pictures = draw(args)
+    except (OSError, TypeError, ValueError) as error:
+        parser.error(str(error))
+    make_image_grid(pictures, rows=1, cols=len(pictures)).save(args.output)
+    print(f"{len(pictures)} x {pictures[0].width} x {pictures[0].height}: {args.output}")
+
+
+def load(
+    args: argparse.Namespace, dtype: torch.dtype = torch.float32, **parts: Any
+) -> DiffusionPipeline:
+    """The pipeline of the folder; `parts` replace components."""
+    if not args.folder.is_dir():
+        raise FileNotFoundError(f"no folder {args.folder}")
+    return DiffusionPipeline.from_pretrained(
+        args.folder, trust_remote_code=True, dtype=dtype, **parts
+    )
+
+
+def prompt(args: argparse.Namespace) -> dict[str, Any]:
+    """The prompt as arguments of a call or of `encode_prompt`."""
+    return {
+        "prompt": args.prompt,
+        "images": [load_image(path) for path in args.image],
+        "negative_prompt": args.negative_prompt,
+    }
+
+
+def embeddings(pipeline: DiffusionPipeline, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """The prompt as what any pipeline of Stable Diffusion 1.5 takes."""
+    embeds, negative = pipeline.encode_prompt(**prompt(args))
+    return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the sampler; the noise is drawn on the CPU, equal on every device."""
+    return {
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "generator": torch.Generator().manual_seed(args.seed),
+    }

@@ -1,0 +1,18 @@
+"""A picture from text and pictures.
+
+    python examples/inference/text_to_image.py kosmos-g --prompt "<image> wearing <image>" \\
+        --image dog.png --image hat.png --num-images 4
+"""
+
+from __future__ import annotations
+
+from shared import load, prompt, run, sampling
+
+
+def draw(args):
+    pipeline = load(args).to(args.device)
+    return pipeline(**prompt(args), **sampling(args), num_images_per_prompt=args.num_images).images
+
+
+if __name__ == "__main__":
+    run(draw, __doc__, lambda parser: parser.add_argument("--num-images", type=int, default=1))
