@@ -47,18 +47,15 @@ def run_step(
     config: RunConfig,
     layout: Layout,
     batches: Iterator[dict[str, torch.Tensor]],
-    *,
-    training: bool = True,
 ) -> tuple[list[dict[str, torch.Tensor]], KosmosG]:
     """(reports of the micro-batches, the model with its gradients) of one training step.
 
-    Runs the real schedule, data-parallel reduction and normalisation. training: whether modules
-    are in training mode.
+    Runs the real schedule, data-parallel reduction and normalisation.
     """
     chunks = wrap_model(stage.build_model(layout), config)
     connect(chunks, build_optimizer(config, chunks))
     for chunk in chunks:
-        chunk.train(training)
+        chunk.train()
         chunk.zero_grad_buffer()
     reports = _run_schedule(stage, config, layout, chunks, [batches], forward_only=False)
     return reports, unwrap_model(chunks)[0]

@@ -16,12 +16,9 @@ from megatron_kosmosg.models.score import ScoreKey
 from tests.authors_files import load_golden
 from tests.denoising_reference import denoising_errors
 from tests.parity.float64_reference import UNUSED, Reference
-from tests.parity.golden_case import (
-    Numbers,
+from tests.parity.golden_case import Numbers, error, errors, golden_config
+from tests.parity.golden_stages import (
     denoising_loss,
-    error,
-    errors,
-    golden_config,
     instruct_batches,
     instruct_config,
     numbers_on_a_rank,
@@ -32,6 +29,7 @@ from tests.tiny_models import write_stable_diffusion
 TOLERANCE = 1e-5
 LAYOUTS = {
     "tp1": (1, {}),
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
     "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
 }
