@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config, to_yaml
 from megatron_kosmosg.config.paths import save_folder
 from megatron_kosmosg.config.resume import check_resume
@@ -109,10 +110,17 @@ class Checkpointer:
     def resume(self, path: Path) -> tuple[Progress, list[str]]:
         """Progress of the checkpoint after loading all of it, and notes for the log.
 
-        Raises ConfigError if the config changes what is learnt (config/resume.py).
+        Raises ConfigError if the config changes what is learnt (config/resume.py), or if the
+        checkpoint holds weights alone.
         """
         saved_config = load_config(path / checkpoint_folder.CONFIG_FILE, [])
         common = dist_checkpointing.load_common_state_dict(str(path))
+        if "progress" not in common:
+            raise ConfigError(
+                f"{path} holds weights alone (it was imported), so there is no run to continue; "
+                f"set checkpoint.load={path.parent} and save this run into another folder "
+                "(logging.output_dir, checkpoint.save)"
+            )
         notes = check_resume(saved_config, self._config, common.get("datasets", {}), self._datasets)
         same_layout = common["layout"] == self._layout_signature()
         strategy = get_default_load_sharded_strategy(str(path))

@@ -10,6 +10,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.schema import LoggingConfig, RunConfig
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
@@ -19,8 +20,9 @@ from megatron_kosmosg.conversion.stored_names import EMBEDDING
 from megatron_kosmosg.conversion.tensors import InMemory, TensorSource
 from megatron_kosmosg.inference.trained_model import one_process
 from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.parallel.layout import lone_layout
 from megatron_kosmosg.training import checkpoint_folder
-from megatron_kosmosg.training.checkpoint import checkpoint_metadata
+from megatron_kosmosg.training.checkpoint import Checkpointer, checkpoint_metadata
 from megatron_kosmosg.training.weights import load_weights
 from tests.distributed.layout_case import Case, build
 from tests.ranks import run_ranks
@@ -98,6 +100,14 @@ def test_what_is_written_loads_like_any_checkpoint(tmp_path: Path, wanted) -> No
         for name, value in model.state_dict().items():
             if name in wanted:
                 assert torch.equal(value[: len(wanted[name])], wanted[name]), name
+
+
+def test_weights_alone_are_no_run_to_continue(tmp_path: Path, wanted) -> None:
+    config = align_config(Case(**PARTS), tmp_path)
+    path = write_checkpoint(tmp_path / "new", config, InMemory(wanted))
+    checkpointer = Checkpointer(config, lone_layout("cpu"), [], None, None, {})
+    with pytest.raises(ConfigError, match=f"set checkpoint.load={tmp_path / 'new'}"):
+        checkpointer.resume(path)
 
 
 def test_a_damaged_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
