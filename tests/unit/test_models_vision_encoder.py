@@ -11,17 +11,11 @@ import torch.nn.functional as F
 from transformers import CLIPVisionModel
 
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.config.schema import ModelConfig, RunConfig, VisionConfig
+from megatron_kosmosg.config.schema import ModelConfig, RunConfig
 from megatron_kosmosg.models.vision_encoder import VisionEncoder, load_tower, tower_config
+from tests.tiny_models import model_config
 
-SIZES = VisionConfig(
-    num_layers=3,
-    hidden_size=16,
-    ffn_hidden_size=24,
-    num_attention_heads=2,
-    image_size=28,
-    patch_size=14,
-)
+SIZES = model_config().vision
 
 
 @pytest.fixture
