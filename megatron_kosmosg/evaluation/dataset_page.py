@@ -42,7 +42,7 @@ _LEGEND = {
     "pictures and anything outside do not.",
     "instruct": "Prompts, left to right, and the picture that the image decoder learns to draw. "
     "Words of entities and captions may be dropped and backgrounds painted white, by the same "
-    "draws as in training; below, what is stored.",
+    "draws as in training; below, what is stored, masks among it.",
 }
 
 
@@ -78,9 +78,8 @@ def summary_text(store: SampleStore, tokenizer: Tokenizer, seed: int) -> str:
         fields = dataclasses.asdict(store.manifest)
         stated = ", ".join(f"{name} {value}" for name, value in fields.items())
     lines = [f"{store.prefix}: {stated}", f"{len(store):,} samples", ""]
-    lines.append(
-        f"{'per sample':16}" + "".join(f"{f'{q} %':>10}" for q in QUANTILES) + "       sum"
-    )
+    percent = "".join(f"{f'{q} %':>10}" for q in QUANTILES)
+    lines.append(f"{'per sample':16}{percent}{'sum':>16}")
     for lengths in length_statistics(store):
         numbers = "".join(f"{value:>10,}" for value in lengths.quantiles())
         lines.append(f"{lengths.name:16}{numbers}{int(lengths.values.sum()):>16,}")
@@ -109,7 +108,7 @@ def write_page(
     if store.kind in ("caption", "edit", "compositional"):
         stream = instruct_stream(config, "train")
         sections.append(_section("instruct", stream, store, tokenizer, config, num_samples))
-    title = f"{html.escape(Path(store.prefix).name)} ({store.kind})"
+    title = f"{html.escape(Path(store.prefix).name)}: {store.kind} samples"
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{title}</title><style>{_STYLE.read_text(encoding='utf-8')}</style></head>"
@@ -218,8 +217,8 @@ class _SampleDrawer:
             if mode == IMAGE
         )
         return (
-            f"<details><summary>stored</summary><code>{fields}</code>"
-            f'<p class="small">{pictures}</p></details>'
+            f'<div class="small">stored: {pictures}<details><summary>fields</summary>'
+            f"<code>{fields}</code></details></div>"
         )
 
 
