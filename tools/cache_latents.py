@@ -56,7 +56,7 @@ def main() -> int:
     given = parse()
     from megatron_kosmosg.data.images import ImageDecoder, target_pixels
     from megatron_kosmosg.data.store import SampleStore
-    from megatron_kosmosg.models.diffusion import load_vae
+    from megatron_kosmosg.models.diffusion import load_vae, vae_fingerprint
     from megatron_kosmosg.parallel.devices import choose_device
     from megatron_kosmosg.parallel.platform import torch_dtype
     from megatron_kosmosg.parallel.rendezvous import find_place
@@ -65,7 +65,9 @@ def main() -> int:
     place = find_place(os.environ)
     device = choose_device(place)
     try:
-        vae = load_vae(given.stable_diffusion, torch_dtype("fp32"))
+        weights = load_vae(given.stable_diffusion, torch_dtype("fp32"))
+        mark = vae_fingerprint(weights)
+        vae = load_vae(given.stable_diffusion, torch_dtype(given.precision)).to(device)
         decoder = ImageDecoder(given.image_backend, device.index)
         for prefix in given.prefixes:
             job = LatentJob(
@@ -77,9 +79,8 @@ def main() -> int:
                 shard_size=given.shard_size,
                 num_workers=given.workers,
             )
-            whole = cache_latents(
-                job, vae, decoder, device, place.rank, place.world_size, Said(prefix)
-            )
+            said = Said(prefix)
+            whole = cache_latents(job, vae, mark, decoder, place.rank, place.world_size, said)
             state = "complete" if whole else "this rank's share is done, others still work"
             print(f"{prefix}.{given.name}: {state}", flush=True)
     except (ValueError, OSError) as error:

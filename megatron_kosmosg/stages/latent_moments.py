@@ -7,7 +7,6 @@ number of ranks. Whoever finds all shards done completes the cache: no process g
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections import deque
@@ -31,8 +30,7 @@ from megatron_kosmosg.data.latent_cache import (
     latent_prefix,
 )
 from megatron_kosmosg.data.store import SampleStore
-from megatron_kosmosg.models.diffusion import vae_fingerprint, vae_moments
-from megatron_kosmosg.parallel.platform import torch_dtype
+from megatron_kosmosg.models.diffusion import vae_moments
 
 TARGETS = {
     "caption": caption.target_picture,
@@ -65,15 +63,16 @@ class LatentJob:
 def cache_latents(
     job: LatentJob,
     vae: AutoencoderKL,
+    vae_mark: str,
     decoder: ImageDecoder,
-    device: torch.device,
     rank: int,
     world_size: int,
     progress: Callable[[int, int], None],
 ) -> bool:
     """True when the cache is complete, False while other ranks still work on it.
 
-    vae: in float32 on the CPU; a copy of it runs on `device` in the job's precision.
+    vae: on the device and in the precision to encode with. vae_mark: its `vae_fingerprint`, which
+    needs the weights in float32.
     progress: is told (samples of this rank done, in all). Raises ValueError for kinds without
     target images, and when an unfinished cache of that name was begun with other settings.
     """
@@ -83,9 +82,7 @@ def cache_latents(
             f"only {', '.join(TARGETS)} have target images"
         )
     prefix = latent_prefix(job.store.prefix, job.name)
-    source = LatentSource(
-        job.store.fingerprint(), vae_fingerprint(vae), describe_transform(job.transform)
-    )
+    source = LatentSource(job.store.fingerprint(), vae_mark, describe_transform(job.transform))
     parts = Path(f"{prefix}.parts")
     lock = Path(f"{prefix}.lock")
     with exclusive(lock):
@@ -94,11 +91,10 @@ def cache_latents(
         _begin(parts, job, source)
     mine = range(rank, job.num_shards, world_size)
     todo = [shard for shard in mine if not _marker(parts, shard).exists()]
-    encoder = copy.deepcopy(vae).to(device, torch_dtype(job.precision))
     done, total = 0, sum(len(_samples(job, shard)) for shard in todo)
     with ThreadPoolExecutor(job.num_workers, "decode") as pool:
         for shard in todo:
-            _encode_shard(job, shard, encoder, decoder, pool, prefix, parts)
+            _encode_shard(job, shard, vae, decoder, pool, prefix, parts)
             done += len(_samples(job, shard))
             progress(done, total)
     with exclusive(lock):

@@ -58,7 +58,8 @@ def encode(store: SampleStore, vae, name: str = "latents", rank=0, world_size=1,
         if len(done) == stop_after:
             raise KeyboardInterrupt
 
-    return cache_latents(job, vae, DECODER, CPU, rank, world_size, progress)
+    mark = vae_fingerprint(vae)
+    return cache_latents(job, vae, mark, DECODER, rank, world_size, progress)
 
 
 def test_moments_are_those_of_the_vae_within_half_precision(folder, vae):
