@@ -53,11 +53,12 @@ def model_tensors(config: RunConfig) -> dict[str, tuple[int, ...]]:
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raises ConversionError when `folder` holds a checkpoint or is a file."""
+    """Raises ConversionError when `folder` is a file or holds more than an interrupted write."""
     if folder.exists() and not folder.is_dir():
         raise ConversionError(f"{folder} is a file; give a folder for the checkpoint")
-    if any(path.suffix != ".tmp" for path in folder.glob("iter_*")):
-        raise ConversionError(f"{folder} already holds a checkpoint; give another folder")
+    found = [path.name for path in folder.glob("*") if not path.match("iter_*.tmp")]
+    if found:
+        raise ConversionError(f"{folder} already holds {sorted(found)[0]}; give a new folder")
 
 
 def write_checkpoint(

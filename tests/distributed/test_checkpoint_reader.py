@@ -25,6 +25,7 @@ from megatron_kosmosg.training import checkpoint_folder
 from megatron_kosmosg.training.checkpoint import Checkpointer, checkpoint_metadata
 from megatron_kosmosg.training.weights import load_weights
 from tests.distributed.layout_case import Case, build
+from tests.distributed.shares import Share, parameters, whole
 from tests.ranks import run_ranks
 
 PARTS = {"output_head": False, "aligner_parts": ("M", "N")}
@@ -102,6 +103,27 @@ def test_what_is_written_loads_like_any_checkpoint(tmp_path: Path, wanted) -> No
                 assert torch.equal(value[: len(wanted[name])], wanted[name]), name
 
 
+def load(case: Case, folder: str) -> Share:
+    """This rank's parameters after loading the checkpoint."""
+    layout = platform.initialize(case.config())
+    model = build(case, layout)
+    load_weights(Path(folder), [model], checkpoint_metadata(layout))
+    share = parameters(model, layout)
+    platform.teardown()
+    return share
+
+
+def test_what_is_written_loads_on_several_ranks(tmp_path: Path, wanted) -> None:
+    changed = {name: value * 1.5 + 0.25 for name, value in wanted.items()}
+    path = write_checkpoint(
+        tmp_path / "new", align_config(Case(**PARTS), tmp_path), InMemory(changed)
+    )
+    loaded = whole(run_ranks(2, load, Case(tp=2, **PARTS), str(path)), tolerance=0)
+    assert loaded.keys() == changed.keys()
+    for name, value in changed.items():
+        assert torch.equal(torch.from_numpy(loaded[name])[: len(value)], value), name
+
+
 def test_weights_alone_are_no_run_to_continue(tmp_path: Path, wanted) -> None:
     config = align_config(Case(**PARTS), tmp_path)
     path = write_checkpoint(tmp_path / "new", config, InMemory(wanted))
@@ -162,7 +184,7 @@ def test_an_interrupted_write_leaves_nothing_and_can_be_repeated(
     path = write_checkpoint(output, config, InMemory(wanted))
     assert [item.name for item in output.iterdir()] == ["iter_0000000"]
     assert CheckpointTensors(path).names().keys() == wanted.keys()
-    with pytest.raises(ConversionError, match="already holds a checkpoint"):
+    with pytest.raises(ConversionError, match="already holds iter_0000000"):
         write_checkpoint(output, config, InMemory(wanted))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from tests.authors_files import (
     HEADS,
     clip_file,
@@ -64,7 +65,38 @@ def test_a_good_file_is_reported(tmp_path: Path, golden: dict, run) -> None:
     assert any("no tokenizer" in line for line in lines)
     assert lines[-1] == str(tmp_path / "out" / "iter_0000000")
     code, _, error = run("--input", path, *HEADS)
-    assert code == 2 and "already holds a checkpoint; give another folder" in error
+    assert code == 2 and "already holds iter_0000000; give a new folder" in error
+
+
+def test_a_file_of_mixed_precision_is_stored_in_the_widest(tmp_path: Path, golden, run) -> None:
+    tensors = {
+        name: value if name.endswith("layer_norm.weight") else value.half()
+        for name, value in weights_of(golden, "stage1").items()
+    }
+    path = write_file(tmp_path / "stage1.pt", tensors, golden)
+    code, printed, error = run("--input", path, *HEADS)
+    assert code == 0 and "fp32" in printed.splitlines()[0], error
+    stored = CheckpointTensors(tmp_path / "out")
+    assert {info.dtype for info in stored.names().values()} == {torch.float32}
+    name = f"{DECODER}layers.2.ffn.fc1.weight"
+    kept = stored.read("decoder.layers.2.mlp.linear_fc1.weight")
+    assert torch.equal(kept, tensors[name].float())
+
+
+def test_a_config_file_of_another_model_is_refused(tmp_path: Path, golden: dict, run) -> None:
+    path = write_file(tmp_path / "stage1.pt", weights_of(golden, "stage1"), golden)
+    config = tmp_path / "other.yaml"
+    config.write_text("stage: align\nmodel: {decoder: {hidden_size: 64, hidden_dropout: 0.2}}\n")
+    refused(
+        run("--input", path, "--config", config, *HEADS),
+        tmp_path / "out",
+        "stage is pretrain in the file, align in the config",
+        "model.decoder.hidden_size is 48 in the file, 64 in the config",
+    )
+    config.write_text("model: {decoder: {hidden_dropout: 0.2}}\n")
+    code, _, error = run("--input", path, "--config", config, *HEADS)
+    assert code == 0, error
+    assert CheckpointTensors(tmp_path / "out").config.model.decoder.hidden_dropout == 0.2
 
 
 def without(tensors: dict, *names: str) -> dict:

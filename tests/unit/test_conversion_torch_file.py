@@ -45,6 +45,12 @@ def test_every_tensor_is_what_torch_reads(tmp_path: Path) -> None:
         assert torch.equal(lazy.read(), wanted.detach()), name
 
 
+def test_a_state_dict_is_read_with_its_metadata(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(2, 3)
+    content = load_lazily(saved(tmp_path / "x.pt", layer.state_dict()))
+    assert torch.equal(content["weight"].read(), layer.weight)
+
+
 def test_files_that_are_no_torch_files_say_what_they_are(tmp_path: Path) -> None:
     text = tmp_path / "text.pt"
     text.write_text("<!DOCTYPE html> key based authentication is not permitted")
