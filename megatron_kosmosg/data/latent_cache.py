@@ -87,13 +87,13 @@ class LatentCache:
     """The moments of one dataset by sample number; safe to read from several threads."""
 
     def __init__(self, store: SampleStore, name: str, vae: str, transform: ImageTransform) -> None:
-        """`vae`: fingerprint of the run's VAE. Raises FileNotFoundError where there is no whole
-        cache, ValueError where it was made from something else, naming what."""
+        """`vae`: fingerprint of the run's VAE. Raises ValueError where there is no whole cache,
+        and where it was made from something else, naming what."""
         prefix = latent_prefix(store.prefix, name)
         manifest_path = Path(f"{prefix}.json")
         advice = f"run tools/cache_latents.py --name {name}, or set data.latent_cache=null"
         if not manifest_path.exists():
-            raise FileNotFoundError(
+            raise ValueError(
                 f"data.latent_cache={name}: no finished cache at {prefix}; {advice}"
             )
         self.manifest = LatentManifest.read(manifest_path)

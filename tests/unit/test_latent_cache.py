@@ -109,7 +109,7 @@ def test_other_vae_transform_or_dataset_is_refused(folder, vae, tmp_path):
         LatentCache(store, "latents", vae_fingerprint(other), TRANSFORM)
     with pytest.raises(ValueError, match="another vae"):
         encode(store, other)
-    with pytest.raises(FileNotFoundError, match=r"run tools/cache_latents\.py --name absent"):
+    with pytest.raises(ValueError, match=r"run tools/cache_latents\.py --name absent"):
         LatentCache(store, "absent", mark, TRANSFORM)
     changed = SampleStore(build_dataset(tmp_path, "caption", 15))
     for end in (".bin", ".idx", ".json"):
