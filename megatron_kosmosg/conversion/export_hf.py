@@ -42,11 +42,17 @@ def export_hf(
     with new_folder(output) as folder:
         hf_folder.write_tokenizer_files(folder / "tokenizer", model_file, config)
         hf_folder.write_image_processor(folder / "mllm_image_processor", config)
-        hf_folder.write_mllm(folder / hf_folder.MLLM, source, config, dtype, progress)
-        hf_folder.write_aligner(folder / hf_folder.ALIGNER, source, config, dtype, progress)
-        stable_diffusion.write(folder, dtype, progress)
+        mllm, aligner = folder / hf_folder.MLLM, folder / hf_folder.ALIGNER
+        written = {
+            "mllm": hf_folder.write_mllm(mllm, source, config, dtype, progress),
+            "aligner": hf_folder.write_aligner(aligner, source, config, dtype, progress),
+            **stable_diffusion.write(folder, dtype, progress),
+        }
         hf_folder.write_index(folder, stable_diffusion.index)
-    return _dropped_notes(dropped, "AlignerNet N, which only `align` trains with")
+    return [
+        *(f"{part + ':':8} {amount}" for part, amount in written.items()),
+        *_dropped_notes(dropped, "AlignerNet N, which only `align` trains with"),
+    ]
 
 
 def export_mllm(
@@ -66,10 +72,13 @@ def export_mllm(
     model_file = hf_folder.tokenizer_model(config, tokenizer)
     dropped = [name for name in source.names() if name.startswith((*OURS, *NOT_EXPORTED))]
     with new_folder(output) as folder:
-        hf_folder.write_mllm(folder, source, config, dtype, progress)
+        written = hf_folder.write_mllm(folder, source, config, dtype, progress)
         hf_folder.write_tokenizer_files(folder, model_file, config)
         hf_folder.write_image_processor(folder, config)
-    return _dropped_notes(dropped, "AlignerNet, which is no part of the language model")
+    return [
+        written,
+        *_dropped_notes(dropped, "AlignerNet, which is no part of the language model"),
+    ]
 
 
 def _dropped_notes(names: list[str], what: str) -> list[str]:

@@ -40,18 +40,19 @@ def write_mllm(
     config: RunConfig,
     dtype: torch.dtype | None,
     progress: Progress | None,
-) -> None:
-    """The language side as a stock `Kosmos2ForConditionalGeneration`; dtype None keeps ours."""
+) -> str:
+    """Writes a stock Kosmos2ForConditionalGeneration, and says how much; dtype None keeps ours."""
     weights = InDtype(kosmos2_weights(source, config), dtype)
     stock = kosmos2_config(config)
     stock.dtype = next(iter(weights.names().values())).dtype
-    write_safetensors(folder, TRANSFORMERS, weights, progress)
+    written = write_safetensors(folder, TRANSFORMERS, weights, progress)
     stock.save_pretrained(folder)
     GenerationConfig(
         bos_token_id=Tokenizer.bos_id,
         eos_token_id=Tokenizer.eos_id,
         pad_token_id=Tokenizer.pad_id,
     ).save_pretrained(folder)
+    return written
 
 
 def write_aligner(
@@ -60,10 +61,10 @@ def write_aligner(
     config: RunConfig,
     dtype: torch.dtype | None,
     progress: Progress | None,
-) -> None:
-    """AlignerNet M as a component with its own .py file."""
+) -> str:
+    """Writes AlignerNet M as a component with its own .py file, and says how much."""
     weights = InDtype(aligner_weights(source, config), dtype)
-    write_safetensors(folder, DIFFUSERS, weights, progress)
+    written = write_safetensors(folder, DIFFUSERS, weights, progress)
     settings = {
         "_class_name": modeling_kosmosg_aligner.KosmosGAligner.__name__,
         "_diffusers_version": version("diffusers"),
@@ -71,6 +72,7 @@ def write_aligner(
     }
     _write_json(folder / "config.json", settings)
     _copy_module(modeling_kosmosg_aligner, folder, pipeline_kosmosg.ALIGNER_MODULE)
+    return written
 
 
 def write_image_processor(folder: Path, config: RunConfig) -> None:

@@ -6,6 +6,7 @@ Names are those of transformers (stem `model`) and diffusers (stem `diffusion_py
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,8 +92,8 @@ def write_safetensors(
     source: TensorSource,
     progress: Progress | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Writes the source's tensors in their order; holds one shard at a time.
+) -> str:
+    """Writes the source's tensors in their order; holds one shard at a time. Says what it wrote.
 
     One shard is `stem.safetensors`; several come with `stem.safetensors.index.json`.
     """
@@ -112,12 +113,19 @@ def write_safetensors(
             if progress is not None:
                 progress(done, total)
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        _share(folder / file)
         del tensors
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2) + "\n"
         (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+    dtypes = sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()})
+    amount = f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.2f} MB"
+    return (
+        f"{len(infos)} tensors, {amount}, {', '.join(dtypes)}, "
+        f"{len(shards)} {'file' if len(shards) == 1 else 'files'}"
+    )
 
 
 def _shards(sizes: dict[str, int], max_bytes: int) -> Iterator[list[str]]:
@@ -136,6 +144,13 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with a storage of just its size: no view that keeps a larger one alive."""
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _share(path: Path) -> None:
+    """Gives a file the usual permissions; safetensors leaves it readable by its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:

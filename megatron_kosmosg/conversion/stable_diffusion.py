@@ -51,16 +51,22 @@ class StableDiffusion:
         entries = {part: ["diffusers", name] for part, name in _CLASSES.items()}
         return {**entries, "scheduler": ["diffusers", self._scheduler["_class_name"]]}
 
-    def write(self, output: Path, dtype: torch.dtype | None, progress: Progress | None) -> None:
-        """Copies the parts into `output`; dtype None keeps theirs."""
+    def write(
+        self, output: Path, dtype: torch.dtype | None, progress: Progress | None
+    ) -> dict[str, str]:
+        """Copies the parts into `output`; dtype None keeps theirs. {part: how much it is}"""
+        written = {}
         for part, weights in self._weights.items():
             (output / part).mkdir()
             shutil.copyfile(self._folder / part / "config.json", output / part / "config.json")
-            write_safetensors(output / part, DIFFUSERS, InDtype(weights, dtype), progress)
+            written[part] = write_safetensors(
+                output / part, DIFFUSERS, InDtype(weights, dtype), progress
+            )
         (output / "scheduler").mkdir()
         shutil.copyfile(
             self._folder / "scheduler" / SCHEDULER_FILE, output / "scheduler" / SCHEDULER_FILE
         )
+        return written
 
     def _check_fit(self, aligner: AlignerConfig) -> None:
         unet, vae = self._configs["unet"], self._configs["vae"]

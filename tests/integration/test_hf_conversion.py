@@ -154,7 +154,7 @@ def test_align_checkpoints_lose_n_and_say_so(world, tmp_path) -> None:
     weights = write_random(tmp_path / "run", config)
     notes = export_hf(tmp_path / "run", world.sd, tmp_path / "hf")
     left_out = [name for name in weights if name.startswith("aligner_n.")]
-    assert notes[0].startswith(f"not exported: {len(left_out)} tensors of AlignerNet N")
+    assert notes[4].startswith(f"not exported: {len(left_out)} tensors of AlignerNet N")
     assert any("aligner_n.decoder.layers.[0-2].mlp.linear_fc1.weight" in note for note in notes)
     import_hf(tmp_path / "hf", tmp_path / "back")
     kept = {name: value for name, value in weights.items() if name not in left_out}
@@ -169,6 +169,7 @@ def test_shards_hold_no_more_than_asked_and_load(world, tmp_path) -> None:
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 3 and done[-1][0] == done[-1][1]
     for shard in shards:
+        assert shard.stat().st_mode == (tmp_path / "config.json").stat().st_mode
         tensors = load_file(shard)
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= limit
     model, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
@@ -256,6 +257,14 @@ def _truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def _lose_shard(folder: Path) -> None:
+    path = folder / "mllm" / "model.safetensors"
+    weights = load_file(path)
+    path.unlink()
+    write_safetensors(folder / "mllm", "model", InMemory(weights), None, 40_000)
+    min((folder / "mllm").glob("model-*.safetensors")).unlink()
+
+
 def _lose_tensor(folder: Path) -> None:
     _edit_weights(folder, lambda weights: weights.pop("text_model.model.layer_norm.bias"))
 
@@ -295,6 +304,7 @@ def _other_model(folder: Path) -> None:
     ("damage", "message"),
     [
         (_truncate, "model.safetensors is no whole safetensors file .*download it again"),
+        (_lose_shard, "lacks model-00001-of-.*, which model.safetensors.index.json names"),
         (_lose_tensor, "1 tensor missing:\n.*text_model.model.layer_norm.bias"),
         (_add_tensor, "1 tensor without a place in the model:\n.*surprise"),
         (_other_size, r"latent_query has shape \[4, 32\], the model needs \[5, 32\]"),

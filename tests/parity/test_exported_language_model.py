@@ -8,14 +8,7 @@ import pytest
 import torch
 from transformers import Kosmos2ForConditionalGeneration
 
-from megatron_kosmosg.config.schema import (
-    AlignerConfig,
-    DecoderConfig,
-    ModelConfig,
-    ResamplerConfig,
-    RunConfig,
-    VisionConfig,
-)
+from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion.authors import authors_table
 from megatron_kosmosg.conversion.checkpoint_writer import model_tensors
 from megatron_kosmosg.conversion.hf_aligner import aligner_arguments, aligner_weights
@@ -27,44 +20,9 @@ from megatron_kosmosg.conversion.model_outputs import (
 )
 from megatron_kosmosg.conversion.tensors import InMemory, TensorSource, as_ours
 from megatron_kosmosg.inference.modeling_kosmosg_aligner import KosmosGAligner
+from tests.authors_files import load_golden
 from tests.conversion_models import conversion_config, random_weights
-
-GOLDEN = Path(__file__).parent.parent / "golden"
-
-
-def golden_config(golden: dict) -> RunConfig:
-    sizes = golden["sizes"]
-    return RunConfig(
-        stage="align",
-        model=ModelConfig(
-            vocab_size=golden["vocab_size"],
-            decoder=DecoderConfig(
-                num_layers=sizes["layers"],
-                hidden_size=sizes["hidden"],
-                ffn_hidden_size=sizes["ffn"],
-                num_attention_heads=sizes["heads"],
-            ),
-            vision=VisionConfig(
-                num_layers=sizes["vis_layers"],
-                hidden_size=sizes["vis_width"],
-                ffn_hidden_size=4 * sizes["vis_width"],
-                num_attention_heads=sizes["vis_heads"],
-                image_size=sizes["image"],
-                patch_size=sizes["patch"],
-            ),
-            resampler=ResamplerConfig(
-                num_latent_queries=sizes["latents"], num_attention_heads=sizes["heads"]
-            ),
-            aligner=AlignerConfig(
-                num_layers=sizes["al_layers"],
-                hidden_size=sizes["al_dim"],
-                ffn_hidden_size=sizes["al_ffn"],
-                num_attention_heads=sizes["al_heads"],
-                num_queries=sizes["cond_tokens"],
-                max_positions=sizes["max_pos"],
-            ),
-        ),
-    )
+from tests.parity.golden_case import golden_config
 
 
 def stock_model(source: TensorSource, config: RunConfig) -> Kosmos2ForConditionalGeneration:
@@ -93,8 +51,8 @@ def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
 @torch.no_grad()
 def test_the_authors_numbers_without_megatron(number: int) -> None:
     torch.set_num_threads(1)
-    golden = torch.load(GOLDEN / f"official_tiny_{number}.pt", weights_only=True)
-    config = golden_config(golden)
+    golden = load_golden(number)
+    config = golden_config(golden, "align", {})
     theirs = InMemory(golden["model"])
     ours = as_ours(authors_table(config.model), theirs, list(model_tensors(config)))
     inputs, wanted = golden["inputs"], golden["outputs"]
