@@ -132,4 +132,10 @@ def _quieten_libraries() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A thread may still be building an index that nobody will read: a stop does not wait for it.
+    if code not in (0, EXIT_ERROR):
+        os._exit(code)
+    sys.exit(code)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import signal
+import time
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,74 @@ class SignalAt:
     def __call__(self, call: int) -> None:
         if call == self.call and int(os.environ["RANK"]) == self.rank:
             os.kill(os.getpid(), self.number)
+
+
+@dataclass(frozen=True)
+class SignalWhile:
+    """Stage settings that send USR1 to rank `rank`: while it builds `split` (`reads`: while it
+    reads its first sample), or at its `call`-th forward pass of an evaluation."""
+
+    rank: int
+    split: str | None = None
+    reads: bool = False
+    call: int | None = None
+
+
+class InterruptedStage(FakeStage):
+    """FakeStage that follows a SignalWhile."""
+
+    def __init__(self, config: RunConfig, when: SignalWhile) -> None:
+        super().__init__(config)
+        self._when, self._evaluated = when, 0
+
+    def build_dataset(self, split: str):
+        dataset = super().build_dataset(split)
+        if split == self._when.split:
+            if self._when.reads:
+                return _SlowFirstSample(dataset, self._hits())
+            self._send()
+        return dataset
+
+    def forward_step(self, data_iterator, model):
+        if not model.training:
+            self._evaluated += 1
+            if self._evaluated == self._when.call:
+                self._send()
+        return super().forward_step(data_iterator, model)
+
+    def _send(self) -> None:
+        if self._hits():
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def _hits(self) -> bool:
+        return int(os.environ["RANK"]) == self._when.rank
+
+
+class _SlowFirstSample:
+    """A dataset whose first sample takes seconds on one rank, which gets the signal meanwhile."""
+
+    def __init__(self, dataset, hit: bool) -> None:
+        self._dataset, self._hit = dataset, hit
+
+    def __getattr__(self, name: str):
+        return getattr(self._dataset, name)
+
+    def __getitem__(self, position: int):
+        if self._hit:
+            self._hit = False
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(3)
+        return self._dataset[position]
+
+
+def train_interrupted(config: RunConfig, when: SignalWhile) -> tuple[bool, float]:
+    """(what `fit` returns on this rank, seconds it took)."""
+    layout = platform.initialize(config)
+    started = time.monotonic()
+    try:
+        return fit(InterruptedStage(config, when), config, layout), time.monotonic() - started
+    finally:
+        platform.teardown()
 
 
 class Killed(Exception):

@@ -84,15 +84,19 @@ class MicroBatchIterator(Iterator[Batch]):
             dealt = by_length(lengths, self._micro_batch_size, self._dp_size)
         return dealt[self._dp_rank]
 
+    def prepare(self) -> None:
+        """Returns when the first micro-batch is read, which may have to build an index first."""
+        if self._pool is not None:
+            self._read_on()
+            self._pending[0].result()
+
     def __next__(self) -> Batch:
         started = time.perf_counter()
         try:
             if self._pool is None:
                 self._next += 1
                 return self._read(self._next - 1)
-            while len(self._pending) < self._read_ahead:
-                self._pending.append(self._pool.submit(self._read, self._next))
-                self._next += 1
+            self._read_on()
             return self._pending.popleft().result()
         except BaseException:
             self.close()
@@ -105,13 +109,21 @@ class MicroBatchIterator(Iterator[Batch]):
         waited, self.wait_seconds = self.wait_seconds, 0.0
         return waited
 
-    def close(self) -> None:
-        """Ends the threads; the iterator cannot be used again."""
+    def close(self, *, wait: bool = True) -> None:
+        """Ends the threads, after what they read at the moment; the iterator is of no more use.
+
+        wait: False returns at once.
+        """
         for future in self._pending:
             future.cancel()
         self._pending.clear()
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.shutdown(wait=wait, cancel_futures=True)
+
+    def _read_on(self) -> None:
+        while len(self._pending) < self._read_ahead:
+            self._pending.append(self._pool.submit(self._read, self._next))
+            self._next += 1
 
     def _read(self, number: int) -> Batch:
         own, whole = self.positions(number)

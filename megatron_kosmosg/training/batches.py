@@ -79,6 +79,12 @@ class BatchFeed:
         """Seconds spent waiting for data since the last call; 0 on ranks that do not load."""
         return 0.0 if self._loader is None else self._loader.pop_wait()
 
-    def close(self) -> None:
+    def prepare(self) -> None:
+        """Returns when this rank's first batch can be had; the first start builds indices here."""
         if self._loader is not None:
-            self._loader.close()
+            self._loader.prepare()
+
+    def close(self, *, wait: bool = True) -> None:
+        """Ends reading. wait: for the reads under way."""
+        if self._loader is not None:
+            self._loader.close(wait=wait)

@@ -1,4 +1,7 @@
-"""Held-out numbers during training: the loss over fixed batches, then the stage's own probe."""
+"""Held-out numbers during training: the loss over fixed batches, then the stage's own probe.
+
+A stop request ends an evaluation between two batches; the run that continues makes up for it.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,73 @@ from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.rng_state import restore_rng_state, rng_state
 from megatron_kosmosg.training.batches import BatchFeed
+from megatron_kosmosg.training.metrics import MetricsWriter
+from megatron_kosmosg.training.progress import ProgressDisplay
+from megatron_kosmosg.training.signals import StopRequest
 from megatron_kosmosg.training.stage import Probe, Stage
 from megatron_kosmosg.training.step import Reporter, forward_losses
+from megatron_kosmosg.training.wrapping import whole_parameters
+
+
+class Evaluations:
+    """When a run evaluates, and where the numbers go. All methods are collectives but `is_due`."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        config: RunConfig,
+        layout: Layout,
+        chunks: list[DistributedDataParallel],
+        heldout: StreamDataset | None,
+        metrics: MetricsWriter,
+        display: ProgressDisplay,
+        stop: StopRequest,
+    ) -> None:
+        self._stage, self._config, self._layout = stage, config, layout
+        self._chunks, self._heldout = chunks, heldout
+        self._metrics, self._display, self._stop = metrics, display, stop
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether this iteration is followed by a loss or pictures."""
+        return self._has_loss(iteration) or is_due(iteration, self._config.logging.image_interval)
+
+    def is_missing(self, iteration: int) -> bool:
+        """Whether the numbers of this iteration were due and are not in the metrics."""
+        if not self._has_loss(iteration):
+            return False
+        known = [self._metrics.has_evaluation(iteration)]  # rank 0 alone has the file
+        dist.broadcast_object_list(known, src=0)
+        return not known[0]
+
+    def run(self, iteration: int) -> bool:
+        """Evaluates; False if the ranks agreed to stop before it was done."""
+        stream = self._heldout if self._has_loss(iteration) else None
+        with whole_parameters(self._chunks):
+            probe = evaluate(
+                self._stage,
+                self._config,
+                self._layout,
+                self._chunks,
+                iteration,
+                stream,
+                self._stop,
+            )
+        if probe is None:
+            return False
+        self._metrics.evaluation(iteration, probe.metrics, probe.images)
+        if probe.metrics or probe.images:
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in probe.metrics.items())
+            self._display.say(f"iteration {iteration} | held out: {numbers or 'pictures only'}")
+        return True
+
+    def _has_loss(self, iteration: int) -> bool:
+        training = self._config.training
+        return iteration == training.train_iters or is_due(iteration, training.eval_interval)
+
+
+def is_due(iteration: int, interval: int) -> bool:
+    """Whether something that happens every `interval` iterations (0: never) happens now."""
+    return interval > 0 and iteration % interval == 0
 
 
 def evaluate(
@@ -22,8 +90,10 @@ def evaluate(
     chunks: list[DistributedDataParallel],
     iteration: int,
     heldout: StreamDataset | None,
-) -> Probe:
-    """Metrics and pictures; training continues afterwards as if this had not happened.
+    stop: StopRequest,
+) -> Probe | None:
+    """Metrics and pictures; None if the ranks agreed to stop meanwhile. Training continues
+    afterwards as if this had not happened.
 
     heldout: the stream whose first `training.eval_iters` global batches give a mean loss, in
     evaluation mode; None leaves the loss out.
@@ -31,15 +101,17 @@ def evaluate(
     state = rng_state()
     for chunk in chunks:
         chunk.eval()
+    probe = None
     with torch.no_grad():
-        metrics = {}
+        metrics: dict[str, float] | None = {}
         if heldout is not None:
-            metrics = _heldout_losses(stage, config, layout, chunks, heldout)
-        probe = _from_last_stage(stage.probe(chunks, iteration), layout)
+            metrics = _heldout_losses(stage, config, layout, chunks, heldout, stop)
+        if metrics is not None:
+            probe = _from_last_stage(stage.probe(chunks, iteration), layout)
     for chunk in chunks:
         chunk.train()
     restore_rng_state(state)
-    return Probe({**metrics, **probe.metrics}, probe.images)
+    return None if probe is None else Probe({**metrics, **probe.metrics}, probe.images)
 
 
 def _heldout_losses(
@@ -48,15 +120,19 @@ def _heldout_losses(
     layout: Layout,
     chunks: list[DistributedDataParallel],
     heldout: StreamDataset,
-) -> dict[str, float]:
+    stop: StopRequest,
+) -> dict[str, float] | None:
     feed = BatchFeed(heldout, config, layout, start_sample=0)
     try:
         iterators = feed.chunk_iterators(len(chunks))
         reporter = Reporter(layout)
-        passes = [
-            forward_losses(stage, config, layout, chunks, feed, iterators, reporter).losses
-            for _ in range(config.training.eval_iters)
-        ]
+        passes = []
+        for _ in range(config.training.eval_iters):
+            passes.append(
+                forward_losses(stage, config, layout, chunks, feed, iterators, reporter).losses
+            )
+            if stop.agreed(layout.device):
+                return None
     finally:
         feed.close()
     return {name: sum(losses[name] for losses in passes) / len(passes) for name in passes[0]}

@@ -24,7 +24,7 @@ from megatron_kosmosg.training.checkpoint import (
     newest_checkpoint,
 )
 from megatron_kosmosg.training.checkpoint_folder import CONFIG_FILE, find_checkpoint
-from megatron_kosmosg.training.evaluation import evaluate
+from megatron_kosmosg.training.evaluation import Evaluations, is_due
 from megatron_kosmosg.training.metrics import MetricsWriter, iteration_record
 from megatron_kosmosg.training.optimizer import build_lr_scheduler, build_optimizer
 from megatron_kosmosg.training.progress import ProgressDisplay
@@ -37,8 +37,17 @@ from megatron_kosmosg.training.wrapping import unwrap_model, whole_parameters, w
 
 def fit(stage: Stage, config: RunConfig, layout: Layout) -> bool:
     """True when all iterations are done, False when a signal asked to stop and state is saved."""
-    data = stage.build_dataset("train")
-    heldout = stage.build_dataset("heldout") if config.data.heldout else None
+    with StopRequest() as stop:
+        return _fit(stage, config, layout, stop)
+
+
+def _fit(stage: Stage, config: RunConfig, layout: Layout, stop: StopRequest) -> bool:
+    data = stop.run_alone(lambda: stage.build_dataset("train"))
+    heldout = None
+    if config.data.heldout:
+        heldout = stop.run_alone(lambda: stage.build_dataset("heldout"))
+    if stop.agreed(layout.device):
+        return False
     resume_from = newest_checkpoint(config, layout)
     bare = stage.build_model(layout)
     _check_chunks(config, bare)
@@ -69,60 +78,59 @@ def fit(stage: Stage, config: RunConfig, layout: Layout) -> bool:
     for chunk in chunks:
         chunk.train()
 
+    evaluations = Evaluations(stage, config, layout, chunks, heldout, metrics, display, stop)
     stopping = False
     try:
-        with StopRequest() as stop:
-            while progress.iteration < config.training.train_iters and not stopping:
-                started = time.perf_counter()
-                scheduler.step(1)
-                update = train_step(
-                    stage, config, layout, chunks, optimizer, feed, iterators, reporter
-                )
-                seconds = time.perf_counter() - started
-                _advance(progress, config, update)
+        if resume_from is not None and evaluations.is_missing(progress.iteration):
+            stopping = not evaluations.run(progress.iteration)
+        if progress.iteration < config.training.train_iters and not stopping:
+            stop.run_alone(feed.prepare)
+            stopping = stop.agreed(layout.device)
+        if stopping:
+            display.say(f"asked to stop: still at iteration {progress.iteration}, nothing to save")
+            return False
+        while progress.iteration < config.training.train_iters and not stopping:
+            started = time.perf_counter()
+            scheduler.step(1)
+            update = train_step(stage, config, layout, chunks, optimizer, feed, iterators, reporter)
+            seconds = time.perf_counter() - started
+            _advance(progress, config, update)
 
-                record = iteration_record(
-                    stage,
-                    config,
-                    update,
-                    iteration=progress.iteration,
-                    consumed_train_samples=progress.consumed_train_samples,
-                    bad_samples=progress.bad_samples,
-                    lr=scheduler.get_lr({}),
-                    seconds=seconds,
-                    world_size=layout.world_size,
-                )
-                metrics.iteration(record)
-                display.step(progress.iteration, seconds, update.totals.losses, record)
-                if not update.made:
-                    _note_skipped(display, progress, config)
-                check_bad_samples(progress.bad_samples, config.data.max_bad_samples)
+            record = iteration_record(
+                stage,
+                config,
+                update,
+                iteration=progress.iteration,
+                consumed_train_samples=progress.consumed_train_samples,
+                bad_samples=progress.bad_samples,
+                lr=scheduler.get_lr({}),
+                seconds=seconds,
+                world_size=layout.world_size,
+            )
+            metrics.iteration(record)
+            display.step(progress.iteration, seconds, update.totals.losses, record)
+            if not update.made:
+                _note_skipped(display, progress, config)
+            check_bad_samples(progress.bad_samples, config.data.max_bad_samples)
 
-                checkpointer.poll()
-                stopping = stop.agreed(layout.device)
-                last = progress.iteration == config.training.train_iters
-                with_loss = last or _due(progress.iteration, config.training.eval_interval)
-                draws = _due(progress.iteration, config.logging.image_interval)
-                if last or (not stopping and (with_loss or draws)):
-                    stream = heldout if with_loss else None
-                    with whole_parameters(chunks):
-                        probe = evaluate(stage, config, layout, chunks, progress.iteration, stream)
-                    metrics.evaluation(progress.iteration, probe.metrics, probe.images)
-                    if probe.metrics or probe.images:
-                        display.say(_evaluation_line(progress.iteration, probe.metrics))
-                if last or stopping or _due(progress.iteration, config.checkpoint.save_interval):
-                    metrics.flush()
-                    with whole_parameters(chunks):
-                        checkpointer.save(progress)
-                    display.say(f"iteration {progress.iteration} | checkpoint")
-            checkpointer.wait()
-            if stopping:
-                display.say(f"asked to stop: state of iteration {progress.iteration} is saved")
+            checkpointer.poll()
+            stopping = stop.agreed(layout.device)
+            if not stopping and evaluations.is_due(progress.iteration):
+                stopping = not evaluations.run(progress.iteration)
+            last = progress.iteration == config.training.train_iters
+            if last or stopping or is_due(progress.iteration, config.checkpoint.save_interval):
+                metrics.flush()
+                with whole_parameters(chunks):
+                    checkpointer.save(progress)
+                display.say(f"iteration {progress.iteration} | checkpoint")
+        checkpointer.wait()
+        if stopping:
+            display.say(f"asked to stop: state of iteration {progress.iteration} is saved")
     finally:
-        feed.close()
+        feed.close(wait=not stopping)
         metrics.close()
         display.close()
-    return progress.iteration == config.training.train_iters
+    return not stopping
 
 
 def _check_chunks(config: RunConfig, bare: list[torch.nn.Module]) -> None:
@@ -184,12 +192,3 @@ def _announce(
         display.say(f"resumed from {resume_from} at iteration {progress.iteration}")
     for note in notes:
         display.say(f"  differs from the checkpoint: {note}")
-
-
-def _evaluation_line(iteration: int, metrics: dict[str, float]) -> str:
-    numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-    return f"iteration {iteration} | held out: {numbers or 'pictures only'}"
-
-
-def _due(iteration: int, interval: int) -> bool:
-    return interval > 0 and iteration % interval == 0

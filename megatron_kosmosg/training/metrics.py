@@ -108,6 +108,13 @@ class MetricsWriter:
                 pixels = np.asarray(image.convert("RGB"))
                 self._board.add_image(name, pixels, iteration, dataformats="HWC")
 
+    def has_evaluation(self, iteration: int) -> bool:
+        """Whether the file holds the line of this evaluation."""
+        if self._file is None:
+            return False
+        lines = map(json.loads, Path(self._file.name).read_text().splitlines())
+        return any(line["iteration"] == iteration and "lr" not in line for line in lines)
+
     def flush(self) -> None:
         """Returns when all lines so far are on disk, for checkpoints that count on them."""
         if self._file is not None:

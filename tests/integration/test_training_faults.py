@@ -13,14 +13,16 @@ from dataclasses import dataclass
 import pytest
 
 from tests.fake_stage import fake_config
-from tests.integration.test_training_loop import curve
+from tests.integration.test_training_loop import curve, lines
 from tests.ranks import run_ranks
 from tests.training_runs import (
     SignalAt,
+    SignalWhile,
     run_on_taken_port,
     run_program,
     train,
     train_and_die_saving,
+    train_interrupted,
 )
 
 
@@ -56,6 +58,47 @@ def test_exit_code_85_asks_to_be_started_again(tmp_path):
     config = fake_config(str(tmp_path))
     hook = SignalAt(call=4, number=signal.SIGUSR1, rank=0)
     assert [code for code, _ in run_ranks(2, run_program, config, {"hook": hook})] == [85, 85]
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        SignalWhile(rank=1, split="train"),
+        SignalWhile(rank=0, split="heldout"),
+        SignalWhile(rank=1, split="train", reads=True),
+    ],
+    ids=["train-build", "heldout-build", "first-read"],
+)
+def test_a_signal_to_one_rank_before_the_first_iteration_stops_all(tmp_path, when):
+    config = fake_config(str(tmp_path))
+    outcomes = run_ranks(2, train_interrupted, config, when)
+    assert [finished for finished, _ in outcomes] == [False, False]
+    assert not (tmp_path / "checkpoints").exists()
+    run_ranks(2, train, config)
+    assert len(curve(tmp_path)) == 6
+
+
+@pytest.mark.parametrize("train_iters", [4, 2], ids=["between", "at-the-end"])
+def test_a_signal_to_one_rank_in_an_evaluation_stops_all_and_it_is_made_up_for(
+    tmp_path, train_iters
+):
+    training = {"train_iters": train_iters, "eval_interval": 2, "eval_iters": 6}
+    sections = {"training": training, "optimizer": {"lr_warmup_iters": 1}}
+    config = fake_config(str(tmp_path / "stopped"), **sections)
+    when = SignalWhile(rank=1, call=3)
+    outcomes = run_ranks(2, train_interrupted, config, when)
+    assert [finished for finished, _ in outcomes] == [False, False]
+    assert [line["iteration"] for line in lines(tmp_path / "stopped")] == [1, 2]
+    assert run_ranks(2, train, config) == [True, True]
+    run_ranks(2, train, fake_config(str(tmp_path / "straight"), **sections))
+
+    def numbers(folder):
+        return [
+            (line["iteration"], line.get("loss"), line.get("heldout_loss"))
+            for line in lines(tmp_path / folder)
+        ]
+
+    assert numbers("stopped") == numbers("straight")
 
 
 def test_a_port_in_use_is_said_in_one_line(tmp_path):

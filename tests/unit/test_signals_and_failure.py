@@ -36,6 +36,21 @@ def test_an_echo_is_ignored_and_a_later_interrupt_interrupts(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_own_work_is_left_at_once_and_later_work_is_not_begun():
+    with StopRequest() as stop:
+        assert stop.run_alone(lambda: 5) == 5
+        done = []
+
+        def work():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            done.append("after the signal")
+
+        assert stop.run_alone(work) is None and stop.received == signal.SIGUSR1
+        assert stop.run_alone(lambda: done.append("another")) is None
+        assert done == []
+        os.kill(os.getpid(), signal.SIGTERM)  # outside such work, a note and no more
+
+
 def raised(text: str) -> Exception:
     try:
         raise ValueError(text)
