@@ -13,13 +13,18 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.images import ImageDecoder, target_pixels
 from megatron_kosmosg.data.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.data.store import SampleStore
+from megatron_kosmosg.models.diffusion import load_vae, vae_fingerprint
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.stages import build_stage
+from megatron_kosmosg.stages.latent_moments import LatentJob, cache_latents
 from megatron_kosmosg.toy import assets
 from megatron_kosmosg.toy.files import World, write_world
 from megatron_kosmosg.training.loop import fit
@@ -160,6 +165,37 @@ def test_stage_trains_and_resumes_to_the_bit(stage, layout, uninterrupted, tmp_p
     assert len(records(tmp_path / "run")) == stop
     run_ranks(2, train, config, timeout=240)
     assert records(tmp_path / "run") == expected, f"ended after {stop}"
+
+
+NO_DROPOUT = ("model.decoder.hidden_dropout=0", "model.resampler.attention_dropout=0")
+
+
+def test_instruct_learns_the_same_from_cached_moments_and_from_balanced_batches(
+    uninterrupted, tmp_path
+):
+    """Two updates on two ranks: moments differ by half precision, batches by the order of sums."""
+    vae = load_vae(assets.path() / "stable-diffusion", torch.float32)
+    for kind in ("compositional", "edit", "caption"):
+        store = SampleStore(uninterrupted / "data" / "train" / kind)
+        job = LatentJob(store, "moments", target_pixels(32), "fp32")
+        said = (0, 1, lambda done, total: None)
+        assert cache_latents(job, vae, vae_fingerprint(vae), ImageDecoder("auto"), *said)
+    curves = {}
+    for name, changes in {
+        "plain": ("data.balance_tokens=false",),
+        "balanced": ("data.balance_tokens=true",),
+        "cached": ("data.balance_tokens=true", "data.latent_cache=moments"),
+    }.items():
+        more = (*NO_DROPOUT, "training.train_iters=2", "logging.num_images=1", *changes)
+        config = config_of(
+            "instruct", uninterrupted, tmp_path / name, uninterrupted / "align", *more
+        )
+        run_ranks(2, train, config, timeout=240)
+        curves[name] = [row[1] for row in records(tmp_path / name) if row[1] is not None]
+    assert len(curves["plain"]) == 2
+    assert curves["balanced"] == pytest.approx(curves["plain"], rel=1e-5)
+    assert curves["cached"] == pytest.approx(curves["balanced"], rel=1e-3)
+    assert curves["cached"] != curves["balanced"]
 
 
 def test_a_checkpoint_of_the_wrong_stage_is_refused_by_name(uninterrupted, tmp_path):
