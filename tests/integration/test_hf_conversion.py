@@ -25,6 +25,18 @@ from tests.conversion_models import TOKENIZER, VOCAB_SIZE, conversion_config, wr
 from tests.tiny_models import write_stable_diffusion
 
 GROUNDING_TOKENS = 13
+OF_TRANSFORMERS_4 = {
+    "_name_or_path": "",
+    "bad_words_ids": None,
+    "do_sample": False,
+    "early_stopping": False,
+    "is_decoder": False,
+    "length_penalty": 1.0,
+    "max_length": 20,
+    "torch_dtype": None,
+    "use_bfloat16": False,
+}
+"""Settings of the kind that config files of 2023 carry along."""
 EMBEDDING = "text_model.model.embed_tokens.weight"
 
 
@@ -192,7 +204,11 @@ def _kosmos2(world: World, folder: Path) -> Path:
     weights["vision_model.model.embeddings.position_ids"] = torch.arange(5)[None]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["vocab_size"] = VOCAB_SIZE + GROUNDING_TOKENS
+    config["text_config"] |= {
+        "vocab_size": VOCAB_SIZE + GROUNDING_TOKENS,
+        **OF_TRANSFORMERS_4,
+    }
+    config |= {"torch_dtype": "float32", "transformers_version": "4.34.0.dev0"}
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     like = tokenizer["added_tokens"][-1]
