@@ -41,7 +41,7 @@ def tiny_pipeline(folder: Path) -> KosmosGPipeline:
     with torch.no_grad():  # as it is initialised, pictures hardly change what it says
         for parameter in mllm.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    return KosmosGPipeline(
+    pipeline = KosmosGPipeline(
         vae=AutoencoderKL.from_pretrained(stable_diffusion / "vae"),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel.from_pretrained(stable_diffusion / "unet"),
@@ -61,6 +61,8 @@ def tiny_pipeline(folder: Path) -> KosmosGPipeline:
             crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         ),
     )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def mllm_config(vocab_size: int) -> Kosmos2Config:

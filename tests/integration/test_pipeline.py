@@ -27,9 +27,7 @@ CLOSE = {"rtol": 0, "atol": 3e-6}
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> KosmosGPipeline:
     torch.set_num_threads(1)
-    pipeline = tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture

@@ -33,9 +33,7 @@ PARTS_OF_STABLE_DIFFUSION = ("vae", "unet", "scheduler", "tokenizer")
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory) -> KosmosGPipeline:
     torch.set_num_threads(1)
-    pipeline = tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture

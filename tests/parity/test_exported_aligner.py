@@ -43,7 +43,7 @@ def test_the_same_condition(kind: str, tmp_path) -> None:
     config = tiny_config("instruct", tmp_path, tmp_path)
     aligner = dataclasses.replace(config.model.aligner, kind=kind)
     config = replace_section(config, "model", aligner=aligner)
-    exported = exported_aligner(aligner_arguments(config.model))
+    exported = exported_aligner(aligner_arguments(config))
     hidden = torch.randn(3, 11, config.model.decoder.hidden_size)
     padding_mask = torch.arange(11) >= torch.tensor(LENGTHS)[:, None]
     layout = platform.initialize(config)
