@@ -139,7 +139,7 @@ def main() -> None:
         prefix, model = write_dataset(folder, samples)
         tsv = folder / "edits.tsv"
         write_tsv(tsv, pictures)
-        config = inspection_config(prefix, None, model, seed=0)
+        config = inspection_config(prefix, None, model, 0, folder)
         arms: dict[str, Callable[[int], None]] = {
             "plain PIL, base64 TSV": lambda count: plain_loader(tsv, given.threads, count)
         }

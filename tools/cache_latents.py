@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 
 EPILOG = """\
 `instruct` then takes the moments instead of decoding and encoding the images each time:
@@ -55,6 +54,7 @@ def main() -> int:
     """0 when this rank's share is done, 2 (message on stderr) when the input cannot be used."""
     given = parse()
     from megatron_kosmosg.data.images import ImageDecoder, target_pixels
+    from megatron_kosmosg.data.minute_lines import MinuteLines
     from megatron_kosmosg.data.store import SampleStore
     from megatron_kosmosg.models.diffusion import load_vae, vae_fingerprint
     from megatron_kosmosg.parallel.devices import choose_device
@@ -79,7 +79,7 @@ def main() -> int:
                 shard_size=given.shard_size,
                 num_workers=given.workers,
             )
-            said = Said(prefix)
+            said = MinuteLines(f"{prefix}.{given.name}")
             whole = cache_latents(job, vae, mark, decoder, place.rank, place.world_size, said)
             state = "complete" if whole else "this rank's share is done, others still work"
             print(f"{prefix}.{given.name}: {state}", flush=True)
@@ -87,22 +87,6 @@ def main() -> int:
         print(f"cache_latents: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-class Said:
-    """A line a minute, and one at the end."""
-
-    def __init__(self, prefix: str) -> None:
-        self._prefix, self._started, self._said = prefix, time.monotonic(), 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done < total and now - self._said < 60:
-            return
-        self._said = now
-        rate = done / max(now - self._started, 1e-9)
-        left = (total - done) / rate
-        print(f"{self._prefix}: {done:,} of {total:,}, {rate:.1f}/s, {left:.0f} s left", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 EPILOG = """\
@@ -51,6 +52,7 @@ def main() -> int:
     """0; 1 when --check found a problem; 2 when the input cannot be used."""
     given = parse()
     from megatron_kosmosg.data.inspection.check import check_dataset
+    from megatron_kosmosg.data.minute_lines import MinuteLines
     from megatron_kosmosg.data.store import SampleStore
     from megatron_kosmosg.data.tokenizer import Tokenizer
     from megatron_kosmosg.evaluation.dataset_page import (
@@ -59,23 +61,26 @@ def main() -> int:
         write_page,
     )
 
+    problems = 0
     try:
-        config = inspection_config(given.prefix, given.config, given.tokenizer_model, given.seed)
-        store, tokenizer = SampleStore(given.prefix), Tokenizer(config.data.tokenizer_model)
-        store.check_tokenizer(tokenizer)
-        print(summary_text(store, tokenizer, given.seed))
-        if not given.no_page:
-            path = given.output or Path(f"{given.prefix}.html")
-            print(write_page(path, store, tokenizer, config, given.samples))
-        if not given.check:
-            return 0
-        problems = 0
-        for problem in check_dataset(store, tokenizer, given.workers, lambda done, total: None):
-            problems += 1
-            if problems <= given.max_shown:
-                where = "dataset" if problem.index is None else f"{problem.index} ({problem.key})"
-                print(f"{where}: {problem.reason}")
-        print(f"check: {len(store):,} samples, {problems:,} problems")
+        with tempfile.TemporaryDirectory() as scratch:
+            config = inspection_config(
+                given.prefix, given.config, given.tokenizer_model, given.seed, scratch
+            )
+            store, tokenizer = SampleStore(given.prefix), Tokenizer(config.data.tokenizer_model)
+            store.check_tokenizer(tokenizer)
+            print(summary_text(store, tokenizer, given.seed))
+            if not given.no_page:
+                path = given.output or Path(f"{given.prefix}.html")
+                print(write_page(path, store, tokenizer, config, given.samples))
+        if given.check:
+            lines = MinuteLines(f"check {given.prefix}")
+            for problem in check_dataset(store, tokenizer, given.workers, lines):
+                problems += 1
+                if problems <= given.max_shown:
+                    at = "dataset" if problem.index is None else f"{problem.index} ({problem.key})"
+                    print(f"{at}: {problem.reason}")
+            print(f"check: {len(store):,} samples, {problems:,} problems")
     except (ValueError, OSError) as error:
         print(f"inspect_data: {error}", file=sys.stderr)
         return 2

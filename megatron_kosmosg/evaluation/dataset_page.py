@@ -11,14 +11,13 @@ import dataclasses
 import html
 import io
 import json
-import os
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from megatron_kosmosg.config.load import load_config
-from megatron_kosmosg.config.schema import BlendEntry, LoggingConfig, RunConfig
+from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from megatron_kosmosg.data.inspection.statistics import (
     QUANTILES,
     Lengths,
@@ -47,13 +46,18 @@ _LEGEND = {
 
 
 def inspection_config(
-    prefix: str, config_file: str | None, tokenizer_model: str | None, seed: int
+    prefix: str,
+    config_file: str | None,
+    tokenizer_model: str | None,
+    seed: int,
+    scratch: str | Path,
 ) -> RunConfig:
     """A run whose only data is the dataset under `prefix`, with the sizes of `config_file`.
 
-    Without a file: the paper's sizes. Raises ConfigError or ValueError for what does not fit.
+    Without a file: the paper's sizes. scratch: folder for what the streams write. Raises
+    ConfigError or ValueError for what does not fit.
     """
-    base = RunConfig(stage="instruct", logging=LoggingConfig(output_dir=os.devnull))
+    base = RunConfig(stage="instruct")
     if config_file is not None:
         base = load_config(config_file, [])
     model_file = tokenizer_model or base.data.tokenizer_model
@@ -67,6 +71,7 @@ def inspection_config(
             base.data, tokenizer_model=model_file, blend=entries, heldout={}, latent_cache=None
         ),
         training=dataclasses.replace(base.training, seed=seed),
+        logging=dataclasses.replace(base.logging, output_dir=str(scratch)),
     )
 
 

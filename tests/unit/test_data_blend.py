@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_kosmosg.data.blend import Blend
+from megatron_kosmosg.data.order import SampleOrder
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,18 @@ def test_every_prefix_is_within_one_sample_of_the_weights(weights):
         counts[draw.name] += 1
         for name, weight in weights.items():
             assert abs(counts[name] - weight / total * (position + 1)) < 1
+
+
+def test_many_draws_at_once_are_the_single_ones():
+    blend = Blend({"a": 3, "b": 2, "c": 0.5})
+    positions = np.array([0, 5, 4, 10**9, 77, 77])
+    which, ordinals = blend.take(positions)
+    singles = [blend[p] for p in positions.tolist()]
+    assert [blend.names[i] for i in which] == [draw.name for draw in singles]
+    assert ordinals.tolist() == [draw.ordinal for draw in singles]
+    order = SampleOrder("a", 7, 1, "stage")
+    ordinals = np.array([3, 6, 7, 20, 0, 700])
+    assert order.take(ordinals).tolist() == [order[o] for o in ordinals.tolist()]
 
 
 def test_random_weights_stay_within_one_sample():

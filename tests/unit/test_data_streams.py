@@ -200,6 +200,18 @@ def test_other_seed_split_and_epoch_differ(folder, stage):
     assert train[:48] != train[48:]
 
 
+def test_an_epoch_decides_anew_on_words_and_backgrounds_of_the_same_sample(folder):
+    config = run_config(folder, "instruct", prefixes(folder, compositional=1))
+    stream = instruct_stream(config, "train")
+    seen: dict[str, set] = {}
+    for position in range(20 * 8):  # eight epochs
+        sample = stream[position]
+        choices = (len(sample.prompt.tokens), sample.prompt.images[0].mask is None)
+        seen.setdefault(sample.key, set()).add(choices)
+    assert len(seen) == 20
+    assert np.mean([len(choices) for choices in seen.values()]) > 2.5
+
+
 def test_instruct_batch_has_the_agreed_keys_and_shapes(folder, tokenizer):
     stream = make_stream(folder, "instruct")
     samples = [stream[p] for p in range(10)]

@@ -108,7 +108,7 @@ def test_check_names_the_sample_of_each_kind_of_damage(folder, tokenizer):
 def test_the_page_shows_samples_as_the_streams_give_them(folder, tokenizer, kind, tmp_path):
     store = SampleStore(folder / kind)
     model = str(write_tokenizer(folder))
-    config = inspection_config(store.prefix, None, model, seed=1)
+    config = inspection_config(store.prefix, None, model, 1, tmp_path)
     page = write_page(tmp_path / "page.html", store, tokenizer, config, 3).read_text()
     stages = {"text": 1, "interleaved": 1, "caption": 2, "edit": 1, "compositional": 1}[kind]
     assert page.count("<article>") == 3 * stages
