@@ -111,6 +111,7 @@ class ToyResults:
                 )
             )
             self._add(cell.row("hue error, mean", measures.HUE_MEAN, "degrees"))
+            self._add(cell.row("all right", measures.ALL, "share"))
             self._add(cell.row("background word", measures.background_word, "share"))
             self._sheet(model, before, num_entities, cell)
         self._swap(model)
