@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from megatron_kosmosg.conversion.checkpoint_writer import model_tensors, write_checkpoint
+from megatron_kosmosg.conversion.export_hf import export_hf, export_mllm
 from megatron_kosmosg.conversion.tensors import InMemory
 from megatron_kosmosg.toy import assets
-from tests.tiny_models import replace_section, tiny_config
+from tests.tiny_models import replace_section, tiny_config, write_stable_diffusion
 
 TOKENIZER = assets.path() / "sentencepiece.model"
 VOCAB_SIZE = 327
@@ -48,3 +52,40 @@ def write_random(
     weights = random_weights(config, dtype, seed)
     write_checkpoint(folder, config, InMemory(weights))
     return weights
+
+
+class ConversionWorld:
+    """A tiny trained-looking world: checkpoints, Stable Diffusion, one export."""
+
+    def __init__(self, folder: Path) -> None:
+        torch.set_num_threads(1)
+        self.sd = write_stable_diffusion(folder / "sd")
+        self.run, self.exported = folder / "instruct", folder / "exported"
+        self.config = conversion_config("instruct", folder)
+        self.weights = write_random(self.run, self.config)
+        self.notes = export_hf(self.run, self.sd, self.exported)
+        self.pretrain, self.mllm = folder / "pretrain", folder / "mllm"
+        self.language = write_random(self.pretrain, conversion_config("pretrain", folder))
+        export_mllm(self.pretrain, self.mllm)
+
+
+def same_weights(folder: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Asserts that the checkpoint holds exactly `weights`, cast to `dtype`."""
+    found = CheckpointTensors(folder)
+    assert found.names().keys() == weights.keys()
+    for name, wanted in weights.items():
+        got = found.read(name)
+        assert got.dtype == dtype and torch.equal(got, wanted.to(dtype)), name
+
+
+def edit_weights(folder: Path, edit: Callable[[dict], object]) -> None:
+    """Applies `edit` to the language model's weights in an exported folder."""
+    path = folder / "mllm" / "model.safetensors"
+    weights = load_file(path)
+    edit(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def nothing_written(output: Path) -> bool:
+    """Whether neither the output nor anything beside it that starts with its name is there."""
+    return not output.exists() and not list(output.parent.glob(f"{output.name}*"))

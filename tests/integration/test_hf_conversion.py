@@ -1,8 +1,7 @@
-"""Export to stock Hugging Face folders and back: every weight, in every dtype, or an error."""
+"""Export to stock Hugging Face folders and back: every weight, in every dtype."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -12,17 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from megatron_kosmosg.conversion import export_hf as export_module
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
-from megatron_kosmosg.conversion.checkpoint_writer import write_checkpoint
 from megatron_kosmosg.conversion.errors import ConversionError
-from megatron_kosmosg.conversion.export_hf import export_hf, export_mllm
+from megatron_kosmosg.conversion.export_hf import export_hf
 from megatron_kosmosg.conversion.import_hf import import_hf, import_kosmos2
 from megatron_kosmosg.conversion.safetensors_files import SafetensorsFolder, write_safetensors
-from megatron_kosmosg.conversion.tensors import InMemory
 from megatron_kosmosg.inference.modeling_kosmosg_aligner import KosmosGAligner
-from tests.conversion_models import TOKENIZER, VOCAB_SIZE, conversion_config, write_random
-from tests.tiny_models import write_stable_diffusion
+from tests.conversion_models import (
+    VOCAB_SIZE,
+    ConversionWorld,
+    conversion_config,
+    nothing_written,
+    same_weights,
+    write_random,
+)
 
 GROUNDING_TOKENS = 13
 OF_TRANSFORMERS_4 = {
@@ -40,50 +42,9 @@ OF_TRANSFORMERS_4 = {
 EMBEDDING = "text_model.model.embed_tokens.weight"
 
 
-class World:
-    """A tiny trained-looking world: checkpoints, Stable Diffusion, one export."""
-
-    def __init__(self, folder: Path) -> None:
-        torch.set_num_threads(1)
-        self.sd = write_stable_diffusion(folder / "sd")
-        self.run, self.exported = folder / "instruct", folder / "exported"
-        self.config = conversion_config("instruct", folder)
-        self.weights = write_random(self.run, self.config)
-        self.notes = export_hf(self.run, self.sd, self.exported)
-        self.pretrain, self.mllm = folder / "pretrain", folder / "mllm"
-        self.language = write_random(self.pretrain, conversion_config("pretrain", folder))
-        export_mllm(self.pretrain, self.mllm)
-
-
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> World:
-    return World(tmp_path_factory.mktemp("hf"))
-
-
-@pytest.fixture(scope="module")
-def tool():
-    path = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def call(tool, monkeypatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["convert_checkpoint", *map(str, arguments)])
-    return tool.main()
-
-
-def same_weights(folder: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    found = CheckpointTensors(folder)
-    assert found.names().keys() == weights.keys()
-    for name, wanted in weights.items():
-        got = found.read(name)
-        assert got.dtype == dtype and torch.equal(got, wanted.to(dtype)), name
-
-
-def nothing_written(output: Path) -> bool:
-    return not output.exists() and not list(output.parent.glob(f"{output.name}*"))
+def world(tmp_path_factory) -> ConversionWorld:
+    return ConversionWorld(tmp_path_factory.mktemp("hf"))
 
 
 def test_stock_classes_take_every_weight(world) -> None:
@@ -195,7 +156,7 @@ def _weights(folder: Path) -> Path:
     return folder / "diffusion_pytorch_model.safetensors"
 
 
-def _kosmos2(world: World, folder: Path) -> Path:
+def _kosmos2(world: ConversionWorld, folder: Path) -> Path:
     """The layout of microsoft/kosmos-2: more tokens, the slow tokenizer's files, a stray buffer."""
     shutil.copytree(world.mllm, folder)
     weights = load_file(folder / "model.safetensors")
@@ -236,169 +197,3 @@ def test_kosmos2_with_another_tokenizer_is_refused(world, tmp_path) -> None:
     with pytest.raises(ConversionError, match="id 100 is .* embedding rows would belong"):
         import_kosmos2(folder, tmp_path / "run")
     assert nothing_written(tmp_path / "run")
-
-
-def test_a_pretrain_checkpoint_is_sent_to_export_mllm(world, tmp_path) -> None:
-    with pytest.raises(ConversionError, match="export-mllm writes its language model"):
-        export_hf(world.pretrain, world.sd, tmp_path / "hf")
-    assert nothing_written(tmp_path / "hf")
-
-
-@pytest.mark.parametrize(
-    ("part", "file", "change", "message"),
-    [
-        ("unet", "config.json", {"cross_attention_dim": 32}, "width 32, AlignerNet makes width 24"),
-        ("unet", "config.json", {"in_channels": 9}, "9 channels, the VAE makes 4"),
-        ("text_encoder", "config.json", {"max_position_embeddings": 77}, "77 positions .* makes 7"),
-        ("vae", "config.json", {"_class_name": "VQModel"}, "a AutoencoderKL is needed"),
-        ("scheduler", "scheduler_config.json", None, "scheduler_config.json; --sd takes"),
-        ("vae", "diffusion_pytorch_model.safetensors", None, "save the folder once with diffusers"),
-    ],
-)
-def test_a_stable_diffusion_that_does_not_fit(world, tmp_path, part, file, change, message) -> None:
-    sd = tmp_path / "sd"
-    shutil.copytree(world.sd, sd)
-    if change is None:
-        (sd / part / file).unlink()
-    else:
-        path = sd / part / file
-        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ConversionError, match=message):
-        export_hf(world.run, sd, tmp_path / "hf")
-    assert nothing_written(tmp_path / "hf")
-
-
-def _truncate(folder: Path) -> None:
-    path = folder / "mllm" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def _lose_shard(folder: Path) -> None:
-    path = folder / "mllm" / "model.safetensors"
-    weights = load_file(path)
-    path.unlink()
-    write_safetensors(folder / "mllm", "model", InMemory(weights), None, 40_000)
-    min((folder / "mllm").glob("model-*.safetensors")).unlink()
-
-
-def _lose_tensor(folder: Path) -> None:
-    _edit_weights(folder, lambda weights: weights.pop("text_model.model.layer_norm.bias"))
-
-
-def _add_tensor(folder: Path) -> None:
-    _edit_weights(folder, lambda weights: weights.update(surprise=torch.zeros(2)))
-
-
-def _other_size(folder: Path) -> None:
-    name = "image_to_text_projection.latent_query"
-    _edit_weights(folder, lambda weights: weights.update({name: torch.zeros(4, 32)}))
-
-
-def _untied_head(folder: Path) -> None:
-    head = {"text_model.lm_head.weight": torch.zeros(VOCAB_SIZE, 32)}
-    _edit_weights(folder, lambda weights: weights.update(head))
-
-
-def _edit_weights(folder: Path, edit) -> None:
-    path = folder / "mllm" / "model.safetensors"
-    weights = load_file(path)
-    edit(weights)
-    save_file(weights, path, metadata={"format": "pt"})
-
-
-def _other_tokenizer(folder: Path) -> None:
-    path = folder / "tokenizer" / "tokenizer.json"
-    path.write_text(path.read_text().replace('"\u2581triangle"', '"\u2581square2"'))
-
-
-def _other_model(folder: Path) -> None:
-    path = folder / "mllm" / "config.json"
-    path.write_text(path.read_text().replace('"kosmos-2"', '"llava"'))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (_truncate, "model.safetensors is no whole safetensors file .*download it again"),
-        (_lose_shard, "lacks model-00001-of-.*, which model.safetensors.index.json names"),
-        (_lose_tensor, "1 tensor missing:\n.*text_model.model.layer_norm.bias"),
-        (_add_tensor, "1 tensor without a place in the model:\n.*surprise"),
-        (_other_size, r"latent_query has shape \[4, 32\], the model needs \[5, 32\]"),
-        (_untied_head, "lm_head.weight differs from .*ties the two"),
-        (_other_tokenizer, "'\u2581square2' there and '\u2581triangle' here"),
-        (_other_model, "a model of type 'llava', not 'kosmos-2'"),
-    ],
-)
-def test_damaged_folders_are_refused(world, tmp_path, damage, message) -> None:
-    shutil.copytree(world.exported, tmp_path / "hf")
-    damage(tmp_path / "hf")
-    with pytest.raises(ConversionError, match=message):
-        import_hf(tmp_path / "hf", tmp_path / "back")
-    assert nothing_written(tmp_path / "back")
-
-
-def test_an_interrupted_export_leaves_nothing(world, tmp_path, monkeypatch) -> None:
-    def interrupt(*arguments) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(export_module.hf_folder, "write_index", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        export_hf(world.run, world.sd, tmp_path / "hf")
-    assert nothing_written(tmp_path / "hf")
-    monkeypatch.undo()
-    export_hf(world.run, world.sd, tmp_path / "hf")
-    with pytest.raises(ConversionError, match="hf exists; give a new folder"):
-        export_hf(world.run, world.sd, tmp_path / "hf")
-
-
-def test_numbers_too_large_for_fp16_are_not_made_infinite(world, tmp_path) -> None:
-    config = conversion_config("instruct", tmp_path)
-    weights = {**world.weights, "resampler.dense.bias": torch.full((32,), 1e6)}
-    write_checkpoint(tmp_path / "run", config, InMemory(weights))
-    with pytest.raises(ConversionError, match="up to 1e.06, too large for float16"):
-        export_hf(tmp_path / "run", world.sd, tmp_path / "hf", torch.float16)
-    assert nothing_written(tmp_path / "hf")
-
-
-def test_a_vocabulary_that_is_not_the_tokenizers(world, tmp_path) -> None:
-    shutil.copytree(world.run, tmp_path / "run")
-    path = next((tmp_path / "run").glob("iter_*/config.yaml"))
-    path.write_text(path.read_text().replace(str(TOKENIZER), str(tmp_path / "gone.model")))
-    listing = path.with_name("complete.json")
-    sizes = json.loads(listing.read_text())
-    sizes["files"]["config.yaml"] = path.stat().st_size
-    listing.write_text(json.dumps(sizes))
-    with pytest.raises(ConversionError, match="gone.model .*--tokenizer-model"):
-        export_hf(tmp_path / "run", world.sd, tmp_path / "hf")
-    export_hf(tmp_path / "run", world.sd, tmp_path / "hf", tokenizer=TOKENIZER)
-
-
-def test_verify_passes_and_fails(world, tool, monkeypatch, capsys, tmp_path) -> None:
-    assert call(tool, monkeypatch, "verify", "--a", world.run, "--b", world.exported) == 0
-    printed = capsys.readouterr().out
-    for name in ("hidden", "logits", "condition", "equal within 0.0001"):
-        assert name in printed
-    assert not torch.distributed.is_initialized()
-
-    shutil.copytree(world.exported, tmp_path / "hf")
-    name = "text_model.model.layers.1.self_attn.v_proj.bias"
-    # One of 32 numbers: the same shift of all would vanish in the LayerNorm that follows.
-    _edit_weights(tmp_path / "hf", lambda weights: weights[name][3].add_(0.01))
-    assert call(tool, monkeypatch, "verify", "--a", world.exported, "--b", tmp_path / "hf") == 1
-    assert "DIFFERENT" in capsys.readouterr().out
-    assert call(tool, monkeypatch, "verify", "--a", world.run, "--b", tmp_path / "no") == 2
-    assert "no finished checkpoint" in capsys.readouterr().err
-
-
-def test_the_tool_exports_and_imports(world, tool, monkeypatch, capsys, tmp_path) -> None:
-    hf, back = tmp_path / "hf", tmp_path / "back"
-    given = ["--input", world.run, "--output", hf, "--sd", world.sd, "--dtype", "bf16"]
-    assert call(tool, monkeypatch, "export-hf", *given) == 0
-    assert call(tool, monkeypatch, "import-hf", "--input", hf, "--output", back) == 0
-    assert str(back / "iter_0000000") in capsys.readouterr().out
-    same_weights(back, world.weights, torch.bfloat16)
-    assert call(tool, monkeypatch, "export-hf", *given) == 2
-    assert "give a new folder" in capsys.readouterr().err
-    wrong = ["import-hf", "--input", hf, "--output", tmp_path / "x", "model.vocab_size=5"]
-    assert call(tool, monkeypatch, *wrong) == 2
-    assert "model.vocab_size=5 was given, but the model has 327" in capsys.readouterr().err
