@@ -20,6 +20,8 @@ CORE = [
     "safetensors",
     # Batched encoding into numpy arrays.
     "sentencepiece>=0.2.3",
+    # The exporter reads the normaliser out of SentencePiece models.
+    "protobuf",
     "tensorboard",
     "tqdm",
     "pillow",
