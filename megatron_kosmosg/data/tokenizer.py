@@ -63,6 +63,24 @@ class Tokenizer:
         encoded = self._processor.encode(texts, return_type="numpy", num_threads=1)
         return [np.where(ids >= 3, ids + 1, np.int32(self.unk_id)) for ids in encoded]
 
+    def encodes_words_alone(self) -> bool:
+        """Whether a text's ids are those of its words between blanks, one after the other.
+
+        True only where it is certain: for BPE models (their scores are ranks; a unigram model adds
+        up the scores of a whole text, and rounding may decide) whose pieces never reach beyond a
+        word and which take any run of blanks for one.
+        """
+        spm = self._processor
+        pieces = range(3, self.num_pieces)
+        if not all(spm.get_score(i).is_integer() for i in pieces):
+            return False
+        if any(WORD_START in spm.id_to_piece(i)[1:] for i in pieces):
+            return False
+        words = ["a", "b!", "C", "a"]
+        alone = [i for word in words for i in spm.encode(word)]
+        is_known = spm.piece_to_id(WORD_START) != spm.unk_id()
+        return is_known and spm.encode("  a b!\n\n C\na ") == alone
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens are left out, <unk> shows as SentencePiece's mark."""
         last = self.num_pieces

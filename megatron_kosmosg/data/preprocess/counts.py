@@ -25,9 +25,9 @@ class Counts:
     verified: int = 0
     """Pictures that were checked."""
     verify_seconds: float = 0.0
-    """Time of the checks, added over workers."""
+    """CPU time of the checks, added over workers."""
     work_seconds: float = 0.0
-    """Time of all the work on shards, added over workers."""
+    """CPU time of all the work on shards, added over workers."""
 
     def __add__(self, other: Counts) -> Counts:
         mine, theirs = vars(self), vars(other)
@@ -68,7 +68,7 @@ def verification(counts: Counts) -> str:
     share = 100 * counts.verify_seconds / max(counts.work_seconds, 1e-9)
     rate = counts.verified / max(counts.verify_seconds, 1e-9)
     return (
-        f"{counts.verified:,} pictures checked in {counts.verify_seconds:.1f} s of worker time "
+        f"{counts.verified:,} pictures checked in {counts.verify_seconds:.1f} s of CPU time "
         f"({rate:,.0f}/s, {share:.0f} % of the work)"
     )
 

@@ -31,7 +31,7 @@ from megatron_kosmosg.data.preprocess.join import (
 )
 from megatron_kosmosg.data.preprocess.options import Options
 from megatron_kosmosg.data.preprocess.records import Shard, ShardSize
-from megatron_kosmosg.data.preprocess.shard_work import ShardJob, work_on_shard
+from megatron_kosmosg.data.preprocess.shard_work import ShardJob, encoders, work_on_shard
 from megatron_kosmosg.data.preprocess.work_folder import WorkFolder
 from megatron_kosmosg.data.preprocess.workers import LocalWorkers, Workers
 from megatron_kosmosg.data.tokenizer import Tokenizer
@@ -83,7 +83,7 @@ def preprocess(job: PreprocessJob, progress: Progress, workers: Workers | None =
     started = time.perf_counter()
     workers = workers or LocalWorkers(job.workers)
     job.options.check(job.kind)
-    tokenizer = Tokenizer(job.tokenizer_model)
+    tokenizer, _ = encoders(job.tokenizer_model)
     prefix = Path(job.output_prefix)
     folder = WorkFolder(prefix)
     inputs = workers.lead(lambda: find_inputs(job.inputs, job.kind, job.format))

@@ -21,6 +21,7 @@ from megatron_kosmosg.data.preprocess.options import Options
 from megatron_kosmosg.data.preprocess.records import BadRecord, Record, Rejected, Shard
 from megatron_kosmosg.data.preprocess.shard_store import ShardWriter
 from megatron_kosmosg.data.preprocess.text_batches import TextBatches
+from megatron_kosmosg.data.preprocess.word_cache import WordCache
 from megatron_kosmosg.data.tokenizer import Tokenizer
 
 
@@ -54,10 +55,10 @@ def work_on_shard(job: ShardJob) -> Counts:
     """
     if job.counts_path.exists():
         return Counts.read(job.counts_path)
-    started = time.perf_counter()
+    started = time.process_time()
     work = _ShardWork(job)
     work.run()
-    counts = work.counts(time.perf_counter() - started)
+    counts = work.counts(time.process_time() - started)
     counts.write(job.counts_path)
     return counts
 
@@ -73,11 +74,11 @@ def reject_line(source: str, key: str, rejected: Rejected) -> str:
 
 class _ShardWork:
     def __init__(self, job: ShardJob) -> None:
-        tokenizer = _tokenizer(job.tokenizer_model)
+        tokenizer, words = encoders(job.tokenizer_model)
         self._job = job
         self._use = Conversion(tokenizer, job.options)
         self._writer = ShardWriter(job.prefix, job.kind)
-        self._texts = TextBatches(tokenizer, self._writer)
+        self._texts = TextBatches(tokenizer, words, self._writer)
         self._rejects: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()
 
@@ -146,5 +147,7 @@ class _ShardWork:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(model: str) -> Tokenizer:
-    return Tokenizer(model)
+def encoders(model: str) -> tuple[Tokenizer, WordCache]:
+    """Of this process, for all its shards; forked workers inherit those of their parent."""
+    tokenizer = Tokenizer(model)
+    return tokenizer, WordCache(tokenizer)

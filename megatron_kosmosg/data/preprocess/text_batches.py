@@ -1,4 +1,4 @@
-"""Kind `text`: documents -> token ids, many at a time: one call per document costs speed.
+"""Kind `text`: documents -> token ids, many at a time and (word_cache.py) word by word.
 
 The result of a document does not depend on its neighbours in the batch.
 """
@@ -11,6 +11,7 @@ from megatron_kosmosg.data.parts import TOKEN_TYPE
 from megatron_kosmosg.data.preprocess.fields import text_field
 from megatron_kosmosg.data.preprocess.records import Record, Rejected
 from megatron_kosmosg.data.preprocess.shard_store import ShardWriter
+from megatron_kosmosg.data.preprocess.word_cache import WordCache
 from megatron_kosmosg.data.tokenizer import Tokenizer
 
 MAX_DOCUMENTS, MAX_CHARACTERS = 256, 1 << 20
@@ -19,8 +20,9 @@ MAX_DOCUMENTS, MAX_CHARACTERS = 256, 1 << 20
 class TextBatches:
     """Collects documents and writes each full batch."""
 
-    def __init__(self, tokenizer: Tokenizer, writer: ShardWriter) -> None:
+    def __init__(self, tokenizer: Tokenizer, words: WordCache, writer: ShardWriter) -> None:
         self._tokenizer = tokenizer
+        self._words = words
         self._writer = writer
         self._records: list[Record] = []
         self._texts: list[str] = []
@@ -45,7 +47,7 @@ class TextBatches:
         """Writes the documents collected so far; returns those that hold no token."""
         if not self._texts:
             return []
-        arrays = self._tokenizer.encode_batch(self._texts)
+        arrays = self._words.encode_batch(self._texts)
         records, empty = [], []
         for record, ids in zip(self._records, arrays, strict=True):
             if len(ids):
