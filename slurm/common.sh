@@ -16,9 +16,9 @@ die() {
     exit 2
 }
 
-# ---- arguments: [--check] [--config FILE] [SBATCH OPTIONS, with --check] [-- REST...] ------------
+# ---- arguments: [--check] [--config FILE] [--sweep FILE] [SBATCH OPTIONS, with --check] [-- REST...]
 
-check='' options=() rest=()
+check='' options=() rest=() sweep=()
 read_arguments() {
     while [ $# -gt 0 ]; do
         case $1 in
@@ -26,6 +26,12 @@ read_arguments() {
             --config)
                 [ $# -gt 1 ] || die "--config needs a file"
                 config=$2
+                shift
+                ;;
+            --sweep) # line N of FILE: further settings of task N of a job array
+                [ -f "${2-}" ] || die "--sweep needs a file, one line of settings per array task"
+                read -ra sweep <<<"$(sed -n "${SLURM_ARRAY_TASK_ID:-1}p" "$2")"
+                [ ${#sweep[@]} -gt 0 ] || die "$2 has no line ${SLURM_ARRAY_TASK_ID:-1}"
                 shift
                 ;;
             --)
@@ -38,6 +44,7 @@ read_arguments() {
         esac
         shift
     done
+    rest+=(${sweep[@]+"${sweep[@]}"})
     if [ -n "${SLURM_JOB_ID:-}" ] || [ -n "$check" ]; then
         if [ ${#options[@]} -gt 0 ] && { [ -z "$check" ] || [ -n "${SLURM_JOB_ID:-}" ]; }; then
             die "${options[*]}: options of sbatch come before the script, as in: sbatch ${options[*]} SCRIPT"
@@ -119,15 +126,11 @@ dry_run() {
 
 # What `bash SCRIPT --check` does on a login node: dry run, plan, and sbatch's own opinion.
 check_before_sbatch() {
-    local gpus
     [ -z "${KOSMOSG_CONTAINER:-}" ] || python=${KOSMOSG_VENV:+$KOSMOSG_VENV/bin/}python3
     if [ -n "${config:-}" ]; then
         dry_run || exit 2
-        gpus=$(sed -n 's/^parallel.world_size=//p' < <(printf '%s\n' ${rest[@]+"${rest[@]}"}))
-        if [ -f tools/plan.py ]; then
-            "$python" tools/plan.py --config "$config" --num-gpus "${gpus:-256}" \
-                --gpu "${KOSMOSG_GPU:-h100-80}" ${rest[@]+"${rest[@]}"} || exit 2
-        fi
+        "$python" tools/plan.py --config "$config" --gpu "${KOSMOSG_GPU:-h100-80}" \
+            ${rest[@]+"${rest[@]}"} || exit
     fi
     if command -v sbatch >/dev/null; then
         ask_sbatch "$0"
@@ -146,7 +149,7 @@ ask_sbatch() {
     printf '%s\n' "$answer" >&2
     case $answer in
         *ccount*) die "choose an account with --account or SBATCH_ACCOUNT; sacctmgr show" \
-            "associations user=$USER lists yours" ;;
+            "associations user=$(id -un) lists yours" ;;
         *partition*) die "choose a partition with --partition or SBATCH_PARTITION:" \
             "$(sinfo -h -o '%R (%D nodes, %G)' | sort -u | paste -sd ';')" ;;
         *[Nn]ode* | *rocessors* | *"CPU count"*) die "the cluster cannot give this: ask for less" \
@@ -171,6 +174,15 @@ check_tasks() {
             for (count in gpus) shown = shown (shown == "" ? "" : " or ") count
             print NR " tasks on " node + 1 " nodes, ranks in block order, " shown " GPUs visible to each"
         }' || exit 1
+}
+
+# Fails if a node is not fit for the run. All nodes speak before the step ends.
+preflight() {
+    step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
+        "$python" tools/preflight.py node --folder "$run_folder" \
+        --gpus "${KOSMOSG_GPUS_PER_NODE:-${SLURM_GPUS_PER_NODE:-0}}" \
+        --free-gib "${KOSMOSG_FREE_GIB:-100}" || return
+    step --distribution=block "$python" tools/preflight.py network
 }
 
 # ---- starting again ------------------------------------------------------------------------------
@@ -258,8 +270,7 @@ run_stage() {
     fi
     count_start || exit 1
     if [ "${KOSMOSG_PREFLIGHT:-1}" != 0 ]; then
-        step --distribution=block "$python" tools/preflight.py --folder "$run_folder" \
-            --gpus "${SLURM_GPUS_PER_NODE:-0}" || {
+        preflight || {
             [ $? -le 128 ] || finish "$EXIT_STOPPED"
             die "a node is not fit for the run (see above); submit again with --exclude=NODE"
         }

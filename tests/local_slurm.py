@@ -20,7 +20,6 @@ from tests.ranks import free_port
 
 COMMANDS = ("slurmctld", "slurmd", "sbatch", "munged")
 HOSTS = Path("/etc/hosts")
-BEGIN, END = "# nodes of a test's Slurm: begin", "# nodes of a test's Slurm: end"
 
 CONFIG = """\
 ClusterName=test
@@ -243,13 +242,14 @@ class LocalSlurm:
         (self.folder / "gres.conf").write_text(line)
 
     def _write_hosts(self, names: list[str]) -> None:
+        begin, end = (f"# {which} of the nodes of {self.folder}" for which in ("begin", "end"))
         kept, inside = [], False
         for line in HOSTS.read_text().splitlines():
-            inside = inside or line == BEGIN
+            inside = inside or line == begin
             if not inside:
                 kept.append(line)
-            inside = inside and line != END
-        block = [BEGIN, *(f"127.0.0.1 {name}" for name in names), END] if names else []
+            inside = inside and line != end
+        block = [begin, *(f"127.0.0.1 {name}" for name in names), end] if names else []
         text = "\n".join([*kept, *block]) + "\n"
         if text != HOSTS.read_text():
             HOSTS.write_text(text)  # in place: it may be a mount

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import signal
+import subprocess
 import time
 from dataclasses import dataclass
 
@@ -99,6 +100,34 @@ def train_interrupted(config: RunConfig, when: SignalWhile) -> tuple[bool, float
         return fit(InterruptedStage(config, when), config, layout), time.monotonic() - started
     finally:
         platform.teardown()
+
+
+@dataclass(frozen=True)
+class PauseAt:
+    """Pauses one rank for `seconds` at forward pass `call`: its main thread, or all of it."""
+
+    call: int
+    rank: int
+    seconds: float
+    whole: bool = False
+
+    def __call__(self, call: int) -> None:
+        if call != self.call or int(os.environ["RANK"]) != self.rank:
+            return
+        if self.whole:
+            wake = f"sleep {self.seconds}; kill -CONT {os.getpid()}"
+            subprocess.Popen(["sh", "-c", wake])
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            time.sleep(self.seconds)
+
+
+def said_while_training(config: RunConfig, settings: dict | None = None) -> str:
+    """What this rank wrote to stderr."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        train(config, settings)
+    return said.getvalue()
 
 
 class Killed(Exception):

@@ -12,6 +12,11 @@ def output_folder(config: RunConfig) -> Path:
     return Path(config.logging.output_dir)
 
 
+def heartbeat_file(config: RunConfig) -> Path:
+    """JSON with the time, iteration and phase of the run's latest sign of life."""
+    return output_folder(config) / "heartbeat.json"
+
+
 def packing_folder(config: RunConfig) -> Path:
     """Folder of the indices that `pretrain` packs its rows by; may be deleted, is made anew."""
     return output_folder(config) / "packing"

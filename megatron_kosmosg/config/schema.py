@@ -161,6 +161,9 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     timeout_seconds: int = 600
     """Seconds until a collective whose peers are gone fails the run."""
+    stall_seconds: int = 120
+    """Seconds without progress of any rank, or without a sign of life from one, until the ranks
+    that hold the others up are named on stderr."""
 
 
 @dataclass(frozen=True)

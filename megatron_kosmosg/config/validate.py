@@ -69,6 +69,7 @@ def _check_numbers(config: RunConfig) -> None:
         "parallel.tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
         "parallel.pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
         "parallel.timeout_seconds": config.parallel.timeout_seconds,
+        "parallel.stall_seconds": config.parallel.stall_seconds,
         "training.train_iters": config.training.train_iters,
         "training.micro_batch_size": config.training.micro_batch_size,
         "training.global_batch_size": config.training.global_batch_size,

@@ -15,3 +15,8 @@ def choose_device(place: Place) -> torch.device:
     chosen = torch.device("cuda", place.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(chosen)
     return chosen
+
+
+def collective_backend(device: torch.device) -> str:
+    """Of torch.distributed, for tensors on this device."""
+    return "nccl" if device.type == "cuda" else "gloo"

@@ -15,7 +15,7 @@ import torch
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel import cpu_shim, fused_adam
 from megatron_kosmosg.parallel.cpu_shim_selftest import run_self_test
-from megatron_kosmosg.parallel.devices import choose_device
+from megatron_kosmosg.parallel.devices import choose_device, collective_backend
 from megatron_kosmosg.parallel.layout import Layout, create_groups, destroy_groups
 from megatron_kosmosg.parallel.rendezvous import find_place, meet
 from megatron_kosmosg.parallel.seeds import set_seeds
@@ -33,7 +33,7 @@ def initialize(config: RunConfig) -> Layout:
     place = find_place(os.environ)
     chosen = choose_device(place)
     prepare_megatron(chosen)
-    meet(place, _backend(chosen), timedelta(seconds=config.parallel.timeout_seconds))
+    meet(place, collective_backend(chosen), timedelta(seconds=config.parallel.timeout_seconds))
     layout = create_groups(config, chosen)
     set_seeds(config.training.seed, layout)
     if layout.rank == 0:
@@ -101,7 +101,3 @@ def transformer_impl() -> str:
     """ "transformer_engine" where it imports on a GPU, else "local"."""
     has_engine = importlib.util.find_spec("transformer_engine") is not None
     return "transformer_engine" if has_engine and torch.cuda.is_available() else "local"
-
-
-def _backend(chosen: torch.device) -> str:
-    return "nccl" if chosen.type == "cuda" else "gloo"

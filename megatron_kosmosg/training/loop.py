@@ -5,6 +5,7 @@ Everything a run does over its life is in `fit`, in order.
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import torch
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import to_yaml
-from megatron_kosmosg.config.paths import output_folder
+from megatron_kosmosg.config.paths import heartbeat_file, output_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.bad_samples import check_bad_samples
+from megatron_kosmosg.parallel.heartbeat import Heartbeat
 from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.rendezvous import find_place
 from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.checkpoint import (
     Checkpointer,
@@ -31,23 +34,35 @@ from megatron_kosmosg.training.progress import ProgressDisplay
 from megatron_kosmosg.training.signals import StopRequest
 from megatron_kosmosg.training.stage import Stage
 from megatron_kosmosg.training.step import Reporter, Update, connect, train_step
+from megatron_kosmosg.training.stragglers import Stragglers
 from megatron_kosmosg.training.weights import load_weights
 from megatron_kosmosg.training.wrapping import unwrap_model, whole_parameters, wrap_model
+
+SLOW_RATIO = 1.5
+"""A slowest rank above this multiple of the median is worth a line."""
 
 
 def fit(stage: Stage, config: RunConfig, layout: Layout) -> bool:
     """True when all iterations are done, False when a signal asked to stop and state is saved."""
-    with StopRequest() as stop:
-        return _fit(stage, config, layout, stop)
+    place, stall_seconds = find_place(os.environ), config.parallel.stall_seconds
+    with (
+        StopRequest() as stop,
+        Heartbeat(place, stall_seconds, heartbeat_file(config)) as heart,
+    ):
+        return _fit(stage, config, layout, stop, heart)
 
 
-def _fit(stage: Stage, config: RunConfig, layout: Layout, stop: StopRequest) -> bool:
+def _fit(
+    stage: Stage, config: RunConfig, layout: Layout, stop: StopRequest, heart: Heartbeat
+) -> bool:
+    heart.at(0, "data")
     data = stop.run_alone(lambda: stage.build_dataset("train"))
     heldout = None
     if config.data.heldout:
         heldout = stop.run_alone(lambda: stage.build_dataset("heldout"))
     if stop.agreed(layout.device):
         return False
+    heart.at(0, "model")
     resume_from = newest_checkpoint(config, layout)
     bare = stage.build_model(layout)
     _check_chunks(config, bare)
@@ -57,6 +72,7 @@ def _fit(stage: Stage, config: RunConfig, layout: Layout, stop: StopRequest) -> 
     optimizer = build_optimizer(config, chunks)
     scheduler = build_lr_scheduler(config, optimizer)
     connect(chunks, optimizer)
+    stragglers = Stragglers(chunks, layout, config.logging.log_interval)
 
     checkpointer = Checkpointer(
         config, layout, unwrap_model(chunks), optimizer, scheduler, data.fingerprints()
@@ -81,6 +97,7 @@ def _fit(stage: Stage, config: RunConfig, layout: Layout, stop: StopRequest) -> 
     evaluations = Evaluations(stage, config, layout, chunks, heldout, metrics, display, stop)
     stopping = False
     try:
+        heart.at(progress.iteration, "first batch")
         if resume_from is not None and evaluations.is_missing(progress.iteration):
             stopping = not evaluations.run(progress.iteration)
         if progress.iteration < config.training.train_iters and not stopping:
@@ -90,7 +107,9 @@ def _fit(stage: Stage, config: RunConfig, layout: Layout, stop: StopRequest) -> 
             display.say(f"asked to stop: still at iteration {progress.iteration}, nothing to save")
             return False
         while progress.iteration < config.training.train_iters and not stopping:
+            heart.at(progress.iteration + 1, "training")
             started = time.perf_counter()
+            stragglers.start()
             scheduler.step(1)
             update = train_step(stage, config, layout, chunks, optimizer, feed, iterators, reporter)
             seconds = time.perf_counter() - started
@@ -107,7 +126,9 @@ def _fit(stage: Stage, config: RunConfig, layout: Layout, stop: StopRequest) -> 
                 seconds=seconds,
                 world_size=layout.world_size,
             )
+            record |= stragglers.report(progress.iteration)
             metrics.iteration(record)
+            _note_straggler(display, stragglers, record)
             display.step(progress.iteration, seconds, update.totals.losses, record)
             if not update.made:
                 _note_skipped(display, progress, config)
@@ -115,10 +136,12 @@ def _fit(stage: Stage, config: RunConfig, layout: Layout, stop: StopRequest) -> 
 
             checkpointer.poll()
             stopping = stop.agreed(layout.device)
+            heart.at(progress.iteration, "evaluation")
             if not stopping and evaluations.is_due(progress.iteration):
                 stopping = not evaluations.run(progress.iteration)
             last = progress.iteration == config.training.train_iters
             if last or stopping or is_due(progress.iteration, config.checkpoint.save_interval):
+                heart.at(progress.iteration, "saving")
                 metrics.flush()
                 with whole_parameters(chunks):
                     checkpointer.save(progress)
@@ -175,6 +198,18 @@ def _note_skipped(display: ProgressDisplay, progress: Progress, config: RunConfi
         raise FloatingPointError(
             f"{progress.nonfinite_in_a_row} updates in a row had a loss or gradient that is not "
             "finite; lower optimizer.lr, or raise training.max_nonfinite_iters"
+        )
+
+
+def _note_straggler(
+    display: ProgressDisplay, stragglers: Stragglers, record: dict[str, float | None]
+) -> None:
+    ratio = record.get("slowest_rank_ratio")
+    if ratio is not None and ratio > SLOW_RATIO:
+        rank = int(record["slowest_rank"])
+        display.say(
+            f"iteration {record['iteration']} | rank {rank} on {stragglers.nodes[rank]} takes "
+            f"{ratio:.2f} x the median rank's time for its own work"
         )
 
 

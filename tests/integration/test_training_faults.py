@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -16,10 +17,12 @@ from tests.fake_stage import fake_config
 from tests.integration.test_training_loop import curve, lines
 from tests.ranks import run_ranks
 from tests.training_runs import (
+    PauseAt,
     SignalAt,
     SignalWhile,
     run_on_taken_port,
     run_program,
+    said_while_training,
     train,
     train_and_die_saving,
     train_interrupted,
@@ -99,6 +102,37 @@ def test_a_signal_to_one_rank_in_an_evaluation_stops_all_and_it_is_made_up_for(
         ]
 
     assert numbers("stopped") == numbers("straight")
+
+
+@pytest.mark.parametrize(
+    ("rank", "whole", "reader", "words"),
+    [
+        (1, False, 0, "held up by rank 1 on {node}"),
+        (1, True, 0, "no sign of life from rank 1 on {node}"),
+        (0, True, 1, "no sign of life from rank 0"),
+    ],
+    ids=["stuck", "frozen", "rank-0-frozen"],
+)
+def test_the_rank_that_holds_the_others_up_is_named(tmp_path, rank, whole, reader, words):
+    config = fake_config(str(tmp_path), parallel={"stall_seconds": 1}, training={"train_iters": 4})
+    pause = PauseAt(call=4, rank=rank, seconds=4, whole=whole)
+    said = run_ranks(2, said_while_training, config, {"hook": pause})[reader]
+    reports = [line for line in said.splitlines() if "stall:" in line]
+    named = [line for line in reports if words.format(node=socket.gethostname()) in line]
+    assert named, said
+    if not whole:
+        assert any("training of iteration 3" in line for line in named), named
+    assert json.loads((tmp_path / "heartbeat.json").read_text())["iteration"] in (2, 3, 4)
+
+
+def test_the_metrics_name_a_slow_rank(tmp_path):
+    config = fake_config(str(tmp_path), logging={"log_interval": 2}, training={"train_iters": 4})
+    run_ranks(2, train, config, {"hook": PauseAt(call=4, rank=1, seconds=3)})
+    told = [line for line in lines(tmp_path) if "slowest_rank" in line]
+    assert [line["iteration"] for line in told] == [2, 4]
+    ratio, median = told[1]["slowest_rank_ratio"], told[1]["median_rank_seconds"]
+    assert told[1]["slowest_rank"] == 1
+    assert (ratio - 1) * median == pytest.approx(3 / 2, abs=0.75)  # over two iterations
 
 
 def test_a_port_in_use_is_said_in_one_line(tmp_path):

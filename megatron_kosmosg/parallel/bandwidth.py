@@ -1,0 +1,62 @@
+"""How fast ranks add up a tensor, inside each node and across all: finds slow nodes early."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+MEBIBYTES = {"cuda": 128, "cpu": 4}
+WARM_UP, REPEATS = 2, 4
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    inside: dict[str, float]
+    """GB/s (bus bandwidth of an all-reduce) among the ranks of each node that has several."""
+    across: float | None
+    """GB/s among all ranks; None if there is one."""
+
+
+def measure_bandwidth(node: str, device: torch.device) -> Bandwidth:
+    """The same on every rank; a collective over torch.distributed's world. node: of this rank."""
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, node)
+    own = 0.0
+    for name in sorted(set(names)):
+        ranks = [rank for rank, other in enumerate(names) if other == name]
+        group = dist.new_group(ranks)  # every rank takes part in making every group
+        if name == node:
+            mine, size = group, len(ranks)
+    if size > 1:
+        own = _all_reduce_speed(mine, size, device)
+    speeds: list[float] = [0.0] * len(names)
+    dist.all_gather_object(speeds, own)
+    slowest = {
+        name: min(s for n, s in zip(names, speeds, strict=True) if n == name) for name in names
+    }
+    across = _all_reduce_speed(dist.group.WORLD, len(names), device) if len(names) > 1 else None
+    return Bandwidth({name: speed for name, speed in slowest.items() if speed}, across)
+
+
+def slow_nodes(inside: dict[str, float], share: float) -> dict[str, float]:
+    """Nodes slower than `share` of the median, with their speed as a share of it."""
+    if not inside:
+        return {}
+    median = sorted(inside.values())[len(inside) // 2]
+    return {name: speed / median for name, speed in inside.items() if speed < share * median}
+
+
+def _all_reduce_speed(group: dist.ProcessGroup | None, size: int, device: torch.device) -> float:
+    tensor = torch.ones(MEBIBYTES[device.type] * 2**18, device=device)
+    for _ in range(WARM_UP):
+        dist.all_reduce(tensor, group=group)
+    tensor[:1].item()
+    started = time.perf_counter()
+    for _ in range(REPEATS):
+        dist.all_reduce(tensor, group=group)
+    tensor[:1].item()  # waits for the device
+    seconds = (time.perf_counter() - started) / REPEATS
+    return 2 * (size - 1) / size * 4 * tensor.numel() / seconds / 1e9

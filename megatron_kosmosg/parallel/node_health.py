@@ -1,0 +1,93 @@
+"""Whether a node is fit for a long run, from nvidia-smi and the file system; needs no torch.
+
+Each function gives a list of problems in words; an empty one means fit. What nvidia-smi does not
+tell (ECC on cards without it, NVLink on cards without links) is no problem.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+QUERY = ("--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits")
+SECONDS = 60
+"""An nvidia-smi that takes longer hangs, which a GPU that has fallen off the bus causes."""
+
+
+def gpu_problems(expected: int, program: str = "nvidia-smi") -> list[str]:
+    """Missing GPUs, uncorrected memory errors, dead links. expected: GPUs of this node; 0: none
+    is looked for."""
+    if expected == 0:
+        return []
+    try:
+        counters = _said_by(program, *QUERY)
+    except (OSError, subprocess.SubprocessError) as error:
+        return [f"{expected} GPUs promised, but {program} does not work: {_reason(error)}"]
+    try:
+        links = _said_by(program, "nvlink", "--status")
+    except subprocess.SubprocessError:  # a card or a driver without NVLink
+        links = ""
+    return [*count_problems(counters, expected), *ecc_problems(counters), *link_problems(links)]
+
+
+def count_problems(counters: str, expected: int) -> list[str]:
+    """counters: what nvidia-smi said to QUERY, a line per GPU."""
+    found = len(counters.splitlines())
+    return [] if found == expected else [f"{expected} GPUs promised, {found} answer"]
+
+
+def ecc_problems(counters: str) -> list[str]:
+    """GPUs with uncorrected memory errors since the last reset."""
+    problems = []
+    for line in counters.splitlines():
+        index, errors = (field.strip() for field in line.split(",", 1))
+        if errors.isdigit() and int(errors) > 0:
+            problems.append(
+                f"GPU {index} had {errors} uncorrected memory errors; reset or drain it"
+            )
+    return problems
+
+
+def link_problems(status: str) -> list[str]:
+    """GPUs with fewer live NVLinks than the best of the node. status: of nvidia-smi nvlink."""
+    active: dict[str, int] = {}
+    gpu = ""
+    for line in status.splitlines():
+        if heading := re.match(r"GPU (\d+):", line):
+            gpu = heading[1]
+            active[gpu] = 0
+        elif re.match(r"\s+Link \d+: [\d.]+ GB/s", line):
+            active[gpu] += 1
+    most = max(active.values(), default=0)
+    return [
+        f"GPU {gpu} has {count} live NVLinks, others have {most}"
+        for gpu, count in active.items()
+        if count < most
+    ]
+
+
+def disk_problems(folder: Path, gib: float) -> list[str]:
+    """folder: may not exist yet. gib: free space needed there."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        free = shutil.disk_usage(existing).free / 2**30
+    except OSError as error:
+        return [f"{existing} cannot be used: {error.strerror}"]
+    return [] if free >= gib else [f"{existing} has {free:.1f} GiB free, {gib:g} are needed"]
+
+
+def _said_by(program: str, *arguments: str) -> str:
+    command = [program, *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=SECONDS, check=True
+    ).stdout
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"exit code {error.returncode}"
+    return "no answer in time" if isinstance(error, subprocess.TimeoutExpired) else str(error)

@@ -1,0 +1,253 @@
+"""The job scripts with stand-ins for srun, sbatch and Python: what is started, requeued, stopped.
+
+tests/integration/test_slurm.py runs the same scripts on a real Slurm.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPTS = sorted(path for path in (REPOSITORY / "slurm").glob("*.sh") if path.name != "common.sh")
+STAGES = [path for path in SCRIPTS if path.name.endswith("_256gpu.sh")]
+
+SRUN = """#!/bin/bash
+echo "$@" >>"$CALLS"
+while [ $# -gt 0 ] && [ "${1#-}" != "$1" ]; do shift; done
+exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+echo "$@" >>"$CALLS"
+"""
+PYTHON = """#!/bin/bash
+case "$*" in
+*--dry-run*)
+    printf 'logging:\\n  output_dir: %s\\ncheckpoint:\\n  save: null\\n' "$RUN"
+    exit "${DRY:-0}"
+    ;;
+*preflight.py*) exit "${FIT:-0}" ;;
+esac
+[ -z "${NEXT:-}" ] || mkdir -p "$RUN/checkpoints/$NEXT"
+[ -z "${FAILURE:-}" ] || echo "$FAILURE" >"$RUN/failure.txt"
+if [ -n "${WAITS:-}" ]; then
+    trap 'exit 85' USR1
+    touch "$RUN.up"
+    for i in $(seq 100); do sleep .1; done
+fi
+exit "${CODE:-0}"
+"""
+
+
+@dataclass
+class Cluster:
+    """Stand-ins in `folder`; `run` plays one start of a job."""
+
+    folder: Path
+    calls: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.calls = self.folder / "calls"
+        (self.folder / "venv" / "bin").mkdir(parents=True)
+        for path, text in (("srun", SRUN), ("venv/bin/python", PYTHON), ("scontrol", SCONTROL)):
+            (self.folder / path).write_text(text)
+            (self.folder / path).chmod(0o755)
+
+    @property
+    def run_folder(self) -> Path:
+        return self.folder / "run"
+
+    def environment(self, **more: str) -> dict[str, str]:
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "KOSMOSG"))}
+        return inherited | {
+            "PATH": f"{self.folder}:{os.environ['PATH']}",
+            "CALLS": str(self.calls),
+            "RUN": str(self.run_folder),
+            "VIRTUAL_ENV": str(self.folder / "venv"),
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "n[01-02]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_NTASKS_PER_NODE": "4",
+            "SLURM_CPUS_PER_TASK": "3",
+            "SLURM_GPUS_PER_NODE": "4",
+            **more,
+        }
+
+    def run(self, *arguments: str, script: str = "pretrain_256gpu.sh", **more: str):
+        self.calls.write_text("")
+        return subprocess.run(
+            ["bash", str(REPOSITORY / "slurm" / script), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=self.folder,
+            env=self.environment(**more),
+        )
+
+    def was_requeued(self) -> bool:
+        return "requeue 7" in self.calls.read_text()
+
+
+@pytest.fixture
+def cluster(tmp_path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def test_one_task_per_gpu_with_the_jobs_sizes_and_the_users_settings(cluster):
+    done = cluster.run("--", "training.train_iters=5", "logging.output_dir=a b")
+    assert done.returncode == 0 and "done" in done.stdout, done.stderr
+    dry, node, network, train = cluster.calls.read_text().splitlines()
+    assert "--dry-run parallel.world_size=8 training.train_iters=5" in dry
+    assert "--nodes=1 --ntasks=1" in dry
+    assert "preflight.py node" in node and "--gpus 4" in node and "--ntasks-per-node=1" in node
+    assert "preflight.py network" in network
+    assert "-m megatron_kosmosg.train --config examples/configs/pretrain_256gpu.yaml" in train
+    assert "parallel.world_size=8 training.train_iters=5 logging.output_dir=a b" in train
+    assert "--kill-on-bad-exit=1" in train and "--cpus-per-task=3" in train
+    assert "torchrun" not in train and not cluster.was_requeued()
+
+
+def test_an_array_task_takes_its_line_of_a_sweep(cluster):
+    (cluster.folder / "sweep").write_text("optimizer.lr=1\noptimizer.lr=2 training.seed=5\n")
+    sweep = ("--sweep", str(cluster.folder / "sweep"), "--", "training.train_iters=9")
+    cluster.run(*sweep, SLURM_ARRAY_TASK_ID="2")
+    train = cluster.calls.read_text().splitlines()[-1]
+    assert train.endswith("training.train_iters=9 optimizer.lr=2 training.seed=5")
+    ended = cluster.run(*sweep, SLURM_ARRAY_TASK_ID="3")
+    assert ended.returncode == 2 and "no line 3" in ended.stderr
+
+
+def test_a_container_takes_the_place_of_the_virtual_environment(cluster):
+    settings = {"KOSMOSG_CONTAINER": "/images/kosmosg.sqsh", "KOSMOSG_MOUNTS": "/data:/data"}
+    (cluster.folder / "python").symlink_to(cluster.folder / "venv" / "bin" / "python")
+    assert cluster.run(KOSMOSG_PREFLIGHT="0", VIRTUAL_ENV="", **settings).returncode == 0
+    for call in cluster.calls.read_text().splitlines():
+        assert "--container-image=/images/kosmosg.sqsh" in call and " python -m " in call
+        assert f"--container-mounts={REPOSITORY}:{REPOSITORY},/data:/data" in call
+
+
+@pytest.mark.parametrize("code", [85, 1, 137], ids=["stopped", "crashed", "killed"])
+def test_a_stop_and_a_crash_are_requeued(cluster, code):
+    ended = cluster.run(CODE=str(code), NEXT="iter_0000004")
+    assert ended.returncode == 0 and cluster.was_requeued()
+
+
+@pytest.mark.parametrize("error", ["FloatingPointError: 100 updates in a row", "config"])
+def test_an_error_that_would_come_again_is_not_requeued(cluster, error):
+    text = error.replace("config", "megatron_kosmosg.config.errors.ConfigError: no such file")
+    ended = cluster.run(CODE="1", FAILURE=text)
+    assert ended.returncode == 1 and not cluster.was_requeued()
+    assert "same error would come again" in ended.stdout
+
+
+def test_a_crash_loop_without_progress_ends_and_one_with_progress_does_not(cluster):
+    limit = {"KOSMOSG_MAX_STALLED_STARTS": "2", "CODE": "1"}
+    for restart in range(4):
+        cluster.run(SLURM_RESTART_COUNT=str(restart), NEXT=f"iter_{restart:07d}", **limit)
+        assert cluster.was_requeued(), restart
+    outcomes = []
+    for restart in range(4, 8):
+        ended = cluster.run(SLURM_RESTART_COUNT=str(restart), **limit)
+        outcomes.append(cluster.was_requeued())
+        if not outcomes[-1]:
+            break
+    assert outcomes == [True, True, False] and ended.returncode == 1
+    assert "no new checkpoint after iteration 3" in ended.stdout
+    # Slurm itself requeues after the loss of a node: the next start counts, too.
+    again = cluster.run(SLURM_RESTART_COUNT="9", **limit)
+    assert again.returncode == 1 and "-m megatron_kosmosg.train --config" not in str(
+        [c for c in cluster.calls.read_text().splitlines() if "--dry-run" not in c]
+    )
+    assert cluster.run(**limit).returncode == 0 and cluster.was_requeued()  # submitted anew
+
+
+def test_half_a_checkpoint_is_no_progress(cluster):
+    cluster.run(CODE="1", NEXT="iter_0000002")
+    cluster.run(CODE="1", SLURM_RESTART_COUNT="1", NEXT="iter_0000004.tmp")
+    cluster.run(CODE="1", SLURM_RESTART_COUNT="2")
+    assert (cluster.run_folder / "slurm_starts").read_text() == "2 1\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "requeued", "code"),
+    [(signal.SIGUSR1, True, 0), (signal.SIGTERM, False, 85)],
+    ids=["usr1", "term"],
+)
+def test_a_signal_to_the_batch_shell_reaches_the_tasks(cluster, number, requeued, code):
+    process = subprocess.Popen(
+        ["bash", str(REPOSITORY / "slurm" / "align_256gpu.sh")],
+        env=cluster.environment(WAITS="yes", KOSMOSG_PREFLIGHT="0"),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while not (cluster.folder / "run.up").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == code, said
+    assert cluster.was_requeued() == requeued
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"), [({"DRY": "1"}, ""), ({"FIT": "1"}, "--exclude=NODE")]
+)
+def test_a_bad_layout_or_node_ends_the_job_before_training(cluster, settings, words):
+    ended = cluster.run(**settings)
+    assert ended.returncode == 2 and words in ended.stderr and not cluster.was_requeued()
+    trained = [c for c in cluster.calls.read_text().splitlines() if "train --config" in c]
+    assert all("--dry-run" in call for call in trained)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "job", "words"),
+    [
+        ((), "", "bash .*pretrain_256gpu.sh --check"),
+        (("--nodes=4",), "7", "sbatch --nodes=4 SCRIPT"),
+        (("training.train_iters=5",), "7", "after --"),
+        (("--config",), "7", "needs a file"),
+    ],
+)
+def test_wrong_arguments_say_what_to_write(cluster, arguments, job, words):
+    ended = cluster.run(*arguments, SLURM_JOB_ID=job)
+    assert ended.returncode == 2 and re.search(words, ended.stderr), ended.stderr
+
+
+def test_no_python_says_what_to_set(cluster):
+    ended = cluster.run(VIRTUAL_ENV="/no/such/venv")
+    assert ended.returncode == 2 and "KOSMOSG_VENV" in ended.stderr
+
+
+def test_tools_go_on_after_an_interruption_and_keep_their_own_errors(cluster):
+    arguments = ("--", "--kind", "text")
+    assert cluster.run(*arguments, script="preprocess_mpi.sh").returncode == 0
+    (call,) = cluster.calls.read_text().splitlines()
+    assert "--mpi=pmi2" in call and call.endswith("tools/preprocess_data.py --kind text")
+    cluster.run(*arguments, script="preprocess_mpi.sh", CODE="138")
+    assert cluster.was_requeued()
+    cluster.run(*arguments, script="preprocess_mpi.sh", SLURM_RESTART_COUNT="1")
+    assert cluster.calls.read_text().endswith("--kind text --resume\n")
+    ended = cluster.run(*arguments, script="cache_latents.sh", CODE="2")
+    assert ended.returncode == 2 and not cluster.was_requeued()
+
+
+def test_all_scripts_find_the_project_alike():
+    blocks = {
+        re.search(r"# sbatch runs.*?common.sh\"\n\n", s.read_text(), re.S)[0] for s in SCRIPTS
+    }
+    assert len(SCRIPTS) == 6 and len(blocks) == 1
+
+
+@pytest.mark.parametrize("script", STAGES, ids=lambda path: path.stem)
+def test_stage_scripts_ask_for_32_nodes_of_8_gpus_and_a_second_chance(script):
+    text = script.read_text()
+    for option in ("nodes=32", "ntasks-per-node=8", "gpus-per-node=8", "requeue", "signal=USR1@"):
+        assert f"#SBATCH --{option}" in text, option
+    assert f"examples/configs/{script.stem}.yaml" in text
