@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.world import world_layout
 
 
 def model_parallel_size(config: RunConfig) -> int:
@@ -13,19 +14,8 @@ def model_parallel_size(config: RunConfig) -> int:
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """Copies of the model among `world_size` ranks (the U-Net sits on the same ranks)."""
-    ranks = model_parallel_size(config)
-    if world_size % ranks:
-        lower = world_size // ranks * ranks
-        nearest = f"{lower} or {lower + ranks}" if lower else f"{ranks}"
-        raise ConfigError(
-            f"{world_size} ranks cannot be split into copies of "
-            f"parallel.tensor_model_parallel_size ({config.parallel.tensor_model_parallel_size}) x "
-            f"parallel.pipeline_model_parallel_size "
-            f"({config.parallel.pipeline_model_parallel_size}) = {ranks} ranks; "
-            f"start {nearest} ranks or change the two sizes"
-        )
-    return world_size // ranks
+    """Decoder replicas among `world_size` ranks; ranks of the U-Net alone are none."""
+    return world_layout(config, world_size).num_replicas
 
 
 def num_microbatches(config: RunConfig, dp_size: int) -> int:

@@ -104,9 +104,10 @@ class KosmosG(LanguageModule):
         """Tell every pipeline stage whether anything before it trains. Call on all ranks.
 
         Where nothing does, no gradient is computed for it (the schedule is sent zeros). Without
-        this call results are the same, but the backward of frozen layers is computed.
+        this call results are the same, but the backward of frozen layers is computed. On the meta
+        device, where nothing is computed, it does nothing.
         """
-        if self._layout.pp_size == 1:
+        if self._layout.pp_size == 1 or self._layout.device.type == "meta":
             return
         trains = torch.tensor(
             [any(p.requires_grad for p in self.parameters())],

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -24,6 +25,17 @@ SD_V1_5_VAE = {
     "latent_channels": 4,
     "sample_size": 512,
 }
+
+
+class DiffusionFlops(NamedTuple):
+    """FLOPs of one image."""
+
+    forward: int
+    """Of the U-Net."""
+    backward: int
+    """Of the U-Net, to the condition alone."""
+    encode: int
+    """Of the VAE's encoder."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +82,8 @@ def score_flops(
 
     U-Net forward, its backward to the condition alone, and the VAE encoder unless cached.
     """
-    forward, backward, encode = _counts(path, image_size, condition_length)
-    return forward + backward + (encode if with_vae else 0)
+    counted = diffusion_flops(path, image_size, condition_length)
+    return counted.forward + counted.backward + (counted.encode if with_vae else 0)
 
 
 def unet_and_vae(path: str | None) -> tuple[UNet2DConditionModel, AutoencoderKL]:
@@ -90,8 +102,18 @@ def unet_and_vae(path: str | None) -> tuple[UNet2DConditionModel, AutoencoderKL]
 
 
 @cache
-def _counts(path: str | None, image_size: int, condition_length: int) -> tuple[int, int, int]:
-    """(U-Net forward, U-Net backward to the condition, VAE encoder), FLOPs of one image."""
+def diffusion_parameters(path: str | None) -> dict[str, int]:
+    """Parameters of U-Net and VAE, counted on the meta device, once per process."""
+    unet, vae = unet_and_vae(path)
+    return {
+        "unet": sum(p.numel() for p in unet.parameters()),
+        "vae": sum(p.numel() for p in vae.parameters()),
+    }
+
+
+@cache
+def diffusion_flops(path: str | None, image_size: int, condition_length: int) -> DiffusionFlops:
+    """Counted on the meta device, once per process."""
     unet, vae = unet_and_vae(path)
     latent_size = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
     latents = torch.empty(1, unet.config.in_channels, latent_size, latent_size, device="meta")
@@ -106,4 +128,4 @@ def _counts(path: str | None, image_size: int, condition_length: int) -> tuple[i
     backward = counter.get_total_flops() - forward
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         vae.encode(torch.empty(1, 3, image_size, image_size, device="meta"))
-    return forward, backward, counter.get_total_flops()
+    return DiffusionFlops(forward, backward, counter.get_total_flops())

@@ -17,12 +17,12 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.validate import validate_files, validate_layout
+from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.parallel.rendezvous import find_place
 from megatron_kosmosg.planning import flops
 from megatron_kosmosg.planning.model_counts import ModelCounts, count_model
-
-MANY_RANKS = 16
-"""Above this, the rank table shows the first replicas and the last."""
+from megatron_kosmosg.planning.rank_map import rank_table
+from megatron_kosmosg.planning.workload import kinds
 
 
 def describe(config: RunConfig) -> str:
@@ -32,7 +32,7 @@ def describe(config: RunConfig) -> str:
     counts = count_model(config)
     sections = [
         ("Resolved config", to_yaml(config).rstrip()),
-        (f"Ranks ({world_size})", rank_table(config, world_size)),
+        (f"Ranks ({world_size})", rank_table(world_layout(config, world_size))),
         ("Parameters", parameter_table(counts)),
         ("Parameters per rank", per_rank_table(config, world_size, counts)),
         ("Batch", batch_table(config, world_size)),
@@ -46,30 +46,6 @@ def planned_world_size(config: RunConfig) -> int:
     if config.parallel.world_size is not None:
         return config.parallel.world_size
     return max(find_place(os.environ).world_size, model_parallel_size(config))
-
-
-def rank_table(config: RunConfig, world_size: int) -> str:
-    """Which ranks share tensors, follow each other in the pipeline, and copy each other.
-
-    Tensor-parallel ranks are adjacent, pipeline stages are furthest apart.
-    """
-    tp_size = config.parallel.tensor_model_parallel_size
-    pp_size = config.parallel.pipeline_model_parallel_size
-    dp_size = data_parallel_size(config, world_size)
-    shown = list(range(dp_size))
-    if world_size > MANY_RANKS:
-        shown = [0, 1, dp_size - 1] if dp_size > 3 else shown
-    lines = [f"tensor {tp_size} x pipeline {pp_size} x data {dp_size}"]
-    for previous, replica in zip([-1, *shown], shown, strict=False):
-        if replica > previous + 1:
-            lines.append("  ...")
-        stages = []
-        for stage in range(pp_size):
-            first = tp_size * (replica + dp_size * stage)
-            ranks = ", ".join(str(first + offset) for offset in range(tp_size))
-            stages.append(f"stage {stage}: ranks {ranks}" if pp_size > 1 else f"ranks {ranks}")
-        lines.append(f"  replica {replica}: {' -> '.join(stages)}")
-    return "\n".join(lines)
 
 
 def parameter_table(counts: ModelCounts) -> str:
@@ -118,7 +94,7 @@ def batch_table(config: RunConfig, world_size: int) -> str:
             "picture in it"
         )
     else:
-        typical = min(TYPICAL_LENGTH[config.stage], length)
+        typical = kinds(config)[0].length
         work = (
             flops.align_flops(config, rows * typical, rows)
             if config.stage == "align"
@@ -129,10 +105,6 @@ def batch_table(config: RunConfig, world_size: int) -> str:
             f"{work / 1e12:,.4g} TFLOP an update for prompts of {typical} positions{pictures}"
         )
     return "\n".join(lines)
-
-
-TYPICAL_LENGTH = {"align": 40, "instruct": 215}
-"""Positions of an ordinary sample: a caption; a prompt of a sentence and two pictures."""
 
 
 def _files(config: RunConfig) -> str:

@@ -65,6 +65,11 @@ def vision_flops(config: RunConfig, num_images: float) -> float:
     return num_images * (patch * (_patches(config) - 1) + sizes.num_layers * _vision_block(config))
 
 
+def trained_vision_flops(config: RunConfig, num_images: float) -> float:
+    """Forward pass of the image tower's trained blocks."""
+    return num_images * config.model.vision.num_trainable_layers * _vision_block(config)
+
+
 def resampler_flops(config: RunConfig, num_images: float) -> float:
     """Forward pass of the resampler: projection, then queries attending to patches and queries."""
     width, queries = config.model.decoder.hidden_size, config.model.resampler.num_latent_queries
@@ -121,10 +126,9 @@ def clip_text_flops(config: RunConfig, num_captions: float) -> float:
 
 def _pictures(config: RunConfig, num_images: float) -> float:
     """Image tower with its last blocks trained, and the trained resampler."""
-    trained_blocks = config.model.vision.num_trainable_layers * _vision_block(config)
     return (
         vision_flops(config, num_images)
-        + (TRAINED - 1) * num_images * trained_blocks
+        + (TRAINED - 1) * trained_vision_flops(config, num_images)
         + TRAINED * resampler_flops(config, num_images)
     )
 

@@ -16,7 +16,7 @@ from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
 from megatron_kosmosg.models.pipeline_pieces import StagePieces, pipeline_pieces
 from megatron_kosmosg.parallel.layout import lone_layout
-from megatron_kosmosg.planning.diffusion_flops import clip_text_shape, unet_and_vae
+from megatron_kosmosg.planning.diffusion_flops import clip_text_shape, diffusion_parameters
 from megatron_kosmosg.stages import build_stage
 
 
@@ -34,8 +34,19 @@ class RankCount:
 
     trainable: int
     frozen: int
+    gradient_elements: int
+    """Of the gradient buffer, in which each trained tensor starts at a multiple of 64."""
     pieces: str
     """What they are, in words."""
+
+
+@dataclass(frozen=True)
+class ModelShares:
+    """The pipeline stages of a layout; frozen helpers left out."""
+
+    pieces: list[StagePieces]
+    counts: list[RankCount]
+    """What each tensor-parallel rank of a stage holds."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,8 @@ class ModelCounts:
     parts: dict[str, Part]
     """Every module of the stage, frozen helpers (text encoder, U-Net, VAE) included."""
     ranks: list[RankCount]
-    """One entry per pipeline stage; its tensor-parallel ranks hold equal numbers."""
+    """One entry per pipeline stage; its tensor-parallel ranks hold equal numbers. The frozen
+    helpers count with the last stage."""
 
     @property
     def trainable(self) -> int:
@@ -56,7 +68,7 @@ class ModelCounts:
 
 def count_model(config: RunConfig) -> ModelCounts:
     """The counts of the stage and layout in `config`; allocates nothing, reads at most configs."""
-    model = _whole_model(config)
+    model = whole_model(config)
     parts: dict[str, Part] = {}
     for name, child in model.named_children():
         trainable = sum(p.numel() for p in child.parameters() if p.requires_grad)
@@ -70,12 +82,15 @@ def count_model(config: RunConfig) -> ModelCounts:
         parts["embedding"].trainable - padding * is_trained,
         parts["embedding"].frozen - padding * (not is_trained),
     )
-    helpers = _frozen_helpers(config)
+    helpers = frozen_helpers(config)
     parts.update({name: Part(0, count) for name, count in helpers.items()})
-    return ModelCounts(parts, _ranks(config, model, sum(helpers.values())))
+    *before, last = model_shares(config, model).counts
+    last = dataclasses.replace(last, frozen=last.frozen + sum(helpers.values()))
+    return ModelCounts(parts, [*before, last])
 
 
-def _whole_model(config: RunConfig) -> torch.nn.Module:
+def whole_model(config: RunConfig) -> torch.nn.Module:
+    """The stage's model on one rank, on the meta device, frozen as in training."""
     lone = lone_layout(torch.device("meta"))
     alone = dataclasses.replace(config, parallel=ParallelConfig())
     # Frozen helpers sit on the last pipeline stage; a stage object made for another one reads none.
@@ -84,39 +99,42 @@ def _whole_model(config: RunConfig) -> torch.nn.Module:
     return model
 
 
-def _frozen_helpers(config: RunConfig) -> dict[str, int]:
+def frozen_helpers(config: RunConfig) -> dict[str, int]:
+    """Parameters of the frozen networks beside the model, by name."""
     if config.stage == "align":
         return {"clip_text": clip_text_shape(config.model.clip_text.path).num_parameters}
     if config.stage == "instruct":
-        unet, vae = unet_and_vae(config.model.diffusion.path)
-        return {
-            "unet": sum(p.numel() for p in unet.parameters()),
-            "vae": sum(p.numel() for p in vae.parameters()),
-        }
+        return diffusion_parameters(config.model.diffusion.path)
     return {}
 
 
-def _ranks(config: RunConfig, model: torch.nn.Module, helpers: int) -> list[RankCount]:
+def model_shares(config: RunConfig, model: torch.nn.Module) -> ModelShares:
+    """How `model` (whole_model) is spread over the pipeline and tensor ranks of `config`."""
     parts = tuple(name for name in ("M", "N") if _has(model, f"aligner_{name.lower()}"))
     stages = pipeline_pieces(config, parts)
     tp_size = config.parallel.tensor_model_parallel_size
     vocabulary = padded_vocab_size(config.model.vocab_size, tp_size) // tp_size
     width = config.model.decoder.hidden_size
     held: list[defaultdict[bool, int]] = [defaultdict(int) for _ in stages]
+    buffers = [0] * len(stages)
     for name, parameter in model.named_parameters():
-        index = _pipeline_stage(name, stages)
+        owners = [_pipeline_stage(name, stages)]
         if name.endswith("word_embeddings.weight"):
             numel = vocabulary * width
-            tied_copy = config.stage == "pretrain" and len(stages) > 1
-            held[-1][parameter.requires_grad] += numel * tied_copy
+            if config.stage == "pretrain" and len(stages) > 1:
+                owners.append(-1)  # the output head's tied copy
         else:
             numel = parameter.numel() // (tp_size if _is_split(parameter) else 1)
-        held[index][parameter.requires_grad] += numel
-    held[-1][False] += helpers
-    return [
-        RankCount(count[True], count[False], _describe(config, stages, index, parts))
+        for index in owners:
+            held[index][parameter.requires_grad] += numel
+            buffers[index] += -(-numel // 64) * 64 * parameter.requires_grad
+    counts = [
+        RankCount(
+            count[True], count[False], buffers[index], _describe(config, stages, index, parts)
+        )
         for index, count in enumerate(held)
     ]
+    return ModelShares(stages, counts)
 
 
 def _is_split(parameter: torch.nn.Parameter) -> bool:
@@ -149,7 +167,7 @@ def _describe(
         pieces += {
             "pretrain": ["output head"],
             "align": ["CLIP text encoder"],
-            "instruct": ["U-Net and VAE"],
+            "instruct": ["U-Net and VAE"] if config.score.placement == "colocated" else [],
         }[config.stage]
     return ", ".join(pieces)
 

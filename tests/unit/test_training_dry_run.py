@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_kosmosg.config.load import load_config
-from megatron_kosmosg.planning.dry_run import describe, rank_table
+from megatron_kosmosg.config.world import world_layout
+from megatron_kosmosg.planning.dry_run import describe
 from megatron_kosmosg.planning.model_counts import Part, count_model
+from megatron_kosmosg.planning.rank_map import rank_table
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 
@@ -104,7 +106,7 @@ def test_rank_table_follows_megatrons_order():
             "parallel.pipeline_model_parallel_size=2",
         ],
     )
-    assert rank_table(config, 8).splitlines()[1:] == [
+    assert rank_table(world_layout(config, 8)).splitlines()[1:] == [
         "  replica 0: stage 0: ranks 0, 1 -> stage 1: ranks 4, 5",
         "  replica 1: stage 0: ranks 2, 3 -> stage 1: ranks 6, 7",
     ]

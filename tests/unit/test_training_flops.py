@@ -15,7 +15,7 @@ from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.planning import flops
 from megatron_kosmosg.planning.diffusion_flops import (
     CLIP_VIT_L_TEXT,
-    _counts,
+    diffusion_flops,
     score_flops,
     unet_and_vae,
 )
@@ -49,7 +49,7 @@ def test_aligner_m(length, expected):
 
 
 def test_stable_diffusion_at_512_pixels():
-    forward, backward, encode = _counts(None, 512, 77)
+    forward, backward, encode = diffusion_flops(None, 512, 77)
     assert forward / G == pytest.approx(803.3, rel=1e-3)
     assert backward / G == pytest.approx(865.9, rel=1e-3)
     assert encode / G == pytest.approx(1116.7, rel=1e-3)

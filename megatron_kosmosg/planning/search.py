@@ -1,0 +1,161 @@
+"""Valid layouts of a stage, best first; by formulae alone.
+
+Recomputation (of the decoder's layers, of the U-Net) is tried only where a layout does not fit
+without, since it never makes one faster.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.validate import validate_layout
+from megatron_kosmosg.config.world import WorldLayout, world_layout
+from megatron_kosmosg.planning.choice import Choice, with_choice
+from megatron_kosmosg.planning.estimate import Estimate, estimate
+from megatron_kosmosg.planning.gpus import Efficiency, Gpu
+from megatron_kosmosg.planning.model_counts import ModelShares, model_shares
+from megatron_kosmosg.planning.pipeline_balance import balanced_layout
+
+TENSOR = (1, 2, 4, 8)
+PIPELINE = (1, 2, 4)
+PLACEMENTS = [("colocated", 1, 1)] + [("dedicated", k, 1) for k in (1, 2, 3, 4, 6)]
+PLACEMENTS += [("dedicated", 1, r) for r in (2, 4)]
+LARGEST_MICRO_BATCH = 64
+MOST_MICRO_BATCHES = 64
+
+
+@dataclass(frozen=True)
+class Candidate:
+    choice: Choice
+    config: RunConfig
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    candidates: list[Candidate]
+    """Those that fit, fastest first."""
+    num_tried: int
+    num_too_large: int
+    """Layouts that do not fit the GPU's memory even with recomputation."""
+
+
+def search(
+    config: RunConfig, world_size: int, gpu: Gpu, efficiency: Efficiency, model: torch.nn.Module
+) -> SearchResult:
+    """All valid layouts of `config` on `world_size` GPUs. Raises ConfigError when none fits."""
+    fitting, tried, too_large = [], 0, 0
+    estimator = _Estimator(world_size, gpu, efficiency, model)
+    for choices in _choices(config, world_size):
+        tried += 1
+        for choice in choices:  # with ever more recomputation
+            candidate = estimator.candidate(config, choice)
+            if candidate is None or candidate.estimate.fits:
+                break
+        if candidate is None:
+            continue
+        if candidate.estimate.fits:
+            fitting.append(candidate)
+        else:
+            too_large += 1
+    if not fitting:
+        raise ConfigError(
+            f"no layout of stage={config.stage} fits {world_size} x {gpu.name} with "
+            f"training.global_batch_size={config.training.global_batch_size}; "
+            f"{too_large} are too large for {gpu.memory_gib:g} GiB; take more GPUs or another batch"
+        )
+    fitting.sort(key=lambda c: (c.estimate.seconds, c.choice.tensor * c.choice.pipeline))
+    return SearchResult(fitting, tried, too_large)
+
+
+def check_layout(config: RunConfig, world: WorldLayout) -> None:
+    """validate_layout of the decoder ranks: training's own check knows no score ranks yet."""
+    decoders = world.num_replicas * world.replica_size
+    validate_layout(
+        replace(
+            config,
+            parallel=replace(config.parallel, world_size=decoders),
+            score=replace(config.score, placement="colocated"),
+        ),
+        decoders,
+    )
+
+
+def _choices(config: RunConfig, world_size: int) -> Iterator[list[Choice]]:
+    """Layouts, each as a list with ever more recomputation."""
+    instruct = config.stage == "instruct"
+    parts = {"pretrain": (), "align": ("M", "N"), "instruct": ("M",)}[config.stage]
+    placements = PLACEMENTS if instruct else PLACEMENTS[:1]
+    caches = (True, False) if instruct else (False,)
+    for tp, pp, (placement, k, r) in itertools.product(TENSOR, PIPELINE, placements):
+        if tp * pp > 8 or tp * pp * r + (k if placement == "dedicated" else 0) > world_size:
+            continue
+        base = Choice(tp, pp, None, placement, k, r, 1, "none", False, False)
+        try:
+            layout = with_choice(config, base, world_size)
+            world = world_layout(layout, world_size)
+        except ConfigError:
+            continue
+        balanced = balanced_layout(layout, parts)
+        for spread in {None, balanced}:
+            for size in _micro_batch_sizes(config, world.num_replicas):
+                for cached in caches:
+                    yield [
+                        replace(
+                            base,
+                            pipeline_layout=spread,
+                            micro_batch_size=size,
+                            cached_latents=cached,
+                            recompute=recompute,
+                            score_recompute=again,
+                        )
+                        for recompute, again in _recomputations(config.stage)
+                    ]
+
+
+def _recomputations(stage: str) -> list[tuple[str, bool]]:
+    if stage != "instruct":
+        return [("none", False), ("full", False)]
+    return [("none", False), ("none", True), ("full", False), ("full", True)]
+
+
+def _micro_batch_sizes(config: RunConfig, replicas: int) -> list[int]:
+    rows, rest = divmod(config.training.global_batch_size, replicas)
+    if rest or not rows:
+        return []
+    largest = min(rows, LARGEST_MICRO_BATCH)
+    return [
+        size for size in range(1, largest + 1)
+        if rows % size == 0 and rows // size <= MOST_MICRO_BATCHES
+    ]  # fmt: skip
+
+
+class _Estimator:
+    """Estimates choices; how a model is spread is counted once for every tensor and pipeline."""
+
+    def __init__(
+        self, world_size: int, gpu: Gpu, efficiency: Efficiency, model: torch.nn.Module
+    ) -> None:
+        self._world_size, self._gpu, self._efficiency = world_size, gpu, efficiency
+        self._model = model
+        self._shares: dict[tuple, ModelShares] = {}
+
+    def candidate(self, config: RunConfig, choice: Choice) -> Candidate | None:
+        """The choice with its estimate; None where its numbers do not divide."""
+        planned = with_choice(config, choice, self._world_size)
+        key = (choice.tensor, choice.pipeline, choice.pipeline_layout, choice.placement)
+        try:
+            world = world_layout(planned, self._world_size)
+            check_layout(planned, world)
+            if key not in self._shares:
+                self._shares[key] = model_shares(planned, self._model)
+            found = estimate(planned, world, self._gpu, self._efficiency, self._shares[key])
+        except ConfigError:
+            return None
+        return Candidate(choice, planned, found)

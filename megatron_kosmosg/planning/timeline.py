@@ -1,0 +1,96 @@
+"""When each rank of a replica works in one update: Megatron's 1F1B order, played through.
+
+A dedicated score rank takes whole micro-batches, round robin, in the order of micro-batch and
+replica; the decoder runs `ahead` more forward passes before it waits for the first answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One update without gradient exchange and optimizer."""
+
+    seconds: float
+    decoder_busy: float
+    """Seconds that a decoder rank works, mean over the pipeline stages."""
+    score_busy: float
+    """Seconds that a dedicated score rank works, mean over them; 0 without."""
+
+
+def play(
+    forward: Sequence[Sequence[float]],
+    backward: Sequence[Sequence[float]],
+    score: Sequence[float] | None = None,
+    *,
+    score_ranks: int = 1,
+    replicas: int = 1,
+    ahead: int = 0,
+) -> Timeline:
+    """Seconds of the whole. forward, backward: [stage][micro-batch] seconds.
+
+    score: seconds of each micro-batch on a dedicated score rank; None where it is colocated.
+    replicas: that share the score ranks. ahead: extra warm-up forwards of every stage.
+    """
+    stages, count = len(forward), len(forward[0])
+    orders = [_order(stages, stage, count, ahead) for stage in range(stages)]
+    done: dict[tuple[str, int, int, int], float] = {}  # (pass, replica, stage, micro-batch)
+    free = {(replica, stage): 0.0 for replica in range(replicas) for stage in range(stages)}
+    pointers = dict.fromkeys(free, 0)
+    servers = [0.0] * score_ranks
+    queue = [(i, replica) for i in range(count) for replica in range(replicas)]
+    waiting = [
+        [entry for entry in queue if entry[0] % score_ranks == s] for s in range(score_ranks)
+    ]
+    left = len(free) * 2 * count
+    while left:
+        for (replica, stage), pointer in pointers.items():
+            while pointer < 2 * count:
+                name, i = orders[stage][pointer]
+                ready = _ready(done, name, replica, stage, i, stages, score is not None)
+                if ready is None:
+                    break
+                seconds = (forward if name == "F" else backward)[stage][i]
+                end = max(free[replica, stage], ready) + seconds
+                free[replica, stage] = done[name, replica, stage, i] = end
+                pointer, left = pointer + 1, left - 1
+            pointers[replica, stage] = pointer
+        for server, entries in enumerate(waiting if score is not None else []):
+            while entries and ("F", entries[0][1], stages - 1, entries[0][0]) in done:
+                i, replica = entries.pop(0)
+                sent = done["F", replica, stages - 1, i]
+                servers[server] = max(servers[server], sent) + score[i]
+                done["S", replica, stages - 1, i] = servers[server]
+    busy = sum(map(sum, forward)) + sum(map(sum, backward))
+    scored = sum(score) * replicas / score_ranks if score is not None else 0.0
+    return Timeline(max(free.values()), busy / stages, scored)
+
+
+def _order(stages: int, stage: int, count: int, ahead: int) -> list[tuple[str, int]]:
+    warm_up = min(stages - stage - 1 + ahead, count)
+    order = [("F", i) for i in range(warm_up)]
+    for i in range(count):
+        if warm_up + i < count:
+            order.append(("F", warm_up + i))
+        order.append(("B", i))
+    return order
+
+
+def _ready(
+    done: dict[tuple[str, int, int, int], float],
+    name: str,
+    replica: int,
+    stage: int,
+    i: int,
+    stages: int,
+    dedicated: bool,
+) -> float | None:
+    """When the inputs of a pass are there; None while that is unknown."""
+    if name == "F":
+        return 0.0 if stage == 0 else done.get(("F", replica, stage - 1, i))
+    if stage < stages - 1:
+        return done.get(("B", replica, stage + 1, i))
+    return done.get(("S" if dedicated else "F", replica, stage, i))

@@ -1,0 +1,97 @@
+"""Peak bytes of tensors in a real training update, from a tracker that sees every storage."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_kosmosg.config.batching import num_microbatches
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.stages import build_stage
+from megatron_kosmosg.training.optimizer import apply_update, build_optimizer
+from megatron_kosmosg.training.step import connect
+from megatron_kosmosg.training.wrapping import wrap_model
+from tests.tiny_models import random_batch
+
+
+class StorageTracker(TorchDispatchMode):
+    """Bytes of all storages that operations return, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ref] = {}
+
+    def see(self, value) -> None:
+        if not isinstance(value, torch.Tensor):
+            return
+        storage = value.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive or not size:
+            return
+
+        def freed(_reference) -> None:
+            self.now -= size
+            del self._alive[key]
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            self.see(value)
+        return result
+
+
+def measured_bytes(config: RunConfig, rows: int, length: int) -> dict[str, int]:
+    """On this rank: `kept` between updates, `peak` of an update, `parameters` by requires_grad."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    layout = platform.initialize(config)
+    try:
+        with StorageTracker() as tracker:
+            stage = build_stage(config, layout)
+            chunks = wrap_model(stage.build_model(layout), config)
+            optimizer = build_optimizer(config, chunks)
+            connect(chunks, optimizer)
+            frozen = []
+            if (
+                config.stage == "instruct" and layout.is_last_stage
+            ):  # read from files, unseen so far
+                frozen = [stage._diffusion.unet, stage._diffusion.vae]
+            for module in [*chunks, *frozen]:
+                for parameter in module.parameters():
+                    tracker.see(parameter.data)
+            count = num_microbatches(config, layout.dp_size)
+            for _ in range(2):
+                for chunk in chunks:
+                    chunk.zero_grad_buffer()
+                optimizer.zero_grad()
+                tracker.peak = kept = tracker.now
+                batches = (random_batch(config.stage, rows, length, seed) for seed in range(count))
+                get_forward_backward_func()(
+                    forward_step_func=stage.forward_step,
+                    data_iterator=batches,
+                    model=chunks[0],
+                    num_microbatches=count,
+                    seq_length=length,
+                    micro_batch_size=rows,
+                    forward_only=False,
+                )
+                peak = tracker.peak
+                apply_update(optimizer, 1.0)
+        parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        return {
+            "kept": kept,
+            "peak": peak,
+            "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            "frozen": sum(p.numel() for p in parameters if not p.requires_grad),
+        }
+    finally:
+        platform.teardown()
