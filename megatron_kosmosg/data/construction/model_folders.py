@@ -1,0 +1,36 @@
+"""Opens models of transformers from local folders; what is wrong with one is said in a sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+Loaded = TypeVar("Loaded")
+CONFIG_FILE = "config.json"
+
+
+def model_type(folder: Path) -> str:
+    """What config.json calls the model. Raises ValueError where the folder is no model's."""
+    try:
+        return str(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder} is not a model folder of transformers: {CONFIG_FILE}: {error}"
+        ) from error
+
+
+def check_type(folder: Path, option: str, wanted: str, example: str) -> None:
+    """Raises ValueError unless the folder holds a model of this type."""
+    found = model_type(folder)
+    if found != wanted:
+        raise ValueError(f"{option} {folder} is of type {found}; needed: {wanted}, as {example}")
+
+
+def loaded(load: Callable[..., Loaded], folder: Path, **options: Any) -> Loaded:
+    """`load(folder)` from local files. Raises ValueError with the first line of what failed."""
+    try:
+        return load(folder, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,26 @@
+"""A model that is loaded when the first batch needs it and let go when its step is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Model = TypeVar("Model")
+
+
+class OnDemand(Generic[Model]):
+    """Holds what `open_model` returns."""
+
+    def __init__(self, open_model: Callable[[], Model]) -> None:
+        self._open = open_model
+        self._model: Model | None = None
+
+    def get(self) -> Model:
+        """The model."""
+        if self._model is None:
+            self._model = self._open()
+        return self._model
+
+    def release(self) -> None:
+        """Frees its memory."""
+        self._model = None
