@@ -117,7 +117,7 @@ class LocalSlurm:
         shown = self.run("scontrol", "--oneliner", "show", "job", number).stdout
         return dict(field.split("=", 1) for field in shown.split() if "=" in field)
 
-    def wait_until(self, condition: Callable[[], object], what: str, seconds: float = 600) -> None:
+    def wait_until(self, condition: Callable[[], object], what: str, seconds: float = 1800) -> None:
         """Returns when the condition holds. Raises TimeoutError with the state of the cluster."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -126,7 +126,7 @@ class LocalSlurm:
                 raise TimeoutError(f"after {seconds} s not yet: {what}\n{seen}")
             time.sleep(0.3)
 
-    def wait_for_end(self, number: str, seconds: float = 600) -> str:
+    def wait_for_end(self, number: str, seconds: float = 1800) -> str:
         """The state in which the job ended, such as COMPLETED."""
         unfinished = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}
         self.wait_until(

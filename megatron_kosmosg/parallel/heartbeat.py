@@ -133,16 +133,19 @@ class Watch:
             known = self._heard.get(rank)
             if known is None or (beat is not None and beat != known[0]):
                 self._heard[rank] = (beat, now)
-        silent = {
+        late = {
             rank: now - since
             for rank, (_, since) in self._heard.items()
             if now - since > self._stall_seconds
         }
+        # A rank that has never spoken is no stall by itself: it may still load its weights.
+        silent = {rank: seconds for rank, seconds in late.items() if self._heard[rank][0]}
         speaking = [beat for beat, _ in self._heard.values() if beat and beat.rank not in silent]
         stuck = [beat for beat in speaking if beat.seconds > self._stall_seconds]
         if not silent and (not speaking or len(stuck) < len(speaking)):
             self._reported = None
             return None
+        silent = late
         situation = (sorted(silent), [(beat.iteration, beat.phase) for beat in stuck])
         if situation == self._reported:
             return None

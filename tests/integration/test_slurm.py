@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.data.preprocess.run import PreprocessJob, preprocess
 from megatron_kosmosg.toy import assets
 from megatron_kosmosg.toy.files import World, write_world
+from megatron_kosmosg.train import run as run_training
 from megatron_kosmosg.training.checkpoint_folder import latest_valid
 from tests.local_slurm import LocalSlurm
+from tests.ranks import run_ranks
 
 REPOSITORY = Path(__file__).parents[2]
 PRETRAIN = str(REPOSITORY / "slurm" / "pretrain_256gpu.sh")
@@ -22,7 +25,7 @@ SIZE = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-tas
 ITERATIONS = 40
 KINDS = ("text", "caption", "interleaved")
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
@@ -102,29 +105,13 @@ def a_rank_on(slurm: LocalSlurm, node: str) -> int:
     raise AssertionError(f"no rank on {node}")
 
 
-@pytest.fixture(scope="module")
-def straight(slurm, settings, tmp_path_factory) -> Path:
-    """A run that nothing happened to, after a preflight; submitted from the project's folder."""
-    run = tmp_path_factory.mktemp("straight") / "run"
-    fit = {"KOSMOSG_GPUS_PER_NODE": "0", "KOSMOSG_FREE_GIB": "0.1"}  # the GPUs are not there
-    number = submit(slurm, run, settings, cwd=REPOSITORY, env=fit)
-    state = slurm.wait_for_end(number)
-    assert state == "COMPLETED", Path(f"{run}.out").read_text()
-    return run
+def train(settings: list[str]) -> None:
+    """The same run on ranks that no Slurm started."""
+    os.chdir(REPOSITORY)
+    assert run_training(load_config("examples/configs/debug_pretrain.yaml", settings)) == 0
 
 
-def test_four_tasks_on_two_nodes_train_to_the_end(straight):
-    said = Path(f"{straight}.out").read_text()
-    assert "tensor 2 x pipeline 1 x data 2" in said  # the dry run inside the job
-    assert "all-reduce inside a node" in said and "all-reduce over all 4 ranks" in said
-    assert [record[0] for record in records(straight)][-1] == ITERATIONS
-    assert said.rstrip().endswith("slurm: done")
-    assert not (straight / "slurm_starts").exists()
-
-
-def test_a_signal_to_one_rank_and_the_loss_of_a_node_change_no_number(
-    slurm, settings, straight, tmp_path
-):
+def test_a_signal_to_one_rank_and_the_loss_of_a_node_change_no_number(slurm, settings, tmp_path):
     run = tmp_path / "run"
     elsewhere = {"KOSMOSG_HOME": str(REPOSITORY), "KOSMOSG_PREFLIGHT": "0"}
     number = submit(slurm, run, settings, cwd=tmp_path, env=elsewhere)
@@ -144,6 +131,12 @@ def test_a_signal_to_one_rank_and_the_loss_of_a_node_change_no_number(
     assert slurm.wait_for_end(number) == "COMPLETED", Path(f"{run}.out").read_text()
     said = Path(f"{run}.out").read_text()
     assert said.count("resumed from") == 2 and said.count(f"project {REPOSITORY}") == 3
+    assert said.count("tensor 2 x pipeline 1 x data 2") == 3  # the dry run inside the job
+    assert said.rstrip().endswith("slurm: done") and not (run / "slurm_starts").exists()
+
+    straight = tmp_path / "straight"
+    run_ranks(4, train, [*settings, f"logging.output_dir={straight}"], timeout=1200)
+    assert [record[0] for record in records(straight)][-1] == ITERATIONS
     assert records(run) == records(straight)
 
 
@@ -153,14 +146,18 @@ def test_the_time_limit_saves_and_requeues(slurm, settings, tmp_path):
     options = ("--time=60", "--signal=USR1@300")
     number = submit(slurm, run, endless, *options, cwd=REPOSITORY, env={"KOSMOSG_PREFLIGHT": "0"})
     wait_for_iteration(slurm, number, run, 2)
-    minutes = int(slurm.job(number)["RunTime"].split(":")[1])
-    answer = slurm.run("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes + 4}")
+    hours, minutes, _ = map(int, slurm.job(number)["RunTime"].split(":"))
+    answer = slurm.run(
+        "scontrol", "update", f"JobId={number}", f"TimeLimit={60 * hours + minutes + 4}"
+    )
     assert answer.returncode == 0, answer.stderr
     slurm.wait_until(lambda: slurm.job(number)["Restarts"] == "1", "the restart")
     slurm.run("scancel", number)
     assert slurm.wait_for_end(number) == "CANCELLED"
     assert latest_valid(run / "checkpoints").name == f"iter_{records(run)[-1][0]:07d}"
-    assert "exit code 85: requeued" in Path(f"{run}.out").read_text()
+    said = Path(f"{run}.out").read_text()
+    assert "exit code 85: requeued" in said
+    assert "all-reduce inside a node" in said and "all-reduce over all 4 ranks" in said
 
 
 def test_arrays_and_jobs_that_wait_for_others(slurm, tmp_path):

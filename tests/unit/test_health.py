@@ -121,7 +121,10 @@ def test_a_silent_rank_is_named_with_its_last_words():
         assert watch.report(beats, float(second)) is None
     said = watch.report({0: beat(0, 99, 9.0, waits=True), 1: beat(1, 0, 1.0, waits=False)}, 11.0)
     assert "no sign of life from rank 1 on n1" in said and "training/x.py:1" in said
-    unknown = Watch(range(2), stall_seconds=10)
-    unknown.report({0: beat(0, 1, 0.0, waits=True), 1: None}, 0.0)
-    said = unknown.report({0: beat(0, 2, 0.0, waits=True), 1: None}, 11.0)
-    assert "rank 1 (11 s)" in said
+
+
+def test_a_rank_that_never_spoke_is_named_when_the_others_stall():
+    watch = Watch(range(2), stall_seconds=10)
+    assert watch.report({0: beat(0, 1, 0.0, waits=True), 1: None}, 0.0) is None
+    assert watch.report({0: beat(0, 2, 1.0, waits=True), 1: None}, 11.0) is None
+    assert "rank 1 (30 s)" in watch.report({0: beat(0, 3, 20.0, waits=True), 1: None}, 30.0)
