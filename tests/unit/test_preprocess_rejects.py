@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import struct
@@ -283,6 +284,28 @@ def test_tsv_rows(tmp_path, model, kind, row, reason):
         run(model, kind, tmp_path / "a.tsv")
     (reject,) = map(json.loads, (tmp_path / "out.rejects.jsonl").read_text().splitlines())
     assert (reject["source"], reject["reason"]) == ("a.tsv:1", reason)
+
+
+def test_damaged_files_are_met_with_a_limit_too(tmp_path, model):
+    packed = gzip.compress(b'{"text": "red dog"}\n' * 50 + b'{"text": "a house"}\n')
+    (tmp_path / "a.jsonl.gz").write_bytes(packed[:-12])
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
+    (tmp_path / "c.jsonl").write_text('{"text": "snow"}\n' * 3)
+    every = ["gzip file is damaged", "not a Parquet file"]
+    # Nobody can count a damaged file: it may use up the limit.
+    for limit, expected in ((None, every), (70, every[:1])):
+        job = PreprocessJob(
+            "text",
+            (str(tmp_path / "a.jsonl.gz"), str(tmp_path / "b.parquet"), str(tmp_path / "c.jsonl")),
+            str(model),
+            str(tmp_path / "o"),
+            limit=limit,
+        )
+        preprocess(job, lambda *_: None)
+        lines = (tmp_path / "o.rejects.jsonl").read_text().splitlines()
+        reasons = [json.loads(line)["reason"] for line in lines]
+        assert reasons == expected
+        assert 2 < len(read_samples(tmp_path / "o", has_modes=False)) <= 54
 
 
 def test_of_one_key_in_one_file_the_first_stays(tmp_path, model, monkeypatch):

@@ -33,7 +33,8 @@ class ParquetReader:
         try:
             file = _open(path)
         except Rejected:
-            return [Shard(path, 0, 0, None)]
+            # Its reader says what is wrong.
+            return [Shard(path, 0, 0, None if limit is None else 1)]
         shards, first = [], 0
         with file:
             for group in range(file.num_row_groups):

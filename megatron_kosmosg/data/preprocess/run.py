@@ -30,7 +30,7 @@ from megatron_kosmosg.data.preprocess.join import (
     write_tables,
 )
 from megatron_kosmosg.data.preprocess.options import Options
-from megatron_kosmosg.data.preprocess.records import Shard, ShardSize
+from megatron_kosmosg.data.preprocess.records import Rejected, Shard, ShardSize
 from megatron_kosmosg.data.preprocess.shard_work import ShardJob, encoders, work_on_shard
 from megatron_kosmosg.data.preprocess.work_folder import WorkFolder
 from megatron_kosmosg.data.preprocess.workers import LocalWorkers, Workers
@@ -131,7 +131,11 @@ def _plan(job: PreprocessJob, inputs: list[Input], workers: Workers) -> list[tup
 
 
 def _shards(given: Input, options: Options, limit: int | None, size: ShardSize) -> list[Shard]:
-    return given.reader(options).shards(given.path, limit, size)
+    try:
+        return given.reader(options).shards(given.path, limit, size)
+    except Rejected:
+        # Damaged: the shard's reader meets the same place and says so in the rejects file.
+        return [Shard(given.path, 0, 0, limit)]
 
 
 def _work(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -93,6 +94,8 @@ def _end_with_parent(reading: int, writing: int) -> None:
     Only the parent keeps the writing end open: the pipe is at its end when the parent is gone.
     """
     os.close(writing)
+    # Ctrl-C reaches every process; the parent alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
         os.read(reading, 1)
