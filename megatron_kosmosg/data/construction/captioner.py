@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, Blip2ForConditionalGeneration
+from transformers import AutoImageProcessor, AutoTokenizer, Blip2ForConditionalGeneration
 
 from megatron_kosmosg.data.construction.model_folders import loaded
 
@@ -17,9 +17,6 @@ class Blip2Captioner:
     def __init__(
         self, folder: Path, dtype: torch.dtype, device: torch.device, max_tokens: int
     ) -> None:
-        # Imported here: `transformers` without torchvision has no fast image processors.
-        from transformers import AutoImageProcessor
-
         self._tokenizer = loaded(AutoTokenizer.from_pretrained, folder)
         self._processor = loaded(AutoImageProcessor.from_pretrained, folder)
         model = loaded(Blip2ForConditionalGeneration.from_pretrained, folder, dtype=dtype)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, CLIPSegForImageSegmentation
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPSegForImageSegmentation
 
 from megatron_kosmosg.data.construction.model_folders import loaded
 
@@ -17,9 +17,6 @@ class ClipSegmenter:
     """A model folder, opened. Raises ValueError where it cannot be."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        # Imported here: `transformers` without torchvision has no fast image processors.
-        from transformers import AutoImageProcessor
-
         self._tokenizer = loaded(AutoTokenizer.from_pretrained, folder)
         self._processor = loaded(AutoImageProcessor.from_pretrained, folder)
         model = loaded(CLIPSegForImageSegmentation.from_pretrained, folder, dtype=dtype)
