@@ -23,14 +23,14 @@ examples:
 
 
 def parse() -> argparse.Namespace:
+    from megatron_kosmosg.planning.gpus import GPUS
+
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="see examples/configs")
     parser.add_argument("--num-gpus", type=int, metavar="N", help="default: parallel.world_size")
-    parser.add_argument(
-        "--gpu", required=True, choices=("v100-32", "a100-80", "h100-80", "h200-141")
-    )
+    parser.add_argument("--gpu", required=True, choices=tuple(GPUS))
     parser.add_argument(
         "--search",
         action="store_true",

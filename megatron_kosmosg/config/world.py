@@ -115,6 +115,7 @@ def world_layout(config: RunConfig, world_size: int) -> WorldLayout:
     for key, value in (
         ("ranks_per_replica", score.ranks_per_replica),
         ("replicas_per_rank", score.replicas_per_rank),
+        ("window", score.window),
     ):
         if value < 1:
             raise ConfigError(f"score.{key}={value} must be at least 1")

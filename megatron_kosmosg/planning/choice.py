@@ -42,6 +42,9 @@ class Choice:
             f"parallel.tensor_model_parallel_size={self.tensor}",
             f"parallel.sequence_parallel={str(self.tensor > 1).lower()}",
             f"parallel.pipeline_model_parallel_size={self.pipeline}",
+            "parallel.use_distributed_optimizer=true",
+            "parallel.overlap_grad_reduce=true",
+            "parallel.overlap_param_gather=true",
             f"training.micro_batch_size={self.micro_batch_size}",
             f"training.recompute={self.recompute}",
         ]
@@ -89,10 +92,7 @@ def with_choice(config: RunConfig, choice: Choice, world_size: int) -> RunConfig
             recompute=choice.recompute,
         ),
         data=replace(
-            config.data, latent_cache=_cache_name(config) if choice.cached_latents else None
+            config.data,
+            latent_cache=(config.data.latent_cache or "latents") if choice.cached_latents else None,
         ),
     )
-
-
-def _cache_name(config: RunConfig) -> str:
-    return config.data.latent_cache or "latents"

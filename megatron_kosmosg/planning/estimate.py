@@ -11,7 +11,8 @@ from megatron_kosmosg.planning import communication as comm
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
 from megatron_kosmosg.planning.memory import GIB, RankMemory, decoder_memory, score_memory
 from megatron_kosmosg.planning.model_counts import ModelShares, RankCount
-from megatron_kosmosg.planning.stage_work import Work, needed_flops, score_work, stage_work
+from megatron_kosmosg.planning.stage_cost import Rates, StageCost, stage_cost
+from megatron_kosmosg.planning.stage_work import needed_flops, score_work
 from megatron_kosmosg.planning.timeline import Timeline, play
 from megatron_kosmosg.planning.workload import MicroBatch, micro_batches
 
@@ -70,72 +71,32 @@ def estimate(
     count = num_microbatches(config, world.num_replicas)
     batches = micro_batches(config, count)
     pieces, counts = shares.pieces, shares.counts
-    rates = _Rates(gpu.peak_flops(config.training.precision), efficiency)
+    rates = Rates(gpu.peak_flops(config.training.precision), efficiency)
     dedicated = world.score_ranks_per_unit > 0
     score_rows = _score_rows(config, world, count)
-    forward, backward, parts, traffic = [], [], [], []
-    for stage, piece in enumerate(pieces):
-        is_last = stage == world.pp_size - 1
-        tensor_wire = comm.group_gb_s(world.tensor_group(0, stage), gpu)
-        stage_wire = comm.group_gb_s(world.pipeline_group(0, 0), gpu)
-        ahead, back = [], []
-        spent = dict.fromkeys(("forward", "backward", "score", "tensor", "pipeline"), 0.0)
-        sent = dict.fromkeys(("tensor", "pipeline", "score_link"), 0.0)
-        for batch in batches:
-            work = stage_work(config, piece, is_last, batch)
-            scored = []
-            if is_last and config.stage == "instruct" and not dedicated:
-                scored = score_work(config, -(-batch.images // world.tp_size))
-            tensor = comm.tensor_traffic(config, piece, is_last, batch)
-            handed = comm.boundary_traffic(config, world, batch)
-            times = {
-                "forward": sum(rates.seconds(w, w.forward) for w in work),
-                "backward": sum(rates.seconds(w, w.backward) for w in work),
-                "score": sum(rates.seconds(w, w.forward + w.backward) for w in scored),
-                "tensor": sum(t.seconds(tensor_wire, efficiency) for t in tensor),
-                "pipeline": 2 * handed.seconds(stage_wire, efficiency),
-            }
-            for name, seconds in times.items():
-                spent[name] += seconds
-            sent["tensor"] += sum(t.sent for t in tensor)
-            sent["pipeline"] += 2 * handed.sent if 0 < stage < world.pp_size - 1 else handed.sent
-            if dedicated and is_last:
-                sent["score_link"] += comm.score_link_traffic(config, batch.images).sent / 2
-            once = times["pipeline"] / 2
-            score_ahead = sum(rates.seconds(w, w.forward) for w in scored)
-            ahead.append(
-                times["forward"] + tensor[0].seconds(tensor_wire, efficiency) + once + score_ahead
-            )
-            back.append(
-                times["backward"]
-                + tensor[1].seconds(tensor_wire, efficiency)
-                + once
-                + times["score"]
-                - score_ahead
-            )
-        forward.append(ahead)
-        backward.append(back)
-        parts.append(spent)
-        traffic.append(sent)
+    costs = [
+        stage_cost(config, world, stage, piece, batches, gpu, rates)
+        for stage, piece in enumerate(pieces)
+    ]
     link = comm.score_link_traffic(config, config.training.micro_batch_size)
     on_the_way = link.seconds(comm.group_gb_s(list(range(world.unit_size)), gpu), efficiency)
-    timeline = _timeline(config, world, forward, backward, score_rows, rates, on_the_way)
-    data, optimizer = 0.0, 0.0
-    for stage, held in enumerate(counts):
+    timeline = _timeline(config, world, costs, score_rows, rates, on_the_way)
+    data, optimizer, traffic = 0.0, 0.0, []
+    for stage, (held, cost) in enumerate(zip(counts, costs, strict=True)):
         exchange = comm.data_traffic(config, world, held)
         wire = comm.data_gb_s(world, gpu, stage)
         gradients, parameters = (t.seconds(wire, efficiency) for t in exchange)
         if config.parallel.overlap_grad_reduce:
-            gradients = _exposed(gradients, backward[stage][-1])
+            gradients = _exposed(gradients, cost.backward[-1])
         if config.parallel.overlap_param_gather:
-            parameters = _exposed(parameters, forward[stage][0])
+            parameters = _exposed(parameters, cost.forward[0])
         data = max(data, gradients + parameters)
         optimizer = max(optimizer, _optimizer_seconds(config, world, held, gpu, efficiency))
-        traffic[stage]["data"] = sum(t.sent for t in exchange)
+        traffic.append(cost.sent | {"data": sum(t.sent for t in exchange)})
     fixed = efficiency.iteration_ms * 1e-3
     seconds = timeline.seconds + data + optimizer + fixed
     kinds = _kinds(config, world, pieces, counts, batches, score_rows, efficiency)
-    mean = {name: sum(p[name] for p in parts) / len(parts) for name in parts[0]}
+    mean = {name: sum(c.parts[name] for c in costs) / len(costs) for name in costs[0].parts}
     return Estimate(
         world=world,
         num_microbatches=count,
@@ -152,28 +113,12 @@ def estimate(
         },
         bubble=max(0.0, 1 - timeline.decoder_busy / timeline.seconds),
         decoder_idle=1 - timeline.decoder_busy / seconds,
-        score_idle=1 - timeline.score_busy / seconds if dedicated else None,
+        score_idle=1 - timeline.score_busy * _used(world, score_rows) / seconds
+        if dedicated
+        else None,
         traffic={name: max(sent[name] for sent in traffic) for name in traffic[0]},
         fits=all(kind.memory.total <= gpu.memory_gib * GIB for kind in kinds),
     )
-
-
-@dataclass(frozen=True)
-class _Rates:
-    peak: float
-    efficiency: Efficiency
-
-    def seconds(self, work: Work, flops: float) -> float:
-        reached = {
-            "decoder": self.efficiency.decoder,
-            "aligner": self.efficiency.aligner,
-            "vision": self.efficiency.vision,
-            "unet": self.efficiency.unet,
-            "vae": self.efficiency.vae,
-        }[work.kind]
-        in_positions = work.kind in ("decoder", "aligner")
-        half = self.efficiency.half_tokens if in_positions else self.efficiency.half_images
-        return flops / (self.peak * reached * work.batch / (work.batch + half)) if flops else 0.0
 
 
 def _score_rows(config: RunConfig, world: WorldLayout, count: int) -> tuple[int, int]:
@@ -184,15 +129,21 @@ def _score_rows(config: RunConfig, world: WorldLayout, count: int) -> tuple[int,
     return -(-images // (ranks // count)), count  # fewer micro-batches than ranks: rows are split
 
 
+def _used(world: WorldLayout, score_rows: tuple[int, int]) -> float:
+    """Share of a unit's score ranks that get work at all."""
+    groups, ranks = score_rows[1], world.score_ranks_per_unit
+    return groups * (ranks // groups) / ranks
+
+
 def _timeline(
     config: RunConfig,
     world: WorldLayout,
-    forward: list[list[float]],
-    backward: list[list[float]],
+    costs: list[StageCost],
     score_rows: tuple[int, int],
-    rates: _Rates,
+    rates: Rates,
     on_the_way: float,
 ) -> Timeline:
+    forward, backward = [cost.forward for cost in costs], [cost.backward for cost in costs]
     if not world.score_ranks_per_unit:
         return play(forward, backward)
     rows, groups = score_rows

@@ -53,13 +53,13 @@ def search(
     fitting, tried, too_large = [], 0, 0
     estimator = _Estimator(world_size, gpu, efficiency, model)
     for choices in _choices(config, world_size):
-        tried += 1
         for choice in choices:  # with ever more recomputation
             candidate = estimator.candidate(config, choice)
             if candidate is None or candidate.estimate.fits:
                 break
         if candidate is None:
-            continue
+            continue  # indivisible: not a layout
+        tried += 1
         if candidate.estimate.fits:
             fitting.append(candidate)
         else:

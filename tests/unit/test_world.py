@@ -90,6 +90,7 @@ def test_units_of_four_stay_on_their_node():
         (dedicated(tp=2, k=2), 3, ["start 4 ranks"]),
         (dedicated(k=2, r=2), 8, ["contradict"]),
         (dedicated(k=0), 8, ["ranks_per_replica=0", "at least 1"]),
+        (config("score.placement=dedicated", "score.window=0"), 8, ["score.window=0"]),
         (config("parallel.tensor_model_parallel_size=2"), 5, ["4 or 6"]),
     ],
 )
