@@ -275,7 +275,10 @@ run_stage() {
             die "a node is not fit for the run (see above); submit again with --exclude=NODE"
         }
     fi
-    step --distribution=block "$python" -m megatron_kosmosg.train --config "$config" \
+    # Ranks that stop together do not end in the same moment: the first one's exit code (85) must not
+    # get the others killed. After two minutes it does, so that a crash leaves nothing behind.
+    step --distribution=block --kill-on-bad-exit=0 --wait=120 \
+        "$python" -m megatron_kosmosg.train --config "$config" \
         "parallel.world_size=$(num_tasks)" ${rest[@]+"${rest[@]}"}
     finish $?
 }

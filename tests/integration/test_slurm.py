@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from megatron_kosmosg.toy.files import World, write_world
 from megatron_kosmosg.train import run as run_training
 from megatron_kosmosg.training.checkpoint_folder import latest_valid
 from tests.local_slurm import LocalSlurm
+from tests.preloaded_python import PreloadedPython
 from tests.ranks import run_ranks
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,9 +29,16 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
+def python(tmp_path_factory):
+    """What the jobs run as Python."""
+    with PreloadedPython(tmp_path_factory.mktemp("p")) as preloaded:
+        yield preloaded
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory, python):
     with LocalSlurm(tmp_path_factory.mktemp("s"), num_nodes=2) as cluster:
-        cluster.environment["VIRTUAL_ENV"] = sys.prefix
+        cluster.environment["VIRTUAL_ENV"] = str(python.venv)
         cluster.environment.pop("KOSMOSG_HOME", None)
         yield cluster
 
@@ -100,7 +107,7 @@ def a_rank_on(slurm: LocalSlurm, node: str) -> int:
     """Process id of one training task there."""
     for process in slurm.processes(node):
         command = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-        if b"megatron_kosmosg.train" in command and b"python" in command[0]:
+        if b"megatron_kosmosg.train" in command and b"srun" not in command[0]:
             return process
     raise AssertionError(f"no rank on {node}")
 
@@ -160,6 +167,21 @@ def test_the_time_limit_saves_and_requeues(slurm, settings, tmp_path):
     assert "all-reduce inside a node" in said and "all-reduce over all 4 ranks" in said
 
 
+def test_preprocessing_under_mpi_writes_the_bytes_of_one_process(slurm, settings, tmp_path):
+    alone = Path(settings[0].removeprefix("data.blend.text.path="))
+    source, prefix = alone.parents[1] / "world" / "train" / "text.jsonl", tmp_path / "text"
+    tool = ["--kind", "text", "--input", source, "--output-prefix", prefix, "--tokenizer-model"]
+    script = REPOSITORY / "slurm" / "preprocess_mpi.sh"
+    sizes = ("--nodes=2", "--ntasks-per-node=2", f"--output={tmp_path}/x.out")
+    arguments = [*map(str, tool), str(assets.path() / "sentencepiece.model")]
+    number = slurm.submit(*sizes, str(script), "--", *arguments, cwd=REPOSITORY)
+    said = tmp_path / "x.out"
+    assert slurm.wait_for_end(number) == "COMPLETED", said.read_text()
+    for suffix in (".bin", ".idx"):
+        ours, theirs = Path(f"{prefix}{suffix}"), Path(f"{alone}{suffix}")
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
 def test_arrays_and_jobs_that_wait_for_others(slurm, tmp_path):
     script = str(REPOSITORY / "slurm" / "evaluate.sh")
     options = (*SIZE, f"--output={tmp_path}/%a.out", "--array=0-1")
@@ -198,10 +220,10 @@ def test_the_project_not_found_is_said(slurm, tmp_path):
     assert "export KOSMOSG_HOME=" in (tmp_path / "x.out").read_text()
 
 
-def test_the_shape_of_256_gpus_is_accepted_and_its_dry_run_done(tmp_path_factory, tmp_path):
+def test_the_shape_of_256_gpus_is_accepted_and_its_dry_run_done(python, tmp_path_factory, tmp_path):
     folder = tmp_path_factory.mktemp("w")
     with LocalSlurm(folder, num_nodes=32) as wide:
-        wide.environment["VIRTUAL_ENV"] = sys.prefix
+        wide.environment["VIRTUAL_ENV"] = str(python.venv)
         script = str(REPOSITORY / "slurm" / "instruct_256gpu.sh")
         output = f"--output={tmp_path}/x.out"
         number = wide.submit(output, script, "--check", cwd=REPOSITORY)

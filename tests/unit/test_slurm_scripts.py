@@ -110,7 +110,7 @@ def test_one_task_per_gpu_with_the_jobs_sizes_and_the_users_settings(cluster):
     assert "preflight.py network" in network
     assert "-m megatron_kosmosg.train --config examples/configs/pretrain_256gpu.yaml" in train
     assert "parallel.world_size=8 training.train_iters=5 logging.output_dir=a b" in train
-    assert "--kill-on-bad-exit=1" in train and "--cpus-per-task=3" in train
+    assert "--kill-on-bad-exit=0 --wait=120" in train and "--cpus-per-task=3" in train
     assert "torchrun" not in train and not cluster.was_requeued()
 
 
