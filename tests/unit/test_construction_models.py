@@ -84,7 +84,7 @@ def test_each_name_is_looked_for_in_its_own_picture(tmp_path):
             torch.sigmoid(logits.reshape(1, 1, 32, 32)), image.size, mode="bilinear"
         )
         assert np.abs(found - expected.numpy()[0, 0]).max() < 1e-4
-    assert np.abs(maps[0] - maps[1]).max() > 0.02, "words should matter"
+    assert np.abs(maps[0] - maps[1]).max() > 1e-3, "words should matter"
 
 
 def test_a_folder_that_cannot_be_loaded_is_named(tmp_path):

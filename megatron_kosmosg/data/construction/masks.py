@@ -112,9 +112,8 @@ class Masks:
             except Rejected as rejected:
                 left_out.append(rejected.reason)
         if not kept:
-            return rejected_row(
-                picture.key, Rejected("no entity has a mask", "; ".join(sorted(set(left_out))))
-            )
+            rejected = rejected_row(picture.key, Rejected("no entity has a mask"))
+            return rejected | {"left_out": left_out}
         key = writer.add(picture.key, row["caption"], image, kept)
         return {
             "key": picture.key,

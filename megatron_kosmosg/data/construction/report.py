@@ -7,7 +7,7 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ class StepCounts:
     rejected: Counter[str] = field(default_factory=Counter)
     """Pictures left out, by reason."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """Entities left out of pictures that were kept, by reason."""
+    """Entities left out, by reason."""
 
 
 @dataclass
@@ -49,7 +49,13 @@ class Report:
 
     def json(self) -> dict[str, Any]:
         """For report.json; of the names the hundred most frequent."""
-        return asdict(self) | {"names": dict(self.names.most_common(100))}
+        return {
+            "steps": [vars(step) for step in self.steps],
+            "caption_words": _sorted(self.caption_words),
+            "entities": _sorted(self.entities),
+            "areas": _sorted(self.areas),
+            "names": dict(self.names.most_common(100)),
+        }
 
     def text(self) -> str:
         """A table for people."""
@@ -88,17 +94,21 @@ def make_report(folders: Sequence[StepFolder], num_shards: int) -> Report:
 
 
 def _count(row: Row, counts: StepCounts, report: Report) -> None:
+    counts.left_out.update(row.get("left_out", ()))
     if "rejected" in row:
         counts.rejected[row["rejected"]] += 1
         return
     counts.kept += 1
-    counts.left_out.update(row.get("left_out", ()))
     if "record" in row:
         report.entities[len(row["entities"])] += 1
         report.names.update(name.lower() for name in row["entities"])
         report.areas.update(map(_area_name, row["areas"]))
     elif "entities" not in row:
         report.caption_words[len(row["caption"].split())] += 1
+
+
+def _sorted(counter: Counter[Any]) -> dict[Any, int]:
+    return dict(sorted(counter.items()))
 
 
 def _area_name(area: float) -> str:
