@@ -7,6 +7,7 @@ names of the nodes, which `stop` takes out again.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -219,6 +220,7 @@ class LocalSlurm:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
 
     def _write_config(self) -> None:
@@ -253,6 +255,12 @@ class LocalSlurm:
         text = "\n".join([*kept, *block]) + "\n"
         if text != HOSTS.read_text():
             HOSTS.write_text(text)  # in place: it may be a mount
+
+
+def die_with_parent() -> None:
+    """For a child process: SIGKILL when its parent ends in whatever way (Linux only)."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _path() -> str:

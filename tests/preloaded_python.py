@@ -19,6 +19,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from tests.local_slurm import die_with_parent
+
 REPOSITORY = Path(__file__).parents[1]
 PRELOADED = (
     "megatron_kosmosg.planning.dry_run",
@@ -64,6 +66,7 @@ class PreloadedPython:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,
+            preexec_fn=die_with_parent,
         )
         assert self._server.stdout is not None
         if self._server.stdout.readline() != "ready\n":
