@@ -150,8 +150,9 @@ def test_a_signal_to_one_rank_and_the_loss_of_a_node_change_no_number(slurm, set
 def test_the_time_limit_saves_and_requeues(slurm, settings, tmp_path):
     run = tmp_path / "run"
     endless = [*settings, "training.train_iters=1000000", "checkpoint.save_interval=1000000"]
-    options = ("--time=60", "--signal=USR1@300")
-    number = submit(slurm, run, endless, *options, cwd=REPOSITORY, env={"KOSMOSG_PREFLIGHT": "0"})
+    options = ("--time=120", "--signal=USR1@300")
+    fit = {"KOSMOSG_GPUS_PER_NODE": "0", "KOSMOSG_FREE_GIB": "0.1"}  # the GPUs are not there
+    number = submit(slurm, run, endless, *options, cwd=REPOSITORY, env=fit)
     wait_for_iteration(slurm, number, run, 2)
     hours, minutes, _ = map(int, slurm.job(number)["RunTime"].split(":"))
     answer = slurm.run(
