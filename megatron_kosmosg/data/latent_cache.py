@@ -93,9 +93,7 @@ class LatentCache:
         manifest_path = Path(f"{prefix}.json")
         advice = f"run tools/cache_latents.py --name {name}, or set data.latent_cache=null"
         if not manifest_path.exists():
-            raise ValueError(
-                f"data.latent_cache={name}: no finished cache at {prefix}; {advice}"
-            )
+            raise ValueError(f"data.latent_cache={name}: no finished cache at {prefix}; {advice}")
         self.manifest = LatentManifest.read(manifest_path)
         wanted = LatentSource(store.fingerprint(), vae, describe_transform(transform))
         made, needed = asdict(self.manifest.source), asdict(wanted)
