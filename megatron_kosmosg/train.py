@@ -77,30 +77,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(config: RunConfig) -> int:
     """Trains; the exit code of this rank. Process groups are left in every case."""
     _quieten_libraries()
+    from megatron_kosmosg.parallel import platform
     from megatron_kosmosg.training.failure import report_failure
 
     try:
         return _train(config)
     except (Exception, KeyboardInterrupt) as error:
+        # Before the groups are left: the others then fail, and this rank's error is the cause.
         report_failure(output_folder(config), _place().rank, error)
         return EXIT_ERROR
+    finally:
+        platform.teardown()
 
 
 def _train(config: RunConfig) -> int:
     from megatron_kosmosg.parallel import platform
     from megatron_kosmosg.stages import build_stage
+    from megatron_kosmosg.stages.instruct import run_score_rank
     from megatron_kosmosg.training.failure import forget_failure, raise_together
     from megatron_kosmosg.training.loop import fit
     from megatron_kosmosg.training.signals import EXIT_STOPPED
 
     if _place().rank == 0:
         forget_failure(output_folder(config))
-    try:
+    if platform.holds_unet_alone(config):
+        finished = run_score_rank(config, platform.initialize_score(config))
+    else:
         layout = platform.initialize(config)
         raise_together(lambda: validate_files(config))
         finished = fit(build_stage(config, layout, _picture_judge(config)), config, layout)
-    finally:
-        platform.teardown()
+        if layout.remote_score is not None:
+            layout.remote_score.close(is_done=finished)
     return 0 if finished else EXIT_STOPPED
 
 

@@ -52,7 +52,7 @@ def evaluate(arguments: argparse.Namespace) -> Results:
         for name, folder in runs.items():
             print(f"loading {name} from {folder}", flush=True)
             models[name] = TrainedModel(Path(folder), layout)
-        toy = ToyResults(load_diffusion(config, layout), sampling, count, not arguments.fast)
+        toy = ToyResults(load_diffusion(config, layout.device), sampling, count, not arguments.fast)
         if "pretrain" in models:
             print("pretrain: words", flush=True)
             toy.results.rows.extend(

@@ -15,6 +15,8 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.paths import output_folder, save_folder
 from megatron_kosmosg.config.schema import RunConfig
 
+_WIDEST_WINDOW = 16
+
 
 def validate_layout(config: RunConfig, world_size: int) -> None:
     """Raises ConfigError if sizes, batch and schedule do not fit `world_size` ranks."""
@@ -23,6 +25,7 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
     _check_tensor_parallel(config)
     _check_pipeline(config)
     _check_overlap(config)
+    _check_score(config)
     _check_schedule(config)
     microbatches = num_microbatches(config, data_parallel_size(config, world_size))
     parallel = config.parallel
@@ -121,10 +124,13 @@ def _check_world_size(config: RunConfig, world_size: int) -> None:
             f"this run was started with {world_size} ranks but parallel.world_size={wanted}; "
             f"start {wanted} ranks or set parallel.world_size={world_size} (null takes any number)"
         )
-    if config.score.placement == "dedicated":
+
+
+def _check_score(config: RunConfig) -> None:
+    if not 0 <= config.score.window <= _WIDEST_WINDOW:
         raise ConfigError(
-            "score.placement=dedicated: U-Net ranks of their own do not exist yet; "
-            "set score.placement=colocated"
+            f"score.window={config.score.window} must lie in 0..{_WIDEST_WINDOW}: activations of "
+            "that many more micro-batches are kept"
         )
 
 

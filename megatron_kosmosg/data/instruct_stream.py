@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ from megatron_kosmosg.data.samples import Prompt, PromptSample
 from megatron_kosmosg.data.store import PartSizes, RawSample, SampleStore
 
 MAX_ATTEMPTS = 100
+
+
+Reads = Literal["all", "prompts", "targets"]
+"""What a batch holds: ranks without the U-Net need no targets, ranks of the U-Net no prompts."""
 
 
 class PromptMaker(Protocol):
@@ -71,8 +75,10 @@ class InstructStream:
         pad_id: int,
         decoder: ImageDecoder,
         transforms: tuple[ImageTransform, ImageTransform],
+        reads: Reads = "all",
     ) -> None:
         """`max_length`: tokens of the longest prompt. `transforms`: of prompt and target images."""
+        self._reads = reads
         self._blend, self._sources = blend, sources
         self._seed, self._stage = seed, stage
         self._max_length, self._pad_id = max_length, pad_id
@@ -95,28 +101,36 @@ class InstructStream:
 
     def collate(self, samples: Sequence[PromptSample], pad_to: int) -> dict[str, Tensor]:
         """tokens, image_mask, padding_mask [b, s]; pixel_values float32 [n, 3, H, W], n over (b,
-        position); stream_positions int64 [b]; bad_samples int64 [].
+        position); stream_positions int64 [b]; attempts int64 [b], 0 where the first draw of the
+        position was good; bad_samples int64 [].
 
         Targets: target_pixel_values float32 [b, 3, T, T] in [-1, 1], or, where they are cached,
         target_moments float16 [b, 2, channels, height, width] (mean and deviation).
         """
-        samples, num_bad, pixels, targets = self._decode(list(samples))
-        rows = pad_rows(
-            [sample.prompt.tokens for sample in samples],
-            [sample.prompt.image_mask for sample in samples],
-            pad_to,
-            self._pad_id,
-        )
-        positions = torch.tensor([sample.position for sample in samples], dtype=torch.int64)
+        samples, num_bad, images = self._decode(list(samples))
+        rows: dict[str, Tensor] = {}
+        if self._reads != "targets":
+            rows = pad_rows(
+                [sample.prompt.tokens for sample in samples],
+                [sample.prompt.image_mask for sample in samples],
+                pad_to,
+                self._pad_id,
+            )
+        numbers = [(sample.position, sample.attempt) for sample in samples]
+        positions, attempts = torch.tensor(numbers, dtype=torch.int64).view(-1, 2).unbind(dim=1)
         return (
             rows
-            | targets
+            | images
             | {
-                "pixel_values": pixels,
-                "stream_positions": positions,
+                "stream_positions": positions.clone(),
+                "attempts": attempts.clone(),
                 "bad_samples": torch.tensor(num_bad),
             }
         )
+
+    def sample_of_attempt(self, position: int, attempt: int) -> PromptSample:
+        """The sample that replaces the draws before `attempt`, which other ranks found bad."""
+        return self._sample(position, attempt)
 
     def _choose(self, position: int, first_attempt: int) -> _Choice:
         draw = self._blend[position]
@@ -142,27 +156,35 @@ class InstructStream:
 
     def _decode(
         self, samples: list[PromptSample]
-    ) -> tuple[list[PromptSample], int, Tensor, dict[str, Tensor]]:
-        """The samples, bad ones replaced; how many were; prompt pictures; targets."""
+    ) -> tuple[list[PromptSample], int, dict[str, Tensor]]:
+        """The samples, bad ones replaced; how many were; prompt pictures and targets."""
         num_bad = 0
         while True:
             owners = [i for i, s in enumerate(samples) for _ in s.prompt.images]
-            images: list[Encoded] = [image for s in samples for image in s.prompt.images]
-            pixels, bad_images = self._decoder.try_decode(images, self._prompt_transform)
+            pictures, bad_pictures = self._pictures(samples)
             targets, bad_targets = self._targets(samples)
-            bad: dict[int, BadImage] = {owners[error.index]: error for error in bad_images}
+            bad: dict[int, BadImage] = {owners[error.index]: error for error in bad_pictures}
             bad |= {error.index: error for error in bad_targets}
             if not bad:
-                return samples, num_bad, pixels, targets
+                return samples, num_bad, pictures | targets
             num_bad += len(bad)
             for i in sorted(bad):
                 old = samples[i]
                 report_bad_image(old.dataset, old.key, old.position, bad[i].reason)
                 samples[i] = self._sample(old.position, old.attempt + 1)
 
+    def _pictures(self, samples: list[PromptSample]) -> tuple[dict[str, Tensor], list[BadImage]]:
+        if self._reads == "targets":
+            return {}, []
+        images: list[Encoded] = [image for s in samples for image in s.prompt.images]
+        pixels, bad = self._decoder.try_decode(images, self._prompt_transform)
+        return {"pixel_values": pixels}, bad
+
     def _targets(self, samples: list[PromptSample]) -> tuple[dict[str, Tensor], list[BadImage]]:
         caches = [self._sources[sample.dataset].latents for sample in samples]
         if any(cache is None for cache in caches):
+            if self._reads == "prompts":
+                return {}, []
             targets = [bytes(s.prompt.target or b"") for s in samples]
             pixels, bad = self._decoder.try_decode(targets, self._target_transform)
             return {"target_pixel_values": pixels}, bad
@@ -175,6 +197,6 @@ class InstructStream:
             if moments is None
         ]
         whole = [moments for moments in stored if moments is not None]
-        if bad:
+        if bad or self._reads == "prompts":
             return {}, bad
         return {"target_moments": torch.from_numpy(np.stack(whole))}, []

@@ -7,6 +7,7 @@ number of samples consumed.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from torch import Tensor
 
-from megatron_kosmosg.data.balance import by_length, in_stream_order
+from megatron_kosmosg.data.balance import by_length, in_stream_order, share
 from megatron_kosmosg.data.samples import StreamDataset
 
 Batch = dict[str, Tensor]
@@ -35,9 +36,14 @@ class MicroBatchIterator(Iterator[Batch]):
         start_sample: int,
         num_workers: int,
         balance_tokens: bool,
+        part: int = 0,
+        num_parts: int = 1,
     ) -> None:
         """`start_sample`: samples consumed so far by all ranks. `num_workers`: threads, or 0 to
-        read in the caller's. `balance_tokens`: deal the samples by length where it matters."""
+        read in the caller's. `balance_tokens`: deal the samples by length where it matters.
+
+        `part` of `num_parts`: only every num_parts-th micro-batch of each global batch, from `part`
+        on; or, where it has fewer micro-batches, part of the rows of each."""
         if global_batch_size % (micro_batch_size * dp_size):
             raise ValueError(
                 f"training.global_batch_size={global_batch_size} must be a multiple of "
@@ -56,7 +62,13 @@ class MicroBatchIterator(Iterator[Batch]):
         self._arranged: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
         """(global batch, which of its places are this rank's); the latest one asked for."""
         self._arranging = threading.Lock()
-        self._next = 0
+        num_microbatches = global_batch_size // (micro_batch_size * dp_size)
+        self._rows, turns = slice(None), range(part, num_microbatches, num_parts)
+        if num_microbatches < num_parts:
+            self._rows, turns = share(micro_batch_size, part, num_parts), range(num_microbatches)
+        self._numbers = (
+            batch * num_microbatches + turn for batch in itertools.count() for turn in turns
+        )
         self.wait_seconds = 0.0
         """Seconds that the caller has waited since the last `pop_wait`."""
         self._read_ahead = max(2, 2 * num_workers)
@@ -94,8 +106,7 @@ class MicroBatchIterator(Iterator[Batch]):
         started = time.perf_counter()
         try:
             if self._pool is None:
-                self._next += 1
-                return self._read(self._next - 1)
+                return self._read(next(self._numbers))
             self._read_on()
             return self._pending.popleft().result()
         except BaseException:
@@ -122,10 +133,9 @@ class MicroBatchIterator(Iterator[Batch]):
 
     def _read_on(self) -> None:
         while len(self._pending) < self._read_ahead:
-            self._pending.append(self._pool.submit(self._read, self._next))
-            self._next += 1
+            self._pending.append(self._pool.submit(self._read, next(self._numbers)))
 
     def _read(self, number: int) -> Batch:
         own, whole = self.positions(number)
-        samples = [self._dataset[position] for position in own]
+        samples = [self._dataset[position] for position in own[self._rows]]
         return self._dataset.collate(samples, self._dataset.pad_to(samples, whole))

@@ -16,7 +16,7 @@ from megatron_kosmosg.data.caption import CaptionPrompts
 from megatron_kosmosg.data.compositional import CompositionalPrompts
 from megatron_kosmosg.data.edit import EditPrompts
 from megatron_kosmosg.data.images import ImageDecoder, prompt_transform, target_transform
-from megatron_kosmosg.data.instruct_stream import InstructStream, PromptMaker, PromptSource
+from megatron_kosmosg.data.instruct_stream import InstructStream, PromptMaker, PromptSource, Reads
 from megatron_kosmosg.data.latent_cache import LatentCache
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.packing import PackedDataset
@@ -77,7 +77,11 @@ def align_stream(config: RunConfig, split: Split) -> AlignStream:
 
 
 def instruct_stream(
-    config: RunConfig, split: Split, device_id: int | None = None, vae: str | None = None
+    config: RunConfig,
+    split: Split,
+    device_id: int | None = None,
+    vae: str | None = None,
+    reads: Reads = "all",
 ) -> InstructStream:
     """Prompts and targets; `device_id` is the CUDA device that decodes pictures, None the CPU.
 
@@ -118,6 +122,7 @@ def instruct_stream(
         parts.sequence_format.tokenizer.pad_id,
         ImageDecoder(data.image_backend, device_id),
         (prompt_transform(config), target_transform(config)),
+        reads,
     )
 
 

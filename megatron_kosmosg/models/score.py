@@ -1,4 +1,4 @@
-"""Condition in, loss and gradient out: the denoising loss of the frozen U-Net (paper section 2.3).
+"""Condition in, loss out: the denoising loss of the frozen U-Net (paper section 2.3).
 
 `ColocatedScore` holds the U-Net on every decoder replica and splits a micro-batch's rows over the
 replica's tensor-parallel ranks: plain slicing would give each rank another AlignerNet gradient.
@@ -58,10 +58,8 @@ class ColocatedScore:
     def __init__(
         self, diffusion: FrozenDiffusion, layout: Layout, config: ScoreConfig, seed: int
     ) -> None:
-        self._diffusion = diffusion
+        self._denoising = DenoisingLoss(diffusion, config, seed)
         self._layout = layout
-        self._config = config
-        self._seed = seed
 
     def __call__(
         self,
@@ -78,20 +76,30 @@ class ColocatedScore:
         """
         rows = row_range(len(condition), self._layout)
         mine = take_rows(condition, self._layout)
-        loss = self._loss_of_rows(
-            mine, targets[rows], positions[rows].cpu(), ScoreKey(self._seed, stream)
-        )
-        return sum_over_tensor_ranks(loss, self._layout)
+        losses = self._denoising(mine, targets[rows], positions[rows].cpu(), stream)
+        return sum_over_tensor_ranks(losses.sum(), self._layout)
 
-    def _loss_of_rows(
+
+class DenoisingLoss:
+    """The loss of each image, wherever the U-Net sits."""
+
+    def __init__(self, diffusion: FrozenDiffusion, config: ScoreConfig, seed: int) -> None:
+        self._diffusion = diffusion
+        self._config = config
+        self._seed = seed
+
+    def __call__(
         self,
         condition: torch.Tensor,
         targets: torch.Tensor,
         positions: torch.Tensor,
-        key: ScoreKey,
+        stream: str,
     ) -> torch.Tensor:
+        """Denoising loss per image [b], float32; arguments as of ColocatedScore, positions on the
+        CPU."""
         if len(condition) == 0:  # ragged split: keep the graph so that backward still communicates
-            return condition.float().sum()
+            return condition.float().sum(dim=(1, 2))
+        key = ScoreKey(self._seed, stream)
         diffusion, device = self._diffusion, condition.device
         timesteps = self._timesteps(key.uniform(positions, "timestep")).to(device)
         moments = targets if targets.ndim == 5 else diffusion.moments(targets)
@@ -104,7 +112,7 @@ class ColocatedScore:
         prediction = diffusion.predict(noisy_latents, timesteps, condition)
         target = diffusion.target(latents, noise, timesteps)
         error = (prediction - target).square().mean(dim=(1, 2, 3))
-        return (self._weight(timesteps) * error).sum()
+        return self._weight(timesteps) * error
 
     def _timesteps(self, uniform: torch.Tensor) -> torch.Tensor:
         num_timesteps = self._diffusion.num_timesteps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,8 +11,10 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
-from megatron_kosmosg.config.batching import data_parallel_size
+from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
 from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
+from megatron_kosmosg.parallel.remote_score import RemoteScore
+from megatron_kosmosg.parallel.score_link import Link
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,15 @@ class Layout:
     process_groups: ProcessGroupCollection
     """The same and more, in the form that Megatron-Core modules take."""
     device: torch.device
+    remote_score: RemoteScore | None = None
+    """The score ranks, on the last pipeline stage of a replica that has them."""
+    num_score_ranks: int = 0
+    """Ranks of the whole run that hold the U-Net alone; `world_size` does not count them."""
+
+    @property
+    def num_devices(self) -> int:
+        """All ranks of the run."""
+        return self.world_size + self.num_score_ranks
 
     @property
     def is_first_stage(self) -> bool:
@@ -44,12 +56,18 @@ class Layout:
         return self.pp_rank == self.pp_size - 1
 
 
-def create_groups(config: RunConfig, device: torch.device) -> Layout:
-    """Megatron's groups over torch.distributed's world, tensor-parallel ranks adjacent.
+def create_groups(
+    config: RunConfig,
+    device: torch.device,
+    score_links: Sequence[Link] = (),
+    num_score_ranks: int = 0,
+) -> Layout:
+    """Megatron's groups over torch.distributed's world, which holds the decoder ranks alone.
 
-    Raises ConfigError if the world does not divide into copies of the model.
+    Tensor-parallel ranks are adjacent. Raises ConfigError if the ranks do not divide into copies of
+    the model.
     """
-    data_parallel_size(config, torch.distributed.get_world_size())
+    data_parallel_size(config, torch.distributed.get_world_size() + num_score_ranks)
     parallel: ParallelConfig = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -57,8 +75,16 @@ def create_groups(config: RunConfig, device: torch.device) -> Layout:
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         distributed_timeout_minutes=timedelta(seconds=parallel.timeout_seconds).total_seconds()
         / 60,
+        # config/world.py keeps the stages of a replica together where it has score ranks.
+        order="tp-cp-ep-pp-dp" if num_score_ranks else "tp-cp-ep-dp-pp",
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    remote = None
+    if num_score_ranks and groups.pp.rank() == groups.pp.size() - 1:
+        microbatches = num_microbatches(config, groups.dp.size())
+        remote = RemoteScore(
+            score_links, config.score.ranks_per_replica, microbatches, groups.tp, device
+        )
     return Layout(
         world_size=torch.distributed.get_world_size(),
         rank=torch.distributed.get_rank(),
@@ -73,6 +99,8 @@ def create_groups(config: RunConfig, device: torch.device) -> Layout:
         dp_group=groups.dp,
         process_groups=groups,
         device=device,
+        remote_score=remote,
+        num_score_ranks=num_score_ranks,
     )
 
 

@@ -13,41 +13,76 @@ from datetime import timedelta
 import torch
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.parallel import cpu_shim, fused_adam
 from megatron_kosmosg.parallel.cpu_shim_selftest import run_self_test
 from megatron_kosmosg.parallel.devices import choose_device, collective_backend
 from megatron_kosmosg.parallel.layout import Layout, create_groups, destroy_groups
 from megatron_kosmosg.parallel.rendezvous import find_place, meet
+from megatron_kosmosg.parallel.score_link import ScoreRank, open_links
 from megatron_kosmosg.parallel.seeds import set_seeds
 
 logger = logging.getLogger(__name__)
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def holds_unet_alone(config: RunConfig) -> bool:
+    """Whether this rank is a score rank: `initialize_score` and not `initialize` is for it."""
+    place = find_place(os.environ)
+    return world_layout(config, place.world_size).place(place.rank).role == "score"
+
+
 def initialize(config: RunConfig) -> Layout:
-    """This rank's layout, with groups, seeds and (on a CPU) the shim in place.
+    """This decoder rank's layout, with groups, seeds and (on a CPU) the shim in place.
 
     Ranks come from torchrun or Slurm; without either the process runs alone. Pair it with
     `teardown`, also after an error.
     """
     place = find_place(os.environ)
+    world = world_layout(config, place.world_size)
+    own = world.place(place.rank)
     chosen = choose_device(place)
     prepare_megatron(chosen)
-    meet(place, collective_backend(chosen), timedelta(seconds=config.parallel.timeout_seconds))
-    layout = create_groups(config, chosen)
+    timeout = timedelta(seconds=config.parallel.timeout_seconds)
+    store = meet(place, timeout)
+    number = place.rank
+    if world.num_score_ranks:  # torch.distributed's world has no score ranks: count without them
+        number = own.replica * world.replica_size + own.pp_rank * world.tp_size + own.tp_rank
+    torch.distributed.init_process_group(
+        collective_backend(chosen),
+        store=torch.distributed.PrefixStore("decoders", store),
+        rank=number,
+        world_size=world.world_size - world.num_score_ranks,
+        timeout=timeout,
+    )
+    links = open_links(config, world, own, store, chosen)
+    layout = create_groups(config, chosen, links, world.num_score_ranks)
     set_seeds(config.training.seed, layout)
     if layout.rank == 0:
         logger.info(
-            "%d ranks on %s (tensor %d x pipeline %d x data %d), %s layers, %s Adam",
-            layout.world_size,
+            "%d ranks on %s (tensor %d x pipeline %d x data %d, %d score ranks), %s layers, "
+            "%s Adam",
+            layout.num_devices,
             chosen.type,
             layout.tp_size,
             layout.pp_size,
             layout.dp_size,
+            layout.num_score_ranks,
             transformer_impl(),
             fused_adam.install(),
         )
     return layout
+
+
+def initialize_score(config: RunConfig) -> ScoreRank:
+    """This score rank's place and its links; torch.distributed's world does not have it."""
+    place = find_place(os.environ)
+    world = world_layout(config, place.world_size)
+    own = world.place(place.rank)
+    chosen = choose_device(place)
+    store = meet(place, timedelta(seconds=config.parallel.timeout_seconds))
+    links = open_links(config, world, own, store, chosen)
+    return ScoreRank(chosen, world, own, tuple(links))
 
 
 def prepare_megatron(chosen: torch.device) -> None:

@@ -66,22 +66,15 @@ def first_host(node_list: str) -> str:
     return prefix + (first or "") + (suffix or "")
 
 
-def meet(place: Place, backend: str, timeout: timedelta) -> None:
-    """Create torch.distributed's world. Raises ConfigError when rank 0 cannot be met there."""
+def meet(place: Place, timeout: timedelta) -> torch.distributed.Store:
+    """The store that all ranks of the job share. Raises ConfigError when rank 0 cannot be met."""
     if place.address is None:
-        store = torch.distributed.HashStore()  # alone: no socket, no port
-        torch.distributed.init_process_group(
-            backend, store=store, rank=0, world_size=1, timeout=timeout
-        )
-        return
+        return torch.distributed.HashStore()  # alone: no socket, no port
     try:
-        torch.distributed.init_process_group(
-            backend,
-            init_method=f"tcp://{place.address}:{place.port}",
-            rank=place.rank,
-            world_size=place.world_size,
-            timeout=timeout,
+        met = torch.distributed.rendezvous(
+            f"tcp://{place.address}:{place.port}", place.rank, place.world_size, timeout=timeout
         )
+        store, _, _ = next(iter(met))
     except torch.distributed.DistNetworkError as error:
         taken = "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
         reason = (
@@ -92,3 +85,5 @@ def meet(place: Place, backend: str, timeout: timedelta) -> None:
         raise ConfigError(
             f"{reason}; choose a free one with torchrun --master-port or MASTER_PORT"
         ) from error
+    store.set_timeout(timeout)
+    return store

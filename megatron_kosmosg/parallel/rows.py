@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import torch
 
+from megatron_kosmosg.data.balance import share
 from megatron_kosmosg.parallel.layout import Layout
 
 
 def row_range(num_rows: int, layout: Layout) -> slice:
     """The rows of this tensor-parallel rank; sizes differ by at most one and may be zero."""
-    size, extra = divmod(num_rows, layout.tp_size)
-    start = layout.tp_rank * size + min(layout.tp_rank, extra)
-    return slice(start, start + size + (layout.tp_rank < extra))
+    return share(num_rows, layout.tp_rank, layout.tp_size)
 
 
 def take_rows(x: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -22,12 +22,14 @@ from megatron_kosmosg.training.stage import Probe
 CELL_PIXELS = 96
 PictureJudge = Callable[[torch.Tensor, torch.Tensor], dict[str, float]]
 """Metrics of (results, targets), both [n, 3, height, width] in [-1, 1]."""
+Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""Pictures of (conditions with the null condition last, positions, pixels per side)."""
 
 
 def held_out_pictures(
     config: RunConfig,
     layout: Layout,
-    diffusion: FrozenDiffusion | None,
+    draw: Draw,
     dataset: StreamDataset,
     model: list[nn.Module],
     judge: PictureJudge | None = None,
@@ -35,7 +37,7 @@ def held_out_pictures(
     """A sheet with one row per held-out prompt: its pictures, the true image, the generated one.
 
     Called on all ranks together; empty on ranks that do not draw (all but one of the last stage).
-    diffusion: None before the last pipeline stage. judge: gives the metrics, if any.
+    draw: called on that one. judge: gives the metrics, if any.
     """
     positions = list(range(config.logging.num_images))
     samples = [dataset[position] for position in positions]
@@ -46,16 +48,7 @@ def held_out_pictures(
         return Probe()
     condition = outputs[0]["condition"]
     targets = batch["target_pixel_values"]
-    shape = diffusion.latent_shape(tuple(targets.shape[-2:]))
-    key = ScoreKey(config.training.seed, "held-out-pictures")
-    results = generate(
-        diffusion,
-        condition[:-1],
-        condition[-1:],
-        key.normal(torch.tensor(positions), "initial_noise", shape).to(layout.device),
-        num_inference_steps=config.logging.num_inference_steps,
-        guidance_scale=config.logging.guidance_scale,
-    )
+    results = draw(condition, torch.tensor(positions), targets.shape[-1])
     prompts = _prompt_pictures(config, batch)
     width = max(len(pictures) for pictures in prompts)
     rows = [
@@ -64,6 +57,29 @@ def held_out_pictures(
     ]
     sheet = picture_grid(rows, CELL_PIXELS, ["prompt"] * width + ["truth", "result"])
     return Probe({} if judge is None else judge(results, targets), {"held_out_prompts": sheet})
+
+
+def draw_pictures(
+    config: RunConfig,
+    diffusion: FrozenDiffusion,
+    condition: torch.Tensor,
+    positions: torch.Tensor,
+    size: int,
+) -> torch.Tensor:
+    """Pictures [n, 3, size, size] in [-1, 1], float32, with noise keyed by position [n].
+
+    condition: [n + 1, c, d], its last row the null condition.
+    """
+    key = ScoreKey(config.training.seed, "held-out-pictures")
+    shape = diffusion.latent_shape((size, size))
+    return generate(
+        diffusion,
+        condition[:-1],
+        condition[-1:],
+        key.normal(positions, "initial_noise", shape).to(condition.device),
+        num_inference_steps=config.logging.num_inference_steps,
+        guidance_scale=config.logging.guidance_scale,
+    )
 
 
 def _prompt_pictures(

@@ -7,23 +7,32 @@ the frozen U-Net. The null condition is `<s>` alone, an extra row of every micro
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
+from megatron.core.utils import get_model_config
 from torch import nn
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.instruct_stream import InstructStream
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.data.streams import instruct_stream
 from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_vae, vae_fingerprint
 from megatron_kosmosg.models.kosmosg import KosmosG
-from megatron_kosmosg.models.score import ColocatedScore, ScoreKey, drop_condition
+from megatron_kosmosg.models.score import ColocatedScore, DenoisingLoss, ScoreKey, drop_condition
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.platform import torch_dtype
+from megatron_kosmosg.parallel.score_link import ScoreRank
 from megatron_kosmosg.planning.flops import instruct_flops
 from megatron_kosmosg.stages.freezing import train_only
-from megatron_kosmosg.stages.held_out_pictures import PictureJudge, held_out_pictures
+from megatron_kosmosg.stages.held_out_pictures import (
+    PictureJudge,
+    draw_pictures,
+    held_out_pictures,
+)
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
+from megatron_kosmosg.training.score_service import serve
 from megatron_kosmosg.training.stage import InitialWeights, Probe
 
 
@@ -38,8 +47,8 @@ class InstructStage:
         self._picture_judge = picture_judge
         self._diffusion: FrozenDiffusion | None = None
         self._score: ColocatedScore | None = None
-        if layout.is_last_stage:
-            self._diffusion = load_diffusion(config, layout)
+        if layout.is_last_stage and layout.remote_score is None:
+            self._diffusion = load_diffusion(config, layout.device)
             self._score = ColocatedScore(
                 self._diffusion, layout, config.score, config.training.seed
             )
@@ -64,7 +73,8 @@ class InstructStage:
         vae = None
         if self.config.data.latent_cache is not None:
             vae = vae_fingerprint(load_vae(self.config.model.diffusion.path, torch.float32))
-        return instruct_stream(self.config, split, self._layout.device.index, vae)
+        reads = "prompts" if self._layout.num_score_ranks else "all"
+        return instruct_stream(self.config, split, self._layout.device.index, vae, reads)
 
     def forward_step(self, data_iterator: Iterator[dict[str, torch.Tensor]], model: nn.Module):
         """Denoising loss of one micro-batch (mcore's contract)."""
@@ -81,10 +91,20 @@ class InstructStage:
                 chance = key.uniform(positions, "condition_drop")
                 drop = chance < self.config.score.condition_drop_prob
                 condition = drop_condition(condition, null_condition, drop)
+            count = torch.tensor(len(condition), dtype=torch.int, device=condition.device)
+            if self._layout.remote_score is not None:
+                loss, reported = self._layout.remote_score.loss(
+                    condition,
+                    positions,
+                    batch["attempts"],
+                    get_model_config(model).grad_scale_func(torch.ones_like(count).float()),
+                    torch_dtype(self.config.training.precision),
+                    is_heldout=not training,
+                )
+                return loss, count, {"loss": reported}
             cached = "target_moments" in batch
             targets = batch["target_moments" if cached else "target_pixel_values"]
             loss = self._score(condition, targets, positions, stream)
-            count = torch.tensor(len(condition), dtype=torch.int, device=loss.device)
             return loss, count, {"loss": torch.stack([loss.detach(), count.float()])}
 
         return output, loss_func
@@ -109,21 +129,50 @@ class InstructStage:
         return held_out_pictures(
             self.config,
             self._layout,
-            self._diffusion,
-            self.build_dataset("heldout"),
+            self._draw,
+            instruct_stream(self.config, "heldout", self._layout.device.index),
             model,
             self._picture_judge,
         )
+
+    def _draw(self, condition: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:
+        if self._layout.remote_score is None:
+            return draw_pictures(self.config, self._diffusion, condition, positions, size)
+        condition = condition.to(torch_dtype(self.config.training.precision))
+        return self._layout.remote_score.draw(condition, positions, size)
 
     def flops_per_iteration(self, num_tokens: int, num_images: int, num_targets: int) -> float:
         return instruct_flops(self.config, num_tokens, num_images, num_targets)
 
 
-def load_diffusion(config: RunConfig, layout: Layout) -> FrozenDiffusion:
+def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:
+    """Serves the decoder ranks until they end; True when their run is done.
+
+    The rank holds the U-Net and the VAE, and reads nothing but target images.
+    """
+    diffusion = load_diffusion(config, rank.device)
+
+    def open_stream(split: str) -> InstructStream:
+        vae = None
+        if config.data.latent_cache is not None:
+            vae = vae_fingerprint(load_vae(config.model.diffusion.path, torch.float32))
+        return instruct_stream(config, split, rank.device.index, vae, "targets")
+
+    return serve(
+        config,
+        rank,
+        DenoisingLoss(diffusion, config.score, config.training.seed),
+        partial(draw_pictures, config, diffusion),
+        open_stream,
+        torch_dtype(config.training.precision),
+    )
+
+
+def load_diffusion(config: RunConfig, device: torch.device) -> FrozenDiffusion:
     """The frozen U-Net and VAE of `model.diffusion.path`, checked against AlignerNet's width."""
     diffusion = FrozenDiffusion.from_folder(
         config.model.diffusion.path,
-        device=layout.device,
+        device=device,
         dtype=torch_dtype(config.training.precision),
         recompute=config.score.recompute,
     )

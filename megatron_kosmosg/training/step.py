@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.training.batches import Batch, BatchFeed, Work
 from megatron_kosmosg.training.optimizer import apply_update
+from megatron_kosmosg.training.score_schedule import forward_backward_function
 from megatron_kosmosg.training.stage import Stage
 
 
@@ -140,7 +140,8 @@ def _run_schedule(
     forward_only: bool,
 ) -> list[dict[str, torch.Tensor]]:
     single = len(chunks) == 1
-    return get_forward_backward_func()(
+    run = forward_backward_function(config, layout, forward_only=forward_only)
+    losses = run(
         forward_step_func=stage.forward_step,
         data_iterator=iterators[0] if single else iterators,
         model=chunks[0] if single else chunks,
@@ -149,3 +150,6 @@ def _run_schedule(
         micro_batch_size=config.training.micro_batch_size,
         forward_only=forward_only,
     )
+    if layout.remote_score is not None:
+        layout.remote_score.drain()
+    return losses

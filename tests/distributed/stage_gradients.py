@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 
 from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.schema import RunConfig
@@ -48,7 +49,18 @@ def run_step(
     layout: Layout,
     batches: Iterator[dict[str, torch.Tensor]],
 ) -> tuple[list[dict[str, torch.Tensor]], KosmosG]:
-    """(reports of the micro-batches, the model with its gradients) of one training step.
+    """(reports of the micro-batches, the model with its gradients) of one training step."""
+    reports, _, model = train_pass(stage, config, layout, batches)
+    return reports, model
+
+
+def train_pass(
+    stage: Stage,
+    config: RunConfig,
+    layout: Layout,
+    batches: Iterator[dict[str, torch.Tensor]],
+) -> tuple[list[dict[str, torch.Tensor]], list[DistributedDataParallel], KosmosG]:
+    """(reports of the micro-batches, the wrapped chunks, the model with its gradients).
 
     Runs the real schedule, data-parallel reduction and normalisation.
     """
@@ -58,4 +70,4 @@ def run_step(
         chunk.train()
         chunk.zero_grad_buffer()
     reports = _run_schedule(stage, config, layout, chunks, [batches], forward_only=False)
-    return reports, unwrap_model(chunks)[0]
+    return reports, chunks, unwrap_model(chunks)[0]

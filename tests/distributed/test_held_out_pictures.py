@@ -45,7 +45,7 @@ def sheet(config: RunConfig) -> np.ndarray | None:
         chunks = wrap_model(stage.build_model(layout), config)
         for chunk in chunks:
             chunk.eval()
-        drawn = held_out_pictures(config, layout, stage._diffusion, Prompts(), chunks)
+        drawn = held_out_pictures(config, layout, stage._draw, Prompts(), chunks)
         return np.asarray(drawn.images["held_out_prompts"]) if drawn.images else None
     finally:
         platform.teardown()

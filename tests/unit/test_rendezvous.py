@@ -61,7 +61,7 @@ def test_port_in_use_is_named() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use"):
-            meet(Place(0, 2, 0, "127.0.0.1", port), "gloo", timedelta(seconds=5))
+            meet(Place(0, 2, 0, "127.0.0.1", port), timedelta(seconds=5))
 
 
 def test_absent_rank_zero_is_named() -> None:
@@ -69,4 +69,4 @@ def test_absent_rank_zero_is_named() -> None:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     with pytest.raises(ConfigError, match="rank 1 could not reach rank 0"):
-        meet(Place(1, 2, 1, "127.0.0.1", port), "gloo", timedelta(seconds=2))
+        meet(Place(1, 2, 1, "127.0.0.1", port), timedelta(seconds=2))
