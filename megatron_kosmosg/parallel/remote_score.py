@@ -1,15 +1,14 @@
 """The decoder's end of the score link: a condition is sent at once, its answer awaited later.
 
-In training the answer is awaited in backward, so that forward passes run ahead of the U-Net; without
-gradients, when the pass over the global batch ends. Tensor rank 0 talks, the others get what it got.
-Whole micro-batches go to the score ranks in turn; rows are split where there are fewer micro-batches
-than ranks.
+In training the answer is awaited in backward, so that forward passes run ahead of the U-Net;
+without gradients, when the pass over the global batch ends. Tensor rank 0 talks, the others get
+what it got. Whole micro-batches go to the score ranks in turn; rows are split where there are fewer
+micro-batches than ranks.
 """
 
 from __future__ import annotations
 
 import signal
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from megatron_kosmosg.parallel.score_link import (
     Request,
     read_answer,
 )
+from megatron_kosmosg.parallel.stopwatch import Stopwatch
 
 
 @dataclass
@@ -61,7 +61,7 @@ class RemoteScore:
         self._sums = torch.zeros(2, device=device)
         """Undecodable targets, seconds that score ranks were idle."""
         self._signal = torch.zeros((), device=device)
-        self._waited = 0.0
+        self._waits: list[Stopwatch] = []
 
     def loss(
         self,
@@ -127,11 +127,12 @@ class RemoteScore:
     def pop_work(self) -> ScoreWork:
         """What happened since the last call; zeros on ranks that do not talk."""
         bad_samples, idle = self._sums.tolist()
-        work = ScoreWork(self._waited, idle, int(bad_samples), 0)
+        waited = sum(watch.seconds() for watch in self._waits)
+        work = ScoreWork(waited, idle, int(bad_samples))
         for link in self._links:
             work.num_bytes += link.num_bytes
             link.num_bytes = 0
-        self._waited = 0.0
+        self._waits.clear()
         self._sums.zero_()
         return work
 
@@ -158,13 +159,15 @@ class RemoteScore:
         width = pending.values_per_row
         message = torch.zeros(HEAD + pending.num_rows * width, device=pending.reported.device)
         if self._links:
-            started = time.perf_counter()
+            watch = Stopwatch(message.device)
+            watch.start()
             for index, rows in pending.split:
                 answer = self._links[index].take_answer((rows.stop - rows.start) * width)
                 self._signal = torch.maximum(self._signal, read_answer(answer).signal)
                 message[:HEAD] += answer[:HEAD]
                 message[HEAD + rows.start * width : HEAD + rows.stop * width] = answer[HEAD:]
-            self._waited += time.perf_counter() - started
+            watch.stop()
+            self._waits.append(watch)
             summed = read_answer(message)
             self._sums += torch.stack([summed.bad_samples, summed.idle])
         if self._tp_group.size() > 1:

@@ -124,7 +124,7 @@ def _fit(
                 bad_samples=progress.bad_samples,
                 lr=scheduler.get_lr({}),
                 seconds=seconds,
-                world_size=layout.num_devices,
+                layout=layout,
             )
             record |= stragglers.report(progress.iteration)
             metrics.iteration(record)

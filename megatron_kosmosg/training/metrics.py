@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_kosmosg.config.paths import output_folder
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.training.stage import Stage
 from megatron_kosmosg.training.step import Update
 
@@ -33,18 +34,21 @@ def iteration_record(
     bad_samples: int,
     lr: float,
     seconds: float,
-    world_size: int,
+    layout: Layout,
 ) -> dict[str, float | None]:
     """The line of one iteration.
 
     tflops: TFLOP/s of one device, from the work actually done without recomputation; mfu: its
     share of logging.peak_tflops; data_wait: share of the iteration spent waiting for data;
-    bad_samples: undecodable images since the first iteration, restarts included.
+    bad_samples: undecodable images since the first iteration, restarts included. With score ranks:
+    decoder_idle and score_idle, shares of the iteration that a replica waited for the U-Net's
+    answers and that a score rank waited for conditions (the latter also while the decoder updates,
+    evaluates or saves, at most 1); link_mib, MiB to and from the score ranks.
     """
     totals = update.totals
     flops = stage.flops_per_iteration(totals.work.tokens, totals.work.images, totals.work.rows)
-    tflops = flops / seconds / world_size / 1e12
-    return {
+    tflops = flops / seconds / layout.num_devices / 1e12
+    record = {
         "iteration": iteration,
         **{name: _finite(value) for name, value in totals.losses.items()},
         "lr": lr,
@@ -57,6 +61,12 @@ def iteration_record(
         "consumed_train_samples": consumed_train_samples,
         "bad_samples": bad_samples,
     }
+    if layout.num_score_ranks:
+        score = totals.score
+        record["decoder_idle"] = score.waited / layout.dp_size / seconds
+        record["score_idle"] = min(1.0, score.idle / layout.num_score_ranks / seconds)
+        record["link_mib"] = score.num_bytes / 2**20
+    return record
 
 
 def cut_back(path: Path, iteration: int) -> None:

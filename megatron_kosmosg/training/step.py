@@ -7,7 +7,7 @@ a stage returns sums, Megatron-Core divides the gradients, `LossTotals` divides 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.remote_score import ScoreWork
 from megatron_kosmosg.training.batches import Batch, BatchFeed, Work
 from megatron_kosmosg.training.optimizer import apply_update
 from megatron_kosmosg.training.score_schedule import forward_backward_function
@@ -32,6 +33,8 @@ class Totals:
     work: Work
     data_wait: float
     """Seconds a loading rank waited for data, mean over those ranks."""
+    score: ScoreWork = field(default_factory=ScoreWork)
+    """Summed over ranks; zeros where the U-Net sits beside the decoder."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,19 @@ class Reporter:
             dist.all_gather_object(gathered, list(losses[0]) if losses else [])
             self._names = next(names for names in gathered if names)
         work, wait, loads = feed.pop_work(), feed.pop_wait(), layout.tp_rank == 0
+        remote = layout.remote_score
+        score = ScoreWork() if remote is None else remote.pop_work()
         speaks_for_input = loads and layout.pp_rank == 0  # one rank of each replica counts its work
         values = [0.0] * (2 * len(self._names)) + [
             float(work.tokens) if speaks_for_input else 0.0,
             float(work.images) if speaks_for_input else 0.0,
             float(work.rows) if speaks_for_input else 0.0,
-            float(work.bad_samples) if speaks_for_input else 0.0,
+            float((work.bad_samples if speaks_for_input else 0) + score.bad_samples),
             wait,
             float(loads),
+            score.waited,
+            score.idle,
+            float(score.num_bytes),
         ]
         vector = torch.tensor(values, dtype=torch.float64, device=layout.device)
         if layout.tp_rank == 0:
@@ -92,8 +100,10 @@ class Reporter:
             name: numbers[2 * i] / max(numbers[2 * i + 1], 1.0)
             for i, name in enumerate(self._names)
         }
-        *done, waited, loaders = numbers[2 * len(self._names) :]
-        return Totals(means, Work(*map(int, done)), waited / loaders)
+        rest = numbers[2 * len(self._names) :]
+        *done, waited, loaders = rest[:-3]
+        score = ScoreWork(rest[-3], rest[-2], 0, int(rest[-1]))
+        return Totals(means, Work(*map(int, done)), waited / loaders, score)
 
 
 def train_step(

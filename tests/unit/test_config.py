@@ -119,7 +119,11 @@ def test_batch_arithmetic():
         (["parallel.world_size=256"], ["256", "24 ranks"]),
         (["optimizer.lr_warmup_iters=10", "training.train_iters=10"], ["lr_warmup_iters=10"]),
         (["score.condition_drop_prob=1.5"], ["condition_drop_prob=1.5"]),
-        (["score.placement=dedicated"], ["score.placement=colocated"]),
+        (
+            ["score.placement=dedicated", "stage=instruct", "score.ranks_per_replica=30"],
+            ["score.ranks_per_replica", "score.placement=colocated"],
+        ),
+        (["score.window=17"], ["score.window=17", "0..16"]),
         (["parallel.overlap_param_gather=true"], ["overlap_grad_reduce"]),
         (["training.micro_batch_size=0"], ["training.micro_batch_size=0"]),
         (["model.vision.patch_size=15"], ["patch_size=15"]),
