@@ -31,7 +31,7 @@ _PRELOAD = [
 
 
 def run_ranks(
-    num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120
+    num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 240
 ) -> list:
     """What `function(*args)` returns on every rank, in rank order.
 

@@ -127,9 +127,9 @@ def _check_world_size(config: RunConfig, world_size: int) -> None:
 
 
 def _check_score(config: RunConfig) -> None:
-    if not 0 <= config.score.window <= _WIDEST_WINDOW:
+    if config.score.window > _WIDEST_WINDOW:
         raise ConfigError(
-            f"score.window={config.score.window} must lie in 0..{_WIDEST_WINDOW}: activations of "
+            f"score.window={config.score.window} must be at most {_WIDEST_WINDOW}: activations of "
             "that many more micro-batches are kept"
         )
 

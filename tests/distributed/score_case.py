@@ -83,6 +83,19 @@ def placed_update(config: RunConfig) -> Placed:
         platform.teardown()
 
 
+def update_with_trouble(config: RunConfig) -> None:
+    """The score rank raises in its first answer while the decoder rank waits for it."""
+    if not platform.holds_unet_alone(config):
+        placed_update(config)
+        return
+    rank = platform.initialize_score(config)
+
+    def fail(*arguments: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError("this score rank's own trouble")
+
+    serve(config, rank, fail, fail, lambda split: TinyPrompts("targets"), torch.float32)
+
+
 def _serve(config: RunConfig) -> Placed:
     rank = platform.initialize_score(config)
     diffusion = load_diffusion(config, rank.device)

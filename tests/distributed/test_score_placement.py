@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.distributed.score_case import placed_update
+from tests.distributed.score_case import placed_update, update_with_trouble
 from tests.distributed.shares import whole
 from tests.ranks import run_ranks
 from tests.tiny_models import replace_section, tiny_config, write_stable_diffusion
@@ -22,7 +22,7 @@ PLACEMENTS = {
     "k1": (2, {}, {}),
     "k2": (3, {}, {"ranks_per_replica": 2}),
     "k3": (4, {}, {"ranks_per_replica": 3, "window": 3}),
-    "no_window": (2, {}, {"window": 0}),
+    "narrow_window": (2, {}, {"window": 1}),
     "tp2_sp_k1": (3, {**TP2, "sequence_parallel": True}, {}),
     "tp2_k2": (4, TP2, {"ranks_per_replica": 2}),
     "pp2_k1": (3, PP2, {}),
@@ -113,3 +113,9 @@ def test_loss_scale_travels_with_the_condition(colocated, stable_diffusion):
                 found = result.share.tensors[key] / scale
                 error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
                 assert error < 0.5, f"{precision} {key}: {error:.3f}"
+
+
+def test_a_raising_score_rank_ends_the_run_with_its_own_error(stable_diffusion):
+    config = config_of(stable_diffusion, {}, {"placement": "dedicated"})
+    with pytest.raises(RuntimeError, match="own trouble|Connection closed|Timed out"):
+        run_ranks(2, update_with_trouble, config)

@@ -123,7 +123,7 @@ def test_batch_arithmetic():
             ["score.placement=dedicated", "stage=instruct", "score.ranks_per_replica=30"],
             ["score.ranks_per_replica", "score.placement=colocated"],
         ),
-        (["score.window=17"], ["score.window=17", "0..16"]),
+        (["score.window=17"], ["score.window=17", "at most 16"]),
         (["parallel.overlap_param_gather=true"], ["overlap_grad_reduce"]),
         (["training.micro_batch_size=0"], ["training.micro_batch_size=0"]),
         (["model.vision.patch_size=15"], ["patch_size=15"]),

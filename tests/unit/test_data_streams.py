@@ -226,6 +226,7 @@ def test_instruct_batch_has_the_agreed_keys_and_shapes(folder, tokenizer):
         "pixel_values": ((images, 3, 8, 8), torch.float32),
         "target_pixel_values": ((10, 3, 16, 16), torch.float32),
         "stream_positions": ((10,), torch.int64),
+        "attempts": ((10,), torch.int64),
         "bad_samples": ((), torch.int64),
     }
     assert batch["stream_positions"].tolist() == list(range(10))
@@ -372,3 +373,19 @@ def test_manifest_counts_what_is_stored(folder):
     assert manifest["num_images"] == sum(len(raw.images()) for raw in raws)
     assert manifest["num_tokens"] == sum(len(t) for raw in raws for t in raw.tokens())
     assert manifest["format_version"] == manifest_module.FORMAT_VERSION
+
+
+def test_ranks_with_and_without_the_unet_read_their_parts_of_the_same_batch(folder):
+    config = run_config(folder, "instruct", prefixes(folder, caption=1, edit=1))
+    batches = {}
+    for reads in ("all", "prompts", "targets"):
+        stream = instruct_stream(config, "train", reads=reads)
+        samples = [stream[p] for p in range(6)]
+        batches[reads] = stream.collate(samples, stream.pad_to(samples, range(6)))
+    everything = batches["all"]
+    shared = {"stream_positions", "attempts", "bad_samples"}
+    assert batches["targets"].keys() == shared | {"target_pixel_values"}
+    assert batches["prompts"].keys() == everything.keys() - {"target_pixel_values"}
+    for reads in ("prompts", "targets"):
+        for key, value in batches[reads].items():
+            assert torch.equal(value, everything[key]), key

@@ -69,7 +69,8 @@ def test_gradient_reaches_the_condition_and_no_frozen_parameter(folder):
     colocated = score(folder)
     colocated(condition, pixels, positions, "instruct").backward()
     assert condition.grad.abs().sum(dim=(1, 2)).min() > 0
-    frozen = [*colocated._diffusion.unet.parameters(), *colocated._diffusion.vae.parameters()]
+    diffusion = colocated._denoising._diffusion
+    frozen = [*diffusion.unet.parameters(), *diffusion.vae.parameters()]
     assert all(parameter.grad is None for parameter in frozen)
 
 
@@ -86,8 +87,10 @@ def test_draws_depend_on_position_and_purpose_only():
 def test_timestep_sampling_power_favours_high_noise(tmp_path):
     folder = write_stable_diffusion(tmp_path)
     uniform = (torch.arange(1000) + 0.5) / 1000
-    plain = score(folder)._timesteps(uniform)
-    power = score(folder, timestep_sampling="power", timestep_power=0.5)._timesteps(uniform)
+    plain = score(folder)._denoising._timesteps(uniform)
+    power = score(folder, timestep_sampling="power", timestep_power=0.5)._denoising._timesteps(
+        uniform
+    )
     assert plain.tolist() == list(range(1000))
     assert power.float().mean() == pytest.approx(1000 * 2 / 3, rel=0.01)
 
