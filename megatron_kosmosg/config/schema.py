@@ -176,8 +176,8 @@ class ScoreConfig:
     replicas_per_rank: int = 1
     """Decoder replicas that share one U-Net rank (`dedicated`)."""
     window: int = 2
-    """Forward passes that run ahead while the U-Net ranks work (`dedicated`); the decoder ranks
-    keep the activations of that many more micro-batches."""
+    """Micro-batches in flight between decoder and U-Net ranks (`dedicated`), at most 16; decoder
+    ranks keep the activations of one fewer in addition to their own."""
     condition_drop_prob: float = 0.1
     """Probability per image that the condition is replaced by the null condition."""
     loss_weighting: Literal["none", "min_snr", "capped_snr_plus_one"] = "none"

@@ -6,6 +6,7 @@ the frozen U-Net. The null condition is `<s>` alone, an extra row of every micro
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import partial
 
@@ -14,6 +15,7 @@ from megatron.core.utils import get_model_config
 from torch import nn
 
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.paths import heartbeat_file
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import InstructStream
 from megatron_kosmosg.data.samples import StreamDataset
@@ -21,8 +23,10 @@ from megatron_kosmosg.data.streams import instruct_stream
 from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_vae, vae_fingerprint
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.models.score import ColocatedScore, DenoisingLoss, ScoreKey, drop_condition
+from megatron_kosmosg.parallel.heartbeat import Heartbeat
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.platform import torch_dtype
+from megatron_kosmosg.parallel.rendezvous import find_place
 from megatron_kosmosg.parallel.score_link import ScoreRank
 from megatron_kosmosg.planning.flops import instruct_flops
 from megatron_kosmosg.stages.freezing import train_only
@@ -158,14 +162,18 @@ def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:
             vae = vae_fingerprint(load_vae(config.model.diffusion.path, torch.float32))
         return instruct_stream(config, split, rank.device.index, vae, "targets")
 
-    return serve(
-        config,
-        rank,
-        DenoisingLoss(diffusion, config.score, config.training.seed),
-        partial(draw_pictures, config, diffusion),
-        open_stream,
-        torch_dtype(config.training.precision),
-    )
+    with Heartbeat(
+        find_place(os.environ), config.parallel.stall_seconds, heartbeat_file(config)
+    ) as heart:
+        heart.at(0, "scoring")
+        return serve(
+            config,
+            rank,
+            DenoisingLoss(diffusion, config.score, config.training.seed),
+            partial(draw_pictures, config, diffusion),
+            open_stream,
+            torch_dtype(config.training.precision),
+        )
 
 
 def load_diffusion(config: RunConfig, device: torch.device) -> FrozenDiffusion:

@@ -1,7 +1,7 @@
 """The schedule of an iteration whose U-Net sits on other ranks: 1F1B with more warm-up.
 
 The score ranks are a stage behind the last one. A forward pass of the last stage sends a condition
-and returns; the gradient is awaited in its backward pass, `score.window` forward passes later. With
+and returns; its gradient is awaited in backward, when score.window conditions are under way. With
 one pipeline stage the same loop is a window over the micro-batches. Passes without gradients and
 interleaved stages take Megatron-Core's own schedules, where nothing runs further ahead.
 """
@@ -37,14 +37,14 @@ def forward_backward_function(
         return get_forward_backward_func()
 
     def run(**arguments: Any) -> list:
-        return _one_forward_one_backward(layout, config.score.window, **arguments)
+        return _one_forward_one_backward(layout, config.score.window - 1, **arguments)
 
     return run
 
 
 def _one_forward_one_backward(
     layout: Layout,
-    window: int,
+    extra: int,
     *,
     forward_step_func: Callable,
     data_iterator: Any,
@@ -67,7 +67,7 @@ def _one_forward_one_backward(
         tp_group=groups.tp,
         cp_group=groups.cp,
     )
-    ahead = min(layout.pp_size - layout.pp_rank - 1 + window, num_microbatches)
+    ahead = min(layout.pp_size - layout.pp_rank - 1 + extra, num_microbatches)
     steady = num_microbatches - ahead
     reports: list = []
     kept: deque[tuple[Any, Any]] = deque()

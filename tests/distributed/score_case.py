@@ -153,5 +153,5 @@ def _large_modules() -> tuple[str, ...]:
 def _fingerprint(module: torch.nn.Module) -> str:
     digest = hashlib.blake2b()
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        digest.update(name.encode() + tensor.float().contiguous().numpy().tobytes())
     return digest.hexdigest()
