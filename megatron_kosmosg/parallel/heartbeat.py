@@ -179,11 +179,16 @@ def innermost_line(frame: FrameType | None) -> str:
     return "?"
 
 
+_WAITING = ("torch/distributed/", "p2p_communication", "parallel/score_link")
+"""In the names of files whose functions wait for other ranks."""
+
+
 def is_waiting(frame: FrameType | None) -> bool:
-    """Whether the stack is inside torch.distributed or Megatron-Core's exchange of stages."""
+    """Whether the stack is inside torch.distributed, Megatron-Core's exchange of stages, or the
+    link to score ranks."""
     while frame is not None:
         name = frame.f_code.co_filename
-        if "torch/distributed/" in name or "p2p_communication" in name:
+        if any(part in name for part in _WAITING):
             return True
         frame = frame.f_back
     return False
