@@ -152,11 +152,17 @@ class LocalSlurm:
         return sorted(found)
 
     def kill_node(self, node: str) -> None:
-        """SIGKILL to its slurmd and all that runs on it, as if the power had failed."""
+        """SIGKILL to its slurmd and all that runs on it, as if the power had failed.
+
+        The node is marked down, as slurmctld does by itself after SlurmdTimeout: a node that is
+        back sooner than that need not be noticed at all, and its job would hang.
+        """
         self._daemons[node].kill()
         self._daemons.pop(node).wait()
         for process in self.processes(node):
             _signal(process, signal.SIGKILL)
+        marked = self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=killed")
+        assert marked.returncode == 0, marked.stderr
 
     def start_node(self, node: str) -> None:
         (self.folder / "spool" / node).mkdir(parents=True, exist_ok=True)
