@@ -115,6 +115,7 @@ class PauseAt:
         if call != self.call or int(os.environ["RANK"]) != self.rank:
             return
         if self.whole:
+            time.sleep(0.7)  # its signs of life, four a second, have been heard
             wake = f"sleep {self.seconds}; kill -CONT {os.getpid()}"
             subprocess.Popen(["sh", "-c", wake])
             os.kill(os.getpid(), signal.SIGSTOP)

@@ -70,7 +70,14 @@ def check_network(given: argparse.Namespace, node: str) -> int:
     place = find_place(os.environ)
     device = choose_device(place)
     try:
-        meet(place, collective_backend(device), timedelta(seconds=given.timeout))
+        timeout = timedelta(seconds=given.timeout)
+        dist.init_process_group(
+            collective_backend(device),
+            store=meet(place, timeout),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+        )
         measured = measure_bandwidth(node, device)
         dist.destroy_process_group()
     except (ConfigError, RuntimeError) as error:

@@ -115,7 +115,8 @@ def test_a_signal_to_one_rank_in_an_evaluation_stops_all_and_it_is_made_up_for(
 )
 def test_the_rank_that_holds_the_others_up_is_named(tmp_path, rank, whole, reader, words):
     config = fake_config(str(tmp_path), parallel={"stall_seconds": 1}, training={"train_iters": 4})
-    pause = PauseAt(call=4, rank=rank, seconds=4, whole=whole)
+    # Rank 0 has the store: that it does not answer is known after ten seconds.
+    pause = PauseAt(call=4, rank=rank, seconds=16 if rank == 0 else 4, whole=whole)
     said = run_ranks(2, said_while_training, config, {"hook": pause})[reader]
     reports = [line for line in said.splitlines() if "stall:" in line]
     named = [line for line in reports if words.format(node=socket.gethostname()) in line]
