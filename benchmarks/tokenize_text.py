@@ -9,7 +9,7 @@ that a change of the machine's speed meets both. Printed are medians over the ro
   CPU seconds     of the command and its workers; on a busy machine the steadier figure
 
 Without --corpus, prose that lies on the machine (documentation and licence texts of the installed
-packages) is repeated up to --megabytes; without --tokenizer-model a BPE model is trained on it. The
+packages) is repeated up to --megabytes; without --tokenizer-model one is trained on it. The
 file is not called `tokenize`, which would hide Python's own module of that name from every script
 beside it.
 
@@ -80,14 +80,14 @@ def write_corpus(path: Path, documents: list[str], num_bytes: int) -> None:
             i += 1
 
 
-def train_model(path: Path, documents: list[str]) -> None:
-    """A BPE model such as the paper's, but smaller."""
+def train_model(path: Path, documents: list[str], kind: str) -> None:
+    """A model of that kind; the paper's has a larger vocabulary."""
     lines = (line for document in documents for line in document.splitlines() if line.strip())
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=lines,
         model_prefix=str(path.with_suffix("")),
         vocab_size=VOCABULARY,
-        model_type="bpe",
+        model_type=kind,
         hard_vocab_limit=False,
         minloglevel=2,
     )
@@ -162,6 +162,12 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="own JSONL file with a `text` field")
     parser.add_argument("--tokenizer-model", type=Path, help="own SentencePiece model")
     parser.add_argument(
+        "--model-type",
+        choices=("unigram", "bpe"),
+        default="unigram",
+        help="kind of model trained when none is given (unigram, as the authors' is)",
+    )
+    parser.add_argument(
         "--megatron-lm", type=Path, help="a checkout of Megatron-LM to compare with"
     )
     given = parser.parse_args()
@@ -174,7 +180,7 @@ def main() -> None:
             if not given.corpus:
                 write_corpus(corpus, documents, int(given.megabytes * 1e6))
             if not given.tokenizer_model:
-                train_model(model, documents)
+                train_model(model, documents, given.model_type)
         print(
             f"{corpus.stat().st_size / 1e6:.1f} MB, {given.workers} workers, {os.cpu_count()} cores"
         )
