@@ -149,11 +149,13 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
-    """Model chunks per pipeline rank; needs pipeline_model_parallel_size > 2."""
+    """Pipeline stages per rank (interleaving); needs pipeline_model_parallel_size > 2 and micro-
+    batches in multiples of it."""
     sequence_parallel: bool = False
     """Split the decoder's norms and dropouts along the sequence (decoder only)."""
     pipeline_layout: str | None = None
-    """What each pipeline stage holds, stages separated by `|`: `decoder*13|decoder*11,M,N`.
+    """What each pipeline stage holds, stages separated by `|`: `decoder*13|decoder*11,M,N`, in the
+    order of the model; with V stages per rank, V times as many as there are pipeline ranks.
     Default: decoder layers spread evenly, AlignerNet on the last stage."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
@@ -268,6 +270,9 @@ class LoggingConfig:
     picture_judge: Literal["none", "toy"] = "none"
     """What measures the pictures of the grid against their targets: `toy` reads shapes and hues of
     the toy world."""
+    trace_iteration: int | None = None
+    """Iteration, before the last one, of which all ranks leave their forward and backward passes,
+    exchanges and waits in `trace.json`, for ui.perfetto.dev or chrome://tracing."""
     peak_tflops: float = 989.0
     """TFLOP/s of one device in the training precision; the denominator of `mfu`."""
 

@@ -1,6 +1,6 @@
 """KOSMOS-G without its image decoder: image tower, resampler, language decoder, AlignerNet.
 
-Each rank builds what its pipeline stage holds (pipeline_pieces.py); an attribute of a part that
+Each rank builds what its pipeline stages hold (pipeline_pieces.py); an attribute of a part that
 lives elsewhere is None. Composition only: the parts are in their own files.
 """
 
@@ -28,10 +28,11 @@ from megatron_kosmosg.parallel.layout import Layout
 
 
 class KosmosG(LanguageModule):
-    """This pipeline stage's part of the model, in float32 on `layout.device`, initialised.
+    """One pipeline stage's part of the model, in float32 on `layout.device`, initialised.
 
     output_head: build the tied language head (`pretrain`). aligner_parts: (), ("M",) or ("M", "N").
-    After `requires_grad` is decided, call `agree_on_freezing` on all ranks.
+    chunk: which of this rank's stages. After `requires_grad` is decided, all ranks call
+    `agree_on_freezing` (chunks.py).
     """
 
     def __init__(
@@ -41,15 +42,18 @@ class KosmosG(LanguageModule):
         *,
         output_head: bool,
         aligner_parts: tuple[str, ...] = (),
+        chunk: int = 0,
     ) -> None:
         stages = pipeline_pieces(config, aligner_parts)
         super().__init__(decoder_config(config, stages), pg_collection=layout.process_groups)
         self.model_type = ModelType.encoder_or_decoder
-        self.pre_process = layout.is_first_stage
-        self.post_process = layout.is_last_stage
+        stage = chunk * layout.pp_size + layout.pp_rank
+        self.vp_stage = chunk if self.vp_size is not None else None
+        self.pre_process = stage == 0
+        self.post_process = stage == len(stages) - 1
         self.share_embeddings_and_output_weights = output_head
         self.input_tensor: torch.Tensor | None = None
-        self._run_config, self._layout, self._pieces = config, layout, stages[layout.pp_rank]
+        self._run_config, self._layout, self._pieces = config, layout, stages[stage]
         # None: nothing arrives; False: its gradient is needed upstream; True: nothing there trains.
         self._is_upstream_frozen = None if self.pre_process else False
         with layout.device:
@@ -73,6 +77,7 @@ class KosmosG(LanguageModule):
                 block_spec(pieces.num_decoder_layers, causal_layer()),
                 post_process=pieces.ends_decoder,
                 pg_collection=groups,
+                vp_stage=self.vp_stage,
             )
         if output_head and self.post_process:
             self.output_layer = OutputHead(
@@ -100,24 +105,16 @@ class KosmosG(LanguageModule):
         """Take what the stage before sent (Megatron's schedules call this)."""
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def agree_on_freezing(self) -> None:
-        """Tell every pipeline stage whether anything before it trains. Call on all ranks.
+    @property
+    def trains(self) -> bool:
+        """Whether any parameter of this stage does."""
+        return any(parameter.requires_grad for parameter in self.parameters())
 
-        Where nothing does, no gradient is computed for it (the schedule is sent zeros). Without
-        this call results are the same, but the backward of frozen layers is computed. On the meta
-        device, where nothing is computed, it does nothing.
-        """
-        if self._layout.pp_size == 1 or self._layout.device.type == "meta":
-            return
-        trains = torch.tensor(
-            [any(p.requires_grad for p in self.parameters())],
-            dtype=torch.uint8,
-            device=self._layout.device,
-        )
-        everyone = trains.new_empty(self._layout.pp_size)
-        torch.distributed.all_gather_into_tensor(everyone, trains, group=self._layout.pp_group)
+    def set_upstream_frozen(self, is_frozen: bool) -> None:
+        """Whether nothing before this stage trains, so that no gradient is computed for it (the
+        schedule is sent zeros). Of no meaning to the first stage."""
         if not self.pre_process:
-            self._is_upstream_frozen = not everyone[: self._layout.pp_rank].any().item()
+            self._is_upstream_frozen = is_frozen
 
     def trainable_vision_modules(self) -> list[nn.Module]:
         """The last `model.vision.num_trainable_layers` blocks of the tower and its post-norm."""

@@ -32,6 +32,7 @@ def decoder_config(config: RunConfig, stages: list[StagePieces]) -> TransformerC
         layernorm_epsilon=decoder.layernorm_epsilon,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         pipeline_model_parallel_layout=_megatron_layout(stages) if len(stages) > 1 else None,
         pipeline_dtype=torch_dtype(config.training.precision),
         variable_seq_lengths=True,

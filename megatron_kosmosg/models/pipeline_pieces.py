@@ -2,6 +2,8 @@
 
 `parallel.pipeline_layout` reads "decoder*13|decoder*11,M,N", with `|` between stages.
 Tokens and images are embedded on the first stage. A half that the run does not build is skipped.
+Interleaved, a rank holds several stages, its chunks: of 3 ranks with 2 chunks each, the ranks hold
+stages 0 and 3, 1 and 4, 2 and 5.
 """
 
 from __future__ import annotations
@@ -32,17 +34,12 @@ class StagePieces:
 
 
 def pipeline_pieces(config: RunConfig, aligner_parts: tuple[str, ...]) -> list[StagePieces]:
-    """The pieces of every pipeline stage, in order.
+    """The pieces of every pipeline stage, in the order of the model.
 
-    Raises ConfigError for a layout that cannot be read or does not hold the model.
+    There are `pipeline ranks x chunks per rank` of them. Raises ConfigError for a layout that
+    cannot be read or does not hold the model.
     """
-    num_stages = config.parallel.pipeline_model_parallel_size
-    virtual = config.parallel.virtual_pipeline_model_parallel_size
-    if virtual is not None:
-        raise ConfigError(
-            f"parallel.virtual_pipeline_model_parallel_size={virtual}: a rank builds one chunk of "
-            "the model, interleaved stages do not exist; set it to null"
-        )
+    num_stages = config.parallel.pipeline_model_parallel_size * chunks_per_rank(config)
     num_layers = config.model.decoder.num_layers
     text = config.parallel.pipeline_layout
     if text is None:
@@ -63,6 +60,11 @@ def pipeline_pieces(config: RunConfig, aligner_parts: tuple[str, ...]) -> list[S
         stages.append(StagePieces(first, count, ends, stage_parts))
         first += count
     return stages
+
+
+def chunks_per_rank(config: RunConfig) -> int:
+    """Pipeline stages that each rank holds."""
+    return config.parallel.virtual_pipeline_model_parallel_size or 1
 
 
 def _parse(text: str) -> tuple[list[int], list[tuple[str, ...]]]:
@@ -95,8 +97,9 @@ def _check(
 ) -> None:
     if len(counts) != num_stages:
         raise ConfigError(
-            f"parallel.pipeline_layout={text!r} has {len(counts)} stages, "
-            f"parallel.pipeline_model_parallel_size is {num_stages}"
+            f"parallel.pipeline_layout={text!r} has {len(counts)} stages, it must have "
+            f"{num_stages} (parallel.pipeline_model_parallel_size, times "
+            "parallel.virtual_pipeline_model_parallel_size where that is set)"
         )
     if sum(counts) != num_layers:
         raise ConfigError(

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
+from megatron_kosmosg.models.chunks import agree_on_freezing
 from megatron_kosmosg.models.kosmosg import KosmosG
+from megatron_kosmosg.parallel.layout import Layout
 
 
-def train_only(model: KosmosG, modules: Iterable[nn.Module | None]) -> None:
-    """Freeze `model` except the given modules; None stands for a part another rank holds.
+def train_only(
+    chunks: list[KosmosG],
+    named: Callable[[KosmosG], Iterable[nn.Module | None]],
+    layout: Layout,
+) -> list[KosmosG]:
+    """`chunks`, frozen but for the modules that `named` gives of each.
 
-    All ranks call this together: pipeline stages learn whether anything before them trains.
+    None stands for a part held elsewhere. All ranks call this together: pipeline stages learn
+    whether anything before them trains.
     """
-    model.requires_grad_(False)
-    for module in modules:
-        if module is not None:
-            module.requires_grad_(True)
-    model.agree_on_freezing()
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        for module in named(chunk):
+            if module is not None:
+                module.requires_grad_(True)
+    agree_on_freezing(chunks, layout)
+    return chunks

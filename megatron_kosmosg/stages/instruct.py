@@ -20,6 +20,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import InstructStream
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.data.streams import instruct_stream
+from megatron_kosmosg.models.chunks import build_chunks
 from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_vae, vae_fingerprint
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.models.score import ColocatedScore, DenoisingLoss, ScoreKey, drop_condition
@@ -59,18 +60,8 @@ class InstructStage:
 
     def build_model(self, layout: Layout) -> list[nn.Module]:
         """Decoder without output head, and AlignerNet M."""
-        model = KosmosG(self.config, layout, output_head=False, aligner_parts=("M",))
-        train_only(
-            model,
-            [
-                model.embedding,
-                model.decoder,
-                model.resampler,
-                *model.trainable_vision_modules(),
-                model.aligner_m,
-            ],
-        )
-        return [model]
+        chunks = build_chunks(self.config, layout, output_head=False, aligner_parts=("M",))
+        return train_only(chunks, _trained, layout)
 
     def build_dataset(self, split: str) -> StreamDataset:
         """Prompts that mix text and pictures, each with the image to be drawn."""
@@ -147,6 +138,16 @@ class InstructStage:
 
     def flops_per_iteration(self, num_tokens: int, num_images: int, num_targets: int) -> float:
         return instruct_flops(self.config, num_tokens, num_images, num_targets)
+
+
+def _trained(model: KosmosG) -> list[nn.Module | None]:
+    return [
+        model.embedding,
+        model.decoder,
+        model.resampler,
+        *model.trainable_vision_modules(),
+        model.aligner_m,
+    ]
 
 
 def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:

@@ -157,13 +157,14 @@ class Checkpointer:
             "layout": self._layout_signature(),
             "datasets": self._datasets,
             "rng": ShardedObject(
-                "rng", rng_state(), (self._layout.world_size,), (self._layout.rank,)
+                "rng", rng_state(), (self._layout.world_size,), (self._layout.place_number,)
             ),
         }
 
     def _layout_signature(self) -> dict[str, int]:
-        layout = self._layout
-        return {"tp": layout.tp_size, "pp": layout.pp_size, "dp": layout.dp_size}
+        layout, chunks = self._layout, len(self._chunks)
+        signature = {"tp": layout.tp_size, "pp": layout.pp_size, "dp": layout.dp_size}
+        return signature | ({"vp": chunks} if chunks > 1 else {})
 
     def _complete(self, temporary: Path) -> None:
         if self._layout.rank == 0:

@@ -161,7 +161,7 @@ def _check_chunks(config: RunConfig, bare: list[torch.nn.Module]) -> None:
     if len(bare) != needed:
         raise ConfigError(
             f"stage {config.stage} builds {len(bare)} model chunks per rank, "
-            f"parallel.virtual_pipeline_model_parallel_size asks for {needed}; set it to null"
+            f"parallel.virtual_pipeline_model_parallel_size asks for {needed}"
         )
 
 

@@ -21,6 +21,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from megatron_kosmosg.config.schema import ParallelConfig, RunConfig, TrainingConfig
+from megatron_kosmosg.models.chunks import agree_on_freezing
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.layout import Layout
@@ -111,7 +112,7 @@ def build(case: Case, layout: Layout) -> KosmosG:
         if not case.frozen:
             for module in model.trainable_vision_modules():
                 module.requires_grad_(True)
-    model.agree_on_freezing()
+    agree_on_freezing([model], layout)
     return model
 
 

@@ -75,8 +75,7 @@ class _GoldenStage:
     def build_model(self, layout: Layout) -> list[torch.nn.Module]:
         model = KosmosG(self.config, layout, output_head=True, aligner_parts=("M", "N"))
         fill(model, layout, self._weights)
-        train_only(model, self._trained(model))
-        return [model]
+        return train_only([model], self._trained, layout)
 
     def forward_step(self, data_iterator: Iterator[dict], model: torch.nn.Module):
         inputs = next(data_iterator)

@@ -9,11 +9,15 @@ from megatron_kosmosg.config.schema import DecoderConfig, ModelConfig, ParallelC
 from megatron_kosmosg.models.pipeline_pieces import StagePieces, pipeline_pieces
 
 
-def _pieces(num_layers: int, stages: int, layout: str | None, parts: tuple[str, ...]):
+def _pieces(num_layers: int, stages: int, layout: str | None, parts: tuple[str, ...], virtual=None):
     config = RunConfig(
         stage="align",
         model=ModelConfig(decoder=DecoderConfig(num_layers=num_layers)),
-        parallel=ParallelConfig(pipeline_model_parallel_size=stages, pipeline_layout=layout),
+        parallel=ParallelConfig(
+            pipeline_model_parallel_size=stages,
+            virtual_pipeline_model_parallel_size=virtual,
+            pipeline_layout=layout,
+        ),
     )
     return pipeline_pieces(config, parts)
 
@@ -58,15 +62,13 @@ def test_unusable_layouts_are_named(layout: str, message: str) -> None:
         _pieces(3, 2, layout, ("M",))
 
 
-def test_interleaving_is_refused() -> None:
-    config = RunConfig(
-        stage="align",
-        parallel=ParallelConfig(
-            pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2
-        ),
-    )
-    with pytest.raises(ConfigError, match="interleaved stages do not exist"):
-        pipeline_pieces(config, ())
+def test_interleaved_ranks_hold_several_stages_each() -> None:
+    """3 ranks x 2 chunks: rank 0 holds stages 0 and 3, and so on."""
+    pieces = _pieces(8, 3, None, ("M",), virtual=2)
+    assert [piece.num_decoder_layers for piece in pieces] == [2, 2, 1, 1, 1, 1]
+    assert [piece.aligner_parts for piece in pieces] == [()] * 5 + [("M",)]
+    with pytest.raises(ConfigError, match="has 3 stages, it must have 6"):
+        _pieces(8, 3, "decoder*3|decoder*3|decoder*2,M", ("M",), virtual=2)
 
 
 def test_stage_that_would_hold_nothing_is_named() -> None:
