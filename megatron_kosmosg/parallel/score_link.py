@@ -8,6 +8,8 @@ not there yet. Messages of one direction arrive in the order they were sent.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
@@ -21,6 +23,10 @@ from megatron_kosmosg.config.world import RankPlace, WorldLayout
 _DECODER, _SCORE = 0, 1
 """Ranks inside a link's groups."""
 _REQUEST_TIMEOUT = timedelta(days=1)
+
+
+class LinkBroken(RuntimeError):
+    """The rank at the other end is gone, or silent for too long; the message names it."""
 
 
 class Kind(IntEnum):
@@ -82,10 +88,16 @@ class Link:
     """One end of a link."""
 
     def __init__(
-        self, requests: ProcessGroup, answers: ProcessGroup, device: torch.device, most_rows: int
+        self,
+        requests: ProcessGroup,
+        answers: ProcessGroup,
+        device: torch.device,
+        most_rows: int,
+        peer: str,
     ) -> None:
-        """most_rows: upper bound of the positions in a request, equal at both ends."""
-        self._requests, self._answers = requests, answers
+        """most_rows: upper bound of the positions in a request, equal at both ends. peer: names
+        the rank at the other end in errors."""
+        self._requests, self._answers, self._peer = requests, answers, peer
         self._device, self._most_rows = device, most_rows
         self._sending: deque[tuple[Work, torch.Tensor]] = deque()
         """A tensor must live until it has been sent."""
@@ -142,16 +154,30 @@ class Link:
         """Returns when all messages have been sent but the last `most`."""
         while len(self._sending) > most:
             work, _ = self._sending.popleft()
-            work.wait()
+            with self._naming_the_peer("sending to"):
+                work.wait()
 
     def _send(self, group: ProcessGroup, tensor: torch.Tensor, to: int) -> None:
         self.flush(MOST_MESSAGES)
-        self._sending.append((group.send([tensor], to, 0), tensor))
+        with self._naming_the_peer("sending to"):
+            self._sending.append((group.send([tensor], to, 0), tensor))
         self.num_bytes += tensor.numel() * tensor.element_size()
 
     def _receive(self, group: ProcessGroup, tensor: torch.Tensor, source: int) -> None:
-        group.recv([tensor], source, 0).wait()
+        with self._naming_the_peer("waiting for"):
+            group.recv([tensor], source, 0).wait()
         self.num_bytes += tensor.numel() * tensor.element_size()
+
+    @contextmanager
+    def _naming_the_peer(self, doing: str) -> Iterator[None]:
+        """On CUDA a wait orders streams and returns; a broken link then ends in NCCL's watchdog."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise LinkBroken(
+                f"{doing} {self._peer} failed: it ended, or gave no sign for "
+                f"parallel.timeout_seconds ({str(error).splitlines()[0]})"
+            ) from error
 
 
 def read_answer(message: torch.Tensor) -> Answer:
@@ -186,7 +212,10 @@ def open_links(
         patience = _REQUEST_TIMEOUT if end == _SCORE else timeout
         requests = _pair(PrefixStore(f"{name} requests", store), end, device, patience)
         answers = _pair(PrefixStore(f"{name} answers", store), end, device, timeout)
-        return Link(requests, answers, device, most_rows)
+        score_rank = world.score_ranks(replica)[score_index]
+        decoder_rank = world.decoder_rank(replica, world.pp_size - 1, 0)
+        peer = f"score rank {score_rank}" if end == _DECODER else f"decoder rank {decoder_rank}"
+        return Link(requests, answers, device, most_rows, peer)
 
     if place.role == "score":
         replicas = range(place.replica, place.replica + world.replicas_per_unit)

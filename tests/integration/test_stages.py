@@ -7,7 +7,6 @@ and timesteps included.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from pathlib import Path
@@ -16,37 +15,21 @@ import pytest
 import torch
 
 from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
-from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.images import ImageDecoder, target_pixels
-from megatron_kosmosg.data.preprocess.run import PreprocessJob, preprocess
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.models.diffusion import load_vae, vae_fingerprint
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.stages.latent_moments import LatentJob, cache_latents
 from megatron_kosmosg.toy import assets
-from megatron_kosmosg.toy.files import World, write_world
 from megatron_kosmosg.training.loop import fit
+from tests import toy_runs
 from tests.ranks import run_ranks
+from tests.toy_runs import ITERATIONS, records, write_data
 
-REPOSITORY = Path(__file__).parents[2]
 STAGES = ("pretrain", "align", "instruct")
-ITERATIONS = 5
-OVERRIDES = (
-    "model.decoder.hidden_dropout=0.1",
-    "model.resampler.attention_dropout=0.1",
-    f"training.train_iters={ITERATIONS}",
-    "training.global_batch_size=8",
-    "training.micro_batch_size=2",
-    "training.eval_interval=0",
-    "training.eval_iters=1",
-    "optimizer.lr_warmup_iters=1",
-    "logging.image_interval=0",
-    "logging.num_images=2",
-    "logging.num_inference_steps=2",
-    "logging.tensorboard=false",
-)
+DROPOUT = ("model.decoder.hidden_dropout=0.1", "model.resampler.attention_dropout=0.1")
 
 
 class Ended(Exception):
@@ -86,45 +69,14 @@ def train(config: RunConfig, forward_passes: int | None = None) -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
-    write_world(folder / "world", World(24, 0), lambda done, total: None)
-    for split in ("train", "heldout"):
-        for kind in ("text", "caption", "interleaved", "edit", "compositional"):
-            job = PreprocessJob(
-                kind=kind,
-                inputs=(str(folder / "world" / split / f"{kind}.jsonl"),),
-                tokenizer_model=str(assets.path() / "sentencepiece.model"),
-                output_prefix=str(folder / "data" / split / kind),
-            )
-            preprocess(job, lambda *_: None)
+    write_data(folder)
     return folder
 
 
 def config_of(
     stage: str, data: Path, output_dir: Path, previous: Path | None, *more: str
 ) -> RunConfig:
-    file = REPOSITORY / "examples" / "configs" / f"toy_{stage}.yaml"
-    shipped = load_config(file, [])
-    frozen = assets.path() / "stable-diffusion"
-    paths = [
-        f"data.tokenizer_model={assets.path() / 'sentencepiece.model'}",
-        f"model.vision.path={assets.path() / 'clip-vision'}",
-        f"model.diffusion.path={frozen}",
-        f"model.clip_text.path={frozen}",
-        f"logging.output_dir={output_dir}",
-        f"checkpoint.load={previous or 'null'}",
-    ]
-    for name in shipped.data.blend:
-        paths.append(f"data.blend.{name}.path={data / 'data' / 'train' / name}")
-    for name in shipped.data.heldout:
-        paths.append(f"data.heldout.{name}.path={data / 'data' / 'heldout' / name}")
-    return load_config(file, [*paths, *OVERRIDES, *more])
-
-
-def records(run: Path) -> list[tuple]:
-    """What each line of the run's metrics says of the numbers that are learnt."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    keys = ("iteration", "loss", "grad_norm", "lr", "consumed_train_samples", "heldout_loss")
-    return [tuple(line.get(key) for key in keys) for line in lines]
+    return toy_runs.config_of(stage, data, output_dir, previous, *DROPOUT, *more)
 
 
 @pytest.fixture(scope="module")
