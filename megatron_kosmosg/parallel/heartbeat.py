@@ -1,8 +1,9 @@
 """Signs of life of all ranks, and who holds the others up when nothing moves.
 
 A thread of each rank leaves what its main thread does in the store of the rendezvous; rank 0 reads
-all of them, and the last rank reads rank 0's. The watch reports; ending a run that hangs is left to
-the timeout of the collective that the others wait in.
+all of them, and the last rank reads rank 0's. Another thread watches what was read: rank 0 has the
+store, and who asks a rank 0 that is frozen waits for ever. The watch reports; ending a run that
+hangs is left to the timeout of the collective that the others wait in.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from megatron_kosmosg.parallel.rendezvous import Place
+from megatron_kosmosg.parallel.rendezvous import Place, connect
 
 PACKAGE = str(Path(__file__).parents[1])
 MAX_NAMED = 8
@@ -58,39 +59,52 @@ class Heartbeat:
         self._state = (0, "start", time.monotonic())
         self._number = 0
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         watched = {0: range(place.world_size), place.world_size - 1: range(1)}
         self._watch = Watch(watched.get(place.rank, range(0)), stall_seconds)
+        self._beats: dict[int, Beat | None] = dict.fromkeys(self._watch.ranks)
+        """The latest that was read."""
+        self._threads = [
+            threading.Thread(target=work, name="heartbeat", daemon=True)
+            for work in (self._exchange, self._look)
+        ]
 
     def __enter__(self) -> Heartbeat:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._thread.join(timeout=1.0)  # it may be waiting for a rank 0 that has left
+        for thread in self._threads:
+            thread.join(timeout=1.0)  # one may be waiting for a rank 0 that has left
 
     def at(self, iteration: int, phase: str) -> None:
         """The main thread begins `phase` of this iteration."""
         self._state = (iteration, phase, time.monotonic())
 
-    def _run(self) -> None:
+    def _exchange(self) -> None:
         store: dist.Store | None = None
         while not self._ended.wait(self._interval):
             own = self._beat()
             try:
                 if store is None:
-                    store = _connect(self._place, timedelta(seconds=2 * self._interval + 10))
+                    store = connect(self._place, timedelta(seconds=2 * self._interval + 10))
                 store.set(_key(own.rank), json.dumps(asdict(own)))
-                beats = {rank: _read(store, rank) for rank in self._watch.ranks}
-            except (RuntimeError, OSError):  # rank 0 has the store: it is gone, stopped, or ending
+                self._beats = {rank: _read(store, rank) for rank in self._watch.ranks}
+            except (RuntimeError, OSError):  # rank 0 has the store: it is gone, or ending
                 store = None
-                beats = dict.fromkeys(self._watch.ranks)
-            report = self._watch.report(beats, time.monotonic())
+
+    def _look(self) -> None:
+        awake, before = 0.0, time.monotonic()
+        while not self._ended.wait(self._interval):
+            # While this process itself is stopped, it hears nothing: that is nobody's silence.
+            now = time.monotonic()
+            awake, before = awake + min(now - before, 2 * self._interval), now
+            report = self._watch.report(self._beats, awake)
             if report is not None and not self._ended.is_set():
                 print(f"{time.strftime('%H:%M:%S')} {report}", file=sys.stderr, flush=True)
-            if own.rank == 0:
-                self._write(own, report)
+            if self._place.rank == 0:
+                self._write(report)
 
     def _beat(self) -> Beat:
         iteration, phase, since = self._state
@@ -107,8 +121,9 @@ class Heartbeat:
             waits=is_waiting(frame),
         )
 
-    def _write(self, own: Beat, report: str | None) -> None:
-        content = {"time": time.time(), "iteration": own.iteration, "phase": own.phase}
+    def _write(self, report: str | None) -> None:
+        iteration, phase, _ = self._state
+        content = {"time": time.time(), "iteration": iteration, "phase": phase}
         temporary = self._file.with_name(self._file.name + ".tmp")
         try:
             temporary.write_text(json.dumps({**content, "stall": report}) + "\n")
@@ -192,16 +207,6 @@ def is_waiting(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _connect(place: Place, timeout: timedelta) -> dist.Store:
-    """A connection of its own: a blocked collective must not hold up the beats."""
-    if place.address is None:
-        return dist.HashStore()
-    assert place.port is not None
-    return dist.TCPStore(
-        place.address, place.port, is_master=False, timeout=timeout, wait_for_workers=False
-    )
 
 
 def _read(store: dist.Store, rank: int) -> Beat | None:
