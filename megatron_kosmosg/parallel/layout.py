@@ -46,6 +46,12 @@ class Layout:
         return self.world_size + self.num_score_ranks
 
     @property
+    def place_number(self) -> int:
+        """This rank's number where tensor ranks are adjacent, then replicas, then stages; `rank`
+        counts otherwise where replicas have score ranks."""
+        return self.tp_rank + self.tp_size * (self.dp_rank + self.dp_size * self.pp_rank)
+
+    @property
     def is_first_stage(self) -> bool:
         """Whether this rank embeds tokens and images."""
         return self.pp_rank == 0
