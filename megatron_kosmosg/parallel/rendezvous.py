@@ -5,6 +5,7 @@ Under Slurm one `srun` task is one rank, so no torchrun agent stands between a s
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,3 +88,16 @@ def meet(place: Place, timeout: timedelta) -> torch.distributed.Store:
         ) from error
     store.set_timeout(timeout)
     return store
+
+
+def connect(place: Place, timeout: timedelta) -> torch.distributed.Store:
+    """A further connection to the store that `meet` gives, so that waiting here holds up nobody."""
+    if place.address is None:
+        return torch.distributed.HashStore()
+    assert place.port is not None
+    store = torch.distributed.TCPStore(
+        place.address, place.port, is_master=False, timeout=timeout, wait_for_workers=False
+    )
+    # torchrun's store outlives ranks that it starts again; what the former ones said is stale.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return torch.distributed.PrefixStore(f"attempt {attempt}", store)
