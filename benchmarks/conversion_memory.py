@@ -49,14 +49,16 @@ def make_file(path: Path, stage: str, dtype: str) -> None:
     from megatron_kosmosg.config.schema import RunConfig
     from megatron_kosmosg.conversion.authors import authors_table
     from megatron_kosmosg.conversion.checkpoint_writer import model_tensors
-    from megatron_kosmosg.conversion.safetensors_files import DTYPES
     from megatron_kosmosg.conversion.tensors import InMemory, as_theirs
+    from megatron_kosmosg.parallel.platform import torch_dtype
 
     config = RunConfig(stage=stage)
     shapes = model_tensors(config)
     ours = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     theirs = as_theirs(authors_table(config.model), InMemory(ours)).names()
-    numbers = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+    numbers = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(
+        torch_dtype(dtype)
+    )
 
     def draw(shape: tuple[int, ...]) -> torch.Tensor:
         size = math.prod(shape)

@@ -25,8 +25,9 @@ from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from megatron_kosmosg.conversion.checkpoint_writer import model_tensors, write_checkpoint
 from megatron_kosmosg.conversion.export_hf import export_hf
 from megatron_kosmosg.conversion.import_hf import import_hf
-from megatron_kosmosg.conversion.safetensors_files import DIFFUSERS, DTYPES, write_safetensors
+from megatron_kosmosg.conversion.safetensors_files import DIFFUSERS, write_safetensors
 from megatron_kosmosg.conversion.tensors import TensorInfo
+from megatron_kosmosg.parallel.platform import DTYPES
 from megatron_kosmosg.toy import assets
 
 UNET = {"sample_size": 64, "cross_attention_dim": 768}

@@ -310,9 +310,9 @@ def _add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _dtype(given: argparse.Namespace):
-    from megatron_kosmosg.conversion.safetensors_files import DTYPES as dtypes
+    from megatron_kosmosg.parallel.platform import torch_dtype
 
-    return None if given.dtype is None else dtypes[given.dtype]
+    return None if given.dtype is None else torch_dtype(given.dtype)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from megatron_kosmosg.conversion.openai_clip import tower_rules
 from megatron_kosmosg.conversion.rules import RuleTable, first_rows, same, weight_and_bias
 from megatron_kosmosg.conversion.stored_names import EMBEDDING
 
-TOWER = "img_model.visual."
+_TOWER = "img_model.visual."
 _DECODER = "gpt_model.decoder"
 _SEPARATE_ATTENTION, _FUSED_ATTENTION = ".ts_attn.", ".attn.in_proj_"
 _MAY_DROP = {
@@ -25,7 +25,7 @@ _MAY_DROP = {
     "vae.*": "the frozen autoencoder, which model.diffusion.path gives",
 }
 _UNUSED_ATTENTION = {
-    f"{TOWER}transformer.resblocks.*.attn.*": "CLIP's own attention, replaced by ts_attn"
+    f"{_TOWER}transformer.resblocks.*.attn.*": "CLIP's own attention, replaced by ts_attn"
 }
 
 
@@ -43,7 +43,7 @@ def authors_table(model: ModelConfig, *, fused_vision: bool = False) -> RuleTabl
             duplicates=[f"{_DECODER}.output_projection.weight"],
         ),
         *stack_rules("decoder", _DECODER, heads),
-        *tower_rules(TOWER, fused_attention=fused_vision),
+        *tower_rules(_TOWER, fused_attention=fused_vision),
         same("resampler.latent_query", "img_connector.latent_query"),
         *weight_and_bias(same, "resampler.dense", "img_connector.dense"),
         *cross_attention_rules(
@@ -75,7 +75,7 @@ def authors_table(model: ModelConfig, *, fused_vision: bool = False) -> RuleTabl
 
 def has_fused_vision(names: Collection[str]) -> bool:
     """Whether the tower among these tensor names has only OpenAI's fused attention."""
-    tower = [name for name in names if name.startswith(TOWER)]
+    tower = [name for name in names if name.startswith(_TOWER)]
     fused = any(_FUSED_ATTENTION in name for name in tower)
     return fused and not any(_SEPARATE_ATTENTION in name for name in tower)
 

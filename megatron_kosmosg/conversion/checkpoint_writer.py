@@ -24,7 +24,13 @@ from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.stored_names import EMBEDDING, stored_key
-from megatron_kosmosg.conversion.tensors import TensorInfo, TensorSource, check_complete, num_bytes
+from megatron_kosmosg.conversion.tensors import (
+    TensorInfo,
+    TensorSource,
+    check_complete,
+    in_files,
+    num_bytes,
+)
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
 from megatron_kosmosg.models.parameter_count import meta_model
 from megatron_kosmosg.training import checkpoint_folder
@@ -127,16 +133,8 @@ class _OneByOne(DefaultSavePlanner):
             key, layer = stored_key(name)
             if layer is not None:
                 depth[key] = max(depth.get(key, 0), layer + 1)
-        plans: list[list[WriteItem]] = [[]]
-        filled = 0
-        for name, info in self._infos.items():
-            size = num_bytes(info)
-            if plans[-1] and filled + size > _FILE_BYTES:
-                plans.append([])
-                filled = 0
-            plans[-1].append(self._item(name, depth))
-            filled += size
-        return [SavePlan(items) for items in plans]
+        files = in_files(self._infos, _FILE_BYTES)
+        return [SavePlan([self._item(name, depth) for name in names]) for names in files]
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         """The tensor of a planned shard, in the checkpoint's shape."""

@@ -10,6 +10,7 @@ from megatron_kosmosg.conversion import hf_folder
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from megatron_kosmosg.conversion.checkpoint_writer import Progress
 from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.exported_folder import ALIGNER, IMAGE_PROCESSOR, MLLM, TOKENIZER
 from megatron_kosmosg.conversion.hf_aligner import NOT_EXPORTED, OURS
 from megatron_kosmosg.conversion.output_folder import new_folder
 from megatron_kosmosg.conversion.rules import summary
@@ -40,12 +41,11 @@ def export_hf(
     model_file = hf_folder.tokenizer_model(config, tokenizer)
     dropped = [name for name in source.names() if name.startswith(NOT_EXPORTED)]
     with new_folder(output) as folder:
-        hf_folder.write_tokenizer_files(folder / "tokenizer", model_file, config)
-        hf_folder.write_image_processor(folder / "mllm_image_processor", config)
-        mllm, aligner = folder / hf_folder.MLLM, folder / hf_folder.ALIGNER
+        hf_folder.write_tokenizer_files(folder / TOKENIZER, model_file, config)
+        hf_folder.write_image_processor(folder / IMAGE_PROCESSOR, config)
         written = {
-            "mllm": hf_folder.write_mllm(mllm, source, config, dtype, progress),
-            "aligner": hf_folder.write_aligner(aligner, source, config, dtype, progress),
+            MLLM: hf_folder.write_mllm(folder / MLLM, source, dtype, progress),
+            ALIGNER: hf_folder.write_aligner(folder / ALIGNER, source, dtype, progress),
             **stable_diffusion.write(folder, dtype, progress),
         }
         hf_folder.write_index(folder, stable_diffusion.index)
@@ -72,7 +72,7 @@ def export_mllm(
     model_file = hf_folder.tokenizer_model(config, tokenizer)
     dropped = [name for name in source.names() if name.startswith((*OURS, *NOT_EXPORTED))]
     with new_folder(output) as folder:
-        written = hf_folder.write_mllm(folder, source, config, dtype, progress)
+        written = hf_folder.write_mllm(folder, source, dtype, progress)
         hf_folder.write_tokenizer_files(folder, model_file, config)
         hf_folder.write_image_processor(folder, config)
     return [

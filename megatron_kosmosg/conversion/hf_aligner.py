@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from megatron_kosmosg.config.load import flatten
 from megatron_kosmosg.config.schema import AlignerConfig, RunConfig
 from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.json_files import read_json
 from megatron_kosmosg.conversion.magneto_layers import stack_rules
 from megatron_kosmosg.conversion.rules import RuleTable, same, weight_and_bias
 from megatron_kosmosg.conversion.tensors import (
@@ -69,11 +69,12 @@ def aligner_arguments(config: RunConfig) -> dict[str, Any]:
     return {name: ours[key] for name, key in _KEYS.items()}
 
 
-def aligner_sizes(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def aligner_sizes(folder: Path) -> dict[str, Any]:
     """{dotted key: value} of the sizes that the component's config.json states.
 
-    Raises ConversionError for a config.json that lacks one.
+    Raises ConversionError for a config.json that is not there or lacks one.
     """
+    settings = read_json(folder / "config.json")
     missing = [name for name in _KEYS if name not in settings]
     if missing:
         raise ConversionError(f"{folder}: config.json has no {', '.join(missing)}")

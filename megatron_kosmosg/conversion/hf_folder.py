@@ -5,7 +5,6 @@ One diffusers folder of stock classes and one small component that brings its ow
 
 from __future__ import annotations
 
-import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -15,35 +14,36 @@ import torch
 from transformers import GenerationConfig
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from megatron_kosmosg.conversion.checkpoint_writer import Progress
 from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.exported_folder import (
+    ALIGNER,
+    IMAGE_PROCESSOR,
+    INDEX_FILE,
+    MLLM,
+    TOKENIZER,
+)
 from megatron_kosmosg.conversion.hf_aligner import aligner_arguments, aligner_weights
 from megatron_kosmosg.conversion.hf_tokenizer import checked_vocabulary, write_tokenizer
+from megatron_kosmosg.conversion.json_files import write_json
 from megatron_kosmosg.conversion.kosmos2 import kosmos2_config, kosmos2_weights
 from megatron_kosmosg.conversion.safetensors_files import (
     DIFFUSERS,
     TRANSFORMERS,
-    InDtype,
     write_safetensors,
 )
-from megatron_kosmosg.conversion.tensors import TensorSource
+from megatron_kosmosg.conversion.tensors import InDtype
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.inference import modeling_kosmosg_aligner, pipeline_kosmosg
 
-MLLM, ALIGNER = "mllm", "aligner"
-INDEX_FILE = "model_index.json"
-
 
 def write_mllm(
-    folder: Path,
-    source: TensorSource,
-    config: RunConfig,
-    dtype: torch.dtype | None,
-    progress: Progress | None,
+    folder: Path, source: CheckpointTensors, dtype: torch.dtype | None, progress: Progress | None
 ) -> str:
     """Writes a stock Kosmos2ForConditionalGeneration, and says how much; dtype None keeps ours."""
-    weights = InDtype(kosmos2_weights(source, config), dtype)
-    stock = kosmos2_config(config)
+    weights = InDtype(kosmos2_weights(source, source.config), dtype)
+    stock = kosmos2_config(source.config)
     stock.dtype = next(iter(weights.names().values())).dtype
     written = write_safetensors(folder, TRANSFORMERS, weights, progress)
     stock.save_pretrained(folder)
@@ -56,21 +56,17 @@ def write_mllm(
 
 
 def write_aligner(
-    folder: Path,
-    source: TensorSource,
-    config: RunConfig,
-    dtype: torch.dtype | None,
-    progress: Progress | None,
+    folder: Path, source: CheckpointTensors, dtype: torch.dtype | None, progress: Progress | None
 ) -> str:
     """Writes AlignerNet M as a component with its own .py file, and says how much."""
-    weights = InDtype(aligner_weights(source, config), dtype)
+    weights = InDtype(aligner_weights(source, source.config), dtype)
     written = write_safetensors(folder, DIFFUSERS, weights, progress)
     settings = {
         "_class_name": modeling_kosmosg_aligner.KosmosGAligner.__name__,
         "_diffusers_version": version("diffusers"),
-        **aligner_arguments(config),
+        **aligner_arguments(source.config),
     }
-    _write_json(folder / "config.json", settings)
+    write_json(folder / "config.json", settings)
     _copy_module(modeling_kosmosg_aligner, folder, pipeline_kosmosg.ALIGNER_MODULE)
     return written
 
@@ -96,7 +92,7 @@ def write_image_processor(folder: Path, config: RunConfig) -> None:
         "image_mean": list(config.data.image_mean),
         "image_std": list(config.data.image_std),
     }
-    _write_json(folder / "preprocessor_config.json", settings)
+    write_json(folder / "preprocessor_config.json", settings)
 
 
 def write_index(folder: Path, stable_diffusion: dict[str, list[str]]) -> None:
@@ -109,8 +105,8 @@ def write_index(folder: Path, stable_diffusion: dict[str, list[str]]) -> None:
         **{name: [None, None] for name in absent},
         **stable_diffusion,
         MLLM: ["transformers", "Kosmos2ForConditionalGeneration"],
-        "mllm_image_processor": ["transformers", "CLIPImageProcessor"],
-        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        IMAGE_PROCESSOR: ["transformers", "CLIPImageProcessor"],
+        TOKENIZER: ["transformers", "PreTrainedTokenizerFast"],
         ALIGNER: [
             pipeline_kosmosg.ALIGNER_MODULE,
             modeling_kosmosg_aligner.KosmosGAligner.__name__,
@@ -125,7 +121,7 @@ def write_index(folder: Path, stable_diffusion: dict[str, list[str]]) -> None:
         "requires_safety_checker": False,
         **dict(sorted(parts.items())),
     }
-    _write_json(folder / INDEX_FILE, index)
+    write_json(folder / INDEX_FILE, index)
     _copy_module(pipeline_kosmosg, folder, pipeline_kosmosg.PIPELINE_MODULE)
 
 
@@ -149,7 +145,3 @@ def write_tokenizer_files(folder: Path, model_path: Path, config: RunConfig) -> 
 
 def _copy_module(module: Any, folder: Path, name: str) -> None:
     shutil.copyfile(module.__file__, folder / f"{name}.py")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -7,7 +7,6 @@ user as the control token whenever the vocabulary lacks `<`.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast
 
 from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.json_files import read_json, write_json
 from megatron_kosmosg.data.tokenizer import TRAILING_SPECIALS, WORD_START, Tokenizer
 
 MODEL_FILE = "sentencepiece.bpe.model"
@@ -96,12 +96,11 @@ def write_tokenizer(model_path: Path, folder: Path, model_max_length: int) -> No
     """Fills `folder` for `AutoTokenizer.from_pretrained`, the SentencePiece model beside."""
     tokenizer = build_tokenizer(model_path, model_max_length)
     tokenizer.save_pretrained(folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings = read_json(folder / "tokenizer_config.json")
     # Names that transformers 4 knows too.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    text = json.dumps(settings, indent=2, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)
     shutil.copyfile(model_path, folder / MODEL_FILE)
 
 
@@ -133,8 +132,8 @@ def check_same_tokens(model_path: Path, folder: Path) -> None:
 def _tokens_of_folder(folder: Path) -> dict[int, str]:
     described = folder / "tokenizer.json"
     if described.is_file():
+        content = read_json(described)
         try:
-            content = json.loads(described.read_text(encoding="utf-8"))
             found = dict(enumerate(token for token, _ in content["model"]["vocab"]))
             added = {entry["id"]: entry["content"] for entry in content["added_tokens"]}
         except (ValueError, KeyError, TypeError) as error:
@@ -143,7 +142,7 @@ def _tokens_of_folder(folder: Path) -> dict[int, str]:
     found = dict(enumerate(token_list(folder_model(folder))[: -len(TRAILING_SPECIALS) + 1]))
     added = folder / "added_tokens.json"
     if added.is_file():
-        found |= {v: k for k, v in json.loads(added.read_text(encoding="utf-8")).items()}
+        found |= {index: token for token, index in read_json(added).items()}
     return found
 
 

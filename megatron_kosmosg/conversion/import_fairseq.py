@@ -22,21 +22,22 @@ from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.fairseq_file import FairseqFile, LazyTensors
 from megatron_kosmosg.conversion.hf_tokenizer import checked_vocabulary
 from megatron_kosmosg.conversion.imported_config import Imported, imported_config
-from megatron_kosmosg.conversion.openai_clip import OURS as TOWER
 from megatron_kosmosg.conversion.openai_clip import clip_table, read_clip_file
 from megatron_kosmosg.conversion.rules import RuleTable
-from megatron_kosmosg.conversion.safetensors_files import InDtype
 from megatron_kosmosg.conversion.sizes import head_counts, our_shapes, refuse_contradictions, sizes
+from megatron_kosmosg.conversion.stored_names import TOWER
 from megatron_kosmosg.conversion.tensors import (
+    InDtype,
     Joined,
     TensorSource,
     as_ours,
     check_ties,
     widest_dtype,
 )
+from megatron_kosmosg.parallel import platform
 
 _FILE_OF_STAGE = {"pretrain": "stage 1", "align": "stage 2", "instruct": "final"}
-_PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_PRECISIONS = {dtype: name for name, dtype in platform.DTYPES.items()}
 
 
 @dataclass(frozen=True)

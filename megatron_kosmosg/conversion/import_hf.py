@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from transformers import Kosmos2Config
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.conversion import hf_aligner, hf_folder, kosmos2
+from megatron_kosmosg.conversion import hf_aligner, kosmos2
 from megatron_kosmosg.conversion.checkpoint_writer import (
     Progress,
     model_tensors,
@@ -19,20 +18,21 @@ from megatron_kosmosg.conversion.checkpoint_writer import (
     write_checkpoint,
 )
 from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.exported_folder import exported_parts
 from megatron_kosmosg.conversion.hf_tokenizer import (
     check_same_tokens,
     checked_vocabulary,
     folder_model,
 )
 from megatron_kosmosg.conversion.imported_config import Imported, imported_config
+from megatron_kosmosg.conversion.json_files import read_json
 from megatron_kosmosg.conversion.rules import RuleTable
 from megatron_kosmosg.conversion.safetensors_files import (
     DIFFUSERS,
     TRANSFORMERS,
-    InDtype,
     SafetensorsFolder,
 )
-from megatron_kosmosg.conversion.tensors import Joined, TensorSource, as_ours, check_ties
+from megatron_kosmosg.conversion.tensors import InDtype, Joined, TensorSource, as_ours, check_ties
 
 
 def import_hf(
@@ -48,27 +48,22 @@ def import_hf(
     dtype None keeps the folder's. Sizes are the folder's; config_file and overrides give the other
     settings. The tokenizer is the SentencePiece model in the folder.
     """
-    has_aligner = (folder / hf_folder.INDEX_FILE).is_file()
-    mllm, tokenizer_folder, processor = folder, folder, folder
-    if has_aligner:
-        mllm, tokenizer_folder = folder / hf_folder.MLLM, folder / "tokenizer"
-        processor = folder / "mllm_image_processor"
-    sizes, settings = _language_facts(mllm, processor)
-    if has_aligner:
-        aligner = folder / hf_folder.ALIGNER
-        sizes |= hf_aligner.aligner_sizes(_json(aligner / "config.json"), aligner)
-    tokenizer = folder_model(tokenizer_folder)
-    check_same_tokens(tokenizer, tokenizer_folder)
+    parts = exported_parts(folder)
+    sizes, settings = _language_facts(parts.mllm, parts.image_processor)
+    tokenizer = folder_model(parts.tokenizer)
+    check_same_tokens(tokenizer, parts.tokenizer)
     checked_vocabulary(tokenizer, sizes["model.vocab_size"])
-    sizes["stage"] = "instruct" if has_aligner else "pretrain"
     settings |= _places(output, tokenizer)
-    if has_aligner:
+    sizes["stage"] = "pretrain"
+    if parts.aligner is not None:
+        sizes["stage"] = "instruct"
+        sizes |= hf_aligner.aligner_sizes(parts.aligner)
         settings["model.diffusion.path"] = str(folder.resolve())
     config = imported_config(sizes, settings, config_file, overrides)
     refuse_existing(output)
-    sources = [language_source(mllm, config)]
-    if has_aligner:
-        sources.append(aligner_source(folder / hf_folder.ALIGNER, config))
+    sources = [language_source(parts.mllm, config)]
+    if parts.aligner is not None:
+        sources.append(aligner_source(parts.aligner, config))
     written = write_checkpoint(output, config, InDtype(Joined(*sources), dtype), progress)
     return Imported(written, [f"stage {config.stage}, tokenizer {config.data.tokenizer_model}"])
 
@@ -137,19 +132,20 @@ def _translated(
 
 def _language_facts(mllm: Path, processor: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(sizes, other settings) by dotted key, of the stock Kosmos-2 in a folder."""
-    stated = _json(mllm / "config.json")
+    stated = read_json(mllm / "config.json")
     if stated.get("model_type") != Kosmos2Config.model_type:
         raise ConversionError(
             f"{mllm} holds a model of type {stated.get('model_type')!r}, not 'kosmos-2'; give the "
             "folder that export-hf or export-mllm wrote, or one of microsoft/kosmos-2"
         )
     found = Kosmos2Config.from_pretrained(mllm)
+    # Without attention_dropout: stock configs say 0.1, which the authors' kernel never applied.
     settings = {
         "model.decoder.hidden_dropout": found.text_config.dropout,
         "data.seq_length": found.text_config.max_position_embeddings,
     }
     if (processor / "preprocessor_config.json").is_file():
-        images = _json(processor / "preprocessor_config.json")
+        images = read_json(processor / "preprocessor_config.json")
         for name in ("image_mean", "image_std"):
             if name in images:
                 settings[f"data.{name}"] = images[name]
@@ -161,12 +157,3 @@ def _places(output: Path, tokenizer: Path) -> dict[str, str]:
         "logging.output_dir": str(output),
         "data.tokenizer_model": str(tokenizer.resolve()),
     }
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConversionError(f"no {path}; is this the folder of an exported model?")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is no JSON file: {error}") from None

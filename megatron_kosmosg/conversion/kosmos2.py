@@ -15,6 +15,7 @@ from megatron_kosmosg.config.schema import ModelConfig, RunConfig
 from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.magneto_layers import cross_attention_rules, stack_rules
 from megatron_kosmosg.conversion.rules import Rule, RuleTable, first_rows, same, weight_and_bias
+from megatron_kosmosg.conversion.stored_names import EMBEDDING, TOWER
 from megatron_kosmosg.conversion.tensors import (
     Selected,
     TensorSource,
@@ -25,7 +26,7 @@ from megatron_kosmosg.data.tokenizer import Tokenizer
 
 OURS = ("embedding.", "decoder.", "resampler.", "vision_encoder.")
 """Prefixes of our tensors that the language side holds."""
-EMBEDDING = "text_model.model.embed_tokens.weight"
+_EMBEDDING = "text_model.model.embed_tokens.weight"
 HEAD = "text_model.lm_head.weight"
 """Tied to the embedding, hence not stored."""
 
@@ -37,7 +38,7 @@ _MAY_DROP = {
 
 def kosmos2_table(model: ModelConfig) -> RuleTable:
     """Every tensor of the language side; their vocabulary may have more rows than ours."""
-    rules = [first_rows("embedding.word_embeddings.weight", EMBEDDING, model.vocab_size, (HEAD,))]
+    rules = [first_rows(EMBEDDING, _EMBEDDING, model.vocab_size, (HEAD,))]
     rules += stack_rules("decoder", "text_model.model", model.decoder.num_attention_heads)
     rules += [same("resampler.latent_query", "image_to_text_projection.latent_query")]
     rules += weight_and_bias(same, "resampler.dense", "image_to_text_projection.dense")
@@ -46,7 +47,7 @@ def kosmos2_table(model: ModelConfig) -> RuleTable:
         "image_to_text_projection.x_attn",
         model.resampler.num_attention_heads,
     )
-    rules += _tower_rules("vision_encoder.tower.", "vision_model.model.")
+    rules += _tower_rules(TOWER, "vision_model.model.")
     return RuleTable(rules, _MAY_DROP)
 
 

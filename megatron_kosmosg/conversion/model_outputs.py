@@ -15,7 +15,6 @@ import torch
 from transformers import Kosmos2ForConditionalGeneration
 
 from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
-from megatron_kosmosg.conversion import hf_folder
 from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.stored_names import EMBEDDING
 from megatron_kosmosg.conversion.tensors import TensorSource
@@ -160,10 +159,3 @@ def fill(model: KosmosG, source: TensorSource) -> None:
             parameter[len(value) :] = 0
             parameter = parameter[: len(value)]
         parameter.copy_(value)
-
-
-def folder_parts(folder: Path) -> tuple[Path, Path | None]:
-    """(mllm, aligner or None) of a folder that export-hf or export-mllm wrote."""
-    if (folder / hf_folder.INDEX_FILE).is_file():
-        return folder / hf_folder.MLLM, folder / hf_folder.ALIGNER
-    return folder, None

@@ -5,15 +5,14 @@ Our tower is Hugging Face's `CLIPVisionModel`, whose projections are separate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.fairseq_file import LazyTensors
 from megatron_kosmosg.conversion.rules import Rule, RuleTable, same, stacked, weight_and_bias
+from megatron_kosmosg.conversion.stored_names import TOWER
 from megatron_kosmosg.conversion.torch_file import LazyTensor, load_lazily
 
-OURS = "vision_encoder.tower."
 _BLOCK = "transformer.resblocks.{i}."
 _MODULES = {
     "pre_layrnorm": "ln_pre",
@@ -28,6 +27,18 @@ _TENSORS = {
     "embeddings.patch_embedding.weight": "conv1.weight",
     "embeddings.position_embedding.weight": "positional_embedding",
 }
+_TEXT_TOWER = (
+    "transformer.*",
+    "token_embedding.weight",
+    "positional_embedding",
+    "ln_final.*",
+    "text_projection",
+    "logit_scale",
+    "attn_mask",
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+)
 _NO_TEXT_TOWER = "CLIP's text tower: KOSMOS-G reads text itself"
 
 
@@ -37,10 +48,10 @@ def tower_rules(prefix: str, *, fused_attention: bool) -> list[Rule]:
     fused_attention: q, k and v in one `attn.in_proj_*` (OpenAI), else `ts_attn` with separate ones
     (the authors).
     """
-    rules = [same(OURS + ours, prefix + theirs) for ours, theirs in _TENSORS.items()]
+    rules = [same(TOWER + ours, prefix + theirs) for ours, theirs in _TENSORS.items()]
     for ours, theirs in _MODULES.items():
-        rules += weight_and_bias(same, OURS + ours, prefix + theirs)
-    attention, block = f"{OURS}encoder.layers.{{i}}.self_attn.", prefix + _BLOCK
+        rules += weight_and_bias(same, TOWER + ours, prefix + theirs)
+    attention, block = f"{TOWER}encoder.layers.{{i}}.self_attn.", prefix + _BLOCK
     if not fused_attention:
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
             rules += weight_and_bias(same, attention + part, f"{block}ts_attn.{part}")
@@ -62,22 +73,11 @@ def clip_table() -> RuleTable:
     )
 
 
-_TEXT_TOWER: Sequence[str] = (
-    "transformer.*",
-    "token_embedding.weight",
-    "positional_embedding",
-    "ln_final.*",
-    "text_projection",
-    "logit_scale",
-    "attn_mask",
-    "input_resolution",
-    "context_length",
-    "vocab_size",
-)
-
-
 def read_clip_file(path: Path, *, trust: bool = False) -> LazyTensors:
-    """The tensors of a CLIP state dict: bare, under `state_dict`, or with the prefix `module.`."""
+    """The tensors of a CLIP state dict: bare, under `state_dict`, or with the prefix `module.`.
+
+    Entries that are no tensors are left out. Raises ConversionError for a file without a tower.
+    """
     content = load_lazily(path, trust=trust)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,11 +15,10 @@ from safetensors.torch import save_file
 
 from megatron_kosmosg.conversion.checkpoint_writer import Progress
 from megatron_kosmosg.conversion.errors import ConversionError
-from megatron_kosmosg.conversion.tensors import TensorInfo, TensorSource
+from megatron_kosmosg.conversion.tensors import TensorInfo, TensorSource, in_files, num_bytes
 
 MAX_SHARD_BYTES = 2_000_000_000
 TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _DTYPE_OF = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -31,31 +29,6 @@ _DTYPE_OF = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-class InDtype:
-    """A source whose floating-point tensors are cast when they are read; None casts nothing."""
-
-    def __init__(self, source: TensorSource, dtype: torch.dtype | None) -> None:
-        self._source, self._dtype = source, dtype
-
-    def names(self) -> dict[str, TensorInfo]:
-        infos = self._source.names()
-        return {name: TensorInfo(i.shape, self._wanted(i.dtype)) for name, i in infos.items()}
-
-    def read(self, name: str) -> torch.Tensor:
-        """Raises ConversionError where a number is too large for the dtype."""
-        tensor = self._source.read(name)
-        cast = tensor.to(self._wanted(tensor.dtype))
-        if cast.dtype != tensor.dtype and not _all_finite(cast) and _all_finite(tensor):
-            raise ConversionError(
-                f"{name} has numbers up to {tensor.abs().max():.3g}, too large for "
-                f"{str(cast.dtype).removeprefix('torch.')}; give --dtype bf16 or fp32"
-            )
-        return cast
-
-    def _wanted(self, dtype: torch.dtype) -> torch.dtype:
-        return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
 
 
 class SafetensorsFolder:
@@ -99,9 +72,8 @@ def write_safetensors(
     """
     folder.mkdir(parents=True, exist_ok=True)
     infos = source.names()
-    sizes = {name: torch.Size(i.shape).numel() * i.dtype.itemsize for name, i in infos.items()}
-    shards = list(_shards(sizes, max_shard_bytes))
-    total, done = sum(sizes.values()), 0
+    shards = in_files(infos, max_shard_bytes)
+    total, done = sum(map(num_bytes, infos.values())), 0
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
@@ -109,7 +81,7 @@ def write_safetensors(
         tensors = {}
         for name in names:
             tensors[name] = _own(source.read(name))
-            done += sizes[name]
+            done += num_bytes(infos[name])
             if progress is not None:
                 progress(done, total)
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -128,18 +100,6 @@ def write_safetensors(
     )
 
 
-def _shards(sizes: dict[str, int], max_bytes: int) -> Iterator[list[str]]:
-    names: list[str] = []
-    filled = 0
-    for name, size in sizes.items():
-        if names and filled + size > max_bytes:
-            yield names
-            names, filled = [], 0
-        names.append(name)
-        filled += size
-    yield names
-
-
 def _own(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with a storage of just its size: no view that keeps a larger one alive."""
     tensor = tensor.contiguous()
@@ -151,10 +111,6 @@ def _share(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
-
-
-def _all_finite(tensor: torch.Tensor) -> bool:
-    return bool(tensor.isfinite().all())
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:

@@ -15,19 +15,18 @@ from megatron_kosmosg.config.load import flatten, given_keys, load_config
 from megatron_kosmosg.config.schema import ModelConfig
 from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.rules import RuleTable, split_layer
-from megatron_kosmosg.conversion.stored_names import EMBEDDING
+from megatron_kosmosg.conversion.stored_names import EMBEDDING, TOWER
 from megatron_kosmosg.conversion.tensors import TensorSource
 
-_TOWER = "vision_encoder.tower."
-_PATCH = _TOWER + "embeddings.patch_embedding.weight"
-_POSITIONS = _TOWER + "embeddings.position_embedding.weight"
+_PATCH = TOWER + "embeddings.patch_embedding.weight"
+_POSITIONS = TOWER + "embeddings.position_embedding.weight"
 _DIMENSIONS = {
     "model.vocab_size": (EMBEDDING, 0),
     "model.decoder.hidden_size": (EMBEDDING, 1),
     "model.decoder.ffn_hidden_size": ("decoder.layers.0.mlp.linear_fc1.weight", 0),
     "model.vision.hidden_size": (_PATCH, 0),
     "model.vision.patch_size": (_PATCH, 2),
-    "model.vision.ffn_hidden_size": (_TOWER + "encoder.layers.0.mlp.fc1.weight", 0),
+    "model.vision.ffn_hidden_size": (TOWER + "encoder.layers.0.mlp.fc1.weight", 0),
     "model.resampler.num_latent_queries": ("resampler.latent_query", 0),
     "model.aligner.num_queries": ("aligner_m.query", 0),
     "model.aligner.hidden_size": ("aligner_m.query", 1),
@@ -37,7 +36,7 @@ _DIMENSIONS = {
 """{setting: (our tensor, dimension)}"""
 _LAYERS = {
     "model.decoder.num_layers": "decoder.layers.{i}.mlp.linear_fc1.weight",
-    "model.vision.num_layers": _TOWER + "encoder.layers.{i}.mlp.fc1.weight",
+    "model.vision.num_layers": TOWER + "encoder.layers.{i}.mlp.fc1.weight",
     "model.aligner.num_layers": "aligner_m.encoder.layers.{i}.mlp.linear_fc1.weight",
 }
 

@@ -5,7 +5,6 @@ Only U-Net, VAE and scheduler are used; their weights are read from safetensors 
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ import torch
 from megatron_kosmosg.config.schema import AlignerConfig
 from megatron_kosmosg.conversion.checkpoint_writer import Progress
 from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.json_files import read_json
 from megatron_kosmosg.conversion.safetensors_files import (
     DIFFUSERS,
-    InDtype,
     SafetensorsFolder,
     write_safetensors,
 )
+from megatron_kosmosg.conversion.tensors import InDtype
 
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 SCHEDULER_FILE = "scheduler_config.json"
@@ -85,7 +85,7 @@ class StableDiffusion:
         text = self._folder / "text_encoder" / "config.json"
         if not text.is_file():
             return
-        positions = _json(text).get("max_position_embeddings")
+        positions = read_json(text).get("max_position_embeddings")
         if positions != aligner.num_queries:
             raise ConversionError(
                 f"the U-Net in {self._folder} was trained on conditions of {positions} positions "
@@ -100,7 +100,7 @@ class StableDiffusion:
                 f"no {path}; --sd takes a Stable Diffusion folder in diffusers' layout, with "
                 "unet/, vae/ and scheduler/"
             )
-        return _json(path)
+        return read_json(path)
 
     def _stem(self, part: str) -> str:
         """Prefers the files of full precision to the `.fp16` variant."""
@@ -112,10 +112,3 @@ class StableDiffusion:
             f"{self._folder / part} has no {DIFFUSERS}.safetensors; open and save the folder once "
             "with diffusers (from_pretrained, save_pretrained) to get safetensors files"
         )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is no JSON file: {error}") from None

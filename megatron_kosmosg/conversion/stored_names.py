@@ -6,6 +6,8 @@ import re
 
 EMBEDDING = "embedding.word_embeddings.weight"
 """Its rows are padded in the checkpoint."""
+TOWER = "vision_encoder.tower."
+"""Prefix of the image tower's tensors."""
 
 _STACK = r"(decoder|aligner_[mn]\.(?:encoder|decoder))\.layers\."
 _LAYER_NAME = re.compile(_STACK + r"(\d+)\.(.+)")

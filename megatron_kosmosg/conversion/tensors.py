@@ -14,6 +14,8 @@ from megatron_kosmosg.conversion.rules import RuleTable, summary
 
 
 class TensorInfo(NamedTuple):
+    """What is known of a tensor without reading it."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -21,6 +23,20 @@ class TensorInfo(NamedTuple):
 def num_bytes(info: TensorInfo) -> int:
     """Size of the tensor in memory."""
     return math.prod(info.shape) * info.dtype.itemsize
+
+
+def in_files(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[list[str]]:
+    """The names in their order, cut into files of at most `max_bytes`; a larger tensor is alone."""
+    files: list[list[str]] = [[]]
+    filled = 0
+    for name, info in infos.items():
+        size = num_bytes(info)
+        if files[-1] and filled + size > max_bytes:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += size
+    return files
 
 
 class TensorSource(Protocol):
@@ -44,6 +60,35 @@ class InMemory:
 
     def read(self, name: str) -> torch.Tensor:
         return self._tensors[name]
+
+
+class InDtype:
+    """A source whose floating-point tensors are cast when they are read; None casts nothing."""
+
+    def __init__(self, source: TensorSource, dtype: torch.dtype | None) -> None:
+        self._source, self._dtype = source, dtype
+
+    def names(self) -> dict[str, TensorInfo]:
+        infos = self._source.names()
+        return {name: TensorInfo(i.shape, self._wanted(i.dtype)) for name, i in infos.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Raises ConversionError where a number is too large for the dtype."""
+        tensor = self._source.read(name)
+        cast = tensor.to(self._wanted(tensor.dtype))
+        if cast.dtype != tensor.dtype and not _all_finite(cast) and _all_finite(tensor):
+            raise ConversionError(
+                f"{name} has numbers up to {tensor.abs().max():.3g}, too large for "
+                f"{str(cast.dtype).removeprefix('torch.')}; give --dtype bf16 or fp32"
+            )
+        return cast
+
+    def _wanted(self, dtype: torch.dtype) -> torch.dtype:
+        return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 class Joined:

@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 from transformers import Kosmos2Config
 
-from megatron_kosmosg.conversion import hf_folder
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.exported_folder import exported_parts
 from megatron_kosmosg.conversion.import_fairseq import FairseqImport, open_fairseq
 from megatron_kosmosg.conversion.model_outputs import (
     PromptShape,
-    folder_parts,
     outputs_of_folder,
     outputs_of_ours,
     prompt_shape,
@@ -98,29 +97,34 @@ def differences(a: Outputs, b: Outputs, padding_mask: torch.Tensor) -> list[Diff
 def open_side(path: Path, config_file: Path | None, overrides: Sequence[str], trust: bool) -> Side:
     """The model at `path`, whatever its format; nothing large is read yet."""
     if path.is_file():
-        job = FairseqImport(path, path, None, config_file, overrides, trust=trust)
+        job = FairseqImport(
+            input=path,
+            output=path,  # not written: it only becomes a setting
+            config_file=config_file,
+            overrides=overrides,
+            trust=trust,
+        )
         config, source, _ = open_fairseq(job)
         return Side(
             f"{path}: authors' file, stage {config.stage}, with Megatron-Core",
             prompt_shape(config),
             lambda prompts: outputs_of_ours(config, source, prompts),
         )
-    is_exported = (path / hf_folder.INDEX_FILE).is_file() or (path / "config.json").is_file()
-    if not is_exported:
+    parts = exported_parts(path)
+    if parts.aligner is None and not (path / "config.json").is_file():
         checkpoint = CheckpointTensors(path)
         return Side(
             f"{checkpoint.path}: checkpoint, stage {checkpoint.stage}, with Megatron-Core",
             prompt_shape(checkpoint.config),
             lambda prompts: outputs_of_ours(checkpoint.config, checkpoint, prompts),
         )
-    mllm, aligner = folder_parts(path)
-    stock = Kosmos2Config.from_pretrained(mllm, local_files_only=True)
+    stock = Kosmos2Config.from_pretrained(parts.mllm, local_files_only=True)
     shape = PromptShape(
         stock.text_config.vocab_size, stock.latent_query_num, stock.vision_config.image_size
     )
     return Side(
         f"{path}: Hugging Face folder, with transformers"
-        + ("" if aligner is None else " and the aligner component"),
+        + ("" if parts.aligner is None else " and the aligner component"),
         shape,
-        lambda prompts: outputs_of_folder(mllm, aligner, prompts),
+        lambda prompts: outputs_of_folder(parts.mllm, parts.aligner, prompts),
     )

@@ -24,9 +24,9 @@ from megatron_kosmosg.conversion.hf_folder import (
     write_tokenizer_files,
 )
 from megatron_kosmosg.conversion.kosmos2 import kosmos2_config, kosmos2_weights
-from megatron_kosmosg.conversion.safetensors_files import DIFFUSERS, InDtype
+from megatron_kosmosg.conversion.safetensors_files import DIFFUSERS
 from megatron_kosmosg.conversion.stable_diffusion import StableDiffusion
-from megatron_kosmosg.conversion.tensors import TensorSource
+from megatron_kosmosg.conversion.tensors import InDtype, TensorSource
 from megatron_kosmosg.inference.modeling_kosmosg_aligner import KosmosGAligner
 from megatron_kosmosg.inference.pipeline_kosmosg import KosmosGPipeline
 

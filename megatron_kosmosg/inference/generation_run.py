@@ -79,10 +79,10 @@ def run(request: Request, place: Place) -> Finished:
     def open_model() -> Drawer:
         # Imported here: what is wrong with the prompts is said before libraries are loaded.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        from megatron_kosmosg.conversion.safetensors_files import DTYPES
         from megatron_kosmosg.inference.open_model import open_drawer
+        from megatron_kosmosg.parallel.platform import torch_dtype
 
-        dtype = DTYPES[request.dtype]
+        dtype = torch_dtype(request.dtype)
         drawer = open_drawer(source, request.scheduler, dtype, request.device)
         drawer.show_steps(not request.is_list and sys.stderr.isatty())
         return drawer

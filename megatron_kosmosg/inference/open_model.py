@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -16,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import AlignerConfig
-from megatron_kosmosg.conversion.hf_folder import ALIGNER, MLLM
+from megatron_kosmosg.conversion.exported_folder import exported_parts
+from megatron_kosmosg.conversion.hf_aligner import aligner_sizes
 from megatron_kosmosg.conversion.safetensors_files import (
     DIFFUSERS,
     TRANSFORMERS,
@@ -61,27 +60,25 @@ def open_drawer(
 
 
 def open_pipeline(source: ModelSource, dtype: torch.dtype, device: torch.device) -> KosmosGPipeline:
-    """The pipeline alone, on `device`."""
+    """The pipeline alone, on `device`. Raises ConversionError for a folder that is not whole."""
     if not source.is_exported:
         return pipeline_from_checkpoint(
             source.folder, source.stable_diffusion, dtype, device, source.tokenizer_model
         )
-    _check_weights(source.folder)
+    parts = exported_parts(source.folder)
+    # transformers and diffusers would draw weights that are missing at random.
+    SafetensorsFolder(parts.mllm, TRANSFORMERS)
+    SafetensorsFolder(parts.aligner, DIFFUSERS)
     replaced = {}
     if source.stable_diffusion is not None:
-        settings = json.loads((source.folder / ALIGNER / "config.json").read_text())
+        sizes = aligner_sizes(parts.aligner)
         read = AlignerConfig(
-            hidden_size=settings["hidden_size"], num_queries=settings["num_queries"]
+            hidden_size=sizes["model.aligner.hidden_size"],
+            num_queries=sizes["model.aligner.num_queries"],
         )
         replaced = diffusion_parts(source.stable_diffusion, read, dtype)
     pipeline = KosmosGPipeline.from_pretrained(source.folder, torch_dtype=dtype, **replaced)
     return pipeline.to(device)
-
-
-def _check_weights(folder: Path) -> None:
-    """ConversionError for a missing or truncated file; transformers would draw random weights."""
-    SafetensorsFolder(folder / MLLM, TRANSFORMERS)
-    SafetensorsFolder(folder / ALIGNER, DIFFUSERS)
 
 
 def _opened(what: str, opening: Callable[[], Opened]) -> Opened:

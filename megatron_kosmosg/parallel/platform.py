@@ -23,7 +23,8 @@ from megatron_kosmosg.parallel.score_link import ScoreRank, open_links
 from megatron_kosmosg.parallel.seeds import set_seeds
 
 logger = logging.getLogger(__name__)
-_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""{name in `training.precision` and in the tools' `--dtype`: dtype}"""
 
 
 def holds_unet_alone(config: RunConfig) -> bool:
@@ -109,7 +110,7 @@ def device() -> torch.device:
 
 def torch_dtype(precision: str) -> torch.dtype:
     """The dtype of `training.precision`."""
-    return _PRECISIONS[precision]
+    return DTYPES[precision]
 
 
 def transformer_flags() -> dict[str, bool]:

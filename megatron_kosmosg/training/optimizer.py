@@ -15,6 +15,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel.platform import torch_dtype
 
 
 def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -31,9 +32,7 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) ->
         clip_grad=settings.clip_grad,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        params_dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-            precision
-        ],
+        params_dtype=torch_dtype(precision),
         initial_loss_scale=settings.initial_loss_scale,
         min_loss_scale=settings.min_loss_scale,
         loss_scale_window=settings.loss_scale_window,

@@ -1,0 +1,25 @@
+"""JSON files of models, read with an error for users and written the same way everywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_kosmosg.conversion.errors import ConversionError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content. Raises ConversionError for a file that is not there or holds no JSON."""
+    if not path.is_file():
+        raise ConversionError(f"no {path}; is this the folder of an exported model?")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path} is no JSON file: {error}") from None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Indented, in UTF-8, with a newline at the end."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
