@@ -24,7 +24,8 @@ CLOSERS = "\"')]}\u201d\u2019\u00bb"
 class Tokenizer:
     """A SentencePiece model file with the special tokens around it.
 
-    Raises FileNotFoundError, or ValueError for a model whose ids 0, 1, 2 are not unk, bos, eos.
+    Raises FileNotFoundError, or ValueError for another file, or a model whose ids 0, 1, 2 are not
+    unk, bos, eos.
     """
 
     bos_id, pad_id, eos_id, unk_id = 0, 1, 2, 3
@@ -35,7 +36,11 @@ class Tokenizer:
             raise FileNotFoundError(f"no SentencePiece model at {path}; set data.tokenizer_model")
         model = path.read_bytes()
         self.fingerprint = hashlib.blake2b(model, digest_size=16).hexdigest()
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise ValueError(f"{path} is not a SentencePiece model") from error
         ids = (self._processor.unk_id(), self._processor.bos_id(), self._processor.eos_id())
         if ids != (0, 1, 2) or self._processor.pad_id() != -1:
             raise ValueError(

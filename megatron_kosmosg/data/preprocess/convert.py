@@ -54,6 +54,15 @@ class Conversion:
         """Token ids of a run of text."""
         return self._tokenizer.encode_array(text)
 
+    def text_field(self, fields: dict[str, Any], name: str) -> tuple[str, np.ndarray]:
+        """A field's text and its ids, of which there is one at least. Raises Rejected."""
+        text = text_field(fields, name)
+        ids = self.encode(text)
+        if not len(ids):
+            # Zero-width characters, say: no blanks, but the tokenizer drops them.
+            raise Rejected(f"{name} without tokens", repr(text)[:80])
+        return text, ids
+
     def sentences(self, content: list[np.ndarray | None]) -> np.ndarray:
         """The sentence table of a sample that is packed."""
         return sentence_table(content, self._tokenizer)
@@ -64,9 +73,8 @@ Converter = Callable[[Record, Conversion], Converted]
 
 def convert_caption(record: Record, use: Conversion) -> Converted:
     """{"key", "image", "caption"}."""
-    caption = text_field(record.fields, "caption")
+    caption, ids = use.text_field(record.fields, "caption")
     image = use.pictures.read(record, record.fields, "image")
-    ids = use.encode(caption)
     info = {"key": record.key, "caption": caption}
     info |= extra_fields(record.fields, ("key", "caption", "image"))
     parts = [Part.json(info), Part.tokens(ids), Part(IMAGE, image)]
@@ -114,19 +122,20 @@ def convert_interleaved(record: Record, use: Conversion) -> Converted:
 def convert_edit(record: Record, use: Conversion) -> Converted:
     """{"key", "caption", "image", "instruction", "target"}."""
     fields = record.fields
-    texts = {name: text_field(fields, name) for name in ("caption", "instruction")}
+    caption, caption_ids = use.text_field(fields, "caption")
+    instruction, instruction_ids = use.text_field(fields, "instruction")
     images = [use.pictures.read(record, fields, name) for name in ("image", "target")]
-    ids = [use.encode(text) for text in texts.values()]
-    info = {"key": record.key} | texts
+    info = {"key": record.key, "caption": caption, "instruction": instruction}
     info |= extra_fields(fields, ("key", "caption", "instruction", "image", "target"))
-    parts = [Part.json(info), *map(Part.tokens, ids), *(Part(IMAGE, data) for data in images)]
-    return Converted(parts, NOT_PACKED, sum(map(len, ids)))
+    parts = [Part.json(info), Part.tokens(caption_ids), Part.tokens(instruction_ids)]
+    parts += [Part(IMAGE, data) for data in images]
+    return Converted(parts, NOT_PACKED, len(caption_ids) + len(instruction_ids))
 
 
 def convert_compositional(record: Record, use: Conversion) -> Converted:
     """{"key", "caption", "image", "entities": [{"text", "span", "image", "mask"}, ...]}."""
     fields = record.fields
-    caption = text_field(fields, "caption")
+    caption, _ = use.text_field(fields, "caption")
     target = use.pictures.read(record, fields, "image")
     placed, tail = order_entities(caption, list_field(fields, "entities"))
     described: list[dict[str, Any]] = []

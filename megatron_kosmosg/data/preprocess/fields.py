@@ -9,7 +9,7 @@ from megatron_kosmosg.data.preprocess.records import Rejected
 
 
 def text_field(fields: dict[str, Any], name: str) -> str:
-    """A text with something other than blanks in it."""
+    """A text that can be encoded, with something other than blanks in it."""
     if name not in fields:
         raise Rejected(f"no field {name}")
     value = fields[name]
@@ -19,6 +19,12 @@ def text_field(fields: dict[str, Any], name: str) -> str:
         raise Rejected(f"{name} is not text", repr(value)[:80])
     if not value.strip():
         raise Rejected(f"empty {name}")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            # JSON can spell a lone surrogate; SentencePiece would fail on it.
+            raise Rejected(f"{name} is not Unicode", str(error)) from error
     return value
 
 

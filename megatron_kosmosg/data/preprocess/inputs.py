@@ -32,6 +32,7 @@ _ENDINGS = {
     ".tsv": "tsv",
     ".txt": "txt",
 }
+_GZIPPED = ("jsonl", "tsv", "txt")
 _FORMATS_OF_KIND: dict[Kind, tuple[str, ...]] = {
     "text": ("jsonl", "txt", "parquet"),
     "caption": ("jsonl", "tar", "parquet", "tsv"),
@@ -126,11 +127,18 @@ def _format(path: Path, asked: str) -> str:
     if asked != "auto":
         return asked
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
+    is_packed = bool(suffixes) and suffixes[-1] == ".gz"
+    if is_packed:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in _ENDINGS:
         raise ValueError(f"--input {path}: the name does not tell the format; give --format")
-    return _ENDINGS[suffixes[-1]]
+    found = _ENDINGS[suffixes[-1]]
+    if is_packed and found not in _GZIPPED:
+        raise ValueError(
+            f"--input {path}: {found} is not read from gzip files, which cannot be entered in the "
+            "middle; unpack it first"
+        )
+    return found
 
 
 def _open_listing(path: Path, format_: str) -> list[Input]:
@@ -140,7 +148,7 @@ def _open_listing(path: Path, format_: str) -> list[Input]:
     """
     if path.suffix != ".json" or format_ not in ("jsonl", "tsv") or not _is_list(path):
         return [Input(path, format_)]
-    entries: list[dict[str, Any]] = json.loads(path.read_bytes())
+    entries = _list_of_objects(path)
     names = [name for entry in entries for name in entry.get("source", [])]
     if not names:
         raise ValueError(f"--input {path}: a JSON list whose objects have no `source` files")
@@ -155,6 +163,19 @@ def _open_listing(path: Path, format_: str) -> list[Input]:
     if missing:
         raise ValueError(f"--input {path} lists {missing[0]}, which is not in {folder}")
     return [Input(folder / name, "tsv") for name in names]
+
+
+def _list_of_objects(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"--input {path} begins like a JSON list and is none: {error}") from error
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(
+            f"--input {path}: a JSON list that is not one of TSV files; records must stand one "
+            "JSON object a line"
+        )
+    return entries
 
 
 def _is_list(path: Path) -> bool:

@@ -38,7 +38,8 @@ def parse_object(data: bytes) -> dict[str, Any]:
     """A JSON object. Raises Rejected."""
     try:
         fields = json.loads(decode_utf8(data))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        # Not only JSONDecodeError: Python refuses to read numbers of thousands of digits.
         raise Rejected("not JSON", str(error)) from error
     if not isinstance(fields, dict):
         raise Rejected("not a JSON object")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import zlib
 from collections.abc import Iterator
@@ -35,7 +36,10 @@ def line_shards(path: Path, limit: int | None, max_records: int, max_bytes: int)
 
 
 def read_lines(shard: Shard) -> Iterator[tuple[str, bytes]]:
-    """(`file:line`, the line without its end); lines are counted from 1, blank ones left out."""
+    """(`file:line`, the line without its end); lines are counted from 1, blank ones left out.
+
+    A byte order mark, which editors of Windows put before a file, is no part of its first line.
+    """
     with opened(shard.path) as file:
         file.seek(shard.offset)
         number = shard.first_record
@@ -43,6 +47,8 @@ def read_lines(shard: Shard) -> Iterator[tuple[str, bytes]]:
             line = file.readline()
             if not line:
                 return
+            if number == 0:
+                line = line.removeprefix(codecs.BOM_UTF8)
             number += 1
             if line.strip():
                 yield f"{shard.path.name}:{number}", line.rstrip(b"\r\n")

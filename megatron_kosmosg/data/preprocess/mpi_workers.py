@@ -28,6 +28,8 @@ def choose_workers(size: int | None, environment: Mapping[str, str] = os.environ
     Raises ValueError when tasks were started that MPI does not join into one world: each would do
     all of the work, over each other.
     """
+    if size is not None and size < 1:
+        raise ValueError(f"--workers {size} must be at least 1")
     counts = {name: int(environment[name]) for name in _TASK_COUNTS if environment.get(name)}
     tasks = max(counts.values(), default=1)
     if tasks <= 1:

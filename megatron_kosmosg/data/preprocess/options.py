@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from megatron_kosmosg.data.manifest import Kind
@@ -13,6 +14,14 @@ VERIFICATIONS: tuple[Verification, ...] = get_args(Verification)
 DOCUMENT_BREAKS: tuple[DocumentBreak, ...] = get_args(DocumentBreak)
 MAX_IMAGE_PIXELS = 89_478_485
 """Pillow's own limit: 256 MiB of RGB pixels."""
+FIELDS: dict[Kind, tuple[str, ...]] = {
+    "text": ("text",),
+    "caption": ("caption", "image"),
+    "interleaved": ("content", "text_list", "image_info", "texts", "images"),
+    "edit": ("caption", "image", "instruction", "target"),
+    "compositional": ("caption", "image", "entities"),
+}
+"""What a record may hold besides its key."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,20 @@ class Options:
                 raise ValueError(
                     f"--{option.replace('_', '-')} is for --kind interleaved, not {kind}"
                 )
+        known = ("key", *FIELDS[kind])
+        for ours, theirs in self.fields:
+            if ours not in known:
+                raise ValueError(
+                    f"--field {ours}={theirs}: --kind {kind} has no field {ours}; it has "
+                    f"{', '.join(known)}"
+                )
+        if self.image_root is not None and not Path(self.image_root).is_dir():
+            raise ValueError(f"--image-root {self.image_root} is not a folder")
+        if self.min_image_side < 1 or self.min_images < 0:
+            raise ValueError(
+                f"--min-image-side {self.min_image_side} must be at least 1, --min-images "
+                f"{self.min_images} at least 0"
+            )
         if not 1 <= self.max_image_pixels <= 2 * MAX_IMAGE_PIXELS:
             raise ValueError(
                 f"--max-image-pixels {self.max_image_pixels} must lie in 1 to "

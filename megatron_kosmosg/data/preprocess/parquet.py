@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_kosmosg.data.preprocess.options import Options
 from megatron_kosmosg.data.preprocess.records import (
@@ -19,6 +19,7 @@ from megatron_kosmosg.data.preprocess.records import (
 )
 
 if TYPE_CHECKING:
+    from pyarrow import RecordBatch
     from pyarrow.parquet import ParquetFile
 
 BATCH_ROWS = 64
@@ -55,14 +56,30 @@ class ParquetReader:
         try:
             with _open(shard.path) as file:
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=[shard.offset]):
-                    for row in batch.to_pylist():
+                    for row in _rows(batch):
                         if shard.num_records == number - shard.first_record:
                             return
                         number += 1
-                        yield Record(f"{shard.path.name}:{number}", row, shard.path.parent)
+                        source = f"{shard.path.name}:{number}"
+                        if isinstance(row, Rejected):
+                            yield BadRecord(source, row)
+                        else:
+                            yield Record(source, row, shard.path.parent)
         except (pyarrow.ArrowException, OSError) as error:
             detail = f"after row {number}: {str(error).splitlines()[0]}"
             raise Rejected("Parquet file is damaged", detail) from error
+
+
+def _rows(batch: RecordBatch) -> list[dict[str, Any] | Rejected]:
+    """The rows as Python values; one that holds what Python cannot hold is a Rejected."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if batch.num_rows > 1:
+            return [row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1))]
+        if isinstance(error, UnicodeDecodeError):
+            return [Rejected("invalid UTF-8", str(error))]
+        return [Rejected("row cannot be read", str(error))]
 
 
 def _open(path: Path) -> ParquetFile:

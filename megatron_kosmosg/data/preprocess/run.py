@@ -65,6 +65,19 @@ class PreprocessJob:
     resume: bool = False
     """Go on where a run of the same job was killed."""
 
+    def check(self) -> None:
+        """Raises ValueError for values that cannot be meant."""
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--limit {self.limit} must be at least 1")
+        if self.max_rejects < 0:
+            raise ValueError(f"--max-rejects {self.max_rejects} must not be negative")
+        if self.output_prefix.endswith("/"):
+            raise ValueError(
+                f"--output-prefix {self.output_prefix} must end with a name, such as "
+                f"{self.output_prefix}{self.kind}"
+            )
+        self.options.check(self.kind)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -82,7 +95,7 @@ def preprocess(job: PreprocessJob, progress: Progress, workers: Workers | None =
     """
     started = time.perf_counter()
     workers = workers or LocalWorkers(job.workers)
-    job.options.check(job.kind)
+    job.check()
     tokenizer, _ = encoders(job.tokenizer_model)
     prefix = Path(job.output_prefix)
     folder = WorkFolder(prefix)

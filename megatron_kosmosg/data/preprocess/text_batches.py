@@ -31,9 +31,6 @@ class TextBatches:
     def add(self, record: Record) -> None:
         """Takes a document. Raises Rejected."""
         text = text_field(record.fields, "text")
-        if not text.isascii():
-            # A lone surrogate (JSON can spell one) would fail the whole batch.
-            text.encode("utf-8")
         self._records.append(record)
         self._texts.append(text)
         self._characters += len(text)
