@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Stage 2 (alignment with the text encoder) on 32 nodes x 8 GPUs, the paper's batch and schedule:
-#   sbatch [SBATCH OPTIONS] slurm/align_256gpu.sh [--config FILE] [-- key=value ...]
-#   bash slurm/align_256gpu.sh --check [SBATCH OPTIONS] [-- key=value ...]
+#   sbatch --nodes=16 slurm/align_256gpu.sh -- logging.output_dir=/runs/align
 #SBATCH --job-name=kosmosg-align
 #SBATCH --nodes=32
 #SBATCH --ntasks-per-node=8

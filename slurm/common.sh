@@ -3,6 +3,7 @@
 # Python (bare venv or container), srun steps that pass signals on, requeueing and its limit.
 # The environment variables that it reads are listed in slurm/README.md.
 
+script=$(realpath "$0") || exit 2
 home=$(cd "$home" && pwd) || exit 2
 cd "$home" || exit 2
 export KOSMOSG_HOME=$home PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
@@ -10,19 +11,43 @@ export KOSMOSG_HOME=$home PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
 EXIT_STOPPED=85 # of megatron_kosmosg.train: state is saved, start again
 MAX_STALLED_STARTS=${KOSMOSG_MAX_STALLED_STARTS:-3}
 
+# shellcheck source=slurm/checks.sh
+source "$home/slurm/checks.sh"
+
 say() { printf '%(%H:%M:%S)T slurm: %s\n' -1 "$*"; }
 die() {
     printf 'error: %s\n' "$*" >&2
     exit 2
 }
 
-# ---- arguments: [--check] [--config FILE] [--sweep FILE] [SBATCH OPTIONS, with --check] [-- REST...]
+# ---- arguments ----------------------------------------------------------------------------------
+
+usage() {
+    sed -n '2,/^#SBATCH/{/^#SBATCH/d;s/^# \{0,1\}//;p;}' "$script" # the head of the script
+    cat <<'END'
+
+sbatch [SBATCH OPTIONS] SCRIPT [OPTIONS] [-- SETTINGS (key=value) OR THE TOOL'S ARGUMENTS]
+bash SCRIPT --check [SBATCH OPTIONS] [OPTIONS] [-- ...]
+
+  --check         submit nothing: dry run, plan, and whether Slurm would take the job;
+                  with sbatch: dry run on the nodes and one empty task for every GPU
+  --config FILE   train this config instead of the script's own
+  --sweep FILE    in a job array: further settings, line N for array task N
+  --help          this text
+
+slurm/README.md has the rest: first steps, requeueing, containers, environment variables.
+END
+}
 
 check='' options=() rest=() sweep=()
 read_arguments() {
     while [ $# -gt 0 ]; do
         case $1 in
             --check) check=yes ;;
+            -h | --help)
+                usage
+                exit 0
+                ;;
             --config)
                 [ $# -gt 1 ] || die "--config needs a file"
                 config=$2
@@ -40,38 +65,52 @@ read_arguments() {
                 break
                 ;;
             -*) options+=("$1") ;;
-            *) die "$1: settings and tool arguments come after --, as in: sbatch SCRIPT -- $1" ;;
+            *)
+                [ ${#options[@]} -eq 0 ] || [ -n "${SLURM_JOB_ID:-}" ] ||
+                    die "${options[*]: -1} $1: write an option of sbatch as one word, --name=value"
+                die "$1: settings and tool arguments come after --, as in: sbatch SCRIPT -- $1"
+                ;;
         esac
         shift
     done
     rest+=(${sweep[@]+"${sweep[@]}"})
-    if [ -n "${SLURM_JOB_ID:-}" ] || [ -n "$check" ]; then
-        if [ ${#options[@]} -gt 0 ] && { [ -z "$check" ] || [ -n "${SLURM_JOB_ID:-}" ]; }; then
-            die "${options[*]}: options of sbatch come before the script, as in: sbatch ${options[*]} SCRIPT"
-        fi
-        return
+    if [ ${#options[@]} -gt 0 ] && { [ -z "$check" ] || [ -n "${SLURM_JOB_ID:-}" ]; }; then
+        die "${options[*]}: not an option of this script (--help shows them); options of sbatch" \
+            "come before the script, as in: sbatch ${options[*]} SCRIPT"
     fi
-    die "start this with sbatch, or look at it first with: bash $0 --check"
+    [ -n "${SLURM_JOB_ID:-}" ] || [ -n "$check" ] ||
+        die "start this with sbatch, or look at it first with: bash $0 --check"
+    choose_python
 }
 
 # ---- how a process is started --------------------------------------------------------------------
 
 # SRUN_OPTIONS are for every step; a container image (pyxis) replaces the virtual environment.
 read -ra srun_options <<<"${KOSMOSG_SRUN_OPTIONS:-}"
-if [ -n "${KOSMOSG_CONTAINER:-}" ]; then
-    python=python
-    srun_options+=(
-        "--container-image=$KOSMOSG_CONTAINER"
-        "--container-mounts=$home:$home${KOSMOSG_MOUNTS:+,$KOSMOSG_MOUNTS}"
-        "--container-workdir=$home"
-    )
-else
+choose_python() {
+    if [ -n "${KOSMOSG_CONTAINER:-}" ]; then
+        python=python
+        srun_options+=(
+            "--container-image=$KOSMOSG_CONTAINER"
+            "--container-mounts=$home:$home${KOSMOSG_MOUNTS:+,$KOSMOSG_MOUNTS}"
+            "--container-workdir=$home"
+        )
+        return
+    fi
     python=${VIRTUAL_ENV:-${KOSMOSG_VENV:-$home/.venv}}/bin/python
-    [ -x "$python" ] || die "$python does not exist: export KOSMOSG_VENV=FOLDER of a virtual" \
-        "environment on a file system that every node sees, or KOSMOSG_CONTAINER=IMAGE"
-fi
+    [ -x "$python" ] || die "$python does not exist: make the virtual environment (slurm/README.md," \
+        "'From zero'), or export KOSMOSG_VENV=FOLDER of one on a file system that every node sees," \
+        "or KOSMOSG_CONTAINER=IMAGE"
+}
 
-num_tasks() { echo "${SLURM_NTASKS:-$((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1}))}"; }
+# The job's tasks; before there is a job, those that sbatch would be asked for.
+num_tasks() {
+    if [ -n "${SLURM_JOB_ID:-}" ]; then
+        echo "${SLURM_NTASKS:-$((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1}))}"
+    else
+        echo $(($(asked nodes) * $(asked ntasks-per-node)))
+    fi
+}
 
 # Sites and users win: nothing that is already set is changed. slurm/README.md explains each.
 set_defaults() {
@@ -80,15 +119,19 @@ set_defaults() {
     export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
     export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    # Of every rank, at import; this project needs neither.
+    export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore:Transformer Engine and Apex are not installed}
     export PYTHONUNBUFFERED=1
 }
 
 # step SRUN_OPTIONS... COMMAND...: one job step; its exit code. It runs in the background, so that a
 # signal to this shell is acted on at once: USR1 (sbatch --signal=B:...) is passed on to the tasks.
 # TERM comes when Slurm itself ends the job (time limit, scancel, pre-emption); tasks get it, too.
-running='' told='' ended_by_slurm=''
+# After either no further step begins. (In $(...), signals are not heard.)
+running='' told='' stop_asked='' ended_by_slurm=''
 step() {
     local status
+    [ -z "$stop_asked" ] || return "$EXIT_STOPPED"
     # srun does not take --cpus-per-task from the job since Slurm 22.05.
     srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
         ${srun_options[@]+"${srun_options[@]}"} "$@" &
@@ -103,7 +146,7 @@ step() {
     return $status
 }
 pass_on() {
-    told=$1
+    told=$1 stop_asked=yes
     say "signal $1"
     if [ "$1" = TERM ]; then ended_by_slurm=yes; fi
     if [ -n "$running" ]; then kill -USR1 "$running" 2>/dev/null; fi
@@ -111,79 +154,9 @@ pass_on() {
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
-# ---- checks --------------------------------------------------------------------------------------
-
-# The dry run of this config on the job's number of ranks; sets run_folder and save_folder from it.
-dry_run() {
-    local report
-    report=$("$@" "$python" -m megatron_kosmosg.train --config "$config" --dry-run \
-        ${SLURM_JOB_ID:+"parallel.world_size=$(num_tasks)"} ${rest[@]+"${rest[@]}"}) || return 2
-    printf '%s\n' "$report"
-    run_folder=$(sed -n "s/^  output_dir: //p" <<<"$report" | tr -d "'\"")
-    save_folder=$(sed -n "s/^  save: //p" <<<"$report" | tr -d "'\"")
-    if [ "$save_folder" = null ]; then save_folder=$run_folder/checkpoints; fi
-}
-
-# What `bash SCRIPT --check` does on a login node: dry run, plan, and sbatch's own opinion.
-check_before_sbatch() {
-    [ -z "${KOSMOSG_CONTAINER:-}" ] || python=${KOSMOSG_VENV:+$KOSMOSG_VENV/bin/}python3
-    if [ -n "${config:-}" ]; then
-        dry_run || exit 2
-        "$python" tools/plan.py --config "$config" --gpu "${KOSMOSG_GPU:-h100-80}" \
-            ${rest[@]+"${rest[@]}"} || exit
-    fi
-    if command -v sbatch >/dev/null; then
-        ask_sbatch "$0"
-    else
-        say "no sbatch on this machine: partition, account and sizes were not checked"
-    fi
-}
-
-# Slurm's answer to the options of SCRIPT and those of --check, in words that name the repair.
-ask_sbatch() {
-    local answer
-    if answer=$(sbatch --test-only ${options[@]+"${options[@]}"} "$1" 2>&1); then
-        say "${answer#sbatch: }"
-        return
-    fi
-    printf '%s\n' "$answer" >&2
-    case $answer in
-        *ccount*) die "choose an account with --account or SBATCH_ACCOUNT; sacctmgr show" \
-            "associations user=$(id -un) lists yours" ;;
-        *partition*) die "choose a partition with --partition or SBATCH_PARTITION:" \
-            "$(sinfo -h -o '%R (%D nodes, %G)' | sort -u | paste -sd ';')" ;;
-        *[Nn]ode* | *rocessors* | *"CPU count"*) die "the cluster cannot give this: ask for less" \
-            "with --nodes, --gpus-per-node, --cpus-per-task; it has" \
-            "$(sinfo -h -o '%D nodes of %c CPUs, %G in %R' | paste -sd ';')" ;;
-        *) die "Slurm refuses the job" ;;
-    esac
-}
-
-# The job's tasks as training will see them: ranks in block order, GPUs visible to each.
-check_tasks() {
-    local seen
-    # shellcheck disable=SC2016
-    seen=$(step bash -c 'echo "$SLURM_PROCID $SLURM_NODEID $SLURM_LOCALID ${CUDA_VISIBLE_DEVICES:-none}"') ||
-        die "srun could not start $(num_tasks) tasks"
-    sort -n <<<"$seen" | awk -v wanted="$(num_tasks)" '
-        $1 != NR - 1 { print "error: rank " NR - 1 " is missing"; bad = 1; exit }
-        $2 < node { print "error: rank " $1 " goes back to node " $2; bad = 1; exit }
-        { node = $2; gpus[$4 == "none" ? 0 : split($4, unused, ",")] = 1 }
-        END {
-            if (bad || NR != wanted) { print "error: " NR " of " wanted " tasks answered"; exit 1 }
-            for (count in gpus) shown = shown (shown == "" ? "" : " or ") count
-            print NR " tasks on " node + 1 " nodes, ranks in block order, " shown " GPUs visible to each"
-        }' || exit 1
-}
-
-# Fails if a node is not fit for the run. All nodes speak before the step ends.
-preflight() {
-    step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
-        "$python" tools/preflight.py node --folder "$run_folder" \
-        --gpus "${KOSMOSG_GPUS_PER_NODE:-${SLURM_GPUS_PER_NODE:-0}}" \
-        --free-gib "${KOSMOSG_FREE_GIB:-100}" || return
-    step --distribution=block "$python" tools/preflight.py network
-}
+# Whether a step's exit code is that of a stop request: 85, or what USR1 and TERM do to a program
+# that does not listen for them yet.
+was_stopped() { [ "$1" -eq "$EXIT_STOPPED" ] || [ "$1" -eq 138 ] || [ "$1" -eq 143 ]; }
 
 # ---- starting again ------------------------------------------------------------------------------
 
@@ -235,8 +208,10 @@ finish() {
             stalled
             exit 1
         fi
-    elif [ "$status" -le 128 ] && [ "$status" -ne "$EXIT_STOPPED" ]; then
-        exit "$status" # a tool's own error; only an interrupted tool is started again
+    elif ! was_stopped "$status" &&
+        { [ "$status" -le 128 ] || [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_STALLED_STARTS" ]; }; then
+        say "not requeued: exit code $status, start ${SLURM_RESTART_COUNT:-0}"
+        exit "$status" # a tool's own error, or one that is killed (out of memory?) every time
     fi
     say "exit code $status: requeued"
     scontrol requeue "$SLURM_JOB_ID" || {
@@ -263,7 +238,10 @@ run_stage() {
         exit 0
     fi
     say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: $(num_tasks) tasks, project $home"
-    dry_run step --nodes=1 --ntasks=1 --ntasks-per-node=1 || exit 2
+    dry_run step --nodes=1 --ntasks=1 --ntasks-per-node=1 || {
+        was_stopped $? && finish "$EXIT_STOPPED"
+        exit 2
+    }
     if [ -n "$check" ]; then
         check_tasks
         exit 0
@@ -271,7 +249,8 @@ run_stage() {
     count_start || exit 1
     if [ "${KOSMOSG_PREFLIGHT:-1}" != 0 ]; then
         preflight || {
-            [ $? -le 128 ] || finish "$EXIT_STOPPED"
+            status=$?
+            { [ "$status" -le 128 ] && ! was_stopped "$status"; } || finish "$EXIT_STOPPED"
             die "a node is not fit for the run (see above); submit again with --exclude=NODE"
         }
     fi

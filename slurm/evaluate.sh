@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One evaluation of a trained model on one GPU, or an array of them (slurm/README.md):
-#   sbatch slurm/evaluate.sh -- --run runs/instruct ...
+# One evaluation of trained models on one GPU:
+#   sbatch slurm/evaluate.sh -- --run instruct=/runs/instruct --output /runs/evaluation
 # KOSMOSG_EVALUATION names another program of tools/.
 #SBATCH --job-name=kosmosg-evaluate
 #SBATCH --nodes=1

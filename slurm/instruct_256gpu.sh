@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Stage 3 (instruction tuning by score distillation) on 32 nodes x 8 GPUs, the paper's schedule:
-#   sbatch [SBATCH OPTIONS] slurm/instruct_256gpu.sh [--config FILE] [-- key=value ...]
-#   bash slurm/instruct_256gpu.sh --check [SBATCH OPTIONS] [-- key=value ...]
+#   sbatch --nodes=16 slurm/instruct_256gpu.sh -- logging.output_dir=/runs/instruct
 #SBATCH --job-name=kosmosg-instruct
 #SBATCH --nodes=32
 #SBATCH --ntasks-per-node=8

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Stage 1 (multimodal language modelling) on 32 nodes x 8 GPUs, the paper's batch and schedule:
-#   sbatch [SBATCH OPTIONS] slurm/pretrain_256gpu.sh [--config FILE] [-- key=value ...]
-#   bash slurm/pretrain_256gpu.sh --check [SBATCH OPTIONS] [-- key=value ...]
+#   sbatch --nodes=16 slurm/pretrain_256gpu.sh -- logging.output_dir=/runs/pretrain
 #SBATCH --job-name=kosmosg-pretrain
 #SBATCH --nodes=32
 #SBATCH --ntasks-per-node=8

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-SCRIPTS = sorted(path for path in (REPOSITORY / "slurm").glob("*.sh") if path.name != "common.sh")
+SHARED = ("common.sh", "checks.sh")
+SCRIPTS = sorted(path for path in (REPOSITORY / "slurm").glob("*.sh") if path.name not in SHARED)
 STAGES = [path for path in SCRIPTS if path.name.endswith("_256gpu.sh")]
 
 SRUN = """#!/bin/bash
@@ -28,20 +29,27 @@ SCONTROL = """#!/bin/bash
 echo "$@" >>"$CALLS"
 """
 PYTHON = """#!/bin/bash
+wait_for_signal() {
+    trap "$1" USR1
+    touch "$RUN.up"
+    for i in $(seq 100); do sleep .1; done
+}
 case "$*" in
 *--dry-run*)
+    [ "${WAITS:-}" != dry ] || wait_for_signal 'trap - USR1; kill -USR1 $$'
+    echo "given: $*"
     printf 'logging:\\n  output_dir: %s\\ncheckpoint:\\n  save: null\\n' "$RUN"
     exit "${DRY:-0}"
     ;;
-*preflight.py*) exit "${FIT:-0}" ;;
+*"preflight.py node"*)
+    [ "${WAITS:-}" != preflight ] || wait_for_signal 'trap - USR1; kill -USR1 $$'
+    exit "${FIT:-0}"
+    ;;
+*preflight.py* | *plan.py*) exit "${FIT:-0}" ;;
 esac
 [ -z "${NEXT:-}" ] || mkdir -p "$RUN/checkpoints/$NEXT"
 [ -z "${FAILURE:-}" ] || echo "$FAILURE" >"$RUN/failure.txt"
-if [ -n "${WAITS:-}" ]; then
-    trap 'exit 85' USR1
-    touch "$RUN.up"
-    for i in $(seq 100); do sleep .1; done
-fi
+[ -z "${WAITS:-}" ] || wait_for_signal 'exit 85'
 exit "${CODE:-0}"
 """
 
@@ -175,15 +183,17 @@ def test_half_a_checkpoint_is_no_progress(cluster):
     assert (cluster.run_folder / "slurm_starts").read_text() == "2 1\n"
 
 
+@pytest.mark.parametrize("when", ["dry", "preflight", "training"])
 @pytest.mark.parametrize(
     ("number", "requeued", "code"),
     [(signal.SIGUSR1, True, 0), (signal.SIGTERM, False, 85)],
     ids=["usr1", "term"],
 )
-def test_a_signal_to_the_batch_shell_reaches_the_tasks(cluster, number, requeued, code):
+def test_a_signal_to_the_batch_shell_reaches_the_tasks(cluster, number, requeued, code, when):
+    """Before training, the program of the step does not listen for it and dies of it."""
     process = subprocess.Popen(
         ["bash", str(REPOSITORY / "slurm" / "align_256gpu.sh")],
-        env=cluster.environment(WAITS="yes", KOSMOSG_PREFLIGHT="0"),
+        env=cluster.environment(WAITS=when),
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -194,6 +204,13 @@ def test_a_signal_to_the_batch_shell_reaches_the_tasks(cluster, number, requeued
     said, _ = process.communicate(timeout=30)
     assert process.returncode == code, said
     assert cluster.was_requeued() == requeued
+    steps = [call for call in cluster.calls.read_text().splitlines() if "requeue" not in call]
+    assert len(steps) == {"dry": 1, "preflight": 2, "training": 4}[when], steps
+
+
+def test_a_signal_that_only_the_tasks_get_before_training_is_a_stop_request(cluster):
+    assert cluster.run(DRY="138").returncode == 0 and cluster.was_requeued()
+    assert cluster.run(FIT="138").returncode == 0 and cluster.was_requeued()
 
 
 @pytest.mark.parametrize(
@@ -213,11 +230,49 @@ def test_a_bad_layout_or_node_ends_the_job_before_training(cluster, settings, wo
         (("--nodes=4",), "7", "sbatch --nodes=4 SCRIPT"),
         (("training.train_iters=5",), "7", "after --"),
         (("--config",), "7", "needs a file"),
+        (("--chekc",), "", "--chekc: not an option of this script"),
+        (("--check", "--nodes", "16"), "", "as one word, --name=value"),
     ],
 )
 def test_wrong_arguments_say_what_to_write(cluster, arguments, job, words):
     ended = cluster.run(*arguments, SLURM_JOB_ID=job)
     assert ended.returncode == 2 and re.search(words, ended.stderr), ended.stderr
+
+
+def test_help_needs_no_python_and_names_this_script(cluster):
+    for script in SCRIPTS:
+        asked = subprocess.run(
+            ["bash", script.name, "--help"],
+            capture_output=True,
+            text=True,
+            cwd=script.parent,
+            env=cluster.environment(VIRTUAL_ENV="/no/such/venv", SLURM_JOB_ID=""),
+        )
+        assert asked.returncode == 0 and not asked.stderr
+        assert f"sbatch slurm/{script.name}" in asked.stdout.replace(" --nodes=16", "")
+        assert "--check" in asked.stdout and "set -uo" not in asked.stdout
+
+
+SBATCH = """#!/bin/bash
+echo "$@" >>"$CALLS"
+echo "${ANSWER:-Job 8 to start at 2026-01-01T00:00:00 using 32 processors}" >&2
+[ -z "${ANSWER:-}" ]
+"""
+
+
+def test_a_check_before_sbatch_is_of_the_size_that_sbatch_is_asked_for(cluster):
+    (cluster.folder / "sbatch").write_text(SBATCH)
+    (cluster.folder / "sbatch").chmod(0o755)
+    asked = cluster.run("--check", "--nodes=4", "--", "training.seed=5", SLURM_JOB_ID="")
+    assert asked.returncode == 0, asked.stderr
+    assert "parallel.world_size=32 training.seed=5" in asked.stdout
+    call = cluster.calls.read_text()
+    assert call == f"--test-only --nodes=4 {REPOSITORY}/slurm/pretrain_256gpu.sh\n"
+    asked = cluster.run("--check", SLURM_JOB_ID="")
+    assert "parallel.world_size=256" in asked.stdout and "to start at" in asked.stdout
+    alone = {"ANSWER": "Unable to contact slurm controller", "SLURM_JOB_ID": ""}
+    asked = cluster.run("--check", **alone)
+    assert asked.returncode == 2 and "from a login node" in asked.stderr
 
 
 def test_no_python_says_what_to_set(cluster):
@@ -236,6 +291,18 @@ def test_tools_go_on_after_an_interruption_and_keep_their_own_errors(cluster):
     assert cluster.calls.read_text().endswith("--kind text --resume\n")
     ended = cluster.run(*arguments, script="cache_latents.sh", CODE="2")
     assert ended.returncode == 2 and not cluster.was_requeued()
+
+
+def test_a_tool_that_is_killed_every_time_is_given_up(cluster):
+    killed = {"script": "cache_latents.sh", "CODE": "137"}
+    outcomes = []
+    for restart in range(5):
+        ended = cluster.run("--", SLURM_RESTART_COUNT=str(restart), **killed)
+        outcomes.append(cluster.was_requeued())
+    assert outcomes == [True, True, True, False, False] and ended.returncode == 137
+    stopped = killed | {"CODE": "138"}  # by USR1: as often as somebody asks
+    cluster.run("--", SLURM_RESTART_COUNT="9", **stopped)
+    assert cluster.was_requeued()
 
 
 def test_all_scripts_find_the_project_alike():
