@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_kosmosg.config.divisors import neighbours
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.world import world_layout
@@ -23,8 +24,7 @@ def num_microbatches(config: RunConfig, dp_size: int) -> int:
     training = config.training
     unit = training.micro_batch_size * dp_size
     if training.global_batch_size % unit:
-        lower = training.global_batch_size // unit * unit
-        nearest = f"{lower} or {lower + unit}" if lower else f"{unit}"
+        nearest = neighbours(training.global_batch_size, unit)
         raise ConfigError(
             f"training.global_batch_size={training.global_batch_size} must be a multiple of "
             f"training.micro_batch_size ({training.micro_batch_size}) x data-parallel size "

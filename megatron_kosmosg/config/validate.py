@@ -7,10 +7,12 @@ Longer than usual because it is a list: each check is a few lines and stands alo
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
 from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
+from megatron_kosmosg.config.divisors import divisors, neighbours
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.paths import output_folder, save_folder
 from megatron_kosmosg.config.schema import RunConfig
@@ -27,16 +29,7 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
     _check_overlap(config)
     _check_score(config)
     _check_schedule(config)
-    microbatches = num_microbatches(config, data_parallel_size(config, world_size))
-    parallel = config.parallel
-    if parallel.virtual_pipeline_model_parallel_size is not None:
-        stages = parallel.pipeline_model_parallel_size
-        if microbatches % stages:
-            raise ConfigError(
-                f"{microbatches} micro-batches per update do not divide into groups of "
-                f"parallel.pipeline_model_parallel_size ({stages}), which the interleaved "
-                "schedule needs; change training.global_batch_size or training.micro_batch_size"
-            )
+    _check_microbatches(config, data_parallel_size(config, world_size))
 
 
 def validate_files(config: RunConfig) -> None:
@@ -146,9 +139,10 @@ def _check_tensor_parallel(config: RunConfig) -> None:
         split["model.aligner.ffn_hidden_size"] = model.aligner.ffn_hidden_size
     for key, value in split.items():
         if value % tp:
+            fitting = ", ".join(map(str, divisors(math.gcd(*split.values()))))
             raise ConfigError(
                 f"{key}={value} must be divisible by parallel.tensor_model_parallel_size={tp}; "
-                f"tensor-parallel sizes that divide it: {_divisors_up_to(value, 16)}"
+                f"tensor-parallel sizes that divide all heads and widths: {fitting}"
             )
     widths = {
         "model.decoder": (model.decoder.hidden_size, model.decoder.num_attention_heads),
@@ -159,7 +153,8 @@ def _check_tensor_parallel(config: RunConfig) -> None:
     for section, (hidden, heads) in widths.items():
         if hidden % heads:
             raise ConfigError(
-                f"{section}.num_attention_heads={heads} must divide the hidden size {hidden}"
+                f"{section}.num_attention_heads={heads} must divide the hidden size {hidden}; "
+                f"nearest: {_nearest(heads, divisors(hidden))}"
             )
     if config.parallel.sequence_parallel and tp == 1:
         raise ConfigError(
@@ -192,16 +187,47 @@ def _check_pipeline(config: RunConfig) -> None:
             raise ConfigError(
                 f"interleaving (parallel.virtual_pipeline_model_parallel_size={virtual}) with "
                 f"parallel.pipeline_model_parallel_size={stages} would exchange wrong tensors "
-                "between the stages without an error; use more than 2 pipeline stages or set "
+                "between the stages without an error; set "
+                "parallel.pipeline_model_parallel_size to 3 or more, or "
                 "parallel.virtual_pipeline_model_parallel_size=null"
             )
     pieces = stages * (virtual or 1)
     if parallel.pipeline_layout is None and layers < pieces:
-        raise ConfigError(
-            f"model.decoder.num_layers={layers} cannot fill {pieces} pipeline stages; set "
-            f"parallel.pipeline_model_parallel_size to at most {layers} or give "
-            "parallel.pipeline_layout"
+        shape = f"{stages} ranks x {virtual} = {pieces}" if virtual else str(pieces)
+        fewer = layers // stages
+        instead = (
+            f"parallel.pipeline_model_parallel_size to at most {layers // (virtual or 1)}"
+            if virtual is None or layers // virtual > 2
+            else ""
         )
+        if virtual:
+            chunks = str(fewer) if fewer > 1 else "null"
+            instead += (" or " if instead else "") + (
+                f"parallel.virtual_pipeline_model_parallel_size to {chunks}"
+            )
+        raise ConfigError(
+            f"model.decoder.num_layers={layers} cannot fill {shape} pipeline stages; set "
+            f"{instead}, or give parallel.pipeline_layout"
+        )
+
+
+def _check_microbatches(config: RunConfig, dp_size: int) -> None:
+    microbatches = num_microbatches(config, dp_size)
+    stages, training = config.parallel.pipeline_model_parallel_size, config.training
+    if config.parallel.virtual_pipeline_model_parallel_size is None or microbatches % stages == 0:
+        return
+    batches = neighbours(training.global_batch_size, training.micro_batch_size * dp_size * stages)
+    sizes = [
+        size
+        for size in divisors(training.global_batch_size // dp_size)
+        if training.global_batch_size // (dp_size * size) % stages == 0
+    ]
+    instead = f"training.micro_batch_size to {', '.join(map(str, sizes))} or " if sizes else ""
+    raise ConfigError(
+        f"{microbatches} micro-batches per update and replica do not divide into groups of "
+        f"parallel.pipeline_model_parallel_size ({stages}), which the interleaved schedule needs; "
+        f"set {instead}training.global_batch_size to {batches}"
+    )
 
 
 def _check_overlap(config: RunConfig) -> None:
@@ -279,5 +305,7 @@ def _check_writable(key: str, folder: Path) -> None:
         raise ConfigError(f"{key}={folder}: no permission to write in {existing}")
 
 
-def _divisors_up_to(value: int, limit: int) -> str:
-    return ", ".join(str(n) for n in range(1, limit + 1) if value % n == 0)
+def _nearest(value: int, choices: list[int]) -> str:
+    below = [choice for choice in choices if choice <= value]
+    above = [choice for choice in choices if choice > value]
+    return " or ".join(map(str, below[-1:] + above[:1]))

@@ -12,11 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_kosmosg.config.divisors import neighbours
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
 
-_MOST_SCORE_RANKS = 8
-"""Largest score.ranks_per_replica that an error message proposes."""
+_LARGEST_RATIO = 8
+"""Largest score.ranks_per_replica or score.replicas_per_rank that an error message proposes."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _colocated_replicas(config: RunConfig, world_size: int) -> int:
             f"parallel.tensor_model_parallel_size ({parallel.tensor_model_parallel_size}) x "
             f"parallel.pipeline_model_parallel_size "
             f"({parallel.pipeline_model_parallel_size}) = {ranks} ranks; "
-            f"start {_neighbours(world_size, ranks)} ranks or change the two sizes"
+            f"start {neighbours(world_size, ranks)} ranks or change the two sizes"
         )
     return world_size // ranks
 
@@ -155,17 +156,18 @@ def _colocated_replicas(config: RunConfig, world_size: int) -> int:
 def _cannot_fill(config: RunConfig, world_size: int, unit: int) -> str:
     score, parallel = config.score, config.parallel
     replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    fitting = [str(k) for k in range(1, _MOST_SCORE_RANKS + 1) if world_size % (replica + k) == 0]
-    instead = f"set score.ranks_per_replica to {' or '.join(fitting)}, " if fitting else ""
+    instead = ""
+    for key, many, unit_of in (
+        ("ranks_per_replica", score.replicas_per_rank == 1, lambda k: replica + k),
+        ("replicas_per_rank", score.ranks_per_replica == 1, lambda r: r * replica + 1),
+    ):
+        ratios = range(1, _LARGEST_RATIO + 1) if many else ()
+        fitting = " or ".join(str(n) for n in ratios if world_size % unit_of(n) == 0)
+        instead += f"set score.{key} to {fitting}, " if fitting else ""
     return (
         f"{world_size} ranks cannot be split into units of score.replicas_per_rank "
         f"({score.replicas_per_rank}) x tensor ({parallel.tensor_model_parallel_size}) x pipeline "
         f"({parallel.pipeline_model_parallel_size}) decoder ranks + score.ranks_per_replica "
-        f"({score.ranks_per_replica}) = {unit} ranks; start {_neighbours(world_size, unit)} ranks, "
+        f"({score.ranks_per_replica}) = {unit} ranks; start {neighbours(world_size, unit)} ranks, "
         f"{instead}or set score.placement=colocated"
     )
-
-
-def _neighbours(world_size: int, unit: int) -> str:
-    lower = world_size // unit * unit
-    return f"{lower} or {lower + unit}" if lower else f"{unit}"

@@ -94,10 +94,22 @@ def test_batch_arithmetic():
     assert "4 or 6" in refusal(data_parallel_size, config, 5)
 
 
+def _interleaved(stages: int, chunks: int) -> list[str]:
+    """Of 24 ranks with tensor size 2: 4 replicas at 3 stages."""
+    return [
+        f"parallel.pipeline_model_parallel_size={stages}",
+        f"parallel.virtual_pipeline_model_parallel_size={chunks}",
+    ]
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["parallel.tensor_model_parallel_size=3"], ["3", "num_attention_heads=32"]),
+        (
+            ["parallel.tensor_model_parallel_size=3"],
+            ["num_attention_heads=32", "parallel.tensor_model_parallel_size=3", "widths: 1, 2, 4"],
+        ),
+        (["model.decoder.num_attention_heads=30"], ["=30", "2048", "nearest: 16 or 32"]),
         (["model.decoder.ffn_hidden_size=8191"], ["ffn_hidden_size=8191"]),
         (["parallel.tensor_model_parallel_size=8"], ["model.aligner.num_attention_heads=12"]),
         (
@@ -110,12 +122,31 @@ def test_batch_arithmetic():
                 "parallel.pipeline_model_parallel_size=2",
                 "parallel.virtual_pipeline_model_parallel_size=2",
             ],
-            ["more than 2 pipeline stages"],
+            ["pipeline_model_parallel_size=2", "to 3 or more", "virtual_pipeline_model_parallel"],
         ),
         (
             ["parallel.pipeline_model_parallel_size=2", "model.decoder.num_layers=1"],
-            ["num_layers=1", "2 pipeline stages"],
+            ["num_layers=1", "2 pipeline stages", "to at most 1,"],
         ),
+        (
+            [*_interleaved(3, 2), "model.decoder.num_layers=5"],
+            ["num_layers=5", "3 ranks x 2 = 6", "virtual_pipeline_model_parallel_size to null"],
+        ),
+        (
+            [*_interleaved(3, 3), "model.decoder.num_layers=8"],
+            ["8", "3 ranks x 3 = 9", "virtual_pipeline_model_parallel_size to 2,"],
+        ),
+        (
+            [*_interleaved(3, 2), "training.global_batch_size=16"],
+            ["4 micro-batches", "(3)", "global_batch_size to 12 or 24"],
+        ),
+        (
+            [*_interleaved(3, 2), "training.micro_batch_size=3"],
+            ["2 micro-batches", "micro_batch_size to 1, 2 or", "global_batch_size to 36"],
+        ),
+        (["parallel.virtual_pipeline_model_parallel_size=1"], ["at least 2", "null"]),
+        (["training.global_batch_size=30"], ["30", "= 12", "24 or 36"]),
+        (["parallel.tensor_model_parallel_size=16"], ["num_attention_heads=12", "1, 2, 4"]),
         (["parallel.world_size=256"], ["256", "24 ranks"]),
         (["optimizer.lr_warmup_iters=10", "training.train_iters=10"], ["lr_warmup_iters=10"]),
         (["score.condition_drop_prob=1.5"], ["condition_drop_prob=1.5"]),
