@@ -73,11 +73,13 @@ def write_world(folder: Path, world: World, report: Callable[[int, int], None]) 
     for split, kind in tables:
         records = temporary / split
         records.mkdir(parents=True, exist_ok=True)
-        with PictureFiles(records, kind) as pictures, (records / f"{kind}.jsonl").open("w") as out:
+        pictures = PictureFiles(records, kind)
+        with (records / f"{kind}.jsonl").open("w") as out:
             for i in range(world.count(split, kind)):
                 out.write(json.dumps(_record(world, split, kind, i, pictures)) + "\n")
                 done += 1
                 report(done, total)
+        pictures.finish()
     _write_prompts(temporary / "heldout")
     (temporary / MANIFEST).write_text(json.dumps(asdict(world)) + "\n")
     if folder.exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from PIL import Image
@@ -18,7 +17,7 @@ JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
 
 
 class PictureFiles:
-    """Hands out file names at once and writes the files by the time the block ends."""
+    """Hands out file names at once; all files are there after `finish`."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         self._folder, self._kind = folder, kind
@@ -46,18 +45,10 @@ class PictureFiles:
             self._write_masks()
         return name
 
-    def __enter__(self) -> PictureFiles:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self._write_scenes()
-            self._write_masks()
+    def finish(self) -> None:
+        """Writes the files that are still to be drawn."""
+        self._write_scenes()
+        self._write_masks()
 
     def _name(self, ending: str) -> str:
         self._number += 1

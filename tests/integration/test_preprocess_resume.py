@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -69,20 +70,31 @@ def uninterrupted(folder) -> list[bytes]:
     return contents(prefix)
 
 
-def test_a_run_killed_twice_ends_with_the_same_bytes(folder, uninterrupted, tmp_path):
+def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(folder, uninterrupted, tmp_path):
     prefix = tmp_path / "out"
     arguments = [*tool_arguments(folder, prefix), "--workers", "2", "--resume"]
     partial = tmp_path / ".out.partial"
-    for wanted in (5, 20):
+    for wanted, how in ((5, signal.SIGKILL), (12, signal.SIGINT)):
         process = subprocess.Popen(
-            arguments, env=environment(), start_new_session=True, stderr=subprocess.PIPE
+            arguments,
+            env=environment(),
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            # Tests started in the background of a shell ignore Ctrl-C, and so would the tool.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 120
         while len(list(partial.glob("*.counts.json"))) < wanted and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        process.kill()
-        process.wait()
+        if how == signal.SIGKILL:
+            process.kill()
+        else:
+            os.killpg(process.pid, how)  # Ctrl-C reaches the workers, too
+        _, said = process.communicate(timeout=120)
+        if how == signal.SIGINT:
+            assert process.returncode == 130
+            assert b"interrupted; --resume goes on" in said and b"Traceback" not in said
         # The workers notice that their parent is gone: nobody writes behind the next run.
         while _session_lives(process.pid):
             assert time.monotonic() < deadline
@@ -101,6 +113,11 @@ def _session_lives(session: int) -> bool:
     return any(not line.startswith("Z") for line in listed.stdout.split())
 
 
+def caption_job(folder: Path, prefix: Path) -> PreprocessJob:
+    source, model = str(folder / "captions.jsonl"), str(folder / "spm.model")
+    return PreprocessJob("caption", (source,), model, str(prefix), resume=True)
+
+
 STEPS = [
     (run, "copy_shard", 0),
     (run, "copy_shard", 3),
@@ -116,13 +133,7 @@ STEPS = [
 @pytest.mark.parametrize(("owner", "name", "calls"), STEPS)
 def test_killed_at_any_step_of_the_join(folder, tmp_path, monkeypatch, owner, name, calls):
     monkeypatch.setattr(inputs, "MAX_RECORDS", 5)
-    job = PreprocessJob(
-        "caption",
-        (str(folder / "captions.jsonl"),),
-        str(folder / "spm.model"),
-        str(tmp_path / "out"),
-        resume=True,
-    )
+    job = caption_job(folder, tmp_path / "out")
     quiet(job)
     expected = contents(tmp_path / "out")
     assert b"duplicate key" in expected[-1]
@@ -151,13 +162,7 @@ def test_killed_at_any_step_of_the_join(folder, tmp_path, monkeypatch, owner, na
 
 
 def test_finished_shards_are_not_worked_on_again(folder, tmp_path, monkeypatch):
-    job = PreprocessJob(
-        "caption",
-        (str(folder / "captions.jsonl"),),
-        str(folder / "spm.model"),
-        str(tmp_path / "out"),
-        resume=True,
-    )
+    job = caption_job(folder, tmp_path / "out")
     monkeypatch.setattr(inputs, "MAX_RECORDS", 6)
     with monkeypatch.context() as patch:
         patch.setattr(run, "plan_join", _die)

@@ -14,7 +14,12 @@ from megatron_kosmosg.data.construction.on_demand import OnDemand
 from megatron_kosmosg.data.construction.pictures import SquarePictures
 from megatron_kosmosg.data.construction.plan import PictureRecord, Plan
 from megatron_kosmosg.data.construction.read_ahead import in_batches, read_ahead
-from megatron_kosmosg.data.construction.records import CutEntity, PictureForm, RecordWriter
+from megatron_kosmosg.data.construction.records import (
+    CutEntity,
+    PictureForm,
+    RecordWriter,
+    record_file,
+)
 from megatron_kosmosg.data.construction.regions import entity_region, square_around
 from megatron_kosmosg.data.construction.rows import Row, StepFolder, rejected_row
 from megatron_kosmosg.data.preprocess.fields import list_field
@@ -54,7 +59,7 @@ class Masks:
         named = {row["key"]: row for row in self.entities.read(shard) if "rejected" not in row}
         pictures = (p for p in self.plan.pictures(shard) if p.key in named)
         read = read_ahead(self._read, pictures, 2 * self.batch_size, self.num_threads)
-        with RecordWriter(self.output.shard(shard).with_suffix(".tar"), self.form) as writer:
+        with record_file(self.output.shard(shard).with_suffix(".tar"), self.form) as writer:
             for batch in in_batches(read, self.batch_size):
                 ready = [(p, named[p.key], i) for p, i in batch if not isinstance(i, Rejected)]
                 yield from (rejected_row(p.key, i) for p, i in batch if isinstance(i, Rejected))

@@ -11,9 +11,10 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -63,19 +64,31 @@ class PictureForm:
         return picture.resize((side, side), Image.Resampling.BICUBIC)
 
 
-class RecordWriter:
+@contextmanager
+def record_file(path: Path, form: PictureForm) -> Iterator[RecordWriter]:
     """A tar file that appears when the block ends without an error and with a record."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+            writer = RecordWriter(tar, path.stem, form)
+            yield writer
+        if writer.num_records > 0:
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    def __init__(self, path: Path, form: PictureForm) -> None:
-        self._path, self._form = path, form
-        self._temporary = path.with_name(f"{path.name}.tmp")
-        self._tar = tarfile.open(self._temporary, "w", format=tarfile.PAX_FORMAT)
-        self._stem, self._number = path.stem, 0
+
+class RecordWriter:
+    """Adds records to an open tar file."""
+
+    def __init__(self, tar: tarfile.TarFile, stem: str, form: PictureForm) -> None:
+        self._tar, self._stem, self._form = tar, stem, form
+        self.num_records = 0
 
     def add(self, source: str, caption: str, target: Image.Image, entities: list[CutEntity]) -> str:
         """The key that the record gets."""
-        key = f"{self._stem}{self._number:06d}"
-        self._number += 1
+        key = f"{self._stem}{self.num_records:06d}"
+        self.num_records += 1
         ending = self._form.format
         files = {f"target.{ending}": self._form.encode(target)}
         described: list[dict[str, Any]] = []
@@ -96,18 +109,3 @@ class RecordWriter:
         member = tarfile.TarInfo(name)
         member.size = len(data)
         self._tar.addfile(member, io.BytesIO(data))
-
-    def __enter__(self) -> RecordWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._tar.close()
-        if kind is None and self._number > 0:
-            os.replace(self._temporary, self._path)
-        else:
-            self._temporary.unlink()
