@@ -25,10 +25,25 @@ def wrap_model(chunks: list[torch.nn.Module], config: RunConfig) -> list[Distrib
             overlap_param_gather=parallel.overlap_param_gather,
             use_distributed_optimizer=parallel.use_distributed_optimizer,
         )
-        wrapped.append(
-            DistributedDataParallel(chunk.config, settings, inner, disable_bucketing=index > 0)
+        parallel_chunk = DistributedDataParallel(
+            chunk.config, settings, inner, disable_bucketing=index > 0
         )
+        _count_padding(parallel_chunk)
+        wrapped.append(parallel_chunk)
     return wrapped
+
+
+def _count_padding(chunk: DistributedDataParallel) -> None:
+    """Makes saved optimizer states right where gradients lie in several buckets.
+
+    Megatron-Core 0.16.1 leaves the padding behind each bucket out of what it saves, yet finds a
+    parameter in it by a place that counts the padding: main parameters and moments of all but the
+    first bucket would be saved shifted. Padding that counts as content leaves nothing out.
+    """
+    for buffer in chunk.buffers:
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        buffer.numel_unpadded = buffer.numel
 
 
 def unwrap_model(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:

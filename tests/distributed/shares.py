@@ -39,8 +39,13 @@ def _share(
     found = {global_name(name, first): value(p) for name, p in model.named_parameters()}
     return Share(
         layout.tp_rank,
-        {name: v.detach().cpu().numpy() for name, v in found.items() if v is not None},
+        {name: _numpy(value) for name, value in found.items() if value is not None},
     )
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()  # NumPy knows no bfloat16
+    return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 
 def whole(shares: Iterable[Share], tolerance: float) -> dict[str, np.ndarray]:
