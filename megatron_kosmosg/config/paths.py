@@ -17,6 +17,11 @@ def heartbeat_file(config: RunConfig) -> Path:
     return output_folder(config) / "heartbeat.json"
 
 
+def trace_file(config: RunConfig) -> Path:
+    """What all ranks did in iteration `logging.trace_iteration`, for Perfetto or Chrome."""
+    return output_folder(config) / "trace.json"
+
+
 def packing_folder(config: RunConfig) -> Path:
     """Folder of the indices that `pretrain` packs its rows by; may be deleted, is made anew."""
     return output_folder(config) / "packing"

@@ -92,6 +92,13 @@ def _check_numbers(config: RunConfig) -> None:
     for key, value in zero_or_more.items():
         if value < 0:
             raise ConfigError(f"{key}={value} must not be negative")
+    traced = config.logging.trace_iteration
+    if traced is not None and not 1 <= traced < config.training.train_iters:
+        raise ConfigError(
+            f"logging.trace_iteration={traced} must lie between 1 and "
+            f"{config.training.train_iters - 1}: the iteration after it ends the trace "
+            f"(training.train_iters={config.training.train_iters})"
+        )
     probabilities = {
         "model.decoder.hidden_dropout": config.model.decoder.hidden_dropout,
         "model.decoder.attention_dropout": config.model.decoder.attention_dropout,

@@ -25,6 +25,7 @@ from megatron_kosmosg.parallel.score_link import (
     Request,
     read_answer,
 )
+from megatron_kosmosg.parallel.spans import SEND, WAIT, Record, no_record
 from megatron_kosmosg.parallel.stopwatch import Stopwatch
 
 
@@ -63,6 +64,8 @@ class RemoteScore:
         self._signal = torch.zeros((), device=device)
         self._waits: list[Stopwatch] = []
 
+        self.record: Record = no_record
+        """Names what this rank sends and waits for, while a trace is made."""
     def loss(
         self,
         condition: torch.Tensor,
@@ -80,7 +83,7 @@ class RemoteScore:
         """
         wants_gradient = torch.is_grad_enabled()
         kind = Kind.GRADIENT if wants_gradient else Kind.LOSS
-        split = self._split(len(condition))
+        number, split = self._split(len(condition))
         for index, rows in split:
             if self._links:
                 request = Request(
@@ -91,10 +94,13 @@ class RemoteScore:
                     attempts[rows],
                     int(is_heldout),
                 )
-                self._links[index].ask(request)
+                with self.record(SEND, micro_batch=number, sample=request.positions):
+                    self._links[index].ask(request)
         reported = torch.zeros(2, device=condition.device)
         reported[1] = len(condition)
-        pending = _Pending(self, split, condition.shape, wants_gradient, reported)
+        pending = _Pending(
+            self, number, split, positions, condition.shape, wants_gradient, reported
+        )
         self._pending.append(pending)
         if not wants_gradient:
             if len(self._pending) > MOST_IN_FLIGHT // 2:
@@ -143,14 +149,14 @@ class RemoteScore:
             link.ask(Request(Kind.END, torch.zeros(0), torch.ones(()), none, none, int(is_done)))
             link.flush()
 
-    def _split(self, num_rows: int) -> list[tuple[int, slice]]:
-        """Which score rank gets which rows of the next micro-batch."""
+    def _split(self, num_rows: int) -> tuple[int, list[tuple[int, slice]]]:
+        """Number of the next micro-batch, and which score rank gets which of its rows."""
         number, ranks = self._number % self._num_microbatches, self._num_score_ranks
         self._number += 1
         if self._num_microbatches >= ranks:
-            return [(number % ranks, slice(0, num_rows))]
+            return number, [(number % ranks, slice(0, num_rows))]
         shares = [(index, share(num_rows, index, ranks)) for index in range(ranks)]
-        return [(index, rows) for index, rows in shares if rows.start < rows.stop]
+        return number, [(index, rows) for index, rows in shares if rows.start < rows.stop]
 
     def _receive(self, pending: _Pending) -> torch.Tensor:
         """fp32 [HEAD + values]: the answers to a request, on all tensor ranks."""
@@ -162,7 +168,9 @@ class RemoteScore:
             watch = Stopwatch(message.device)
             watch.start()
             for index, rows in pending.split:
-                answer = self._links[index].take_answer((rows.stop - rows.start) * width)
+                about = {"micro_batch": pending.number, "sample": pending.positions[rows]}
+                with self.record(WAIT, **about):
+                    answer = self._links[index].take_answer((rows.stop - rows.start) * width)
                 self._signal = torch.maximum(self._signal, read_answer(answer).signal)
                 message[:HEAD] += answer[:HEAD]
                 message[HEAD + rows.start * width : HEAD + rows.stop * width] = answer[HEAD:]
@@ -188,9 +196,12 @@ class _Pending:
         reported: torch.Tensor,
     ) -> None:
         self._score, self._shape = score, shape
-        self.split, self.reported = split, reported
+        self.number, self.split, self.positions = number, split, positions
+        self.reported = reported
         self.num_rows = shape[0]
+        number: int,
         self.values_per_row = shape[1:].numel() if wants_gradient else 0
+        positions: torch.Tensor,
 
     def wait(self) -> torch.Tensor:
         """The gradient by the condition, fp32, of the loss without its scale; none for a LOSS."""

@@ -13,7 +13,7 @@ import torch
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import to_yaml
-from megatron_kosmosg.config.paths import heartbeat_file, output_folder
+from megatron_kosmosg.config.paths import heartbeat_file, output_folder, trace_file
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.bad_samples import check_bad_samples
 from megatron_kosmosg.parallel.heartbeat import Heartbeat
@@ -28,6 +28,7 @@ from megatron_kosmosg.training.checkpoint import (
 )
 from megatron_kosmosg.training.checkpoint_folder import CONFIG_FILE, find_checkpoint
 from megatron_kosmosg.training.evaluation import Evaluations, is_due
+from megatron_kosmosg.training.iteration_trace import DecoderTrace
 from megatron_kosmosg.training.metrics import MetricsWriter, iteration_record
 from megatron_kosmosg.training.optimizer import build_lr_scheduler, build_optimizer
 from megatron_kosmosg.training.progress import ProgressDisplay
@@ -73,6 +74,7 @@ def _fit(
     scheduler = build_lr_scheduler(config, optimizer)
     connect(chunks, optimizer)
     stragglers = Stragglers(chunks, layout, config.logging.log_interval)
+    trace = DecoderTrace(config, layout, chunks, optimizer)
 
     checkpointer = Checkpointer(
         config, layout, unwrap_model(chunks), optimizer, scheduler, data.fingerprints()
@@ -111,7 +113,10 @@ def _fit(
             started = time.perf_counter()
             stragglers.start()
             scheduler.step(1)
-            update = train_step(stage, config, layout, chunks, optimizer, feed, iterators, reporter)
+            with trace.over(progress.iteration + 1, iterators) as batches:
+                update = train_step(
+                    stage, config, layout, chunks, optimizer, feed, batches, reporter
+                )
             seconds = time.perf_counter() - started
             _advance(progress, config, update)
 
@@ -135,6 +140,7 @@ def _fit(
             check_bad_samples(progress.bad_samples, config.data.max_bad_samples)
 
             checkpointer.poll()
+            _note_trace(display, config, trace.write(only_all=True))
             stopping = stop.agreed(layout.device)
             heart.at(progress.iteration, "evaluation")
             if not stopping and evaluations.is_due(progress.iteration):
@@ -147,6 +153,7 @@ def _fit(
                     checkpointer.save(progress)
                 display.say(f"iteration {progress.iteration} | checkpoint")
         checkpointer.wait()
+        _note_trace(display, config, trace.write(only_all=False))
         if stopping:
             display.say(f"asked to stop: state of iteration {progress.iteration} is saved")
     finally:
@@ -211,6 +218,11 @@ def _note_straggler(
             f"iteration {record['iteration']} | rank {rank} on {stragglers.nodes[rank]} takes "
             f"{ratio:.2f} x the median rank's time for its own work"
         )
+
+
+def _note_trace(display: ProgressDisplay, config: RunConfig, was_written: bool) -> None:
+    if was_written:
+        display.say(f"trace of iteration {config.logging.trace_iteration}: {trace_file(config)}")
 
 
 def _announce(

@@ -63,7 +63,7 @@ class ProgressDisplay:
             f" | grad norm {'not finite' if norm is None else f'{norm:.3g}'}"
             f" | {record['samples_per_sec']:.1f} samples/s, {record['tokens_per_sec']:.0f} tokens/s"
             f" | {record['tflops']:.3g} TFLOP/s | data wait {record['data_wait']:.1%}"
-            f" | {self._remaining(iteration)} left"
+            f"{_score_part(record)} | {self._remaining(iteration)} left"
         )
 
     def close(self) -> None:
@@ -75,3 +75,12 @@ class ProgressDisplay:
         seconds = round((self._total - iteration) * mean)
         hours, rest = divmod(seconds, 3600)
         return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def _score_part(record: dict[str, float | None]) -> str:
+    if "link_mib" not in record:
+        return ""
+    return (
+        f" | idle: decoder {record['decoder_idle']:.1%}, score {record['score_idle']:.1%}"
+        f" | link {record['link_mib']:.3g} MiB"
+    )

@@ -6,7 +6,6 @@ micro-batches itself, ahead of the conditions; the prompts stay on the decoder r
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,10 +15,14 @@ from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import InstructStream
 from megatron_kosmosg.data.loader import MicroBatchIterator
-from megatron_kosmosg.models.score import DenoisingLoss
 from megatron_kosmosg.parallel.score_link import Answer, Kind, Request, ScoreRank
+from megatron_kosmosg.parallel.spans import IDLE, REPLY, UNET
+from megatron_kosmosg.parallel.stopwatch import Stopwatch
+from megatron_kosmosg.training.iteration_trace import ScoreTrace
 from megatron_kosmosg.training.signals import StopRequest
 
+Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], torch.Tensor]
+"""Loss of each image by (conditions, targets, positions, name of the sample stream)."""
 OpenStream = Callable[[str], InstructStream]
 """The stream of a split (train | heldout), reading targets."""
 Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -29,7 +32,7 @@ Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 def serve(
     config: RunConfig,
     rank: ScoreRank,
-    denoising: DenoisingLoss,
+    denoise: Denoise,
     draw: Draw,
     open_stream: OpenStream,
     dtype: torch.dtype,
@@ -46,12 +49,17 @@ def serve(
     shape = (aligner.num_queries, aligner.hidden_size)
     turns = list(zip(rank.links, readers, strict=True))
     is_done = True
+    trace, watch = ScoreTrace(config, rank), Stopwatch(rank.device)
     with StopRequest() as stop:
         while turns:
             link, reader = turns.pop(0)
-            started = time.perf_counter()
-            request = link.take_request(shape, dtype)
-            idle = torch.tensor(time.perf_counter() - started)
+            watch.start()
+            with trace.record(IDLE):
+                request = link.take_request(shape, dtype)
+            watch.stop()
+            trace.received(request)
+            # The stream's time: the program also waits for the U-Net's work before the request.
+            idle = torch.tensor(watch.seconds())
             if request.kind is Kind.END:
                 link.flush()
                 reader.close()
@@ -64,16 +72,18 @@ def serve(
                 link.reply(Answer(none, none, received, idle, pixels))
                 turns.insert(0, (link, reader))  # one replica asks for them, out of turn
             else:
-                loss, bad_samples, gradient = _score(config, request, reader, denoising)
-                link.reply(Answer(loss, torch.tensor(bad_samples), received, idle, gradient))
+                with trace.record(UNET, sample=request.positions):
+                    loss, bad_samples, gradient = _score(request, reader, denoise)
+                with trace.record(REPLY, sample=request.positions):
+                    link.reply(Answer(loss, torch.tensor(bad_samples), received, idle, gradient))
                 turns.append((link, reader))
     return is_done
 
 
 def _score(
-    config: RunConfig, request: Request, reader: _TargetReader, denoising: DenoisingLoss
-) -> tuple[torch.Tensor, int, torch.Tensor]:
-    """(sum of losses, undecodable targets, gradient of the unscaled sum: fp32, flat)."""
+    request: Request, reader: _TargetReader, denoise: Denoise
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sum of losses, number of bad targets, gradient of the unscaled sum: fp32, flat)."""
     stream = "instruct-heldout" if request.number else "instruct"
     targets, counts, bad_samples = reader.targets(request)
     wants_gradient = request.kind is Kind.GRADIENT

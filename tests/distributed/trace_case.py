@@ -1,0 +1,73 @@
+"""A run of `instruct` through the training loop, on rows that need no files."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from types import SimpleNamespace
+
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.instruct_stream import Reads
+from megatron_kosmosg.data.samples import StreamDataset
+from megatron_kosmosg.models.score import DenoisingLoss
+from megatron_kosmosg.parallel import platform, trace_exchange
+from megatron_kosmosg.parallel.platform import torch_dtype
+from megatron_kosmosg.parallel.rendezvous import find_place, meet
+from megatron_kosmosg.stages.held_out_pictures import draw_pictures
+from megatron_kosmosg.stages.instruct import InstructStage, load_diffusion
+from megatron_kosmosg.training.loop import fit
+from megatron_kosmosg.training.score_service import serve
+from tests.tiny_stream import TinyStream
+
+OpenStream = Callable[[str, Reads], StreamDataset]
+"""The rows of a split for a rank that reads some of their parts."""
+
+
+def instruct_run(config: RunConfig, open_stream: OpenStream) -> None:
+    """This rank's part, decoder or score rank, of a run from random weights."""
+    try:
+        if platform.holds_unet_alone(config):
+            rank = platform.initialize_score(config)
+            diffusion = load_diffusion(config, rank.device)
+            serve(
+                config,
+                rank,
+                DenoisingLoss(diffusion, config.score, config.training.seed),
+                partial(draw_pictures, config, diffusion),
+                lambda split: open_stream(split, "targets"),
+                torch_dtype(config.training.precision),
+            )
+            return
+        layout = platform.initialize(config)
+        stage = InstructStage(config, layout)
+        reads = "prompts" if layout.num_score_ranks else "all"
+        stage.build_dataset = lambda split: open_stream(split, reads)
+        stage.initial_weights = lambda: None
+        assert fit(stage, config, layout)
+        if layout.remote_score is not None:
+            layout.remote_score.close(is_done=True)
+    finally:
+        platform.teardown()
+
+
+def tiny_run(config: RunConfig) -> None:
+    """The same on tiny rows."""
+    instruct_run(config, partial(TinyStream, "instruct"))
+
+
+def offset_of_wrong_clock(seconds: float) -> float:
+    """What rank 1, on another node whose clock is that much ahead, adds to its time."""
+    place = find_place(os.environ)
+    os.environ["SLURMD_NODENAME"] = f"node{place.rank}"
+    store = meet(place, timedelta(seconds=60))
+    if place.rank == 1:
+        trace_exchange.time = SimpleNamespace(time=lambda: time.time() + seconds)
+    exchange = trace_exchange.TraceExchange(place, 60)  # a connection of its own
+    if place.rank == 0:  # its process has the store: the other has to be done with it
+        store.get("done")
+    else:
+        store.set("done", "")
+    return exchange.clock_offset
