@@ -15,14 +15,13 @@ from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import InstructStream
 from megatron_kosmosg.data.loader import MicroBatchIterator
+from megatron_kosmosg.models.score import DenoisingLoss
 from megatron_kosmosg.parallel.score_link import Answer, Kind, Request, ScoreRank
 from megatron_kosmosg.parallel.spans import IDLE, REPLY, UNET
 from megatron_kosmosg.parallel.stopwatch import Stopwatch
 from megatron_kosmosg.training.iteration_trace import ScoreTrace
 from megatron_kosmosg.training.signals import StopRequest
 
-Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], torch.Tensor]
-"""Loss of each image by (conditions, targets, positions, name of the sample stream)."""
 OpenStream = Callable[[str], InstructStream]
 """The stream of a split (train | heldout), reading targets."""
 Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -32,7 +31,7 @@ Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 def serve(
     config: RunConfig,
     rank: ScoreRank,
-    denoise: Denoise,
+    denoising: DenoisingLoss,
     draw: Draw,
     open_stream: OpenStream,
     dtype: torch.dtype,
@@ -73,7 +72,7 @@ def serve(
                 turns.insert(0, (link, reader))  # one replica asks for them, out of turn
             else:
                 with trace.record(UNET, sample=request.positions):
-                    loss, bad_samples, gradient = _score(request, reader, denoise)
+                    loss, bad_samples, gradient = _score(config, request, reader, denoising)
                 with trace.record(REPLY, sample=request.positions):
                     link.reply(Answer(loss, torch.tensor(bad_samples), received, idle, gradient))
                 turns.append((link, reader))
@@ -81,9 +80,9 @@ def serve(
 
 
 def _score(
-    request: Request, reader: _TargetReader, denoise: Denoise
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(sum of losses, number of bad targets, gradient of the unscaled sum: fp32, flat)."""
+    config: RunConfig, request: Request, reader: _TargetReader, denoising: DenoisingLoss
+) -> tuple[torch.Tensor, int, torch.Tensor]:
+    """(sum of losses, undecodable targets, gradient of the unscaled sum: fp32, flat)."""
     stream = "instruct-heldout" if request.number else "instruct"
     targets, counts, bad_samples = reader.targets(request)
     wants_gradient = request.kind is Kind.GRADIENT
