@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.paths import output_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.validate import validate_files, validate_layout
+from megatron_kosmosg.models.pipeline_pieces import ALIGNER_PARTS, pipeline_pieces
 
 if TYPE_CHECKING:
     from megatron_kosmosg.parallel.rendezvous import Place
@@ -67,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(describe(config))
             return 0
         validate_layout(config, _place().world_size)
+        pipeline_pieces(config, ALIGNER_PARTS[config.stage])
     except ConfigError as error:  # the same on every rank: one of them says it
         if _place().rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -76,30 +79,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(config: RunConfig) -> int:
     """Trains; the exit code of this rank. Process groups are left in every case."""
+    started = time.time()
     _quieten_libraries()
     from megatron_kosmosg.parallel import platform
     from megatron_kosmosg.training.failure import report_failure
 
     try:
-        return _train(config)
+        return _train(config, started)
     except (Exception, KeyboardInterrupt) as error:
         # Before the groups are left: the others then fail, and this rank's error is the cause.
-        report_failure(output_folder(config), _place().rank, error)
+        report_failure(output_folder(config), _place().rank, error, started)
         return EXIT_ERROR
     finally:
         platform.teardown()
 
 
-def _train(config: RunConfig) -> int:
+def _train(config: RunConfig, started: float) -> int:
     from megatron_kosmosg.parallel import platform
+    from megatron_kosmosg.planning.pipeline_balance import with_default_layout
     from megatron_kosmosg.stages import build_stage
     from megatron_kosmosg.stages.instruct import run_score_rank
     from megatron_kosmosg.training.failure import forget_failure, raise_together
     from megatron_kosmosg.training.loop import fit
     from megatron_kosmosg.training.signals import EXIT_STOPPED
 
+    config = with_default_layout(config)
     if _place().rank == 0:
-        forget_failure(output_folder(config))
+        forget_failure(output_folder(config), started)
     if platform.holds_unet_alone(config):
         finished = run_score_rank(config, platform.initialize_score(config))
     else:

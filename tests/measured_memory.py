@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
+from functools import partial
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.instruct_stream import Reads
+from megatron_kosmosg.models.score import DenoisingLoss
 from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.stages import build_stage
+from megatron_kosmosg.stages.held_out_pictures import draw_pictures
+from megatron_kosmosg.stages.instruct import load_diffusion
+from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.optimizer import apply_update, build_optimizer
-from megatron_kosmosg.training.step import connect
+from megatron_kosmosg.training.score_service import serve
+from megatron_kosmosg.training.step import _run_schedule, connect
 from megatron_kosmosg.training.wrapping import wrap_model
 from tests.tiny_models import random_batch
+from tests.tiny_stream import TinyStream
 
 
 class StorageTracker(TorchDispatchMode):
@@ -49,6 +60,74 @@ class StorageTracker(TorchDispatchMode):
         return result
 
 
+class LongRows(TinyStream):
+    """Rows of data.seq_length, every second one with a picture."""
+
+    def __init__(self, config: RunConfig, reads: Reads) -> None:
+        super().__init__(config.stage, reads=reads)
+        self._length = config.data.seq_length
+
+    def lengths(self, positions: Sequence[int]) -> np.ndarray:
+        return np.full(len(positions), self._length)
+
+
+def measured_apart(config: RunConfig) -> dict[str, int]:
+    """The same as `measured_bytes` where the U-Net has ranks of its own, for either kind of rank.
+
+    Micro-batches of LongRows.
+    """
+    try:
+        if platform.holds_unet_alone(config):
+            return _measured_score_rank(config)
+        with StorageTracker() as tracker:
+            layout = platform.initialize(config)
+            stage = build_stage(config, layout)
+            chunks = wrap_model(stage.build_model(layout), config)
+            optimizer = build_optimizer(config, chunks)
+            connect(chunks, optimizer, layout)
+            parameters = [p for chunk in chunks for p in chunk.parameters()]
+            for parameter in parameters:
+                tracker.see(parameter.data)
+            feed = BatchFeed(LongRows(config, "prompts"), config, layout, start_sample=0)
+            for _ in range(2):
+                for chunk in chunks:
+                    chunk.zero_grad_buffer()
+                optimizer.zero_grad()
+                tracker.peak = kept = tracker.now
+                _run_schedule(stage, config, layout, chunks, [iter(feed)], forward_only=False)
+                peak = tracker.peak
+                apply_update(optimizer, 1.0)
+        feed.close()
+        layout.remote_score.close(is_done=True)
+        return {"kept": kept, "peak": peak, "parameters": sum(p.nbytes for p in parameters)}
+    finally:
+        platform.teardown()
+
+
+def _measured_score_rank(config: RunConfig) -> dict[str, int]:
+    rank = platform.initialize_score(config)
+    with StorageTracker() as tracker:
+        diffusion = load_diffusion(config, rank.device)
+        parameters = [p for m in (diffusion.unet, diffusion.vae) for p in m.parameters()]
+        for parameter in parameters:  # read from files, unseen so far
+            tracker.see(parameter.data)
+        kept = tracker.now
+        tracker.peak = kept
+        serve(
+            config,
+            rank,
+            DenoisingLoss(diffusion, config.score, config.training.seed),
+            partial(draw_pictures, config, diffusion),
+            lambda split: LongRows(config, "targets"),
+            torch_dtype(config.training.precision),
+        )
+    return {
+        "kept": kept,
+        "peak": tracker.peak,
+        "parameters": sum(p.nbytes for p in parameters),
+    }
+
+
 def measured_bytes(config: RunConfig, rows: int, length: int) -> dict[str, int]:
     """On this rank: `kept` between updates, `peak` of an update, `parameters` by requires_grad."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -59,7 +138,7 @@ def measured_bytes(config: RunConfig, rows: int, length: int) -> dict[str, int]:
             stage = build_stage(config, layout)
             chunks = wrap_model(stage.build_model(layout), config)
             optimizer = build_optimizer(config, chunks)
-            connect(chunks, optimizer)
+            connect(chunks, optimizer, layout)
             frozen = []
             if (
                 config.stage == "instruct" and layout.is_last_stage

@@ -156,7 +156,8 @@ class ParallelConfig:
     pipeline_layout: str | None = None
     """What each pipeline stage holds, stages separated by `|`: `decoder*13|decoder*11,M,N`, in the
     order of the model; with V stages per rank, V times as many as there are pipeline ranks.
-    Default: decoder layers spread evenly, AlignerNet on the last stage."""
+    Default: AlignerNet on the last stage, decoder layers so that the slowest stage has the fewest
+    FLOPs."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = False

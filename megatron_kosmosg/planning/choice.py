@@ -17,6 +17,7 @@ class Choice:
     placement: str
     ranks_per_replica: int
     replicas_per_rank: int
+    window: int
     micro_batch_size: int
     recompute: str
     score_recompute: bool
@@ -30,11 +31,6 @@ class Choice:
         if self.replicas_per_rank > 1:
             return f"dedicated 1 for {self.replicas_per_rank}"
         return f"dedicated {self.ranks_per_replica}"
-
-    @property
-    def window(self) -> int:
-        """`score.window`: one micro-batch at each score rank and one on its way."""
-        return self.ranks_per_replica + 1
 
     def overrides(self, stage: str) -> list[str]:
         """Settings for the command line of training and of this tool."""

@@ -1,9 +1,13 @@
-"""Why the best layout of a search wins: what the best one with another value of a setting loses."""
+"""A layout beside the others of a search: those that are much faster, or why the best one wins."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
+from megatron_kosmosg.config.load import differences
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.planning.estimate import Estimate
 from megatron_kosmosg.planning.memory import GIB
 from megatron_kosmosg.planning.search import Candidate, SearchResult
 
@@ -15,6 +19,83 @@ _QUESTIONS = {
     "latents": lambda c: "cached" if c.cached_latents else "encoded online",
     "recompute": lambda c: f"{c.recompute}{', U-Net too' if c.score_recompute else ''}",
 }
+
+
+WORTH_SAYING = 1.1
+"""How much faster a layout must be to be mentioned."""
+
+
+@dataclass(frozen=True)
+class Faster:
+    """A layout that is planned faster than the given one."""
+
+    layout: str
+    times: float
+    """Its speed as a multiple of the given layout's."""
+    samples_per_second: float
+    settings: list[str]
+    """Those in which it differs, for the command line."""
+
+
+def faster_layouts(
+    config: RunConfig, planned: Estimate, candidates: Sequence[Candidate]
+) -> list[Faster]:
+    """The best of a search, the best that reads the same targets as `config` (cached latents or
+    pictures), and the best with the same placement of the U-Net; only what is much faster.
+
+    candidates: those that fit, fastest first.
+    """
+    cached = config.data.latent_cache is not None
+    first = [
+        next(iter(candidates)),
+        next((c for c in candidates if c.choice.cached_latents == cached), None),
+        next((c for c in candidates if c.choice.placement == config.score.placement), None),
+    ]
+    found: list[Faster] = []
+    for candidate in first:
+        if candidate is None:
+            continue
+        times = planned.seconds / candidate.estimate.seconds
+        layout = in_words(candidate)
+        if times > WORTH_SAYING and layout not in [other.layout for other in found]:
+            changes = differences(config, candidate.config)
+            settings = [
+                f"{key}={_as_setting(new)}"
+                for key, (_, new) in changes.items()
+                if not (key.startswith("score.") and _is_idle(key, candidate))
+            ]
+            found.append(Faster(layout, times, candidate.samples_per_second, settings))
+    return found
+
+
+def _is_idle(key: str, candidate: Candidate) -> bool:
+    """Whether a setting of the score ranks means nothing, as there are none."""
+    names = ("score.ranks_per_replica", "score.replicas_per_rank", "score.window")
+    return candidate.choice.placement == "colocated" and key in names
+
+
+def _as_setting(value: object) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def in_words(candidate: Candidate) -> str:
+    """The layout in a line."""
+    choice, planned = candidate.choice, candidate.estimate
+    words = [
+        f"TP{choice.tensor} PP{choice.pipeline} DP{planned.world.num_replicas}",
+        f"micro-batch {choice.micro_batch_size}",
+    ]
+    if candidate.config.stage == "instruct":
+        window = f" (window {choice.window})" if planned.world.score_ranks_per_unit else ""
+        latents = "cached" if choice.cached_latents else "online"
+        words += [choice.score + window, f"latents {latents}"]
+    words.append(f"recompute {choice.recompute}{' + U-Net' if choice.score_recompute else ''}")
+    words.append(f"{candidate.largest_memory_gib:.0f} GiB")
+    if choice.pipeline_layout:
+        words.append(choice.pipeline_layout)
+    return ", ".join(words)
 
 
 def reasons(result: SearchResult) -> list[str]:
@@ -54,8 +135,8 @@ def as_dict(candidate: Candidate) -> dict:
     planned = candidate.estimate
     return asdict(candidate.choice) | {
         "seconds": planned.seconds,
-        "images_per_second": candidate.config.training.global_batch_size / planned.seconds,
+        "images_per_second": candidate.samples_per_second,
         "decoder_idle": planned.decoder_idle,
         "score_idle": planned.score_idle,
-        "largest_memory_gib": max(kind.memory.total for kind in planned.kinds) / GIB,
+        "largest_memory_gib": candidate.largest_memory_gib,
     }

@@ -17,24 +17,31 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.validate import validate_files, validate_layout
-from megatron_kosmosg.config.world import world_layout
+from megatron_kosmosg.config.world import WorldLayout, world_layout
 from megatron_kosmosg.parallel.rendezvous import find_place
 from megatron_kosmosg.planning import flops
-from megatron_kosmosg.planning.model_counts import ModelCounts, count_model
+from megatron_kosmosg.planning.activations import ELEMENT_BYTES
+from megatron_kosmosg.planning.gpus import Efficiency
+from megatron_kosmosg.planning.memory_table import memory_table
+from megatron_kosmosg.planning.model_counts import ModelCounts, count_model, frozen_helpers
+from megatron_kosmosg.planning.pipeline_balance import with_default_layout
+from megatron_kosmosg.planning.rank_kinds import rank_kinds
 from megatron_kosmosg.planning.rank_map import rank_table
-from megatron_kosmosg.planning.workload import kinds
+from megatron_kosmosg.planning.workload import kinds, micro_batches
 
 
 def describe(config: RunConfig) -> str:
     """The whole report. Raises ConfigError if the layout does not fit the ranks."""
     world_size = planned_world_size(config)
     validate_layout(config, world_size)
-    counts = count_model(config)
+    config = with_default_layout(config)
+    counts, world = count_model(config), world_layout(config, world_size)
     sections = [
         ("Resolved config", to_yaml(config).rstrip()),
-        (f"Ranks ({world_size})", rank_table(world_layout(config, world_size))),
+        (f"Ranks ({world_size})", rank_table(world)),
         ("Parameters", parameter_table(counts)),
-        ("Parameters per rank", per_rank_table(config, world_size, counts)),
+        ("Parameters per rank", per_rank_table(config, world, counts)),
+        ("Memory per rank", memory_section(config, world, counts)),
         ("Batch", batch_table(config, world_size)),
         ("Files", _files(config)),
     ]
@@ -57,19 +64,33 @@ def parameter_table(counts: ModelCounts) -> str:
     return "\n".join(lines)
 
 
-def per_rank_table(config: RunConfig, world_size: int, counts: ModelCounts) -> str:
-    """What the ranks of each pipeline stage hold, and the optimizer state they keep."""
-    dp_size = data_parallel_size(config, world_size)
-    sharing = dp_size if config.parallel.use_distributed_optimizer else 1
-    lines = []
-    for index, rank in enumerate(counts.ranks):
-        state = rank.trainable / sharing * 12 / 2**30  # fp32 main copy and two Adam moments
+def per_rank_table(config: RunConfig, world: WorldLayout, counts: ModelCounts) -> str:
+    """What the ranks of each pipeline stage hold, and the score ranks."""
+    lines = [
+        f"pipeline rank {index}: {rank.trainable + rank.frozen:,} held, {rank.trainable:,} trained "
+        f"on each of {world.num_replicas * world.tp_size} ranks\n  {rank.pieces}"
+        for index, rank in enumerate(counts.ranks)
+    ]
+    if world.score_ranks_per_unit:
+        helpers = frozen_helpers(config)
+        element = ELEMENT_BYTES[config.training.precision]
+        named = ", ".join(f"{name} {count:,}" for name, count in helpers.items())
         lines.append(
-            f"pipeline stage {index}: {rank.trainable + rank.frozen:,} held, "
-            f"{rank.trainable:,} trained, {state:.2f} GiB optimizer state per rank\n"
-            f"  {rank.pieces}"
+            f"score ranks: {sum(helpers.values()):,} held ({named}; "
+            f"{sum(helpers.values()) * element / 1e9:.2f} GB in {config.training.precision}), "
+            f"none trained on each of {world.num_score_ranks} ranks\n"
+            "  U-Net and VAE; no gradients, no optimizer state, no part of the decoder"
         )
     return "\n".join(lines)
+
+
+def memory_section(config: RunConfig, world: WorldLayout, counts: ModelCounts) -> str:
+    """Peak of each kind of rank, as `tools/plan.py` reckons it."""
+    if config.parallel.virtual_pipeline_model_parallel_size is not None:
+        return "not planned for interleaved stages"
+    batches = micro_batches(config, num_microbatches(config, world.num_replicas))
+    kinds = rank_kinds(config, world, counts.shares, batches, Efficiency())
+    return memory_table(kinds)
 
 
 def batch_table(config: RunConfig, world_size: int) -> str:

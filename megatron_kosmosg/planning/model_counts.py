@@ -42,11 +42,12 @@ class RankCount:
 
 @dataclass(frozen=True)
 class ModelShares:
-    """The pipeline stages of a layout; frozen helpers left out."""
+    """A layout; frozen helpers left out."""
 
     pieces: list[StagePieces]
+    """Of the pipeline stages."""
     counts: list[RankCount]
-    """What each tensor-parallel rank of a stage holds."""
+    """What each tensor-parallel rank of a pipeline rank holds (one stage, or several chunks)."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,10 @@ class ModelCounts:
     parts: dict[str, Part]
     """Every module of the stage, frozen helpers (text encoder, U-Net, VAE) included."""
     ranks: list[RankCount]
-    """One entry per pipeline stage; its tensor-parallel ranks hold equal numbers. The frozen
-    helpers count with the last stage."""
+    """One entry per pipeline rank; its tensor-parallel ranks hold equal numbers. The frozen
+    helpers count with the last one, unless they have ranks of their own."""
+    shares: ModelShares
+    """The same without the helpers."""
 
     @property
     def trainable(self) -> int:
@@ -84,9 +87,16 @@ def count_model(config: RunConfig) -> ModelCounts:
     )
     helpers = frozen_helpers(config)
     parts.update({name: Part(0, count) for name, count in helpers.items()})
-    *before, last = model_shares(config, model).counts
-    last = dataclasses.replace(last, frozen=last.frozen + sum(helpers.values()))
-    return ModelCounts(parts, [*before, last])
+    shares = model_shares(config, model)
+    *before, last = shares.counts
+    if not score_ranks_alone(config):
+        last = dataclasses.replace(last, frozen=last.frozen + sum(helpers.values()))
+    return ModelCounts(parts, [*before, last], shares)
+
+
+def score_ranks_alone(config: RunConfig) -> bool:
+    """Whether U-Net and VAE have ranks of their own."""
+    return config.stage == "instruct" and config.score.placement == "dedicated"
 
 
 def whole_model(config: RunConfig) -> torch.nn.Module:
@@ -115,22 +125,29 @@ def model_shares(config: RunConfig, model: torch.nn.Module) -> ModelShares:
     tp_size = config.parallel.tensor_model_parallel_size
     vocabulary = padded_vocab_size(config.model.vocab_size, tp_size) // tp_size
     width = config.model.decoder.hidden_size
-    held: list[defaultdict[bool, int]] = [defaultdict(int) for _ in stages]
-    buffers = [0] * len(stages)
+    num_ranks = config.parallel.pipeline_model_parallel_size
+    held: list[defaultdict[bool, int]] = [defaultdict(int) for _ in range(num_ranks)]
+    buffers = [0] * num_ranks
     for name, parameter in model.named_parameters():
         owners = [_pipeline_stage(name, stages)]
         if name.endswith("word_embeddings.weight"):
             numel = vocabulary * width
-            if config.stage == "pretrain" and len(stages) > 1:
-                owners.append(-1)  # the output head's tied copy
+            if config.stage == "pretrain" and num_ranks > 1:
+                owners.append(len(stages) - 1)  # the output head's tied copy
         else:
             numel = parameter.numel() // (tp_size if _is_split(parameter) else 1)
-        for index in owners:
+        for owner in owners:
+            index = owner % num_ranks
             held[index][parameter.requires_grad] += numel
             buffers[index] += -(-numel // 64) * 64 * parameter.requires_grad
     counts = [
         RankCount(
-            count[True], count[False], buffers[index], _describe(config, stages, index, parts)
+            count[True],
+            count[False],
+            buffers[index],
+            "; ".join(
+                _describe(config, stages, stage) for stage in range(index, len(stages), num_ranks)
+            ),
         )
         for index, count in enumerate(held)
     ]
@@ -154,9 +171,7 @@ def _pipeline_stage(name: str, stages: list[StagePieces]) -> int:
     return 0
 
 
-def _describe(
-    config: RunConfig, stages: list[StagePieces], index: int, parts: tuple[str, ...]
-) -> str:
+def _describe(config: RunConfig, stages: list[StagePieces], index: int) -> str:
     stage, last = stages[index], index == len(stages) - 1
     pieces = ["image tower, resampler, embedding"] if index == 0 else []
     if stage.num_decoder_layers:
@@ -167,7 +182,7 @@ def _describe(
         pieces += {
             "pretrain": ["output head"],
             "align": ["CLIP text encoder"],
-            "instruct": ["U-Net and VAE"] if config.score.placement == "colocated" else [],
+            "instruct": [] if score_ranks_alone(config) else ["U-Net and VAE"],
         }[config.stage]
     return ", ".join(pieces)
 

@@ -1,40 +1,63 @@
-"""How many decoder layers each pipeline stage gets when its stages are to take equally long."""
+"""The default of `parallel.pipeline_layout`: pipeline stages whose slowest has the fewest FLOPs."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
+from megatron_kosmosg.models.pipeline_pieces import (
+    ALIGNER_PARTS,
+    chunks_per_rank,
+    pipeline_pieces,
+)
 from megatron_kosmosg.planning.stage_work import score_work, stage_work
 from megatron_kosmosg.planning.workload import micro_batches
 
 
-def balanced_layout(config: RunConfig, parts: tuple[str, ...]) -> str | None:
-    """`parallel.pipeline_layout` whose slowest stage has the fewest FLOPs; None without stages.
+def with_default_layout(config: RunConfig) -> RunConfig:
+    """`config` with the balanced pipeline_layout where it has several stages and names none."""
+    parallel = config.parallel
+    if parallel.pipeline_model_parallel_size == 1 or parallel.pipeline_layout is not None:
+        return config
+    return replace(config, parallel=replace(parallel, pipeline_layout=balanced_layout(config)))
 
-    AlignerNet stays on the last stage, beside a colocated U-Net.
+
+def balanced_layout(config: RunConfig) -> str:
+    """The layout over two stages or more, of which the decoder's layers must be at least as many.
+
+    AlignerNet goes to the last stage, beside a colocated U-Net, without decoder layers where it is
+    heavy.
     """
-    stages, layers = config.parallel.pipeline_model_parallel_size, config.model.decoder.num_layers
-    if stages == 1:
-        return None
-    (batch,) = micro_batches(config, 1)
-    whole = replace(config.parallel, pipeline_model_parallel_size=1, pipeline_layout=None)
-    (piece,) = pipeline_pieces(replace(config, parallel=whole), parts)
-    work = {w.module: w.forward + w.backward for w in stage_work(config, piece, True, batch)}
-    layer = work.pop("decoder") / layers
-    first = sum(work.pop(name, 0.0) for name in ("vision", "resampler"))
-    last = sum(work.values())
-    if config.stage == "instruct" and config.score.placement == "colocated":
-        rows = -(-batch.images // config.parallel.tensor_model_parallel_size)
-        last += sum(w.forward + w.backward for w in score_work(config, rows))
-    counts, loads = [1] + [0 if parts else 1] * (stages - 1), [0.0] * stages
-    counts[1:-1] = [1] * (stages - 2)
-    loads[0], loads[-1] = first, last
-    loads = [load + layer * count for load, count in zip(loads, counts, strict=True)]
+    parts, layers = ALIGNER_PARTS[config.stage], config.model.decoder.num_layers
+    stages = config.parallel.pipeline_model_parallel_size * chunks_per_rank(config)
+    first, layer, last = _loads(config, parts)
+    counts = [1] * (stages - 1) + [0 if parts else 1]
+    loads = [layer * count for count in counts]
+    loads[0] += first
+    loads[-1] += last
     for _ in range(layers - sum(counts)):
         stage = loads.index(min(loads))
         counts[stage], loads[stage] = counts[stage] + 1, loads[stage] + layer
     pieces = [[f"decoder*{count}"] if count else [] for count in counts]
     pieces[-1] += parts
     return "|".join(",".join(piece) for piece in pieces)
+
+
+def _loads(config: RunConfig, parts: tuple[str, ...]) -> tuple[float, float, float]:
+    """FLOPs of an ordinary micro-batch: pictures, one decoder layer, what follows the decoder."""
+    (batch,) = micro_batches(config, 1)
+    whole = replace(
+        config.parallel,
+        pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=None,
+        pipeline_layout=None,
+    )
+    (piece,) = pipeline_pieces(replace(config, parallel=whole), parts)
+    work = {w.module: w.forward + w.backward for w in stage_work(config, piece, True, batch)}
+    layer = work.pop("decoder") / config.model.decoder.num_layers
+    first = sum(work.pop(name, 0.0) for name in ("vision", "resampler"))
+    last = sum(work.values())
+    if config.stage == "instruct" and config.score.placement == "colocated":
+        rows = -(-batch.images // config.parallel.tensor_model_parallel_size)
+        last += sum(w.forward + w.backward for w in score_work(config, rows))
+    return first, layer, last

@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.planning.comparison import Faster
 from megatron_kosmosg.planning.estimate import Estimate
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
 from megatron_kosmosg.planning.memory import GIB
+from megatron_kosmosg.planning.memory_table import memory_table
 from megatron_kosmosg.planning.rank_map import rank_table
 from megatron_kosmosg.planning.shards import BuiltShard
 from megatron_kosmosg.planning.workload import kinds
@@ -24,6 +26,8 @@ class Plan:
     estimate: Estimate
     shards: list[BuiltShard]
     notes: list[str]
+    faster: list[Faster]
+    """Layouts to think about instead of this one."""
 
 
 def to_json(plan: Plan) -> dict:
@@ -38,6 +42,7 @@ def to_json(plan: Plan) -> dict:
         "num_gpus": world.world_size,
         "precision": config.training.precision,
         "notes": plan.notes,
+        "faster": [asdict(layout) for layout in plan.faster],
         "assumptions": asdict(plan.efficiency) | {"gpu": asdict(plan.gpu)},
         "samples": [asdict(kind) for kind in kinds(config)],
         "layout": {
@@ -47,6 +52,7 @@ def to_json(plan: Plan) -> dict:
             "placement": config.score.placement if config.stage == "instruct" else None,
             "score_ranks_per_unit": world.score_ranks_per_unit,
             "replicas_per_unit": world.replicas_per_unit,
+            "window": config.score.window if world.score_ranks_per_unit else None,
             "micro_batch_size": config.training.micro_batch_size,
             "num_micro_batches": planned.num_microbatches,
             "recompute": config.training.recompute,
@@ -104,10 +110,15 @@ def to_text(plan: Plan) -> str:
         f"{plan.config.training.global_batch_size} samples an update ({batch} x "
         f"{layout['data']} replicas), recompute {layout['recompute']}",
         *(f"note: {note}" for note in facts["notes"]),
+        *(
+            f"note: {layout.times:.1f} x this speed ({layout.samples_per_second:,.0f} samples/s) "
+            f"is planned for {layout.layout}; settings: {' '.join(layout.settings)}"
+            for layout in plan.faster
+        ),
         "",
         *facts["rank_map"],
         "",
-        *_memory_lines(facts),
+        *_memory_lines(plan, facts),
         "",
         *_flops_lines(facts),
         "",
@@ -129,19 +140,8 @@ def to_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _memory_lines(facts: dict) -> list[str]:
-    columns = ["parameters", "gradients", "optimizer", "activations", "frozen_helpers",
-               "score_activations", "overhead", "total"]  # fmt: skip
-    heads = ["weights", "grads", "optim.", "activ.", "frozen", "U-Net act.", "other", "total"]
-    lines = [f"{'GiB a rank':<18}{'ranks':>6}" + "".join(f"{head:>11}" for head in heads)]
-    for name, kind in facts["ranks"].items():
-        memory = kind["memory_gib"]
-        verdict = "fits" if memory["total"] <= memory["of"] else "TOO LARGE"
-        lines.append(
-            f"{name:<18}{kind['count']:>6}"
-            + "".join(f"{memory[column]:>11.2f}" for column in columns)
-            + f" of {memory['of']:g}: {verdict}"
-        )
+def _memory_lines(plan: Plan, facts: dict) -> list[str]:
+    lines = [memory_table(plan.estimate.kinds, plan.gpu.memory_gib)]
     for name, kind in facts["ranks"].items():
         lines.append(
             f"{name}: {kind['trainable_parameters']:,} trained and {kind['frozen_parameters']:,} "

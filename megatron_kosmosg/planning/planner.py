@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.config.world import world_layout
-from megatron_kosmosg.planning.comparison import as_dict, reasons
+from megatron_kosmosg.planning.comparison import as_dict, faster_layouts, in_words, reasons
 from megatron_kosmosg.planning.estimate import estimate
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
-from megatron_kosmosg.planning.memory import GIB
 from megatron_kosmosg.planning.model_counts import ModelShares, model_shares, whole_model
+from megatron_kosmosg.planning.pipeline_balance import with_default_layout
 from megatron_kosmosg.planning.plan import Plan
-from megatron_kosmosg.planning.search import Candidate, check_layout, search
+from megatron_kosmosg.planning.search import search
 from megatron_kosmosg.planning.shards import build_shards
 
 IDLE_GOAL = 0.05
@@ -31,14 +35,38 @@ def planned_config(config: RunConfig, world_size: int, gpu: Gpu) -> tuple[RunCon
 def make_plan(
     config: RunConfig, world_size: int, gpu: Gpu, efficiency: Efficiency, notes: list[str]
 ) -> Plan:
-    """The plan of the layout in `config`. Raises ConfigError when it is not valid."""
+    """The plan of the layout in `config`, with those that are planned faster.
+
+    Raises ConfigError when it is not valid.
+    """
+    validate_layout(config, world_size)
+    if config.parallel.virtual_pipeline_model_parallel_size is not None:
+        raise ConfigError(
+            "times of interleaved stages are not planned; add "
+            "parallel.virtual_pipeline_model_parallel_size=null (train --dry-run shows who does "
+            "what with them)"
+        )
+    config = with_default_layout(config)
+    model = whole_model(config)
+    plan = _plan(config, world_size, gpu, efficiency, notes, model)
+    found = search(config, world_size, gpu, efficiency, model).candidates
+    return replace(plan, faster=faster_layouts(config, plan.estimate, found))
+
+
+def _plan(
+    config: RunConfig,
+    world_size: int,
+    gpu: Gpu,
+    efficiency: Efficiency,
+    notes: list[str],
+    model: torch.nn.Module,
+) -> Plan:
     world = world_layout(config, world_size)
-    check_layout(config, world)
-    shares = model_shares(config, whole_model(config))
+    shares = model_shares(config, model)
     planned = estimate(config, world, gpu, efficiency, shares)
     if config.stage == "instruct":
         notes = [*notes, _idle_note(config, world_size, gpu, efficiency, shares)]
-    return Plan(config, gpu, efficiency, planned, build_shards(config, world), notes)
+    return Plan(config, gpu, efficiency, planned, build_shards(config, world), notes, faster=[])
 
 
 def search_plan(
@@ -50,12 +78,16 @@ def search_plan(
     top: int,
 ) -> tuple[Plan, str, dict]:
     """The plan of the fastest layout, the list of the `top` fastest as text, both for the JSON."""
-    result = search(config, world_size, gpu, efficiency, whole_model(config))
+    model = whole_model(config)
+    result = search(config, world_size, gpu, efficiency, model)
     best = result.candidates[0]
-    plan = make_plan(best.config, world_size, gpu, efficiency, notes)
+    plan = _plan(best.config, world_size, gpu, efficiency, notes, model)
     settings, why = best.choice.overrides(config.stage), reasons(result)
     lines = [f"{len(result.candidates)} of {result.num_tried} layouts fit; the fastest:"]
-    lines += [_line(candidate) for candidate in result.candidates[:top]]
+    lines += [
+        f"  {candidate.samples_per_second:8.0f} samples/s  {in_words(candidate)}"
+        for candidate in result.candidates[:top]
+    ]
     lines += ["", "why the first wins:", *(f"  {reason}" for reason in why)]
     lines += ["", "its settings: " + " ".join(settings)]
     facts = {
@@ -66,22 +98,6 @@ def search_plan(
         "candidates": [as_dict(candidate) for candidate in result.candidates[:top]],
     }
     return plan, "\n".join(lines), facts
-
-
-def _line(candidate: Candidate) -> str:
-    choice, planned = candidate.choice, candidate.estimate
-    memory = max(kind.memory.total for kind in planned.kinds) / GIB
-    speed = candidate.config.training.global_batch_size / planned.seconds
-    recompute = choice.recompute + (" + U-Net" if choice.score_recompute else "")
-    score = "" if candidate.config.stage != "instruct" else (
-        f", {choice.score}, latents {'cached' if choice.cached_latents else 'online'}"
-    )  # fmt: skip
-    return (
-        f"  {speed:8.0f} samples/s  TP{choice.tensor} PP{choice.pipeline} "
-        f"DP{planned.world.num_replicas}, micro-batch {choice.micro_batch_size}{score}, "
-        f"recompute {recompute}, {memory:.0f} GiB"
-        + (f", {choice.pipeline_layout}" if choice.pipeline_layout else "")
-    )
 
 
 def _idle_note(

@@ -19,13 +19,17 @@ from megatron_kosmosg.config.world import WorldLayout, world_layout
 from megatron_kosmosg.planning.choice import Choice, with_choice
 from megatron_kosmosg.planning.estimate import Estimate, estimate
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
+from megatron_kosmosg.planning.memory import GIB
 from megatron_kosmosg.planning.model_counts import ModelShares, model_shares
-from megatron_kosmosg.planning.pipeline_balance import balanced_layout
+from megatron_kosmosg.planning.pipeline_balance import with_default_layout
 
 TENSOR = (1, 2, 4, 8)
 PIPELINE = (1, 2, 4)
-PLACEMENTS = [("colocated", 1, 1)] + [("dedicated", k, 1) for k in (1, 2, 3, 4, 6)]
-PLACEMENTS += [("dedicated", 1, r) for r in (2, 4)]
+PLACEMENTS = [("colocated", 1, 1)] + [("dedicated", k, 1) for k in range(1, 9)]
+PLACEMENTS += [("dedicated", 1, r) for r in range(2, 9)]
+"""(placement, score ranks of a replica, replicas of a score rank)."""
+WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16)
+"""With dedicated score ranks; wider than a replica has micro-batches changes nothing."""
 LARGEST_MICRO_BATCH = 64
 MOST_MICRO_BATCHES = 64
 
@@ -35,6 +39,15 @@ class Candidate:
     choice: Choice
     config: RunConfig
     estimate: Estimate
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.config.training.global_batch_size / self.estimate.seconds
+
+    @property
+    def largest_memory_gib(self) -> float:
+        """Of the kinds of rank."""
+        return max(kind.memory.total for kind in self.estimate.kinds) / GIB
 
 
 @dataclass(frozen=True)
@@ -74,49 +87,36 @@ def search(
     return SearchResult(fitting, tried, too_large)
 
 
-def check_layout(config: RunConfig, world: WorldLayout) -> None:
-    """validate_layout of the decoder ranks: training's own check knows no score ranks yet."""
-    decoders = world.num_replicas * world.replica_size
-    validate_layout(
-        replace(
-            config,
-            parallel=replace(config.parallel, world_size=decoders),
-            score=replace(config.score, placement="colocated"),
-        ),
-        decoders,
-    )
-
-
 def _choices(config: RunConfig, world_size: int) -> Iterator[list[Choice]]:
     """Layouts, each as a list with ever more recomputation."""
     instruct = config.stage == "instruct"
-    parts = {"pretrain": (), "align": ("M", "N"), "instruct": ("M",)}[config.stage]
     placements = PLACEMENTS if instruct else PLACEMENTS[:1]
     caches = (True, False) if instruct else (False,)
     for tp, pp, (placement, k, r) in itertools.product(TENSOR, PIPELINE, placements):
         if tp * pp > 8 or tp * pp * r + (k if placement == "dedicated" else 0) > world_size:
             continue
-        base = Choice(tp, pp, None, placement, k, r, 1, "none", False, False)
+        base = Choice(tp, pp, None, placement, k, r, WINDOWS[0], 1, "none", False, False)
         try:
             layout = with_choice(config, base, world_size)
             world = world_layout(layout, world_size)
         except ConfigError:
             continue
-        balanced = balanced_layout(layout, parts)
-        for spread in {None, balanced}:
-            for size in _micro_batch_sizes(config, world.num_replicas):
-                for cached in caches:
-                    yield [
-                        replace(
-                            base,
-                            pipeline_layout=spread,
-                            micro_batch_size=size,
-                            cached_latents=cached,
-                            recompute=recompute,
-                            score_recompute=again,
-                        )
-                        for recompute, again in _recomputations(config.stage)
-                    ]
+        for size, cached in itertools.product(
+            _micro_batch_sizes(config, world.num_replicas), caches
+        ):
+            here = replace(base, micro_batch_size=size, cached_latents=cached)
+            spread = with_default_layout(with_choice(config, here, world_size))
+            for window in _windows(config, world, size):
+                yield [
+                    replace(
+                        here,
+                        pipeline_layout=spread.parallel.pipeline_layout,
+                        window=window,
+                        recompute=recompute,
+                        score_recompute=again,
+                    )
+                    for recompute, again in _recomputations(config.stage)
+                ]
 
 
 def _recomputations(stage: str) -> list[tuple[str, bool]]:
@@ -136,6 +136,13 @@ def _micro_batch_sizes(config: RunConfig, replicas: int) -> list[int]:
     ]  # fmt: skip
 
 
+def _windows(config: RunConfig, world: WorldLayout, micro_batch_size: int) -> list[int]:
+    if not world.score_ranks_per_unit:
+        return [2]
+    count = config.training.global_batch_size // world.num_replicas // micro_batch_size
+    return [window for window in WINDOWS if window <= count] or [1]
+
+
 class _Estimator:
     """Estimates choices; how a model is spread is counted once for every tensor and pipeline."""
 
@@ -152,7 +159,7 @@ class _Estimator:
         key = (choice.tensor, choice.pipeline, choice.pipeline_layout, choice.placement)
         try:
             world = world_layout(planned, self._world_size)
-            check_layout(planned, world)
+            validate_layout(planned, self._world_size)
             if key not in self._shares:
                 self._shares[key] = model_shares(planned, self._model)
             found = estimate(planned, world, self._gpu, self._efficiency, self._shares[key])

@@ -56,7 +56,7 @@ def _count(config: RunConfig, world: WorldLayout, rank: int) -> tuple[int, int]:
     with pretend_rank(world, rank) as layout:
         # Frozen helpers are read on the last stage only; this stage object stands on another one.
         stage = build_stage(config, dataclasses.replace(layout, pp_rank=0, pp_size=2))
-        (model,) = stage.build_model(layout)
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        parameters = [p for chunk in stage.build_model(layout) for p in chunk.parameters()]
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
     return trainable, frozen

@@ -48,6 +48,11 @@ class StageCost:
     """Their sum by cause: forward, backward, score, tensor, pipeline."""
     sent: dict[str, float]
     """Bytes by group: tensor, pipeline, score_link (both ways)."""
+    first_forward: float
+    """Arithmetic of the first micro-batch's trained modules, behind which their parameters are
+    gathered; a colocated U-Net comes after them."""
+    last_backward: float
+    """The same of the last one, behind which gradients are exchanged; the U-Net comes before."""
 
 
 def stage_cost(
@@ -68,7 +73,8 @@ def stage_cost(
     forward, backward = [], []
     parts = dict.fromkeys(("forward", "backward", "score", "tensor", "pipeline"), 0.0)
     sent = dict.fromkeys(("tensor", "pipeline", "score_link"), 0.0)
-    for batch in batches:
+    first_forward = last_backward = 0.0
+    for index, batch in enumerate(batches):
         work = stage_work(config, piece, is_last, batch)
         scored = score_work(config, -(-batch.images // world.tp_size)) if scores_itself else []
         exchanged = comm.tensor_traffic(config, piece, is_last, batch)
@@ -81,6 +87,7 @@ def stage_cost(
         score_back = sum(rates.seconds(w, w.backward) for w in scored)
         forward.append(ahead + score_ahead + tensor[0] + boundary)
         backward.append(back + score_back + tensor[1] + boundary)
+        first_forward, last_backward = (first_forward if index else ahead), back
         parts["forward"] += ahead
         parts["backward"] += back
         parts["score"] += score_ahead + score_back
@@ -90,4 +97,4 @@ def stage_cost(
         sent["pipeline"] += neighbours * handed.sent
         if is_last and world.score_ranks_per_unit:
             sent["score_link"] += comm.score_link_traffic(config, batch.images).sent
-    return StageCost(forward, backward, parts, sent)
+    return StageCost(forward, backward, parts, sent, first_forward, last_backward)

@@ -1,7 +1,9 @@
 """When each rank of a replica works in one update: Megatron's 1F1B order, played through.
 
 A dedicated score rank takes whole micro-batches, round robin, in the order of micro-batch and
-replica; the decoder runs `ahead` more forward passes before it waits for the first answer.
+replica; the decoder runs `ahead` more forward passes before it waits for the first answer. The
+order of passes is that of training/score_schedule.py; what is sent waits for its receiver, the
+sender goes on.
 """
 
 from __future__ import annotations
@@ -29,14 +31,16 @@ def play(
     score_ranks: int = 1,
     replicas: int = 1,
     ahead: int = 0,
+    link: float = 0.0,
 ) -> Timeline:
     """Seconds of the whole. forward, backward: [stage][micro-batch] seconds.
 
     score: seconds of each micro-batch on a dedicated score rank; None where it is colocated.
-    replicas: that share the score ranks. ahead: extra warm-up forwards of every stage.
+    replicas: that share the score ranks. ahead: extra warm-up forwards of every stage. link:
+    seconds that a condition takes to a score rank, and its answer back.
     """
     stages, count = len(forward), len(forward[0])
-    orders = [_order(stages, stage, count, ahead) for stage in range(stages)]
+    orders = [pass_order(stages, stage, count, ahead) for stage in range(stages)]
     done: dict[tuple[str, int, int, int], float] = {}  # (pass, replica, stage, micro-batch)
     free = {(replica, stage): 0.0 for replica in range(replicas) for stage in range(stages)}
     pointers = dict.fromkeys(free, 0)
@@ -61,15 +65,16 @@ def play(
         for server, entries in enumerate(waiting if score is not None else []):
             while entries and ("F", entries[0][1], stages - 1, entries[0][0]) in done:
                 i, replica = entries.pop(0)
-                sent = done["F", replica, stages - 1, i]
-                servers[server] = max(servers[server], sent) + score[i]
-                done["S", replica, stages - 1, i] = servers[server]
+                there = done["F", replica, stages - 1, i] + link
+                servers[server] = max(servers[server], there) + score[i]
+                done["S", replica, stages - 1, i] = servers[server] + link
     busy = sum(map(sum, forward)) + sum(map(sum, backward))
     scored = sum(score) * replicas / score_ranks if score is not None else 0.0
     return Timeline(max(free.values()), busy / stages, scored)
 
 
-def _order(stages: int, stage: int, count: int, ahead: int) -> list[tuple[str, int]]:
+def pass_order(stages: int, stage: int, count: int, ahead: int) -> list[tuple[str, int]]:
+    """Forward ("F") and backward ("B") passes of one stage, with the number of the micro-batch."""
     warm_up = min(stages - stage - 1 + ahead, count)
     order = [("F", i) for i in range(warm_up)]
     for i in range(count):
