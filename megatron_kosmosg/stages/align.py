@@ -20,6 +20,7 @@ from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.data.streams import align_stream
 from megatron_kosmosg.losses import alignment_loss, reconstruction_loss
 from megatron_kosmosg.models.chunks import build_chunks
+from megatron_kosmosg.models.pipeline_pieces import ALIGNER_PARTS
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.planning.flops import align_flops
 from megatron_kosmosg.stages.freezing import train_only
@@ -36,7 +37,8 @@ class AlignStage:
 
     def build_model(self, layout: Layout) -> list[nn.Module]:
         """Decoder without output head, and both halves of AlignerNet."""
-        chunks = build_chunks(self.config, layout, output_head=False, aligner_parts=("M", "N"))
+        parts = ALIGNER_PARTS[self.name]
+        chunks = build_chunks(self.config, layout, output_head=False, aligner_parts=parts)
         return train_only(chunks, lambda model: [model.aligner_m, model.aligner_n], layout)
 
     def build_dataset(self, split: str) -> StreamDataset:

@@ -23,6 +23,7 @@ from megatron_kosmosg.data.streams import instruct_stream
 from megatron_kosmosg.models.chunks import build_chunks
 from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_vae, vae_fingerprint
 from megatron_kosmosg.models.kosmosg import KosmosG
+from megatron_kosmosg.models.pipeline_pieces import ALIGNER_PARTS
 from megatron_kosmosg.models.score import ColocatedScore, DenoisingLoss, ScoreKey, drop_condition
 from megatron_kosmosg.parallel.heartbeat import Heartbeat
 from megatron_kosmosg.parallel.layout import Layout
@@ -60,7 +61,8 @@ class InstructStage:
 
     def build_model(self, layout: Layout) -> list[nn.Module]:
         """Decoder without output head, and AlignerNet M."""
-        chunks = build_chunks(self.config, layout, output_head=False, aligner_parts=("M",))
+        parts = ALIGNER_PARTS[self.name]
+        chunks = build_chunks(self.config, layout, output_head=False, aligner_parts=parts)
         return train_only(chunks, _trained, layout)
 
     def build_dataset(self, split: str) -> StreamDataset:

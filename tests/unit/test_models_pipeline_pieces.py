@@ -7,6 +7,7 @@ import pytest
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import DecoderConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_kosmosg.models.pipeline_pieces import StagePieces, pipeline_pieces
+from megatron_kosmosg.train import main
 
 
 def _pieces(num_layers: int, stages: int, layout: str | None, parts: tuple[str, ...], virtual=None):
@@ -69,6 +70,13 @@ def test_interleaved_ranks_hold_several_stages_each() -> None:
     assert [piece.aligner_parts for piece in pieces] == [()] * 5 + [("M",)]
     with pytest.raises(ConfigError, match="has 3 stages, it must have 6"):
         _pieces(8, 3, "decoder*3|decoder*3|decoder*2,M", ("M",), virtual=2)
+
+
+def test_a_run_with_an_unusable_layout_ends_before_it_starts(capsys) -> None:
+    layout = "parallel.pipeline_layout=decoder|decoder"
+    settings = ["stage=pretrain", "logging.output_dir=x", layout]
+    assert main(settings) == 1
+    assert "has 2 stages, it must have 1" in capsys.readouterr().err
 
 
 def test_stage_that_would_hold_nothing_is_named() -> None:
