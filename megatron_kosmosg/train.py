@@ -19,7 +19,6 @@ from megatron_kosmosg.config.paths import output_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.validate import validate_files, validate_layout
 from megatron_kosmosg.models.pipeline_pieces import ALIGNER_PARTS, pipeline_pieces
-from megatron_kosmosg.models.pipeline_pieces import ALIGNER_PARTS, pipeline_pieces
 
 if TYPE_CHECKING:
     from megatron_kosmosg.parallel.rendezvous import Place
@@ -70,7 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(describe(config))
             return 0
         validate_layout(config, _place().world_size)
-        pipeline_pieces(config, ALIGNER_PARTS[config.stage])
         pipeline_pieces(config, ALIGNER_PARTS[config.stage])
     except ConfigError as error:  # the same on every rank: one of them says it
         if _place().rank == 0:
