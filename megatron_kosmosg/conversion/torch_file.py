@@ -32,12 +32,16 @@ class LazyTensor:
 
     @property
     def info(self) -> TensorInfo:
+        """Shape and dtype, as the pickle states them."""
         return TensorInfo(self._size, self._storage.dtype)
 
     def read(self) -> torch.Tensor:
-        """The tensor, in memory of its own."""
+        """The tensor, in memory of its own. Raises ConversionError for a damaged file."""
         flat = self._storage.read()
-        return flat.as_strided(self._size, self._stride, self._offset)
+        try:
+            return flat.as_strided(self._size, self._stride, self._offset)
+        except RuntimeError as error:  # it would reach beyond the storage
+            raise self._storage.damaged(error) from None
 
 
 class Placeholder:
@@ -129,10 +133,14 @@ class _Storage:
                 if stream.readinto(flat.view(torch.uint8).numpy()) != size:
                     raise EOFError("the record is shorter than the index says")
         except (KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise ConversionError(
-                f"{self._path} is damaged at {self._record}: {error}; copy or download it again"
-            ) from None
+            raise self.damaged(error) from None
         return flat
+
+    def damaged(self, error: Exception) -> ConversionError:
+        """The error to raise when the numbers are not there."""
+        return ConversionError(
+            f"{self._path} is damaged at {self._record}: {error}; copy or download it again"
+        )
 
 
 def _rebuild_tensor(storage, offset, size, stride, *unused) -> LazyTensor:

@@ -8,6 +8,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,24 @@ def test_a_cut_or_changed_file_is_noticed(tmp_path: Path) -> None:
         load_lazily(path)["w"].read()
 
 
+def test_a_tensor_beyond_its_storage_is_noticed(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.pt", {"w": torch.arange(1000.0)})
+    _rewrite(path, "data/0", lambda record: record[:100])
+    with pytest.raises(ConversionError, match=r"damaged at x/data/0.*again"):
+        load_lazily(path)["w"].read()
+
+
+def _rewrite(path: Path, ending: str, change: Callable[[bytes], bytes]) -> None:
+    """Changes the record of a saved file whose name ends so."""
+    with zipfile.ZipFile(path) as archive:
+        records = {item: archive.read(item) for item in archive.namelist()}
+    (name,) = (item for item in records if item.endswith(ending))
+    records[name] = change(records[name])
+    with zipfile.ZipFile(path, "w") as archive:
+        for item, content in records.items():
+            archive.writestr(item, content)
+
+
 class Harm:
     """Makes a folder when it is unpickled."""
 
@@ -106,15 +125,13 @@ class Choice(enum.Enum):
 
 def _pickled_under(module: str, name: str, cls: type, path: Path) -> None:
     """Renames a class inside a saved file, so that its module cannot be imported."""
-    with zipfile.ZipFile(path) as archive:
-        records = {item: archive.read(item) for item in archive.namelist()}
-    (data,) = (item for item in records if item.endswith("data.pkl"))
-    old = f"c{cls.__module__}\n{cls.__name__}\n".encode()
-    assert old in records[data]
-    records[data] = records[data].replace(old, f"c{module}\n{name}\n".encode())
-    with zipfile.ZipFile(path, "w") as archive:
-        for item, content in records.items():
-            archive.writestr(item, content)
+    old, new = f"c{cls.__module__}\n{cls.__name__}\n", f"c{module}\n{name}\n"
+
+    def rename(pickled: bytes) -> bytes:
+        assert old.encode() in pickled
+        return pickled.replace(old.encode(), new.encode())
+
+    _rewrite(path, "data.pkl", rename)
 
 
 @pytest.mark.parametrize("kind", ["namespace", "omegaconf", "args"])
