@@ -1,4 +1,4 @@
-"""Loads an exported folder in one of four ways, each in a process of its own.
+"""Loads an exported folder in one of several ways, each in a process of its own.
 
 usage: python fresh_loads.py WAY FOLDER OUT
 Reads OUT/inputs.safetensors, writes OUT/WAY.safetensors. Imports nothing of this repository except
@@ -18,7 +18,7 @@ PROMPT = "A <image> in the snow"
 
 def with_remote_code(folder: Path, out: Path, inputs: dict) -> dict[str, torch.Tensor]:
     """Without the package; saved again and loaded once more."""
-    sys.modules["megatron_kosmosg"] = None  # importing it is an error
+    without_package()
     from diffusers import DiffusionPipeline
 
     try:
@@ -42,7 +42,13 @@ def with_package(folder: Path, out: Path, inputs: dict) -> dict[str, torch.Tenso
     return {"images": draw(pipeline, inputs)}
 
 
-def language_model(folder: Path, out: Path, inputs: dict) -> dict[str, torch.Tensor]:
+def stock_classes(folder: Path, out: Path, inputs: dict) -> dict[str, torch.Tensor]:
+    """The language model with transformers alone, then the drawing parts with diffusers."""
+    without_package()
+    return {**language_model(folder, inputs), **stable_diffusion(folder, inputs)}
+
+
+def language_model(folder: Path, inputs: dict) -> dict[str, torch.Tensor]:
     """Stock transformers alone."""
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -62,7 +68,7 @@ def language_model(folder: Path, out: Path, inputs: dict) -> dict[str, torch.Ten
     return {"logits": output.logits, "hidden": output.hidden_states[-1]}
 
 
-def stable_diffusion(folder: Path, out: Path, inputs: dict) -> dict[str, torch.Tensor]:
+def stable_diffusion(folder: Path, inputs: dict) -> dict[str, torch.Tensor]:
     """The stock pipeline of the folder's U-Net, VAE and scheduler, fed with embeddings.
 
     `StableDiffusionPipeline.from_pretrained` itself follows model_index.json to KosmosGPipeline.
@@ -88,7 +94,13 @@ def stable_diffusion(folder: Path, out: Path, inputs: dict) -> dict[str, torch.T
     return {"images": sample(pipeline, **{name: inputs[name] for name in names})}
 
 
+def without_package() -> None:
+    """Makes importing this repository's package an error."""
+    sys.modules["megatron_kosmosg"] = None
+
+
 def draw(pipeline, inputs: dict) -> torch.Tensor:
+    """The picture of PROMPT with the picture of the inputs."""
     from PIL import Image
 
     picture = Image.fromarray(inputs["picture"].numpy())
@@ -96,6 +108,7 @@ def draw(pipeline, inputs: dict) -> torch.Tensor:
 
 
 def sample(pipeline, **arguments) -> torch.Tensor:
+    """[1, 3, h, w] after two steps from the noise of seed 0."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         **arguments,
@@ -105,9 +118,7 @@ def sample(pipeline, **arguments) -> torch.Tensor:
     ).images
 
 
-WAYS = {
-    way.__name__: way for way in (with_remote_code, with_package, language_model, stable_diffusion)
-}
+WAYS = {way.__name__: way for way in (with_remote_code, with_package, stock_classes)}
 
 
 def main() -> None:

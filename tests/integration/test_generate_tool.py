@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -24,6 +23,7 @@ from diffusers import (
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from megatron_kosmosg.conversion.checkpoint_writer import model_tensors, write_checkpoint
 from megatron_kosmosg.conversion.export_hf import export_hf
@@ -34,8 +34,8 @@ from megatron_kosmosg.inference.trained_model import TrainedModel, one_process
 from megatron_kosmosg.toy import assets
 from tests.tiny_models import replace_section, tiny_config, write_stable_diffusion
 from tests.tiny_pipeline import picture
+from tools import generate
 
-REPOSITORY = Path(__file__).parents[2]
 DRAWING = ("--steps", "4", "--guidance", "3", "--scheduler", "dpm++")
 
 
@@ -78,15 +78,6 @@ def files(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tool():
-    path = REPOSITORY / "tools" / "generate.py"
-    specification = importlib.util.spec_from_file_location("generate_tool", path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
 def pipeline(files) -> KosmosGPipeline:
     pipeline = KosmosGPipeline.from_pretrained(files / "exported")
     pipeline.set_progress_bar_config(disable=True)
@@ -95,15 +86,15 @@ def pipeline(files) -> KosmosGPipeline:
 
 
 @pytest.fixture(scope="module")
-def drawn(files, tool) -> Path:
+def drawn(files) -> Path:
     """The pictures of `prompts.jsonl` from the export."""
-    assert draw(tool, files, files / "drawn") == 0
+    assert draw(files, files / "drawn") == 0
     return files / "drawn"
 
 
-def draw(tool, files: Path, output: Path, *more: str, model: str = "exported") -> int:
+def draw(files: Path, output: Path, *more: str, model: str = "exported") -> int:
     asked = ("--prompts", str(files / "prompts.jsonl"), "--output", str(output))
-    return tool.main(["--model", str(files / model), *asked, *DRAWING, *more])
+    return generate.main(["--model", str(files / model), *asked, *DRAWING, *more])
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
@@ -153,8 +144,8 @@ def test_pictures_are_the_pipelines_own(files, drawn, pipeline):
     assert np.array_equal(found["small-0.png"], small)
 
 
-def test_a_checkpoint_draws_what_its_export_draws(files, tool, drawn, capsys):
-    assert draw(tool, files, files / "direct", model="run") == 0
+def test_a_checkpoint_draws_what_its_export_draws(files, drawn, capsys):
+    assert draw(files, files / "direct", model="run") == 0
     direct = pixels(files / "direct")
     assert all(np.array_equal(direct[name], image) for name, image in pixels(drawn).items())
     assert "5 drawn, 0 kept" in capsys.readouterr().out
@@ -174,7 +165,7 @@ def test_the_pipeline_of_a_checkpoint_has_the_trained_models_conditions(files):
 
 
 def test_ranks_write_the_files_of_one_rank_and_nothing_is_drawn_twice(
-    files, tool, drawn, monkeypatch, capsys
+    files, drawn, monkeypatch, capsys
 ):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
@@ -182,31 +173,52 @@ def test_ranks_write_the_files_of_one_rank_and_nothing_is_drawn_twice(
     for rank in range(3):
         assert not (files / "ranks" / "contact_sheet.png").exists()
         monkeypatch.setenv("RANK", str(rank))
-        assert draw(tool, files, files / "ranks") == 0
+        assert draw(files, files / "ranks") == 0
     for name in pixels(drawn):
         assert (files / "ranks" / name).read_bytes() == (drawn / name).read_bytes()
     capsys.readouterr()
     monkeypatch.undo()
-    assert draw(tool, files, files / "ranks") == 0
+    assert draw(files, files / "ranks") == 0
     assert "0 drawn, 5 kept" in capsys.readouterr().out
 
 
-def test_prompts_drawn_together_differ_by_rounding_only(files, tool, drawn):
-    assert draw(tool, files, files / "batched", "--batch-size", "3") == 0
+def test_prompts_drawn_together_differ_by_rounding_only(files, drawn):
+    assert draw(files, files / "batched", "--batch-size", "3") == 0
     for name, image in pixels(files / "batched").items():
         difference = image.astype(int) - pixels(drawn)[name]
         assert name == "contact_sheet.png" or np.abs(difference).max() <= 1
+
+
+def test_an_export_draws_with_another_stable_diffusion(files, pipeline, capsys):
+    shutil.copytree(files / "sd", files / "other-sd")
+    path = files / "other-sd" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 0.9 * value for name, value in load_file(path).items()}, path)
+    asked = ["--prompt", "a cross", "--sd", str(files / "other-sd"), *DRAWING]
+    asked += ["--output", str(files / "swapped"), "--sheet-rows", "0"]
+    assert generate.main(["--model", str(files / "exported"), *asked]) == 0
+    (found,) = pixels(files / "swapped").values()
+    unet = UNet2DConditionModel.from_pretrained(files / "other-sd" / "unet")
+    swapped = KosmosGPipeline(**{**pipeline.components, "unet": unet})
+    swapped.set_progress_bar_config(disable=True)
+    assert np.array_equal(found, own(swapped, "a cross", 0))
+    assert not np.array_equal(found, own(pipeline, "a cross", 0))
+
+    shutil.copytree(files / "exported", files / "sizeless")
+    settings = files / "sizeless" / "aligner" / "config.json"
+    settings.write_text(settings.read_text().replace("num_queries", "queries"))
+    assert generate.main(["--model", str(files / "sizeless"), *asked, "--seed", "1"]) == 2
+    assert "config.json has no num_queries" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("name", "scheduler"),
     [("ddim", DDIMScheduler), ("euler", EulerDiscreteScheduler), ("pndm", PNDMScheduler)],
 )
-def test_schedulers(files, tool, pipeline, name, scheduler):
+def test_schedulers(files, pipeline, name, scheduler):
     output = files / name
     asked = ["--model", str(files / "exported"), "--output", str(output), "--seed", "3"]
     asked += ["--prompt", "a <image> here", "--image", str(files / "cat.png")]
-    assert tool.main([*asked, *DRAWING, "--scheduler", name]) == 0
+    assert generate.main([*asked, *DRAWING, "--scheduler", name]) == 0
     (found,) = (image for file, image in pixels(output).items() if file.endswith("-0.png"))
     other = KosmosGPipeline(**pipeline.components)
     other.set_progress_bar_config(disable=True)
@@ -215,7 +227,7 @@ def test_schedulers(files, tool, pipeline, name, scheduler):
     assert np.array_equal(found, own(other, ["a", picture(1), "here"], 3))
 
 
-def test_a_controlnet(files, tool, pipeline):
+def test_a_controlnet(files, pipeline):
     torch.manual_seed(2)
     controlnet = ControlNetModel.from_unet(
         pipeline.unet, conditioning_embedding_out_channels=(4, 8)
@@ -226,7 +238,7 @@ def test_a_controlnet(files, tool, pipeline):
     asked = ["--model", str(files / "exported"), "--prompt", "a cross", *DRAWING]
     asked += ["--output", str(files / "additions")]
     control = ["--controlnet", str(files / "controlnet"), "--control-scale", "0.5"]
-    assert tool.main([*asked, *control, "--control-image", str(files / "cat.png")]) == 0
+    assert generate.main([*asked, *control, "--control-image", str(files / "cat.png")]) == 0
     embeds, negative = pipeline.encode_prompt("a cross")
     names = ("vae", "tokenizer", "unet", "scheduler")
     painter = StableDiffusionControlNetPipeline(
@@ -253,7 +265,7 @@ def test_a_controlnet(files, tool, pipeline):
     assert np.array_equal(found, np.asarray(wanted))
 
 
-def test_loras(files, tool):
+def test_loras(files):
     unet = UNet2DConditionModel.from_pretrained(files / "sd" / "unet")
     torch.manual_seed(3)
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
@@ -272,7 +284,7 @@ def test_loras(files, tool):
         )
     ):
         output = files / f"lora-{number}"
-        assert tool.main([*asked, *more, "--output", str(output), "--sheet-rows", "0"]) == 0
+        assert generate.main([*asked, *more, "--output", str(output), "--sheet-rows", "0"]) == 0
         (image,) = pixels(output).values()
         found.append(image.astype(int))
     assert np.array_equal(found[0], found[1])
@@ -303,13 +315,13 @@ def test_loras(files, tool):
         (["--prompt", "a", "--model", "{files}/truncated"], "no whole safetensors file"),
     ],
 )
-def test_bad_input_is_named_and_nothing_is_written(files, tool, capsys, arguments, message):
+def test_bad_input_is_named_and_nothing_is_written(files, capsys, arguments, message):
     truncate(files / "exported", files / "truncated")
     if "--model" not in arguments:
         arguments = [*arguments, "--model", "{files}/exported"]
     output = files / "bad"
     given = [argument.replace("{files}", str(files)) for argument in arguments]
-    assert tool.main(["--output", str(output), *given]) == 2
+    assert generate.main(["--output", str(output), *given]) == 2
     said = capsys.readouterr().err
     assert re.search(message, said) and said.count("error: ") == 1, said
     assert not output.exists()
@@ -335,7 +347,7 @@ def truncate(source: Path, target: Path) -> None:
         (["--prompt", "a", "--guidance", "nan"], "nan is not a number"),
     ],
 )
-def test_options_that_contradict(tool, capsys, arguments, message):
+def test_options_that_contradict(capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        tool.main(["--model", "m", "--output", "o", *arguments])
+        generate.main(["--model", "m", "--output", "o", *arguments])
     assert stopped.value.code == 2 and message in capsys.readouterr().err

@@ -42,90 +42,86 @@ OF_TRANSFORMERS_4 = {
 EMBEDDING = "text_model.model.embed_tokens.weight"
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> ConversionWorld:
-    return ConversionWorld(tmp_path_factory.mktemp("hf"))
-
-
-def test_stock_classes_take_every_weight(world) -> None:
+def test_stock_classes_take_every_weight(converted) -> None:
     model, report = AutoModelForImageTextToText.from_pretrained(
-        world.exported, subfolder="mllm", output_loading_info=True
+        converted.exported, subfolder="mllm", output_loading_info=True
     )
     assert not any(report.values()) and model.dtype == torch.float32
     assert type(model).__module__.startswith("transformers.models.kosmos2")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert len(model.get_input_embeddings().weight) == VOCAB_SIZE
     aligner, report = KosmosGAligner.from_pretrained(
-        world.exported / "aligner", output_loading_info=True
+        converted.exported / "aligner", output_loading_info=True
     )
     assert not any(report.values())
-    assert aligner.config.num_queries == world.config.model.aligner.num_queries
-    assert len(AutoTokenizer.from_pretrained(world.exported / "tokenizer")) == VOCAB_SIZE
-    processor = AutoImageProcessor.from_pretrained(world.exported / "mllm_image_processor")
+    assert aligner.config.num_queries == converted.config.model.aligner.num_queries
+    assert len(AutoTokenizer.from_pretrained(converted.exported / "tokenizer")) == VOCAB_SIZE
+    processor = AutoImageProcessor.from_pretrained(converted.exported / "mllm_image_processor")
     assert dict(processor.crop_size) == {"height": 28, "width": 28}
 
 
-def test_the_folder_names_stock_classes_and_two_files_of_its_own(world) -> None:
-    index = json.loads((world.exported / "model_index.json").read_text())
+def test_the_folder_names_stock_classes_and_two_files_of_its_own(converted) -> None:
+    index = json.loads((converted.exported / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline_kosmosg", "KosmosGPipeline"]
     assert index["mllm"] == ["transformers", "Kosmos2ForConditionalGeneration"]
     assert index["aligner"] == ["modeling_kosmosg_aligner", "KosmosGAligner"]
     assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
     assert index["text_encoder"] == [None, None]
-    code = sorted(p.relative_to(world.exported).as_posix() for p in world.exported.rglob("*.py"))
+    folder = converted.exported
+    code = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
     assert code == ["aligner/modeling_kosmosg_aligner.py", "pipeline_kosmosg.py"]
     for part in ("unet", "vae"):
         file = f"{part}/diffusion_pytorch_model.safetensors"
-        copied, original = load_file(world.exported / file), load_file(world.sd / file)
+        copied, original = load_file(converted.exported / file), load_file(converted.sd / file)
         assert copied.keys() == original.keys()
         assert all(torch.equal(copied[name], original[name]) for name in original)
 
 
-def test_there_and_back_is_bit_equal(world, tmp_path) -> None:
-    imported = import_hf(world.exported, tmp_path / "back")
-    same_weights(tmp_path / "back", world.weights, torch.float32)
+def test_there_and_back_is_bit_equal(converted, tmp_path) -> None:
+    imported = import_hf(converted.exported, tmp_path / "back")
+    same_weights(tmp_path / "back", converted.weights, torch.float32)
     config = CheckpointTensors(imported.checkpoint).config
-    assert config.stage == "instruct" and config.data.seq_length == world.config.data.seq_length
+    assert config.stage == "instruct" and config.data.seq_length == converted.config.data.seq_length
     for part in ("vocab_size", "decoder", "vision", "aligner"):
-        assert getattr(config.model, part) == getattr(world.config.model, part), part
+        assert getattr(config.model, part) == getattr(converted.config.model, part), part
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_there_and_back_in_16_bits(world, tmp_path, dtype) -> None:
-    export_hf(world.run, world.sd, tmp_path / "hf", dtype)
+def test_there_and_back_in_16_bits(converted, tmp_path, dtype) -> None:
+    export_hf(converted.run, converted.sd, tmp_path / "hf", dtype)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", subfolder="mllm")
     assert model.dtype == dtype
     assert {t.dtype for t in load_file(_weights(tmp_path / "hf" / "unet")).values()} == {dtype}
     import_hf(tmp_path / "hf", tmp_path / "back")
-    same_weights(tmp_path / "back", world.weights, dtype)
+    same_weights(tmp_path / "back", converted.weights, dtype)
 
 
 @pytest.mark.parametrize("kind", ["decoder_only", "none"])
-def test_other_aligners_there_and_back(world, tmp_path, kind) -> None:
+def test_other_aligners_there_and_back(converted, tmp_path, kind) -> None:
     config = conversion_config("instruct", tmp_path, kind)
     weights = write_random(tmp_path / "run", config)
-    export_hf(tmp_path / "run", world.sd, tmp_path / "hf")
+    export_hf(tmp_path / "run", converted.sd, tmp_path / "hf")
     import_hf(tmp_path / "hf", tmp_path / "back")
     same_weights(tmp_path / "back", weights, torch.float32)
 
 
-def test_the_language_model_alone_there_and_back(world, tmp_path) -> None:
+def test_the_language_model_alone_there_and_back(converted, tmp_path) -> None:
     model, report = AutoModelForImageTextToText.from_pretrained(
-        world.mllm, output_loading_info=True
+        converted.mllm, output_loading_info=True
     )
     assert not any(report.values())
-    assert len(AutoTokenizer.from_pretrained(world.mllm)) == len(
+    assert len(AutoTokenizer.from_pretrained(converted.mllm)) == len(
         model.get_input_embeddings().weight
     )
-    import_hf(world.mllm, tmp_path / "back")
-    same_weights(tmp_path / "back", world.language, torch.float32)
+    import_hf(converted.mllm, tmp_path / "back")
+    same_weights(tmp_path / "back", converted.language, torch.float32)
     assert CheckpointTensors(tmp_path / "back").stage == "pretrain"
 
 
-def test_align_checkpoints_lose_n_and_say_so(world, tmp_path) -> None:
+def test_align_checkpoints_lose_n_and_say_so(converted, tmp_path) -> None:
     config = conversion_config("align", tmp_path)
     weights = write_random(tmp_path / "run", config)
-    notes = export_hf(tmp_path / "run", world.sd, tmp_path / "hf")
+    notes = export_hf(tmp_path / "run", converted.sd, tmp_path / "hf")
     left_out = [name for name in weights if name.startswith("aligner_n.")]
     assert notes[4].startswith(f"not exported: {len(left_out)} tensors of AlignerNet N")
     assert any("aligner_n.decoder.layers.[0-2].mlp.linear_fc1.weight" in note for note in notes)
@@ -134,11 +130,11 @@ def test_align_checkpoints_lose_n_and_say_so(world, tmp_path) -> None:
     same_weights(tmp_path / "back", kept, torch.float32)
 
 
-def test_shards_hold_no_more_than_asked_and_load(world, tmp_path) -> None:
-    source = SafetensorsFolder(world.exported / "mllm", "model")
+def test_shards_hold_no_more_than_asked_and_load(converted, tmp_path) -> None:
+    source = SafetensorsFolder(converted.exported / "mllm", "model")
     limit, done = 40_000, []
     write_safetensors(tmp_path, "model", source, lambda *now: done.append(now), limit)
-    shutil.copyfile(world.exported / "mllm" / "config.json", tmp_path / "config.json")
+    shutil.copyfile(converted.exported / "mllm" / "config.json", tmp_path / "config.json")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 3 and done[-1][0] == done[-1][1]
     for shard in shards:
@@ -156,9 +152,9 @@ def _weights(folder: Path) -> Path:
     return folder / "diffusion_pytorch_model.safetensors"
 
 
-def _kosmos2(world: ConversionWorld, folder: Path) -> Path:
+def _kosmos2(converted: ConversionWorld, folder: Path) -> Path:
     """The layout of microsoft/kosmos-2: more tokens, the slow tokenizer's files, a stray buffer."""
-    shutil.copytree(world.mllm, folder)
+    shutil.copytree(converted.mllm, folder)
     weights = load_file(folder / "model.safetensors")
     table = weights[EMBEDDING]
     weights[EMBEDDING] = torch.cat([table, torch.randn(GROUNDING_TOKENS, table.shape[1])])
@@ -180,16 +176,16 @@ def _kosmos2(world: ConversionWorld, folder: Path) -> Path:
     return folder
 
 
-def test_kosmos2_is_a_start_for_pretrain(world, tmp_path) -> None:
-    imported = import_kosmos2(_kosmos2(world, tmp_path / "kosmos2"), tmp_path / "run")
-    same_weights(tmp_path / "run", world.language, torch.float32)
+def test_kosmos2_is_a_start_for_pretrain(converted, tmp_path) -> None:
+    imported = import_kosmos2(_kosmos2(converted, tmp_path / "kosmos2"), tmp_path / "run")
+    same_weights(tmp_path / "run", converted.language, torch.float32)
     assert "kept the first 327 of 340 embedding rows" in imported.notes[1]
     config = CheckpointTensors(tmp_path / "run").config
     assert (config.stage, config.model.vocab_size) == ("pretrain", VOCAB_SIZE)
 
 
-def test_kosmos2_with_another_tokenizer_is_refused(world, tmp_path) -> None:
-    folder = _kosmos2(world, tmp_path / "kosmos2")
+def test_kosmos2_with_another_tokenizer_is_refused(converted, tmp_path) -> None:
+    folder = _kosmos2(converted, tmp_path / "kosmos2")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     pieces = tokenizer["model"]["vocab"]
     pieces[100], pieces[101] = pieces[101], pieces[100]

@@ -20,21 +20,15 @@ from megatron_kosmosg.conversion.tensors import InMemory
 from tests.conversion_models import (
     TOKENIZER,
     VOCAB_SIZE,
-    ConversionWorld,
     conversion_config,
     edit_weights,
     nothing_written,
 )
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> ConversionWorld:
-    return ConversionWorld(tmp_path_factory.mktemp("hf"))
-
-
-def test_a_pretrain_checkpoint_is_sent_to_export_mllm(world, tmp_path) -> None:
+def test_a_pretrain_checkpoint_is_sent_to_export_mllm(converted, tmp_path) -> None:
     with pytest.raises(ConversionError, match="export-mllm writes its language model"):
-        export_hf(world.pretrain, world.sd, tmp_path / "hf")
+        export_hf(converted.pretrain, converted.sd, tmp_path / "hf")
     assert nothing_written(tmp_path / "hf")
 
 
@@ -49,16 +43,18 @@ def test_a_pretrain_checkpoint_is_sent_to_export_mllm(world, tmp_path) -> None:
         ("vae", "diffusion_pytorch_model.safetensors", None, "save the folder once with diffusers"),
     ],
 )
-def test_a_stable_diffusion_that_does_not_fit(world, tmp_path, part, file, change, message) -> None:
+def test_a_stable_diffusion_that_does_not_fit(
+    converted, tmp_path, part, file, change, message
+) -> None:
     sd = tmp_path / "sd"
-    shutil.copytree(world.sd, sd)
+    shutil.copytree(converted.sd, sd)
     if change is None:
         (sd / part / file).unlink()
     else:
         path = sd / part / file
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ConversionError, match=message):
-        export_hf(world.run, sd, tmp_path / "hf")
+        export_hf(converted.run, sd, tmp_path / "hf")
     assert nothing_written(tmp_path / "hf")
 
 
@@ -116,39 +112,39 @@ def _other_model(folder: Path) -> None:
         (_other_model, "a model of type 'llava', not 'kosmos-2'"),
     ],
 )
-def test_damaged_folders_are_refused(world, tmp_path, damage, message) -> None:
-    shutil.copytree(world.exported, tmp_path / "hf")
+def test_damaged_folders_are_refused(converted, tmp_path, damage, message) -> None:
+    shutil.copytree(converted.exported, tmp_path / "hf")
     damage(tmp_path / "hf")
     with pytest.raises(ConversionError, match=message):
         import_hf(tmp_path / "hf", tmp_path / "back")
     assert nothing_written(tmp_path / "back")
 
 
-def test_an_interrupted_export_leaves_nothing(world, tmp_path, monkeypatch) -> None:
+def test_an_interrupted_export_leaves_nothing(converted, tmp_path, monkeypatch) -> None:
     def interrupt(*arguments) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(export_module.hf_folder, "write_index", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        export_hf(world.run, world.sd, tmp_path / "hf")
+        export_hf(converted.run, converted.sd, tmp_path / "hf")
     assert nothing_written(tmp_path / "hf")
     monkeypatch.undo()
-    export_hf(world.run, world.sd, tmp_path / "hf")
+    export_hf(converted.run, converted.sd, tmp_path / "hf")
     with pytest.raises(ConversionError, match="hf exists; give a new folder"):
-        export_hf(world.run, world.sd, tmp_path / "hf")
+        export_hf(converted.run, converted.sd, tmp_path / "hf")
 
 
-def test_numbers_too_large_for_fp16_are_not_made_infinite(world, tmp_path) -> None:
+def test_numbers_too_large_for_fp16_are_not_made_infinite(converted, tmp_path) -> None:
     config = conversion_config("instruct", tmp_path)
-    weights = {**world.weights, "resampler.dense.bias": torch.full((32,), 1e6)}
+    weights = {**converted.weights, "resampler.dense.bias": torch.full((32,), 1e6)}
     write_checkpoint(tmp_path / "run", config, InMemory(weights))
     with pytest.raises(ConversionError, match="up to 1e.06, too large for float16"):
-        export_hf(tmp_path / "run", world.sd, tmp_path / "hf", torch.float16)
+        export_hf(tmp_path / "run", converted.sd, tmp_path / "hf", torch.float16)
     assert nothing_written(tmp_path / "hf")
 
 
-def test_a_vocabulary_that_is_not_the_tokenizers(world, tmp_path) -> None:
-    shutil.copytree(world.run, tmp_path / "run")
+def test_a_vocabulary_that_is_not_the_tokenizers(converted, tmp_path) -> None:
+    shutil.copytree(converted.run, tmp_path / "run")
     path = next((tmp_path / "run").glob("iter_*/config.yaml"))
     path.write_text(path.read_text().replace(str(TOKENIZER), str(tmp_path / "gone.model")))
     listing = path.with_name("complete.json")
@@ -156,5 +152,5 @@ def test_a_vocabulary_that_is_not_the_tokenizers(world, tmp_path) -> None:
     sizes["files"]["config.yaml"] = path.stat().st_size
     listing.write_text(json.dumps(sizes))
     with pytest.raises(ConversionError, match="gone.model .*--tokenizer-model"):
-        export_hf(tmp_path / "run", world.sd, tmp_path / "hf")
-    export_hf(tmp_path / "run", world.sd, tmp_path / "hf", tokenizer=TOKENIZER)
+        export_hf(tmp_path / "run", converted.sd, tmp_path / "hf")
+    export_hf(tmp_path / "run", converted.sd, tmp_path / "hf", tokenizer=TOKENIZER)

@@ -1,4 +1,4 @@
-"""One folder, four ways to load it, each in a fresh process without the hub; and saved again."""
+"""One folder, four ways to load it, in fresh processes without the hub; and saved again."""
 
 from __future__ import annotations
 
@@ -95,12 +95,11 @@ def test_with_the_package(out) -> None:
     assert_same_files(out / "exported", out / "saved-by-package")
 
 
-def test_the_language_model_alone(out) -> None:
-    compare(load("language_model", out), out)
-
-
-def test_stock_stable_diffusion(out) -> None:
-    compare(load("stable_diffusion", out), out)
+def test_the_language_model_and_stable_diffusion_each_with_stock_classes(out) -> None:
+    """One process for the two: importing the libraries again would prove nothing more."""
+    found = load("stock_classes", out)
+    assert set(found) == {"logits", "hidden", "images"}
+    compare(found, out)
 
 
 def test_the_folder_is_portable(out) -> None:

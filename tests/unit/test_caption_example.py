@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
+from examples.inference.caption_image import Captioner
 from tests.tiny_pipeline import picture, tiny_pipeline
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "inference" / "caption_image.py"
 LENGTH, BEAMS = 4, 3
 CAT, DOG = picture(1), picture(2)
 
@@ -20,10 +17,7 @@ def captioner(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("captions")
     tiny_pipeline(folder).save_pretrained(folder / "exported")
-    specification = importlib.util.spec_from_file_location("caption_image", EXAMPLE)
-    example = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(example)
-    return example.Captioner(folder / "exported")
+    return Captioner(folder / "exported")
 
 
 @torch.no_grad()

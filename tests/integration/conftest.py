@@ -1,0 +1,32 @@
+"""What several test files share: converted models that none changes, and a running Slurm."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.local_slurm import LocalSlurm
+from tests.preloaded_python import PreloadedPython
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """A ConversionWorld."""
+    from tests.conversion_models import ConversionWorld  # takes seconds, and few tests need it
+
+    return ConversionWorld(tmp_path_factory.mktemp("converted"))
+
+
+@pytest.fixture(scope="session")
+def preloaded_python(tmp_path_factory):
+    """What the jobs run as Python."""
+    with PreloadedPython(tmp_path_factory.mktemp("p")) as preloaded:
+        yield preloaded
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory, preloaded_python):
+    """Two nodes; no job is left when a test ends well."""
+    with LocalSlurm(tmp_path_factory.mktemp("s"), num_nodes=2) as cluster:
+        cluster.environment["VIRTUAL_ENV"] = str(preloaded_python.venv)
+        cluster.environment.pop("KOSMOSG_HOME", None)
+        yield cluster
