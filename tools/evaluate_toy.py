@@ -20,6 +20,7 @@ from megatron_kosmosg.training.checkpoint_folder import CONFIG_FILE, find_checkp
 
 
 def parse() -> argparse.Namespace:
+    """The command line; runs are still NAME=FOLDER."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="example: tools/evaluate_toy.py --run pretrain=runs/q/pretrain "
@@ -42,6 +43,7 @@ def parse() -> argparse.Namespace:
 
 
 def evaluate(arguments: argparse.Namespace) -> Results:
+    """Rows and sheets of all runs. Raises ConfigError for a run without a finished checkpoint."""
     runs = dict(entry.split("=", 1) for entry in arguments.run)
     count = 8 if arguments.fast else arguments.count
     sampling = Sampling(arguments.steps, arguments.guidance, arguments.seed)
@@ -73,6 +75,7 @@ def evaluate(arguments: argparse.Namespace) -> Results:
 
 
 def write(results: Results, output: Path) -> None:
+    """The sheets as PNG files, `images.json` that lists them, and `metrics.json`."""
     output.mkdir(parents=True, exist_ok=True)
     listed = []
     for file, title, caption, picture in results.sheets:
@@ -88,6 +91,7 @@ def write(results: Results, output: Path) -> None:
 
 
 def main() -> int:
+    """0, also when a threshold is missed, which the table shows; 2 for runs that cannot be read."""
     arguments = parse()
     if not all("=" in entry for entry in arguments.run) or not any(
         entry.startswith("instruct=") for entry in arguments.run
@@ -98,7 +102,7 @@ def main() -> int:
         results = evaluate(arguments)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     write(results, arguments.output)
     for row in results.rows:
         mark = {None: " ", True: "ok", False: "MISSED"}[row.passed]

@@ -90,7 +90,7 @@ class ToyResults:
             )
 
     def instruct(self, model: TrainedModel, before: TrainedModel | None) -> None:
-        """The issue's cells: pictures alone, swap, background picture, edits; before and after."""
+        """Pictures alone, swapped, as background, and edited; before: the model it started from."""
         limits = {1: (0.95, 0.90, 9.0), 2: (0.95, 0.85, 12.0)}
         for num_entities, (shape, pattern, hue) in limits.items():
             words = self._cell("instruct", "words", model, num_entities, words_only)
@@ -184,10 +184,11 @@ class ToyResults:
         rows, headings = self._rows(cell, shown), ("truth", "result")
         caption = "Prompt pictures, true scene, result after instruct"
         if before is not None:
-            drawn = self._draw(before, [case.parts for case in shown], num_entities)
+            asked = [case.parts for case in shown[: len(rows)]]
+            drawn = self._draw(before, asked, num_entities)
             rows = [
                 [*row[:-1], to_picture(image), row[-1]]
-                for row, image in zip(rows, drawn.images, strict=False)
+                for row, image in zip(rows, drawn.images, strict=True)
             ]
             caption = "Prompt pictures, true scene, result before instruct (align only), after"
             headings = ("truth", "before", "after")
