@@ -63,9 +63,9 @@ class RemoteScore:
         """Undecodable targets, seconds that score ranks were idle."""
         self._signal = torch.zeros((), device=device)
         self._waits: list[Stopwatch] = []
-
         self.record: Record = no_record
         """Names what this rank sends and waits for, while a trace is made."""
+
     def loss(
         self,
         condition: torch.Tensor,
@@ -190,7 +190,9 @@ class _Pending:
     def __init__(
         self,
         score: RemoteScore,
+        number: int,
         split: list[tuple[int, slice]],
+        positions: torch.Tensor,
         shape: torch.Size,
         wants_gradient: bool,
         reported: torch.Tensor,
@@ -199,9 +201,7 @@ class _Pending:
         self.number, self.split, self.positions = number, split, positions
         self.reported = reported
         self.num_rows = shape[0]
-        number: int,
         self.values_per_row = shape[1:].numel() if wants_gradient else 0
-        positions: torch.Tensor,
 
     def wait(self) -> torch.Tensor:
         """The gradient by the condition, fp32, of the loss without its scale; none for a LOSS."""
