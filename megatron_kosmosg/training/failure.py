@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,20 +24,25 @@ FAILURE_FILE = "failure.txt"
 OWN_CODE = Path(__file__).parents[1]
 
 
-def forget_failure(folder: Path) -> None:
-    """Removes the claim of an earlier run; call on one rank before the others can fail.
+def forget_failure(folder: Path, started: float) -> None:
+    """Removes the claim of an earlier run: one from before `started`, this run's start in seconds
+    since 1970. Ranks do not start together: another may already have failed in this run.
 
     A folder that cannot be used is no concern here: config/validate.py says what is wrong with it.
     """
+    path = folder / FAILURE_FILE
     with suppress(OSError):
-        (folder / FAILURE_FILE).unlink()
+        if path.stat().st_mtime < started:
+            path.unlink()
 
 
-def report_failure(folder: Path, rank: int, error: BaseException) -> bool:
+def report_failure(folder: Path, rank: int, error: BaseException, started: float) -> bool:
     """True if this rank's error is the first, which is then shown; False if it was late.
 
     The file gets the traceback. On stderr, an error that the user can repair is its message alone.
+    started: as for `forget_failure`.
     """
+    forget_failure(folder, started)  # the rank that does so at the start may not have come to it
     full = f"rank {rank} failed:\n" + "".join(traceback.format_exception(error))
     shown = f"error: {str(error) or type(error).__name__}" if _explains_itself(error) else full
     path = folder / FAILURE_FILE
@@ -51,6 +57,9 @@ def report_failure(folder: Path, rank: int, error: BaseException) -> bool:
         return True
     with os.fdopen(descriptor, "w") as file:
         file.write(full)
+        file.flush()
+        now = time.time()
+        os.utime(descriptor, (now, now))  # by this machine's clock: a file server's may differ
     print(shown, file=sys.stderr, flush=True)
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -59,29 +60,43 @@ def raised(text: str) -> Exception:
 
 
 def test_only_the_first_failure_is_written_out(tmp_path, capsys):
-    assert report_failure(tmp_path, 3, raised("no memory"))
+    started = time.time() - 1
+    assert report_failure(tmp_path, 3, raised("no memory"), started)
     first = capsys.readouterr().err
     assert "rank 3 failed" in first and "Traceback" in first
-    assert not report_failure(tmp_path, 0, raised("connection lost"))
+    assert not report_failure(tmp_path, 0, raised("connection lost"), started)
     late = capsys.readouterr().err
     assert "connection lost" not in late and "failure.txt" in late
     assert "no memory" in (tmp_path / "failure.txt").read_text()
-    forget_failure(tmp_path)
-    assert report_failure(tmp_path, 0, ConfigError("again"))
-    assert capsys.readouterr().err == "error: again\n"
+
+
+def test_ranks_that_start_at_different_moments_know_this_run_s_failure_from_an_earlier_one(
+    tmp_path, capsys
+):
+    now = time.time()
+    report_failure(tmp_path, 3, raised("no memory"), now - 100)
+    os.utime(tmp_path / "failure.txt", (now - 50, now - 50))
+    # Rank 1 fails before rank 0 has come to forget the earlier run.
+    assert report_failure(tmp_path, 1, ConfigError("no such device"), now - 10)
+    assert capsys.readouterr().err.endswith("error: no such device\n")
+    forget_failure(tmp_path, now - 5)
+    assert not report_failure(tmp_path, 0, raised("nobody came"), now - 5)
+    assert "no such device" in (tmp_path / "failure.txt").read_text()
+    forget_failure(tmp_path, now + 60)
+    assert not (tmp_path / "failure.txt").exists()
 
 
 @pytest.mark.parametrize("name", ["file", "file/run"])
 def test_without_a_folder_to_agree_in_everyone_speaks(tmp_path, capsys, name):
     (tmp_path / "file").write_text("")
-    forget_failure(tmp_path / name)
-    assert report_failure(tmp_path / name, 2, raised("bad path"))
+    forget_failure(tmp_path / name, time.time())
+    assert report_failure(tmp_path / name, 2, raised("bad path"), time.time())
     assert "bad path" in capsys.readouterr().err
 
 
 def test_an_error_about_the_input_is_one_line_and_the_file_has_the_traceback(tmp_path, capsys):
     with pytest.raises(ConfigError) as caught:
         load_config(None, ["stage=align", "nonsense=1"])
-    report_failure(tmp_path, 0, caught.value)
+    report_failure(tmp_path, 0, caught.value, time.time())
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert "Traceback" in (tmp_path / "failure.txt").read_text()
