@@ -19,7 +19,7 @@ from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.stored_names import EMBEDDING
 from megatron_kosmosg.conversion.tensors import TensorSource
 from megatron_kosmosg.data.keyed import torch_generator
-from megatron_kosmosg.data.tokenizer import TRAILING_SPECIALS, Tokenizer
+from megatron_kosmosg.data.tokenizer import IMAGE, TRAILING_SPECIALS, Tokenizer
 from megatron_kosmosg.inference.modeling_kosmosg_aligner import KosmosGAligner
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
@@ -54,7 +54,7 @@ def random_prompts(shape: PromptShape, seed: int) -> dict[str, torch.Tensor]:
     """
     generator = torch_generator(seed, "verify", 0, "prompts")
     first_special = shape.vocab_size - len(TRAILING_SPECIALS)
-    image_id = first_special + TRAILING_SPECIALS.index("<image>")
+    image_id = first_special + TRAILING_SPECIALS.index(IMAGE)
     rows = []
     for number, count in enumerate(IMAGES_OF_ROW):
         tokens, mask = [Tokenizer.bos_id], [False]

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-TRAILING_SPECIALS = ("<mask>", "</doc>", "<image>", "</image>", "</chunk>", "</line>")
+IMAGE, END_IMAGE = "<image>", "</image>"
+"""Bracket a picture; <image> also fills its slots and, in texts of users, stands for one."""
+TRAILING_SPECIALS = ("<mask>", "</doc>", IMAGE, END_IMAGE, "</chunk>", "</line>")
 WORD_START = "\u2581"
 TERMINATORS = (".", "!", "?")
 UNSPACED_TERMINATORS = ("\u3002", "\uff01", "\uff1f")
@@ -50,8 +52,8 @@ class Tokenizer:
         self.num_pieces = self._processor.get_piece_size()
         self.vocab_size = self.num_pieces + 1 + len(TRAILING_SPECIALS)
         first = self.num_pieces + 1
-        self.image_id = first + TRAILING_SPECIALS.index("<image>")
-        self.end_image_id = first + TRAILING_SPECIALS.index("</image>")
+        self.image_id = first + TRAILING_SPECIALS.index(IMAGE)
+        self.end_image_id = first + TRAILING_SPECIALS.index(END_IMAGE)
         self._build_sentence_tables()
 
     def encode(self, text: str) -> list[int]:

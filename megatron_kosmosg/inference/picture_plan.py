@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kosmosg.data.keyed import stream_key
+from megatron_kosmosg.data.tokenizer import IMAGE as PLACEHOLDER
 from megatron_kosmosg.inference.prompt_records import (
     OPTION_FIELDS,
-    PLACEHOLDER,
     DrawingOptions,
     Part,
     PromptError,
@@ -61,10 +61,12 @@ class Picture:
 
     @property
     def file_name(self) -> str:
+        """Within the folder of the run."""
         return f"{self.record.id}-{self.index}.png"
 
     @property
     def settings_hash(self) -> str:
+        """Changes with anything that decides how the picture looks."""
         return _digest(json.dumps(self.settings, sort_keys=True).encode())
 
 
@@ -78,8 +80,7 @@ class PicturePlan:
     def pictures(self, record: PromptRecord) -> list[Picture]:
         """The pictures of the record in order. Raises PromptError naming it."""
         options = _filled(record.options, self._run.defaults)
-        if options.seed is None or options.num_images is None:
-            raise AssertionError("the run's defaults lack seed or num_images")
+        assert options.seed is not None and options.num_images is not None, "see RunSettings"
         first = options.seed
         if record.options.seed is None:
             # Prompts of a file start from noise of their own, wherever they stand in it.

@@ -26,6 +26,7 @@ from transformers import Kosmos2ForConditionalGeneration, PreTrainedTokenizerBas
 logger = logging.get_logger(__name__)
 
 PLACEHOLDER = "<image>"
+"""A copy, like all that this file shares with the package: it must stand alone."""
 PIPELINE_MODULE = "pipeline_kosmosg"
 ALIGNER_MODULE = "modeling_kosmosg_aligner"
 PORTABLE = {

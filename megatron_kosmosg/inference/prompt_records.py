@@ -22,7 +22,8 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-PLACEHOLDER = "<image>"
+from megatron_kosmosg.data.tokenizer import IMAGE as PLACEHOLDER
+
 Part = str | Path
 """Words, or the file of a picture."""
 
