@@ -89,7 +89,7 @@ def test_both_forms_of_a_prompt_give_the_same(pipeline) -> None:
 
 
 def test_a_ragged_batch_equals_its_rows_alone(pipeline) -> None:
-    batch = ["<image> beside <image>", ["a", HAT], "a red square", [["literal <image>"]][0]]
+    batch = ["<image> beside <image>", ["a", HAT], "a red square", ["literal <image>"]]
     found = condition(pipeline, batch, images=[[DOG, CAT], None, [], None])
     alone = [
         condition(pipeline, [DOG, "beside", CAT]),

@@ -11,38 +11,30 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from megatron_kosmosg.config.schema import (
-    AlignerConfig,
-    DecoderConfig,
-    ModelConfig,
-    ParallelConfig,
-    ResamplerConfig,
-    RunConfig,
-    TrainingConfig,
-    VisionConfig,
-)
+from megatron_kosmosg.config import schema
 from megatron_kosmosg.conversion.authors import authors_table
+from megatron_kosmosg.conversion.stored_names import EMBEDDING
 from megatron_kosmosg.conversion.tensors import InMemory, as_ours
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
 from megatron_kosmosg.models.parameter_count import meta_model
 from tests.distributed.shares import whole
 
-_EMBEDDING = "embedding.word_embeddings.weight"
 
-
-def golden_config(golden: dict, stage: str, parallel: Mapping, num_rows: int = 3) -> RunConfig:
+def golden_config(
+    golden: dict, stage: str, parallel: Mapping, num_rows: int = 3
+) -> schema.RunConfig:
     """A run of the authors' tiny model, without dropout; num_rows: of a global batch, 3 or 6."""
     sizes = golden["sizes"]
-    model = ModelConfig(
+    model = schema.ModelConfig(
         vocab_size=golden["vocab_size"],
-        decoder=DecoderConfig(
+        decoder=schema.DecoderConfig(
             num_layers=sizes["layers"],
             hidden_size=sizes["hidden"],
             ffn_hidden_size=sizes["ffn"],
             num_attention_heads=sizes["heads"],
             hidden_dropout=0.0,
         ),
-        vision=VisionConfig(
+        vision=schema.VisionConfig(
             num_layers=sizes["vis_layers"],
             hidden_size=sizes["vis_width"],
             ffn_hidden_size=4 * sizes["vis_width"],
@@ -51,12 +43,12 @@ def golden_config(golden: dict, stage: str, parallel: Mapping, num_rows: int = 3
             patch_size=sizes["patch"],
         ),
         # The released code gives the resampler as many heads as the decoder.
-        resampler=ResamplerConfig(
+        resampler=schema.ResamplerConfig(
             num_latent_queries=sizes["latents"],
             num_attention_heads=sizes["heads"],
             attention_dropout=0.0,
         ),
-        aligner=AlignerConfig(
+        aligner=schema.AlignerConfig(
             num_layers=sizes["al_layers"],
             hidden_size=sizes["al_dim"],
             ffn_hidden_size=sizes["al_ffn"],
@@ -65,17 +57,17 @@ def golden_config(golden: dict, stage: str, parallel: Mapping, num_rows: int = 3
             max_positions=sizes["max_pos"],
         ),
     )
-    return RunConfig(
+    return schema.RunConfig(
         stage=stage,
         model=model,
-        parallel=ParallelConfig(timeout_seconds=60, **parallel),
-        training=TrainingConfig(
+        parallel=schema.ParallelConfig(timeout_seconds=60, **parallel),
+        training=schema.TrainingConfig(
             micro_batch_size=3, global_batch_size=num_rows, seed=3, precision="fp32"
         ),
     )
 
 
-def our_weights(golden: dict, config: RunConfig) -> dict[str, torch.Tensor]:
+def our_weights(golden: dict, config: schema.RunConfig) -> dict[str, torch.Tensor]:
     """The authors' weights under our names; each of theirs is used once or known to be unused."""
     table, theirs = authors_table(config.model), InMemory(golden["model"])
     whole_model = meta_model(config, True, ("M", "N"))
@@ -84,18 +76,18 @@ def our_weights(golden: dict, config: RunConfig) -> dict[str, torch.Tensor]:
     ours = as_ours(table, theirs, names)
     weights = {name: ours.read(name) for name in names}
     missing = padded_vocab_size(golden["vocab_size"], 1) - golden["vocab_size"]
-    weights[_EMBEDDING] = F.pad(weights[_EMBEDDING], (0, 0, 0, missing))
+    weights[EMBEDDING] = F.pad(weights[EMBEDDING], (0, 0, 0, missing))
     return weights
 
 
 def under_their_names(
-    golden: dict, config: RunConfig, tensors: Mapping[str, np.ndarray], names: Iterable[str]
+    golden: dict, config: schema.RunConfig, tensors: Mapping[str, np.ndarray], names: Iterable[str]
 ) -> dict[str, torch.Tensor]:
     """Whole tensors (parameters or gradients) under the authors' `names`."""
     table = authors_table(config.model)
     ours = {name: torch.from_numpy(value) for name, value in tensors.items()}
-    if _EMBEDDING in ours:
-        ours[_EMBEDDING] = ours[_EMBEDDING][: golden["vocab_size"]]
+    if EMBEDDING in ours:
+        ours[EMBEDDING] = ours[EMBEDDING][: golden["vocab_size"]]
     found = {}
     for name in names:
         sources, make = table.theirs_from(name)
@@ -106,7 +98,7 @@ def under_their_names(
 class Numbers:
     """The ranks' answers put together."""
 
-    def __init__(self, golden: dict, config: RunConfig, answers: list[dict]) -> None:
+    def __init__(self, golden: dict, config: schema.RunConfig, answers: list[dict]) -> None:
         self._golden, self._config, self._answers = golden, config, answers
 
     def output(self, part: str, key: str, micro_batch: int = 0) -> torch.Tensor:

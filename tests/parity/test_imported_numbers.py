@@ -21,15 +21,7 @@ from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.training.checkpoint import checkpoint_metadata
 from megatron_kosmosg.training.checkpoint_folder import CONFIG_FILE
 from megatron_kosmosg.training.weights import load_weights
-from tests.authors_files import (
-    HEADS,
-    clip_file,
-    fuse_tower,
-    load_golden,
-    weights_of,
-    without_tower,
-    write_file,
-)
+from tests import authors_files as authors
 from tests.tiny_models import write_stable_diffusion
 from tests.unit.data_helpers import write_tokenizer
 
@@ -40,12 +32,12 @@ STAGES = {"stage1": "pretrain", "stage2": "align", "final": "instruct"}
 def golden() -> dict:
     """Three layers and an odd vocabulary."""
     torch.set_num_threads(1)
-    return load_golden(2)
+    return authors.load_golden(2)
 
 
 def imported(folder: Path, file: Path, **more) -> Path:
     """Checkpoint folder of the imported file."""
-    job = FairseqImport(input=file, output=folder / "imported", overrides=HEADS, **more)
+    job = FairseqImport(input=file, output=folder / "imported", overrides=authors.HEADS, **more)
     return import_fairseq(job).checkpoint
 
 
@@ -86,8 +78,8 @@ def close(found: dict[str, torch.Tensor], golden: dict, tolerance: float = 1e-5)
 @pytest.mark.parametrize("index", [1, 2])
 @pytest.mark.parametrize("file", STAGES)
 def test_each_file_gives_the_authors_outputs(tmp_path: Path, file: str, index: int) -> None:
-    golden = load_golden(index)
-    path = write_file(tmp_path / "checkpoint.pt", weights_of(golden, file), golden)
+    golden = authors.load_golden(index)
+    path = authors.write_file(tmp_path / "checkpoint.pt", authors.weights_of(golden, file), golden)
     config, found = outputs(imported(tmp_path, path), golden)
     assert config.stage == STAGES[file] and config.training.precision == "fp32"
     assert ("logits" in found) == (file == "stage1")
@@ -103,8 +95,8 @@ def test_each_file_gives_the_authors_outputs(tmp_path: Path, file: str, index: i
 
 
 def test_half_precision_is_kept_bit_by_bit(tmp_path: Path, golden: dict) -> None:
-    half = {name: value.half() for name, value in weights_of(golden, "final").items()}
-    path = write_file(tmp_path / "checkpoint.pt", half, golden)
+    half = {name: value.half() for name, value in authors.weights_of(golden, "final").items()}
+    path = authors.write_file(tmp_path / "checkpoint.pt", half, golden)
     checkpoint = imported(tmp_path, path)
     stored = CheckpointTensors(checkpoint)
     assert {info.dtype for info in stored.names().values()} == {torch.float16}
@@ -113,7 +105,7 @@ def test_half_precision_is_kept_bit_by_bit(tmp_path: Path, golden: dict) -> None
     config, found = outputs(checkpoint, golden)
     assert config.training.precision == "fp16"
     rounded = {name: value.float() for name, value in half.items()}
-    path = write_file(tmp_path / "rounded.pt", rounded, golden)
+    path = authors.write_file(tmp_path / "rounded.pt", rounded, golden)
     (tmp_path / "second").mkdir()
     _, wanted = outputs(imported(tmp_path / "second", path), golden)
     for name, value in wanted.items():
@@ -122,26 +114,28 @@ def test_half_precision_is_kept_bit_by_bit(tmp_path: Path, golden: dict) -> None
 
 @pytest.mark.parametrize("source", ["fused in the file", "clip file", "clip file, wrapped"])
 def test_fused_image_attention_is_split(tmp_path: Path, golden: dict, source: str) -> None:
-    tensors, vision = fuse_tower(weights_of(golden, "stage1")), None
+    tensors, vision = authors.fuse_tower(authors.weights_of(golden, "stage1")), None
     if source.startswith("clip"):
-        tensors = without_tower(tensors)
+        tensors = authors.without_tower(tensors)
 
         def wrap(clip: dict) -> dict:
             if not source.endswith("wrapped"):
                 return clip
             return {"state_dict": {f"module.{name}": value for name, value in clip.items()}}
 
-        vision = clip_file(tmp_path / "clip.pt", golden, wrap)
-    path = write_file(tmp_path / "checkpoint.pt", tensors, golden)
+        vision = authors.clip_file(tmp_path / "clip.pt", golden, wrap)
+    path = authors.write_file(tmp_path / "checkpoint.pt", tensors, golden)
     close(outputs(imported(tmp_path, path, vision=vision), golden)[1], golden)
 
 
 def test_a_trained_block_of_the_file_wins_over_the_clip_file(tmp_path: Path, golden) -> None:
-    tensors = weights_of(golden, "stage1")
+    tensors = authors.weights_of(golden, "stage1")
     trained = {n: t for n, t in tensors.items() if ".resblocks.2." in n or ".ln_post." in n}
-    path = write_file(tmp_path / "checkpoint.pt", without_tower(tensors) | trained, golden)
+    path = authors.write_file(
+        tmp_path / "checkpoint.pt", authors.without_tower(tensors) | trained, golden
+    )
     changed = dict(golden, model={n: t + (n in trained) for n, t in golden["model"].items()})
-    vision = clip_file(tmp_path / "clip.pt", changed)
+    vision = authors.clip_file(tmp_path / "clip.pt", changed)
     close(outputs(imported(tmp_path, path, vision=vision), golden)[1], golden)
 
 
@@ -162,7 +156,7 @@ def test_the_next_stage_starts_from_an_imported_file(
     tmp_path: Path, golden: dict, file: str, following: str
 ) -> None:
     frozen = FrozenFolder(str(_frozen_parts(tmp_path / "sd", golden)))
-    path = write_file(tmp_path / "checkpoint.pt", weights_of(golden, file), golden)
+    path = authors.write_file(tmp_path / "checkpoint.pt", authors.weights_of(golden, file), golden)
     checkpoint = imported(tmp_path, path)
     sizes = golden["sizes"]
     aligner = {  # a stage 1 file does not show them
@@ -193,10 +187,12 @@ def test_the_next_stage_starts_from_an_imported_file(
 def test_a_prompt_is_answered_from_an_imported_file(tmp_path: Path, golden: dict) -> None:
     model = _tokenizer_of(tmp_path, golden["vocab_size"])
     frozen = _frozen_parts(tmp_path / "sd", golden)
-    path = write_file(tmp_path / "checkpoint.pt", weights_of(golden, "final"), golden)
+    path = authors.write_file(
+        tmp_path / "checkpoint.pt", authors.weights_of(golden, "final"), golden
+    )
     job = FairseqImport(
         input=path, output=tmp_path / "out", tokenizer=model,
-        overrides=[*HEADS, f"model.diffusion.path={frozen}"],
+        overrides=[*authors.HEADS, f"model.diffusion.path={frozen}"],
     )  # fmt: skip
     run = import_fairseq(job).checkpoint.parent
     config = load_config(run / "iter_0000000" / CONFIG_FILE, [])
