@@ -47,6 +47,7 @@ same for any number of them.
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line (None: the process's); contradicting options end the process."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
