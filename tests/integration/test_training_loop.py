@@ -89,15 +89,23 @@ def test_every_layout_learns_the_same(tmp_path, ranks, parallel, training):
     assert ends[0] == pytest.approx(ends[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_rank_saves_on_all(tmp_path, number):
-    config = fake_config(str(tmp_path), training={"train_iters": 12})
-    third_iteration = SignalAt(call=4, number=number, rank=1)  # two micro-batches each
-    assert run_ranks(2, train, config, {"hook": third_iteration}) == [False, False]
-    assert os.listdir(tmp_path / "checkpoints") == ["iter_0000003"]
-    assert len(curve(tmp_path)) == 3
+@pytest.mark.parametrize(
+    ("number", "iteration"),
+    [(signal.SIGTERM, 3), (signal.SIGUSR1, 1)],
+    ids=["term", "usr1-in-warm-up"],
+)
+def test_a_signal_to_one_rank_saves_on_all(tmp_path, number, iteration):
+    """The learning rate still rises after iteration 1: the rerun goes on where it stood."""
+    run_ranks(2, train, fake_config(str(tmp_path / "straight")))
+    config = fake_config(str(tmp_path / "stopped"))
+    hit = SignalAt(call=2 * iteration - 2, number=number, rank=1)  # two micro-batches each
+    assert run_ranks(2, train, config, {"hook": hit}) == [False, False]
+    assert os.listdir(tmp_path / "stopped" / "checkpoints") == [f"iter_{iteration:07d}"]
+    assert len(curve(tmp_path / "stopped")) == iteration
     assert run_ranks(2, train, config) == [True, True]
-    assert [line["iteration"] for line in train_lines(tmp_path)] == list(range(1, 13))
+    rates = [line["lr"] for line in train_lines(tmp_path / "stopped")]
+    assert rates[:3] == pytest.approx([0.01, 0.02, rates[2]]) and rates[2] < 0.02
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "straight")
 
 
 def test_a_loss_that_is_not_a_number_is_skipped_and_written_as_null(tmp_path):

@@ -318,3 +318,12 @@ def test_stage_scripts_ask_for_32_nodes_of_8_gpus_and_a_second_chance(script):
     for option in ("nodes=32", "ntasks-per-node=8", "gpus-per-node=8", "requeue", "signal=USR1@"):
         assert f"#SBATCH --{option}" in text, option
     assert f"examples/configs/{script.stem}.yaml" in text
+
+
+def test_every_variable_that_is_set_or_read_is_explained():
+    explained = (REPOSITORY / "slurm" / "README.md").read_text()
+    code = "".join(path.read_text() for path in (REPOSITORY / "slurm").glob("*.sh"))
+    is_set = set(re.findall(r"export ([A-Z_]+)=\$\{\1:-", code))
+    is_read = set(re.findall(r"\$\{(KOSMOSG_[A-Z_]+)", code))
+    assert {"NCCL_DEBUG", "OMP_NUM_THREADS"} <= is_set and len(is_read) >= 10
+    assert not [name for name in sorted(is_set | is_read) if name not in explained]
