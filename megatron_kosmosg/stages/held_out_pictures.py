@@ -39,6 +39,8 @@ def held_out_pictures(
     Called on all ranks together; empty on ranks that do not draw (all but one of the last stage).
     draw: called on that one. judge: gives the metrics, if any.
     """
+    if config.logging.num_images == 0:
+        return Probe()
     positions = list(range(config.logging.num_images))
     samples = [dataset[position] for position in positions]
     batch = dataset.collate(samples, dataset.pad_to(samples, positions))
