@@ -6,13 +6,16 @@ starting an interpreter for each would cost some 15 CPU-seconds a rank.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import wait
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 _PRELOAD = [
@@ -39,6 +42,62 @@ def run_ranks(
     the function and its results must pickle. The first error of any rank is raised here, with its
     traceback, and the other ranks are ended; so they are after `timeout` seconds.
     """
+    processes, pipes = _start(num_ranks, function, args)
+    try:
+        return _collect(pipes, num_ranks, timeout)
+    finally:
+        _end(processes, patience=5)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank ended that was left to itself."""
+
+    exit_code: int
+    """Of the process; -N where signal N ended it."""
+    answer: Any = None
+    """What the function returned."""
+    error: str | None = None
+    """Traceback of what it raised."""
+    at: float = 0.0
+    """time.monotonic() when it had answered, or was gone."""
+
+
+def run_ranks_until_they_end(
+    num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 240
+) -> list[Ended]:
+    """How every rank ended: none is ended from here because of another.
+
+    Raises TimeoutError, and ends what is left, when a rank is still there after `timeout` seconds.
+    """
+    processes, pipes = _start(num_ranks, function, args)
+    ended: dict[int, Ended] = {}
+    deadline = time.monotonic() + timeout
+    try:
+        while pipes:
+            ready = wait(list(pipes), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError(f"after {timeout} s rank {_names(pipes)} had not ended")
+            for pipe in ready:
+                rank = pipes.pop(pipe)
+                error, answer = None, None
+                with contextlib.suppress(EOFError):
+                    error, answer = pipe.recv()
+                process = processes[rank]
+                at = time.monotonic()
+                process.join(timeout=max(1.0, deadline - at))
+                ended[rank] = Ended(process.exitcode, answer, error, at)
+        if any(process.is_alive() for process in processes):
+            raise TimeoutError(f"after {timeout} s a rank had answered but not ended")
+    finally:
+        _end(processes, patience=0)
+    return [ended[rank] for rank in range(num_ranks)]
+
+
+def _start(
+    num_ranks: int, function: Callable[..., Any], args: tuple
+) -> tuple[list[BaseProcess], dict[Connection, int]]:
+    """(the ranks' processes, the rank at the other end of each pipe)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     port = free_port()
@@ -50,14 +109,19 @@ def run_ranks(
         send.close()
         processes.append(process)
         pipes[receive] = rank
-    try:
-        return _collect(pipes, num_ranks, timeout)
-    finally:
-        for process in processes:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
-                process.join()
+    return processes, pipes
+
+
+def _end(processes: list[BaseProcess], patience: float) -> None:
+    for process in processes:
+        process.join(timeout=patience)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _names(pipes: dict[Connection, int]) -> str:
+    return ", ".join(str(rank) for rank in sorted(pipes.values()))
 
 
 def free_port() -> int:
@@ -73,8 +137,9 @@ def _collect(pipes: dict, num_ranks: int, timeout: float) -> list:
     while pipes:
         ready = wait(list(pipes), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            late = ", ".join(str(rank) for rank in sorted(pipes.values()))
-            raise TimeoutError(f"after {timeout} s no answer from rank {late} of {num_ranks}")
+            raise TimeoutError(
+                f"after {timeout} s no answer from rank {_names(pipes)} of {num_ranks}"
+            )
         for pipe in ready:
             rank = pipes.pop(pipe)
             try:
