@@ -101,7 +101,7 @@ def megatron_update(config: RunConfig, layout: Layout, feed: FixedFeed):
     chunks = wrap_model(stage.build_model(layout), config)
     optimizer = build_optimizer(config, chunks)
     scheduler = build_lr_scheduler(config, optimizer)
-    connect(chunks, optimizer)
+    connect(chunks, optimizer, layout)
     reporter = Reporter(layout)
 
     def update() -> float:

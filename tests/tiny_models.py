@@ -160,5 +160,6 @@ def random_batch(stage: str, rows: int, length: int, seed: int) -> dict[str, tor
     else:
         targets = torch.randn(rows, 3, TARGET_SIZE, TARGET_SIZE, generator=generator)
         batch["target_pixel_values"] = targets.clamp(-1, 1)
+        batch["target_weights"] = torch.ones(rows)
         batch["stream_positions"] = torch.arange(rows) + 100 * seed
     return batch

@@ -8,8 +8,12 @@ from pathlib import Path
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.toy import assets
 from megatron_kosmosg.toy.files import World, write_world
+from megatron_kosmosg.training.loop import fit
+from megatron_kosmosg.training.stage import Stage
 
 REPOSITORY = Path(__file__).parents[1]
 KINDS = ("text", "caption", "interleaved", "edit", "compositional")
@@ -70,6 +74,28 @@ def config_of(
     """The config of the same run."""
     _, file, *settings = arguments_of(stage, data, output_dir, previous, *more)
     return load_config(file, settings)
+
+
+class _FromNothing:
+    """A stage that takes no weights of the one before."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def __getattr__(self, name: str):
+        return getattr(self._stage, name)
+
+    def initial_weights(self) -> None:
+        return None
+
+
+def train_from_nothing(config: RunConfig) -> None:
+    """One rank's part of a run that starts from random weights, for the stage after it."""
+    layout = platform.initialize(config)
+    try:
+        fit(_FromNothing(build_stage(config, layout)), config, layout)
+    finally:
+        platform.teardown()
 
 
 def records(run: Path) -> list[tuple]:

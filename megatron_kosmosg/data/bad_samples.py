@@ -15,11 +15,13 @@ class TooManyBadSamples(ValueError):
     """More pictures were undecodable than data.max_bad_samples allows."""
 
 
-def report_bad_image(dataset: str, key: str, position: int, reason: str) -> None:
-    """Names one bad picture in the log."""
+def report_bad_image(
+    dataset: str, key: str, position: int, reason: str, outcome: str = "replaced"
+) -> None:
+    """Names one bad picture in the log, and what became of its sample."""
     logger.warning(
-        "dataset %s, sample %s, stream position %d: bad image replaced: %s",
-        *(dataset, key, position, reason),
+        "dataset %s, sample %s, stream position %d: bad image %s: %s",
+        *(dataset, key, position, outcome, reason),
     )
 
 
@@ -28,5 +30,5 @@ def check_bad_samples(count: int, limit: int) -> None:
     if count > limit:
         raise TooManyBadSamples(
             f"{count} undecodable images so far, data.max_bad_samples allows {limit}; the log "
-            "names the dataset and sample of each ('bad image replaced')"
+            "names the dataset and sample of each ('bad image')"
         )

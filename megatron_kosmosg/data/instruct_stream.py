@@ -1,7 +1,8 @@
 """The stream of `instruct`: prompts with pictures and the picture to draw, mixed by weight.
 
-A sample whose picture is bad, or whose prompt is too long, is replaced by another of its dataset,
-drawn by key. Lengths come from the index, without reading a sample.
+A sample whose prompt has a bad picture, or is too long, is replaced by another of its dataset,
+drawn by key. One whose target is bad stays and gets no weight, because ranks without the U-Net do
+not read targets. Lengths come from the index, without reading a sample.
 """
 
 from __future__ import annotations
@@ -105,9 +106,17 @@ class InstructStream:
         position was good; bad_samples int64 [].
 
         Targets: target_pixel_values float32 [b, 3, T, T] in [-1, 1], or, where they are cached,
-        target_moments float16 [b, 2, channels, height, width] (mean and deviation).
+        target_moments float16 [b, 2, channels, height, width] (mean and deviation); and
+        target_weights float32 [b], 0 where the target is bad and its values are zeros, else 1.
         """
-        samples, num_bad, images = self._decode(list(samples))
+        samples, num_bad, images = self._pictures(list(samples))
+        targets, bad_targets = self._targets(samples)
+        for error in bad_targets:
+            lost = samples[error.index]
+            report_bad_image(
+                lost.dataset, lost.key, lost.position, error.reason, "counts for nothing"
+            )
+        num_bad += len(bad_targets)
         rows: dict[str, Tensor] = {}
         if self._reads != "targets":
             rows = pad_rows(
@@ -121,6 +130,7 @@ class InstructStream:
         return (
             rows
             | images
+            | targets
             | {
                 "stream_positions": positions.clone(),
                 "attempts": attempts.clone(),
@@ -154,49 +164,43 @@ class InstructStream:
             position, prompt, choice.dataset, raw.info["key"], choice.index, choice.attempt
         )
 
-    def _decode(
+    def _pictures(
         self, samples: list[PromptSample]
     ) -> tuple[list[PromptSample], int, dict[str, Tensor]]:
-        """The samples, bad ones replaced; how many were; prompt pictures and targets."""
+        """The samples, those with bad prompt pictures replaced; how many were; the pictures."""
+        if self._reads == "targets":
+            return samples, 0, {}
         num_bad = 0
         while True:
             owners = [i for i, s in enumerate(samples) for _ in s.prompt.images]
-            pictures, bad_pictures = self._pictures(samples)
-            targets, bad_targets = self._targets(samples)
-            bad: dict[int, BadImage] = {owners[error.index]: error for error in bad_pictures}
-            bad |= {error.index: error for error in bad_targets}
+            images: list[Encoded] = [image for s in samples for image in s.prompt.images]
+            pixels, errors = self._decoder.try_decode(images, self._prompt_transform)
+            bad = {owners[error.index]: error for error in errors}
             if not bad:
-                return samples, num_bad, pictures | targets
+                return samples, num_bad, {"pixel_values": pixels}
             num_bad += len(bad)
             for i in sorted(bad):
                 old = samples[i]
                 report_bad_image(old.dataset, old.key, old.position, bad[i].reason)
                 samples[i] = self._sample(old.position, old.attempt + 1)
 
-    def _pictures(self, samples: list[PromptSample]) -> tuple[dict[str, Tensor], list[BadImage]]:
-        if self._reads == "targets":
-            return {}, []
-        images: list[Encoded] = [image for s in samples for image in s.prompt.images]
-        pixels, bad = self._decoder.try_decode(images, self._prompt_transform)
-        return {"pixel_values": pixels}, bad
-
     def _targets(self, samples: list[PromptSample]) -> tuple[dict[str, Tensor], list[BadImage]]:
+        if self._reads == "prompts":
+            return {}, []
         caches = [self._sources[sample.dataset].latents for sample in samples]
         if any(cache is None for cache in caches):
-            if self._reads == "prompts":
-                return {}, []
-            targets = [bytes(s.prompt.target or b"") for s in samples]
-            pixels, bad = self._decoder.try_decode(targets, self._target_transform)
-            return {"target_pixel_values": pixels}, bad
-        stored = [
-            cache.moments(sample.index) for cache, sample in zip(caches, samples, strict=True)
-        ]
-        bad = [
-            BadImage(i, "the target has no cached moments because it could not be decoded")
-            for i, moments in enumerate(stored)
-            if moments is None
-        ]
-        whole = [moments for moments in stored if moments is not None]
-        if bad or self._reads == "prompts":
-            return {}, bad
-        return {"target_moments": torch.from_numpy(np.stack(whole))}, []
+            encoded = [bytes(s.prompt.target or b"") for s in samples]
+            pixels, bad = self._decoder.try_decode(encoded, self._target_transform)
+            targets = {"target_pixel_values": pixels}
+        else:
+            stored = [
+                cache.moments(sample.index) for cache, sample in zip(caches, samples, strict=True)
+            ]
+            reason = "the target has no cached moments because it could not be decoded"
+            bad = [BadImage(i, reason) for i, moments in enumerate(stored) if moments is None]
+            blank = np.zeros(caches[0].manifest.shape, np.float16)
+            whole = [blank if moments is None else moments for moments in stored]
+            targets = {"target_moments": torch.from_numpy(np.stack(whole))}
+        weights = torch.ones(len(samples))
+        weights[[error.index for error in bad]] = 0.0
+        return targets | {"target_weights": weights}, bad

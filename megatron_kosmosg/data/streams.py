@@ -85,8 +85,8 @@ def instruct_stream(
 ) -> InstructStream:
     """Prompts and targets; `device_id` is the CUDA device that decodes pictures, None the CPU.
 
-    `vae`: fingerprint of the run's VAE where data.latent_cache is set; the held-out stream decodes
-    its targets all the same, because its pictures are shown.
+    `vae`: fingerprint of the run's VAE where data.latent_cache is set and targets are read; the
+    held-out stream decodes its targets all the same, because its pictures are shown.
     """
     parts = _StreamParts(config, "instruct", split)
     data = config.data
@@ -108,7 +108,7 @@ def instruct_stream(
                 f"instruct reads {', '.join(makers)}"
             )
         latents = None
-        if data.latent_cache is not None and split == "train":
+        if data.latent_cache is not None and split == "train" and reads != "prompts":
             if vae is None:
                 raise ValueError("data.latent_cache needs the fingerprint of the run's VAE")
             latents = LatentCache(store, data.latent_cache, vae, target_transform(config))

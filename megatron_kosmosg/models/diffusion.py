@@ -65,6 +65,10 @@ class FrozenDiffusion:
     ) -> FrozenDiffusion:
         """The components under `path` (`unet/ vae/ scheduler/`) on `device` in `dtype`.
 
+        Weights are mapped from their safetensors files (diffusers does so where accelerate is
+        installed): a node reads them once, its ranks share the pages, and a rank's own copy is the
+        one on its device. On a CPU it owns what changes dtype or becomes channels-last.
+
         recompute: gradient checkpointing inside the U-Net.
         Raises ConfigError when a component is missing.
         """

@@ -65,19 +65,20 @@ class ColocatedScore:
         self,
         condition: torch.Tensor,
         targets: torch.Tensor,
+        weights: torch.Tensor,
         positions: torch.Tensor,
         stream: str,
     ) -> torch.Tensor:
         """Denoising loss summed over the micro-batch's images, equal on every tensor rank.
 
         condition: [b, c, d]; targets: pixels [b, 3, height, width] in [-1, 1], or the moments of
-        their posteriors [b, 2, channels, h, w]; positions: stream positions [b]; stream: name of
-        the sample stream (key of the draws).
+        their posteriors [b, 2, channels, h, w]; weights: of the images in the sum [b]; positions:
+        stream positions [b]; stream: name of the sample stream (key of the draws).
         """
         rows = row_range(len(condition), self._layout)
         mine = take_rows(condition, self._layout)
         losses = self._denoising(mine, targets[rows], positions[rows].cpu(), stream)
-        return sum_over_tensor_ranks(losses.sum(), self._layout)
+        return sum_over_tensor_ranks((losses * weights[rows]).sum(), self._layout)
 
 
 class DenoisingLoss:
@@ -95,8 +96,8 @@ class DenoisingLoss:
         positions: torch.Tensor,
         stream: str,
     ) -> torch.Tensor:
-        """Denoising loss per image [b], float32; arguments as of ColocatedScore, positions on the
-        CPU."""
+        """Denoising loss per image [b], float32; arguments as of ColocatedScore but for the
+        weights, positions on the CPU."""
         if len(condition) == 0:  # ragged split: keep the graph so that backward still communicates
             return condition.float().sum(dim=(1, 2))
         key = ScoreKey(self._seed, stream)

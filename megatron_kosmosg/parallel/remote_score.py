@@ -61,6 +61,7 @@ class RemoteScore:
         self._pending: deque[_Pending] = deque()
         self._sums = torch.zeros(2, device=device)
         """Undecodable targets, seconds that score ranks were idle."""
+        self._left_out = torch.zeros((), device=device)
         self._signal = torch.zeros((), device=device)
         self._waits: list[Stopwatch] = []
         self.record: Record = no_record
@@ -78,7 +79,8 @@ class RemoteScore:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(a loss whose backward awaits the gradient, the pair [sum of losses, images]).
 
-        Both hold zero for the loss until the answer came. condition: [b, c, d]; positions,
+        Both hold zero for the loss until the answer came, which may also take images off the count:
+        those whose targets are bad (`left_out`). condition: [b, c, d]; positions,
         attempts: int64 [b]; scale: the optimizer's loss scale; dtype: of the U-Net, sent in.
         """
         wants_gradient = torch.is_grad_enabled()
@@ -120,11 +122,17 @@ class RemoteScore:
         pixels = self._links[0].take_answer(len(positions) * 3 * size * size)[HEAD:]
         return pixels.view(len(positions), 3, size, size)
 
+    def left_out(self) -> torch.Tensor:
+        """Images of the global batch that counted at first, but whose targets are bad; scalar. Ask
+        after the backward passes and before `drain`."""
+        return self._left_out
+
     def drain(self) -> None:
         """Returns when all answers are here. A stop signal of a score rank is passed on."""
         while self._pending:
             self._pending[0].wait()
         self._number = 0
+        self._left_out = torch.zeros_like(self._left_out)
         received = int(self._signal.item())
         if received:
             signal.raise_signal(received)  # as if this rank had got it: the ranks agree on it
@@ -181,6 +189,7 @@ class RemoteScore:
         if self._tp_group.size() > 1:
             source = torch.distributed.get_global_rank(self._tp_group, 0)
             torch.distributed.broadcast(message, source, group=self._tp_group)
+        self._left_out = self._left_out + read_answer(message).bad_samples
         return message
 
 
@@ -206,7 +215,8 @@ class _Pending:
     def wait(self) -> torch.Tensor:
         """The gradient by the condition, fp32, of the loss without its scale; none for a LOSS."""
         message = self._score._receive(self)
-        self.reported[0] = message[0]
+        answer = read_answer(message)
+        self.reported += torch.stack([answer.loss, -answer.bad_samples])
         return message[HEAD:]
 
     def gradient(self) -> torch.Tensor:

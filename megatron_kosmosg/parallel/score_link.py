@@ -66,7 +66,7 @@ class Answer:
     loss: torch.Tensor
     """Sum over the rows, fp32 scalar."""
     bad_samples: torch.Tensor
-    """Targets that could not be decoded, scalar."""
+    """Targets that could not be decoded: images that do not count; scalar."""
     signal: torch.Tensor
     """Number of the stop signal that the score rank got, 0 for none; scalar."""
     idle: torch.Tensor
@@ -136,12 +136,8 @@ class Link:
 
     def reply(self, answer: Answer) -> None:
         """Sends an answer and returns."""
-        head = torch.stack(
-            [
-                value.detach().to(self._device, torch.float32)
-                for value in (answer.loss, answer.bad_samples, answer.signal, answer.idle)
-            ]
-        )
+        values = (answer.loss, answer.bad_samples, answer.signal, answer.idle)
+        head = torch.stack([value.detach().to(self._device, torch.float32) for value in values])
         self._send(self._answers, torch.cat([head, answer.payload.flatten()]), _DECODER)
 
     def take_answer(self, num_values: int) -> torch.Tensor:

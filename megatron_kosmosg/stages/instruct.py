@@ -17,7 +17,7 @@ from torch import nn
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.paths import heartbeat_file
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.data.instruct_stream import InstructStream
+from megatron_kosmosg.data.instruct_stream import InstructStream, Reads
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.data.streams import instruct_stream
 from megatron_kosmosg.models.chunks import build_chunks
@@ -66,12 +66,9 @@ class InstructStage:
         return train_only(chunks, _trained, layout)
 
     def build_dataset(self, split: str) -> StreamDataset:
-        """Prompts that mix text and pictures, each with the image to be drawn."""
-        vae = None
-        if self.config.data.latent_cache is not None:
-            vae = vae_fingerprint(load_vae(self.config.model.diffusion.path, torch.float32))
-        reads = "prompts" if self._layout.num_score_ranks else "all"
-        return instruct_stream(self.config, split, self._layout.device.index, vae, reads)
+        """Prompts that mix text and pictures, on the U-Net's ranks with the image to be drawn."""
+        reads = "prompts" if self._score is None else "all"
+        return open_stream(self.config, self._layout.device, split, reads)
 
     def forward_step(self, data_iterator: Iterator[dict[str, torch.Tensor]], model: nn.Module):
         """Denoising loss of one micro-batch (mcore's contract)."""
@@ -88,8 +85,9 @@ class InstructStage:
                 chance = key.uniform(positions, "condition_drop")
                 drop = chance < self.config.score.condition_drop_prob
                 condition = drop_condition(condition, null_condition, drop)
-            count = torch.tensor(len(condition), dtype=torch.int, device=condition.device)
             if self._layout.remote_score is not None:
+                # Bad targets come off it when the score ranks have answered.
+                count = torch.tensor(len(condition), dtype=torch.int, device=condition.device)
                 loss, reported = self._layout.remote_score.loss(
                     condition,
                     positions,
@@ -101,7 +99,9 @@ class InstructStage:
                 return loss, count, {"loss": reported}
             cached = "target_moments" in batch
             targets = batch["target_moments" if cached else "target_pixel_values"]
-            loss = self._score(condition, targets, positions, stream)
+            weights = batch["target_weights"]
+            count = weights.sum().int()
+            loss = self._score(condition, targets, weights, positions, stream)
             return loss, count, {"loss": torch.stack([loss.detach(), count.float()])}
 
         return output, loss_func
@@ -158,25 +158,38 @@ def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:
     The rank holds the U-Net and the VAE, and reads nothing but target images.
     """
     diffusion = load_diffusion(config, rank.device)
-
-    def open_stream(split: str) -> InstructStream:
-        vae = None
-        if config.data.latent_cache is not None:
-            vae = vae_fingerprint(load_vae(config.model.diffusion.path, torch.float32))
-        return instruct_stream(config, split, rank.device.index, vae, "targets")
-
+    denoising = DenoisingLoss(diffusion, config.score, config.training.seed)
     with Heartbeat(
         find_place(os.environ), config.parallel.stall_seconds, heartbeat_file(config)
     ) as heart:
-        heart.at(0, "scoring")
+
+        def denoise(
+            condition: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, stream: str
+        ) -> torch.Tensor:
+            if stream == InstructStage.name:
+                size = config.training.global_batch_size
+                heart.at(int(positions.min()) // size + 1, "scoring")
+            return denoising(condition, targets, positions, stream)
+
+        heart.at(0, "first condition")
         return serve(
             config,
             rank,
-            DenoisingLoss(diffusion, config.score, config.training.seed),
+            denoise,
             partial(draw_pictures, config, diffusion),
-            open_stream,
+            lambda split: open_stream(config, rank.device, split, "targets"),
             torch_dtype(config.training.precision),
         )
+
+
+def open_stream(
+    config: RunConfig, device: torch.device, split: str, reads: Reads
+) -> InstructStream:
+    """The samples of `split`; cached moments must be those of this run's VAE."""
+    vae = None
+    if config.data.latent_cache is not None and reads != "prompts":
+        vae = vae_fingerprint(load_vae(config.model.diffusion.path, torch.float32))
+    return instruct_stream(config, split, device.index, vae, reads)
 
 
 def load_diffusion(config: RunConfig, device: torch.device) -> FrozenDiffusion:

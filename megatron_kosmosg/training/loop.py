@@ -72,7 +72,7 @@ def _fit(
     chunks = wrap_model(bare, config)
     optimizer = build_optimizer(config, chunks)
     scheduler = build_lr_scheduler(config, optimizer)
-    connect(chunks, optimizer)
+    connect(chunks, optimizer, layout)
     stragglers = Stragglers(chunks, layout, config.logging.log_interval)
     trace = DecoderTrace(config, layout, chunks, optimizer)
 

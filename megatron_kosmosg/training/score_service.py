@@ -15,13 +15,14 @@ from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import InstructStream
 from megatron_kosmosg.data.loader import MicroBatchIterator
-from megatron_kosmosg.models.score import DenoisingLoss
 from megatron_kosmosg.parallel.score_link import Answer, Kind, Request, ScoreRank
 from megatron_kosmosg.parallel.spans import IDLE, REPLY, UNET
 from megatron_kosmosg.parallel.stopwatch import Stopwatch
 from megatron_kosmosg.training.iteration_trace import ScoreTrace
 from megatron_kosmosg.training.signals import StopRequest
 
+Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], torch.Tensor]
+"""Loss of each image by (conditions, targets, positions, name of the sample stream)."""
 OpenStream = Callable[[str], InstructStream]
 """The stream of a split (train | heldout), reading targets."""
 Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -31,7 +32,7 @@ Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 def serve(
     config: RunConfig,
     rank: ScoreRank,
-    denoising: DenoisingLoss,
+    denoise: Denoise,
     draw: Draw,
     open_stream: OpenStream,
     dtype: torch.dtype,
@@ -64,33 +65,38 @@ def serve(
                 reader.close()
                 is_done = is_done and request.number == 1
                 continue
-            received = torch.tensor(0 if stop.received is None else int(stop.received))
             if request.kind is Kind.PICTURES:
                 pixels = draw(request.condition, request.positions, request.number)
                 none = torch.zeros(())
-                link.reply(Answer(none, none, received, idle, pixels))
+                link.reply(Answer(none, none, _number(stop), idle, pixels))
                 turns.insert(0, (link, reader))  # one replica asks for them, out of turn
             else:
                 with trace.record(UNET, sample=request.positions):
-                    loss, bad_samples, gradient = _score(config, request, reader, denoising)
+                    loss, bad_samples, gradient = _score(request, reader, denoise)
                 with trace.record(REPLY, sample=request.positions):
-                    link.reply(Answer(loss, torch.tensor(bad_samples), received, idle, gradient))
+                    link.reply(Answer(loss, bad_samples, _number(stop), idle, gradient))
                 turns.append((link, reader))
     return is_done
 
 
+def _number(stop: StopRequest) -> torch.Tensor:
+    """Of the stop signal that this rank got, 0 for none."""
+    return torch.tensor(0 if stop.received is None else int(stop.received))
+
+
 def _score(
-    config: RunConfig, request: Request, reader: _TargetReader, denoising: DenoisingLoss
-) -> tuple[torch.Tensor, int, torch.Tensor]:
-    """(sum of losses, undecodable targets, gradient of the unscaled sum: fp32, flat)."""
+    request: Request, reader: _TargetReader, denoise: Denoise
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sum of losses, number of bad targets, gradient of the unscaled sum: fp32, flat)."""
     stream = "instruct-heldout" if request.number else "instruct"
-    targets, counts, bad_samples = reader.targets(request)
+    targets, weights = reader.targets(request)
     wants_gradient = request.kind is Kind.GRADIENT
     condition = request.condition.float().requires_grad_(wants_gradient)
     device, scale = condition.device, request.scale.float()
     with torch.set_grad_enabled(wants_gradient):
-        losses = denoising(condition, targets.to(device), request.positions, stream)
-        loss = (losses * counts.to(device)).sum()
+        losses = denoise(condition, targets.to(device), request.positions, stream)
+        loss = (losses * weights.to(device)).sum()
+    bad_samples = (weights == 0).sum()
     if not wants_gradient:
         return loss, bad_samples, torch.zeros(0, device=device)
     (gradient,) = torch.autograd.grad(loss * scale, condition)
@@ -125,12 +131,8 @@ class _TargetReader:
         index = rank.place.score_index
         self._per_global_batch = len(range(index, total, parts)) if total >= parts else total
 
-    def targets(self, request: Request) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """(targets of the request's rows, 1.0 per row that counts, images found undecodable).
-
-        A row counts unless its target cannot be decoded while its prompt can: the decoder has
-        already computed the condition of a prompt that nothing is left to draw for.
-        """
+    def targets(self, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
+        """(targets of the request's rows, their weights in the sum of losses)."""
         split = "heldout" if request.number else "train"
         batch = self._next(split, int(request.positions.min()))
         if not torch.equal(batch["stream_positions"], request.positions):
@@ -141,17 +143,14 @@ class _TargetReader:
             )
         cached = "target_moments" in batch
         key = "target_moments" if cached else "target_pixel_values"
-        targets, counts = batch[key], torch.ones(len(request.positions))
+        targets, weights = batch[key], batch["target_weights"]
+        # Where a prompt picture was bad, which is not read here, another sample took the place.
         for row in (batch["attempts"] != request.attempts).nonzero().flatten().tolist():
             position, attempt = int(request.positions[row]), int(request.attempts[row])
             stream = self._streams[split]
-            if attempt > batch["attempts"][row]:  # a prompt picture was bad, which is not read here
-                again = stream.collate([stream.sample_of_attempt(position, attempt)], 0)
-                targets[row] = again[key][0]
-                counts[row] = float(again["attempts"][0] == attempt)
-            else:
-                counts[row] = 0.0
-        return targets, counts, int(batch["bad_samples"])
+            other = stream.collate([stream.sample_of_attempt(position, attempt)], 0)
+            targets[row], weights[row] = other[key][0], other["target_weights"][0]
+        return targets, weights
 
     def close(self) -> None:
         """Ends reading ahead."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,11 +47,19 @@ class Update:
     """False if a non-finite loss or gradient kept the parameters as they were."""
 
 
-def connect(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+def connect(
+    chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, layout: Layout
+) -> None:
     """Tells Megatron-Core's schedules how to scale the loss and finish the gradients."""
+
+    def finish(model: list[torch.nn.Module], num_items: torch.Tensor, **named: Any) -> None:
+        if layout.remote_score is not None:
+            num_items -= layout.remote_score.left_out().to(num_items)
+        finalize_model_grads(model, num_items, **named)
+
     for chunk in chunks:
         chunk.config.grad_scale_func = optimizer.scale_loss
-        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.finalize_model_grads_func = finish
     if chunks[0].ddp_config.overlap_grad_reduce:
         pauses = [chunk.no_sync for chunk in chunks]
         for chunk in chunks:
@@ -77,12 +86,14 @@ class Reporter:
         work, wait, loads = feed.pop_work(), feed.pop_wait(), layout.tp_rank == 0
         remote = layout.remote_score
         score = ScoreWork() if remote is None else remote.pop_work()
-        speaks_for_input = loads and layout.pp_rank == 0  # one rank of each replica counts its work
+        # One rank of each replica counts its work; bad targets are seen where the loss is.
+        speaks_for_input = loads and layout.pp_rank == 0
+        speaks_for_loss = loads and layout.is_last_stage
         values = [0.0] * (2 * len(self._names)) + [
             float(work.tokens) if speaks_for_input else 0.0,
             float(work.images) if speaks_for_input else 0.0,
             float(work.rows) if speaks_for_input else 0.0,
-            float((work.bad_samples if speaks_for_input else 0) + score.bad_samples),
+            float((work.bad_samples if speaks_for_loss else 0) + score.bad_samples),
             wait,
             float(loads),
             score.waited,

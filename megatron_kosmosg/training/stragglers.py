@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.rendezvous import find_place
 from megatron_kosmosg.parallel.stopwatch import Stopwatch
 
 
@@ -32,10 +33,13 @@ class Stragglers:
         for chunk in chunks:
             finish = chunk.config.finalize_model_grads_func
             chunk.config.finalize_model_grads_func = self._stopping_before(finish)
-        self.nodes: list[str] = [""] * layout.world_size
-        """Name of each rank's node."""
-        own = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-        dist.all_gather_object(self.nodes, own)
+        places: list[tuple[int, str]] = [(0, "")] * layout.world_size
+        node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        # As the launcher counts: torch.distributed's ranks leave score ranks out.
+        dist.all_gather_object(places, (find_place(os.environ).rank, node))
+        self._ranks = [rank for rank, _ in places]
+        self.nodes = dict(places)
+        """{rank: name of its node}."""
 
     def start(self) -> None:
         """Call when an iteration begins."""
@@ -52,7 +56,7 @@ class Stragglers:
         own = torch.tensor([mean], dtype=torch.float64, device=self._layout.device)
         gathered = [torch.empty_like(own) for _ in range(self._layout.world_size)]
         dist.all_gather(gathered, own)
-        return compare(torch.cat(gathered).tolist())
+        return compare(dict(zip(self._ranks, torch.cat(gathered).tolist(), strict=True)))
 
     def _stopping_before(self, finish: Callable[..., Any]) -> Callable[..., Any]:
         def stop_and_finish(*arguments: Any, **named: Any) -> Any:
@@ -62,10 +66,10 @@ class Stragglers:
         return stop_and_finish
 
 
-def compare(seconds: list[float]) -> dict[str, float]:
-    """The fields of the metrics for the own times of all ranks, in rank order."""
-    median = sorted(seconds)[(len(seconds) - 1) // 2]
-    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+def compare(seconds: dict[int, float]) -> dict[str, float]:
+    """The fields of the metrics for {rank: its own time}."""
+    median = sorted(seconds.values())[(len(seconds) - 1) // 2]
+    slowest = max(seconds, key=seconds.__getitem__)
     return {
         "slowest_rank": slowest,
         "slowest_rank_ratio": seconds[slowest] / max(median, 1e-9),

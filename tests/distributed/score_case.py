@@ -26,6 +26,7 @@ from tests.distributed.stage_gradients import train_pass
 from tests.tiny_models import random_batch
 
 ROW_LENGTH = 13
+PROMPT = ("tokens", "image_mask", "padding_mask", "pixel_values")
 
 
 class TinyPrompts:
@@ -50,10 +51,9 @@ class TinyPrompts:
         batch["attempts"] = torch.zeros_like(batch["stream_positions"])
         batch["bad_samples"] = torch.tensor(0)
         if self._reads == "prompts":
-            del batch["target_pixel_values"]
+            del batch["target_pixel_values"], batch["target_weights"]
         if self._reads == "targets":
-            kept = ("target_pixel_values", "stream_positions", "attempts", "bad_samples")
-            batch = {key: batch[key] for key in kept}
+            batch = {key: value for key, value in batch.items() if key not in PROMPT}
         return batch
 
 

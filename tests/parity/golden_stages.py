@@ -166,6 +166,7 @@ def instruct_batches(golden: dict) -> list[dict[str, torch.Tensor]]:
                 "padding_mask": inputs["tokens"] == 1,
                 "pixel_values": inputs["images"],
                 "target_pixel_values": targets,
+                "target_weights": torch.ones(3),
                 "stream_positions": torch.arange(3) + 10 + 3 * index,
             }
         )

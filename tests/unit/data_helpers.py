@@ -162,6 +162,12 @@ def build_dataset(folder: Path, kind: str, count: int, seed: int = 0, name: str 
 def break_image(folder: Path, kind: str, name: str, which: int, part: int) -> str:
     """A copy of a dataset in which one picture's bytes are overwritten; returns its prefix."""
     prefix = build_dataset(folder, kind, 8, name=name)
+    overwrite_image(prefix, which, part)
+    return prefix
+
+
+def overwrite_image(prefix: str | Path, which: int, part: int) -> None:
+    """Zeros in place of picture `part` of sample `which`."""
     store = SampleStore(prefix)
     data = store._data
     first = int(store._documents[which])
@@ -170,7 +176,6 @@ def break_image(folder: Path, kind: str, name: str, which: int, part: int) -> st
     with Path(f"{prefix}.bin").open("r+b") as file:
         file.seek(int(pointer))
         file.write(b"\0" * int(length))
-    return prefix
 
 
 def write_clip_tokenizer(folder: Path) -> Path:

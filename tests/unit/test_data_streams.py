@@ -22,6 +22,7 @@ from megatron_kosmosg.data.tokenizer import Tokenizer
 from tests.unit.data_helpers import (
     break_image,
     build_dataset,
+    overwrite_image,
     run_config,
     write_clip_tokenizer,
     write_tokenizer,
@@ -225,6 +226,7 @@ def test_instruct_batch_has_the_agreed_keys_and_shapes(folder, tokenizer):
         "padding_mask": ((10, width), torch.bool),
         "pixel_values": ((images, 3, 8, 8), torch.float32),
         "target_pixel_values": ((10, 3, 16, 16), torch.float32),
+        "target_weights": ((10,), torch.float32),
         "stream_positions": ((10,), torch.int64),
         "attempts": ((10,), torch.int64),
         "bad_samples": ((), torch.int64),
@@ -303,9 +305,8 @@ def test_align_leaves_out_captions_that_clip_would_cut(folder):
     assert max(ends) <= 29
 
 
-@pytest.mark.parametrize("part", [0, 1])
-def test_bad_picture_costs_one_sample_is_reported_and_replaced_by_key(folder, caplog, part):
-    prefix = break_image(folder, "edit", f"-broken{part}", 3, part)
+def test_bad_picture_costs_one_sample_is_reported_and_replaced_by_key(folder, caplog):
+    prefix = break_image(folder, "edit", "-broken", 3, 0)
     config = run_config(folder, "instruct", {"edits": (prefix, 1.0)})
     stream = instruct_stream(config, "train")
     hit = [p for p in range(8) if stream[p].key == "edit-3"]
@@ -322,6 +323,26 @@ def test_bad_picture_costs_one_sample_is_reported_and_replaced_by_key(folder, ca
     assert torch.equal(clean["target_pixel_values"], batch["target_pixel_values"][healthy])
     assert clean["bad_samples"] == 0
     assert batch["stream_positions"].tolist() == list(range(8))
+    assert batch["target_weights"].tolist() == [1.0] * 8
+
+
+def test_bad_target_is_reported_and_counts_for_nothing(folder, caplog):
+    prefix = build_dataset(folder, "edit", 8, name="-no-target")
+    config = run_config(folder, "instruct", {"edits": (prefix, 1.0)})
+    whole = instruct_stream(config, "train")
+    expected = whole.collate([whole[p] for p in range(8)], 1)
+    overwrite_image(prefix, 3, 1)
+    stream = instruct_stream(config, "train")
+    samples = [stream[p] for p in range(8)]
+    with caplog.at_level(logging.WARNING):
+        batch = stream.collate(samples, 1)
+    assert "dataset edits, sample edit-3" in caplog.text and "counts for nothing" in caplog.text
+    assert batch["bad_samples"] == 1
+    weights = [float(sample.key != "edit-3") for sample in samples]
+    assert batch["target_weights"].tolist() == weights and sum(weights) == 7
+    expected["target_pixel_values"][weights.index(0.0)] = 0.0
+    for key in ("tokens", "pixel_values", "target_pixel_values"):
+        assert torch.equal(batch[key], expected[key]), key
 
 
 def test_bad_picture_in_a_row_silences_its_document_only(folder, tokenizer):
@@ -384,8 +405,9 @@ def test_ranks_with_and_without_the_unet_read_their_parts_of_the_same_batch(fold
         batches[reads] = stream.collate(samples, stream.pad_to(samples, range(6)))
     everything = batches["all"]
     shared = {"stream_positions", "attempts", "bad_samples"}
-    assert batches["targets"].keys() == shared | {"target_pixel_values"}
-    assert batches["prompts"].keys() == everything.keys() - {"target_pixel_values"}
+    targets = {"target_pixel_values", "target_weights"}
+    assert batches["targets"].keys() == shared | targets
+    assert batches["prompts"].keys() == everything.keys() - targets
     for reads in ("prompts", "targets"):
         for key, value in batches[reads].items():
             assert torch.equal(value, everything[key]), key

@@ -133,7 +133,7 @@ def test_the_decoders_of_the_vae_do_not_matter_to_its_fingerprint(vae):
 def test_loss_with_and_without_the_cache_differs_by_storage_error(
     folder, vae, tmp_path, prediction_type
 ):
-    """Same samples, same keyed posterior sample; a bad target is replaced by the same other one."""
+    """Same samples, same keyed posterior sample; a bad target counts for nothing."""
     blend = {name: (str(folder / name), 1.0) for name in (*KINDS, "edit-broken")}
     config = run_config(folder, "instruct", blend, target_image_size=TARGET_SIZE)
     data = dataclasses.replace(config.data, latent_cache="latents")
@@ -149,15 +149,16 @@ def test_loss_with_and_without_the_cache_differs_by_storage_error(
     assert batches[1]["target_moments"].dtype == torch.float16
     assert batches[0]["bad_samples"] == batches[1]["bad_samples"] == 1
     assert torch.equal(batches[0]["tokens"], batches[1]["tokens"])
+    weights = batches[0]["target_weights"]
+    assert torch.equal(weights, batches[1]["target_weights"]) and weights.sum() == 31
     losses = [
-        score(condition, targets, batches[0]["stream_positions"], "instruct")
+        score(condition, targets, weights, batches[0]["stream_positions"], "instruct")
         for targets in (batches[0]["target_pixel_values"], batches[1]["target_moments"])
     ]
     assert losses[0] != losses[1]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=0)
-    other_noise = score(
-        condition, batches[1]["target_moments"], 100 + batches[0]["stream_positions"], "instruct"
-    )
+    other = 100 + batches[0]["stream_positions"]
+    other_noise = score(condition, batches[1]["target_moments"], weights, other, "instruct")
     assert (other_noise - losses[1]).abs() > 10 * (losses[0] - losses[1]).abs()
 
 

@@ -38,16 +38,19 @@ def score(folder, **settings) -> ColocatedScore:
 
 def test_loss_is_the_sum_of_per_image_means_as_computed_by_hand(folder):
     condition, pixels, positions = inputs()
-    loss = score(folder)(condition, pixels, positions, "instruct")
+    colocated = score(folder)
+    loss = colocated(condition, pixels, torch.ones(3), positions, "instruct")
     errors, _ = denoising_errors(folder, SEED, condition, pixels, positions)
     torch.testing.assert_close(loss.double(), errors.sum(), rtol=1e-5, atol=0)
+    without = colocated(condition, pixels, torch.tensor([1.0, 0.0, 1.0]), positions, "instruct")
+    torch.testing.assert_close(without.double(), errors[[0, 2]].sum(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("weighting", ["min_snr", "capped_snr_plus_one"])
 def test_weights_are_those_of_the_latent_error_for_every_prediction_type(folder, weighting):
     condition, pixels, positions = inputs()
     loss = score(folder, loss_weighting=weighting, snr_gamma=4.0)(
-        condition, pixels, positions, "instruct"
+        condition, pixels, torch.ones(3), positions, "instruct"
     )
     errors, timesteps = denoising_errors(folder, SEED, condition, pixels, positions)
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
@@ -67,7 +70,7 @@ def test_gradient_reaches_the_condition_and_no_frozen_parameter(folder):
     condition, pixels, positions = inputs()
     condition.requires_grad_()
     colocated = score(folder)
-    colocated(condition, pixels, positions, "instruct").backward()
+    colocated(condition, pixels, torch.ones(3), positions, "instruct").backward()
     assert condition.grad.abs().sum(dim=(1, 2)).min() > 0
     diffusion = colocated._denoising._diffusion
     frozen = [*diffusion.unet.parameters(), *diffusion.vae.parameters()]

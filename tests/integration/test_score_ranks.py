@@ -1,0 +1,262 @@
+"""`instruct` with score ranks through the training program, on toy data from files.
+
+fp32. Runs with the U-Net beside the decoder are the reference; what a layout may change is the
+order of sums.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from megatron_kosmosg.toy import assets
+from tests.ranks import run_ranks
+from tests.score_runs import Event, Outcome, program
+from tests.toy_runs import arguments_of, config_of, records, train_from_nothing, write_data
+from tests.unit.data_helpers import overwrite_image
+
+ITERATIONS, MIDDLE = 6, 3
+SETTINGS = (
+    f"training.train_iters={ITERATIONS}",
+    "training.global_batch_size=4",
+    "training.eval_interval=3",
+    "logging.image_interval=3",
+    f"checkpoint.save_interval={MIDDLE}",
+    "checkpoint.keep_last=0",
+    "parallel.timeout_seconds=60",
+)
+DEDICATED = "score.placement=dedicated"
+TP2 = "parallel.tensor_model_parallel_size=2"
+PP2 = ("parallel.pipeline_model_parallel_size=2", "parallel.pipeline_layout=decoder*2|decoder*2,M")
+LAYOUTS = {
+    "tp1_k1": (2, (1,), ()),
+    "tp2_k1": (3, (2,), (TP2, "checkpoint.async_save=true")),
+    "tp1_k2": (3, (1, 2), ("score.ranks_per_replica=2",)),
+    "shared": (3, (2,), ("score.replicas_per_rank=2",)),
+    "pp2_k1": (3, (2,), PP2),
+}
+"""{name: (ranks, score ranks, settings)}."""
+BOUND = 1e-5
+CONDITION_BYTES = 21 * 96 * 4
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Data, and an `align` checkpoint to start from."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_data(folder, ("caption", "edit", "compositional"))
+    short = ("training.train_iters=2", "logging.num_images=0")
+    run_ranks(1, train_from_nothing, config_of("align", folder, folder / "align", None, *short))
+    return folder
+
+
+def arguments(world: Path, folder: Path, *more: str) -> list[str]:
+    return arguments_of("instruct", world, folder, world / "align", *SETTINGS, *more)
+
+
+def curve(folder: Path, first: int = 1) -> list[tuple]:
+    """(iteration, loss, gradient norm, held-out loss) from iteration `first` on."""
+    rows = [(row[0], row[1], row[2], row[5]) for row in records(folder) if row[0] >= first]
+    return [tuple(math.nan if value is None else value for value in row) for row in rows]
+
+
+def assert_close(found: list[tuple], expected: list[tuple]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=BOUND, nan_ok=True), (one, other)
+
+
+@pytest.fixture(scope="module")
+def colocated(world) -> Path:
+    """A run on one rank, with checkpoints of iterations 3 and 6."""
+    folder = world / "colocated"
+    (outcome,) = run_ranks(1, program, arguments(world, folder))
+    assert outcome.code == 0, outcome.said
+    assert not outcome.frozen_changed and not outcome.frozen_with_buffers
+    assert outcome.trained > 0 and outcome.diffusion and outcome.model
+    assert len(curve(folder)) == ITERATIONS + ITERATIONS // 3
+    return folder
+
+
+Run = Callable[[str], tuple[Path, list[Outcome]]]
+
+
+@pytest.fixture(scope="module")
+def dedicated(world) -> Run:
+    """The run of a layout, made when it is first asked for."""
+
+    @lru_cache
+    def run(name: str) -> tuple[Path, list[Outcome]]:
+        num_ranks, _, settings = LAYOUTS[name]
+        line = arguments(world, world / name, DEDICATED, *settings)
+        return world / name, run_ranks(num_ranks, program, line)
+
+    return run
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_program_trains_evaluates_draws_and_saves(name, dedicated, colocated):
+    folder, outcomes = dedicated(name)
+    assert [outcome.code for outcome in outcomes] == [0] * len(outcomes), outcomes[0].said
+    assert_close(curve(folder), curve(colocated))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "lr" in line:
+            assert 0 < line["decoder_idle"] < 1 and 0 < line["score_idle"] <= 1
+            assert line["link_mib"] > 2 * 4 * CONDITION_BYTES / 2**20  # four images, both ways
+        else:  # pictures were drawn by a score rank and judged
+            assert math.isfinite(line["heldout_loss"]) and "heldout_toy_hue_mean" in line
+    saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert saved == ["iter_0000003", "iter_0000006"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_rank_holds_its_part_and_the_frozen_part_never_changes(name, dedicated):
+    _, score_ranks, _ = LAYOUTS[name]
+    for rank, outcome in enumerate(dedicated(name)[1]):
+        if rank in score_ranks:
+            assert not outcome.model and outcome.trained == 0
+            assert any(key.startswith("conv_in.") for key in outcome.diffusion)
+            assert any(key.startswith("encoder.") for key in outcome.diffusion)
+        else:
+            assert outcome.model and not outcome.diffusion and outcome.trained > 0
+        assert not outcome.frozen_changed and not outcome.frozen_with_buffers
+
+
+def continued(start: Path, folder: Path) -> Path:
+    """A copy of the run as it stood at its first checkpoint."""
+    name = f"iter_{MIDDLE:07d}"
+    shutil.copytree(start / "checkpoints" / name, folder / "checkpoints" / name)
+    lines = (start / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["iteration"] <= MIDDLE]
+    (folder / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    return folder
+
+
+def test_checkpoints_go_from_either_placement_to_the_other(world, colocated, dedicated, tmp_path):
+    """The dedicated one was saved in the background."""
+    expected = curve(colocated, MIDDLE + 1)
+    folder = continued(colocated, tmp_path / "to")
+    outcomes = run_ranks(3, program, arguments(world, folder, DEDICATED, TP2))
+    assert [outcome.code for outcome in outcomes] == [0, 0, 0], outcomes[0].said
+    assert_close(curve(folder, MIDDLE + 1), expected)
+    folder = continued(dedicated("tp2_k1")[0], tmp_path / "from")
+    (outcome,) = run_ranks(1, program, arguments(world, folder))
+    assert outcome.code == 0, outcome.said
+    assert_close(curve(folder, MIDDLE + 1), expected)
+
+
+@pytest.fixture
+def with_bad_pictures(world, tmp_path) -> tuple[str, ...]:
+    """Settings of a mixture of nearly only `edit`: bad targets, bad prompts, and both."""
+    for file in (world / "data" / "train").glob("edit.*"):
+        shutil.copy(file, tmp_path / file.name)
+    for sample in range(12):
+        for part in ((1,), (0,), (0, 1))[sample % 3]:
+            overwrite_image(tmp_path / "edit", sample, part)
+    weights = {"edit": 100, "caption": 1, "compositional": 1}
+    mixture = [f"data.blend.{name}.weight={weight}" for name, weight in weights.items()]
+    return (f"data.blend.edit.path={tmp_path / 'edit'}", *mixture)
+
+
+def test_bad_pictures_cost_the_same_in_either_placement(world, with_bad_pictures, tmp_path):
+    more = (*with_bad_pictures, "training.train_iters=3", "training.global_batch_size=8")
+    runs = {"beside": (1, ()), "apart": (3, (DEDICATED, "score.ranks_per_replica=2"))}
+    for name, (num_ranks, settings) in runs.items():
+        run = arguments(world, tmp_path / name, *more, *settings)
+        for outcome in run_ranks(num_ranks, program, run):
+            assert outcome.code == 0, outcome.said
+    assert_close(curve(tmp_path / "apart"), curve(tmp_path / "beside"))
+    counts = [bad_samples(tmp_path / name) for name in runs]
+    assert counts[0] == counts[1] and counts[0][-1] >= 4
+
+
+def bad_samples(folder: Path) -> list[int]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["bad_samples"] for line in lines if "lr" in line]
+
+
+DROPOUT = (DEDICATED, "model.decoder.hidden_dropout=0.1", "score.ranks_per_replica=2")
+
+
+@pytest.fixture(scope="module")
+def with_dropout(world) -> Path:
+    folder = world / "dropout"
+    outcomes = run_ranks(3, program, arguments(world, folder, *DROPOUT))
+    assert [outcome.code for outcome in outcomes] == [0, 0, 0], outcomes[0].said
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("rank", "number"), [(0, signal.SIGTERM), (2, signal.SIGUSR1)], ids=["decoder", "score"]
+)
+def test_a_signal_to_any_rank_saves_and_the_rerun_ends_the_same(
+    rank, number, world, with_dropout, tmp_path
+):
+    iteration = random.randint(1, ITERATIONS - 1)
+    per_iteration = 2 if rank == 0 else 1  # micro-batches of an update; each score rank gets one
+    event = Event(rank, per_iteration * iteration, number)
+    run = arguments(world, tmp_path, *DROPOUT)
+    outcomes = run_ranks(3, program, run, event)
+    assert [outcome.code for outcome in outcomes] == [85, 85, 85], outcomes[0].said
+    assert curve(tmp_path)[-1][0] == iteration
+    outcomes = run_ranks(3, program, run)
+    assert [outcome.code for outcome in outcomes] == [0, 0, 0], outcomes[0].said
+    assert records(tmp_path) == records(with_dropout), f"signal in iteration {iteration}"
+
+
+def test_a_killed_score_rank_is_named_and_the_rerun_goes_on(world, colocated, tmp_path):
+    """It dies while its decoder rank waits for it, in the update after the save."""
+    run = arguments(world, tmp_path, DEDICATED)
+    event = Event(1, 2 * MIDDLE + 1, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 1 of 2 died without an answer"):
+        run_ranks(2, program, run, event)
+    failure = (tmp_path / "failure.txt").read_text()
+    assert "rank 0 failed" in failure and "score rank 1 failed: it ended" in failure
+    assert time.monotonic() - started < 60
+    outcomes = run_ranks(2, program, run)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].said
+    assert_close(curve(tmp_path), curve(colocated))
+
+
+def test_a_raising_score_rank_ends_all_with_its_own_error(world, tmp_path):
+    run = arguments(world, tmp_path, DEDICATED, TP2)
+    outcomes = run_ranks(3, program, run, Event(2, 3, "raise"))
+    assert [outcome.code for outcome in outcomes] == [1, 1, 1]
+    assert "rank 2 failed" in outcomes[2].said
+    assert "ArithmeticError: this rank's own trouble" in outcomes[2].said
+    for outcome in outcomes[:2]:
+        assert "ends because of the failure in" in outcome.said and "Traceback" not in outcome.said
+
+
+def test_a_score_rank_that_stops_answering_is_named_within_the_timeout(world, tmp_path):
+    limit = 6
+    run = arguments(world, tmp_path, DEDICATED, f"parallel.timeout_seconds={limit}")
+    event = Event(1, 3, "freeze", seconds=2 * limit)
+    decoder, score = run_ranks(2, program, run, event)
+    assert (decoder.code, score.code) == (1, 1)
+    assert "waiting for score rank 1 failed" in decoder.said
+    assert decoder.seconds < score.seconds - limit / 2
+    assert "ends because of the failure in" in score.said
+
+
+def test_a_diffusion_folder_that_only_score_ranks_lack_is_said_in_one_line(world, tmp_path):
+    whole = assets.path() / "stable-diffusion"
+    (tmp_path / "sd").mkdir()
+    for part in ("vae", "scheduler"):
+        (tmp_path / "sd" / part).symlink_to(whole / part)
+    run = arguments(world, tmp_path / "run", DEDICATED, f"model.diffusion.path={tmp_path / 'sd'}")
+    decoder, score = run_ranks(2, program, run)
+    assert (decoder.code, score.code) == (1, 1)
+    assert f"model.diffusion.path='{tmp_path / 'sd'}' has no folder 'unet'" in score.said
+    assert "Traceback" not in score.said + decoder.said
