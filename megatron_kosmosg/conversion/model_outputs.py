@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Kosmos2ForConditionalGeneration
 
 from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
 from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.conversion.exported_models import load_aligner, load_mllm
 from megatron_kosmosg.conversion.stored_names import EMBEDDING
 from megatron_kosmosg.conversion.tensors import TensorSource
 from megatron_kosmosg.data.keyed import torch_generator
 from megatron_kosmosg.data.tokenizer import IMAGE, TRAILING_SPECIALS, Tokenizer
-from megatron_kosmosg.inference.modeling_kosmosg_aligner import KosmosGAligner
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
 
@@ -127,20 +126,9 @@ def outputs_of_folder(
     )
     output = {"hidden": stock.hidden_states[-1], "logits": stock.logits}
     if aligner is not None:
-        component = KosmosGAligner.from_pretrained(aligner, torch_dtype=torch.float32).eval()
+        component = load_aligner(aligner, torch.float32)
         output["condition"] = component(output["hidden"], prompts["padding_mask"])
     return output
-
-
-def load_mllm(folder: Path, dtype: torch.dtype) -> Kosmos2ForConditionalGeneration:
-    """The stock model in eval mode. Raises ConversionError unless every weight was there."""
-    model, report = Kosmos2ForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, local_files_only=True
-    )
-    problems = {what: names for what, names in report.items() if names}
-    if problems:
-        raise ConversionError(f"{folder} is no whole stock Kosmos-2: {problems}")
-    return model.eval()
 
 
 def fill(model: KosmosG, source: TensorSource) -> None:

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import AlignerConfig
 from megatron_kosmosg.conversion.exported_folder import exported_parts
+from megatron_kosmosg.conversion.exported_models import load_aligner, load_mllm
 from megatron_kosmosg.conversion.hf_aligner import aligner_sizes
 from megatron_kosmosg.conversion.safetensors_files import (
     DIFFUSERS,
@@ -66,18 +67,20 @@ def open_pipeline(source: ModelSource, dtype: torch.dtype, device: torch.device)
             source.folder, source.stable_diffusion, dtype, device, source.tokenizer_model
         )
     parts = exported_parts(source.folder)
-    # transformers and diffusers would draw weights that are missing at random.
+    # A file that is cut short is told apart from one that holds other weights.
     SafetensorsFolder(parts.mllm, TRANSFORMERS)
     SafetensorsFolder(parts.aligner, DIFFUSERS)
-    replaced = {}
+    given = {}
     if source.stable_diffusion is not None:
         sizes = aligner_sizes(parts.aligner)
         read = AlignerConfig(
             hidden_size=sizes["model.aligner.hidden_size"],
             num_queries=sizes["model.aligner.num_queries"],
         )
-        replaced = diffusion_parts(source.stable_diffusion, read, dtype)
-    pipeline = KosmosGPipeline.from_pretrained(source.folder, torch_dtype=dtype, **replaced)
+        given = diffusion_parts(source.stable_diffusion, read, dtype)
+    given["mllm"] = load_mllm(parts.mllm, dtype)
+    given["aligner"] = load_aligner(parts.aligner, dtype)
+    pipeline = KosmosGPipeline.from_pretrained(source.folder, torch_dtype=dtype, **given)
     return pipeline.to(device)
 
 

@@ -327,6 +327,21 @@ def test_bad_input_is_named_and_nothing_is_written(files, capsys, arguments, mes
     assert not output.exists()
 
 
+@pytest.mark.parametrize("weights", ["mllm/model", "aligner/diffusion_pytorch_model"])
+def test_a_weight_that_is_missing_is_not_drawn_at_random(files, tmp_path, capsys, weights):
+    shutil.copytree(files / "exported", tmp_path / "model")
+    path = tmp_path / "model" / f"{weights}.safetensors"
+    tensors = load_file(path)
+    name = min(tensors)
+    del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
+    asked = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    assert generate.main([*asked, "--prompt", "a", *DRAWING]) == 2
+    said = capsys.readouterr().err
+    assert "is no whole" in said and name in said
+    assert not (tmp_path / "out").exists()
+
+
 def truncate(source: Path, target: Path) -> None:
     """A copy of an export whose language model was not copied to its end."""
     if target.exists():
