@@ -89,6 +89,7 @@ class Captioner:
 
 
 def main() -> int:
+    """0, or 2 with a message on stderr."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="example: python examples/inference/caption_image.py --model exported "

@@ -2,7 +2,8 @@
 
     python examples/inference/schedulers.py kosmos-g --prompt "<image> on a beach" --image dog.png
 
-DPM-Solver++ with 100 steps is the paper's DreamBench setting, DDIM with 250 its FID setting.
+DPM-Solver++ with 100 steps is the paper's DreamBench setting, DDIM with 250 its FID setting;
+--steps takes the place of all of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def draw(args):
     for scheduler, steps in SAMPLERS:
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
         started = time.perf_counter()
+        steps = args.steps or steps
         settings = {**sampling(args), "num_inference_steps": steps}
         pictures += pipeline(**condition, **settings).images
         print(f"{scheduler.__name__}, {steps} steps: {time.perf_counter() - started:.1f} s")
@@ -32,4 +34,4 @@ def draw(args):
 
 
 if __name__ == "__main__":
-    run(draw, __doc__)
+    run(draw, __doc__, lambda parser: parser.set_defaults(steps=None))

@@ -51,8 +51,9 @@ def load(
     """The pipeline of the folder; `parts` replace components."""
     if not args.folder.is_dir():
         raise FileNotFoundError(f"no folder {args.folder}")
+    # diffusers 0.35 ignores the newer name, `dtype`, and would load float32.
     return DiffusionPipeline.from_pretrained(
-        args.folder, trust_remote_code=True, dtype=dtype, **parts
+        args.folder, trust_remote_code=True, torch_dtype=dtype, **parts
     )
 
 
