@@ -21,16 +21,7 @@ import torch
 from plain_decoder import PlainDecoder
 from torch.nn.functional import cross_entropy
 
-from megatron_kosmosg.config.schema import (
-    DecoderConfig,
-    LoggingConfig,
-    ModelConfig,
-    ParallelConfig,
-    ResamplerConfig,
-    RunConfig,
-    TrainingConfig,
-    VisionConfig,
-)
+from megatron_kosmosg.config import schema
 from megatron_kosmosg.parallel import cpu_shim, platform
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.stages.pretrain import PretrainStage
@@ -75,27 +66,27 @@ class FixedFeed:
         return 0.0
 
 
-def run_config(size: tuple[int, ...], folder: str) -> RunConfig:
+def run_config(size: tuple[int, ...], folder: str) -> schema.RunConfig:
     """A pretrain run of that size in fp32 without dropout, with a tiny image tower."""
     layers, width, rows, _, _ = size
     heads = width // 32
-    return RunConfig(
+    return schema.RunConfig(
         stage="pretrain",
-        model=ModelConfig(
+        model=schema.ModelConfig(
             vocab_size=VOCAB_SIZE,
-            decoder=DecoderConfig(layers, width, 4 * width, heads, hidden_dropout=0.0),
-            vision=VisionConfig(None, 1, 16, 16, 2, image_size=16, patch_size=8),
-            resampler=ResamplerConfig(2, heads, attention_dropout=0.0),
+            decoder=schema.DecoderConfig(layers, width, 4 * width, heads, hidden_dropout=0.0),
+            vision=schema.VisionConfig(None, 1, 16, 16, 2, image_size=16, patch_size=8),
+            resampler=schema.ResamplerConfig(2, heads, attention_dropout=0.0),
         ),
-        parallel=ParallelConfig(timeout_seconds=60),
-        training=TrainingConfig(
+        parallel=schema.ParallelConfig(timeout_seconds=60),
+        training=schema.TrainingConfig(
             train_iters=10**6, micro_batch_size=rows, global_batch_size=rows, precision="fp32"
         ),
-        logging=LoggingConfig(output_dir=folder),
+        logging=schema.LoggingConfig(output_dir=folder),
     )
 
 
-def megatron_update(config: RunConfig, layout: Layout, feed: FixedFeed):
+def megatron_update(config: schema.RunConfig, layout: Layout, feed: FixedFeed):
     """(function that makes one update and returns its loss, the bare model)."""
     stage = PretrainStage(config, layout)
     chunks = wrap_model(stage.build_model(layout), config)
@@ -112,7 +103,7 @@ def megatron_update(config: RunConfig, layout: Layout, feed: FixedFeed):
     return update, unwrap_model(chunks)[0]
 
 
-def plain_update(config: RunConfig, model: torch.nn.Module, feed: FixedFeed) -> Callable:
+def plain_update(config: schema.RunConfig, model: torch.nn.Module, feed: FixedFeed) -> Callable:
     """One update of the plain decoder with torch's own AdamW and clipping; returns its loss."""
     settings, batch = config.optimizer, feed.batch
     decoder = config.model.decoder
