@@ -51,7 +51,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """0 when this rank's share is done, 2 (message on stderr) when the input cannot be used."""
+    """0 when this rank's share is done; with a message on stderr 2 wrong input, 130 interrupted."""
     given = parse()
     from megatron_kosmosg.data.images import ImageDecoder, target_pixels
     from megatron_kosmosg.data.minute_lines import MinuteLines
@@ -86,6 +86,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"cache_latents: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("cache_latents: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -84,6 +84,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"inspect_data: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("inspect_data: interrupted", file=sys.stderr)
+        return 130
     return 1 if problems else 0
 
 

@@ -314,3 +314,10 @@ def test_errors_come_before_any_work(
     assert tool.main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("0*.jsonl"))
+
+
+def test_an_image_root_that_is_no_folder_is_refused(world, tmp_path, tool, capsys):
+    """Else every picture would be rejected, one by one."""
+    arguments = [*arguments_of(job(world, tmp_path / "out")), "--image-root", "nowhere"]
+    assert tool.main(arguments) == 2
+    assert "--image-root nowhere is not a folder" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.evaluation.dataset_page import inspection_config, summary_text, write_page
 from tests.unit.data_helpers import break_image, build_dataset, write_tokenizer
+from tests.unit.test_data_docs import main_of
 
 KINDS = ("text", "caption", "interleaved", "edit", "compositional")
 
@@ -120,3 +121,19 @@ def test_the_page_shows_samples_as_the_streams_give_them(folder, tokenizer, kind
         assert page.count("data:image/png") >= 3
     if kind == "compositional":
         assert page.count("<figure") == 3 and "red circle" in page
+
+
+def test_the_tools_exit_code_says_what_was_found(folder, monkeypatch, capsys):
+    model = str(write_tokenizer(folder))
+    common = ["--tokenizer-model", model, "--no-page"]
+    broken = break_image(folder, "caption", "-exit", 2, 0)
+    for prefix, more, code, message in (
+        (str(folder / "caption"), ["--check"], 0, "9 samples, 0 problems"),
+        (broken, ["--check"], 1, "2 (caption-2): picture 0:"),
+        (broken, [], 0, "8 samples"),
+        (str(folder / "none"), ["--check"], 2, "no dataset at"),
+    ):
+        found = main_of("tools/inspect_data.py", [prefix, *common, *more], monkeypatch)
+        shown = capsys.readouterr()
+        assert found == code and message in shown.out + shown.err
+    assert not Path(f"{broken}.html").exists()

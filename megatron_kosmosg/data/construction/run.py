@@ -80,6 +80,7 @@ def build(job: BuildJob, share: Share, models: ModelSettings) -> Built:
 
     Raises ValueError for arguments and inputs that cannot be used, before any model is opened.
     """
+    job.options.check("caption")
     origins = _Origins(job, models)
     plan = make_plan(job.output, job.inputs, job.shard_size, job.limit, job.options)
     steps = [step for step in origins.steps(plan) if step is not None]
