@@ -85,5 +85,5 @@ preflight() {
         "$python" tools/preflight.py node --folder "$run_folder" \
         --gpus "${KOSMOSG_GPUS_PER_NODE:-${SLURM_GPUS_PER_NODE:-0}}" \
         --free-gib "${KOSMOSG_FREE_GIB:-100}" || return
-    step --distribution=block "$python" tools/preflight.py network
+    step --distribution=block --kill-on-bad-exit=0 --wait=200 "$python" tools/preflight.py network
 }

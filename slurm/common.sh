@@ -87,6 +87,9 @@ read_arguments() {
 
 # SRUN_OPTIONS are for every step; a container image (pyxis) replaces the virtual environment.
 read -ra srun_options <<<"${KOSMOSG_SRUN_OPTIONS:-}"
+# Tasks of a tool work by themselves: one that fails does not end the others, whose exit code (that
+# of TERM) would hide its own.
+tool_options=(--kill-on-bad-exit=0)
 choose_python() {
     if [ -n "${KOSMOSG_CONTAINER:-}" ]; then
         python=python
@@ -154,9 +157,9 @@ pass_on() {
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
-# Whether a step's exit code is that of a stop request: 85, or what USR1 and TERM do to a program
-# that does not listen for them yet.
-was_stopped() { [ "$1" -eq "$EXIT_STOPPED" ] || [ "$1" -eq 138 ] || [ "$1" -eq 143 ]; }
+# Whether a step's exit code is that of a stop request: 85, or what USR1 does to a program that does
+# not listen for it yet. Not that of TERM: srun sends it to the tasks beside one that failed.
+was_stopped() { [ "$1" -eq "$EXIT_STOPPED" ] || [ "$1" -eq 138 ]; }
 
 # ---- starting again ------------------------------------------------------------------------------
 
@@ -278,6 +281,6 @@ run_tool() {
         check_tasks
         exit 0
     fi
-    step --distribution=block "$python" "$tool" ${rest[@]+"${rest[@]}"}
+    step --distribution=block "${tool_options[@]}" "$python" "$tool" ${rest[@]+"${rest[@]}"}
     finish $?
 }

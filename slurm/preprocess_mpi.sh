@@ -28,7 +28,8 @@ fi
 # shellcheck source=slurm/common.sh
 source "$home/slurm/common.sh"
 
-srun_options+=("--mpi=${KOSMOSG_MPI:-pmi2}")
+# Under MPI they wait for each other.
+tool_options=(--kill-on-bad-exit=1 "--mpi=${KOSMOSG_MPI:-pmi2}")
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
     run_tool tools/preprocess_data.py "$@" --resume
 fi

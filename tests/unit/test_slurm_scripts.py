@@ -284,13 +284,19 @@ def test_tools_go_on_after_an_interruption_and_keep_their_own_errors(cluster):
     arguments = ("--", "--kind", "text")
     assert cluster.run(*arguments, script="preprocess_mpi.sh").returncode == 0
     (call,) = cluster.calls.read_text().splitlines()
-    assert "--mpi=pmi2" in call and call.endswith("tools/preprocess_data.py --kind text")
+    assert (
+        "--mpi=pmi2" in call
+        and "--kill-on-bad-exit=0" not in call
+        and call.endswith("tools/preprocess_data.py --kind text")
+    )
     cluster.run(*arguments, script="preprocess_mpi.sh", CODE="138")
     assert cluster.was_requeued()
     cluster.run(*arguments, script="preprocess_mpi.sh", SLURM_RESTART_COUNT="1")
     assert cluster.calls.read_text().endswith("--kind text --resume\n")
     ended = cluster.run(*arguments, script="cache_latents.sh", CODE="2")
     assert ended.returncode == 2 and not cluster.was_requeued()
+    (call,) = cluster.calls.read_text().splitlines()
+    assert call.index("--kill-on-bad-exit=1") < call.index("--kill-on-bad-exit=0")  # the last wins
 
 
 def test_a_tool_that_is_killed_every_time_is_given_up(cluster):
