@@ -221,15 +221,22 @@ def test_two_runs_of_one_dataset_do_not_mix(folder, tmp_path):
 
 
 @pytest.mark.skipif(not MPIRUN.exists(), reason="needs the mpich wheel (extra `mpi`)")
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_mpi_ranks_write_the_same_bytes(folder, uninterrupted, tmp_path, num_ranks):
+@pytest.mark.parametrize(("num_ranks", "resumes"), [(2, False), (3, True)])
+def test_mpi_ranks_write_the_same_bytes(
+    folder, uninterrupted, tmp_path, monkeypatch, num_ranks, resumes
+):
+    """Also where they take up what a run without MPI left behind."""
     prefix = tmp_path / "out"
-    done = subprocess.run(
-        [str(MPIRUN), "-n", str(num_ranks), *tool_arguments(folder, prefix)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
+    command = [str(MPIRUN), "-n", str(num_ranks), *tool_arguments(folder, prefix)]
+    if resumes:
+        source, model = str(folder / "text" / "*.jsonl"), str(folder / "spm.model")
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(run, "plan_join", _die)
+            quiet(PreprocessJob("text", (source,), model, str(prefix)))
+        for unfinished in sorted((tmp_path / ".out.partial").glob("*.counts.json"))[1::2]:
+            unfinished.unlink()
+        command.append("--resume")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     assert contents(prefix) == uninterrupted
     assert done.stdout.count("samples") == 1 and "100%" in done.stderr
