@@ -12,6 +12,7 @@ from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import BlendEntry
 from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.models.kosmosg import KosmosG
+from megatron_kosmosg.models.pipeline_pieces import ALIGNER_PARTS as PARTS
 from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
 from megatron_kosmosg.parallel.fake_world import pretend_rank
 from megatron_kosmosg.planning.pipeline_balance import with_default_layout
@@ -19,7 +20,6 @@ from megatron_kosmosg.planning.stage_work import score_work, stage_work
 from megatron_kosmosg.planning.workload import micro_batches
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
-PARTS = {"pretrain": (), "align": ("M", "N"), "instruct": ("M",)}
 
 
 def config_of(stage: str, pp: int, *overrides: str):
