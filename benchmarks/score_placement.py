@@ -36,12 +36,13 @@ from megatron_kosmosg.config.paths import output_folder, trace_file
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import Reads
 from megatron_kosmosg.training.metrics import METRICS_FILE
-from tests.distributed.trace_case import instruct_run
+from tests.distributed.trace_case import Pause, instruct_run
 from tests.ranks import run_ranks
 
 REPOSITORY = Path(__file__).parents[1]
 WARM_UP = 2
 """Iterations that are not counted."""
+NO_PAUSE = Pause()
 FIRST_WORD = 4
 """Tokens below it have a meaning of their own."""
 
@@ -103,15 +104,15 @@ class Speed:
     link_mib: float
 
 
-def run_rank(config: RunConfig, length: int) -> None:
+def run_rank(config: RunConfig, length: int, pause: Pause) -> None:
     """One rank of a run. length: of the prompts."""
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
-        instruct_run(config, lambda split, reads: RandomPrompts(config, length, reads))
+        instruct_run(config, lambda split, reads: RandomPrompts(config, length, reads), pause)
 
 
-def measure(config: RunConfig, ranks: int, length: int) -> Speed:
+def measure(config: RunConfig, ranks: int, length: int, pause: Pause = NO_PAUSE) -> Speed:
     """The speed of one run of `config`."""
-    run_ranks(ranks, run_rank, config, length, timeout=3600)
+    run_ranks(ranks, run_rank, config, length, pause, timeout=3600)
     lines = (output_folder(config) / METRICS_FILE).read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "lr" in record][WARM_UP:]
 
@@ -176,12 +177,12 @@ def compare(config: RunConfig, ranks: int, length: int, rounds: int, micro_batch
     )
 
 
-def sweep(config: RunConfig, ranks: int, length: int, counts: Sequence[int]) -> None:
+def sweep(config: RunConfig, ranks: int, length: int, counts: Sequence[int], pause: Pause) -> None:
     """Prints idle shares over the number of images per update."""
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:
             run = placed(in_folder(config, folder), "dedicated", ranks, count)
-            speed = measure(run, ranks, length)
+            speed = measure(run, ranks, length, pause)
         print(
             f"{run.training.global_batch_size:6} images an update: "
             f"{speed.images_per_second:8.1f} images/s, idle: decoder {speed.decoder_idle:.1%}, "
@@ -201,7 +202,9 @@ def _median(speeds: Sequence[Speed], name: str) -> float:
     return statistics.median(getattr(speed, name) for speed in speeds)
 
 
-def picture(config: RunConfig, ranks: int, length: int, count: int, file: Path) -> None:
+def picture(
+    config: RunConfig, ranks: int, length: int, count: int, pause: Pause, file: Path
+) -> None:
     """Draws the trace of the last iteration but one of a dedicated run."""
     with tempfile.TemporaryDirectory() as folder:
         run = placed(in_folder(config, folder), "dedicated", ranks, count)
@@ -209,7 +212,7 @@ def picture(config: RunConfig, ranks: int, length: int, count: int, file: Path) 
         run = dataclasses.replace(
             run, logging=dataclasses.replace(run.logging, trace_iteration=traced)
         )
-        run_ranks(ranks, run_rank, run, length, timeout=3600)
+        run_ranks(ranks, run_rank, run, length, pause, timeout=3600)
         file.write_text(draw_trace(json.loads(trace_file(run).read_text())))
     print(f"picture of iteration {traced}: {file}")
 
@@ -227,6 +230,10 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=4, help="of a replica an update")
     parser.add_argument("--sweep", type=int, nargs="*", default=[1, 2, 4, 8, 16], metavar="N",
                         help="numbers of micro-batches an update")  # fmt: skip
+    parser.add_argument("--pause", type=float, nargs=2, default=[0.0, 0.0],
+                        metavar=("FORWARD", "UNET"), help="seconds slept per micro-batch by "
+                        "decoder and score rank in sweep and picture, as if each had a device of "
+                        "its own")  # fmt: skip
     parser.add_argument("--picture", type=Path, help="SVG file for the trace of an iteration")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
@@ -249,9 +256,10 @@ def main() -> None:
     )
     if arguments.rounds:
         compare(config, ranks, length, arguments.rounds, arguments.micro_batches)
-    sweep(config, ranks, length, arguments.sweep)
+    pause = Pause(*arguments.pause)
+    sweep(config, ranks, length, arguments.sweep, pause)
     if arguments.picture is not None:
-        picture(config, ranks, length, arguments.micro_batches, arguments.picture)
+        picture(config, ranks, length, arguments.micro_batches, pause, arguments.picture)
 
 
 if __name__ == "__main__":

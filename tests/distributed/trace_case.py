@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
@@ -26,16 +27,28 @@ OpenStream = Callable[[str, Reads], StreamDataset]
 """The rows of a split for a rank that reads some of their parts."""
 
 
-def instruct_run(config: RunConfig, open_stream: OpenStream) -> None:
+@dataclass(frozen=True)
+class Pause:
+    """Seconds that are slept in each piece of work, as if a device of its own were busy: what the
+    schedule does then shows on a machine with few cores, too."""
+
+    forward: float = 0.0
+    """In the forward pass of a micro-batch on a decoder rank."""
+    unet: float = 0.0
+    """In the U-Net's work on a micro-batch on a score rank."""
+
+
+def instruct_run(config: RunConfig, open_stream: OpenStream, pause: Pause) -> None:
     """This rank's part, decoder or score rank, of a run from random weights."""
     try:
         if platform.holds_unet_alone(config):
             rank = platform.initialize_score(config)
             diffusion = load_diffusion(config, rank.device)
+            denoise = DenoisingLoss(diffusion, config.score, config.training.seed)
             serve(
                 config,
                 rank,
-                DenoisingLoss(diffusion, config.score, config.training.seed),
+                _pausing(denoise, pause.unet),
                 partial(draw_pictures, config, diffusion),
                 lambda split: open_stream(split, "targets"),
                 torch_dtype(config.training.precision),
@@ -46,6 +59,7 @@ def instruct_run(config: RunConfig, open_stream: OpenStream) -> None:
         reads = "prompts" if layout.num_score_ranks else "all"
         stage.build_dataset = lambda split: open_stream(split, reads)
         stage.initial_weights = lambda: None
+        stage.forward_step = _pausing(stage.forward_step, pause.forward)
         assert fit(stage, config, layout)
         if layout.remote_score is not None:
             layout.remote_score.close(is_done=True)
@@ -53,9 +67,17 @@ def instruct_run(config: RunConfig, open_stream: OpenStream) -> None:
         platform.teardown()
 
 
-def tiny_run(config: RunConfig) -> None:
+def tiny_run(config: RunConfig, pause: Pause) -> None:
     """The same on tiny rows."""
-    instruct_run(config, partial(TinyStream, "instruct"))
+    instruct_run(config, partial(TinyStream, "instruct"), pause)
+
+
+def _pausing(function: Callable, seconds: float) -> Callable:
+    def pause_and_call(*arguments):
+        time.sleep(seconds)
+        return function(*arguments)
+
+    return pause_and_call if seconds else function
 
 
 def offset_of_wrong_clock(seconds: float) -> float:
