@@ -34,11 +34,9 @@ class FairseqFile(LazyTensors):
         content = load_lazily(path, trust=trust)
         model = content.get("model") if isinstance(content, Mapping) else None
         if not isinstance(model, Mapping) or not model:
-            found = (
-                f"keys {sorted(map(str, content))[:8]}"
-                if isinstance(content, Mapping)
-                else (type(content).__name__)
-            )
+            found = type(content).__name__
+            if isinstance(content, Mapping):
+                found = f"keys {sorted(map(str, content))[:8]}"
             raise ConversionError(
                 f"{path} is no fairseq checkpoint: it needs a key 'model' with the weights, but "
                 f"holds {found}"
@@ -64,11 +62,8 @@ class FairseqFile(LazyTensors):
 
 def _entry(options: Any, name: str) -> Any:
     """`options.name` of a dict, an argparse.Namespace or an OmegaConf node (as a placeholder)."""
-    if options is None:
-        return None
-    attributes = options if isinstance(options, Mapping) else vars(options)
+    attributes = options if isinstance(options, Mapping) else getattr(options, "__dict__", {})
     if isinstance(attributes.get("_content"), Mapping):  # an OmegaConf mapping
         attributes = attributes["_content"]
     value = attributes.get(name)
-    inner = getattr(value, "__dict__", {})
-    return inner["_val"] if "_val" in inner else value  # an OmegaConf leaf
+    return getattr(value, "__dict__", {}).get("_val", value)  # an OmegaConf leaf

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 from megatron_kosmosg.config.schema import AlignerConfig
@@ -40,6 +41,12 @@ class StableDiffusion:
             found = self._configs[part].get("_class_name")
             if found != wanted:
                 raise ConversionError(f"{folder / part} is a {found}, a {wanted} is needed")
+        found = str(self._scheduler.get("_class_name"))
+        if not issubclass(getattr(diffusers, found, object), diffusers.SchedulerMixin):
+            raise ConversionError(
+                f"{folder / 'scheduler'} is a {found}, which is no scheduler of the installed "
+                f"diffusers {diffusers.__version__}"
+            )
         self._check_fit(aligner)
         self._weights = {
             part: SafetensorsFolder(folder / part, self._stem(part)) for part in _CLASSES

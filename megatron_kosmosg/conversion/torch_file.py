@@ -45,13 +45,13 @@ class LazyTensor:
 
 
 class Placeholder:
-    """An object of a class that is not imported: only its attributes."""
+    """An object of a class that is not imported: only its attributes.
+
+    Arguments of its constructor, as enumerations have one, are left out; nothing asks for them.
+    """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Placeholder:
         return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.arguments = args
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):

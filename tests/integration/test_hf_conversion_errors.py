@@ -40,6 +40,18 @@ def test_a_pretrain_checkpoint_is_sent_to_export_mllm(converted, tmp_path) -> No
         ("text_encoder", "config.json", {"max_position_embeddings": 77}, "77 positions .* makes 7"),
         ("vae", "config.json", {"_class_name": "VQModel"}, "a AutoencoderKL is needed"),
         ("scheduler", "scheduler_config.json", None, "scheduler_config.json; --sd takes"),
+        (
+            "scheduler",
+            "scheduler_config.json",
+            {"_class_name": None},
+            "None, which is no scheduler",
+        ),
+        (
+            "scheduler",
+            "scheduler_config.json",
+            {"_class_name": "New"},
+            "New, which is no scheduler",
+        ),
         ("vae", "diffusion_pytorch_model.safetensors", None, "save the folder once with diffusers"),
     ],
 )

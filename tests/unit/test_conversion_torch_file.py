@@ -158,6 +158,11 @@ def test_options_in_objects_are_read_when_trusted(tmp_path: Path, kind: str) -> 
     assert torch.equal(file.read("w"), torch.ones(2))
 
 
+def test_options_of_no_known_kind_state_nothing(tmp_path: Path) -> None:
+    content = {"model": {"w": torch.ones(2)}, "cfg": "a text", "args": 3}
+    assert FairseqFile(saved(tmp_path / "x.pt", content)).option("dropout") is None
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
