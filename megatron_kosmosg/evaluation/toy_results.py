@@ -113,7 +113,7 @@ class ToyResults:
             self._add(cell.row("hue error, mean", measures.HUE_MEAN, "degrees"))
             self._add(cell.row("all right", measures.ALL, "share"))
             self._add(cell.row("background word", measures.background_word, "share"))
-            self._sheet(model, before, num_entities, cell)
+            self._sheet(before, num_entities, cell)
         self._swap(model)
         self._background(model)
         self._edits(model)
@@ -177,9 +177,7 @@ class ToyResults:
             ("true edit", "result"),
         )
 
-    def _sheet(
-        self, model: TrainedModel, before: TrainedModel | None, num_entities: int, cell: Cell
-    ) -> None:
+    def _sheet(self, before: TrainedModel | None, num_entities: int, cell: Cell) -> None:
         shown = self._cases(num_entities, images_only)
         rows, headings = self._rows(cell, shown), ("truth", "result")
         caption = "Prompt pictures, true scene, result after instruct"
