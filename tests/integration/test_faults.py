@@ -58,6 +58,7 @@ def instruct_world(stable_diffusion: Path) -> World:
         config = tiny_config("instruct", stable_diffusion, Path(folder))
         config = replace_section(config, "score", placement="dedicated")
         config = replace_section(config, "training", train_iters=ITERATIONS)
+        config = replace_section(config, "optimizer", lr=1e-3, lr_warmup_iters=2)
         return replace_section(config, "logging", tensorboard=False)
 
     return World("instruct", 2, config, ("score wait", "scoring"))
