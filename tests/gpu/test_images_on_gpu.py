@@ -1,0 +1,37 @@
+"""DALI on one CUDA device ("mixed" decoding) against Pillow. Without a GPU it is skipped.
+
+PNG only: the JPEG decoders of GPUs round differently from the CPU's.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_kosmosg.data.images import TOLERANCE, ImageDecoder
+from megatron_kosmosg.data.samples import EntityImage
+from tests.unit.data_helpers import encode_image, noise_image
+from tests.unit.test_data_images import CLIP, SIZES, VAE, levels, needs_dali
+
+pytestmark = [pytest.mark.gpu, needs_dali]
+
+
+@pytest.mark.parametrize("transform", [CLIP, VAE], ids=["clip", "vae"])
+def test_gpu_decoding_equals_pillow_within_the_stated_tolerance(transform):
+    mask = np.zeros(SIZES[3], np.uint8)
+    mask[10:40, 20:50] = 255
+    masked = EntityImage(noise_image(3, *SIZES[3]), encode_image(mask))
+    pictures = [*(noise_image(i, *size) for i, size in enumerate(SIZES)), masked]
+    decoders = ImageDecoder("pillow"), ImageDecoder("dali", device_id=0)
+    a, b = (levels(decoder.decode(pictures, transform), transform) for decoder in decoders)
+    mean, largest = np.abs(a - b).mean(axis=(1, 2, 3)), np.abs(a - b).max(axis=(1, 2, 3))
+    assert mean.max() <= TOLERANCE[0] and largest.max() <= TOLERANCE[1]
+
+
+def test_a_bad_picture_on_the_gpu_costs_one_picture():
+    decoder = ImageDecoder("dali", device_id=0)
+    good = [noise_image(i, 30, 40) for i in range(3)]
+    expected = decoder.decode(good, CLIP)
+    pixels, bad = decoder.try_decode([*good, b"no picture"], CLIP)
+    assert [error.index for error in bad] == [3]
+    assert np.array_equal(pixels[:3], expected) and not pixels[3].any()
