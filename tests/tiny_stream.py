@@ -12,6 +12,7 @@ from megatron_kosmosg.data.streams import Reads
 from tests.tiny_models import random_batch
 
 LONGEST = 15
+_PROMPT = ("tokens", "image_mask", "padding_mask", "pixel_values")
 _PADDING = {"tokens": 1, "padding_mask": True}
 """What fills a row up, where it is not zero."""
 
@@ -46,13 +47,9 @@ class TinyStream:
             batch["attempts"] = torch.zeros_like(batch["stream_positions"])
         batch["bad_samples"] = torch.tensor(0)
         if self._reads == "prompts":
-            del batch["target_pixel_values"], batch["target_weights"]
+            batch = {key: value for key, value in batch.items() if not key.startswith("target_")}
         if self._reads == "targets":
-            kept = (
-                *("target_pixel_values", "target_weights"),
-                *("stream_positions", "attempts", "bad_samples"),
-            )
-            batch = {key: batch[key] for key in kept}
+            batch = {key: value for key, value in batch.items() if key not in _PROMPT}
         return batch
 
     def _row(self, position: int, pad_to: int) -> dict[str, torch.Tensor]:

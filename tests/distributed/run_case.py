@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron_kosmosg.config.schema import RunConfig
@@ -16,6 +17,7 @@ from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.stages import align, build_stage, instruct, pretrain
 from megatron_kosmosg.training.loop import fit
 from megatron_kosmosg.training.metrics import METRICS_FILE
+from megatron_kosmosg.training.stage import Probe
 from tests.distributed.shares import Share, parameters
 from tests.tiny_stream import TinyStream
 
@@ -27,6 +29,8 @@ class Ran:
     before: Share
     """Its parameters before the first update."""
     after: Share
+    sheet: np.ndarray | None
+    """The pictures of held-out prompts, where they were drawn."""
 
 
 def run_stage(config: RunConfig, defect: str | None = None) -> Ran | None:
@@ -51,13 +55,21 @@ def run_stage(config: RunConfig, defect: str | None = None) -> Ran | None:
             before.append(_copy(share_of(kept, layout)))
             return list(kept)
 
-        stage.build_model = build_and_keep
+        sheets: list[np.ndarray] = []
+        probe = stage.probe
+
+        def probe_and_keep(model: list[torch.nn.Module], iteration: int) -> Probe:
+            found = probe(model, iteration)
+            sheets.extend(np.asarray(image) for image in found.images.values())
+            return found
+
+        stage.build_model, stage.probe = build_and_keep, probe_and_keep
         if defect is not None:
             _break(defect)
         assert fit(stage, config, layout)
         if layout.remote_score is not None:
             layout.remote_score.close(is_done=True)
-        return Ran(before[0], share_of(kept, layout))
+        return Ran(before[0], share_of(kept, layout), sheets[0] if sheets else None)
     finally:
         platform.teardown()
 

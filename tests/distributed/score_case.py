@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.data.instruct_stream import Reads
 from megatron_kosmosg.models.score import DenoisingLoss
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.platform import torch_dtype
@@ -23,38 +21,7 @@ from megatron_kosmosg.training.score_service import serve
 from megatron_kosmosg.training.step import Reporter, forward_losses
 from tests.distributed.shares import Share, gradients
 from tests.distributed.stage_gradients import train_pass
-from tests.tiny_models import random_batch
-
-ROW_LENGTH = 13
-PROMPT = ("tokens", "image_mask", "padding_mask", "pixel_values")
-
-
-class TinyPrompts:
-    """Stands for the stream: samples that depend on their position alone, nothing on disk."""
-
-    def __init__(self, reads: Reads) -> None:
-        self._reads = reads
-
-    def __getitem__(self, position: int) -> int:
-        return position
-
-    def lengths(self, positions: Sequence[int]) -> np.ndarray:
-        return np.array([5 + position * 7 % 11 for position in positions])
-
-    def pad_to(self, samples: list[int], global_positions: Sequence[int]) -> int:
-        return ROW_LENGTH
-
-    def collate(self, samples: list[int], pad_to: int) -> dict[str, torch.Tensor]:
-        pairs = [random_batch("instruct", 2, pad_to, seed=1000 + position) for position in samples]
-        batch = {key: torch.cat([pair[key][:1] for pair in pairs]) for key in pairs[0]}
-        batch["stream_positions"] = torch.tensor(samples)
-        batch["attempts"] = torch.zeros_like(batch["stream_positions"])
-        batch["bad_samples"] = torch.tensor(0)
-        if self._reads == "prompts":
-            del batch["target_pixel_values"], batch["target_weights"]
-        if self._reads == "targets":
-            batch = {key: value for key, value in batch.items() if key not in PROMPT}
-        return batch
+from tests.tiny_stream import TinyStream
 
 
 @dataclass(frozen=True)
@@ -93,7 +60,14 @@ def update_with_trouble(config: RunConfig) -> None:
     def fail(*arguments: torch.Tensor) -> torch.Tensor:
         raise ArithmeticError("this score rank's own trouble")
 
-    serve(config, rank, fail, fail, lambda split: TinyPrompts("targets"), torch.float32)
+    serve(
+        config,
+        rank,
+        fail,
+        fail,
+        lambda split: TinyStream("instruct", reads="targets"),
+        torch.float32,
+    )
 
 
 def _serve(config: RunConfig) -> Placed:
@@ -105,7 +79,7 @@ def _serve(config: RunConfig) -> Placed:
         rank,
         DenoisingLoss(diffusion, config.score, config.training.seed),
         partial(draw_pictures, config, diffusion),
-        lambda split: TinyPrompts("targets"),
+        lambda split: TinyStream("instruct", reads="targets"),
         torch_dtype(config.training.precision),
     )
     return Placed(
@@ -117,7 +91,7 @@ def _train(config: RunConfig) -> Placed:
     layout = platform.initialize(config)
     stage = InstructStage(config, layout)
     reads = "prompts" if layout.num_score_ranks else "all"
-    feed = BatchFeed(TinyPrompts(reads), config, layout, start_sample=0)
+    feed = BatchFeed(TinyStream("instruct", reads=reads), config, layout, start_sample=0)
     reports, chunks, model = train_pass(stage, config, layout, iter(feed))
     share = gradients(model, layout)
     work = layout.remote_score.pop_work() if layout.remote_score is not None else None
@@ -127,7 +101,7 @@ def _train(config: RunConfig) -> Placed:
         heldout = forward_losses(
             stage, config, layout, chunks, feed, [iter(feed)], Reporter(layout)
         )
-        drawn = held_out_pictures(config, layout, stage._draw, TinyPrompts("all"), chunks)
+        drawn = held_out_pictures(config, layout, stage._draw, TinyStream("instruct"), chunks)
     feed.close()
     if layout.remote_score is not None:
         layout.remote_score.close(is_done=True)

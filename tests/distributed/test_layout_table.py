@@ -55,8 +55,9 @@ ROWS = {
     "tp2_pp2_sp": Row(4, TP2 | PP2 | SP),
     "pp3_v2": Row(3, PP3_V2 | OVERLAPS),
     "pp3_v2_score_rank": Row(4, PP3_V2, score={"placement": "dedicated"}),
-    "bf16_tp2_sp": Row(2, TP2 | SP, {"precision": "bf16"}),
-    "fp16_pp2": Row(2, PP2, {"precision": "fp16"}),
+    "bf16_pp2": Row(2, PP2, {"precision": "bf16"}),
+    # Not PP2: one rank adds both gradients of the tied embedding in fp16, and overflows sooner.
+    "fp16_tp2_sp": Row(2, TP2 | SP, {"precision": "fp16"}),
 }
 FIRST_SCALE = {"pretrain": 2.0**14, "align": 2.0**17, "instruct": 2.0**23}
 """So large that gradients overflow in the first iterations."""
@@ -75,7 +76,7 @@ class Difference:
 BOUNDS = {
     "fp32": Difference(loss=1e-5, grad_norm=1e-5, update=1e-3),
     "bf16": Difference(loss=2e-3, grad_norm=3e-2, update=0.12),
-    "fp16": Difference(loss=2e-4, grad_norm=1e-3, update=0.03),
+    "fp16": Difference(loss=4e-4, grad_norm=2e-3, update=0.07),
 }
 
 
@@ -173,6 +174,10 @@ def test_ten_iterations_equal_those_of_one_rank(stage, name, one_rank, stable_di
     bound = BOUNDS[row.precision]
     assert apart.loss <= bound.loss and apart.update <= bound.update, apart
     assert apart.grad_norm <= bound.grad_norm, apart
+    if stage == "instruct" and row.precision == "fp32":
+        (drawn,) = [rank.sheet for rank in found[1] if rank.sheet is not None]
+        assert drawn.std() > 10
+        assert np.abs(drawn.astype(int) - expected[1][0].sheet).max() <= 2
 
 
 def test_fp16_skips_updates_and_its_loss_scale_moves(one_rank):
@@ -185,8 +190,8 @@ def test_fp16_skips_updates_and_its_loss_scale_moves(one_rank):
 @pytest.mark.parametrize(
     ("name", "defect"),
     [
-        ("fp16_pp2", "_allreduce_word_embedding_grads"),
-        ("bf16_tp2_sp", "_allreduce_non_tensor_model_parallel_grads"),
+        ("bf16_pp2", "_allreduce_word_embedding_grads"),
+        ("fp16_tp2_sp", "_allreduce_non_tensor_model_parallel_grads"),
     ],
 )
 def test_bounds_of_low_precision_notice_a_missing_exchange(
@@ -195,7 +200,8 @@ def test_bounds_of_low_precision_notice_a_missing_exchange(
     row = ROWS[name]
     found = run("pretrain", stable_diffusion, tmp_path, row, defect)
     apart = difference(found, one_rank("pretrain", row.precision), tolerance=np.inf)
-    assert apart.update > BOUNDS[row.precision].update, apart
+    bound = BOUNDS[row.precision]
+    assert apart.update > bound.update and apart.grad_norm > bound.grad_norm, apart
 
 
 @pytest.mark.parametrize(
