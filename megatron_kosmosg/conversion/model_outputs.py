@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
+from megatron_kosmosg.config.one_rank import on_one_rank
+from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.exported_models import load_aligner, load_mllm
 from megatron_kosmosg.conversion.stored_names import EMBEDDING
@@ -91,8 +92,7 @@ def outputs_of_ours(
     """
     has_aligner = config.stage != "pretrain"
     alone = dataclasses.replace(
-        config,
-        parallel=ParallelConfig(),
+        on_one_rank(config),
         training=dataclasses.replace(config.training, precision="fp32", recompute="none"),
         model=dataclasses.replace(
             config.model, vision=dataclasses.replace(config.model.vision, path=None)

@@ -5,7 +5,6 @@ Works from a checkpoint of any layout: Megatron-Core's distributed checkpoints r
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,8 @@ import torch
 from PIL import Image
 
 from megatron_kosmosg.config.load import load_config
-from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
+from megatron_kosmosg.config.one_rank import on_one_rank
+from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.images import ImageDecoder, prompt_transform
 from megatron_kosmosg.data.padding import pad_rows
 from megatron_kosmosg.data.sequence import SequenceFormat
@@ -35,14 +35,9 @@ Parts = Sequence[str | Image.Image]
 def one_process(config: RunConfig) -> Iterator[Layout]:
     """The layout of a process that holds the whole model; groups are left on exit."""
     try:
-        yield platform.initialize(alone(config))
+        yield platform.initialize(on_one_rank(config))
     finally:
         platform.teardown()
-
-
-def alone(config: RunConfig) -> RunConfig:
-    """The config without any model parallelism."""
-    return dataclasses.replace(config, parallel=ParallelConfig())
 
 
 class TrainedModel:
@@ -50,7 +45,7 @@ class TrainedModel:
 
     def __init__(self, run: Path, layout: Layout) -> None:
         checkpoint = find_checkpoint(run)
-        self.config = alone(load_config(checkpoint / CONFIG_FILE, []))
+        self.config = on_one_rank(load_config(checkpoint / CONFIG_FILE, []))
         self.stage = build_stage(self.config, layout)
         (self.model,) = self.stage.build_model(layout)
         load_weights(checkpoint, [self.model], checkpoint_metadata(layout))
