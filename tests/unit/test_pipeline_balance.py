@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kosmosg import train
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import BlendEntry
 from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.models.pipeline_pieces import ALIGNER_PARTS as PARTS
 from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
+from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.fake_world import pretend_rank
+from megatron_kosmosg.planning.dry_run import describe
 from megatron_kosmosg.planning.pipeline_balance import with_default_layout
 from megatron_kosmosg.planning.stage_work import score_work, stage_work
 from megatron_kosmosg.planning.workload import micro_batches
@@ -89,6 +92,21 @@ def test_a_named_layout_and_a_single_stage_are_left_alone():
     assert with_default_layout(named) is named
     single = config_of("align", 1)
     assert with_default_layout(single) is single
+
+
+def test_training_and_its_dry_run_take_the_default(monkeypatch, tmp_path):
+    config = config_of("pretrain", 2, f"logging.output_dir={tmp_path}")
+    wanted = with_default_layout(config).parallel.pipeline_layout
+    assert f"  pipeline_layout: {wanted}\n" in describe(config)
+    seen = []
+
+    def stop_here(resolved) -> bool:
+        seen.append(resolved.parallel.pipeline_layout)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(platform, "holds_unet_alone", stop_here)
+    assert train.run(config) == train.EXIT_ERROR
+    assert seen == [wanted]
 
 
 def test_the_model_is_built_as_the_layout_says_with_the_aligner_on_a_stage_of_its_own():
