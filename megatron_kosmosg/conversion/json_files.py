@@ -10,13 +10,16 @@ from megatron_kosmosg.conversion.errors import ConversionError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content. Raises ConversionError for a file that is not there or holds no JSON."""
+    """The object in the file. Raises ConversionError for one that is not there or holds none."""
     if not path.is_file():
         raise ConversionError(f"no {path}; is this the folder of an exported model?")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConversionError(f"{path} is no JSON file: {error}") from None
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -111,6 +111,10 @@ def _other_model(folder: Path) -> None:
     path.write_text(path.read_text().replace('"kosmos-2"', '"llava"'))
 
 
+def _list_as_config(folder: Path) -> None:
+    (folder / "aligner" / "config.json").write_text("[]")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -121,6 +125,7 @@ def _other_model(folder: Path) -> None:
         (_other_size, r"latent_query has shape \[4, 32\], the model needs \[5, 32\]"),
         (_untied_head, "lm_head.weight differs from .*ties the two"),
         (_other_tokenizer, "'\u2581square2' there and '\u2581triangle' here"),
+        (_list_as_config, "aligner/config.json holds a list, not a JSON object"),
         (_other_model, "a model of type 'llava', not 'kosmos-2'"),
     ],
 )
