@@ -118,22 +118,45 @@ class LocalSlurm:
         shown = self.run("scontrol", "--oneliner", "show", "job", number).stdout
         return dict(field.split("=", 1) for field in shown.split() if "=" in field)
 
-    def wait_until(self, condition: Callable[[], object], what: str, seconds: float = 1800) -> None:
+    def output(self, number: str) -> str:
+        """What a job, or all tasks of an array, wrote so far."""
+        shown = self.run("scontrol", "--oneliner", "show", "job", number).stdout
+        files = [field for field in shown.split() if field.startswith("StdOut=")]
+        paths = [Path(file.removeprefix("StdOut=")) for file in files]
+        return "".join(path.read_text() for path in paths if path.exists())
+
+    def wait_until(self, condition: Callable[[], object], what: str, seconds: float = 300) -> None:
         """Returns when the condition holds. Raises TimeoutError with the state of the cluster."""
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                seen = self.run("squeue").stdout + self.run("sinfo", "-N", "-l").stdout
-                raise TimeoutError(f"after {seconds} s not yet: {what}\n{seen}")
+                raise TimeoutError(f"after {seconds} s not yet: {what}\n{self._state()}")
             time.sleep(0.3)
 
-    def wait_for_end(self, number: str, seconds: float = 1800) -> str:
-        """The state in which the job ended, such as COMPLETED."""
+    def finish(self, number: str, state: str = "COMPLETED", seconds: float = 300) -> str:
+        """What the job wrote, when it has ended. Raises AssertionError if not in this state."""
         unfinished = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}
-        self.wait_until(
-            lambda: self.job(number)["JobState"] not in unfinished, f"end of job {number}", seconds
-        )
-        return self.job(number)["JobState"]
+
+        def has_ended() -> bool:
+            job = self.job(number)
+            if job["Reason"] == "DependencyNeverSatisfied":
+                raise AssertionError(f"job {number} will never start\n{self._state()}")
+            return job["JobState"] not in unfinished
+
+        self.wait_until(has_ended, f"end of job {number}", seconds)
+        reached, written = self.job(number)["JobState"], self.output(number)
+        if reached != state:
+            raise AssertionError(f"job {number} ended as {reached}:\n{written}")
+        return written
+
+    def _state(self) -> str:
+        """Queue and nodes, and the end of what every job wrote that is not complete."""
+        shown = self.run("squeue").stdout + self.run("sinfo", "-N", "-l").stdout
+        for line in self.run("scontrol", "--oneliner", "show", "job").stdout.splitlines():
+            if "JobState=COMPLETED" not in line and line.startswith("JobId="):
+                number = line.split()[0].removeprefix("JobId=")
+                shown += f"\n--- job {number}\n{self.output(number)[-4000:]}"
+        return shown
 
     def processes(self, node: str) -> list[int]:
         """Processes of jobs on this node: batch scripts, their srun, tasks and slurmstepd."""

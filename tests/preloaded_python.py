@@ -24,6 +24,8 @@ from tests.local_slurm import die_with_parent
 REPOSITORY = Path(__file__).parents[1]
 PRELOADED = (
     "megatron_kosmosg.planning.dry_run",
+    "megatron_kosmosg.models.diffusion",
+    "megatron_kosmosg.stages.instruct",
     "megatron_kosmosg.stages.pretrain",
     "megatron_kosmosg.training.loop",
     "diffusers.utils.logging",

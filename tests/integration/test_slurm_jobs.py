@@ -1,0 +1,149 @@
+"""The other job scripts on a real Slurm: three stages in a row, tools, arrays, refusals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_kosmosg.toy import assets
+from tests.local_slurm import LocalSlurm
+from tests.toy_runs import REPOSITORY, arguments_of, write_data
+
+SCRIPTS = REPOSITORY / "slurm"
+SIZE = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")
+STAGES = ("pretrain", "align", "instruct")
+DEDICATED = (
+    "score.placement=dedicated",
+    "score.ranks_per_replica=2",
+    "parallel.tensor_model_parallel_size=2",
+)
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    write_data(folder)
+    return folder
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def submit(slurm: LocalSlurm, name: str, folder: Path, *arguments: str, **more) -> str:
+    """more: `after`, numbers of jobs that have to end well first; settings of LocalSlurm.run."""
+    before = more.pop("after", ())
+    options = () if name == "evaluate" else SIZE
+    if before:
+        options += (f"--dependency=afterok:{':'.join(before)}",)
+    written = f"--output={folder}/{name}-%j.out"
+    return slurm.submit(*options, written, str(SCRIPTS / f"{name}.sh"), *arguments, **more)
+
+
+def test_three_stages_and_an_evaluation_each_after_the_one_before(slurm, data, tmp_path):
+    """Latents are cached meanwhile, in a job that is interrupted; instruct has score ranks."""
+    here = {"cwd": REPOSITORY, "env": {"KOSMOSG_PREFLIGHT": "0"}}
+    frozen = str(assets.path() / "stable-diffusion")
+    kinds = ("compositional", "edit", "caption")
+    prefixes = [str(data / "data" / "train" / kind) for kind in kinds]
+    tool = (*prefixes, "--stable-diffusion", frozen, "--image-size", "32", "--workers", "1")
+    caching = submit(slurm, "cache_latents", tmp_path, "--", *tool, **here)
+    jobs, previous = [], None
+    for stage in STAGES:
+        more = ["training.train_iters=2", "logging.num_images=0"]
+        if stage == "instruct":
+            more += [*DEDICATED, "data.latent_cache=latents"]
+        option, config, *settings = arguments_of(stage, data, tmp_path / stage, previous, *more)
+        before = jobs[-1:] + [caching] * (stage == "instruct")
+        line = (option, config, "--", *settings)
+        jobs.append(submit(slurm, f"{stage}_256gpu", tmp_path, *line, after=before, **here))
+        previous = tmp_path / stage
+    judged = tmp_path / "evaluation"
+    tool = ("--run", f"instruct={previous}", "--output", str(judged), "--fast", "--count", "2")
+    arguments = ("--", *tool, "--steps", "1")
+    jobs.append(submit(slurm, "evaluate", tmp_path, *arguments, after=jobs[-1:], **here))
+
+    def is_interrupted() -> bool:
+        slurm.run("scancel", "--signal=USR1", caching)
+        return slurm.job(caching)["Restarts"] == "1"
+
+    slurm.wait_until(is_interrupted, f"the restart of job {caching}")
+    said = slurm.finish(caching)
+    assert "exit code 138: requeued" in said
+    assert all(f"{prefix}.latents: complete" in said for prefix in prefixes), said
+    _, _, said, _ = (slurm.finish(number) for number in jobs)
+    assert "tensor 2 x pipeline 1 x data 1 + 2 score of each replica" in said
+    assert "replica 0: ranks 0, 1 -> score ranks 2, 3" in said and "slurm: done" in said
+    for stage in STAGES:
+        assert [line["iteration"] for line in lines(tmp_path / stage) if "lr" in line] == [1, 2]
+    assert all(0 < line["score_idle"] <= 1 for line in lines(tmp_path / "instruct"))
+    assert json.loads((judged / "metrics.json").read_text())["rows"]
+
+
+def test_preprocessing_under_mpi_writes_the_bytes_of_one_process(slurm, data, tmp_path):
+    alone, prefix = data / "data" / "train" / "text", tmp_path / "text"
+    source = data / "world" / "train" / "text.jsonl"
+    model = assets.path() / "sentencepiece.model"
+    tool = ["--kind", "text", "--input", source, "--output-prefix", prefix, "--tokenizer-model"]
+    # A Python of its own: MPI is met through a file that srun leaves open. It imports no torch.
+    plain = {"VIRTUAL_ENV": sys.prefix}
+    arguments = ["--", *map(str, tool), str(model)]
+    number = submit(slurm, "preprocess_mpi", tmp_path, *arguments, cwd=REPOSITORY, env=plain)
+    slurm.finish(number)
+    for suffix in (".bin", ".idx"):
+        ours, theirs = Path(f"{prefix}{suffix}"), Path(f"{alone}{suffix}")
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_sweep_is_an_array_and_a_job_after_it_waits_for_all_of_it(slurm, tmp_path):
+    """Submitted from a folder inside the project."""
+    rates = ("1.5e-4", "2.5e-4")
+    sweep = tmp_path / "sweep"
+    sweep.write_text("".join(f"optimizer.lr={rate}\n" for rate in rates))
+    script, written = str(SCRIPTS / "align_256gpu.sh"), f"--output={tmp_path}/%a.out"
+    arguments = ("--check", "--sweep", str(sweep), "--", "training.global_batch_size=4")
+    small = (*arguments, "training.micro_batch_size=1", "parallel.tensor_model_parallel_size=1")
+    first = slurm.submit(*SIZE, "--array=1-2%1", written, script, *small, cwd=SCRIPTS)
+    second = submit(slurm, "evaluate", tmp_path, "--check", after=[first], cwd=SCRIPTS)
+    said = slurm.finish(second)
+    assert "1 tasks on 1 nodes, ranks in block order, 1 GPUs visible to each" in said
+    for task, rate in enumerate(rates, start=1):
+        said = (tmp_path / f"{task}.out").read_text()
+        assert f"\n  lr: {float(rate)}\n" in said, said
+        assert "4 tasks on 2 nodes, ranks in block order, 2 GPUs visible to each" in said
+
+
+def test_a_job_after_one_that_failed_does_not_start(slurm, tmp_path):
+    failing = submit(slurm, "align_256gpu", tmp_path, "--", "no.such=setting", cwd=REPOSITORY)
+    waiting = submit(slurm, "evaluate", tmp_path, "--check", after=[failing], cwd=REPOSITORY)
+    assert "no.such" in slurm.finish(failing, "FAILED")
+    slurm.wait_until(
+        lambda: slurm.job(waiting)["Reason"] == "DependencyNeverSatisfied", "the reason"
+    )
+    slurm.run("scancel", waiting)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--partition=nowhere"], ["choose a partition", "main (2 nodes"]),
+        (["--nodes=1", "--partition=lab", "--account=nobody"], ["choose an account"]),
+        (["--nodes=64"], ["the cluster cannot give this", "2 nodes of 64 CPUs"]),
+        (["--nodes=2", "--gpus-per-node=16"], ["the cluster cannot give this", "gpu:8"]),
+    ],
+    ids=["partition", "account", "nodes", "gpus"],
+)
+def test_what_slurm_refuses_is_explained_before_it_is_submitted(slurm, options, words):
+    answer = slurm.run("bash", str(SCRIPTS / "preprocess_mpi.sh"), "--check", *options)
+    assert answer.returncode == 2
+    assert all(word in answer.stderr for word in words), answer.stderr
+
+
+def test_the_project_not_found_is_said(slurm, tmp_path):
+    number = submit(slurm, "evaluate", tmp_path, "--check", cwd=tmp_path)
+    assert "export KOSMOSG_HOME=" in slurm.finish(number, "FAILED")
