@@ -2,6 +2,7 @@
 # Sourced by the job scripts of this folder, with $home set to the project's folder: arguments,
 # Python (bare venv or container), srun steps that pass signals on, requeueing and its limit.
 # The environment variables that it reads are listed in slurm/README.md.
+# Long, because signals, steps and requeueing share state; checks.sh has what comes before training.
 
 script=$(realpath "$0") || exit 2
 home=$(cd "$home" && pwd) || exit 2
