@@ -30,6 +30,8 @@ _PRELOAD = [
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.transformer.transformer_block",
     "megatron_kosmosg.models.diffusion",
+    "megatron_kosmosg.stages.instruct",
+    "megatron_kosmosg.training.loop",
 ]
 
 

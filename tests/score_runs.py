@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from megatron_kosmosg import train
+from megatron_kosmosg.data.instruct_stream import InstructStream
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
 from megatron_kosmosg.models.score import DenoisingLoss
 from megatron_kosmosg.stages import instruct
@@ -62,6 +63,8 @@ class Outcome:
     """Frozen parameters that have a gradient, a gradient buffer or a place in the optimizer."""
     trained: int
     """Parameters that have a place in the optimizer."""
+    read: frozenset[str]
+    """What this rank read of the training data: names of the tensors in its batches."""
 
 
 def program(arguments: list[str], event: Event | None = None) -> Outcome:
@@ -89,6 +92,7 @@ def program(arguments: list[str], event: Event | None = None) -> Outcome:
         frozen_changed=watched.before != {name: _digest(p) for name, p in frozen.items()},
         frozen_with_buffers=tuple(name for name, p in frozen.items() if watched.has_buffers(p)),
         trained=len(watched.in_optimizer()),
+        read=frozenset(watched.read),
     )
 
 
@@ -100,6 +104,7 @@ class _Watched:
         self.chunks: list[nn.Module] = []
         self.optimizer = None
         self.before: dict[str, str] = {}
+        self.read: set[str] = set()
 
     def frozen(self) -> dict[str, nn.Parameter]:
         parts = [part for d in self.diffusions for part in (d.unet, d.vae)] + self.chunks
@@ -132,6 +137,13 @@ class _Watched:
 
 def _watch(watched: _Watched) -> None:
     load_diffusion, build_optimizer = instruct.load_diffusion, loop.build_optimizer
+    collate = InstructStream.collate
+
+    def collect(self, samples, pad_to):
+        batch = collate(self, samples, pad_to)
+        if self._stage == "instruct/train":
+            watched.read |= batch.keys()
+        return batch
 
     def load(*arguments):
         watched.diffusions.append(load_diffusion(*arguments))
@@ -145,6 +157,7 @@ def _watch(watched: _Watched) -> None:
         return watched.optimizer
 
     instruct.load_diffusion, loop.build_optimizer = load, build
+    InstructStream.collate = collect
 
 
 def _arrange(event: Event) -> None:

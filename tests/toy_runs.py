@@ -13,7 +13,6 @@ from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.toy import assets
 from megatron_kosmosg.toy.files import World, write_world
 from megatron_kosmosg.training.loop import fit
-from megatron_kosmosg.training.stage import Stage
 
 REPOSITORY = Path(__file__).parents[1]
 KINDS = ("text", "caption", "interleaved", "edit", "compositional")
@@ -76,24 +75,13 @@ def config_of(
     return load_config(file, settings)
 
 
-class _FromNothing:
-    """A stage that takes no weights of the one before."""
-
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
-
-    def __getattr__(self, name: str):
-        return getattr(self._stage, name)
-
-    def initial_weights(self) -> None:
-        return None
-
-
 def train_from_nothing(config: RunConfig) -> None:
     """One rank's part of a run that starts from random weights, for the stage after it."""
     layout = platform.initialize(config)
     try:
-        fit(_FromNothing(build_stage(config, layout)), config, layout)
+        stage = build_stage(config, layout)
+        stage.initial_weights = lambda: None
+        fit(stage, config, layout)
     finally:
         platform.teardown()
 

@@ -127,8 +127,11 @@ def test_each_rank_holds_its_part_and_the_frozen_part_never_changes(name, dedica
             assert not outcome.model and outcome.trained == 0
             assert any(key.startswith("conv_in.") for key in outcome.diffusion)
             assert any(key.startswith("encoder.") for key in outcome.diffusion)
+            assert "target_pixel_values" in outcome.read
+            assert not outcome.read & {"tokens", "pixel_values"}
         else:
             assert outcome.model and not outcome.diffusion and outcome.trained > 0
+            assert "target_pixel_values" not in outcome.read
         assert not outcome.frozen_changed and not outcome.frozen_with_buffers
 
 
