@@ -270,6 +270,13 @@ def test_parquet_nulls_and_damage(tmp_path, model):
     samples, rejects = run(model, "caption", named)
     assert [(r["source"], r["reason"]) for r in rejects] == [("c.parquet:4", "invalid UTF-8")]
     assert len(samples) == 4
+    pyarrow = pytest.importorskip("pyarrow")
+    years = pyarrow.array([0, 10**18, 5]).cast(pyarrow.timestamp("us"))  # the second: 33658
+    table = pyarrow.Table.from_pylist([rows[2]] * 3).append_column("made", years)
+    pyarrow.parquet.write_table(table, named)
+    samples, rejects = run(model, "caption", named)
+    assert [(r["source"], r["reason"]) for r in rejects] == [("c.parquet:2", "row cannot be read")]
+    assert info_of(samples[1])["made"] == "1970-01-01 00:00:00.000005"
     for damaged, reason in (
         (data[:-4], "not a Parquet file"),
         (data[:20] + bytes(40) + data[60:], "Parquet file is damaged"),
