@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -131,6 +132,19 @@ def said_while_training(config: RunConfig, settings: dict | None = None) -> str:
     return said.getvalue()
 
 
+@dataclass(frozen=True)
+class LimitFiles:
+    """From forward pass `call` on, no file of this process grows beyond `most_bytes`."""
+
+    call: int
+    most_bytes: int
+
+    def __call__(self, call: int) -> None:
+        if call == self.call:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.most_bytes, hard))
+
+
 class Killed(Exception):
     """Stands for a process that ends between two iterations without a goodbye."""
 
@@ -169,19 +183,19 @@ def train_until(config: RunConfig, stop: int, settings: dict | None = None) -> N
     raise AssertionError("the run was not interrupted")
 
 
-def run_program(config: RunConfig, settings: dict | None = None) -> tuple[int, str]:
-    """(exit code, stderr) of the training program with the fake stage in place of the real ones."""
+def run_program(config: RunConfig, settings: dict | None = None) -> tuple[int, str, str]:
+    """(exit code, stderr, stdout) of the training program with the fake stage."""
     from megatron_kosmosg import stages, train
 
     stages.build_stage = lambda config, layout, judge: FakeStage(config, **(settings or {}))
     train.validate_files = lambda config: None  # the fake stage reads no files
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    said, shown = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
         code = train.run(config)
-    return code, said.getvalue()
+    return code, said.getvalue(), shown.getvalue()
 
 
-def run_on_taken_port(config: RunConfig, port: int) -> tuple[int, str]:
+def run_on_taken_port(config: RunConfig, port: int) -> tuple[int, str, str]:
     """`run_program` as rank 0 of 2 whose port somebody else listens on."""
     os.environ.update(WORLD_SIZE="2", MASTER_PORT=str(port))
     return run_program(config)

@@ -32,6 +32,7 @@ from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.rng_state import restore_rng_state, rng_state
 from megatron_kosmosg.parallel.seeds import set_seeds
 from megatron_kosmosg.training import checkpoint_folder
+from megatron_kosmosg.training.checkpoint_errors import explain_write_errors, load_state
 from megatron_kosmosg.training.checkpoint_writer import BackgroundSave, ThreadSaveStrategy
 from megatron_kosmosg.training.optimizer import restore_settings, set_num_updates
 from megatron_kosmosg.training.weights import model_state, set_model_state
@@ -74,10 +75,63 @@ class Checkpointer:
         self._datasets = datasets
         self._folder = save_folder(config)
         self._background = BackgroundSave()
+        self._saving = 0
+        """Iteration of the latest save."""
 
     def save(self, progress: Progress) -> None:
         """Writes `iter_XXXXXXX`; with checkpoint.async_save it appears some iterations later."""
         self.wait()
+        self._saving = progress.iteration
+        with explain_write_errors(self._folder, self._saving):
+            self._save(progress)
+
+    def poll(self) -> None:
+        """Gives a background save its final name once all ranks have written."""
+        with explain_write_errors(self._folder, self._saving):
+            self._background.poll(self._layout.device)
+
+    def wait(self) -> None:
+        """Returns when no save is under way."""
+        with explain_write_errors(self._folder, self._saving):
+            self._background.wait()
+
+    def resume(self, path: Path) -> tuple[Progress, list[str]]:
+        """Progress of the checkpoint after loading all of it, and notes for the log.
+
+        Raises ConfigError if the config changes what is learnt (config/resume.py), or if the
+        checkpoint holds weights alone; DamagedCheckpoint if it cannot be read.
+        """
+        saved_config = load_config(path / checkpoint_folder.CONFIG_FILE, [])
+        common = dist_checkpointing.load_common_state_dict(str(path))
+        if "progress" not in common:
+            raise ConfigError(
+                f"{path} holds weights alone (it was imported), so there is no run to continue; "
+                f"set checkpoint.load={path.parent} and save this run into another folder "
+                "(logging.output_dir, checkpoint.save)"
+            )
+        notes = check_resume(saved_config, self._config, common.get("datasets", {}), self._datasets)
+        same_layout = common["layout"] == self._layout_signature()
+        strategy = get_default_load_sharded_strategy(str(path))
+        if self._layout.dp_size > 1:
+            strategy = FullyParallelLoadStrategyWrapper(strategy, self._layout.dp_group)
+        wanted = self._state(Progress(), is_loading=True)
+        if not same_layout:
+            del wanted["rng"]
+        loaded = load_state(path, wanted, strategy)
+        set_model_state(self._chunks, loaded)
+        progress = Progress(**loaded["progress"])
+        with torch.no_grad():  # Megatron-Core copies into fp32 parameters in place
+            self._optimizer.load_state_dict(loaded["optimizer"])
+        restore_settings(self._config, self._optimizer, progress.updates)
+        self._scheduler.load_state_dict(loaded["scheduler"])
+        if same_layout:
+            restore_rng_state(loaded["rng"])
+        else:
+            set_seeds(self._config.training.seed + progress.iteration, self._layout)
+            notes.append("another parallel layout: dropout masks differ from an unbroken run")
+        return progress, notes
+
+    def _save(self, progress: Progress) -> None:
         set_num_updates(self._optimizer, progress.updates)
         temporary = [""]
         if self._layout.rank == 0:
@@ -98,50 +152,6 @@ class Checkpointer:
         else:
             request.add_finalize_fn(lambda: self._complete(Path(temporary[0])))
             self._background.start(request)
-
-    def poll(self) -> None:
-        """Gives a background save its final name once all ranks have written."""
-        self._background.poll(self._layout.device)
-
-    def wait(self) -> None:
-        """Returns when no save is under way."""
-        self._background.wait()
-
-    def resume(self, path: Path) -> tuple[Progress, list[str]]:
-        """Progress of the checkpoint after loading all of it, and notes for the log.
-
-        Raises ConfigError if the config changes what is learnt (config/resume.py), or if the
-        checkpoint holds weights alone.
-        """
-        saved_config = load_config(path / checkpoint_folder.CONFIG_FILE, [])
-        common = dist_checkpointing.load_common_state_dict(str(path))
-        if "progress" not in common:
-            raise ConfigError(
-                f"{path} holds weights alone (it was imported), so there is no run to continue; "
-                f"set checkpoint.load={path.parent} and save this run into another folder "
-                "(logging.output_dir, checkpoint.save)"
-            )
-        notes = check_resume(saved_config, self._config, common.get("datasets", {}), self._datasets)
-        same_layout = common["layout"] == self._layout_signature()
-        strategy = get_default_load_sharded_strategy(str(path))
-        if self._layout.dp_size > 1:
-            strategy = FullyParallelLoadStrategyWrapper(strategy, self._layout.dp_group)
-        wanted = self._state(Progress(), is_loading=True)
-        if not same_layout:
-            del wanted["rng"]
-        loaded = dist_checkpointing.load(wanted, str(path), strategy)
-        set_model_state(self._chunks, loaded)
-        progress = Progress(**loaded["progress"])
-        with torch.no_grad():  # Megatron-Core copies into fp32 parameters in place
-            self._optimizer.load_state_dict(loaded["optimizer"])
-        restore_settings(self._config, self._optimizer, progress.updates)
-        self._scheduler.load_state_dict(loaded["scheduler"])
-        if same_layout:
-            restore_rng_state(loaded["rng"])
-        else:
-            set_seeds(self._config.training.seed + progress.iteration, self._layout)
-            notes.append("another parallel layout: dropout masks differ from an unbroken run")
-        return progress, notes
 
     def _state(self, progress: Progress, *, is_loading: bool) -> dict[str, Any]:
         metadata = checkpoint_metadata(self._layout)
@@ -171,10 +181,3 @@ class Checkpointer:
             checkpoint_folder.finish(temporary, to_yaml(self._config))
             checkpoint_folder.prune(self._folder, self._config.checkpoint.keep_last)
         dist.barrier()
-
-
-def newest_checkpoint(config: RunConfig, layout: Layout) -> Path | None:
-    """This run's newest whole checkpoint as rank 0 sees it, on every rank."""
-    found = [checkpoint_folder.latest_valid(save_folder(config)) if layout.rank == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]

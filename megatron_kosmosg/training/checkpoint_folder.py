@@ -1,20 +1,30 @@
 """Checkpoints as folders: `iter_0000100/` exists under that name only when it is whole.
 
-A save fills `iter_0000100.tmp/`; `finish` writes `complete.json` (the size of every file), flushes
-everything to disk and renames. A crash at any moment leaves either the old state or the new one.
+A save fills `iter_0000100.tmp/`; `finish` writes `complete.json` (the size of every file and the
+digest of the small ones), flushes everything to disk and renames. A crash at any moment leaves
+either the old state or the new one. A file of tensors has a checksum beside it, which is compared
+when it is to be read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 from megatron_kosmosg.config.errors import ConfigError
 
 COMPLETE_FILE = "complete.json"
 CONFIG_FILE = "config.yaml"
+DAMAGED = ".damaged"
+"""Ends the name of a checkpoint that was found unreadable."""
+_TENSORS = ".distcp"
+"""Ends the names of the files that grow with the model."""
+_CHECKSUM = ".crc32"
+_CHUNK = 1 << 24
 
 
 def folder_name(iteration: int) -> str:
@@ -40,7 +50,8 @@ def finish(temporary: Path, config_yaml: str) -> Path:
     for path in files:
         _flush(path)
     listing = temporary / COMPLETE_FILE
-    listing.write_text(json.dumps({"files": sizes}, indent=1) + "\n")
+    digests = {name: _digest(temporary / name) for name in sizes if not name.endswith(_TENSORS)}
+    listing.write_text(json.dumps({"files": sizes, "digests": digests}, indent=1) + "\n")
     _flush(listing)
     _flush(temporary)
     final = temporary.with_suffix("")
@@ -51,21 +62,57 @@ def finish(temporary: Path, config_yaml: str) -> Path:
     return final
 
 
-def is_valid(folder: Path) -> bool:
-    """True if every file that `complete.json` lists is there with its size."""
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, None if they are those that `complete.json`
+    lists. Checkpoints of before there were digests are whole by their sizes."""
     try:
-        sizes = json.loads((folder / COMPLETE_FILE).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        listing = json.loads((folder / COMPLETE_FILE).read_text())
+        sizes, digests = listing["files"], listing.get("digests", {})
     except (OSError, ValueError, KeyError):
-        return False
+        return f"{COMPLETE_FILE} is missing or damaged"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+        if name in digests and _digest(path) != digests[name]:
+            return f"{name} has other content than was written"
+    return None
 
 
-def latest_valid(save: Path) -> Path | None:
+def is_valid(folder: Path) -> bool:
+    """Whether the checkpoint is whole, as far as can be told without reading its tensors."""
+    return damage(folder) is None
+
+
+def damages(save: Path, newer_than: Path | None = None) -> list[str]:
+    """One line for each damaged checkpoint in `save`, newest first."""
+    found = []
+    for folder in reversed(_iteration_folders(save)):
+        if newer_than is not None and _iteration(folder) <= _iteration(newer_than):
+            break
+        problem = damage(folder)
+        if problem is not None:
+            found.append(f"{folder} is damaged: {problem}")
+    return found
+
+
+def latest_valid(save: Path, older_than: Path | None = None) -> Path | None:
     """The newest whole checkpoint in `save`, or None."""
     for folder in reversed(_iteration_folders(save)):
+        if older_than is not None and _iteration(folder) >= _iteration(older_than):
+            continue
         if is_valid(folder):
             return folder
     return None
+
+
+def set_aside(folder: Path) -> None:
+    """Gives a checkpoint a name under which nothing takes it for one."""
+    aside = folder.with_name(folder.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -74,11 +121,11 @@ def find_checkpoint(path: Path) -> Path:
     Raises ConfigError if there is no whole checkpoint.
     """
     if (path / COMPLETE_FILE).is_file():
-        if is_valid(path):
+        problem = damage(path)
+        if problem is None:
             return path
         raise ConfigError(
-            f"checkpoint {path} is damaged: a file listed in {COMPLETE_FILE} is missing or has "
-            "another size; set checkpoint.load to another checkpoint"
+            f"checkpoint {path} is damaged: {problem}; set checkpoint.load to another checkpoint"
         )
     for save in (path, path / "checkpoints"):
         found = latest_valid(save)
@@ -88,6 +135,24 @@ def find_checkpoint(path: Path) -> Path:
         f"checkpoint.load={path}: no finished checkpoint (iter_*/{COMPLETE_FILE}) there or in "
         f"{path / 'checkpoints'}"
     )
+
+
+def write_checksum(path: Path) -> None:
+    """Puts the checksum of a file of tensors beside it."""
+    path.with_name(path.name + _CHECKSUM).write_text(f"{_checksum(path):08x}\n")
+
+
+def damaged_tensors(folder: Path, share: int, num_shares: int) -> list[str]:
+    """One line for each file of tensors whose content is not what was written.
+
+    Reads one share of the files. Those without a checksum, of before there were any, are not read.
+    """
+    found = []
+    for path in sorted(folder.glob(f"*{_TENSORS}"))[share::num_shares]:
+        noted = path.with_name(path.name + _CHECKSUM)
+        if noted.is_file() and noted.read_text() != f"{_checksum(path):08x}\n":
+            found.append(f"{path.name} has other content than was written")
+    return found
 
 
 def prune(save: Path, keep_last: int) -> None:
@@ -101,8 +166,15 @@ def prune(save: Path, keep_last: int) -> None:
 
 def _iteration_folders(save: Path) -> list[Path]:
     """Folders under their final names, oldest first."""
-    named = {int(path.name[5:]): path for path in save.glob("iter_*") if path.name[5:].isdigit()}
-    return [named[iteration] for iteration in sorted(named)]
+    return sorted((path for path in save.glob("iter_*") if path.name[5:].isdigit()), key=_iteration)
+
+
+def _iteration(folder: Path) -> int:
+    return int(folder.name[5:])
+
+
+def _digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def _remove(folder: Path) -> None:
@@ -118,3 +190,11 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
     save_state_dict_async_finalize,
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from megatron_kosmosg.training import checkpoint_folder
 
 # Results travel between threads; Megatron-Core would start a server process for its own queue.
 filesystem_async._results_queue = queue.Queue()
@@ -105,4 +108,8 @@ def _write(buckets: list[tuple], transforms: list) -> dict[int, list] | Exceptio
         results[number] = answers.get()[1]
         if isinstance(results[number], Exception):
             return results[number]
+        try:
+            checkpoint_folder.write_checksum(Path(bucket[0]))
+        except OSError as error:
+            return error
     return results

@@ -55,12 +55,12 @@ def report_failure(folder: Path, rank: int, error: BaseException, started: float
             return False
         print(shown, file=sys.stderr, flush=True)  # no folder to agree in: every rank speaks
         return True
-    with os.fdopen(descriptor, "w") as file:
+    print(shown, file=sys.stderr, flush=True)
+    with suppress(OSError), os.fdopen(descriptor, "w") as file:  # the disk may be what failed
         file.write(full)
         file.flush()
         now = time.time()
         os.utime(descriptor, (now, now))  # by this machine's clock: a file server's may differ
-    print(shown, file=sys.stderr, flush=True)
     return True
 
 

@@ -24,7 +24,6 @@ from megatron_kosmosg.training.checkpoint import (
     Checkpointer,
     Progress,
     checkpoint_metadata,
-    newest_checkpoint,
 )
 from megatron_kosmosg.training.checkpoint_folder import CONFIG_FILE, find_checkpoint
 from megatron_kosmosg.training.evaluation import Evaluations, is_due
@@ -32,6 +31,7 @@ from megatron_kosmosg.training.iteration_trace import DecoderTrace
 from megatron_kosmosg.training.metrics import MetricsWriter, iteration_record
 from megatron_kosmosg.training.optimizer import build_lr_scheduler, build_optimizer
 from megatron_kosmosg.training.progress import ProgressDisplay
+from megatron_kosmosg.training.resume import Resumed, newest_checkpoint, resume
 from megatron_kosmosg.training.signals import StopRequest
 from megatron_kosmosg.training.stage import Stage
 from megatron_kosmosg.training.step import Reporter, Update, connect, train_step
@@ -79,9 +79,10 @@ def _fit(
     checkpointer = Checkpointer(
         config, layout, unwrap_model(chunks), optimizer, scheduler, data.fingerprints()
     )
-    progress, notes = Progress(), []
+    progress, resumed = Progress(), None
     if resume_from is not None:
-        progress, notes = checkpointer.resume(resume_from)
+        resumed = resume(checkpointer, layout, resume_from)
+        progress = resumed.progress
 
     writes = layout.rank == 0
     if writes:
@@ -89,7 +90,7 @@ def _fit(
         (output_folder(config) / CONFIG_FILE).write_text(to_yaml(config))
     display = ProgressDisplay(config, progress.iteration, enabled=writes)
     metrics = MetricsWriter(config, progress.iteration, enabled=writes)
-    _announce(display, resume_from, progress, notes, bare)
+    _announce(display, resumed, bare)
     feed = BatchFeed(data, config, layout, start_sample=progress.consumed_train_samples)
     iterators = feed.chunk_iterators(len(chunks))
     reporter = Reporter(layout)
@@ -226,16 +227,15 @@ def _note_trace(display: ProgressDisplay, config: RunConfig, was_written: bool) 
 
 
 def _announce(
-    display: ProgressDisplay,
-    resume_from: Path | None,
-    progress: Progress,
-    notes: list[str],
-    bare: list[torch.nn.Module],
+    display: ProgressDisplay, resumed: Resumed | None, bare: list[torch.nn.Module]
 ) -> None:
     trained = sum(p.numel() for chunk in bare for p in chunk.parameters() if p.requires_grad)
     held = sum(p.numel() for chunk in bare for p in chunk.parameters())
     display.say(f"rank 0 holds {held:,} parameters, {trained:,} of them train")
-    if resume_from is not None:
-        display.say(f"resumed from {resume_from} at iteration {progress.iteration}")
-    for note in notes:
-        display.say(f"  differs from the checkpoint: {note}")
+    if resumed is None:
+        return
+    for line in resumed.passed_over:
+        display.say(line)
+    display.say(f"resumed from {resumed.path} at iteration {resumed.progress.iteration}")
+    for difference in resumed.differences:
+        display.say(f"  differs from the checkpoint: {difference}")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.training.checkpoint_errors import DamagedCheckpoint, load_state
 from megatron_kosmosg.training.checkpoint_folder import CONFIG_FILE
 
 NOT_MODEL = ("optimizer.", "rng/")
@@ -73,7 +73,10 @@ def load_weights(
     _check_keys(path, written_by, _keys_of_all_ranks(state), stored, tuple(absent), tuple(unused))
     kept = [_split(part, stored) for part in state.values()]
     wanted = {name: found for name, (found, _) in zip(state, kept, strict=True)}
-    loaded = dist_checkpointing.load(wanted, str(path))
+    try:
+        loaded = load_state(path, wanted)
+    except DamagedCheckpoint as error:
+        raise ConfigError(f"{error}; set checkpoint.load to another checkpoint") from error
     for index, (chunk, (_, missing)) in enumerate(zip(chunks, kept, strict=True)):
         own = chunk.state_dict()
         loaded.setdefault(f"model{index}", {}).update({name: own[name] for name in missing})

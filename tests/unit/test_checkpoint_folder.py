@@ -27,16 +27,35 @@ def test_a_finished_save_is_found_and_an_unfinished_one_is_not(tmp_path):
     assert folders.begin(tmp_path, 11).exists() and not unfinished.exists()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "no listing"])
-def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["truncate", "change", "remove", "no listing"])
+def test_a_damaged_newest_checkpoint_is_passed_over_and_named(tmp_path, damage):
     older, newest = save(tmp_path, 1), save(tmp_path, 2)
     if damage == "truncate":
         os.truncate(newest / "part" / "a.bin", 3)
+    elif damage == "change":
+        (newest / "part" / "a.bin").write_bytes(b"Weights")
     elif damage == "remove":
         (newest / "part" / "a.bin").unlink()
     else:
         (newest / "complete.json").write_text("{")
     assert folders.latest_valid(tmp_path) == older
+    (line,) = folders.damages(tmp_path, newer_than=older)
+    assert str(newest) in line and ("complete.json" if damage == "no listing" else "a.bin") in line
+    assert folders.latest_valid(tmp_path, older_than=older) is None
+    folders.set_aside(newest)
+    assert folders.damages(tmp_path) == [] and folders.latest_valid(tmp_path) == older
+
+
+def test_changed_tensors_are_found_by_whoever_reads_their_share(tmp_path):
+    for name in ("a.distcp", "b.distcp", "c.distcp"):
+        (tmp_path / name).write_bytes(name.encode() * 100)
+    for name in ("a.distcp", "b.distcp"):
+        folders.write_checksum(tmp_path / name)
+    assert folders.damaged_tensors(tmp_path, 0, 1) == []
+    for name in ("b.distcp", "c.distcp"):  # c is of before there were checksums
+        (tmp_path / name).write_bytes(b"b.distcp" * 99 + b"b.disctp")
+    (line,) = folders.damaged_tensors(tmp_path, 1, 2)
+    assert "b.distcp" in line and folders.damaged_tensors(tmp_path, 0, 2) == []
 
 
 def test_order_is_by_iteration_not_by_digits(tmp_path):
