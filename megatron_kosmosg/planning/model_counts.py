@@ -175,8 +175,9 @@ def _describe(config: RunConfig, stages: list[StagePieces], index: int) -> str:
     stage, last = stages[index], index == len(stages) - 1
     pieces = ["image tower, resampler, embedding"] if index == 0 else []
     if stage.num_decoder_layers:
-        first = stage.first_decoder_layer
-        pieces.append(f"decoder layers {first}-{first + stage.num_decoder_layers - 1}")
+        first, last_layer = stage.first_decoder_layer, stage.num_decoder_layers - 1
+        several = f"layers {first}-{first + last_layer}"
+        pieces.append(f"decoder {several if last_layer else f'layer {first}'}")
     pieces += [f"AlignerNet {part}" for part in stage.aligner_parts]
     if last:
         pieces += {

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.planning.dry_run import describe
+from megatron_kosmosg.planning.gpus import GPUS, Efficiency
 from megatron_kosmosg.planning.model_counts import Part, count_model
+from megatron_kosmosg.planning.planner import make_plan
 from megatron_kosmosg.planning.rank_map import rank_table
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
@@ -119,3 +123,24 @@ def test_uneven_pipeline_is_counted_where_it_is():
     assert first.trainable == 0
     assert second.trainable == 476_031_488 and second.frozen == 123_060_480
     assert "AlignerNet M" in second.pieces and "decoder" not in second.pieces
+
+
+def test_interleaved_stages_are_counted_on_their_ranks():
+    """Of 4 ranks with 2 stages each, rank 1 holds stages 1 and 5."""
+    plain = ["parallel.pipeline_model_parallel_size=4", "training.global_batch_size=512"]
+    layout = "|".join(["decoder*3"] * 8)
+    interleaved = full_size(
+        "pretrain",
+        *plain,
+        "parallel.virtual_pipeline_model_parallel_size=2",
+        f"parallel.pipeline_layout={layout}",
+    )
+    ranks = count_model(interleaved).ranks
+    assert ranks[1].pieces == "decoder layers 3-5; decoder layers 15-17"
+    assert ranks[1] == dataclasses.replace(ranks[2], pieces=ranks[1].pieces)
+    held = sum(rank.trainable + rank.frozen for rank in ranks)
+    assert held == sum(
+        rank.trainable + rank.frozen for rank in count_model(full_size("pretrain", *plain)).ranks
+    )
+    with pytest.raises(ConfigError, match="interleaved stages are not planned"):
+        make_plan(interleaved, 256, GPUS["h100-80"], Efficiency(), [])
