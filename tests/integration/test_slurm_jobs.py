@@ -31,8 +31,10 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def updates(run: Path) -> list[dict]:
+    """The lines of the metrics that are of updates."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "lr" in line]
 
 
 def submit(slurm: LocalSlurm, name: str, folder: Path, *arguments: str, **more) -> str:
@@ -80,8 +82,8 @@ def test_three_stages_and_an_evaluation_each_after_the_one_before(slurm, data, t
     assert "tensor 2 x pipeline 1 x data 1 + 2 score of each replica" in said
     assert "replica 0: ranks 0, 1 -> score ranks 2, 3" in said and "slurm: done" in said
     for stage in STAGES:
-        assert [line["iteration"] for line in lines(tmp_path / stage) if "lr" in line] == [1, 2]
-    assert all(0 < line["score_idle"] <= 1 for line in lines(tmp_path / "instruct"))
+        assert [line["iteration"] for line in updates(tmp_path / stage)] == [1, 2]
+    assert all(0 < line["score_idle"] <= 1 for line in updates(tmp_path / "instruct"))
     assert json.loads((judged / "metrics.json").read_text())["rows"]
 
 
