@@ -199,7 +199,7 @@ def test_bounds_of_low_precision_notice_a_missing_exchange(
 ):
     row = ROWS[name]
     found = run("pretrain", stable_diffusion, tmp_path, row, defect)
-    apart = difference(found, one_rank("pretrain", row.precision), tolerance=np.inf)
+    apart = difference(found, one_rank("pretrain", row.precision), tolerance=1e9)
     bound = BOUNDS[row.precision]
     assert apart.update > bound.update and apart.grad_norm > bound.grad_norm, apart
 
