@@ -18,6 +18,8 @@ CORE = [
     "diffusers>=0.35",
     "transformers>=5.0",
     "safetensors",
+    # With it diffusers maps weights from their files, which the ranks of a node then share.
+    "accelerate",
     # Batched encoding into numpy arrays.
     "sentencepiece>=0.2.3",
     # The exporter reads the normaliser out of SentencePiece models.
@@ -30,8 +32,8 @@ CORE = [
     "psutil",
 ]
 
-# LoRA files and CPU offload of an exported model; loading is leaner with accelerate, too.
-DIFFUSERS = ["accelerate", "peft"]
+# LoRA files beside an exported model.
+DIFFUSERS = ["peft"]
 
 # The wheel of MPICH is for machines without an MPI of their own; a cluster's users install mpi4py
 # alone. Open MPI's wheel must not be installed beside it: both bring an `mpirun`.
