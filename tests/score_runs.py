@@ -64,7 +64,7 @@ class Outcome:
     trained: int
     """Parameters that have a place in the optimizer."""
     read: frozenset[str]
-    """What this rank read of the training data: names of the tensors in its batches."""
+    """What this rank read of the training data: the tensors in its batches that held anything."""
 
 
 def program(arguments: list[str], event: Event | None = None) -> Outcome:
@@ -142,7 +142,7 @@ def _watch(watched: _Watched) -> None:
     def collect(self, samples, pad_to):
         batch = collate(self, samples, pad_to)
         if self._stage == "instruct/train":
-            watched.read |= batch.keys()
+            watched.read |= {name for name, tensor in batch.items() if tensor.numel()}
         return batch
 
     def load(*arguments):

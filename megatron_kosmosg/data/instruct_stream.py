@@ -77,8 +77,11 @@ class InstructStream:
         decoder: ImageDecoder,
         transforms: tuple[ImageTransform, ImageTransform],
         reads: Reads = "all",
+        decodes_prompts: bool = True,
     ) -> None:
-        """`max_length`: tokens of the longest prompt. `transforms`: of prompt and target images."""
+        """`max_length`: tokens of the longest prompt. `transforms`: of prompt and target images.
+        `decodes_prompts`: False leaves prompt pictures undecoded; see samples.PictureStream."""
+        self._decodes_prompts = decodes_prompts
         self._reads = reads
         self._blend, self._sources = blend, sources
         self._seed, self._stage = seed, stage
@@ -102,21 +105,32 @@ class InstructStream:
 
     def collate(self, samples: Sequence[PromptSample], pad_to: int) -> dict[str, Tensor]:
         """tokens, image_mask, padding_mask [b, s]; pixel_values float32 [n, 3, H, W], n over (b,
-        position); stream_positions int64 [b]; attempts int64 [b], 0 where the first draw of the
-        position was good; bad_samples int64 [].
+        position), n = 0 where prompt pictures are not decoded; stream_positions int64 [b]; attempts
+        int64 [b], 0 where the first draw of the position was good; bad_samples int64 [];
+        picture_outcome int64 [0] or [2 + b]: the number of bad prompt pictures, s, the attempts.
 
         Targets: target_pixel_values float32 [b, 3, T, T] in [-1, 1], or, where they are cached,
         target_moments float16 [b, 2, channels, height, width] (mean and deviation); and
         target_weights float32 [b], 0 where the target is bad and its values are zeros, else 1.
         """
         samples, num_bad, images = self._pictures(list(samples))
+        return self._batch(samples, num_bad, images, pad_to)
+
+    def collate_as(self, positions: Sequence[int], outcome: Sequence[int]) -> dict[str, Tensor]:
+        """The batch at `positions`, prompt pictures not decoded; see samples.PictureStream."""
+        num_bad, width, *attempts = outcome
+        samples = [self._sample(*drawn) for drawn in zip(positions, attempts, strict=True)]
+        return self._batch(samples, num_bad, self._no_pictures(), width)
+
+    def _batch(
+        self, samples: list[PromptSample], num_bad: int, images: dict[str, Tensor], pad_to: int
+    ) -> dict[str, Tensor]:
         targets, bad_targets = self._targets(samples)
         for error in bad_targets:
             lost = samples[error.index]
             report_bad_image(
                 lost.dataset, lost.key, lost.position, error.reason, "counts for nothing"
             )
-        num_bad += len(bad_targets)
         rows: dict[str, Tensor] = {}
         if self._reads != "targets":
             rows = pad_rows(
@@ -127,6 +141,8 @@ class InstructStream:
             )
         numbers = [(sample.position, sample.attempt) for sample in samples]
         positions, attempts = torch.tensor(numbers, dtype=torch.int64).view(-1, 2).unbind(dim=1)
+        # What was replaced may have been the longest row: the width is told, too.
+        outcome = [num_bad, rows["tokens"].shape[1], *attempts.tolist()] if num_bad else []
         return (
             rows
             | images
@@ -134,7 +150,8 @@ class InstructStream:
             | {
                 "stream_positions": positions.clone(),
                 "attempts": attempts.clone(),
-                "bad_samples": torch.tensor(num_bad),
+                "bad_samples": torch.tensor(num_bad + len(bad_targets)),
+                "picture_outcome": torch.tensor(outcome, dtype=torch.int64),
             }
         )
 
@@ -170,6 +187,8 @@ class InstructStream:
         """The samples, those with bad prompt pictures replaced; how many were; the pictures."""
         if self._reads == "targets":
             return samples, 0, {}
+        if not self._decodes_prompts:
+            return samples, 0, self._no_pictures()
         num_bad = 0
         while True:
             owners = [i for i, s in enumerate(samples) for _ in s.prompt.images]
@@ -183,6 +202,9 @@ class InstructStream:
                 old = samples[i]
                 report_bad_image(old.dataset, old.key, old.position, bad[i].reason)
                 samples[i] = self._sample(old.position, old.attempt + 1)
+
+    def _no_pictures(self) -> dict[str, Tensor]:
+        return {"pixel_values": self._decoder.try_decode([], self._prompt_transform)[0]}
 
     def _targets(self, samples: list[PromptSample]) -> tuple[dict[str, Tensor], list[BadImage]]:
         if self._reads == "prompts":

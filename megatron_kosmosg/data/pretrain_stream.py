@@ -32,10 +32,12 @@ class PretrainStream:
         seq_length: int,
         decoder: ImageDecoder,
         transform: ImageTransform,
+        decodes: bool = True,
     ) -> None:
+        """`decodes`: False leaves pictures undecoded; see samples.PictureStream."""
         self._blend, self._datasets = blend, datasets
         self._format, self._seq_length = sequence_format, seq_length
-        self._decoder, self._transform = decoder, transform
+        self._decoder, self._transform, self._decodes = decoder, transform, decodes
 
     def __getitem__(self, position: int) -> PackedRow:
         draw = self._blend[position]
@@ -52,8 +54,26 @@ class PretrainStream:
 
     def collate(self, samples: Sequence[PackedRow], pad_to: int) -> dict[str, Tensor]:
         """tokens, labels int64 [b, s]; loss_mask float32 [b, s]; image_mask, padding_mask bool
-        [b, s] (True = picture slot, True = padding); pixel_values float32 [n, 3, H, W];
-        bad_samples int64 []."""
+        [b, s] (True = picture slot, True = padding); pixel_values float32 [n, 3, H, W], n = 0
+        where pictures are not decoded; stream_positions int64 [b]; bad_samples int64 [];
+        picture_outcome int64 [k]: the bad ones among the pictures."""
+        images = [image.image for row in samples for image in row.images]
+        pixels, bad = self._decoder.try_decode(images if self._decodes else [], self._transform)
+        owners = [(row.position, image) for row in samples for image in row.images]
+        for error in bad:
+            position, lost = owners[error.index]
+            report_bad_image(lost.dataset, lost.key, position, error.reason)
+        return self._batch(samples, pad_to, pixels, [error.index for error in bad])
+
+    def collate_as(self, positions: Sequence[int], outcome: Sequence[int]) -> dict[str, Tensor]:
+        """The batch at `positions`, pictures not decoded; see samples.PictureStream."""
+        samples = [self[position] for position in positions]
+        pixels, _ = self._decoder.try_decode([], self._transform)
+        return self._batch(samples, self._seq_length, pixels, outcome)
+
+    def _batch(
+        self, samples: Sequence[PackedRow], pad_to: int, pixels: Tensor, bad: Sequence[int]
+    ) -> dict[str, Tensor]:
         shape = (len(samples), pad_to)
         pad = self._format.tokenizer.pad_id
         tokens, labels = np.full(shape, pad, np.int64), np.full(shape, pad, np.int64)
@@ -65,14 +85,9 @@ class PretrainStream:
             loss_mask[b, :n], image_mask[b, :n] = row.label_mask[1:], row.image_mask[:-1]
             padding_mask[b, :n] = False
         images = [(b, image) for b, row in enumerate(samples) for image in row.images]
-        pixels, bad = self._decoder.try_decode(
-            [image.image for _, image in images], self._transform
-        )
-        for error in bad:
-            b, image = images[error.index]
+        for index in bad:
+            b, image = images[index]
             loss_mask[b, image.start : image.document_end - 1] = 0
-            position = samples[b].position
-            report_bad_image(image.dataset, image.key, position, error.reason)
         arrays = {
             "tokens": tokens,
             "labels": labels,
@@ -82,5 +97,7 @@ class PretrainStream:
         }
         return {k: torch.from_numpy(v) for k, v in arrays.items()} | {
             "pixel_values": pixels,
+            "stream_positions": torch.tensor([row.position for row in samples]),
             "bad_samples": torch.tensor(len(bad)),
+            "picture_outcome": torch.tensor(bad, dtype=torch.int64),
         }

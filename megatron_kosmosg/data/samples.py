@@ -124,3 +124,14 @@ class StreamDataset(Protocol):
 
         Rows grow beyond `pad_to` only where a replacement is longer than what it replaces.
         """
+
+
+class PictureStream(StreamDataset, Protocol):
+    """A stream with pictures, which ranks without the image tower leave undecoded.
+
+    Its batches have `stream_positions` int64 [b] and `picture_outcome` int64 [k]: what decoding
+    made of the batch, empty where all pictures were good.
+    """
+
+    def collate_as(self, positions: Sequence[int], outcome: Sequence[int]) -> dict[str, Tensor]:
+        """The batch at `positions` with the `picture_outcome` of a rank that decodes."""

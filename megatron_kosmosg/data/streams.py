@@ -29,9 +29,10 @@ Split = Literal["train", "heldout"]
 
 
 def pretrain_stream(
-    config: RunConfig, split: Split, device_id: int | None = None
+    config: RunConfig, split: Split, device_id: int | None = None, decodes: bool = True
 ) -> PretrainStream:
-    """Packed rows; `device_id` is the CUDA device that decodes pictures, None the CPU."""
+    """Packed rows; `device_id` is the CUDA device that decodes pictures, None the CPU. `decodes`:
+    False leaves pictures undecoded, for ranks without the image tower."""
     parts = _StreamParts(config, "pretrain", split)
     sequence_format = parts.sequence_format
     datasets = {
@@ -52,6 +53,7 @@ def pretrain_stream(
         config.data.seq_length,
         ImageDecoder(config.data.image_backend, device_id),
         prompt_transform(config),
+        decodes,
     )
 
 
@@ -82,9 +84,11 @@ def instruct_stream(
     device_id: int | None = None,
     vae: str | None = None,
     reads: Reads = "all",
+    decodes_prompts: bool = True,
 ) -> InstructStream:
     """Prompts and targets; `device_id` is the CUDA device that decodes pictures, None the CPU.
 
+    `decodes_prompts`: False leaves prompt pictures undecoded, for ranks without the image tower.
     `vae`: fingerprint of the run's VAE where data.latent_cache is set and targets are read; the
     held-out stream decodes its targets all the same, because its pictures are shown.
     """
@@ -123,6 +127,7 @@ def instruct_stream(
         ImageDecoder(data.image_backend, device_id),
         (prompt_transform(config), target_transform(config)),
         reads,
+        decodes_prompts,
     )
 
 

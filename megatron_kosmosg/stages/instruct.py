@@ -68,7 +68,8 @@ class InstructStage:
     def build_dataset(self, split: str) -> StreamDataset:
         """Prompts that mix text and pictures, on the U-Net's ranks with the image to be drawn."""
         reads = "prompts" if self._score is None else "all"
-        return open_stream(self.config, self._layout.device, split, reads)
+        layout = self._layout
+        return open_stream(self.config, layout.device, split, reads, layout.is_first_stage)
 
     def forward_step(self, data_iterator: Iterator[dict[str, torch.Tensor]], model: nn.Module):
         """Denoising loss of one micro-batch (mcore's contract)."""
@@ -177,19 +178,19 @@ def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:
             rank,
             denoise,
             partial(draw_pictures, config, diffusion),
-            lambda split: open_stream(config, rank.device, split, "targets"),
+            lambda split: open_stream(config, rank.device, split, "targets", False),
             torch_dtype(config.training.precision),
         )
 
 
 def open_stream(
-    config: RunConfig, device: torch.device, split: str, reads: Reads
+    config: RunConfig, device: torch.device, split: str, reads: Reads, decodes_prompts: bool
 ) -> InstructStream:
     """The samples of `split`; cached moments must be those of this run's VAE."""
     vae = None
     if config.data.latent_cache is not None and reads != "prompts":
         vae = vae_fingerprint(load_vae(config.model.diffusion.path, torch.float32))
-    return instruct_stream(config, split, device.index, vae, reads)
+    return instruct_stream(config, split, device.index, vae, reads, decodes_prompts)
 
 
 def load_diffusion(config: RunConfig, device: torch.device) -> FrozenDiffusion:

@@ -43,7 +43,8 @@ class PretrainStage:
 
     def build_dataset(self, split: str) -> StreamDataset:
         """Packed rows of text, captioned images and interleaved documents."""
-        return pretrain_stream(self.config, split, self._layout.device.index)
+        layout = self._layout
+        return pretrain_stream(self.config, split, layout.device.index, layout.is_first_stage)
 
     def forward_step(self, data_iterator: Iterator[dict[str, torch.Tensor]], model: nn.Module):
         """Next-token loss on the text tokens of one micro-batch (mcore's contract)."""

@@ -1,6 +1,7 @@
-"""Micro-batches as the stages see them: loaded on one rank of each replica, broadcast, on device.
+"""Micro-batches as the stages see them: loaded on one rank of each stage, broadcast, on device.
 
-Also counts the work in them and the time spent waiting for them.
+Pictures are decoded on the first pipeline stage alone. Also counts the work in the batches and the
+time spent waiting for them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.loader import MicroBatchIterator
-from megatron_kosmosg.data.samples import StreamDataset
+from megatron_kosmosg.data.samples import PictureStream, StreamDataset
 from megatron_kosmosg.parallel.broadcast import broadcast_batch
 from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.picture_outcomes import PictureOutcomes
 
 Batch = dict[str, torch.Tensor]
 
@@ -38,9 +40,17 @@ class BatchFeed:
     """Iterator of broadcast device batches that starts at stream position `start_sample`."""
 
     def __init__(
-        self, dataset: StreamDataset, config: RunConfig, layout: Layout, start_sample: int
+        self,
+        dataset: StreamDataset | PictureStream,
+        config: RunConfig,
+        layout: Layout,
+        start_sample: int,
+        split: str = "train",
     ) -> None:
-        self._layout = layout
+        """dataset: on ranks behind the first pipeline stage, one that leaves pictures undecoded.
+        split: of which it is the stream."""
+        self._dataset, self._config, self._layout, self._split = dataset, config, layout, split
+        self._outcomes: PictureOutcomes | None = None
         self._work = Work()
         self._loader: MicroBatchIterator | None = None
         if layout.tp_rank == 0:  # the other tensor-parallel ranks get the batch by broadcast
@@ -59,11 +69,28 @@ class BatchFeed:
         return self
 
     def __next__(self) -> Batch:
-        batch = broadcast_batch(None if self._loader is None else next(self._loader), self._layout)
+        loaded = None if self._loader is None else self._agreed(next(self._loader))
+        batch = broadcast_batch(loaded, self._layout)
         self._work.tokens += batch["tokens"].numel()
         self._work.images += batch["pixel_values"].shape[0]
         self._work.rows += batch["tokens"].shape[0]
         self._work.bad_samples += int(batch["bad_samples"])
+        return batch
+
+    def _agreed(self, batch: Batch) -> Batch:
+        """The batch as the first pipeline stage has it."""
+        outcome = batch.pop("picture_outcome", None)
+        if outcome is None or self._layout.pp_size == 1:
+            return batch
+        if self._outcomes is None:
+            timeout = self._config.parallel.timeout_seconds
+            self._outcomes = PictureOutcomes(self._layout, self._split, timeout)
+        own, positions = outcome.tolist(), batch["stream_positions"].tolist()
+        told = self._outcomes.share(positions[0], own)
+        if told == own:
+            return batch
+        batch = self._dataset.collate_as(positions, told)
+        del batch["picture_outcome"]
         return batch
 
     def chunk_iterators(self, num_chunks: int) -> list[Iterator[Batch]]:

@@ -122,7 +122,7 @@ def _heldout_losses(
     heldout: StreamDataset,
     stop: StopRequest,
 ) -> dict[str, float] | None:
-    feed = BatchFeed(heldout, config, layout, start_sample=0)
+    feed = BatchFeed(heldout, config, layout, start_sample=0, split="heldout")
     try:
         iterators = feed.chunk_iterators(len(chunks))
         reporter = Reporter(layout)

@@ -67,7 +67,7 @@ def row_hashes(batch: dict[str, torch.Tensor]) -> list[str]:
     for b in range(len(batch["tokens"])):
         digest = hashlib.sha256()
         n = int((~batch["padding_mask"][b]).sum())
-        for name in sorted(batch.keys() - {"bad_samples"}):
+        for name in sorted(batch.keys() - {"bad_samples", "picture_outcome"}):
             if name == "pixel_values":
                 value = batch[name][ends[b] - slots[b] : ends[b]]
             else:
@@ -230,6 +230,7 @@ def test_instruct_batch_has_the_agreed_keys_and_shapes(folder, tokenizer):
         "stream_positions": ((10,), torch.int64),
         "attempts": ((10,), torch.int64),
         "bad_samples": ((), torch.int64),
+        "picture_outcome": ((0,), torch.int64),
     }
     assert batch["stream_positions"].tolist() == list(range(10))
     assert int(batch["image_mask"].sum()) == 4 * images
@@ -404,10 +405,30 @@ def test_ranks_with_and_without_the_unet_read_their_parts_of_the_same_batch(fold
         samples = [stream[p] for p in range(6)]
         batches[reads] = stream.collate(samples, stream.pad_to(samples, range(6)))
     everything = batches["all"]
-    shared = {"stream_positions", "attempts", "bad_samples"}
+    shared = {"stream_positions", "attempts", "bad_samples", "picture_outcome"}
     targets = {"target_pixel_values", "target_weights"}
     assert batches["targets"].keys() == shared | targets
     assert batches["prompts"].keys() == everything.keys() - targets
     for reads in ("prompts", "targets"):
         for key, value in batches[reads].items():
             assert torch.equal(value, everything[key]), key
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "instruct"])
+def test_a_stage_without_the_image_tower_has_the_batch_of_the_one_that_decodes(folder, stage):
+    kind, key = ("caption", "caption-5") if stage == "pretrain" else ("edit", "edit-3")
+    prefix = break_image(folder, kind, f"-told-{stage}", int(key[-1]), 0)
+    config = run_config(folder, stage, {kind: (prefix, 1.0)})
+    make = {"pretrain": pretrain_stream, "instruct": instruct_stream}[stage]
+    flag = {"pretrain": "decodes", "instruct": "decodes_prompts"}[stage]
+    decodes, blind = make(config, "train"), make(config, "train", **{flag: False})
+    samples = [decodes[p] for p in range(8)]
+    whole = decodes.collate(samples, decodes.pad_to(samples, range(8)))
+    assert whole["bad_samples"] > 0 and len(whole["pixel_values"])
+    alone = blind.collate(samples, blind.pad_to(samples, range(8)))
+    assert alone["picture_outcome"].tolist() == [] and len(alone["pixel_values"]) == 0
+    told = blind.collate_as(whole["stream_positions"].tolist(), whole["picture_outcome"].tolist())
+    assert told.keys() == whole.keys() and len(told.pop("pixel_values")) == 0
+    for name, value in told.items():
+        assert torch.equal(value, whole[name]), name
+    assert any(not torch.equal(alone[name], value) for name, value in told.items())

@@ -1,0 +1,46 @@
+"""What decoding made of a micro-batch's pictures, told to the pipeline stages that decode none.
+
+Only the first stage has the image tower. A bad picture replaces a sample or silences labels, which
+every stage must know; it goes through the store of the rendezvous, so that the exchange of tensors
+between the stages stays as Megatron-Core has it. The first stage tells before its forward pass, so
+that the others, which read after they have received its output, do not wait.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+
+from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.rendezvous import connect, find_place
+
+
+class PictureOutcomes:
+    """One rank's end; of every stage, the tensor rank that loads."""
+
+    def __init__(self, layout: Layout, stream: str, timeout_seconds: float) -> None:
+        """stream: name of what is read, the same on all stages."""
+        timeout = timedelta(seconds=timeout_seconds)
+        self._layout, self._stream = layout, stream
+        self._store = connect(find_place(os.environ), timeout)
+
+    def share(self, position: int, own: Sequence[int]) -> list[int]:
+        """The first stage's outcome of the micro-batch that begins at stream position `position`.
+
+        own: what this rank found; counts on the first stage.
+        """
+        layout = self._layout
+        if layout.is_first_stage:
+            text = json.dumps(list(own))
+            for stage in range(1, layout.pp_size):
+                self._store.set(self._key(position, stage), text)
+            return list(own)
+        key = self._key(position, layout.pp_rank)
+        told = json.loads(self._store.get(key))
+        self._store.delete_key(key)
+        return told
+
+    def _key(self, position: int, stage: int) -> str:
+        return f"pictures of {self._stream} {position} for stage {stage}"
