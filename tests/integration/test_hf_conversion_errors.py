@@ -165,9 +165,10 @@ def test_a_vocabulary_that_is_not_the_tokenizers(converted, tmp_path) -> None:
     path = next((tmp_path / "run").glob("iter_*/config.yaml"))
     path.write_text(path.read_text().replace(str(TOKENIZER), str(tmp_path / "gone.model")))
     listing = path.with_name("complete.json")
-    sizes = json.loads(listing.read_text())
-    sizes["files"]["config.yaml"] = path.stat().st_size
-    listing.write_text(json.dumps(sizes))
+    whole = json.loads(listing.read_text())
+    whole["files"]["config.yaml"] = path.stat().st_size
+    del whole["digests"]["config.yaml"]
+    listing.write_text(json.dumps(whole))
     with pytest.raises(ConversionError, match="gone.model .*--tokenizer-model"):
         export_hf(tmp_path / "run", converted.sd, tmp_path / "hf")
     export_hf(tmp_path / "run", converted.sd, tmp_path / "hf", tokenizer=TOKENIZER)

@@ -48,13 +48,17 @@ def submit(slurm: LocalSlurm, name: str, folder: Path, *arguments: str, **more) 
 
 
 def test_three_stages_and_an_evaluation_each_after_the_one_before(slurm, data, tmp_path):
-    """Latents are cached meanwhile, in a job that is interrupted; instruct has score ranks."""
+    """Latents are cached meanwhile, larger ones in a job that is interrupted, long enough for it;
+    instruct has score ranks."""
     here = {"cwd": REPOSITORY, "env": {"KOSMOSG_PREFLIGHT": "0"}}
     frozen = str(assets.path() / "stable-diffusion")
     kinds = ("compositional", "edit", "caption")
     prefixes = [str(data / "data" / "train" / kind) for kind in kinds]
-    tool = (*prefixes, "--stable-diffusion", frozen, "--image-size", "32", "--workers", "1")
+    options = ("--stable-diffusion", frozen, "--workers", "1", "--image-size")
+    tool = (*prefixes, *options, "32")
     caching = submit(slurm, "cache_latents", tmp_path, "--", *tool, **here)
+    tool = (prefixes[0], *options, "512", "--batch-size", "1", "--name", "large")
+    large = submit(slurm, "cache_latents", tmp_path, "--", *tool, **here)
     jobs, previous = [], None
     for stage in STAGES:
         more = ["training.train_iters=2", "logging.num_images=0"]
@@ -71,12 +75,13 @@ def test_three_stages_and_an_evaluation_each_after_the_one_before(slurm, data, t
     jobs.append(submit(slurm, "evaluate", tmp_path, *arguments, after=jobs[-1:], **here))
 
     def is_interrupted() -> bool:
-        slurm.run("scancel", "--signal=USR1", caching)
-        return slurm.job(caching)["Restarts"] == "1"
+        slurm.run("scancel", "--signal=USR1", large)
+        return slurm.job(large)["Restarts"] == "1"
 
-    slurm.wait_until(is_interrupted, f"the restart of job {caching}")
+    slurm.wait_until(is_interrupted, f"the restart of job {large}")
+    said = slurm.finish(large)
+    assert "exit code 138: requeued" in said and f"{prefixes[0]}.large: complete" in said
     said = slurm.finish(caching)
-    assert "exit code 138: requeued" in said
     assert all(f"{prefix}.latents: complete" in said for prefix in prefixes), said
     _, _, said, _ = (slurm.finish(number) for number in jobs)
     assert "tensor 2 x pipeline 1 x data 1 + 2 score of each replica" in said
