@@ -93,8 +93,8 @@ def _copy(share: Share) -> Share:
 def _read_tiny_streams() -> None:
     pretrain.pretrain_stream = lambda config, split, *_: TinyStream("pretrain", split)
     align.align_stream = lambda config, split, *_: TinyStream("align", split)
-    instruct.instruct_stream = lambda config, split, device=None, vae=None, reads="all": TinyStream(
-        "instruct", split, reads
+    instruct.instruct_stream = lambda config, split, device=None, vae=None, reads="all", *_: (
+        TinyStream("instruct", split, reads)
     )
 
 
