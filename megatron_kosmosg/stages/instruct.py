@@ -188,7 +188,7 @@ def open_stream(
 ) -> InstructStream:
     """The samples of `split`; cached moments must be those of this run's VAE."""
     vae = None
-    if config.data.latent_cache is not None and reads != "prompts":
+    if config.data.latent_cache is not None and split == "train" and reads != "prompts":
         vae = vae_fingerprint(load_vae(config.model.diffusion.path, torch.float32))
     return instruct_stream(config, split, device.index, vae, reads, decodes_prompts)
 
