@@ -26,7 +26,7 @@ CORE = [
     "protobuf",
     "tensorboard",
     "tqdm",
-    "pillow",
+    "pillow>=12,<13",
     "einops",
     # megatron-core saves checkpoints with it and does not declare it.
     "psutil",
