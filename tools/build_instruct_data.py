@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Pictures -> captions -> entities -> masks -> records for `preprocess_data.py --kind
 compositional`."""
 

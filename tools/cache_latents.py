@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """VAE moments of every target image, computed once: PREFIX.NAME.bin/.idx/.json beside a dataset."""
 
 from __future__ import annotations

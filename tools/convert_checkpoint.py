@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Checkpoints of other projects -> ours, ours -> folders that stock libraries open.
 
 Long because it is the help page of six commands; the work is in megatron_kosmosg/conversion.

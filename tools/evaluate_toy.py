@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Judges toy runs on held-out prompts: a table (metrics.json), pictures and their list."""
 
 from __future__ import annotations

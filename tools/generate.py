@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Draws pictures for one prompt or a JSONL file of prompts, on one process or many."""
 
 from __future__ import annotations

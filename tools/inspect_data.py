@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """What a dataset holds: counts, lengths, tokens, and a page of samples as the model sees them."""
 
 from __future__ import annotations

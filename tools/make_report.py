@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Writes OUT/report.html, one self-contained page, from a quickstart's output folder."""
 
 from __future__ import annotations

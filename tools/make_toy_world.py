@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Writes the toy world as ordinary files: OUTPUT/{train,heldout}/KIND.jsonl and their pictures."""
 
 from __future__ import annotations

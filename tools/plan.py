@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """What a run on many GPUs will hold, compute, send and take; planned in one process without any."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Whether the nodes of a job are fit: GPUs, memory errors, links, free disk; all-reduce speed."""
 
 from __future__ import annotations

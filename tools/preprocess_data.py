@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Raw files -> the dataset that training reads (PREFIX.bin, .idx, .json and sentence tables)."""
 
 from __future__ import annotations

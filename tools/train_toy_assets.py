@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Trains the frozen parts that the toy world ships with, and writes them as package data."""
 
 from __future__ import annotations

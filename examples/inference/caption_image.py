@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Words for pictures, by the language model of an exported folder: greedy or beam search.
 
 Needs torch, transformers and Pillow only, and no remote code. Stock Kosmos-2 hands several pictures
