@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 from quickstart.steps import Step
 
@@ -45,10 +46,10 @@ class Progress:
     """Time remaining over all steps. Expected times come from the steps, and are scaled by how
     fast this machine turned out to be in the steps that ran so far."""
 
-    def __init__(self, steps: list[Step], stream=sys.stdout) -> None:
+    def __init__(self, steps: list[Step], stream: TextIO | None = None) -> None:
         self._steps = steps
-        self._stream = stream
-        self._is_terminal = stream.isatty()
+        self._stream = sys.stdout if stream is None else stream
+        self._is_terminal = self._stream.isatty()
         self._expected = 0.0
         self._measured = 0.0
         self._index = 0

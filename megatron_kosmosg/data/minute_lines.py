@@ -10,10 +10,10 @@ SECONDS = 60.0
 
 
 class MinuteLines:
-    """Call it with (samples done, in all)."""
+    """Call it with (samples done, in all); prints to `stream`, None: stderr."""
 
-    def __init__(self, name: str, stream: TextIO = sys.stderr) -> None:
-        self._name, self._stream = name, stream
+    def __init__(self, name: str, stream: TextIO | None = None) -> None:
+        self._name, self._stream = name, sys.stderr if stream is None else stream
         self._started = self._printed = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:

@@ -22,14 +22,17 @@ _TASK_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 _RESULT, _STOP = 1, 2
 
 
-def choose_workers(size: int | None, environment: Mapping[str, str] = os.environ) -> Workers:
+def choose_workers(size: int | None, environment: Mapping[str, str] | None = None) -> Workers:
     """MPI ranks under a launcher of several tasks, else `size` (None: 1) processes.
+
+    The launcher shows in `environment`, None: os.environ.
 
     Raises ValueError when tasks were started that MPI does not join into one world: each would do
     all of the work, over each other.
     """
     if size is not None and size < 1:
         raise ValueError(f"--workers {size} must be at least 1")
+    environment = os.environ if environment is None else environment
     counts = {name: int(environment[name]) for name in _TASK_COUNTS if environment.get(name)}
     tasks = max(counts.values(), default=1)
     if tasks <= 1:

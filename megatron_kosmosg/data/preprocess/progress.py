@@ -12,11 +12,11 @@ TERMINAL_SECONDS, LOG_SECONDS = 0.2, 60.0
 
 
 class ProgressLine:
-    """Prints counts, rate and remaining time to `stream`."""
+    """Prints counts, rate and remaining time to `stream`, None: stderr."""
 
-    def __init__(self, stream: TextIO = sys.stderr) -> None:
-        self._stream = stream
-        self._is_terminal = stream.isatty()
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._is_terminal = self._stream.isatty()
         self._started = self._printed = time.monotonic()
 
     def __call__(self, done: int, total: int, counts: Counts) -> None:
