@@ -6,13 +6,16 @@ transforms do (rounding of sizes and offsets included). The backends agree withi
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from megatron_kosmosg.config.schema import RunConfig
@@ -52,8 +55,16 @@ class Backend(Protocol):
         """float32 [n, 3, size, size], n >= 1; raises any exception when one cannot be decoded."""
 
 
+class BrokenDecoder(ValueError):
+    """A library that cannot decode even the package's own pictures, for any reason of its own."""
+
+
 class ImageDecoder:
-    """Decodes lists of pictures; may be called from several threads."""
+    """Decodes lists of pictures; may be called from several threads.
+
+    A library that does not work must not look like a dataset full of bad pictures. So it decodes
+    pictures known to be good when it is set up and after every failure; BrokenDecoder otherwise.
+    """
 
     def __init__(
         self, backend: Literal["auto", "dali", "pillow"], device_id: int | None = None
@@ -68,7 +79,10 @@ class ImageDecoder:
                     "data.image_backend=dali, but nvidia-dali is not installed; install the "
                     "`data` extra or set data.image_backend=pillow"
                 )
-            from megatron_kosmosg.data.images_dali import DaliBackend
+            try:
+                from megatron_kosmosg.data.images_dali import DaliBackend
+            except (ImportError, OSError) as error:
+                raise BrokenDecoder(_broken("dali", device_id, _reason(error))) from error
 
             self._backend: Backend = DaliBackend(device_id)
         else:
@@ -76,6 +90,8 @@ class ImageDecoder:
 
             self._backend = PillowBackend()
         self.name = backend
+        self._device_id = device_id
+        self._require_working(ImageTransform(_KNOWN_SIZE, "bilinear", (0.0,) * 3, (1.0,) * 3))
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> Tensor:
         """float32 [n, 3, size, size]; n may be 0. Raises BadImage for the first bad picture."""
@@ -99,15 +115,52 @@ class ImageDecoder:
                 try:
                     pixels[i] = self._backend.decode([image], transform)[0]
                 except Exception as error:  # noqa: BLE001 - any failure means: this picture is bad
-                    bad.append(
-                        BadImage(
-                            i,
-                            str(error).strip().splitlines()[0]
-                            if str(error)
-                            else type(error).__name__,
-                        )
-                    )
+                    bad.append(BadImage(i, _reason(error)))
+            self._require_working(transform)
             return torch.from_numpy(pixels), bad
+
+    def _require_working(self, transform: ImageTransform) -> None:
+        """Raises BrokenDecoder unless known pictures are decoded and have their colour."""
+        try:
+            pixels = self._backend.decode(_known_good(), transform)
+        except Exception as error:  # noqa: BLE001 - libraries raise what they like
+            message = _broken(self.name, self._device_id, _reason(error))
+            raise BrokenDecoder(message) from error
+        colour = (np.array(_KNOWN_COLOUR) / 255 - transform.mean) / transform.std
+        wrong = np.abs(pixels - colour[:, None, None]).max(axis=(1, 2, 3), initial=0)
+        if not (wrong * np.max(transform.std) * 255 <= TOLERANCE[1]).all():
+            raise BrokenDecoder(_broken(self.name, self._device_id, "its pixels are wrong"))
+
+
+_KNOWN_SIZE, _KNOWN_COLOUR = 16, (200, 100, 50)
+
+
+@cache
+def _known_good() -> tuple[Encoded, ...]:
+    """One picture of one colour by each way through a backend: JPEG, PNG, and with a mask."""
+    side = (_KNOWN_SIZE, _KNOWN_SIZE)
+    jpeg, png, mask = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    picture = Image.new("RGB", side, _KNOWN_COLOUR)
+    picture.save(jpeg, "JPEG")
+    picture.save(png, "PNG")
+    Image.new("L", side, 255).save(mask, "PNG")
+    masked = EntityImage(png.getvalue(), mask.getvalue())
+    return jpeg.getvalue(), png.getvalue(), masked
+
+
+def _broken(backend: str, device_id: int | None, reason: str) -> str:
+    place = "the CPU" if device_id is None else f"CUDA device {device_id}"
+    other = "pillow" if backend == "dali" else "dali"
+    return (
+        f"data.image_backend={backend} does not work on {place}, it fails on a picture known to be "
+        f"good: {reason}; repair its installation or set data.image_backend={other}"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """One line of what a library said."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def prompt_transform(config: RunConfig) -> ImageTransform:

@@ -80,6 +80,8 @@ def _build(transform: ImageTransform, has_mask: bool, device_id: int | None) -> 
         prefetch_queue_depth=1,
         exec_async=False,
         exec_pipelined=False,
+        # The only executor that may read on the CPU (the sizes below) what the GPU has decoded.
+        exec_dynamic=device_id is not None,
     )
     device = "cpu" if device_id is None else "mixed"
     with pipeline:

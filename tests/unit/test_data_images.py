@@ -10,7 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_kosmosg.data.images import TOLERANCE, BadImage, ImageDecoder, ImageTransform
+from megatron_kosmosg.data import images_pillow
+from megatron_kosmosg.data.images import (
+    TOLERANCE,
+    BadImage,
+    BrokenDecoder,
+    ImageDecoder,
+    ImageTransform,
+)
+from megatron_kosmosg.data.images_pillow import PillowBackend
 from megatron_kosmosg.data.samples import EntityImage
 from tests.unit.data_helpers import encode_image, noise_image
 
@@ -166,6 +174,61 @@ def test_threads_get_the_same_tensors(decoders, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_pictures_give_an_empty_tensor(decoders, backend):
     assert decoders[backend].decode([], CLIP).shape == (0, 3, 24, 24)
+
+
+@needs_dali
+@pytest.mark.parametrize("has_mask", [False, True], ids=["plain", "masked"])
+def test_the_pipeline_for_a_gpu_may_read_on_the_cpu_what_the_gpu_decoded(monkeypatch, has_mask):
+    """Without a GPU: DALI refuses the graph while it is written down, `build` would want one."""
+    from megatron_kosmosg.data import images_dali
+
+    monkeypatch.setattr(images_dali.Pipeline, "build", lambda pipeline: None)
+    pipeline = images_dali._build(CLIP, has_mask, device_id=0)
+    assert pipeline.device_id == 0 and pipeline.exec_dynamic
+
+
+class Broken:
+    """A library that decodes `working` times and then nothing more; 0 is one that never does."""
+
+    def __init__(self, working: int) -> None:
+        self.working, self.inner = working, PillowBackend()
+
+    def decode(self, images, transform):
+        self.working -= 1
+        if self.working < 0:
+            raise RuntimeError("the driver is too old\nmore of it")
+        return self.inner.decode(images, transform)
+
+
+def test_a_broken_library_is_not_a_dataset_of_bad_pictures(monkeypatch):
+    monkeypatch.setattr(images_pillow, "PillowBackend", lambda: Broken(working=0))
+    with pytest.raises(BrokenDecoder, match="image_backend=pillow .* the driver is too old;"):
+        ImageDecoder("pillow")
+
+
+def test_a_library_that_breaks_later_is_not_taken_for_bad_pictures_either(monkeypatch):
+    monkeypatch.setattr(images_pillow, "PillowBackend", lambda: Broken(working=1))
+    decoder = ImageDecoder("pillow")
+    with pytest.raises(BrokenDecoder, match="the driver is too old"):
+        decoder.try_decode(pictures(), CLIP)
+
+
+def test_a_library_that_gives_other_pixels_is_refused(monkeypatch):
+    class Black:
+        def decode(self, images, transform):
+            return np.zeros((len(images), 3, transform.size, transform.size), np.float32)
+
+    monkeypatch.setattr(images_pillow, "PillowBackend", Black)
+    with pytest.raises(BrokenDecoder, match="its pixels are wrong"):
+        ImageDecoder("pillow")
+
+
+@needs_dali
+def test_dali_for_a_gpu_where_there_is_none_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(BrokenDecoder, match="image_backend=dali does not work on CUDA device 0"):
+        ImageDecoder("dali", device_id=0)
 
 
 def test_auto_takes_dali_where_it_is_installed():
