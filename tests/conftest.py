@@ -1,18 +1,30 @@
-"""What holds for every test: GPU and Slurm tests are skipped, with the reason, where there is none.
+"""What holds for every test: its random numbers, its place, and what it needs of the machine.
 
-KOSMOSG_REQUIRE_SLURM=1 (as .ci/run sets it) lets Slurm tests fail instead.
+What a test draws is seeded with its name: other numbers in each case, the same in every run.
+`--shuffle SEED` runs the tests in another order. GPU and Slurm tests are skipped, with the reason,
+where there is none; KOSMOSG_REQUIRE_SLURM=1 (as .ci/run sets it) lets Slurm tests fail instead.
 """
 
 from __future__ import annotations
 
 import os
+import random
+import sys
+import zlib
 
 import pytest
 
 from tests import local_slurm
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "run files, and the tests of each, in the order that this number draws"
+    parser.addoption("--shuffle", type=int, metavar="SEED", help=text)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--shuffle") is not None:
+        _shuffle(items, config.getoption("--shuffle"))
     _skip_without_slurm([item for item in items if item.get_closest_marker("slurm")])
     needed = {item: _num_gpus_needed(item) for item in items}
     if not any(needed.values()):
@@ -24,6 +36,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if count > found:
             reason = f"needs {count} CUDA device(s), this machine has {found}"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+    """Before a fixture, whichever test asks for it first."""
+    _seed(fixturedef.argname)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    _seed(item.name)
+
+
+def _seed(name: str) -> None:
+    """Numpy and torch only where something has imported them."""
+    random.seed(name)
+    number = zlib.crc32(name.encode())
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(number)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(number)
+
+
+def _shuffle(items: list[pytest.Item], seed: int) -> None:
+    """A file's tests stay together, as they share what is slow to make."""
+    dice = random.Random(seed)
+    files: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.nodeid.split("::")[0], []).append(item)
+    names = sorted(files)
+    dice.shuffle(names)
+    for tests in files.values():
+        dice.shuffle(tests)
+    items[:] = [item for name in names for item in files[name]]
 
 
 def _skip_without_slurm(items: list[pytest.Item]) -> None:

@@ -21,7 +21,7 @@ from tests.training_runs import train, train_until
     ids=["tp2", "dp2", "one-plain-optimizer"],
 )
 def test_resume_is_bit_exact(tmp_path, ranks, parallel, precision):
-    """With dropout, evaluation in between, and a random iteration of the end."""
+    """With dropout, evaluation in between, and for each case an iteration of the end drawn."""
     stop = random.randint(1, 5)
     common = {"parallel": parallel, "training": {"precision": precision, "eval_interval": 2}}
     checkpoint = {"save_interval": stop}

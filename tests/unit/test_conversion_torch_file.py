@@ -18,15 +18,16 @@ from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.fairseq_file import FairseqFile
 from megatron_kosmosg.conversion.torch_file import LazyTensor, load_lazily
 
+_GENERATOR = torch.Generator().manual_seed(0)
 TENSORS = {
-    "half": torch.randn(3, 4).half(),
-    "bf16": torch.randn(5).bfloat16(),
+    "half": torch.randn(3, 4, generator=_GENERATOR).half(),
+    "bf16": torch.randn(5, generator=_GENERATOR).bfloat16(),
     "long": torch.arange(6).reshape(2, 3),
     "scalar": torch.tensor(2.5),
     "empty": torch.empty(0, 3),
     "view": torch.arange(24.0).reshape(4, 6)[1:, ::2],
-    "transposed": torch.randn(3, 5).T,
-    "parameter": torch.nn.Parameter(torch.randn(2)),
+    "transposed": torch.randn(3, 5, generator=_GENERATOR).T,
+    "parameter": torch.nn.Parameter(torch.randn(2, generator=_GENERATOR)),
 }
 
 
