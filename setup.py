@@ -48,7 +48,9 @@ EXTRAS = {
         "nvidia-dali-cuda130>=2.0; sys_platform == 'linux' and platform_machine == 'x86_64'",
     ],
     "demo": ["matplotlib"],
-    "gpu": ["transformer-engine"],
+    # Without extras it is an empty package that cannot be imported. The bounds are those of
+    # megatron-core 0.16.1; the CUDA version is that of DALI above and of torch's default wheel.
+    "gpu": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
     "mpi": MPI,
 }
 

@@ -5,6 +5,7 @@ CUDA with NCCL where there is a GPU, otherwise the CPU with gloo and the shim of
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -135,5 +136,10 @@ def has_gradient_accumulation_fusion() -> bool:
 
 def transformer_impl() -> str:
     """ "transformer_engine" where it imports on a GPU, else "local"."""
-    has_engine = importlib.util.find_spec("transformer_engine") is not None
-    return "transformer_engine" if has_engine and torch.cuda.is_available() else "local"
+    if not torch.cuda.is_available():
+        return "local"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ImportError:
+        return "local"
+    return "transformer_engine"

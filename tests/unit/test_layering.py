@@ -18,6 +18,7 @@ PACKAGE = REPOSITORY / "megatron_kosmosg"
 NAME = "megatron_kosmosg"
 
 LAYERS = (
+    "unusable_packages",
     "config",
     "data",
     "parallel",
