@@ -6,7 +6,7 @@ usage() {
     cat <<'END'
 usage: bash tests/run.sh [--full] [PYTEST ARGUMENTS...]
 
-  --full    also the tests marked slow (long counts)
+  --full    also the tests marked slow (long counts, seeds of the moment)
 
 Other arguments go to pytest, e.g. `bash tests/run.sh tests/unit -k packing`. Uses the active
 virtual environment, or makes .venv in the repository. Exit code 0: everything passed.
