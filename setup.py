@@ -65,8 +65,8 @@ setup(
     packages=find_packages(include=["megatron_kosmosg", "megatron_kosmosg.*"]),
     package_data={
         "megatron_kosmosg.toy": ["assets/**"],
-        "megatron_kosmosg.evaluation": ["dataset_page.css"],
-        "megatron_kosmosg.evaluation.report": ["page.css"],
+        "megatron_kosmosg.inspection": ["page.css"],
+        "megatron_kosmosg.toy.report": ["page.css"],
     },
     install_requires=CORE,
     extras_require=EXTRAS,

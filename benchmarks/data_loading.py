@@ -27,10 +27,10 @@ import torch
 from PIL import Image
 
 from megatron_kosmosg.data.images import ImageDecoder
-from megatron_kosmosg.data.preprocess.run import PreprocessJob, preprocess
 from megatron_kosmosg.data.streams import instruct_stream
-from megatron_kosmosg.evaluation.dataset_page import inspection_config
+from megatron_kosmosg.inspection.page import inspection_config
 from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
 from megatron_kosmosg.toy import assets
 
 BATCH = 8

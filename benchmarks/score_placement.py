@@ -36,8 +36,8 @@ from megatron_kosmosg.config.paths import output_folder, trace_file
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import Reads
 from megatron_kosmosg.training.metrics import METRICS_FILE
-from tests.distributed.trace_case import Pause, instruct_run
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.trace_case import Pause, instruct_run
 
 REPOSITORY = Path(__file__).parents[1]
 WARM_UP = 2

@@ -1,4 +1,4 @@
-"""The losses of `pretrain` and `align` (paper sections 2.1, 2.2); models/score.py has `instruct`'s.
+"""The losses of `pretrain` and `align` (paper sections 2.1, 2.2); score/loss.py has `instruct`'s.
 
 Every loss is a float32 sum over its items: the caller also reports how many items it covers, and
 Megatron-Core divides by the global count, so that no layout changes the loss.

@@ -81,8 +81,8 @@ def run(config: RunConfig) -> int:
     """Trains; the exit code of this rank. Process groups are left in every case."""
     started = time.time()
     _quieten_libraries()
+    from megatron_kosmosg.monitoring.failure import report_failure
     from megatron_kosmosg.parallel import platform
-    from megatron_kosmosg.training.failure import report_failure
 
     try:
         return _train(config, started)
@@ -95,13 +95,13 @@ def run(config: RunConfig) -> int:
 
 
 def _train(config: RunConfig, started: float) -> int:
+    from megatron_kosmosg.monitoring.failure import forget_failure, raise_together
+    from megatron_kosmosg.monitoring.signals import EXIT_STOPPED
     from megatron_kosmosg.parallel import platform
     from megatron_kosmosg.planning.pipeline_balance import with_default_layout
     from megatron_kosmosg.stages import build_stage
     from megatron_kosmosg.stages.instruct import run_score_rank
-    from megatron_kosmosg.training.failure import forget_failure, raise_together
     from megatron_kosmosg.training.loop import fit
-    from megatron_kosmosg.training.signals import EXIT_STOPPED
 
     config = with_default_layout(config)
     if _place().rank == 0:
@@ -120,7 +120,7 @@ def _train(config: RunConfig, started: float) -> int:
 def _picture_judge(config: RunConfig) -> PictureJudge | None:
     if config.logging.picture_judge == "none":
         return None
-    from megatron_kosmosg.evaluation.toy_picture_judge import judge_pictures
+    from megatron_kosmosg.toy.judging.toy_picture_judge import judge_pictures
 
     return judge_pictures
 

@@ -14,7 +14,7 @@ import zlib
 
 import pytest
 
-from tests import local_slurm
+from tests.support import local_slurm
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 
+from megatron_kosmosg.checkpoint import folder as checkpoint_folder
 from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion.errors import ConversionError
@@ -33,7 +34,6 @@ from megatron_kosmosg.conversion.tensors import (
 )
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
 from megatron_kosmosg.models.parameter_count import meta_model
-from megatron_kosmosg.training import checkpoint_folder
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""

@@ -12,7 +12,7 @@ import torch
 from transformers import Kosmos2ForConditionalGeneration
 
 from megatron_kosmosg.conversion.errors import ConversionError
-from megatron_kosmosg.inference.modeling_kosmosg_aligner import KosmosGAligner
+from megatron_kosmosg.hf.modeling_kosmosg_aligner import KosmosGAligner
 
 
 def load_mllm(folder: Path, dtype: torch.dtype) -> Kosmos2ForConditionalGeneration:

@@ -19,7 +19,7 @@ from megatron_kosmosg.conversion.tensors import (
     as_theirs,
     check_complete,
 )
-from megatron_kosmosg.inference.modeling_kosmosg_aligner import KosmosGAligner
+from megatron_kosmosg.hf.modeling_kosmosg_aligner import KosmosGAligner
 
 OURS = ("aligner_m.",)
 """Prefix of our tensors that the component holds."""

@@ -35,7 +35,7 @@ from megatron_kosmosg.conversion.safetensors_files import (
 )
 from megatron_kosmosg.conversion.tensors import InDtype
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from megatron_kosmosg.inference import modeling_kosmosg_aligner, pipeline_kosmosg
+from megatron_kosmosg.hf import modeling_kosmosg_aligner, pipeline_kosmosg
 
 
 def write_mllm(

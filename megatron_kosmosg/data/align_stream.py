@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from megatron_kosmosg.data.blend import Blend
-from megatron_kosmosg.data.caption import TOKENS_PART
+from megatron_kosmosg.data.kinds.caption import TOKENS_PART
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.padding import pad_rows
 from megatron_kosmosg.data.samples import CaptionSample

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_kosmosg.data import caption, interleaved, text
+from megatron_kosmosg.data.kinds import caption, interleaved, text
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.packing_index import (
     EpochIndex,

@@ -12,11 +12,11 @@ from megatron_kosmosg.config.paths import packing_folder
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from megatron_kosmosg.data.align_stream import AlignStream, load_clip_tokenizer
 from megatron_kosmosg.data.blend import Blend
-from megatron_kosmosg.data.caption import CaptionPrompts
-from megatron_kosmosg.data.compositional import CompositionalPrompts
-from megatron_kosmosg.data.edit import EditPrompts
 from megatron_kosmosg.data.images import ImageDecoder, prompt_transform, target_transform
 from megatron_kosmosg.data.instruct_stream import InstructStream, PromptMaker, PromptSource, Reads
+from megatron_kosmosg.data.kinds.caption import CaptionPrompts
+from megatron_kosmosg.data.kinds.compositional import CompositionalPrompts
+from megatron_kosmosg.data.kinds.edit import EditPrompts
 from megatron_kosmosg.data.latent_cache import LatentCache
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.packing import PackedDataset

@@ -13,8 +13,8 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 
+from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline, Parts
 from megatron_kosmosg.inference.picture_plan import SIZE_UNIT, Picture
-from megatron_kosmosg.inference.pipeline_kosmosg import KosmosGPipeline, Parts
 from megatron_kosmosg.inference.prompt_records import PromptError, PromptRecord, open_picture
 
 

@@ -27,8 +27,8 @@ from megatron_kosmosg.conversion.kosmos2 import kosmos2_config, kosmos2_weights
 from megatron_kosmosg.conversion.safetensors_files import DIFFUSERS
 from megatron_kosmosg.conversion.stable_diffusion import StableDiffusion
 from megatron_kosmosg.conversion.tensors import InDtype, TensorSource
-from megatron_kosmosg.inference.modeling_kosmosg_aligner import KosmosGAligner
-from megatron_kosmosg.inference.pipeline_kosmosg import KosmosGPipeline
+from megatron_kosmosg.hf.modeling_kosmosg_aligner import KosmosGAligner
+from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
 
 
 def pipeline_from_checkpoint(

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.conversion.exported_folder import INDEX_FILE
 from megatron_kosmosg.inference.fingerprint import fingerprint
-from megatron_kosmosg.training.checkpoint_folder import CONFIG_FILE, find_checkpoint
 
 
 @dataclass(frozen=True)

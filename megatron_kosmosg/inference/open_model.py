@@ -22,6 +22,7 @@ from megatron_kosmosg.conversion.safetensors_files import (
     TRANSFORMERS,
     SafetensorsFolder,
 )
+from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
 from megatron_kosmosg.inference.drawing import PipelineDrawer
 from megatron_kosmosg.inference.from_checkpoint import (
     diffusion_parts,
@@ -29,7 +30,6 @@ from megatron_kosmosg.inference.from_checkpoint import (
 )
 from megatron_kosmosg.inference.model_source import ModelSource
 from megatron_kosmosg.inference.noise_schedules import noise_scheduler
-from megatron_kosmosg.inference.pipeline_kosmosg import KosmosGPipeline
 
 Opened = TypeVar("Opened")
 

@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
+from megatron_kosmosg.checkpoint.save_and_resume import checkpoint_metadata
+from megatron_kosmosg.checkpoint.weights import load_weights
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.one_rank import on_one_rank
 from megatron_kosmosg.config.schema import RunConfig
@@ -24,9 +27,6 @@ from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
-from megatron_kosmosg.training.checkpoint import checkpoint_metadata
-from megatron_kosmosg.training.checkpoint_folder import CONFIG_FILE, find_checkpoint
-from megatron_kosmosg.training.weights import load_weights
 
 Parts = Sequence[str | Image.Image]
 

@@ -13,8 +13,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
 from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
-from megatron_kosmosg.parallel.remote_score import RemoteScore
-from megatron_kosmosg.parallel.score_link import Link
+from megatron_kosmosg.score.link import Link
+from megatron_kosmosg.score.remote import RemoteScore
 
 
 @dataclass(frozen=True)

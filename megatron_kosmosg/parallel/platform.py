@@ -20,8 +20,8 @@ from megatron_kosmosg.parallel.cpu_shim_selftest import run_self_test
 from megatron_kosmosg.parallel.devices import choose_device, collective_backend
 from megatron_kosmosg.parallel.layout import Layout, create_groups, destroy_groups
 from megatron_kosmosg.parallel.rendezvous import find_place, meet
-from megatron_kosmosg.parallel.score_link import ScoreRank, open_links
 from megatron_kosmosg.parallel.seeds import set_seeds
+from megatron_kosmosg.score.link import ScoreRank, open_links
 
 logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_kosmosg.planning.diffusion_flops import unet_and_vae
+from megatron_kosmosg.models.diffusion_flops import unet_and_vae
 
 PEAK_OVER_SAVED = 1.22
 """Peak of the U-Net's forward and backward over what it saves: 1,713 of 1,405 MiB, measured for

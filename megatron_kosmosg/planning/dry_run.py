@@ -18,8 +18,8 @@ from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.validate import validate_files, validate_layout
 from megatron_kosmosg.config.world import WorldLayout, world_layout
+from megatron_kosmosg.models import flops
 from megatron_kosmosg.parallel.rendezvous import find_place
-from megatron_kosmosg.planning import flops
 from megatron_kosmosg.planning.activations import ELEMENT_BYTES
 from megatron_kosmosg.planning.gpus import Efficiency
 from megatron_kosmosg.planning.memory_table import memory_table

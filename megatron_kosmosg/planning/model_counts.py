@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
+from megatron_kosmosg.models.diffusion_flops import clip_text_shape, diffusion_parameters
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
 from megatron_kosmosg.models.pipeline_pieces import StagePieces, pipeline_pieces
 from megatron_kosmosg.parallel.layout import lone_layout
-from megatron_kosmosg.planning.diffusion_flops import clip_text_shape, diffusion_parameters
 from megatron_kosmosg.stages import build_stage
 
 

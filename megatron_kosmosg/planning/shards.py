@@ -6,9 +6,9 @@ import dataclasses
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.world import WorldLayout
+from megatron_kosmosg.models.diffusion_flops import diffusion_parameters
 from megatron_kosmosg.parallel.fake_world import pretend_rank
 from megatron_kosmosg.planning.activations import ELEMENT_BYTES
-from megatron_kosmosg.planning.diffusion_flops import diffusion_parameters
 from megatron_kosmosg.stages import build_stage
 
 

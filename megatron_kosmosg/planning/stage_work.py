@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.world import WorldLayout
+from megatron_kosmosg.models import flops
+from megatron_kosmosg.models.diffusion_flops import diffusion_flops
 from megatron_kosmosg.models.pipeline_pieces import StagePieces
-from megatron_kosmosg.planning import flops
-from megatron_kosmosg.planning.diffusion_flops import diffusion_flops
 from megatron_kosmosg.planning.workload import MicroBatch
 
 

@@ -2,7 +2,7 @@
 
 A dedicated score rank takes whole micro-batches, round robin, in the order of micro-batch and
 replica; the decoder runs `ahead` more forward passes before it waits for the first answer. The
-order of passes is that of training/score_schedule.py; what is sent waits for its receiver, the
+order of passes is that of score/schedule.py; what is sent waits for its receiver, the
 sender goes on.
 """
 

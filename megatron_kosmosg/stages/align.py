@@ -20,9 +20,9 @@ from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.data.streams import align_stream
 from megatron_kosmosg.losses import alignment_loss, reconstruction_loss
 from megatron_kosmosg.models.chunks import build_chunks
+from megatron_kosmosg.models.flops import align_flops
 from megatron_kosmosg.models.pipeline_pieces import ALIGNER_PARTS
 from megatron_kosmosg.parallel.layout import Layout
-from megatron_kosmosg.planning.flops import align_flops
 from megatron_kosmosg.stages.freezing import train_only
 from megatron_kosmosg.training.stage import InitialWeights, Probe
 

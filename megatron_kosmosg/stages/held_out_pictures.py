@@ -12,8 +12,8 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
 from megatron_kosmosg.models.sampler import generate
-from megatron_kosmosg.models.score import ScoreKey
 from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.score.loss import ScoreKey
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
 from megatron_kosmosg.training.forward import collect_outputs
 from megatron_kosmosg.training.picture_grid import picture_grid, to_picture

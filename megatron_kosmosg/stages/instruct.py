@@ -22,15 +22,16 @@ from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.data.streams import instruct_stream
 from megatron_kosmosg.models.chunks import build_chunks
 from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_vae, vae_fingerprint
+from megatron_kosmosg.models.flops import instruct_flops
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.models.pipeline_pieces import ALIGNER_PARTS
-from megatron_kosmosg.models.score import ColocatedScore, DenoisingLoss, ScoreKey, drop_condition
-from megatron_kosmosg.parallel.heartbeat import Heartbeat
+from megatron_kosmosg.monitoring.heartbeat import Heartbeat
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.parallel.rendezvous import find_place
-from megatron_kosmosg.parallel.score_link import ScoreRank
-from megatron_kosmosg.planning.flops import instruct_flops
+from megatron_kosmosg.score.link import ScoreRank
+from megatron_kosmosg.score.loss import ColocatedScore, DenoisingLoss, ScoreKey, drop_condition
+from megatron_kosmosg.score.service import serve
 from megatron_kosmosg.stages.freezing import train_only
 from megatron_kosmosg.stages.held_out_pictures import (
     PictureJudge,
@@ -38,7 +39,6 @@ from megatron_kosmosg.stages.held_out_pictures import (
     held_out_pictures,
 )
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
-from megatron_kosmosg.training.score_service import serve
 from megatron_kosmosg.training.stage import InitialWeights, Probe
 
 

@@ -16,9 +16,9 @@ from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.data.streams import pretrain_stream
 from megatron_kosmosg.losses import token_cross_entropy
 from megatron_kosmosg.models.chunks import build_chunks
+from megatron_kosmosg.models.flops import pretrain_flops
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel.layout import Layout
-from megatron_kosmosg.planning.flops import pretrain_flops
 from megatron_kosmosg.stages.freezing import train_only
 from megatron_kosmosg.training.stage import InitialWeights, Probe
 

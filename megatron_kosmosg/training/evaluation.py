@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_kosmosg.checkpoint.rng_state import restore_rng_state, rng_state
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.samples import StreamDataset
+from megatron_kosmosg.monitoring.signals import StopRequest
 from megatron_kosmosg.parallel.layout import Layout
-from megatron_kosmosg.parallel.rng_state import restore_rng_state, rng_state
 from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.metrics import MetricsWriter
 from megatron_kosmosg.training.progress import ProgressDisplay
-from megatron_kosmosg.training.signals import StopRequest
 from megatron_kosmosg.training.stage import Probe, Stage
 from megatron_kosmosg.training.step import Reporter, forward_losses
 from megatron_kosmosg.training.wrapping import whole_parameters

@@ -11,32 +11,32 @@ from pathlib import Path
 
 import torch
 
+from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
+from megatron_kosmosg.checkpoint.newest import Resumed, newest_checkpoint, resume
+from megatron_kosmosg.checkpoint.save_and_resume import (
+    Checkpointer,
+    Progress,
+    checkpoint_metadata,
+)
+from megatron_kosmosg.checkpoint.weights import load_weights
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.paths import heartbeat_file, output_folder, trace_file
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.bad_samples import check_bad_samples
-from megatron_kosmosg.parallel.heartbeat import Heartbeat
+from megatron_kosmosg.monitoring.heartbeat import Heartbeat
+from megatron_kosmosg.monitoring.iteration_trace import DecoderTrace
+from megatron_kosmosg.monitoring.signals import StopRequest
+from megatron_kosmosg.monitoring.stragglers import Stragglers
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.rendezvous import find_place
 from megatron_kosmosg.training.batches import BatchFeed
-from megatron_kosmosg.training.checkpoint import (
-    Checkpointer,
-    Progress,
-    checkpoint_metadata,
-)
-from megatron_kosmosg.training.checkpoint_folder import CONFIG_FILE, find_checkpoint
 from megatron_kosmosg.training.evaluation import Evaluations, is_due
-from megatron_kosmosg.training.iteration_trace import DecoderTrace
 from megatron_kosmosg.training.metrics import MetricsWriter, iteration_record
 from megatron_kosmosg.training.optimizer import build_lr_scheduler, build_optimizer
 from megatron_kosmosg.training.progress import ProgressDisplay
-from megatron_kosmosg.training.resume import Resumed, newest_checkpoint, resume
-from megatron_kosmosg.training.signals import StopRequest
 from megatron_kosmosg.training.stage import Stage
 from megatron_kosmosg.training.step import Reporter, Update, connect, train_step
-from megatron_kosmosg.training.stragglers import Stragglers
-from megatron_kosmosg.training.weights import load_weights
 from megatron_kosmosg.training.wrapping import unwrap_model, whole_parameters, wrap_model
 
 SLOW_RATIO = 1.5

@@ -18,10 +18,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel.layout import Layout
-from megatron_kosmosg.parallel.remote_score import ScoreWork
+from megatron_kosmosg.score.remote import ScoreWork
+from megatron_kosmosg.score.schedule import forward_backward_function
 from megatron_kosmosg.training.batches import Batch, BatchFeed, Work
 from megatron_kosmosg.training.optimizer import apply_update
-from megatron_kosmosg.training.score_schedule import forward_backward_function
 from megatron_kosmosg.training.stage import Stage
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_kosmosg.checkpoint.save_and_resume import checkpoint_metadata
+from megatron_kosmosg.checkpoint.weights import model_state
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.stages import build_stage
-from megatron_kosmosg.training.checkpoint import checkpoint_metadata
 from megatron_kosmosg.training.optimizer import build_optimizer
-from megatron_kosmosg.training.weights import model_state
 from megatron_kosmosg.training.wrapping import unwrap_model, wrap_model
-from tests.ranks import run_ranks
-from tests.tiny_models import tiny_config
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import tiny_config
 
 MAIN = "optimizer.state.param."
 OWN_BUCKETS = ("resampler.latent_query", "decoder.final_layernorm.bias")

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from megatron_kosmosg.config.schema import RunConfig
-from tests.distributed.run_case import records, run_stage
 from tests.distributed.test_layout_table import BOUNDS
-from tests.ranks import run_ranks
-from tests.tiny_models import replace_section, tiny_config, write_stable_diffusion
+from tests.support.ranks import run_ranks
+from tests.support.run_case import records, run_stage
+from tests.support.tiny_models import replace_section, tiny_config, write_stable_diffusion
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2, "pipeline_layout": "decoder*2|decoder*1,M"}

@@ -10,6 +10,9 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from megatron_kosmosg.checkpoint import folder as checkpoint_folder
+from megatron_kosmosg.checkpoint.save_and_resume import Checkpointer, checkpoint_metadata
+from megatron_kosmosg.checkpoint.weights import load_weights
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.schema import LoggingConfig, RunConfig
@@ -21,12 +24,9 @@ from megatron_kosmosg.conversion.tensors import InMemory, TensorSource
 from megatron_kosmosg.inference.trained_model import one_process
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.layout import lone_layout
-from megatron_kosmosg.training import checkpoint_folder
-from megatron_kosmosg.training.checkpoint import Checkpointer, checkpoint_metadata
-from megatron_kosmosg.training.weights import load_weights
-from tests.distributed.layout_case import Case, build
-from tests.distributed.shares import Share, parameters, whole
-from tests.ranks import run_ranks
+from tests.support.layout_case import Case, build
+from tests.support.ranks import run_ranks
+from tests.support.shares import Share, parameters, whole
 
 PARTS = {"output_head": False, "aligner_parts": ("M", "N")}
 

@@ -12,8 +12,13 @@ from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.stages.held_out_pictures import held_out_pictures
 from megatron_kosmosg.stages.instruct import InstructStage
 from megatron_kosmosg.training.wrapping import wrap_model
-from tests.ranks import run_ranks
-from tests.tiny_models import random_batch, replace_section, tiny_config, write_stable_diffusion
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import (
+    random_batch,
+    replace_section,
+    tiny_config,
+    write_stable_diffusion,
+)
 
 LENGTH = 13
 LAYOUTS = {

@@ -7,9 +7,9 @@ import functools
 import numpy as np
 import pytest
 
-from tests.distributed.layout_case import Case, on_one_rank, train_step
-from tests.distributed.shares import whole
-from tests.ranks import run_ranks
+from tests.support.layout_case import Case, on_one_rank, train_step
+from tests.support.ranks import run_ranks
+from tests.support.shares import whole
 
 TOLERANCE = 1e-5
 

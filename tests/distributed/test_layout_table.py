@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
-from tests.distributed.run_case import Ran, records, run_stage
-from tests.distributed.shares import whole
-from tests.ranks import run_ranks
-from tests.tiny_models import replace_section, tiny_config, write_stable_diffusion
+from tests.support.ranks import run_ranks
+from tests.support.run_case import Ran, records, run_stage
+from tests.support.shares import whole
+from tests.support.tiny_models import replace_section, tiny_config, write_stable_diffusion
 
 STAGES = {"pretrain": "", "align": ",M,N", "instruct": ",M"}
 ITERATIONS = 10

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
 from megatron_kosmosg.models.norms import ShardedLayerNorm
 from megatron_kosmosg.parallel import platform
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 WIDTH = 24
 

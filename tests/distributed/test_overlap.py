@@ -10,9 +10,9 @@ import pytest
 
 from megatron_kosmosg.config.paths import trace_file
 from megatron_kosmosg.training.metrics import METRICS_FILE
-from tests.distributed.trace_case import Pause, offset_of_wrong_clock, tiny_run
-from tests.ranks import run_ranks
-from tests.tiny_models import replace_section, tiny_config, write_stable_diffusion
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import replace_section, tiny_config, write_stable_diffusion
+from tests.support.trace_case import Pause, offset_of_wrong_clock, tiny_run
 
 MICRO_BATCHES, ROWS = 4, 8
 TRACED = 2

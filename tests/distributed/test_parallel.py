@@ -15,11 +15,11 @@ from megatron_kosmosg.config.schema import ParallelConfig, RunConfig, TrainingCo
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.broadcast import broadcast_batch
-from megatron_kosmosg.parallel.rows import row_range, sum_over_tensor_ranks, take_rows
 from megatron_kosmosg.parallel.seeds import set_seeds
-from tests.distributed.layout_case import Case, build, micro_batch
-from tests.ranks import run_ranks
-from tests.tiny_models import HIDDEN_SIZE
+from megatron_kosmosg.score.rows import row_range, sum_over_tensor_ranks, take_rows
+from tests.support.layout_case import Case, build, micro_batch
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import HIDDEN_SIZE
 
 
 def _config(tp: int = 1, pp: int = 1, timeout: int = 60) -> RunConfig:

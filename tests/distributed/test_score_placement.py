@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.distributed.score_case import placed_update, update_with_trouble
-from tests.distributed.shares import whole
-from tests.ranks import run_ranks
-from tests.tiny_models import replace_section, tiny_config, write_stable_diffusion
+from tests.support.ranks import run_ranks
+from tests.support.score_case import placed_update, update_with_trouble
+from tests.support.shares import whole
+from tests.support.tiny_models import replace_section, tiny_config, write_stable_diffusion
 
 BOUND = 1e-5
 ZERO_GRADIENT = "self_attn.k_proj.bias"

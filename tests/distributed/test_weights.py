@@ -14,9 +14,9 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_kosmosg.parallel import platform
-from tests.distributed.layout_case import Case, build
-from tests.distributed.shares import parameters, whole
-from tests.ranks import run_ranks
+from tests.support.layout_case import Case, build
+from tests.support.ranks import run_ranks
+from tests.support.shares import parameters, whole
 
 EVERYTHING = {"output_head": True, "aligner_parts": ("M", "N")}
 LAYOUTS = {

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_kosmosg.data.images import TOLERANCE, ImageDecoder
 from megatron_kosmosg.data.samples import EntityImage
-from tests.unit.data_helpers import encode_image, noise_image
+from tests.support.data_helpers import encode_image, noise_image
 from tests.unit.test_data_images import CLIP, SIZES, VAE, levels, needs_dali
 
 pytestmark = [pytest.mark.gpu, needs_dali]

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.shares import whole
-from tests.distributed.stage_gradients import stage_gradients
-from tests.ranks import run_ranks
-from tests.tiny_models import tiny_config, write_stable_diffusion
+from tests.support.ranks import run_ranks
+from tests.support.shares import whole
+from tests.support.stage_gradients import stage_gradients
+from tests.support.tiny_models import tiny_config, write_stable_diffusion
 
 pytestmark = pytest.mark.gpu
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from tests.local_slurm import LocalSlurm
-from tests.preloaded_python import PreloadedPython
+from tests.support.local_slurm import LocalSlurm
+from tests.support.preloaded_python import PreloadedPython
 
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory):
     """A ConversionWorld."""
-    from tests.conversion_models import ConversionWorld  # takes seconds, and few tests need it
+    from tests.support.conversion_models import (
+        ConversionWorld,  # takes seconds, and few tests need it
+    )
 
     return ConversionWorld(tmp_path_factory.mktemp("converted"))
 

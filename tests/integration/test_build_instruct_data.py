@@ -17,18 +17,18 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_kosmosg.data.construction.records import PictureForm
-from megatron_kosmosg.data.construction.run import BuildJob, Built, ModelSettings, build
-from megatron_kosmosg.data.construction.shares import Share
-from megatron_kosmosg.data.preprocess.options import Options
-from megatron_kosmosg.data.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.construction.records import PictureForm
+from megatron_kosmosg.construction.run import BuildJob, Built, ModelSettings, build
+from megatron_kosmosg.construction.shares import Share
 from megatron_kosmosg.inference.fingerprint import fingerprint
+from megatron_kosmosg.preprocess.options import Options
+from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
 from megatron_kosmosg.toy.captions import caption_parts, join_parts
 from megatron_kosmosg.toy.training.pool import to_bytes
 from megatron_kosmosg.toy.world import Scene, entity_masks, render, sample_scene
-from tests.unit.construction_models import write_blip2, write_clipseg, write_language_model
-from tests.unit.data_helpers import write_jsonl, write_tokenizer
-from tests.unit.dataset_files import info_of, pictures_of, read_samples
+from tests.support.construction_models import write_blip2, write_clipseg, write_language_model
+from tests.support.data_helpers import write_jsonl, write_tokenizer
+from tests.support.dataset_files import info_of, pictures_of, read_samples
 
 TOOL = Path(__file__).parents[2] / "tools" / "build_instruct_data.py"
 NUM_SCENES = 7
@@ -177,7 +177,7 @@ def test_a_killed_run_goes_on_after_its_finished_shards(world, toy_output, tmp_p
     asked = job(given, tmp_path / "out")
     code = (
         "import os, sys\n"
-        "from megatron_kosmosg.data.construction import records\n"
+        "from megatron_kosmosg.construction import records\n"
         "add, seen = records.RecordWriter.add, []\n"
         "def dying(*arguments):\n"
         "    seen.append(1)\n"

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kosmosg.checkpoint.folder import is_valid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.training.checkpoint_folder import is_valid
-from tests.fake_stage import fake_config
 from tests.integration.test_training_loop import curve
-from tests.ranks import run_ranks, run_ranks_until_they_end
-from tests.training_runs import LimitFiles, run_program, train
+from tests.support.fake_stage import fake_config
+from tests.support.ranks import run_ranks, run_ranks_until_they_end
+from tests.support.training_runs import LimitFiles, run_program, train
 
 SAVED = {"save_interval": 2, "keep_last": 0}
 

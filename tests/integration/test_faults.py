@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from megatron_kosmosg.config.schema import RunConfig
-from tests.fake_stage import fake_config
-from tests.fault_harness import ITERATIONS, Ends, Start, Torment, World
-from tests.fault_runs import Kill, prepare_marks, read_death, run_marked
-from tests.ranks import run_ranks_until_they_end
-from tests.tiny_models import replace_section, tiny_config, write_stable_diffusion
+from tests.support.fake_stage import fake_config
+from tests.support.fault_harness import ITERATIONS, Ends, Start, Torment, World
+from tests.support.fault_runs import Kill, prepare_marks, read_death, run_marked
+from tests.support.ranks import run_ranks_until_they_end
+from tests.support.tiny_models import replace_section, tiny_config, write_stable_diffusion
 
 LONGEST_GOODBYE = 45.0
 """Seconds after a rank's death until the others must have ended: far more than they need, and less

@@ -24,17 +24,17 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tools import generate
 
 from megatron_kosmosg.conversion.checkpoint_writer import model_tensors, write_checkpoint
 from megatron_kosmosg.conversion.export_hf import export_hf
 from megatron_kosmosg.conversion.tensors import InMemory
+from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
 from megatron_kosmosg.inference.from_checkpoint import pipeline_from_checkpoint
-from megatron_kosmosg.inference.pipeline_kosmosg import KosmosGPipeline
 from megatron_kosmosg.inference.trained_model import TrainedModel, one_process
 from megatron_kosmosg.toy import assets
-from tests.tiny_models import replace_section, tiny_config, write_stable_diffusion
-from tests.tiny_pipeline import picture
-from tools import generate
+from tests.support.tiny_models import replace_section, tiny_config, write_stable_diffusion
+from tests.support.tiny_pipeline import picture
 
 DRAWING = ("--steps", "4", "--guidance", "3", "--scheduler", "dpm++")
 

@@ -16,8 +16,8 @@ from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.export_hf import export_hf
 from megatron_kosmosg.conversion.import_hf import import_hf, import_kosmos2
 from megatron_kosmosg.conversion.safetensors_files import SafetensorsFolder, write_safetensors
-from megatron_kosmosg.inference.modeling_kosmosg_aligner import KosmosGAligner
-from tests.conversion_models import (
+from megatron_kosmosg.hf.modeling_kosmosg_aligner import KosmosGAligner
+from tests.support.conversion_models import (
     VOCAB_SIZE,
     ConversionWorld,
     conversion_config,

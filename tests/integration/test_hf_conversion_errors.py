@@ -17,7 +17,7 @@ from megatron_kosmosg.conversion.export_hf import export_hf
 from megatron_kosmosg.conversion.import_hf import import_hf
 from megatron_kosmosg.conversion.safetensors_files import write_safetensors
 from megatron_kosmosg.conversion.tensors import InMemory
-from tests.conversion_models import (
+from tests.support.conversion_models import (
     TOKENIZER,
     VOCAB_SIZE,
     conversion_config,

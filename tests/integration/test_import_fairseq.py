@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tools import convert_checkpoint
 
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
-from tests.authors_files import (
+from tests.support.authors_files import (
     HEADS,
     clip_file,
     fuse_tower,
@@ -20,8 +21,7 @@ from tests.authors_files import (
     without_tower,
     write_file,
 )
-from tests.unit.data_helpers import write_tokenizer
-from tools import convert_checkpoint
+from tests.support.data_helpers import write_tokenizer
 
 DECODER = "gpt_model.decoder."
 

@@ -13,8 +13,8 @@ from diffusers.utils import dynamic_modules_utils
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.tiny_models import TARGET_SIZE
-from tests.tiny_pipeline import picture, tiny_pipeline
+from tests.support.tiny_models import TARGET_SIZE
+from tests.support.tiny_pipeline import picture, tiny_pipeline
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "inference"
 

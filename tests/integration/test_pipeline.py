@@ -14,11 +14,11 @@ from megatron_kosmosg.data.images import ImageTransform
 from megatron_kosmosg.data.images_pillow import PillowBackend
 from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from megatron_kosmosg.inference.pipeline_kosmosg import KosmosGPipeline
+from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
 from megatron_kosmosg.inference.prompt import build_prompt
 from megatron_kosmosg.toy import assets
-from tests.tiny_models import CONDITION_WIDTH, NUM_LATENT_QUERIES, NUM_QUERIES, TARGET_SIZE
-from tests.tiny_pipeline import IMAGE_SIZE, draw, mllm_config, picture, tiny_pipeline
+from tests.support.tiny_models import CONDITION_WIDTH, NUM_LATENT_QUERIES, NUM_QUERIES, TARGET_SIZE
+from tests.support.tiny_pipeline import IMAGE_SIZE, draw, mllm_config, picture, tiny_pipeline
 
 DOG, CAT, HAT = picture(1), picture(2, 31, 50), picture(3, 90, 47)
 CLOSE = {"rtol": 0, "atol": 3e-6}

@@ -20,9 +20,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from megatron_kosmosg.inference.pipeline_kosmosg import KosmosGPipeline
-from tests.tiny_models import TARGET_SIZE
-from tests.tiny_pipeline import draw, picture, tiny_pipeline
+from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
+from tests.support.tiny_models import TARGET_SIZE
+from tests.support.tiny_pipeline import draw, picture, tiny_pipeline
 
 DOG = picture(1)
 PROMPT = (["A", DOG, "in snow"],)

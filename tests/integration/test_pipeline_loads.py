@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests import fresh_loads
-from tests.tiny_pipeline import picture, tiny_pipeline
+from tests.support import fresh_loads
+from tests.support.tiny_pipeline import picture, tiny_pipeline
 
 REPOSITORY = Path(__file__).parents[2]
 DOG = picture(1)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kosmosg.data.preprocess import inputs, join, run
-from megatron_kosmosg.data.preprocess.mpi_workers import choose_workers
-from megatron_kosmosg.data.preprocess.run import PreprocessJob, preprocess
-from megatron_kosmosg.data.preprocess.work_folder import WorkFolder
-from tests.unit.data_helpers import image_records, text_records, write_jsonl, write_tokenizer
+from megatron_kosmosg.preprocess import inputs, join, run
+from megatron_kosmosg.preprocess.mpi_workers import choose_workers
+from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.preprocess.work_folder import WorkFolder
+from tests.support.data_helpers import image_records, text_records, write_jsonl, write_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 TOOL = str(REPOSITORY / "tools" / "preprocess_data.py")

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kosmosg.data.preprocess import inputs, progress, text_batches
-from megatron_kosmosg.data.preprocess.counts import Counts
-from megatron_kosmosg.data.preprocess.inputs import find_inputs
-from megatron_kosmosg.data.preprocess.jsonl import JsonlReader
-from megatron_kosmosg.data.preprocess.records import ShardSize
-from megatron_kosmosg.data.preprocess.run import PreprocessJob, preprocess
 from megatron_kosmosg.data.store import SampleStore
-from tests.unit.data_helpers import image_records, text_records, write_jsonl, write_tokenizer
+from megatron_kosmosg.preprocess import inputs, progress, text_batches
+from megatron_kosmosg.preprocess.counts import Counts
+from megatron_kosmosg.preprocess.inputs import find_inputs
+from megatron_kosmosg.preprocess.jsonl import JsonlReader
+from megatron_kosmosg.preprocess.records import ShardSize
+from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from tests.support.data_helpers import image_records, text_records, write_jsonl, write_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 OUTPUTS = (".bin", ".idx", ".json", ".sentences.npy", ".sentence_offsets.npy", ".rejects.jsonl")

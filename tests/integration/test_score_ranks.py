@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 from megatron_kosmosg.toy import assets
-from tests.ranks import run_ranks
-from tests.score_runs import Event, Outcome, program
-from tests.toy_runs import arguments_of, config_of, records, train_from_nothing, write_data
-from tests.unit.data_helpers import overwrite_image
+from tests.support.data_helpers import overwrite_image
+from tests.support.ranks import run_ranks
+from tests.support.score_runs import Event, Outcome, program
+from tests.support.toy_runs import arguments_of, config_of, records, train_from_nothing, write_data
 
 ITERATIONS, MIDDLE = 6, 3
 SETTINGS = (

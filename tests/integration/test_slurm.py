@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kosmosg.training.checkpoint_folder import latest_valid
-from tests.local_slurm import LocalSlurm
-from tests.preloaded_python import PreloadedPython
-from tests.ranks import free_port
-from tests.toy_runs import REPOSITORY, arguments_of, records, write_data
+from megatron_kosmosg.checkpoint.folder import latest_valid
+from tests.support.local_slurm import LocalSlurm
+from tests.support.preloaded_python import PreloadedPython
+from tests.support.ranks import free_port
+from tests.support.toy_runs import REPOSITORY, arguments_of, records, write_data
 
 SIZE = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")
 ITERATIONS = 28

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_kosmosg.toy import assets
-from tests.local_slurm import LocalSlurm
-from tests.toy_runs import REPOSITORY, arguments_of, write_data
+from tests.support.local_slurm import LocalSlurm
+from tests.support.toy_runs import REPOSITORY, arguments_of, write_data
 
 SCRIPTS = REPOSITORY / "slurm"
 SIZE = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")

@@ -20,13 +20,13 @@ from megatron_kosmosg.data.images import ImageDecoder, target_pixels
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.models.diffusion import load_vae, vae_fingerprint
 from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.preprocess.latent_moments import LatentJob, cache_latents
 from megatron_kosmosg.stages import build_stage
-from megatron_kosmosg.stages.latent_moments import LatentJob, cache_latents
 from megatron_kosmosg.toy import assets
 from megatron_kosmosg.training.loop import fit
-from tests import toy_runs
-from tests.ranks import run_ranks
-from tests.toy_runs import ITERATIONS, records, write_data
+from tests.support import toy_runs
+from tests.support.ranks import run_ranks
+from tests.support.toy_runs import ITERATIONS, records, write_data
 
 STAGES = ("pretrain", "align", "instruct")
 DROPOUT = ("model.decoder.hidden_dropout=0.1", "model.resampler.attention_dropout=0.1")

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.fake_stage import fake_config
 from tests.integration.test_training_loop import curve, lines
-from tests.ranks import run_ranks
-from tests.training_runs import (
+from tests.support.fake_stage import fake_config
+from tests.support.ranks import run_ranks
+from tests.support.training_runs import (
     PauseAt,
     SignalAt,
     SignalWhile,

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_kosmosg.training.checkpoint_folder import latest_valid
+from megatron_kosmosg.checkpoint.folder import latest_valid
 from megatron_kosmosg.training.stage import InitialWeights
-from tests.fake_stage import fake_config
-from tests.ranks import run_ranks
-from tests.training_runs import SignalAt, beside_torch_adamw, refused, train, train_until
+from tests.support.fake_stage import fake_config
+from tests.support.ranks import run_ranks
+from tests.support.training_runs import SignalAt, beside_torch_adamw, refused, train, train_until
 
 TP2 = {"tensor_model_parallel_size": 2}
 

@@ -7,11 +7,11 @@ import random
 
 import pytest
 
-from megatron_kosmosg.training.checkpoint_folder import is_valid
-from tests.fake_stage import BAD_ABOVE, FakeDataset, fake_config
+from megatron_kosmosg.checkpoint.folder import is_valid
 from tests.integration.test_training_loop import TP2, curve, norms, train_lines
-from tests.ranks import run_ranks
-from tests.training_runs import train, train_until
+from tests.support.fake_stage import BAD_ABOVE, FakeDataset, fake_config
+from tests.support.ranks import run_ranks
+from tests.support.training_runs import train, train_until
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

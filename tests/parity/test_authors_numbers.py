@@ -12,19 +12,19 @@ import pytest
 import torch
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.models.score import ScoreKey
-from tests.authors_files import load_golden
-from tests.denoising_reference import denoising_errors
-from tests.parity.float64_reference import UNUSED, Reference
-from tests.parity.golden_case import Numbers, error, errors, golden_config
-from tests.parity.golden_stages import (
+from megatron_kosmosg.score.loss import ScoreKey
+from tests.support.authors_files import load_golden
+from tests.support.denoising_reference import denoising_errors
+from tests.support.float64_reference import UNUSED, Reference
+from tests.support.golden_case import Numbers, error, errors, golden_config
+from tests.support.golden_stages import (
     denoising_loss,
     instruct_batches,
     instruct_config,
     numbers_on_a_rank,
 )
-from tests.ranks import run_ranks
-from tests.tiny_models import write_stable_diffusion
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import write_stable_diffusion
 
 TOLERANCE = 1e-5
 LAYOUTS = {

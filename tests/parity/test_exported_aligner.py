@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from megatron_kosmosg.conversion.hf_aligner import aligner_arguments, aligner_table
-from megatron_kosmosg.inference.modeling_kosmosg_aligner import KosmosGAligner
+from megatron_kosmosg.hf.modeling_kosmosg_aligner import KosmosGAligner
 from megatron_kosmosg.models.aligner import build_aligner_m
 from megatron_kosmosg.parallel import platform
-from tests.tiny_models import replace_section, tiny_config
+from tests.support.tiny_models import replace_section, tiny_config
 
 LENGTHS = [11, 4, 7]
 

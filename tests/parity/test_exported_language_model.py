@@ -19,10 +19,10 @@ from megatron_kosmosg.conversion.model_outputs import (
     random_prompts,
 )
 from megatron_kosmosg.conversion.tensors import InMemory, TensorSource, as_ours
-from megatron_kosmosg.inference.modeling_kosmosg_aligner import KosmosGAligner
-from tests.authors_files import load_golden
-from tests.conversion_models import conversion_config, random_weights
-from tests.parity.golden_case import golden_config
+from megatron_kosmosg.hf.modeling_kosmosg_aligner import KosmosGAligner
+from tests.support.authors_files import load_golden
+from tests.support.conversion_models import conversion_config, random_weights
+from tests.support.golden_case import golden_config
 
 
 def stock_model(source: TensorSource, config: RunConfig) -> Kosmos2ForConditionalGeneration:

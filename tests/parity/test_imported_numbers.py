@@ -9,6 +9,9 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from megatron_kosmosg.checkpoint.folder import CONFIG_FILE
+from megatron_kosmosg.checkpoint.save_and_resume import checkpoint_metadata
+from megatron_kosmosg.checkpoint.weights import load_weights
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import FrozenFolder, RunConfig
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
@@ -18,12 +21,9 @@ from megatron_kosmosg.inference.trained_model import TrainedModel, one_process
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.stages import build_stage
-from megatron_kosmosg.training.checkpoint import checkpoint_metadata
-from megatron_kosmosg.training.checkpoint_folder import CONFIG_FILE
-from megatron_kosmosg.training.weights import load_weights
-from tests import authors_files as authors
-from tests.tiny_models import write_stable_diffusion
-from tests.unit.data_helpers import write_tokenizer
+from tests.support import authors_files as authors
+from tests.support.data_helpers import write_tokenizer
+from tests.support.tiny_models import write_stable_diffusion
 
 STAGES = {"stage1": "pretrain", "stage2": "align", "final": "instruct"}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from examples.inference.caption_image import Captioner
-from tests.tiny_pipeline import picture, tiny_pipeline
+from tests.support.tiny_pipeline import picture, tiny_pipeline
 
 LENGTH, BEAMS = 4, 3
 CAT, DOG = picture(1), picture(2)

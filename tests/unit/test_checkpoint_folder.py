@@ -6,8 +6,8 @@ import os
 
 import pytest
 
+from megatron_kosmosg.checkpoint import folder as folders
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.training import checkpoint_folder as folders
 
 
 def save(root, iteration: int, content: bytes = b"weights"):

@@ -7,10 +7,10 @@ import os
 
 import pytest
 
+from megatron_kosmosg.checkpoint.changed_settings import check_resume
 from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import differences, flatten, load_config, to_yaml
-from megatron_kosmosg.config.resume import check_resume
 from megatron_kosmosg.config.validate import validate_files, validate_layout
 
 BASE = ["stage=align", "logging.output_dir=run", "training.global_batch_size=8"]

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPSegForImageSegmentation
 
-from megatron_kosmosg.data.construction.captioner import Blip2Captioner
-from megatron_kosmosg.data.construction.entity_model import EntityModel
-from megatron_kosmosg.data.construction.entity_prompt import PROMPT
-from megatron_kosmosg.data.construction.segmenter import ClipSegmenter
-from tests.unit.construction_models import (
+from megatron_kosmosg.construction.captioner import Blip2Captioner
+from megatron_kosmosg.construction.entity_model import EntityModel
+from megatron_kosmosg.construction.entity_prompt import PROMPT
+from megatron_kosmosg.construction.segmenter import ClipSegmenter
+from tests.support.construction_models import (
     NOUNS,
     write_blip2,
     write_clipseg,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_kosmosg.data.construction.annotations import Annotations
-from megatron_kosmosg.data.construction.entities import (
+from megatron_kosmosg.construction.annotations import Annotations
+from megatron_kosmosg.construction.entities import (
     ABSENT,
     LONG,
     UNFIT,
@@ -19,21 +19,21 @@ from megatron_kosmosg.data.construction.entities import (
     named_entities,
     parse_answer,
 )
-from megatron_kosmosg.data.construction.noun_phrases import noun_phrases
-from megatron_kosmosg.data.construction.pictures import SquarePictures
-from megatron_kosmosg.data.construction.plan import make_plan
-from megatron_kosmosg.data.construction.regions import (
+from megatron_kosmosg.construction.noun_phrases import noun_phrases
+from megatron_kosmosg.construction.pictures import SquarePictures
+from megatron_kosmosg.construction.plan import make_plan
+from megatron_kosmosg.construction.regions import (
     dilated,
     entity_region,
     largest_component,
     square_around,
 )
-from megatron_kosmosg.data.construction.shares import Share, find_share
-from megatron_kosmosg.data.preprocess.options import Options
-from megatron_kosmosg.data.preprocess.records import Record, Rejected
+from megatron_kosmosg.construction.shares import Share, find_share
+from megatron_kosmosg.preprocess.options import Options
+from megatron_kosmosg.preprocess.records import Record, Rejected
 from megatron_kosmosg.toy.captions import caption as toy_caption
 from megatron_kosmosg.toy.world import sample_scene
-from tests.unit.data_helpers import encode_image, noise_image, write_jsonl
+from tests.support.data_helpers import encode_image, noise_image, write_jsonl
 
 ALONE = Share(0, 1, 0)
 

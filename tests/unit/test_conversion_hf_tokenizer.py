@@ -16,7 +16,7 @@ from megatron_kosmosg.conversion import hf_tokenizer
 from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.toy import assets
-from tests.unit.data_helpers import spm_model_bytes
+from tests.support.data_helpers import spm_model_bytes
 
 TOY = assets.path() / "sentencepiece.model"
 GOLDEN = {  # ids of the toy's model, so that a change of library or model is seen

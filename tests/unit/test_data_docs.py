@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from megatron_kosmosg.data.manifest import KINDS
-from megatron_kosmosg.data.preprocess.run import PreprocessJob, preprocess
 from megatron_kosmosg.data.store import SampleStore
-from tests.unit.data_helpers import encode_image, noise_image, write_jsonl, write_tokenizer
+from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from tests.support.data_helpers import encode_image, noise_image, write_jsonl, write_tokenizer
 from tests.unit.test_preprocess_layouts import write_parquet, write_tar
 
 REPOSITORY = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from megatron_kosmosg.data.images import (
 )
 from megatron_kosmosg.data.images_pillow import PillowBackend
 from megatron_kosmosg.data.samples import EntityImage
-from tests.unit.data_helpers import encode_image, noise_image
+from tests.support.data_helpers import encode_image, noise_image
 
 CLIP = ImageTransform(
     24, "bicubic", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

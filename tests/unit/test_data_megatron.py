@@ -11,10 +11,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from megatron.core.datasets.utils import Split
 
 from megatron_kosmosg.data.index_file import write_index
-from megatron_kosmosg.data.preprocess.text_batches import sentence_lengths
 from megatron_kosmosg.data.sentences import sentence_table
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from tests.unit.data_helpers import build_dataset, spm_model_bytes, write_tokenizer
+from megatron_kosmosg.preprocess.text_batches import sentence_lengths
+from tests.support.data_helpers import build_dataset, spm_model_bytes, write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from megatron_kosmosg.data.packing_index import RowPacker
 from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.store import TOKENS, SampleStore
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from tests.unit.data_helpers import build_dataset, write_tokenizer
+from tests.support.data_helpers import build_dataset, write_tokenizer
 
 QUERIES = 4
 

@@ -7,18 +7,18 @@ import json
 import numpy as np
 import pytest
 
-from megatron_kosmosg.data.caption import MAX_TOKENS, CaptionPrompts
-from megatron_kosmosg.data.compositional import CompositionalPrompts
-from megatron_kosmosg.data.edit import EditPrompts
 from megatron_kosmosg.data.keyed import Draws
-from megatron_kosmosg.data.preprocess.convert import CONVERTERS, Conversion
-from megatron_kosmosg.data.preprocess.entities import order_entities
-from megatron_kosmosg.data.preprocess.records import Record, Rejected
+from megatron_kosmosg.data.kinds.caption import MAX_TOKENS, CaptionPrompts
+from megatron_kosmosg.data.kinds.compositional import CompositionalPrompts
+from megatron_kosmosg.data.kinds.edit import EditPrompts
 from megatron_kosmosg.data.samples import EntityImage
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
 from megatron_kosmosg.data.store import IMAGE, JSON, TOKEN_TYPE, TOKENS, RawSample
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from tests.unit.data_helpers import encode_image, noise_image, write_tokenizer
+from megatron_kosmosg.preprocess.convert import CONVERTERS, Conversion
+from megatron_kosmosg.preprocess.entities import order_entities
+from megatron_kosmosg.preprocess.records import Record, Rejected
+from tests.support.data_helpers import encode_image, noise_image, write_tokenizer
 
 QUERIES = 3
 DRAWS = Draws(0, "instruct/train", 0)

@@ -11,7 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from tests.unit.data_helpers import build_dataset, text_records, write_tokenizer
+from tests.support.data_helpers import build_dataset, text_records, write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.streams import align_stream, instruct_stream, pretrain_stream
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from tests.unit.data_helpers import (
+from tests.support.data_helpers import (
     break_image,
     build_dataset,
     overwrite_image,

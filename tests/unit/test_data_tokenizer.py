@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from tests.unit.data_helpers import WORDS, spm_model_bytes, write_tokenizer
+from tests.support.data_helpers import WORDS, spm_model_bytes, write_tokenizer
 
 
 @pytest.fixture(scope="module")

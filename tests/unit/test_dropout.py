@@ -12,7 +12,12 @@ from megatron_kosmosg.config.schema import DecoderConfig, ResamplerConfig, RunCo
 from megatron_kosmosg.inference.trained_model import one_process
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.stages.align import AlignStage
-from tests.tiny_models import model_config, random_batch, tiny_config, write_stable_diffusion
+from tests.support.tiny_models import (
+    model_config,
+    random_batch,
+    tiny_config,
+    write_stable_diffusion,
+)
 
 ROWS, LENGTH = 2, 13
 

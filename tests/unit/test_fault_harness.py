@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_kosmosg.config.schema import RunConfig
-from tests.fake_stage import fake_config
-from tests.fault_harness import BACKGROUND_ONLY, ITERATIONS, Ends, Torment, World
-from tests.fault_runs import Death, Kill, Lived
+from tests.support.fault_harness import BACKGROUND_ONLY, ITERATIONS, Ends, Torment, World
+from tests.support.fake_stage import fake_config
+from tests.support.fault_runs import Death, Kill, Lived
 
 STAYS = {
     "load": ((1, 0.3), (1, 0.2)),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
-from tests.tiny_models import write_stable_diffusion
+from tests.support.tiny_models import write_stable_diffusion
 
 pytest.importorskip("accelerate", reason="diffusers maps weights only with accelerate")
 

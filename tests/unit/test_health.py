@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_kosmosg.parallel.bandwidth import slow_nodes
-from megatron_kosmosg.parallel.heartbeat import Beat, Watch
-from megatron_kosmosg.parallel.node_health import (
+from megatron_kosmosg.monitoring.bandwidth import slow_nodes
+from megatron_kosmosg.monitoring.heartbeat import Beat, Watch
+from megatron_kosmosg.monitoring.node_health import (
     count_problems,
     disk_problems,
     ecc_problems,
     gpu_problems,
     link_problems,
 )
-from megatron_kosmosg.training.stragglers import compare
+from megatron_kosmosg.monitoring.stragglers import compare
 
 LINKS = """\
 GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)

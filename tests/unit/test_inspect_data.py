@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_kosmosg.data.inspection.check import check_dataset
-from megatron_kosmosg.data.inspection.statistics import Lengths, length_statistics, token_use
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from megatron_kosmosg.evaluation.dataset_page import inspection_config, summary_text, write_page
-from tests.unit.data_helpers import break_image, build_dataset, write_tokenizer
+from megatron_kosmosg.inspection.check import check_dataset
+from megatron_kosmosg.inspection.page import inspection_config, summary_text, write_page
+from megatron_kosmosg.inspection.statistics import Lengths, length_statistics, token_use
+from tests.support.data_helpers import break_image, build_dataset, write_tokenizer
 from tests.unit.test_data_docs import main_of
 
 KINDS = ("text", "caption", "interleaved", "edit", "compositional")

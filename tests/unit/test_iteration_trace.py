@@ -11,9 +11,9 @@ import torch
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import LoggingConfig, RunConfig, TrainingConfig
 from megatron_kosmosg.config.validate import validate_layout
-from megatron_kosmosg.parallel.spans import MegatronTimers, Spans
-from megatron_kosmosg.parallel.trace_exchange import Part
-from megatron_kosmosg.training.iteration_trace import chrome_trace
+from megatron_kosmosg.monitoring.iteration_trace import chrome_trace
+from megatron_kosmosg.monitoring.spans import MegatronTimers, Spans
+from megatron_kosmosg.monitoring.trace_exchange import Part
 
 
 def test_stretches_nest_and_carry_what_they_are_about():

@@ -20,11 +20,16 @@ from megatron_kosmosg.models.diffusion import (
     vae_fingerprint,
     vae_moments,
 )
-from megatron_kosmosg.models.score import ColocatedScore
 from megatron_kosmosg.parallel.layout import lone_layout
-from megatron_kosmosg.stages.latent_moments import LatentJob, cache_latents
-from tests.tiny_models import CONDITION_WIDTH, NUM_QUERIES, TARGET_SIZE, write_stable_diffusion
-from tests.unit.data_helpers import break_image, build_dataset, run_config
+from megatron_kosmosg.preprocess.latent_moments import LatentJob, cache_latents
+from megatron_kosmosg.score.loss import ColocatedScore
+from tests.support.data_helpers import break_image, build_dataset, run_config
+from tests.support.tiny_models import (
+    CONDITION_WIDTH,
+    NUM_QUERIES,
+    TARGET_SIZE,
+    write_stable_diffusion,
+)
 
 KINDS = ("caption", "edit", "compositional")
 CPU = torch.device("cpu")

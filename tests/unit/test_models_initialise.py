@@ -17,7 +17,7 @@ from megatron_kosmosg.models.initialise import magneto_gains
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.layout import lone_layout
-from tests.tiny_models import model_config
+from tests.support.tiny_models import model_config
 
 WIDTH, FFN, HEADS, DEPTH = 64, 96, 4, 3
 """Of the decoder and of AlignerNet here."""

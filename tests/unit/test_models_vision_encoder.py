@@ -13,7 +13,7 @@ from transformers import CLIPVisionModel
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import ModelConfig, RunConfig
 from megatron_kosmosg.models.vision_encoder import VisionEncoder, load_tower, tower_config
-from tests.tiny_models import model_config
+from tests.support.tiny_models import model_config
 
 SIZES = model_config().vision
 

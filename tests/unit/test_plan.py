@@ -26,9 +26,9 @@ from megatron_kosmosg.planning.model_counts import model_shares, whole_model
 from megatron_kosmosg.planning.shards import build_shards
 from megatron_kosmosg.planning.stage_work import score_work, stage_work
 from megatron_kosmosg.planning.workload import MicroBatch, micro_batches
-from tests.measured_memory import measured_bytes
-from tests.ranks import run_ranks
-from tests.tiny_models import (
+from tests.support.measured_memory import measured_bytes
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import (
     TARGET_SIZE,
     replace_section,
     tiny_config,

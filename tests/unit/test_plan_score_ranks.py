@@ -14,9 +14,14 @@ from megatron_kosmosg.planning.model_counts import model_shares, whole_model
 from megatron_kosmosg.planning.rank_kinds import rank_kinds, score_share
 from megatron_kosmosg.planning.shards import build_shards
 from megatron_kosmosg.planning.workload import MicroBatch
-from tests.measured_memory import measured_apart
-from tests.ranks import run_ranks
-from tests.tiny_models import TARGET_SIZE, replace_section, tiny_config, write_stable_diffusion
+from tests.support.measured_memory import measured_apart
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import (
+    TARGET_SIZE,
+    replace_section,
+    tiny_config,
+    write_stable_diffusion,
+)
 
 CONFIG = Path(__file__).parents[2] / "examples" / "configs" / "instruct_256gpu.yaml"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_kosmosg.planning.timeline import pass_order, play
-from megatron_kosmosg.training import score_schedule
+from megatron_kosmosg.score import schedule as score_schedule
 
 
 @pytest.mark.parametrize(("stages", "count"), [(1, 5), (2, 9), (4, 8)])

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_kosmosg.data.preprocess.inputs import find_inputs
-from megatron_kosmosg.data.preprocess.options import Options
-from megatron_kosmosg.data.preprocess.run import PreprocessJob, preprocess
-from megatron_kosmosg.data.preprocess.tags import mask_between, tag_entities
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from tests.unit.data_helpers import encode_image, noise_image, write_jsonl, write_tokenizer
-from tests.unit.dataset_files import info_of, outline, pictures_of, read_samples, texts_of
+from megatron_kosmosg.preprocess.inputs import find_inputs
+from megatron_kosmosg.preprocess.options import Options
+from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.preprocess.tags import mask_between, tag_entities
+from tests.support.data_helpers import encode_image, noise_image, write_jsonl, write_tokenizer
+from tests.support.dataset_files import info_of, outline, pictures_of, read_samples, texts_of
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +130,9 @@ def test_tars_are_cut_into_shards_and_limited_without_changing_the_samples(
     path = write_tar(tmp_path / "a.tar", members)
     whole, _ = run(model, "caption", path)
     assert len(whole) == 11
-    monkeypatch.setattr("megatron_kosmosg.data.preprocess.inputs.MAX_RECORDS", 3)
+    monkeypatch.setattr("megatron_kosmosg.preprocess.inputs.MAX_RECORDS", 3)
     (given,) = find_inputs([str(path)], "caption")
-    from megatron_kosmosg.data.preprocess.records import ShardSize
+    from megatron_kosmosg.preprocess.records import ShardSize
 
     shards = given.reader(Options()).shards(path, None, ShardSize(3, 1, 1 << 30))
     assert [shard.num_records for shard in shards] == [3, 3, 3, None]

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_kosmosg.data.preprocess.options import Options
-from megatron_kosmosg.data.preprocess.run import PreprocessJob, preprocess
-from tests.unit.data_helpers import encode_image, noise_image, write_jsonl, write_tokenizer
-from tests.unit.dataset_files import info_of, read_samples
+from megatron_kosmosg.preprocess.options import Options
+from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from tests.support.data_helpers import encode_image, noise_image, write_jsonl, write_tokenizer
+from tests.support.dataset_files import info_of, read_samples
 from tests.unit.test_preprocess_layouts import write_parquet, write_tar
 
 
@@ -308,7 +308,7 @@ def test_tsv_rows(tmp_path, model, kind, row, reason):
 
 
 def test_of_one_key_in_one_file_the_first_stays(tmp_path, model, monkeypatch):
-    monkeypatch.setattr("megatron_kosmosg.data.preprocess.inputs.MAX_RECORDS", 2)
+    monkeypatch.setattr("megatron_kosmosg.preprocess.inputs.MAX_RECORDS", 2)
     for name, keys in (("a", "xyxzy"), ("b", "xw")):
         records = []
         for i, key in enumerate(keys):

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_kosmosg.evaluation.report.charts import stage_chart
-from megatron_kosmosg.evaluation.report.history import read_history, smooth
-from megatron_kosmosg.evaluation.report.inputs import read_inputs
-from megatron_kosmosg.evaluation.report.page import write_report
-from megatron_kosmosg.evaluation.report.sections import duration, verdict
+from megatron_kosmosg.toy.report.charts import stage_chart
+from megatron_kosmosg.toy.report.history import read_history, smooth
+from megatron_kosmosg.toy.report.inputs import read_inputs
+from megatron_kosmosg.toy.report.page import write_report
+from megatron_kosmosg.toy.report.sections import duration, verdict
 
 ROW = {
     "group": "instruct",

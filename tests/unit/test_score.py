@@ -10,10 +10,15 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import ScoreConfig
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
 from megatron_kosmosg.models.sampler import generate
-from megatron_kosmosg.models.score import ColocatedScore, ScoreKey, drop_condition
 from megatron_kosmosg.parallel.layout import lone_layout
-from tests.denoising_reference import denoising_errors
-from tests.tiny_models import CONDITION_WIDTH, NUM_QUERIES, TARGET_SIZE, write_stable_diffusion
+from megatron_kosmosg.score.loss import ColocatedScore, ScoreKey, drop_condition
+from tests.support.denoising_reference import denoising_errors
+from tests.support.tiny_models import (
+    CONDITION_WIDTH,
+    NUM_QUERIES,
+    TARGET_SIZE,
+    write_stable_diffusion,
+)
 
 SEED = 11
 CPU = torch.device("cpu")

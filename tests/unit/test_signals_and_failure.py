@@ -10,9 +10,9 @@ import pytest
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
-from megatron_kosmosg.training import signals
-from megatron_kosmosg.training.failure import forget_failure, report_failure
-from megatron_kosmosg.training.signals import STOP_SIGNALS, StopRequest
+from megatron_kosmosg.monitoring import signals
+from megatron_kosmosg.monitoring.failure import forget_failure, report_failure
+from megatron_kosmosg.monitoring.signals import STOP_SIGNALS, StopRequest
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

@@ -13,7 +13,7 @@ from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.stages.align import load_text_encoder
 from megatron_kosmosg.stages.instruct import InstructStage
 from megatron_kosmosg.training.stage import Probe
-from tests.tiny_models import replace_section, tiny_config, write_stable_diffusion
+from tests.support.tiny_models import replace_section, tiny_config, write_stable_diffusion
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 
-from megatron_kosmosg.evaluation.toy_judge import Verdict, compare, read_scenes, summarise
 from megatron_kosmosg.toy import assets
 from megatron_kosmosg.toy.captions import ALL_WORDS, caption
+from megatron_kosmosg.toy.judging.toy_judge import Verdict, compare, read_scenes, summarise
 from megatron_kosmosg.toy.world import Scene, coarse_index, hue_distance, sample_scene
 
 FOLDER = assets.path() / "stable-diffusion"

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_kosmosg.evaluation.toy_judge import compare, hue_of, read_scenes, summarise
 from megatron_kosmosg.toy import assets
+from megatron_kosmosg.toy.judging.toy_judge import compare, hue_of, read_scenes, summarise
 from megatron_kosmosg.toy.world import Scene, render_batch, sample_scene
 
 COUNT = 96

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_kosmosg.evaluation.toy_picture_judge import count_entities, judge_pictures
+from megatron_kosmosg.toy.judging.toy_picture_judge import count_entities, judge_pictures
 from megatron_kosmosg.toy.world import render_batch, sample_scene
 
 SCENES = [sample_scene((5, i), 1 + i % 2, heldout=i % 3 == 0) for i in range(1000)]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_kosmosg.config.load import load_config
-from megatron_kosmosg.planning import flops
-from megatron_kosmosg.planning.diffusion_flops import (
+from megatron_kosmosg.models import flops
+from megatron_kosmosg.models.diffusion_flops import (
     CLIP_VIT_L_TEXT,
     diffusion_flops,
     score_flops,

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from megatron_kosmosg.data.preprocess import word_cache
-from megatron_kosmosg.data.preprocess.word_cache import WordCache
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from tests.unit.data_helpers import WORDS, write_tokenizer
+from megatron_kosmosg.preprocess import word_cache
+from megatron_kosmosg.preprocess.word_cache import WordCache
+from tests.support.data_helpers import WORDS, write_tokenizer
 
 # Blanks of every kind, combining marks, ligatures, wide letters, control characters, emoji.
 ODD = [*range(1, 0x20), *range(0x7F, 0x100), *range(0x300, 0x310), 0x200B, 0x2009, 0x3000, 0x2581]

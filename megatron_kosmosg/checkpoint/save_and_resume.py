@@ -1,0 +1,183 @@
+"""Saving and resuming a run through Megatron-Core's distributed checkpoints.
+
+One checkpoint holds model, optimizer, learning-rate schedule, progress, the config and every
+rank's random state; any tensor/pipeline/data layout loads any other. Random state is only taken
+back on the layout that wrote it: elsewhere the streams restart from the seed and the iteration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_kosmosg.checkpoint import folder as checkpoint_folder
+from megatron_kosmosg.checkpoint.changed_settings import check_resume
+from megatron_kosmosg.checkpoint.errors import explain_write_errors, load_state
+from megatron_kosmosg.checkpoint.rng_state import restore_rng_state, rng_state
+from megatron_kosmosg.checkpoint.weights import model_state, set_model_state
+from megatron_kosmosg.checkpoint.writer import BackgroundSave, ThreadSaveStrategy
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.load import load_config, to_yaml
+from megatron_kosmosg.config.paths import save_folder
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.seeds import set_seeds
+from megatron_kosmosg.training.optimizer import restore_settings, set_num_updates
+
+
+@dataclass
+class Progress:
+    """Where a run stands; equal on all ranks."""
+
+    iteration: int = 0
+    consumed_train_samples: int = 0
+    updates: int = 0
+    """Iterations that changed the parameters."""
+    nonfinite_in_a_row: int = 0
+    bad_samples: int = 0
+    """Images that could not be decoded, over all iterations."""
+
+
+def checkpoint_metadata(layout: Layout) -> dict[str, Any]:
+    """What `sharded_state_dict` of model and optimizer must know: optimizer state is stored per
+    parameter, so that it can be split anew for another layout."""
+    return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": layout.dp_group}
+
+
+class Checkpointer:
+    """Saves and restores one run. All methods are collectives over all ranks."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: Layout,
+        chunks: list[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        datasets: dict[str, str],
+    ) -> None:
+        """chunks: the bare modules, without wrappers. datasets: fingerprints of the mixture."""
+        self._config, self._layout = config, layout
+        self._chunks, self._optimizer, self._scheduler = chunks, optimizer, scheduler
+        self._datasets = datasets
+        self._folder = save_folder(config)
+        self._background = BackgroundSave()
+        self._saving = 0
+        """Iteration of the latest save."""
+
+    def save(self, progress: Progress) -> None:
+        """Writes `iter_XXXXXXX`; with checkpoint.async_save it appears some iterations later."""
+        self.wait()
+        self._saving = progress.iteration
+        with explain_write_errors(self._folder, self._saving):
+            self._save(progress)
+
+    def poll(self) -> None:
+        """Gives a background save its final name once all ranks have written."""
+        with explain_write_errors(self._folder, self._saving):
+            self._background.poll(self._layout.device)
+
+    def wait(self) -> None:
+        """Returns when no save is under way."""
+        with explain_write_errors(self._folder, self._saving):
+            self._background.wait()
+
+    def resume(self, path: Path) -> tuple[Progress, list[str]]:
+        """Progress of the checkpoint after loading all of it, and notes for the log.
+
+        Raises ConfigError if the config changes what is learnt (checkpoint/changed_settings.py),
+        or if the checkpoint holds weights alone; DamagedCheckpoint if it cannot be read.
+        """
+        saved_config = load_config(path / checkpoint_folder.CONFIG_FILE, [])
+        common = dist_checkpointing.load_common_state_dict(str(path))
+        if "progress" not in common:
+            raise ConfigError(
+                f"{path} holds weights alone (it was imported), so there is no run to continue; "
+                f"set checkpoint.load={path.parent} and save this run into another folder "
+                "(logging.output_dir, checkpoint.save)"
+            )
+        notes = check_resume(saved_config, self._config, common.get("datasets", {}), self._datasets)
+        same_layout = common["layout"] == self._layout_signature()
+        strategy = get_default_load_sharded_strategy(str(path))
+        if self._layout.dp_size > 1:
+            strategy = FullyParallelLoadStrategyWrapper(strategy, self._layout.dp_group)
+        wanted = self._state(Progress(), is_loading=True)
+        if not same_layout:
+            del wanted["rng"]
+        loaded = load_state(path, wanted, strategy)
+        set_model_state(self._chunks, loaded)
+        progress = Progress(**loaded["progress"])
+        with torch.no_grad():  # Megatron-Core copies into fp32 parameters in place
+            self._optimizer.load_state_dict(loaded["optimizer"])
+        restore_settings(self._config, self._optimizer, progress.updates)
+        self._scheduler.load_state_dict(loaded["scheduler"])
+        if same_layout:
+            restore_rng_state(loaded["rng"])
+        else:
+            set_seeds(self._config.training.seed + progress.iteration, self._layout)
+            notes.append("another parallel layout: dropout masks differ from an unbroken run")
+        return progress, notes
+
+    def _save(self, progress: Progress) -> None:
+        set_num_updates(self._optimizer, progress.updates)
+        temporary = [""]
+        if self._layout.rank == 0:
+            temporary = [str(checkpoint_folder.begin(self._folder, progress.iteration))]
+        dist.broadcast_object_list(temporary, src=0)
+        is_async = self._config.checkpoint.async_save
+        strategy = ThreadSaveStrategy(in_background=is_async)
+        if self._layout.dp_size > 1:  # replicas share the writing
+            strategy = FullyParallelSaveStrategyWrapper(strategy, self._layout.dp_group)
+        request = dist_checkpointing.save(
+            self._state(progress, is_loading=False),
+            temporary[0],
+            strategy,
+            async_sharded_save=is_async,
+        )
+        if request is None:
+            self._complete(Path(temporary[0]))
+        else:
+            request.add_finalize_fn(lambda: self._complete(Path(temporary[0])))
+            self._background.start(request)
+
+    def _state(self, progress: Progress, *, is_loading: bool) -> dict[str, Any]:
+        metadata = checkpoint_metadata(self._layout)
+        models = model_state(self._chunks, metadata)
+        flat = models["model0"] if len(models) == 1 else models
+        return {
+            **models,
+            "optimizer": self._optimizer.sharded_state_dict(
+                flat, is_loading=is_loading, metadata=metadata
+            ),
+            "scheduler": self._scheduler.state_dict(),
+            "progress": asdict(progress),
+            "layout": self._layout_signature(),
+            "datasets": self._datasets,
+            "rng": ShardedObject(
+                "rng", rng_state(), (self._layout.world_size,), (self._layout.place_number,)
+            ),
+        }
+
+    def _layout_signature(self) -> dict[str, int]:
+        layout, chunks = self._layout, len(self._chunks)
+        signature = {"tp": layout.tp_size, "pp": layout.pp_size, "dp": layout.dp_size}
+        return signature | ({"vp": chunks} if chunks > 1 else {})
+
+    def _complete(self, temporary: Path) -> None:
+        if self._layout.rank == 0:
+            checkpoint_folder.finish(temporary, to_yaml(self._config))
+            checkpoint_folder.prune(self._folder, self._config.checkpoint.keep_last)
+        dist.barrier()

@@ -1,0 +1,132 @@
+"""Model weights from a checkpoint of any layout, strictly: every key read once or listed absent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+
+from megatron_kosmosg.checkpoint.errors import DamagedCheckpoint, load_state
+from megatron_kosmosg.checkpoint.folder import CONFIG_FILE
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.load import load_config
+
+NOT_MODEL = ("optimizer.", "rng/")
+"""Prefixes of checkpoint keys that are not weights of the model."""
+
+
+def model_state(chunks: list[torch.nn.Module], metadata: dict) -> dict[str, ShardedStateDict]:
+    """{chunk name: sharded state}; keys inside do not depend on the layout.
+
+    Per-layer `_extra_state` objects (Transformer Engine's FP8 history) are left out.
+    """
+    return {
+        f"model{index}": {
+            name: value
+            for name, value in chunk.sharded_state_dict(metadata=metadata).items()
+            if not name.endswith("_extra_state")
+        }
+        for index, chunk in enumerate(chunks)
+    }
+
+
+def set_model_state(chunks: list[torch.nn.Module], state: dict[str, dict]) -> None:
+    """Loads what `dist_checkpointing.load` returned for `model_state`; every tensor must match."""
+    for index, chunk in enumerate(chunks):
+        own = chunk.state_dict()
+        extra = {name: value for name, value in own.items() if name.endswith("_extra_state")}
+        chunk.load_state_dict({**extra, **state[f"model{index}"]}, strict=True)
+
+
+def load_weights(
+    path: Path,
+    chunks: list[torch.nn.Module],
+    metadata: dict,
+    absent: Sequence[str] = (),
+    unused: Sequence[str] = (),
+    stage: str | None = None,
+) -> None:
+    """Fills the bare chunks from the checkpoint folder `path`; a collective over all ranks.
+
+    absent: prefixes of model keys that the checkpoint must not have (they keep their values).
+    unused: prefixes of checkpoint keys that the model must not have.
+    stage: the stage that must have written the checkpoint; None takes any.
+    Raises ConfigError naming the stage or the keys that break these rules.
+    """
+    written_by = load_config(path / CONFIG_FILE, []).stage
+    if stage is not None and written_by != stage:
+        raise ConfigError(
+            f"checkpoint.load: {path} was written by stage {written_by}, but this run starts from "
+            f"a {stage} checkpoint; set checkpoint.load to a {stage} run (or "
+            f"checkpoint.load_stage={written_by} where the stage can start from it)"
+        )
+    state = model_state(chunks, metadata)
+    stored = {
+        key
+        for key in load_sharded_metadata(str(path))
+        if not key.startswith(NOT_MODEL) and "_extra_state" not in key
+    }
+    _check_keys(path, written_by, _keys_of_all_ranks(state), stored, tuple(absent), tuple(unused))
+    kept = [_split(part, stored) for part in state.values()]
+    wanted = {name: found for name, (found, _) in zip(state, kept, strict=True)}
+    try:
+        loaded = load_state(path, wanted)
+    except DamagedCheckpoint as error:
+        raise ConfigError(f"{error}; set checkpoint.load to another checkpoint") from error
+    for index, (chunk, (_, missing)) in enumerate(zip(chunks, kept, strict=True)):
+        own = chunk.state_dict()
+        loaded.setdefault(f"model{index}", {}).update({name: own[name] for name in missing})
+    set_model_state(chunks, loaded)
+
+
+def _keys_of_all_ranks(state: dict[str, ShardedStateDict]) -> set[str]:
+    local = {value.key for part in state.values() for value in part.values()}
+    gathered: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, local)
+    return set().union(*gathered)
+
+
+def _split(
+    part: dict[str, ShardedBase], stored: set[str]
+) -> tuple[dict[str, ShardedBase], list[str]]:
+    found = {name: value for name, value in part.items() if value.key in stored}
+    return found, [name for name in part if name not in found]
+
+
+def _check_keys(
+    path: Path,
+    written_by: str,
+    model: set[str],
+    stored: set[str],
+    absent: tuple[str, ...],
+    unused: tuple[str, ...],
+) -> None:
+    problems = {
+        "weights of this model that the checkpoint lacks": {
+            key for key in model - stored if not key.startswith(absent)
+        },
+        "weights expected to be absent that the checkpoint has": {
+            key for key in model & stored if key.startswith(absent)
+        },
+        "weights in the checkpoint that this model has no place for": {
+            key for key in stored - model if not key.startswith(unused)
+        },
+        "weights expected to be unused that the model has": {
+            key for key in model & stored if key.startswith(unused)
+        },
+    }
+    found = [
+        f"{len(keys)} {what}: {', '.join(sorted(keys)[:4])}{', ...' if len(keys) > 4 else ''}"
+        for what, keys in problems.items()
+        if keys
+    ]
+    if found:
+        raise ConfigError(
+            f"checkpoint {path} (written by stage {written_by}) does not fit this model:\n  "
+            + "\n  ".join(found)
+            + "\ncheck checkpoint.load and the sizes under model"
+        )

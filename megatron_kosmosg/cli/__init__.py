@@ -1,0 +1,1 @@
+"""Commands: one file each, with its options; `main(arguments)` returns the exit code."""

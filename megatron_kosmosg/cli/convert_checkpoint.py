@@ -1,0 +1,343 @@
+"""Checkpoints of other projects -> ours, ours -> folders that stock libraries open.
+
+Long because it is the help page of six commands; the work is in megatron_kosmosg/conversion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+RAW = argparse.RawDescriptionHelpFormatter
+
+EPILOG = """\
+commands (each has its own --help with an example):
+  import-fairseq  the authors' checkpoint_stage1.pt, checkpoint_stage2.pt, checkpoint_final.pt
+  import-kosmos2  microsoft/kosmos-2-patch14-224 as a start of pretrain
+  export-hf       a diffusers folder: pictures with diffusers, text with transformers
+  export-mllm     only its language model, a stock Kosmos-2 (also of a pretrain checkpoint)
+  import-hf       either of these folders back
+  verify          two models of any of these formats on the same random prompts
+
+One process, no GPU. Tensors are read and written one after another. Nothing appears under the
+output's name until all of it is written.
+"""
+
+IMPORT_FAIRSEQ = """\
+The authors' fairseq checkpoint as a checkpoint that training and inference take like their own.
+
+Whether it is a stage 1 (pretrain), stage 2 (align) or final (instruct) file follows from the parts
+it holds. Sizes are read from the tensors. The number of attention heads cannot be: the decoder's is
+in the file; for the image tower and AlignerNet the released model's are taken if the widths are
+the released model's, else give model.vision.num_attention_heads and
+model.aligner.num_attention_heads. Every tensor is used once, or is on a list of tensors that may be
+left out, or the file is refused.
+"""
+IMPORT_FAIRSEQ_EPILOG = """\
+examples:
+  tools/convert_checkpoint.py import-fairseq --input checkpoint_stage1.pt \\
+      --tokenizer-model sentencepiece.bpe.model --output runs/released_stage1
+  tools/convert_checkpoint.py import-fairseq --input checkpoint_final.pt --output runs/released \\
+      --tokenizer-model sentencepiece.bpe.model model.diffusion.path=stable-diffusion-v1-5
+
+Then start the next stage from it with checkpoint.load=runs/released_stage1.
+"""
+
+EXPORT_HF = """\
+A diffusers folder of an align or instruct checkpoint, whatever layout it was trained on.
+
+mllm/ is a stock Kosmos2ForConditionalGeneration, aligner/ the one component with code of its own;
+U-Net, VAE and scheduler are taken from --sd, whose U-Net must read conditions of AlignerNet's
+width. AlignerNet N of an align checkpoint is left out. The folder opens with
+DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True), with this package's
+KosmosGPipeline.from_pretrained(DIR), and its language model alone with
+AutoModelForImageTextToText.from_pretrained(DIR, subfolder="mllm").
+"""
+EXPORT_HF_EPILOG = """\
+example:
+  tools/convert_checkpoint.py export-hf --input runs/instruct --sd stable-diffusion-v1-5 \\
+      --output kosmos-g --dtype fp16
+"""
+EXPORT_MLLM = """\
+The language model of a checkpoint as a folder for AutoModelForImageTextToText, AutoTokenizer and
+AutoImageProcessor: stock Kosmos-2, no code of ours.
+"""
+EXPORT_MLLM_EPILOG = """\
+example:
+  tools/convert_checkpoint.py export-mllm --input runs/pretrain --output kosmos-g-mllm
+"""
+IMPORT_HF = """\
+A folder of export-hf as an instruct checkpoint, or one of export-mllm as a pretrain checkpoint.
+
+The same tensors, bit for bit, unless --dtype asks for another one. Sizes are the folder's;
+--config and overrides give the other settings that the checkpoint stores.
+"""
+IMPORT_HF_EPILOG = """\
+example:
+  tools/convert_checkpoint.py import-hf --input kosmos-g --output runs/from_hf
+"""
+IMPORT_KOSMOS2 = """\
+A start of pretrain from Kosmos-2 in the layout of microsoft/kosmos-2-patch14-224.
+
+Its embedding has 1,030 more rows, for grounding tokens, which are cut off. Refused when one of the
+remaining ids means something else in the folder's tokenizer. Kosmos-2 was tuned on grounded data:
+a warm start, not the authors' stage 1. Mind the licence of the weights.
+"""
+IMPORT_KOSMOS2_EPILOG = """\
+example:
+  tools/convert_checkpoint.py import-kosmos2 --input kosmos-2-patch14-224 --output runs/kosmos2
+"""
+VERIFY = """\
+Runs two models on the same random prompts, with two pictures, one and none, in float32, and prints
+how far hidden states, logits and (where both have an AlignerNet) conditions are apart.
+
+Each of --a and --b is a run or checkpoint, a folder of export-hf or export-mllm, or one of the
+authors' files. The exit code is 1 when a difference, as a share of the largest value, exceeds the
+tolerance. 16-bit weights on one side only differ by about 1e-3.
+"""
+VERIFY_EPILOG = """\
+example:
+  tools/convert_checkpoint.py verify --a runs/instruct --b kosmos-g
+"""
+DTYPES = ("fp16", "bf16", "fp32")
+
+
+def main() -> int:
+    """0 when all is done, 1 when models differ, 2 (message on stderr) when nothing was written."""
+    description = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(description=description, epilog=EPILOG, formatter_class=RAW)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_import_fairseq(commands)
+    _add_import_kosmos2(commands)
+    _add_export_hf(commands)
+    _add_export_mllm(commands)
+    _add_import_hf(commands)
+    _add_verify(commands)
+    given = parser.parse_args()
+    try:
+        lines = given.run(given)
+    except Different as error:
+        print(error)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"convert_checkpoint {given.command}: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+class Different(Exception):
+    """The two models of `verify` differ by more than the tolerance."""
+
+
+def _add_import_fairseq(commands) -> None:
+    parser = _command(
+        commands, "import-fairseq", IMPORT_FAIRSEQ, IMPORT_FAIRSEQ_EPILOG, _import_fairseq
+    )
+    parser.add_argument(
+        "--vision",
+        type=Path,
+        metavar="FILE",
+        help="CLIP state dict (ViT-L-14-sd.pt) for image-tower tensors that the checkpoint lacks",
+    )
+    parser.add_argument(
+        "--tokenizer-model", type=Path, metavar="SPM", help="SentencePiece model to record"
+    )
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="also rebuild Python objects in the file (options of some fairseq versions); this can "
+        "run code that the file's author chose, so only for files from a source you trust",
+    )
+    parser.add_argument(
+        "--drop",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out further tensors by name, e.g. 'audio_model.*'; repeatable",
+    )
+    _add_config(parser)
+
+
+def _import_fairseq(given: argparse.Namespace) -> list[str]:
+    from megatron_kosmosg.conversion.import_fairseq import FairseqImport, import_fairseq
+
+    job = FairseqImport(
+        input=given.input,
+        output=given.output,
+        vision=given.vision,
+        config_file=given.config,
+        overrides=tuple(given.overrides),
+        tokenizer=given.tokenizer_model,
+        trust=given.trust_pickle,
+        drop=tuple(given.drop),
+    )
+    imported = import_fairseq(job, progress_bar())
+    return [*imported.notes, str(imported.checkpoint)]
+
+
+def _add_import_kosmos2(commands) -> None:
+    parser = _command(
+        commands, "import-kosmos2", IMPORT_KOSMOS2, IMPORT_KOSMOS2_EPILOG, _import_kosmos2
+    )
+    parser.add_argument(
+        "--tokenizer-model",
+        type=Path,
+        metavar="SPM",
+        help="SentencePiece model (default: sentencepiece.bpe.model in the folder)",
+    )
+    _add_dtype(parser, "the folder's")
+    _add_config(parser)
+
+
+def _import_kosmos2(given: argparse.Namespace) -> list[str]:
+    from megatron_kosmosg.conversion.import_hf import import_kosmos2
+
+    imported = import_kosmos2(
+        given.input,
+        given.output,
+        _dtype(given),
+        given.config,
+        given.overrides,
+        given.tokenizer_model,
+        progress_bar(),
+    )
+    return [*imported.notes, str(imported.checkpoint)]
+
+
+def _add_export_hf(commands) -> None:
+    parser = _command(commands, "export-hf", EXPORT_HF, EXPORT_HF_EPILOG, _export_hf)
+    parser.add_argument(
+        "--sd", type=Path, required=True, metavar="DIR", help="Stable Diffusion folder (diffusers)"
+    )
+    _add_export(parser)
+
+
+def _export_hf(given: argparse.Namespace) -> list[str]:
+    from megatron_kosmosg.conversion.export_hf import export_hf
+
+    notes = export_hf(
+        given.input, given.sd, given.output, _dtype(given), given.tokenizer_model, progress_bar()
+    )
+    return [*notes, str(given.output)]
+
+
+def _add_export_mllm(commands) -> None:
+    _add_export(_command(commands, "export-mllm", EXPORT_MLLM, EXPORT_MLLM_EPILOG, _export_mllm))
+
+
+def _export_mllm(given: argparse.Namespace) -> list[str]:
+    from megatron_kosmosg.conversion.export_hf import export_mllm
+
+    notes = export_mllm(
+        given.input, given.output, _dtype(given), given.tokenizer_model, progress_bar()
+    )
+    return [*notes, str(given.output)]
+
+
+def _add_import_hf(commands) -> None:
+    parser = _command(commands, "import-hf", IMPORT_HF, IMPORT_HF_EPILOG, _import_hf)
+    _add_dtype(parser, "the folder's")
+    _add_config(parser)
+
+
+def _import_hf(given: argparse.Namespace) -> list[str]:
+    from megatron_kosmosg.conversion.import_hf import import_hf
+
+    imported = import_hf(
+        given.input, given.output, _dtype(given), given.config, given.overrides, progress_bar()
+    )
+    return [*imported.notes, str(imported.checkpoint)]
+
+
+def _add_verify(commands) -> None:
+    parser = commands.add_parser(
+        "verify", description=VERIFY, epilog=VERIFY_EPILOG, formatter_class=RAW
+    )
+    for side in ("--a", "--b"):
+        parser.add_argument(side, type=Path, required=True, metavar="PATH", help="a model")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest relative difference (1e-4)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="draws the prompts (0)")
+    parser.add_argument("--trust-pickle", action="store_true", help="as in import-fairseq")
+    _add_config(parser)
+    parser.set_defaults(run=_verify)
+
+
+def _verify(given: argparse.Namespace) -> list[str]:
+    from transformers.utils.logging import disable_progress_bar
+
+    from megatron_kosmosg.conversion.verify import verify
+
+    disable_progress_bar()
+    found = verify(given.a, given.b, given.seed, given.config, given.overrides, given.trust_pickle)
+    lines = [f"{'':10} {'largest':>10} {'difference':>11} {'relative':>9}"]
+    for each in found:
+        numbers = f"{each.largest_value:10.4g} {each.largest_difference:11.2e}"
+        lines.append(f"{each.name:10} {numbers} {each.relative:9.2e}")
+    if not all(each.relative <= given.tolerance for each in found):
+        lines.append(f"DIFFERENT: more than {given.tolerance:g}")
+        raise Different("\n".join(lines))
+    return [*lines, f"equal within {given.tolerance:g}"]
+
+
+def _command(commands, name: str, description: str, epilog: str, run) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, description=description, epilog=epilog, formatter_class=RAW)
+    parser.add_argument("--input", type=Path, required=True, metavar="PATH", help="what to convert")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer-model",
+        type=Path,
+        metavar="SPM",
+        help="SentencePiece model (default: the one that the checkpoint names)",
+    )
+    _add_dtype(parser, "the checkpoint's")
+
+
+def _add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help=f"of what is written ({default})")
+
+
+def _dtype(given: argparse.Namespace):
+    from megatron_kosmosg.parallel.platform import torch_dtype
+
+    return None if given.dtype is None else torch_dtype(given.dtype)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", type=Path, metavar="YAML", help="config whose other settings are stored"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings, as in training"
+    )
+
+
+def progress_bar() -> Callable[[int, int], None]:
+    """A callback (bytes done, bytes in all) that shows both, the rate and the remaining time."""
+    interval = 0.2 if sys.stderr.isatty() else 30
+    bars: list[tqdm] = []
+
+    def report(done: int, total: int) -> None:
+        if not bars:
+            settings = {"mininterval": interval, "maxinterval": interval, "delay": 1}
+            bars.append(tqdm(total=total, unit="B", unit_scale=True, **settings))
+        bars[0].update(done - bars[0].n)
+        if done == total:  # a folder has several components, one after another
+            bars.pop().close()
+
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Captions, entities and masks that the user has already: one JSONL file, found by picture.
+
+    {"key": .., "caption": .., "entities": [{"text", "span", "mask"}, ...]}
+
+`key` (or Open Images' `image_id`) is the picture's name without its ending. Each step takes what it
+needs: `caption`; `entities` with `text` and perhaps `span`, or plain strings; the same with `mask`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_kosmosg.construction.sources import plain_key
+from megatron_kosmosg.preprocess.records import Rejected
+
+KEY_NAMES = ("key", "image_id")
+
+
+class Annotations:
+    """A file of annotations, indexed by key; of several lines for a picture the first counts."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the file once. Raises ValueError, naming the line, where it cannot be used."""
+        self.path = path
+        self._offsets: dict[str, int] = {}
+        offset = 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    key = plain_key(_key(_parse(line, f"{path}:{number}"), f"{path}:{number}"))
+                    self._offsets.setdefault(key, offset)
+                offset += len(line)
+        if not self._offsets:
+            raise ValueError(f"{path} holds no annotations")
+
+    def find(self, key: str) -> dict[str, Any]:
+        """The annotation of a picture. Raises Rejected where there is none."""
+        if key not in self._offsets:
+            example = next(iter(self._offsets))
+            raise Rejected(f"not in {self.path.name}", f"a key there is {example!r}")
+        with self.path.open("rb") as file:
+            file.seek(self._offsets[key])
+            return _parse(file.readline(), str(self.path))
+
+    def file(self, name: str) -> bytes:
+        """A file that an annotation names. Raises Rejected."""
+        try:
+            return (self.path.parent / name).read_bytes()
+        except (OSError, ValueError) as error:
+            raise Rejected("mask cannot be read", f"{name}: {error}") from error
+
+
+def _parse(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{place} is not a JSON object")
+    return fields
+
+
+def _key(fields: dict[str, Any], place: str) -> str:
+    for name in KEY_NAMES:
+        if name in fields:
+            return str(fields[name])
+    raise ValueError(f"{place} has neither of the fields {' and '.join(KEY_NAMES)}")

@@ -1,0 +1,44 @@
+"""Captions by BLIP-2 (the paper's captioner): greedy, from the picture alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, Blip2ForConditionalGeneration
+
+from megatron_kosmosg.construction.model_folders import loaded
+
+
+class Blip2Captioner:
+    """A model folder, opened. Raises ValueError where it cannot be."""
+
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, device: torch.device, max_tokens: int
+    ) -> None:
+        self._tokenizer = loaded(AutoTokenizer.from_pretrained, folder)
+        self._processor = loaded(AutoImageProcessor.from_pretrained, folder)
+        model = loaded(Blip2ForConditionalGeneration.from_pretrained, folder, dtype=dtype)
+        if model.config.image_token_id is None:
+            raise ValueError(
+                f"--captions {folder}: config.json has no image_token_index; it is of an older "
+                "transformers, take the current files of that model"
+            )
+        self._model = model.to(device).eval()
+        self._max_tokens = max_tokens
+
+    @torch.inference_mode()
+    def __call__(self, pictures: list[Image.Image]) -> list[str]:
+        """See Captioner."""
+        pixels = self._processor(images=pictures, return_tensors="pt")["pixel_values"]
+        ids = self._model.generate(
+            pixel_values=pixels.to(self._model.device, self._model.dtype),
+            max_new_tokens=self._max_tokens,
+            do_sample=False,
+        )
+        # Decoders without an encoder repeat the places of the picture before their answer.
+        config = self._model.config
+        if ids.shape[1] > config.num_query_tokens and (ids[:, 0] == config.image_token_id).all():
+            ids = ids[:, config.num_query_tokens + 1 :]
+        return self._tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -1,0 +1,97 @@
+"""Step 1: a caption for each picture, from a model, from a file, or from the input itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+
+from megatron_kosmosg.construction.annotations import Annotations
+from megatron_kosmosg.construction.on_demand import OnDemand
+from megatron_kosmosg.construction.pictures import SquarePictures
+from megatron_kosmosg.construction.plan import PictureRecord, Plan
+from megatron_kosmosg.construction.read_ahead import in_batches, read_ahead
+from megatron_kosmosg.construction.rows import Row, rejected_row
+from megatron_kosmosg.preprocess.fields import text_field
+from megatron_kosmosg.preprocess.records import Rejected
+
+REPETITION_WORDS, REPETITION_SHARE = 8, 0.4
+"""A caption of at least so many words repeats itself if fewer than this share are different."""
+
+
+class Captioner(Protocol):
+    """A model that describes pictures."""
+
+    def __call__(self, pictures: list[Image.Image]) -> list[str]:
+        """A caption for each RGB picture."""
+
+
+@dataclass(frozen=True)
+class GivenCaptions:
+    """Captions of a file, or, without one, those that the input has."""
+
+    plan: Plan
+    annotations: Annotations | None
+
+    def rows(self, shard: int) -> Iterator[Row]:
+        """{"key", "caption"}."""
+        for picture in self.plan.pictures(shard):
+            try:
+                yield {"key": picture.key, "caption": self._caption(picture)}
+            except Rejected as rejected:
+                yield rejected_row(picture.key, rejected)
+
+    def _caption(self, picture: PictureRecord) -> str:
+        if isinstance(picture.record, Rejected):
+            raise picture.record
+        if self.annotations is None:
+            return tidy(text_field(picture.record.fields, "caption"))
+        return tidy(text_field(self.annotations.find(picture.key), "caption"))
+
+
+@dataclass(frozen=True)
+class ModelCaptions:
+    """Captions by a model."""
+
+    plan: Plan
+    pictures: SquarePictures
+    model: OnDemand[Captioner]
+    batch_size: int
+    num_threads: int
+
+    def rows(self, shard: int) -> Iterator[Row]:
+        """{"key", "caption"}."""
+        model = self.model.get()
+        read = read_ahead(
+            self._read, self.plan.pictures(shard), 2 * self.batch_size, self.num_threads
+        )
+        for batch in in_batches(read, self.batch_size):
+            images = [image for _, image in batch if not isinstance(image, Rejected)]
+            captions = iter(model(images) if images else [])
+            for picture, image in batch:
+                if isinstance(image, Rejected):
+                    yield rejected_row(picture.key, image)
+                else:
+                    yield _checked(picture.key, next(captions))
+
+    def _read(self, picture: PictureRecord) -> Image.Image:
+        if isinstance(picture.record, Rejected):
+            raise picture.record
+        return self.pictures.picture(picture.record)
+
+
+def tidy(caption: str) -> str:
+    """The caption on one line, without blanks around it."""
+    return " ".join(caption.split())
+
+
+def _checked(key: str, caption: str) -> Row:
+    caption = tidy(caption)
+    words = caption.lower().split()
+    if not words:
+        return rejected_row(key, Rejected("empty caption"))
+    if len(words) >= REPETITION_WORDS and len(set(words)) < REPETITION_SHARE * len(words):
+        return rejected_row(key, Rejected("caption repeats itself", caption))
+    return {"key": key, "caption": caption}

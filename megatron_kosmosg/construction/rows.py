@@ -1,0 +1,84 @@
+"""Rows: what a step made of each picture of a shard, as JSON lines; and the settings of a step.
+
+A row is {"key", ...} or, for a picture that is left out, {"key", "rejected", "detail"}. The file of
+a shard appears when the shard is done, so it is also the mark of that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_kosmosg.data.file_lock import exclusive
+from megatron_kosmosg.preprocess.records import Rejected
+
+Row = dict[str, Any]
+SETTINGS_FILE = "settings.json"
+
+
+def rejected_row(key: str, rejected: Rejected) -> Row:
+    """The row of a picture that is left out."""
+    return {"key": key, "rejected": rejected.reason, "detail": rejected.detail}
+
+
+class StepFolder:
+    """The finished shards of one step: NUMBER.jsonl."""
+
+    def __init__(self, output: Path, name: str) -> None:
+        self.path = output / name
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Notes what the rows are made with. Raises ValueError where they were begun otherwise."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        stored = self.path / SETTINGS_FILE
+        settings = json.loads(json.dumps(settings))
+        with exclusive(self.path / "lock"):
+            if not stored.exists():
+                write_json(stored, settings)
+                return
+            before = json.loads(stored.read_text(encoding="utf-8"))
+        changed = [
+            f"{name}: {before.get(name)} -> {settings.get(name)}"
+            for name in sorted(before.keys() | settings.keys())
+            if before.get(name) != settings.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.path} was made with other settings ({'; '.join(changed)}); go on with "
+                "those, or delete that folder and those of the steps after it"
+            )
+
+    def shard(self, number: int) -> Path:
+        """The file of a shard, whether or not it is there yet."""
+        return self.path / f"{number:06d}.jsonl"
+
+    def is_done(self, number: int) -> bool:
+        """Whether a shard is finished."""
+        return self.shard(number).exists()
+
+    def read(self, number: int) -> list[Row]:
+        """The rows of a finished shard."""
+        with self.shard(number).open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def write(self, number: int, rows: Iterable[Row]) -> int:
+        """Finishes a shard; the number of its rows."""
+        path = self.shard(number)
+        temporary = path.with_name(f"{path.name}.tmp")
+        count = 0
+        with temporary.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        os.replace(temporary, path)
+        return count
+
+
+def write_json(path: Path, value: object) -> None:
+    """The file, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,242 @@
+"""One run of tools/build_instruct_data.py in one process: from what it is given to its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_kosmosg.construction.annotations import Annotations
+from megatron_kosmosg.construction.captions import Captioner, GivenCaptions, ModelCaptions
+from megatron_kosmosg.construction.entities import Answerer, Entities
+from megatron_kosmosg.construction.entity_prompt import PROMPT
+from megatron_kosmosg.construction.masks import Masks, Segmenter
+from megatron_kosmosg.construction.model_folders import check_type, model_type
+from megatron_kosmosg.construction.on_demand import OnDemand
+from megatron_kosmosg.construction.pictures import SquarePictures
+from megatron_kosmosg.construction.plan import Plan, make_plan
+from megatron_kosmosg.construction.records import PictureForm
+from megatron_kosmosg.construction.report import Report, make_report
+from megatron_kosmosg.construction.rows import StepFolder, write_json
+from megatron_kosmosg.construction.shares import Share
+from megatron_kosmosg.construction.steps import Step, are_done, run_steps
+from megatron_kosmosg.data.minute_lines import MinuteLines
+from megatron_kosmosg.preprocess.options import Options
+
+INPUT, NOUN_PHRASES = "input", "noun-phrases"
+CAPTION_TYPE, CAPTION_EXAMPLE = "blip-2", "Salesforce/blip2-opt-6.7b"
+MASK_TYPE, MASK_EXAMPLE = "clipseg", "CIDAS/clipseg-rd64-refined"
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """See the options of tools/build_instruct_data.py."""
+
+    inputs: list[str]
+    output: Path
+    captions: str
+    entities: str | None
+    masks: str | None
+    options: Options
+    """How pictures are checked."""
+    form: PictureForm
+    limit: int | None = None
+    max_entities: int = 5
+    threshold: float = 0.3
+    min_entity_side: int = 32
+    entity_prompt: str = PROMPT
+    caption_tokens: int = 30
+    entity_tokens: int = 64
+    shard_size: int = 1000
+    batch_size: int = 16
+    num_threads: int = 4
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How models are run, and how their files are told apart."""
+
+    dtype: torch.dtype
+    open_device: Callable[[], torch.device]
+    fingerprint: Callable[[Path], str]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What there is when this process has done its share."""
+
+    records: StepFolder | None
+    """None: the run was to stop before."""
+    num_shards: int
+    report: Report | None
+    """None while others still work."""
+
+
+def build(job: BuildJob, share: Share, models: ModelSettings) -> Built:
+    """Does this process's share; who finds all shards finished writes the report.
+
+    Raises ValueError for arguments and inputs that cannot be used, before any model is opened.
+    """
+    job.options.check("caption")
+    origins = _Origins(job, models)
+    plan = make_plan(job.output, job.inputs, job.shard_size, job.limit, job.options)
+    steps = [step for step in origins.steps(plan) if step is not None]
+    lines: dict[str, MinuteLines] = {}
+
+    def report(name: str, done: int, total: int) -> None:
+        line = lines.setdefault(name, MinuteLines(f"rank {share.rank}: shards of {name}"))
+        line(done, total)
+
+    run_steps(steps, plan.num_shards, share, report)
+    records = steps[-1].folder if job.masks is not None else None
+    if not are_done(steps, plan.num_shards):
+        return Built(records, plan.num_shards, None)
+    made = make_report([step.folder for step in steps], plan.num_shards)
+    write_json(job.output / "report.json", made.json())
+    text = job.output / "report.txt"
+    temporary = text.with_suffix(".tmp")
+    temporary.write_text(made.text() + "\n", encoding="utf-8")
+    temporary.replace(text)
+    return Built(records, plan.num_shards, made)
+
+
+class _Origins:
+    """Models and files of the three steps, checked."""
+
+    def __init__(self, job: BuildJob, models: ModelSettings) -> None:
+        self._job, self._models = job, models
+        self._files: dict[Path, Annotations] = {}
+        if job.captions != INPUT and self._is_model("--captions", job.captions, INPUT):
+            check_type(Path(job.captions), "--captions", CAPTION_TYPE, CAPTION_EXAMPLE)
+        if job.entities not in (None, NOUN_PHRASES):
+            if self._is_model("--entities", job.entities, NOUN_PHRASES):
+                model_type(Path(job.entities))
+        if job.masks is not None and self._is_model("--masks", job.masks):
+            check_type(Path(job.masks), "--masks", MASK_TYPE, MASK_EXAMPLE)
+
+    def steps(self, plan: Plan) -> list[Step | None]:
+        """Captions, entities, records; None for those that are not asked for."""
+        return [self._captions(plan), self._entities(), self._records(plan)]
+
+    def _captions(self, plan: Plan) -> Step:
+        job = self._job
+        settings = {"made by": self._mark(job.captions, INPUT)}
+        folder = self._folder("captions")
+        if job.captions == INPUT or not Path(job.captions).is_dir():
+            given = None if job.captions == INPUT else self._annotations(job.captions)
+            return Step(folder, GivenCaptions(plan, given), settings)
+        model: OnDemand[Captioner] = OnDemand(self._open_captioner)
+        work = ModelCaptions(
+            plan, SquarePictures(job.options), model, job.batch_size, job.num_threads
+        )
+        settings |= {
+            "--caption-tokens": job.caption_tokens,
+            "--precision": str(self._models.dtype),
+            "--min-image-side": job.options.min_image_side,
+        }
+        return Step(folder, work, settings, model)
+
+    def _entities(self) -> Step | None:
+        job = self._job
+        if job.entities is None:
+            return None
+        settings: dict[str, Any] = {
+            "made by": self._mark(job.entities, NOUN_PHRASES),
+            "--max-entities": job.max_entities,
+        }
+        model: OnDemand[Answerer] | None = None
+        given = None
+        if job.entities != NOUN_PHRASES and Path(job.entities).is_dir():
+            model = OnDemand(self._open_entity_model)
+            settings |= {
+                "--entity-tokens": job.entity_tokens,
+                "--entity-prompt": job.entity_prompt,
+                "--precision": str(self._models.dtype),
+            }
+        elif job.entities != NOUN_PHRASES:
+            given = self._annotations(job.entities)
+        captions = self._folder("captions")
+        work = Entities(captions, model, given, job.batch_size, job.max_entities)
+        return Step(self._folder("entities"), work, settings, model)
+
+    def _records(self, plan: Plan) -> Step | None:
+        job = self._job
+        if job.masks is None:
+            return None
+        settings: dict[str, Any] = {
+            "made by": self._mark(job.masks),
+            "--min-entity-side": job.min_entity_side,
+            "--min-image-side": job.options.min_image_side,
+            "--picture-size": job.form.max_side,
+            "--picture-format": job.form.format,
+        }
+        model: OnDemand[Segmenter] | None = None
+        finder: OnDemand[Segmenter] | Annotations
+        if Path(job.masks).is_dir():
+            finder = model = OnDemand(self._open_segmenter)
+            settings |= {"--threshold": job.threshold, "--precision": str(self._models.dtype)}
+        else:
+            finder = self._annotations(job.masks)
+        folder = self._folder("records")
+        work = Masks(
+            plan,
+            SquarePictures(job.options),
+            self._folder("entities"),
+            folder,
+            finder,
+            job.form,
+            job.threshold,
+            job.min_entity_side,
+            job.batch_size,
+            job.num_threads,
+        )
+        return Step(folder, work, settings, model)
+
+    def _folder(self, name: str) -> StepFolder:
+        return StepFolder(self._job.output, name)
+
+    def _is_model(self, option: str, given: str, word: str | None = None) -> bool:
+        if not Path(given).exists():
+            also = f' or "{word}"' if word else ""
+            raise ValueError(f"{option} {given} is neither a model folder nor a file{also}")
+        return Path(given).is_dir()
+
+    def _mark(self, given: str, word: str | None = None) -> str:
+        if given == word:
+            return given
+        return f"{Path(given).name} {self._models.fingerprint(Path(given))}"
+
+    def _annotations(self, given: str) -> Annotations:
+        path = Path(given).resolve()
+        if path not in self._files:
+            self._files[path] = Annotations(path)
+        return self._files[path]
+
+    def _open_captioner(self) -> Captioner:
+        # Models are imported when they are needed: own annotations need none of them.
+        from megatron_kosmosg.construction.captioner import Blip2Captioner
+
+        folder, device = Path(self._job.captions), self._models.open_device()
+        return Blip2Captioner(folder, self._models.dtype, device, self._job.caption_tokens)
+
+    def _open_entity_model(self) -> Answerer:
+        from megatron_kosmosg.construction.entity_model import EntityModel
+
+        assert self._job.entities is not None
+        return EntityModel(
+            Path(self._job.entities),
+            self._models.dtype,
+            self._models.open_device(),
+            self._job.entity_tokens,
+            self._job.entity_prompt,
+        )
+
+    def _open_segmenter(self) -> Segmenter:
+        from megatron_kosmosg.construction.segmenter import ClipSegmenter
+
+        assert self._job.masks is not None
+        device = self._models.open_device()
+        return ClipSegmenter(Path(self._job.masks), self._models.dtype, device)

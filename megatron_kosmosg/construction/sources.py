@@ -1,0 +1,150 @@
+"""Where pictures come from: a folder, Open Images with its list, or what `--kind caption` reads.
+
+Everything is read through the readers of tools/preprocess_data.py or two more in their manner, so
+that what is wrong with a picture has one name everywhere.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_kosmosg.preprocess import inputs
+from megatron_kosmosg.preprocess.lines import decode_utf8, line_shards, read_lines
+from megatron_kosmosg.preprocess.options import Options
+from megatron_kosmosg.preprocess.records import (
+    BadRecord,
+    Reader,
+    Record,
+    Rejected,
+    Shard,
+    ShardSize,
+)
+from megatron_kosmosg.preprocess.tar import PICTURE_EXTENSIONS
+
+FOLDER, OPEN_IMAGES = "folder", "openimages"
+ID_COLUMN, SUBSET_COLUMN, ROTATION_COLUMN = "ImageID", "Subset", "Rotation"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder or file of pictures and how it is read: FOLDER, OPEN_IMAGES or a caption format."""
+
+    path: Path
+    format: str
+
+    def reader(self, options: Options) -> Reader:
+        """The reader of the format."""
+        if self.format == FOLDER:
+            return FolderReader()
+        if self.format == OPEN_IMAGES:
+            return OpenImagesReader()
+        return inputs.Input(self.path, self.format).reader(options)
+
+
+def find_sources(patterns: Sequence[str]) -> list[Source]:
+    """What the names and globs stand for. Raises ValueError, see `find_inputs`."""
+    sources: list[Source] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            found = [Source(path, FOLDER)]
+        elif path.is_file() and path.suffix.lower() == ".csv":
+            found = [Source(path, OPEN_IMAGES)]
+        else:
+            found = [Source(i.path, i.format) for i in inputs.find_inputs([pattern], "caption")]
+        sources += [Source(source.path.resolve(), source.format) for source in found]
+    repeated = {source.path for source in sources if sources.count(source) > 1}
+    if repeated:
+        raise ValueError(f"--input names {min(repeated)} twice")
+    return sources
+
+
+def plain_key(name: str) -> str:
+    """A picture's key: its name without the ending of a picture file."""
+    stem, dot, ending = name.rpartition(".")
+    return stem if dot and ending.lower() in PICTURE_EXTENSIONS else name
+
+
+class FolderReader:
+    """All pictures below a folder, in the order of their names; a shard lists its pictures."""
+
+    def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
+        """See Reader."""
+        names = list(_picture_names(path))[:limit]
+        starts = range(0, len(names), size.records)
+        parts = [(start, names[start : start + size.records]) for start in starts]
+        return [
+            Shard(path, start, start, len(part), tuple((name, None) for name in part))
+            for start, part in parts
+        ]
+
+    def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
+        """Records {"key", "image"}."""
+        for name, _ in shard.folders:
+            yield Record(name, {"key": plain_key(name), "image": name}, shard.path)
+
+
+class OpenImagesReader:
+    """Open Images' `image_ids_and_rotation.csv` beside the pictures: SUBSET/ID.jpg or ID.jpg.
+
+    `Rotation` says by how many degrees a picture is to be turned counterclockwise.
+    """
+
+    def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
+        """See Reader. Raises ValueError where the first line is not that of such a list."""
+        columns = _columns(path)
+        if ID_COLUMN not in columns:
+            raise ValueError(
+                f"--input {path}: a CSV file must be Open Images' list of pictures with a column "
+                f"{ID_COLUMN}; its columns are {', '.join(columns)[:200]}"
+            )
+        with_header = None if limit is None else limit + 1
+        return line_shards(path, with_header, size.records, size.text_bytes)
+
+    def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
+        """Records {"key", "image", "rotation"}."""
+        columns = _columns(shard.path)
+        folder = Path(options.image_root or shard.path.parent)
+        for source, line in read_lines(shard):
+            if source.endswith(":1"):
+                continue
+            try:
+                yield self._record(source, decode_utf8(line), columns, folder)
+            except Rejected as rejected:
+                yield BadRecord(source, rejected)
+
+    def _record(self, source: str, line: str, columns: list[str], folder: Path) -> Record:
+        values = next(csv.reader([line]))
+        if len(values) != len(columns):
+            raise Rejected("wrong number of CSV columns", f"{len(values)} for {len(columns)}")
+        row = dict(zip(columns, values, strict=True))
+        name = f"{row[ID_COLUMN]}.jpg"
+        subset = row.get(SUBSET_COLUMN, "")
+        if subset and (folder / subset).is_dir():
+            name = f"{subset}/{name}"
+        rotation = row.get(ROTATION_COLUMN) or "0"
+        try:
+            turned = float(rotation)
+        except ValueError as error:
+            raise Rejected("rotation is not a number", rotation) from error
+        # Where nobody looked at the picture, the list says "nan".
+        fields = {"key": row[ID_COLUMN], "image": name, "rotation": turned if turned > 0 else 0.0}
+        return Record(source, fields, folder)
+
+
+def _columns(path: Path) -> list[str]:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        return next(csv.reader(file), [])
+
+
+def _picture_names(folder: Path) -> Iterator[str]:
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            ending = name.rpartition(".")[2].lower()
+            if ending in PICTURE_EXTENSIONS and not name.startswith("."):
+                yield Path(place, name).relative_to(folder).as_posix()

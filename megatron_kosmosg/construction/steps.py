@@ -1,0 +1,60 @@
+"""Runs the steps, one after the other, over this process's shards; finished shards are skipped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron_kosmosg.construction.on_demand import OnDemand
+from megatron_kosmosg.construction.rows import Row, StepFolder
+from megatron_kosmosg.construction.shares import Share
+
+Report = Callable[[str, int, int], None]
+"""Called with (name of the step, finished, to do) shards of this process."""
+
+
+class Work(Protocol):
+    """What a step does with a shard."""
+
+    def rows(self, shard: int) -> Iterator[Row]:
+        """A row for each picture that reached the step."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step with the folder of its rows."""
+
+    folder: StepFolder
+    work: Work
+    settings: dict[str, Any]
+    """Everything that its rows depend on, besides the step before it."""
+    model: OnDemand[Any] | None = None
+    """What it may hold in memory."""
+
+
+def run_steps(steps: Sequence[Step], num_shards: int, share: Share, report: Report) -> None:
+    """Finishes this process's shards.
+
+    Raises ValueError before any work if the folder of a step was begun with other settings.
+    """
+    before = ""
+    for step in steps:
+        settings = step.settings | {"settings of the step before": before}
+        step.folder.begin(settings)
+        before = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
+    for step in steps:
+        todo = [shard for shard in share.of(num_shards) if not step.folder.is_done(shard)]
+        name = step.folder.path.name
+        for done, shard in enumerate(todo, start=1):
+            step.folder.write(shard, step.work.rows(shard))
+            report(name, done, len(todo))
+        if step.model is not None:
+            step.model.release()
+
+
+def are_done(steps: Sequence[Step], num_shards: int) -> bool:
+    """Whether every process has finished."""
+    return all(step.folder.is_done(shard) for step in steps for shard in range(num_shards))

@@ -1,0 +1,1 @@
+"""Modules that travel with exported folders: they import nothing of this package."""

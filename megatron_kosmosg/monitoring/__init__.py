@@ -1,0 +1,1 @@
+"""What watches a run: heartbeat, spans, trace, stragglers, signals, failures, node health."""

@@ -1,0 +1,224 @@
+"""Signs of life of all ranks, and who holds the others up when nothing moves.
+
+A thread of each rank leaves what its main thread does in the store of the rendezvous; rank 0 reads
+all of them, and the last rank reads rank 0's. Another thread watches what was read: rank 0 has the
+store, and who asks a rank 0 that is frozen waits for ever. The watch reports; ending a run that
+hangs is left to the timeout of the collective that the others wait in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+
+import torch.distributed as dist
+
+from megatron_kosmosg.parallel.rendezvous import Place, connect
+
+PACKAGE = str(Path(__file__).parents[1])
+MAX_NAMED = 8
+"""Ranks that one report names."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What one rank said of itself."""
+
+    rank: int
+    node: str
+    number: int
+    """Counts up, so that a rank that has stopped speaking is noticed."""
+    iteration: int
+    phase: str
+    seconds: float
+    """Since the main thread entered this phase of this iteration."""
+    place: str
+    """Innermost line of this package that the main thread is in."""
+    waits: bool
+    """Whether the main thread is inside a collective or a receive."""
+
+
+class Heartbeat:
+    """Context manager of one rank; `at` says what it does from now on."""
+
+    def __init__(self, place: Place, stall_seconds: float, file: Path) -> None:
+        """place: of this rank. stall_seconds: without progress until a report. file: JSON that
+        rank 0 keeps up to date."""
+        self._place, self._stall_seconds, self._file = place, stall_seconds, file
+        self._interval = max(0.1, min(10.0, stall_seconds / 4))
+        self._node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        self._main = threading.get_ident()
+        self._state = (0, "start", time.monotonic())
+        self._number = 0
+        self._ended = threading.Event()
+        watched = {0: range(place.world_size), place.world_size - 1: range(1)}
+        self._watch = Watch(watched.get(place.rank, range(0)), stall_seconds)
+        self._beats: dict[int, Beat | None] = dict.fromkeys(self._watch.ranks)
+        """The latest that was read."""
+        self._threads = [
+            threading.Thread(target=work, name="heartbeat", daemon=True)
+            for work in (self._exchange, self._look)
+        ]
+
+    def __enter__(self) -> Heartbeat:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(timeout=1.0)  # one may be waiting for a rank 0 that has left
+
+    def at(self, iteration: int, phase: str) -> None:
+        """The main thread begins `phase` of this iteration."""
+        self._state = (iteration, phase, time.monotonic())
+
+    def _exchange(self) -> None:
+        store: dist.Store | None = None
+        while not self._ended.wait(self._interval):
+            own = self._beat()
+            try:
+                if store is None:
+                    store = connect(self._place, timedelta(seconds=2 * self._interval + 10))
+                store.set(_key(own.rank), json.dumps(asdict(own)))
+                self._beats = {rank: _read(store, rank) for rank in self._watch.ranks}
+            except (RuntimeError, OSError):  # rank 0 has the store: it is gone, or ending
+                store = None
+
+    def _look(self) -> None:
+        awake, before = 0.0, time.monotonic()
+        while not self._ended.wait(self._interval):
+            # While this process itself is stopped, it hears nothing: that is nobody's silence.
+            now = time.monotonic()
+            awake, before = awake + min(now - before, 2 * self._interval), now
+            report = self._watch.report(self._beats, awake)
+            if report is not None and not self._ended.is_set():
+                print(f"{time.strftime('%H:%M:%S')} {report}", file=sys.stderr, flush=True)
+            if self._place.rank == 0:
+                self._write(report)
+
+    def _beat(self) -> Beat:
+        iteration, phase, since = self._state
+        frame = sys._current_frames().get(self._main)
+        self._number += 1
+        return Beat(
+            rank=self._place.rank,
+            node=self._node,
+            number=self._number,
+            iteration=iteration,
+            phase=phase,
+            seconds=time.monotonic() - since,
+            place=innermost_line(frame),
+            waits=is_waiting(frame),
+        )
+
+    def _write(self, report: str | None) -> None:
+        iteration, phase, _ = self._state
+        content = {"time": time.time(), "iteration": iteration, "phase": phase}
+        temporary = self._file.with_name(self._file.name + ".tmp")
+        try:
+            temporary.write_text(json.dumps({**content, "stall": report}) + "\n")
+            temporary.rename(self._file)
+        except OSError:  # a full disk must not end the watch; the run itself will say it
+            return
+
+
+class Watch:
+    """Reads the beats of `ranks` again and again; a report for each time that they stall."""
+
+    def __init__(self, ranks: range, stall_seconds: float) -> None:
+        self.ranks = ranks
+        self._stall_seconds = stall_seconds
+        self._heard: dict[int, tuple[Beat | None, float]] = {}
+        """{rank: (its latest beat, when that was new)}"""
+        self._reported: object = None
+
+    def report(self, beats: dict[int, Beat | None], now: float) -> str | None:
+        """What to say at time `now` (seconds), None while all is well or nothing is new."""
+        for rank, beat in beats.items():
+            known = self._heard.get(rank)
+            if known is None or (beat is not None and beat != known[0]):
+                self._heard[rank] = (beat, now)
+        late = {
+            rank: now - since
+            for rank, (_, since) in self._heard.items()
+            if now - since > self._stall_seconds
+        }
+        # A rank that has never spoken is no stall by itself: it may still load its weights.
+        silent = {rank: seconds for rank, seconds in late.items() if self._heard[rank][0]}
+        speaking = [beat for beat, _ in self._heard.values() if beat and beat.rank not in silent]
+        stuck = [beat for beat in speaking if beat.seconds > self._stall_seconds]
+        if not silent and (not speaking or len(stuck) < len(speaking)):
+            self._reported = None
+            return None
+        silent = late
+        situation = (sorted(silent), [(beat.iteration, beat.phase) for beat in stuck])
+        if situation == self._reported:
+            return None
+        self._reported = situation
+        if silent:
+            named = [self._silent(rank, silent[rank]) for rank in sorted(silent)]
+            return f"stall: no sign of life from {_some(named)}"
+        behind = min((beat.iteration for beat in stuck), default=0)
+        culprits = [beat for beat in stuck if not beat.waits]
+        culprits = culprits or [beat for beat in stuck if beat.iteration == behind]
+        named = [
+            f"rank {beat.rank} on {beat.node} ({beat.phase} of iteration {beat.iteration}, "
+            f"{beat.place}{', waiting for others' if beat.waits else ''})"
+            for beat in culprits
+        ]
+        seconds = min(beat.seconds for beat in stuck)
+        return f"stall: nothing moved for {seconds:.0f} s; held up by {_some(named)}"
+
+    def _silent(self, rank: int, seconds: float) -> str:
+        beat = self._heard[rank][0]
+        last = "" if beat is None else f" on {beat.node}, last in {beat.phase} at {beat.place}"
+        return f"rank {rank}{last} ({seconds:.0f} s)"
+
+
+def innermost_line(frame: FrameType | None) -> str:
+    """ "training/step.py:81" for a stack that is in there, however deep; "?" outside."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(PACKAGE):
+            return f"{Path(frame.f_code.co_filename).relative_to(PACKAGE)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "?"
+
+
+_WAITING = ("torch/distributed/", "p2p_communication", "score/link")
+"""In the names of files whose functions wait for other ranks."""
+
+
+def is_waiting(frame: FrameType | None) -> bool:
+    """Whether the stack is inside torch.distributed, Megatron-Core's exchange of stages, or the
+    link to score ranks."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if any(part in name for part in _WAITING):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _read(store: dist.Store, rank: int) -> Beat | None:
+    if not store.check([_key(rank)]):
+        return None
+    return Beat(**json.loads(store.get(_key(rank))))
+
+
+def _key(rank: int) -> str:
+    return f"kosmosg/heartbeat/{rank}"
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - MAX_NAMED
+    return "; ".join(names[:MAX_NAMED]) + (f"; and {more} more" if more > 0 else "")

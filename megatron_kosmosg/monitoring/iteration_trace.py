@@ -1,0 +1,212 @@
+"""`trace.json`: what every rank did in one iteration, in Chrome's trace event format.
+
+A process of the trace is a rank. Decoder ranks record the iteration alone; a score rank does not
+know beforehand which request begins it, so it records all and forgets those that came before. It
+knows that the iteration is over by the first request after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_kosmosg.config.paths import trace_file
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.monitoring.spans import (
+    SEND,
+    UNET,
+    WAIT,
+    MegatronTimers,
+    Record,
+    Spans,
+    no_record,
+)
+from megatron_kosmosg.monitoring.trace_exchange import Part, TraceExchange
+from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.rendezvous import find_place
+from megatron_kosmosg.score.link import Kind, Request, ScoreRank
+from megatron_kosmosg.training.batches import Batch
+
+ITERATION = "iteration"
+"""Name of the stretch that bounds the trace; `about` has its number."""
+
+
+class DecoderTrace:
+    """A decoder rank's side; rank 0 writes the file. Does nothing where none is asked for."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: Layout,
+        chunks: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+    ) -> None:
+        """Collective with the score ranks' `ScoreTrace`, unless the config asks for no trace."""
+        self._config, self._layout = config, layout
+        self._configs = [chunk.config for chunk in chunks]
+        self._configs += [part.config for part in (optimizer, *optimizer.chained_optimizers)]
+        self._exchange = _open(config)
+        self._is_pending = False
+
+    @contextlib.contextmanager
+    def over(
+        self, iteration: int, iterators: list[Iterator[Batch]]
+    ) -> Iterator[list[Iterator[Batch]]]:
+        """Records inside, when it is the iteration; gives the iterators to read batches from."""
+        if self._exchange is None or iteration != self._config.logging.trace_iteration:
+            yield iterators
+            return
+        layout, spans = self._layout, Spans(self._layout.device)
+        with self._recording(spans), spans(ITERATION, number=iteration):
+            yield [spans.over(iterator, "wait for data") for iterator in iterators]
+        place = find_place(os.environ)
+        self._exchange.publish(
+            f"rank {place.rank}: decoder replica {layout.dp_rank}, stage {layout.pp_rank}, "
+            f"tensor {layout.tp_rank}",
+            spans.finished(),
+        )
+        self._is_pending = place.rank == 0
+
+    def write(self, *, only_all: bool) -> bool:
+        """Whether this call wrote the file. only_all: not while parts of ranks are missing."""
+        if not self._is_pending:
+            return False
+        parts = self._exchange.collected(only_all=only_all)
+        if not parts:
+            return False
+        path = trace_file(self._config)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(chrome_trace(parts)) + "\n")
+        temporary.rename(path)
+        self._is_pending = False
+        return True
+
+    @contextlib.contextmanager
+    def _recording(self, spans: Spans) -> Iterator[None]:
+        timers, score = MegatronTimers(spans), self._layout.remote_score
+        for config in self._configs:
+            config.timers = timers
+        if score is not None:
+            score.record = spans
+        try:
+            yield
+        finally:
+            for config in self._configs:
+                config.timers = None
+            if score is not None:
+                score.record = no_record
+
+
+class ScoreTrace:
+    """A score rank's side."""
+
+    record: Record
+    """Names stretches of time for as long as the trace needs them."""
+
+    def __init__(self, config: RunConfig, rank: ScoreRank) -> None:
+        """Collective with the other score ranks and the decoder ranks' `DecoderTrace`."""
+        self._config, self._rank = config, rank
+        self._exchange = _open(config)
+        self._spans = Spans(rank.device)
+        self.record = no_record if self._exchange is None else self._spans
+
+    def received(self, request: Request) -> None:
+        """Call for every request, before it is answered."""
+        if self.record is no_record:
+            return
+        is_over = request.kind is Kind.END
+        if request.kind is Kind.GRADIENT:
+            size = self._config.training.global_batch_size
+            iteration = int(request.positions.min()) // size + 1
+            if iteration < self._config.logging.trace_iteration:
+                self._spans.clear()
+            is_over = iteration > self._config.logging.trace_iteration
+        if is_over:
+            place = self._rank.place
+            name = f"rank {find_place(os.environ).rank}: score rank {place.score_index} of replica "
+            replicas = range(place.replica, place.replica + len(self._rank.links))
+            name += " and ".join(map(str, replicas))
+            self._exchange.publish(name, self._spans.finished())
+            self.record = no_record
+            self._spans.clear()
+
+
+def chrome_trace(parts: dict[int, Part]) -> dict[str, Any]:
+    """The parts as one object of the format, cut to the iteration, times from its begin in us.
+
+    Stretches of score ranks get the number of the micro-batch whose condition was of their sample,
+    and arrows from that condition and to its answer.
+    """
+    everything = [(rank, span) for rank, part in parts.items() for span in part.spans]
+    bounds = [span for _, span in everything if span["name"] == ITERATION]
+    begin, end = min(b["start"] for b in bounds), max(b["end"] for b in bounds)
+    micro_batch_of = {
+        span["about"]["sample"]: span["about"]["micro_batch"]
+        for _, span in everything
+        if span["name"] == SEND
+    }
+    events: list[dict[str, Any]] = []
+    for rank, part in sorted(parts.items()):
+        lanes = sorted({span["lane"] for span in part.spans}, reverse=True)  # program, GPU
+        events.append(_meta("process_name", rank, 0, name=part.name))
+        events.append(_meta("process_sort_index", rank, 0, sort_index=rank))
+        for lane, name in enumerate(lanes):
+            events.append(_meta("thread_name", rank, lane, name=name))
+        for span in part.spans:
+            start, stop = max(span["start"], begin), min(span["end"], end)
+            if start > stop:
+                continue
+            about = dict(span["about"])
+            if about.get("sample") in micro_batch_of:
+                about["micro_batch"] = micro_batch_of[about["sample"]]
+            number = about.get("micro_batch", about.get("number"))
+            event = {
+                "name": span["name"] if number is None else f"{span['name']} {number}",
+                "cat": span["name"],
+                "ph": "X",
+                "pid": rank,
+                "tid": lanes.index(span["lane"]),
+                "ts": (start - begin) * 1e6,
+                "dur": (stop - start) * 1e6,
+                "args": about,
+            }
+            events += [event, *_arrow(event)]
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+_ARROWS = {SEND: ("s", 0.0), UNET: ("t", 0.5), WAIT: ("f", 1.0)}
+"""Part of an arrow that a stretch is, and where in it: a condition's way to its answer."""
+
+
+def _arrow(event: dict[str, Any]) -> list[dict[str, Any]]:
+    if event["cat"] not in _ARROWS or "sample" not in event["args"] or event["tid"]:
+        return []
+    phase, where = _ARROWS[event["cat"]]
+    place = {key: event[key] for key in ("pid", "tid")}
+    return [
+        place
+        | {
+            "name": "condition",
+            "cat": "score link",
+            "ph": phase,
+            "id": event["args"]["sample"],
+            "ts": event["ts"] + where * event["dur"],
+            "bp": "e",
+        }
+    ]
+
+
+def _meta(name: str, rank: int, lane: int, /, **about: Any) -> dict[str, Any]:
+    return {"name": name, "ph": "M", "pid": rank, "tid": lane, "args": about}
+
+
+def _open(config: RunConfig) -> TraceExchange | None:
+    if config.logging.trace_iteration is None:
+        return None
+    return TraceExchange(find_place(os.environ), config.parallel.timeout_seconds)

@@ -1,0 +1,77 @@
+"""Which rank is slower than the others: own time of each rank before gradients are added up.
+
+Data-parallel ranks wait for each other only there. Ranks of one replica wait for each other before
+it, so a slow one shows in the time of all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_kosmosg.monitoring.stopwatch import Stopwatch
+from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.rendezvous import find_place
+
+
+class Stragglers:
+    """Times this rank's forward and backward passes; compares the ranks every `interval`."""
+
+    def __init__(
+        self, chunks: list[DistributedDataParallel], layout: Layout, interval: int
+    ) -> None:
+        """chunks: after `connect`."""
+        self._layout, self._interval = layout, interval
+        self._watch = Stopwatch(layout.device)
+        self._seconds: list[float] = []
+        for chunk in chunks:
+            finish = chunk.config.finalize_model_grads_func
+            chunk.config.finalize_model_grads_func = self._stopping_before(finish)
+        places: list[tuple[int, str]] = [(0, "")] * layout.world_size
+        node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        # As the launcher counts: torch.distributed's ranks leave score ranks out.
+        dist.all_gather_object(places, (find_place(os.environ).rank, node))
+        self._ranks = [rank for rank, _ in places]
+        self.nodes = dict(places)
+        """{rank: name of its node}."""
+
+    def start(self) -> None:
+        """Call when an iteration begins."""
+        self._watch.start()
+
+    def report(self, iteration: int) -> dict[str, float]:
+        """Every `interval` iterations, on every rank: `slowest_rank`, its own time as a multiple
+        of the median (`slowest_rank_ratio`), and that median in seconds; else empty."""
+        self._seconds.append(self._watch.seconds())
+        if self._layout.world_size == 1 or iteration % self._interval:
+            return {}
+        mean = sum(self._seconds) / len(self._seconds)
+        self._seconds.clear()
+        own = torch.tensor([mean], dtype=torch.float64, device=self._layout.device)
+        gathered = [torch.empty_like(own) for _ in range(self._layout.world_size)]
+        dist.all_gather(gathered, own)
+        return compare(dict(zip(self._ranks, torch.cat(gathered).tolist(), strict=True)))
+
+    def _stopping_before(self, finish: Callable[..., Any]) -> Callable[..., Any]:
+        def stop_and_finish(*arguments: Any, **named: Any) -> Any:
+            self._watch.stop()
+            return finish(*arguments, **named)
+
+        return stop_and_finish
+
+
+def compare(seconds: dict[int, float]) -> dict[str, float]:
+    """The fields of the metrics for {rank: its own time}."""
+    median = sorted(seconds.values())[(len(seconds) - 1) // 2]
+    slowest = max(seconds, key=seconds.__getitem__)
+    return {
+        "slowest_rank": slowest,
+        "slowest_rank_ratio": seconds[slowest] / max(median, 1e-9),
+        "median_rank_seconds": median,
+    }

@@ -1,0 +1,104 @@
+"""How the ranks' parts of a trace come together on rank 0, on one clock.
+
+Decoder and score ranks share no process group, so both go through the store of the rendezvous. The
+ranks of a node share its clock; the first rank of every other node asks rank 0 for the time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+from megatron_kosmosg.monitoring.spans import Span
+from megatron_kosmosg.parallel.rendezvous import Place, connect
+
+_ASKED = 8
+"""Times that a node asks for the time; the quickest answer counts."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank did."""
+
+    name: str
+    """What the rank is, for people."""
+    spans: list[dict[str, Any]]
+    """`name`, `about`, `lane`, and `start` and `end` in seconds since the epoch on rank 0's
+    clock."""
+
+
+class TraceExchange:
+    """One rank's end. Collective: all ranks of the job open it, and wait for the others there."""
+
+    def __init__(self, place: Place, timeout_seconds: float) -> None:
+        self._rank, self._world_size = place.rank, place.world_size
+        self._store = connect(place, timedelta(seconds=timeout_seconds))
+        self.clock_offset = self._agree()
+        """Seconds to add to this node's time to have rank 0's."""
+
+    def publish(self, name: str, spans: Sequence[Span]) -> None:
+        """Leaves this rank's part for rank 0."""
+        part = Part(name, [self._on_shared_clock(span) for span in spans])
+        self._store.set(_key(self._rank), zlib.compress(json.dumps(asdict(part)).encode()))
+
+    def collected(self, *, only_all: bool) -> dict[int, Part]:
+        """{rank: its part}; with only_all nothing until no rank's is missing. Never waits."""
+        keys = [_key(rank) for rank in range(self._world_size)]
+        if only_all and not self._store.check(keys):
+            return {}
+        return {
+            rank: Part(**json.loads(zlib.decompress(self._store.get(key))))
+            for rank, key in enumerate(keys)
+            if self._store.check([key])
+        }
+
+    def _on_shared_clock(self, span: Span) -> dict[str, Any]:
+        return {
+            "name": span.name,
+            "about": span.about,
+            "lane": span.lane,
+            "start": span.start + self.clock_offset,
+            "end": span.end + self.clock_offset,
+        }
+
+    def _agree(self) -> float:
+        store, own = self._store, os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        store.set(f"kosmosg/clock/node/{self._rank}", own)
+        if self._rank == 0:
+            names = [
+                store.get(f"kosmosg/clock/node/{rank}").decode() for rank in range(self._world_size)
+            ]
+            firsts = {name: names.index(name) for name in names}
+            store.set("kosmosg/clock/firsts", json.dumps(firsts))
+            for rank in sorted(firsts.values()):
+                for number in range(_ASKED if rank else 0):
+                    store.wait([f"kosmosg/clock/asked/{rank}/{number}"])
+                    store.set(f"kosmosg/clock/told/{rank}/{number}", repr(time.time()))
+        first = json.loads(store.get("kosmosg/clock/firsts"))[own]
+        if first == 0:
+            return 0.0
+        if first == self._rank:
+            store.set(f"kosmosg/clock/offset/{own}", repr(self._ask()))
+        return float(store.get(f"kosmosg/clock/offset/{own}"))
+
+    def _ask(self) -> float:
+        """Rank 0's time less this node's; half the quickest round trip is the largest error."""
+        tried = []
+        for number in range(_ASKED):
+            sent = time.time()
+            self._store.set(f"kosmosg/clock/asked/{self._rank}/{number}", "")
+            told = float(self._store.get(f"kosmosg/clock/told/{self._rank}/{number}"))
+            back = time.time()
+            tried.append((back - sent, told - (sent + back) / 2))
+        return min(tried)[1]
+
+
+def _key(rank: int) -> str:
+    return f"kosmosg/trace/{rank}"

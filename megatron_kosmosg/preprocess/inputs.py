@@ -1,0 +1,183 @@
+"""Which files are read, in which format, and in which shards: a function of the input alone."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_kosmosg.data.manifest import Kind
+from megatron_kosmosg.preprocess.jsonl import JsonlReader
+from megatron_kosmosg.preprocess.options import Options
+from megatron_kosmosg.preprocess.parquet import ParquetReader
+from megatron_kosmosg.preprocess.prompt_folders import PromptFolderReader
+from megatron_kosmosg.preprocess.records import Reader, Shard, ShardSize
+from megatron_kosmosg.preprocess.tar import TarReader
+from megatron_kosmosg.preprocess.tsv import TsvReader
+from megatron_kosmosg.preprocess.txt import TxtReader
+
+FORMATS = ("auto", "jsonl", "tar", "parquet", "tsv", "txt")
+FOLDER = "folder"
+"""The published form of InstructPix2Pix: no file, so no format to ask for."""
+
+_ENDINGS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".tar": "tar",
+    ".parquet": "parquet",
+    ".tsv": "tsv",
+    ".txt": "txt",
+}
+_GZIPPED = ("jsonl", "tsv", "txt")
+_FORMATS_OF_KIND: dict[Kind, tuple[str, ...]] = {
+    "text": ("jsonl", "txt", "parquet"),
+    "caption": ("jsonl", "tar", "parquet", "tsv"),
+    "interleaved": ("jsonl", "tar", "parquet"),
+    "edit": ("jsonl", "tar", "parquet", "tsv", FOLDER),
+    "compositional": ("jsonl", "tar", "parquet", "tsv"),
+}
+MAX_RECORDS, MAX_TEXT_BYTES, MAX_IMAGE_BYTES = 1000, 4 << 20, 64 << 20
+LARGE_INPUT = 16 << 30
+"""Bytes of input; beyond it shards grow, so that their number stays in the thousands."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file or folder and the format it is read in."""
+
+    path: Path
+    format: str
+
+    def reader(self, options: Options) -> Reader:
+        """The reader of the format."""
+        if self.format == "txt":
+            return TxtReader(options.text_documents)
+        return {
+            "jsonl": JsonlReader,
+            "tar": TarReader,
+            "parquet": ParquetReader,
+            "tsv": TsvReader,
+            FOLDER: PromptFolderReader,
+        }[self.format]()
+
+
+def find_inputs(patterns: Sequence[str], kind: Kind, asked: str = "auto") -> list[Input]:
+    """What the names and globs stand for, globs sorted, listings opened.
+
+    Raises ValueError for a pattern that matches nothing, an input named twice and a format that
+    cannot be told or does not go with `kind`.
+    """
+    inputs: list[Input] = []
+    for pattern in patterns:
+        paths = [Path(pattern)] if Path(pattern).exists() else []
+        paths = paths or [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+        if not paths:
+            raise ValueError(f"--input {pattern} matches no file")
+        for path in paths:
+            inputs.extend(_open_listing(path, _format(path, asked)))
+    seen: set[Path] = set()
+    for given in inputs:
+        if given.format not in _FORMATS_OF_KIND[kind]:
+            raise ValueError(
+                f"--input {given.path}: --kind {kind} is not read from {given.format}; it is read "
+                f"from {', '.join(_FORMATS_OF_KIND[kind])}"
+            )
+        if given.path in seen:
+            raise ValueError(f"--input names {given.path} twice")
+        seen.add(given.path)
+    return inputs
+
+
+def shard_size(inputs: Iterable[Input]) -> ShardSize:
+    """How large the shards of these inputs are."""
+    total = sum(given.path.stat().st_size for given in inputs)
+    scale = -(-total // LARGE_INPUT) or 1
+    return ShardSize(MAX_RECORDS * scale, MAX_TEXT_BYTES * scale, MAX_IMAGE_BYTES * scale)
+
+
+def limited(per_input: Sequence[list[Shard]], limit: int | None) -> list[list[Shard]]:
+    """The shards of each input, whose records were counted, cut at `limit` records in all."""
+    if limit is None:
+        return list(per_input)
+    kept, left = [], limit
+    for shards in per_input:
+        mine = []
+        for shard in shards:
+            assert shard.num_records is not None
+            if left > 0:
+                mine.append(_shortened(shard, left))
+                left -= shard.num_records
+        kept.append(mine)
+    return kept
+
+
+def _shortened(shard: Shard, records: int) -> Shard:
+    assert shard.num_records is not None
+    records = min(records, shard.num_records)
+    return Shard(shard.path, shard.offset, shard.first_record, records, shard.folders[:records])
+
+
+def _format(path: Path, asked: str) -> str:
+    if path.is_dir():
+        return FOLDER
+    if asked != "auto":
+        return asked
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    is_packed = bool(suffixes) and suffixes[-1] == ".gz"
+    if is_packed:
+        suffixes.pop()
+    if not suffixes or suffixes[-1] not in _ENDINGS:
+        raise ValueError(f"--input {path}: the name does not tell the format; give --format")
+    found = _ENDINGS[suffixes[-1]]
+    if is_packed and found not in _GZIPPED:
+        raise ValueError(
+            f"--input {path}: {found} is not read from gzip files, which cannot be entered in the "
+            "middle; unpack it first"
+        )
+    return found
+
+
+def _open_listing(path: Path, format_: str) -> list[Input]:
+    """The TSV files that the authors' json/train.json lists; any other file as it is.
+
+    They lie in data/ beside json/, or (LAION) directly in the folder that holds json/.
+    """
+    if path.suffix != ".json" or format_ not in ("jsonl", "tsv") or not _is_list(path):
+        return [Input(path, format_)]
+    entries = _list_of_objects(path)
+    names = [name for entry in entries for name in entry.get("source", [])]
+    if not names:
+        raise ValueError(f"--input {path}: a JSON list whose objects have no `source` files")
+    if len({str(entry.get("weight")) for entry in entries}) > 1:
+        raise ValueError(
+            f"--input {path} gives its parts different weights; make a dataset of each part (name "
+            "its TSV files in --input) and set the weights in data.blend"
+        )
+    root = path.parent.parent
+    folder = root / "data" if (root / "data").is_dir() else root
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"--input {path} lists {missing[0]}, which is not in {folder}")
+    return [Input(folder / name, "tsv") for name in names]
+
+
+def _list_of_objects(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"--input {path} begins like a JSON list and is none: {error}") from error
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(
+            f"--input {path}: a JSON list that is not one of TSV files; records must stand one "
+            "JSON object a line"
+        )
+    return entries
+
+
+def _is_list(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4096).lstrip().startswith(b"[")

@@ -1,0 +1,190 @@
+"""Finished shards -> one dataset: duplicates found, every shard's place known, bytes copied.
+
+Each shard is copied to its own place and then deleted, by any worker and in any order, so that a
+run killed in between goes on; the disk holds the data once, plus the shards being copied.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from megatron_kosmosg.data.index_file import write_index
+from megatron_kosmosg.data.manifest import Kind, manifest_path
+from megatron_kosmosg.data.sentence_files import sentence_paths
+from megatron_kosmosg.preprocess.counts import Counts
+from megatron_kosmosg.preprocess.records import Rejected
+from megatron_kosmosg.preprocess.shard_store import ShardIndex, dataset_dtype, read_names
+from megatron_kosmosg.preprocess.shard_work import ShardJob, reject_line
+
+COPY_BYTES = 4 << 20
+DUPLICATE = Rejected("duplicate key")
+
+
+@dataclass(frozen=True)
+class CopyJob:
+    """Which bytes of a shard go where."""
+
+    source: str
+    target: str
+    offset: int
+    runs: tuple[tuple[int, int], ...]
+    """[start, end) bytes of the source, one run after the other."""
+
+
+@dataclass(frozen=True)
+class JoinPlan:
+    """What the dataset will hold."""
+
+    kind: Kind
+    shards: list[ShardIndex]
+    """Without duplicates."""
+    copies: list[CopyJob]
+    num_bytes: int
+    duplicates: list[list[tuple[str, str]]]
+    """(source, key) per shard of the samples that were left out."""
+
+    def counts(self, worked: Counts) -> Counts:
+        """`worked`, less the duplicates."""
+        num_duplicates = sum(map(len, self.duplicates))
+        return replace(
+            worked,
+            samples=sum(len(shard.num_parts) for shard in self.shards),
+            tokens=sum(int(shard.num_tokens.sum()) for shard in self.shards),
+            images=sum(int(shard.num_images.sum()) for shard in self.shards),
+            output_bytes=self.num_bytes,
+            rejects=worked.rejects + Counter({DUPLICATE.reason: num_duplicates}),
+        )
+
+
+def plan_join(kind: Kind, jobs: list[ShardJob], joined: Path) -> JoinPlan:
+    """Where each shard goes. Of samples with one key in one input, the first stays."""
+    itemsize = dataset_dtype(kind).itemsize
+    indexes = [ShardIndex.read(job.prefix) for job in jobs]
+    keeps = _first_of_each_key(indexes, jobs)
+    shards, copies, duplicates, offset = [], [], [], 0
+    for job, index, keep in zip(jobs, indexes, keeps, strict=True):
+        sizes = _sample_sizes(index, itemsize)
+        runs = _runs(sizes, keep)
+        copies.append(CopyJob(f"{job.prefix}.bin", f"{joined}.bin", offset, runs))
+        offset += sum(end - start for start, end in runs)
+        shards.append(index if keep.all() else index.kept(keep))
+        names = [] if keep.all() else read_names(job.prefix)
+        duplicates.append([names[i] for i in np.flatnonzero(~keep)])
+    return JoinPlan(kind, shards, copies, offset, duplicates)
+
+
+def copy_shard(job: CopyJob) -> None:
+    """Copies the shard's bytes to their place and deletes them; does nothing the second time."""
+    source = Path(job.source)
+    if not source.exists():
+        return
+    with source.open("rb") as reading, Path(job.target).open("r+b") as writing:
+        writing.seek(job.offset)
+        for start, end in job.runs:
+            reading.seek(start)
+            while start < end:
+                data = reading.read(min(COPY_BYTES, end - start))
+                writing.write(data)
+                start += len(data)
+    source.unlink()
+
+
+def prepare_target(plan: JoinPlan, joined: Path) -> None:
+    """Makes the .bin file at its full length; what an earlier run copied stays."""
+    with Path(f"{joined}.bin").open("ab"):
+        pass
+    os.truncate(f"{joined}.bin", plan.num_bytes)
+
+
+def write_tables(plan: JoinPlan, joined: Path) -> None:
+    """Writes the index and the sentence tables."""
+
+    def whole(name: str) -> np.ndarray:
+        return np.concatenate([vars(shard)[name] for shard in plan.shards])
+
+    modes = None if plan.kind == "text" else whole("modes")
+    write_index(
+        Path(f"{joined}.idx"), dataset_dtype(plan.kind), whole("lengths"), modes, whole("num_parts")
+    )
+    table_path, offsets_path = sentence_paths(joined)
+    np.save(table_path, whole("sentences"))
+    counts = whole("num_sentences").astype(np.int64)
+    np.save(offsets_path, np.concatenate([[0], np.cumsum(counts)]))
+
+
+def write_rejects(
+    jobs: list[ShardJob], duplicates: list[list[tuple[str, str]]], path: Path
+) -> None:
+    """One file of all rejects in the order of the input; a shard's duplicates follow its others."""
+    temporary = Path(f"{path}.tmp")
+    with temporary.open("wb") as output:
+        for number, job in enumerate(jobs):
+            # A run that gave up early has not come to every shard.
+            if job.rejects_path.exists():
+                output.write(job.rejects_path.read_bytes())
+            for source, key in duplicates[number] if duplicates else ():
+                output.write(reject_line(source, key, DUPLICATE).encode())
+    os.replace(temporary, path)
+
+
+def rejects_path(prefix: str | Path) -> Path:
+    """PREFIX.rejects.jsonl."""
+    return Path(f"{prefix}.rejects.jsonl")
+
+
+def mark_joined(joined: Path) -> None:
+    """Notes that every file is whole: from here on files only move."""
+    Path(f"{joined}.complete").touch()
+
+
+def is_joined(joined: Path) -> bool:
+    """Whether an earlier run came to `mark_joined`; some files may have moved since."""
+    return Path(f"{joined}.complete").exists()
+
+
+def move_into_place(joined: Path, prefix: Path) -> None:
+    """Gives the files their names; takes up again what was begun."""
+    last = (str(manifest_path(joined)), str(manifest_path(prefix)))
+    if Path(last[0]).exists():
+        # The manifest goes first and comes last: without it a dataset does not count as finished.
+        manifest_path(prefix).unlink(missing_ok=True)
+    names = [(f"{joined}{end}", f"{prefix}{end}") for end in (".bin", ".idx")]
+    names += list(zip(sentence_paths(joined), sentence_paths(prefix), strict=True))
+    for source, target in [*names, last]:
+        if Path(source).exists():
+            os.replace(source, target)
+
+
+def _first_of_each_key(indexes: list[ShardIndex], jobs: list[ShardJob]) -> list[np.ndarray]:
+    """bool [samples] per shard: False where an earlier sample of the same input has the key."""
+    keeps = [np.ones(len(index.keys), bool) for index in indexes]
+    by_input: dict[Path, list[int]] = {}
+    for number, job in enumerate(jobs):
+        by_input.setdefault(job.given.path, []).append(number)
+    for numbers in by_input.values():
+        keys = np.concatenate([indexes[number].keys for number in numbers])
+        _, first = np.unique(keys, return_index=True)
+        keep = keys == b""
+        keep[first] = True
+        sizes = [len(keeps[number]) for number in numbers]
+        for number, part in zip(numbers, np.split(keep, np.cumsum(sizes)[:-1]), strict=True):
+            keeps[number] = part
+    return keeps
+
+
+def _sample_sizes(index: ShardIndex, itemsize: int) -> np.ndarray:
+    """Bytes of each sample."""
+    ends = np.concatenate([[0], np.cumsum(index.lengths, dtype=np.int64)]) * itemsize
+    return np.diff(ends[np.concatenate([[0], np.cumsum(index.num_parts, dtype=np.int64)])])
+
+
+def _runs(sizes: np.ndarray, keep: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Stretches of bytes whose samples are kept."""
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]).astype(np.int8)))
+    return tuple(zip(ends[edges[::2]].tolist(), ends[edges[1::2]].tolist(), strict=True))

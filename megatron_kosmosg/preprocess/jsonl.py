@@ -1,0 +1,46 @@
+"""The JSONL reader: one JSON object a line, pictures named relative to the file's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_kosmosg.preprocess.lines import decode_utf8, line_shards, read_lines
+from megatron_kosmosg.preprocess.options import Options
+from megatron_kosmosg.preprocess.records import (
+    BadRecord,
+    Record,
+    Rejected,
+    Shard,
+    ShardSize,
+)
+
+
+class JsonlReader:
+    """Blank lines are skipped and counted in line numbers."""
+
+    def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
+        """See Reader."""
+        return line_shards(path, limit, size.records, size.text_bytes)
+
+    def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
+        """Records named `file:line`, lines counted from 1."""
+        for source, line in read_lines(shard):
+            try:
+                yield Record(source, parse_object(line), shard.path.parent)
+            except Rejected as rejected:
+                yield BadRecord(source, rejected)
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """A JSON object. Raises Rejected."""
+    try:
+        fields = json.loads(decode_utf8(data))
+    except (ValueError, RecursionError) as error:
+        # Not only JSONDecodeError: Python refuses to read numbers of thousands of digits.
+        raise Rejected("not JSON", str(error)) from error
+    if not isinstance(fields, dict):
+        raise Rejected("not a JSON object")
+    return fields

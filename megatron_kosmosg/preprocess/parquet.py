@@ -1,0 +1,96 @@
+"""The Parquet reader: one record a row, one shard a row group.
+
+Needs pyarrow (the extra `data`), which is imported only when a Parquet file is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_kosmosg.preprocess.options import Options
+from megatron_kosmosg.preprocess.records import (
+    BadRecord,
+    Record,
+    Rejected,
+    Shard,
+    ShardSize,
+)
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+    from pyarrow.parquet import ParquetFile
+
+BATCH_ROWS = 64
+"""Rows in memory at a time; a row can hold several pictures."""
+
+
+class ParquetReader:
+    """Rows as Python values; pictures are bytes, {"bytes", "path"} or file names."""
+
+    def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
+        """See Reader. `offset` is the row group."""
+        try:
+            file = _open(path)
+        except Rejected:
+            # Its reader says what is wrong.
+            return [Shard(path, 0, 0, None if limit is None else 1)]
+        shards, first = [], 0
+        with file:
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if limit is not None:
+                    rows = min(rows, limit - first)
+                if rows > 0:
+                    shards.append(Shard(path, group, first, rows))
+                first += rows
+        return shards
+
+    def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
+        """Records named `file:row`, rows counted from 1."""
+        import pyarrow
+
+        assert shard.num_records is None or shard.num_records > 0
+        number = shard.first_record
+        try:
+            with _open(shard.path) as file:
+                for batch in file.iter_batches(BATCH_ROWS, row_groups=[shard.offset]):
+                    for row in _rows(batch):
+                        if shard.num_records == number - shard.first_record:
+                            return
+                        number += 1
+                        source = f"{shard.path.name}:{number}"
+                        if isinstance(row, Rejected):
+                            yield BadRecord(source, row)
+                        else:
+                            yield Record(source, row, shard.path.parent)
+        except (pyarrow.ArrowException, OSError) as error:
+            detail = f"after row {number}: {str(error).splitlines()[0]}"
+            raise Rejected("Parquet file is damaged", detail) from error
+
+
+def _rows(batch: RecordBatch) -> list[dict[str, Any] | Rejected]:
+    """The rows as Python values; one that holds what Python cannot hold is a Rejected."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if batch.num_rows > 1:
+            return [row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1))]
+        if isinstance(error, UnicodeDecodeError):
+            return [Rejected("invalid UTF-8", str(error))]
+        return [Rejected("row cannot be read", str(error))]
+
+
+def _open(path: Path) -> ParquetFile:
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ValueError(
+            f"{path}: reading Parquet needs pyarrow; pip install 'megatron-kosmosg[data]'"
+        ) from error
+    try:
+        return ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise Rejected("not a Parquet file", str(error).splitlines()[0]) from error

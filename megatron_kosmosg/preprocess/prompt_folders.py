@@ -1,0 +1,87 @@
+"""The reader of InstructPix2Pix as it is published: a folder per prompt with its picture pairs.
+
+ROOT/[shard-00/]0000123/prompt.json      {"input" (or "caption"), "edit", "output", ...}
+ROOT/[shard-00/]0000123/SEED_0.jpg, SEED_1.jpg   before and after, any number of seeds
+ROOT/seeds.json                          [[folder, [seed, ...]], ...], if there: what to read
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from megatron_kosmosg.preprocess.jsonl import parse_object
+from megatron_kosmosg.preprocess.options import Options
+from megatron_kosmosg.preprocess.records import (
+    BadRecord,
+    Folder,
+    Record,
+    Rejected,
+    Shard,
+    ShardSize,
+)
+
+
+class PromptFolderReader:
+    """Records {"key", "caption", "image", "instruction", "target"}, one for each pair."""
+
+    def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
+        """See Reader. A limit counts prompts."""
+        prompts = tuple(islice(_prompts(path), limit))
+        step = max(1, size.records // 4)
+        parts = ((start, prompts[start : start + step]) for start in range(0, len(prompts), step))
+        return [Shard(path, start, start, len(part), part) for start, part in parts]
+
+    def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
+        """Records named `folder/SEED`."""
+        for name, seeds in shard.folders:
+            try:
+                yield from _pairs(shard.path, name, seeds)
+            except Rejected as rejected:
+                yield BadRecord(name, rejected)
+
+
+def _prompts(root: Path) -> Iterator[Folder]:
+    listing = root / "seeds.json"
+    if listing.is_file():
+        try:
+            for name, seeds in json.loads(listing.read_bytes()):
+                yield str(name), tuple(str(seed) for seed in seeds)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{listing} is no list of [folder, [seed, ...]]: {error}") from error
+        return
+    for folder, subfolders, files in os.walk(root):
+        subfolders.sort()
+        if "prompt.json" in files:
+            subfolders.clear()
+            yield os.path.relpath(folder, root), None
+
+
+def _pairs(root: Path, name: str, seeds: tuple[str, ...] | None) -> Iterator[Record]:
+    folder = root / name
+    try:
+        prompt = parse_object((folder / "prompt.json").read_bytes())
+    except OSError as error:
+        raise Rejected("prompt.json cannot be read", f"{name}: {error.strerror}") from error
+    if seeds is None:
+        found = (file.name.rpartition("_") for file in folder.iterdir())
+        seeds = tuple(sorted({seed for seed, _, end in found if end in ("0.jpg", "1.jpg")}))
+    if not seeds:
+        raise Rejected("prompt without pictures", name)
+    texts = {
+        ours: prompt[theirs]
+        for ours, theirs in (
+            ("caption", "caption"),
+            ("caption", "input"),
+            ("instruction", "edit"),
+            ("output", "output"),
+        )
+        if theirs in prompt
+    }
+    for seed in seeds:
+        fields = {"key": f"{name}/{seed}"} | texts
+        fields |= {"image": f"{seed}_0.jpg", "target": f"{seed}_1.jpg"}
+        yield Record(f"{name}/{seed}", fields, folder)

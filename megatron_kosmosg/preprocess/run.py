@@ -1,0 +1,231 @@
+"""A whole preprocessing run: plan shards, work on them, join them, write the manifest.
+
+The output appears under its name only when everything went well, and does not depend on the number
+or kind of workers. Every worker process of a run calls `preprocess`; one of them leads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_kosmosg.data.manifest import FORMAT_VERSION, Kind, Manifest, manifest_path
+from megatron_kosmosg.data.tokenizer import Tokenizer
+from megatron_kosmosg.preprocess.counts import Counts, summary
+from megatron_kosmosg.preprocess.inputs import Input, find_inputs, limited, shard_size
+from megatron_kosmosg.preprocess.join import (
+    CopyJob,
+    JoinPlan,
+    copy_shard,
+    is_joined,
+    mark_joined,
+    move_into_place,
+    plan_join,
+    prepare_target,
+    rejects_path,
+    write_rejects,
+    write_tables,
+)
+from megatron_kosmosg.preprocess.options import Options
+from megatron_kosmosg.preprocess.records import Rejected, Shard, ShardSize
+from megatron_kosmosg.preprocess.shard_work import ShardJob, encoders, work_on_shard
+from megatron_kosmosg.preprocess.work_folder import WorkFolder
+from megatron_kosmosg.preprocess.workers import LocalWorkers, Workers
+
+Progress = Callable[[int, int, Counts], None]
+"""Called with (shards done, shards in all, counts so far)."""
+
+
+class TooManyRejects(ValueError):
+    """More records were left out than --max-rejects allows."""
+
+
+@dataclass(frozen=True)
+class PreprocessJob:
+    """What to do."""
+
+    kind: Kind
+    inputs: tuple[str, ...]
+    """Files, folders and glob patterns."""
+    tokenizer_model: str
+    output_prefix: str
+    workers: int = 1
+    """Processes, where `preprocess` is not given any."""
+    max_rejects: int = 100
+    """Left-out records beyond which the run fails."""
+    limit: int | None = None
+    """Records to read of all inputs together; None reads all."""
+    format: str = "auto"
+    """One of inputs.FORMATS."""
+    options: Options = Options()
+    resume: bool = False
+    """Go on where a run of the same job was killed."""
+
+    def check(self) -> None:
+        """Raises ValueError for values that cannot be meant."""
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--limit {self.limit} must be at least 1")
+        if self.max_rejects < 0:
+            raise ValueError(f"--max-rejects {self.max_rejects} must not be negative")
+        if self.output_prefix.endswith("/"):
+            raise ValueError(
+                f"--output-prefix {self.output_prefix} must end with a name, such as "
+                f"{self.output_prefix}{self.kind}"
+            )
+        self.options.check(self.kind)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done."""
+
+    counts: Counts
+    seconds: float
+
+
+def preprocess(job: PreprocessJob, progress: Progress, workers: Workers | None = None) -> Report:
+    """Writes the dataset `job.output_prefix`, replacing an older one.
+
+    Raises ValueError for unusable input and TooManyRejects; then nothing of that name changes but
+    PREFIX.rejects.jsonl.
+    """
+    started = time.perf_counter()
+    workers = workers or LocalWorkers(job.workers)
+    job.check()
+    tokenizer, _ = encoders(job.tokenizer_model)
+    prefix = Path(job.output_prefix)
+    folder = WorkFolder(prefix)
+    inputs = workers.lead(lambda: find_inputs(job.inputs, job.kind, job.format))
+    shards = _plan(job, inputs, workers)
+    workers.lead(lambda: folder.open(_identity(job, inputs, tokenizer), job.resume))
+    try:
+        jobs = [
+            ShardJob(
+                *(job.kind, given, shard, job.options, job.tokenizer_model),
+                prefix=str(folder.path / f"{number:08d}"),
+            )
+            for number, (given, shard) in enumerate(shards)
+        ]
+        counts = _work(job, jobs, folder, progress, workers)
+        counts = _join(job, jobs, folder, counts, tokenizer, workers)
+        workers.lead(folder.remove)
+    finally:
+        folder.close()
+    return Report(counts, time.perf_counter() - started)
+
+
+def _identity(job: PreprocessJob, inputs: list[Input], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Everything that the bytes of the output depend on."""
+    files = [(str(given.path.absolute()), given.format, given.path.stat()) for given in inputs]
+    return {
+        "kind": job.kind,
+        "input files": [[name, form, stat.st_size, stat.st_mtime_ns] for name, form, stat in files],
+        "tokenizer model": tokenizer.fingerprint,
+        "limit": job.limit,
+        "options": asdict(job.options),
+        "format version": FORMAT_VERSION,
+    }
+
+
+def _plan(job: PreprocessJob, inputs: list[Input], workers: Workers) -> list[tuple[Input, Shard]]:
+    size = workers.lead(lambda: shard_size(inputs))
+    cut = partial(_shards, options=job.options, limit=job.limit, size=size)
+    per_input = limited(workers.map(cut, inputs), job.limit)
+    shards = [
+        (given, shard) for given, found in zip(inputs, per_input, strict=True) for shard in found
+    ]
+    if not shards:
+        raise ValueError(f"--input {' '.join(job.inputs)}: no records")
+    return shards
+
+
+def _shards(given: Input, options: Options, limit: int | None, size: ShardSize) -> list[Shard]:
+    try:
+        return given.reader(options).shards(given.path, limit, size)
+    except Rejected:
+        # Damaged: the shard's reader meets the same place and says so in the rejects file.
+        return [Shard(given.path, 0, 0, limit)]
+
+
+def _work(
+    job: PreprocessJob,
+    jobs: list[ShardJob],
+    folder: WorkFolder,
+    progress: Progress,
+    workers: Workers,
+) -> Counts:
+    counts = Counts()
+
+    def add(done: int, more: Counts) -> None:
+        nonlocal counts
+        counts += more
+        progress(done, len(jobs), counts)
+        _check_rejects(job, counts, folder)
+
+    try:
+        found = workers.map(work_on_shard, jobs, add)
+    except TooManyRejects:
+        workers.lead(lambda: write_rejects(jobs, [], rejects_path(job.output_prefix)))
+        raise
+    return sum(found, Counts())
+
+
+def _join(
+    job: PreprocessJob,
+    jobs: list[ShardJob],
+    folder: WorkFolder,
+    worked: Counts,
+    tokenizer: Tokenizer,
+    workers: Workers,
+) -> Counts:
+    joined = folder.path / "joined"
+    plans: list[JoinPlan] = []
+    """One, in the leader: the arrays of all samples need not be everywhere."""
+
+    def plan() -> tuple[list[CopyJob], Counts]:
+        plans.append(plan_join(job.kind, jobs, joined))
+        counts = plans[0].counts(worked)
+        write_rejects(jobs, plans[0].duplicates, rejects_path(job.output_prefix))
+        _check_rejects(job, counts, folder)
+        if counts.samples == 0:
+            folder.remove()
+            raise ValueError(f"no usable record in {', '.join(job.inputs)}\n{summary(counts)}")
+        if not is_joined(joined):
+            prepare_target(plans[0], joined)
+        return plans[0].copies, counts
+
+    def finish() -> None:
+        if not is_joined(joined):
+            write_tables(plans[0], joined)
+            manifest = Manifest(
+                job.kind,
+                tokenizer.fingerprint,
+                tokenizer.vocab_size,
+                counts.samples,
+                counts.tokens,
+                counts.images,
+                counts.rejects.total(),
+            )
+            manifest.write(manifest_path(joined))
+            mark_joined(joined)
+        move_into_place(joined, Path(job.output_prefix))
+
+    copies, counts = workers.lead(plan)
+    workers.map(copy_shard, copies)
+    workers.lead(finish)
+    return counts
+
+
+def _check_rejects(job: PreprocessJob, counts: Counts, folder: WorkFolder) -> None:
+    num_rejects = counts.rejects.total()
+    if num_rejects > job.max_rejects:
+        raise TooManyRejects(
+            f"{num_rejects} records rejected, --max-rejects allows {job.max_rejects}; see "
+            f"{rejects_path(job.output_prefix)}. No dataset was written. What is done stays in "
+            f"{folder.path}: the same command with a larger --max-rejects and --resume goes on\n"
+            f"{summary(counts)}"
+        )

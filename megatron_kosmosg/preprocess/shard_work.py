@@ -1,0 +1,153 @@
+"""The work on one shard: read, convert, write it beside a rejects file.
+
+What a shard's files hold depends on the shard alone, so the number of workers cannot change them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from megatron_kosmosg.data.manifest import Kind
+from megatron_kosmosg.data.tokenizer import Tokenizer
+from megatron_kosmosg.preprocess.convert import CONVERTERS, Conversion
+from megatron_kosmosg.preprocess.counts import Counts
+from megatron_kosmosg.preprocess.inputs import Input
+from megatron_kosmosg.preprocess.layouts import canonical_records
+from megatron_kosmosg.preprocess.options import Options
+from megatron_kosmosg.preprocess.records import BadRecord, Record, Rejected, Shard
+from megatron_kosmosg.preprocess.shard_store import ShardWriter
+from megatron_kosmosg.preprocess.text_batches import TextBatches
+from megatron_kosmosg.preprocess.word_cache import WordCache
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard and where its output goes."""
+
+    kind: Kind
+    given: Input
+    shard: Shard
+    options: Options
+    tokenizer_model: str
+    prefix: str
+    """Prefix of the shard's own files."""
+
+    @property
+    def rejects_path(self) -> Path:
+        """One JSON object a line: source, key, reason, detail."""
+        return Path(f"{self.prefix}.rejects.jsonl")
+
+    @property
+    def counts_path(self) -> Path:
+        """Written last: the shard is done."""
+        return Path(f"{self.prefix}.counts.json")
+
+
+def work_on_shard(job: ShardJob) -> Counts:
+    """Writes the shard's files (shard_store.py), its rejects and the counts that it returns.
+
+    A shard that was done before is left as it is.
+    """
+    if job.counts_path.exists():
+        return Counts.read(job.counts_path)
+    started = time.process_time()
+    work = _ShardWork(job)
+    work.run()
+    counts = work.counts(time.process_time() - started)
+    counts.write(job.counts_path)
+    return counts
+
+
+def reject_line(source: str, key: str, rejected: Rejected) -> str:
+    """A line of a rejects file."""
+    line = {"source": source, "key": key, "reason": rejected.reason}
+    if rejected.detail:
+        line["detail"] = rejected.detail
+    # ASCII: what is wrong with a record may be its Unicode.
+    return json.dumps(line) + "\n"
+
+
+class _ShardWork:
+    def __init__(self, job: ShardJob) -> None:
+        tokenizer, words = encoders(job.tokenizer_model)
+        self._job = job
+        self._use = Conversion(tokenizer, job.options)
+        self._writer = ShardWriter(job.prefix, job.kind)
+        self._texts = TextBatches(tokenizer, words, self._writer)
+        self._rejects: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
+
+    def run(self) -> None:
+        job = self._job
+        with job.rejects_path.open("w", encoding="utf-8") as self._file:
+            try:
+                for record in job.given.reader(job.options).read(job.shard, job.options):
+                    if isinstance(record, BadRecord):
+                        self._reject(record.source, record.source, record.rejected)
+                    else:
+                        self._take(record)
+            except Rejected as rejected:
+                # The rest of the shard cannot be read.
+                self._reject(job.shard.path.name, job.shard.path.name, rejected)
+            self._flush_texts()
+        self._writer.finish()
+
+    def counts(self, seconds: float) -> Counts:
+        writer, pictures = self._writer, self._use.pictures
+        return Counts(
+            writer.num_samples,
+            writer.num_tokens,
+            writer.num_images,
+            writer.num_bytes,
+            self._rejects,
+            self._left_out,
+            pictures.num_verified,
+            pictures.seconds,
+            seconds,
+        )
+
+    def _take(self, record: Record) -> None:
+        kind = self._job.kind
+        try:
+            for found in canonical_records(kind, record, self._job.options, self._use.pictures):
+                if kind == "text":
+                    self._texts.add(found)
+                    if self._texts.is_full:
+                        self._flush_texts()
+                else:
+                    self._write(found)
+        except UnicodeEncodeError as error:
+            self._reject(record.source, record.key, Rejected("text is not Unicode", str(error)))
+        except Rejected as rejected:
+            self._reject(record.source, record.key, rejected)
+
+    def _write(self, record: Record) -> None:
+        converted = CONVERTERS[self._job.kind](record, self._use)
+        self._left_out.update(converted.left_out)
+        self._writer.add(
+            converted.parts,
+            converted.sentences,
+            converted.num_tokens,
+            converted.num_images,
+            (record.source, record.key if record.has_own_key else None),
+        )
+
+    def _flush_texts(self) -> None:
+        for record, rejected in self._texts.flush():
+            self._reject(record.source, record.key, rejected)
+
+    def _reject(self, source: str, key: str, rejected: Rejected) -> None:
+        self._rejects[rejected.reason] += 1
+        self._file.write(reject_line(source, key, rejected))
+
+
+@lru_cache(maxsize=1)
+def encoders(model: str) -> tuple[Tokenizer, WordCache]:
+    """Of this process, for all its shards; forked workers inherit those of their parent."""
+    tokenizer = Tokenizer(model)
+    return tokenizer, WordCache(tokenizer)

@@ -1,0 +1,139 @@
+"""The tar reader: webdataset samples, that is neighbouring members that share a name up to the dot.
+
+KEY.json holds fields, KEY.txt a caption, the other members pictures (as img2dataset writes them).
+A field of the JSON may call a member by what follows KEY and the dot: {"target": "after.png"}.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+from megatron_kosmosg.preprocess.jsonl import parse_object
+from megatron_kosmosg.preprocess.lines import decode_utf8
+from megatron_kosmosg.preprocess.options import Options
+from megatron_kosmosg.preprocess.records import (
+    BadRecord,
+    Record,
+    Rejected,
+    Shard,
+    ShardSize,
+)
+
+Group = tuple[str, list[tarfile.TarInfo]]
+BLOCK = 512
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+
+
+class TarReader:
+    """Uncompressed tar files. A damaged one gives the samples before the damage and a reject."""
+
+    def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
+        """See Reader. The last shard runs to the end, so that its reader meets any damage."""
+        shards: list[Shard] = []
+        start = first = number = 0
+        try:
+            with path.open("rb") as file:
+                for _, members in _groups(file):
+                    if number == limit:
+                        break
+                    at = members[0].offset
+                    if number - first == size.records or at - start >= size.image_bytes:
+                        shards.append(Shard(path, start, first, number - first))
+                        start, first = at, number
+                    number += 1
+        except Rejected:
+            pass
+        rest = None if limit is None else max(number - first, 1)
+        return [*shards, Shard(path, start, first, rest)] if limit != 0 else []
+
+    def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
+        """Records named `file/KEY`, with the members of each sample in memory."""
+        with shard.path.open("rb") as file:
+            file.seek(shard.offset)
+            for key, members in islice(_groups(file), shard.num_records):
+                source = f"{shard.path.name}/{key}"
+                try:
+                    yield _record(file, key, members, shard.path, source)
+                except Rejected as rejected:
+                    yield BadRecord(source, rejected)
+
+
+def _groups(file: IO[bytes]) -> Iterator[Group]:
+    """Samples from the file's position on. Raises Rejected at damage, after the whole samples."""
+    group: Group | None = None
+    damage: Rejected | None = None
+    members = _members(file)
+    while True:
+        try:
+            member = next(members, None)
+        except Rejected as rejected:
+            member, damage = None, rejected
+        if member is None:
+            break
+        folder, _, name = member.name.rpartition("/")
+        stem = name.split(".", 1)[0]
+        if member.isdir() or not stem:
+            continue
+        key = f"{folder}/{stem}".removeprefix("./") if folder else stem
+        if group is None or group[0] != key:
+            if group is not None:
+                yield group
+            group = (key, [])
+        group[1].append(member)
+    if group is not None:
+        yield group
+    if damage is not None:
+        raise damage
+
+
+def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    end = os.fstat(file.fileno()).st_size
+    if end == 0:
+        raise Rejected("tar is an empty file")
+    try:
+        with tarfile.TarFile(fileobj=file) as archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()
+                if member.isreg() and member.offset_data + member.size > end:
+                    raise Rejected("tar is truncated", member.name)
+                yield member
+            # tarfile takes any damage after the first member for the end.
+            file.seek(archive.offset)
+            mark = file.read(BLOCK)
+    except tarfile.TarError as error:
+        is_short = "end of data" in str(error)
+        raise Rejected("tar is truncated" if is_short else "tar is damaged", str(error)) from error
+    if len(mark) < BLOCK:
+        raise Rejected("tar is truncated", "no end mark")
+    if mark.strip(b"\0"):
+        raise Rejected("tar is damaged", f"no header at byte {archive.offset}")
+
+
+def _record(
+    file: IO[bytes], key: str, members: list[tarfile.TarInfo], path: Path, source: str
+) -> Record:
+    files: dict[str, bytes] = {}
+    for member in members:
+        name = member.name.rpartition("/")[2].split(".", 1)
+        extension = name[1].lower() if len(name) == 2 else ""
+        if member.name.startswith("/") or ".." in member.name.split("/"):
+            raise Rejected("tar member leaves its folder", member.name)
+        if not member.isreg():
+            raise Rejected("tar member is a link or a device", member.name)
+        if extension in files:
+            raise Rejected("tar member stands there twice", member.name)
+        file.seek(member.offset_data)
+        files[extension] = file.read(member.size)
+    fields = parse_object(files["json"]) if "json" in files else {}
+    fields["key"] = key
+    pictures = [extension for extension in files if extension in PICTURE_EXTENSIONS]
+    if "image" not in fields and len(pictures) == 1:
+        fields["image"] = pictures[0]
+    if "caption" not in fields and "txt" in files:
+        fields["caption"] = decode_utf8(files["txt"])
+    return Record(source, fields, path.parent, files)

@@ -1,0 +1,98 @@
+"""What the toy run has to show (three stages), as rows of figures and sheets of pictures.
+
+Every figure is on held-out combinations and stands beside the judge's ceiling (the true pictures)
+and a shuffled control (each picture judged against the next prompt's truth).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from megatron_kosmosg.toy.judging.metric_row import MetricRow
+from megatron_kosmosg.toy.judging.toy_drawing import Drawn, true_pictures
+from megatron_kosmosg.toy.judging.toy_judge import Verdict
+from megatron_kosmosg.toy.world import Scene
+
+Measure = Callable[[Sequence[Verdict]], float]
+
+
+def share(choose: Callable[[object], bool]) -> Measure:
+    """Share of entities for which `choose(entity verdict)` holds."""
+
+    def measure(verdicts: Sequence[Verdict]) -> float:
+        found = [choose(entity) for verdict in verdicts for entity in verdict.entities]
+        return sum(found) / len(found)
+
+    return measure
+
+
+def hue(average: Callable[[Sequence[float]], float]) -> Measure:
+    """Average error of the first hue in degrees over entities."""
+
+    def measure(verdicts: Sequence[Verdict]) -> float:
+        return average([entity.hue_error_deg for v in verdicts for entity in v.entities])
+
+    return measure
+
+
+def background_word(verdicts: Sequence[Verdict]) -> float:
+    """Share of pictures whose background has the right coarse colour."""
+    return sum(verdict.background_word_correct for verdict in verdicts) / len(verdicts)
+
+
+def background_hue(verdicts: Sequence[Verdict]) -> float:
+    """Median error of the background's hue in degrees."""
+    return statistics.median(verdict.background_hue_error for verdict in verdicts)
+
+
+def all_as_asked(verdicts: Sequence[Verdict]) -> float:
+    """Share of pictures in which every entity and the background are right."""
+    right = [v.background_word_correct and all(e.all_correct for e in v.entities) for v in verdicts]
+    return sum(right) / len(right)
+
+
+SHAPE = share(lambda entity: entity.shape_correct)
+PATTERN = share(lambda entity: entity.pattern_correct)
+ALL = share(lambda entity: entity.all_correct)
+HUE_MEDIAN = hue(statistics.median)
+HUE_MEAN = hue(statistics.fmean)
+
+
+class Cell:
+    """Pictures drawn for one kind of prompt, with the truths they are compared with."""
+
+    def __init__(self, group: str, title: str, drawn: Drawn, truths: Sequence[Scene], seed: int):
+        self.group, self.title, self.drawn = group, title, drawn
+        self._truths, self._seed = list(truths), seed
+        self._verdicts = drawn.verdicts(self._truths)
+        self._shuffled = drawn.verdicts(self._truths[1:] + self._truths[:1])
+        truth = true_pictures(self._truths)
+        self.true_images = truth.images
+        self._ceiling = truth.verdicts(self._truths)
+
+    def value(self, measure: Measure) -> float:
+        """The measure of this cell alone."""
+        return measure(self._verdicts)
+
+    def row(
+        self,
+        name: str,
+        measure: Measure,
+        unit: str,
+        threshold: float | None = None,
+        direction: str = ">=",
+    ) -> MetricRow:
+        """The measure beside its control and its ceiling."""
+        return MetricRow(
+            group=self.group,
+            name=f"{self.title}: {name}",
+            value=measure(self._verdicts),
+            unit=unit,
+            n=len(self._truths),
+            seed=self._seed,
+            chance=measure(self._shuffled),
+            ceiling=measure(self._ceiling),
+            threshold=threshold,
+            direction=direction,
+        )

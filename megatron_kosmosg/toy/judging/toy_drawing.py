@@ -1,0 +1,77 @@
+"""Draws the prompts of a cell and lets the judge read the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_kosmosg.data.keyed import torch_generator
+from megatron_kosmosg.models.diffusion import FrozenDiffusion
+from megatron_kosmosg.models.sampler import generate
+from megatron_kosmosg.toy.judging.toy_judge import Verdict, compare, read_scenes
+from megatron_kosmosg.toy.world import Scene, render_batch
+
+STREAM = "toy-evaluation"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn; the same for every model that is compared."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures of one cell and what the judge sees in them."""
+
+    images: torch.Tensor
+    """[n, 3, height, width] in [-1, 1]."""
+    seen: list[Scene]
+
+    def verdicts(self, truths: Sequence[Scene]) -> list[Verdict]:
+        """Each picture against its truth."""
+        return [compare(seen, truth) for seen, truth in zip(self.seen, truths, strict=True)]
+
+
+@torch.no_grad()
+def draw(
+    diffusion: FrozenDiffusion,
+    condition: torch.Tensor,
+    null_condition: torch.Tensor,
+    num_entities: int,
+    sampling: Sampling,
+    rows_per_pass: int = 64,
+) -> Drawn:
+    """Pictures of the conditions [n, c, d]; start noise depends on seed and row only."""
+    shape = diffusion.latent_shape()
+    noise = torch.stack(
+        [
+            torch.randn(shape, generator=torch_generator(sampling.seed, STREAM, row, "noise"))
+            for row in range(len(condition))
+        ]
+    )
+    images = torch.cat(
+        [
+            generate(
+                diffusion,
+                condition[start : start + rows_per_pass],
+                null_condition,
+                noise[start : start + rows_per_pass],
+                num_inference_steps=sampling.num_inference_steps,
+                guidance_scale=sampling.guidance_scale,
+            )
+            for start in range(0, len(condition), rows_per_pass)
+        ]
+    )
+    return Drawn(images, read_scenes(images, [num_entities] * len(images)))
+
+
+def true_pictures(truths: Sequence[Scene]) -> Drawn:
+    """The scenes as they should look: the judge's ceiling."""
+    images = render_batch(truths)
+    return Drawn(images, read_scenes(images, [len(scene.entities) for scene in truths]))

@@ -1,0 +1,91 @@
+"""Does a `pretrain` model name what a picture shows? Teacher-forced words after a held-out picture.
+
+At each word of "<picture> a red circle with blue dots" the model chooses among the words of that
+kind (four shapes, six coarse colours); the pattern is right when "with" follows the shape exactly
+where there is a pattern, and the pattern's word is chosen.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megatron_kosmosg.inference.trained_model import TrainedModel
+from megatron_kosmosg.toy.captions import noun_phrase
+from megatron_kosmosg.toy.judging.metric_row import MetricRow
+from megatron_kosmosg.toy.judging.toy_prompts import scenes, subject_picture
+from megatron_kosmosg.toy.world import COARSE_WORDS, PATTERNS, SHAPES
+
+THRESHOLDS = {"shape": 0.95, "pattern": 0.95, "colour": 0.80}
+CHANCE = {"shape": 1 / 4, "pattern": 1 / 3, "colour": 1 / 6}
+NEAR_CHANCE = 0.15
+"""What a shuffled picture may give above chance: sampling error, and pairs that agree by luck."""
+
+
+def word_rows(model: TrainedModel, seed: int, count: int, with_thresholds: bool) -> list[MetricRow]:
+    """Accuracy per kind of word with the right picture, and with the next prompt's picture."""
+    entities = [scene.entities[0] for scene in scenes(seed, count, 1)]
+    rng = np.random.default_rng((seed, 17))
+    words = [f"a {noun_phrase(entity, 'coarse', rng)}" for entity in entities]
+    pictures = [subject_picture(entity, seed * 1000 + i) for i, entity in enumerate(entities)]
+    shuffled = pictures[1:] + pictures[:1]
+    rows = []
+    for title, shown in (("the picture", pictures), ("another prompt's picture", shuffled)):
+        accuracy = _accuracy(model, shown, words)
+        for kind, value in accuracy.items():
+            limit = THRESHOLDS[kind] if shown is pictures else CHANCE[kind] + NEAR_CHANCE
+            rows.append(
+                MetricRow(
+                    group="pretrain",
+                    name=f"{kind} word, shown {title}",
+                    value=value,
+                    unit="share",
+                    n=count,
+                    seed=seed,
+                    chance=CHANCE[kind],
+                    threshold=round(limit, 2) if with_thresholds else None,
+                    direction=">=" if shown is pictures else "<=",
+                )
+            )
+    return rows
+
+
+def _accuracy(model: TrainedModel, pictures: list, words: list[str]) -> dict[str, float]:
+    hits: dict[str, list[bool]] = {kind: [] for kind in THRESHOLDS}
+    parts = [[picture, text] for picture, text in zip(pictures, words, strict=True)]
+    logits, _ = model.logits(parts)
+    start = 1 + model.sequence_format.image_length
+    for row, text in enumerate(words):
+        # logits[k] predicts word k; the last row predicts what follows the text
+        scores = logits[row, start - 1 : start + len(text.split())].float()
+        _judge_words(model, text.split(), scores, hits)
+    return {kind: sum(values) / len(values) for kind, values in hits.items()}
+
+
+def _judge_words(
+    model: TrainedModel, words: list[str], scores: torch.Tensor, hits: dict[str, list[bool]]
+) -> None:
+    """scores: [len(words) + 1, v]."""
+
+    def chosen(position: int, candidates: tuple[str, ...]) -> str:
+        ids = [_id(model, word) for word in candidates]
+        return candidates[int(scores[position, ids].argmax())]
+
+    for position, word in enumerate(words):
+        if word in SHAPES:
+            hits["shape"].append(chosen(position, SHAPES) == word)
+            follows = int(scores[position + 1].argmax()) == _id(model, "with")
+        elif word in COARSE_WORDS:
+            hits["colour"].append(chosen(position, COARSE_WORDS) == word)
+    patterned = words[-1] in PATTERNS
+    right = follows == patterned
+    if patterned:
+        right = right and chosen(len(words) - 1, PATTERNS[1:]) == words[-1]
+    hits["pattern"].append(right)
+
+
+def _id(model: TrainedModel, word: str) -> int:
+    ids = model.tokenizer.encode(word)
+    if len(ids) != 1:
+        raise ValueError(f"{word!r} takes {len(ids)} pieces; this measure needs one piece a word")
+    return ids[0]

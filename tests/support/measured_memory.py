@@ -1,0 +1,176 @@
+"""Peak bytes of tensors in a real training update, from a tracker that sees every storage."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_kosmosg.config.batching import num_microbatches
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.instruct_stream import Reads
+from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.parallel.platform import torch_dtype
+from megatron_kosmosg.score.loss import DenoisingLoss
+from megatron_kosmosg.score.service import serve
+from megatron_kosmosg.stages import build_stage
+from megatron_kosmosg.stages.held_out_pictures import draw_pictures
+from megatron_kosmosg.stages.instruct import load_diffusion
+from megatron_kosmosg.training.batches import BatchFeed
+from megatron_kosmosg.training.optimizer import apply_update, build_optimizer
+from megatron_kosmosg.training.step import _run_schedule, connect
+from megatron_kosmosg.training.wrapping import wrap_model
+from tests.support.tiny_models import random_batch
+from tests.support.tiny_stream import TinyStream
+
+
+class StorageTracker(TorchDispatchMode):
+    """Bytes of all storages that operations return, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ref] = {}
+
+    def see(self, value) -> None:
+        if not isinstance(value, torch.Tensor):
+            return
+        storage = value.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive or not size:
+            return
+
+        def freed(_reference) -> None:
+            self.now -= size
+            del self._alive[key]
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            self.see(value)
+        return result
+
+
+class LongRows(TinyStream):
+    """Rows of data.seq_length, every second one with a picture."""
+
+    def __init__(self, config: RunConfig, reads: Reads) -> None:
+        super().__init__(config.stage, reads=reads)
+        self._length = config.data.seq_length
+
+    def lengths(self, positions: Sequence[int]) -> np.ndarray:
+        return np.full(len(positions), self._length)
+
+
+def measured_apart(config: RunConfig) -> dict[str, int]:
+    """The same as `measured_bytes` where the U-Net has ranks of its own, for either kind of rank.
+
+    Micro-batches of LongRows.
+    """
+    try:
+        if platform.holds_unet_alone(config):
+            return _measured_score_rank(config)
+        with StorageTracker() as tracker:
+            layout = platform.initialize(config)
+            stage = build_stage(config, layout)
+            chunks = wrap_model(stage.build_model(layout), config)
+            optimizer = build_optimizer(config, chunks)
+            connect(chunks, optimizer, layout)
+            parameters = [p for chunk in chunks for p in chunk.parameters()]
+            for parameter in parameters:
+                tracker.see(parameter.data)
+            feed = BatchFeed(LongRows(config, "prompts"), config, layout, start_sample=0)
+            for _ in range(2):
+                for chunk in chunks:
+                    chunk.zero_grad_buffer()
+                optimizer.zero_grad()
+                tracker.peak = kept = tracker.now
+                _run_schedule(stage, config, layout, chunks, [iter(feed)], forward_only=False)
+                peak = tracker.peak
+                apply_update(optimizer, 1.0)
+        feed.close()
+        layout.remote_score.close(is_done=True)
+        return {"kept": kept, "peak": peak, "parameters": sum(p.nbytes for p in parameters)}
+    finally:
+        platform.teardown()
+
+
+def _measured_score_rank(config: RunConfig) -> dict[str, int]:
+    rank = platform.initialize_score(config)
+    with StorageTracker() as tracker:
+        diffusion = load_diffusion(config, rank.device)
+        parameters = [p for m in (diffusion.unet, diffusion.vae) for p in m.parameters()]
+        for parameter in parameters:  # read from files, unseen so far
+            tracker.see(parameter.data)
+        kept = tracker.now
+        tracker.peak = kept
+        serve(
+            config,
+            rank,
+            DenoisingLoss(diffusion, config.score, config.training.seed),
+            partial(draw_pictures, config, diffusion),
+            lambda split: LongRows(config, "targets"),
+            torch_dtype(config.training.precision),
+        )
+    return {
+        "kept": kept,
+        "peak": tracker.peak,
+        "parameters": sum(p.nbytes for p in parameters),
+    }
+
+
+def measured_bytes(config: RunConfig, rows: int, length: int) -> dict[str, int]:
+    """On this rank: `kept` between updates, `peak` of an update, `parameters` by requires_grad."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    layout = platform.initialize(config)
+    try:
+        with StorageTracker() as tracker:
+            stage = build_stage(config, layout)
+            chunks = wrap_model(stage.build_model(layout), config)
+            optimizer = build_optimizer(config, chunks)
+            connect(chunks, optimizer, layout)
+            frozen = []
+            if (
+                config.stage == "instruct" and layout.is_last_stage
+            ):  # read from files, unseen so far
+                frozen = [stage._diffusion.unet, stage._diffusion.vae]
+            for module in [*chunks, *frozen]:
+                for parameter in module.parameters():
+                    tracker.see(parameter.data)
+            count = num_microbatches(config, layout.dp_size)
+            for _ in range(2):
+                for chunk in chunks:
+                    chunk.zero_grad_buffer()
+                optimizer.zero_grad()
+                tracker.peak = kept = tracker.now
+                batches = (random_batch(config.stage, rows, length, seed) for seed in range(count))
+                get_forward_backward_func()(
+                    forward_step_func=stage.forward_step,
+                    data_iterator=batches,
+                    model=chunks[0],
+                    num_microbatches=count,
+                    seq_length=length,
+                    micro_batch_size=rows,
+                    forward_only=False,
+                )
+                peak = tracker.peak
+                apply_update(optimizer, 1.0)
+        parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        return {
+            "kept": kept,
+            "peak": peak,
+            "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            "frozen": sum(p.numel() for p in parameters if not p.requires_grad),
+        }
+    finally:
+        platform.teardown()

@@ -1,0 +1,105 @@
+"""A whole run of a real stage through the training loop, for comparison between layouts."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.models.kosmosg import KosmosG
+from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.stages import align, build_stage, instruct, pretrain
+from megatron_kosmosg.training.loop import fit
+from megatron_kosmosg.training.metrics import METRICS_FILE
+from megatron_kosmosg.training.stage import Probe
+from tests.support.shares import Share, parameters
+from tests.support.tiny_stream import TinyStream
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one rank knows of its run."""
+
+    before: Share
+    """Its parameters before the first update."""
+    after: Share
+    sheet: np.ndarray | None
+    """The pictures of held-out prompts, where they were drawn."""
+
+
+def run_stage(config: RunConfig, defect: str | None = None) -> Ran | None:
+    """Trains from the initial weights on rows that need no files; None on score ranks.
+
+    defect: see `_break`.
+    """
+    _read_tiny_streams()
+    try:
+        if platform.holds_unet_alone(config):
+            assert instruct.run_score_rank(config, platform.initialize_score(config))
+            return None
+        layout = platform.initialize(config)
+        stage = build_stage(config, layout)
+        stage.initial_weights = lambda: None
+        kept: list[KosmosG] = []
+        before: list[Share] = []
+        build = stage.build_model
+
+        def build_and_keep(layout: Layout) -> list[torch.nn.Module]:
+            kept.extend(build(layout))
+            before.append(_copy(share_of(kept, layout)))
+            return list(kept)
+
+        sheets: list[np.ndarray] = []
+        probe = stage.probe
+
+        def probe_and_keep(model: list[torch.nn.Module], iteration: int) -> Probe:
+            found = probe(model, iteration)
+            sheets.extend(np.asarray(image) for image in found.images.values())
+            return found
+
+        stage.build_model, stage.probe = build_and_keep, probe_and_keep
+        if defect is not None:
+            _break(defect)
+        assert fit(stage, config, layout)
+        if layout.remote_score is not None:
+            layout.remote_score.close(is_done=True)
+        return Ran(before[0], share_of(kept, layout), sheets[0] if sheets else None)
+    finally:
+        platform.teardown()
+
+
+def records(config: RunConfig) -> list[dict]:
+    """The lines of the run's metrics: one per iteration, and one of its evaluation."""
+    text = (Path(config.logging.output_dir) / METRICS_FILE).read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def share_of(chunks: list[KosmosG], layout: Layout) -> Share:
+    """The parameters of all of a rank's stages."""
+    shares = [parameters(chunk, layout) for chunk in chunks]
+    return Share(layout.tp_rank, {k: v for share in shares for k, v in share.tensors.items()})
+
+
+def _copy(share: Share) -> Share:
+    return Share(share.tp_rank, {name: tensor.copy() for name, tensor in share.tensors.items()})
+
+
+def _read_tiny_streams() -> None:
+    pretrain.pretrain_stream = lambda config, split, *_: TinyStream("pretrain", split)
+    align.align_stream = lambda config, split, *_: TinyStream("align", split)
+    instruct.instruct_stream = lambda config, split, device=None, vae=None, reads="all", *_: (
+        TinyStream("instruct", split, reads)
+    )
+
+
+def _break(defect: str) -> None:
+    """Makes one exchange of gradients do nothing, as a wrong implementation would."""
+    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    assert callable(getattr(module, defect))
+    setattr(module, defect, lambda *arguments, **named: None)

@@ -1,0 +1,131 @@
+"""One update of `instruct` with the U-Net on ranks of its own or not, for comparison."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.parallel.platform import torch_dtype
+from megatron_kosmosg.score.loss import DenoisingLoss
+from megatron_kosmosg.score.remote import ScoreWork
+from megatron_kosmosg.score.service import serve
+from megatron_kosmosg.stages.held_out_pictures import draw_pictures, held_out_pictures
+from megatron_kosmosg.stages.instruct import InstructStage, load_diffusion
+from megatron_kosmosg.training.batches import BatchFeed
+from megatron_kosmosg.training.step import Reporter, forward_losses
+from tests.support.shares import Share, gradients
+from tests.support.stage_gradients import train_pass
+from tests.support.tiny_stream import TinyStream
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What one rank knows after an update, an evaluation and a sheet of pictures."""
+
+    is_score_rank: bool
+    loss: float = 0.0
+    """Sum over this replica's images; 0 but on the last stage."""
+    share: Share | None = None
+    heldout_loss: float = 0.0
+    sheet: np.ndarray | None = None
+    modules: tuple[str, ...] = ()
+    """Large modules alive on this rank."""
+    unet_changed: bool = False
+    work: ScoreWork | None = None
+
+
+def placed_update(config: RunConfig) -> Placed:
+    """This rank's part of one update, one evaluation and one sheet of pictures."""
+    try:
+        if platform.holds_unet_alone(config):
+            return _serve(config)
+        return _train(config)
+    finally:
+        platform.teardown()
+
+
+def update_with_trouble(config: RunConfig) -> None:
+    """The score rank raises in its first answer while the decoder rank waits for it."""
+    if not platform.holds_unet_alone(config):
+        placed_update(config)
+        return
+    rank = platform.initialize_score(config)
+
+    def fail(*arguments: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError("this score rank's own trouble")
+
+    serve(
+        config,
+        rank,
+        fail,
+        fail,
+        lambda split: TinyStream("instruct", reads="targets"),
+        torch.float32,
+    )
+
+
+def _serve(config: RunConfig) -> Placed:
+    rank = platform.initialize_score(config)
+    diffusion = load_diffusion(config, rank.device)
+    before = _fingerprint(diffusion.unet)
+    serve(
+        config,
+        rank,
+        DenoisingLoss(diffusion, config.score, config.training.seed),
+        partial(draw_pictures, config, diffusion),
+        lambda split: TinyStream("instruct", reads="targets"),
+        torch_dtype(config.training.precision),
+    )
+    return Placed(
+        True, modules=_large_modules(), unet_changed=before != _fingerprint(diffusion.unet)
+    )
+
+
+def _train(config: RunConfig) -> Placed:
+    layout = platform.initialize(config)
+    stage = InstructStage(config, layout)
+    reads = "prompts" if layout.num_score_ranks else "all"
+    feed = BatchFeed(TinyStream("instruct", reads=reads), config, layout, start_sample=0)
+    reports, chunks, model = train_pass(stage, config, layout, iter(feed))
+    share = gradients(model, layout)
+    work = layout.remote_score.pop_work() if layout.remote_score is not None else None
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        heldout = forward_losses(
+            stage, config, layout, chunks, feed, [iter(feed)], Reporter(layout)
+        )
+        drawn = held_out_pictures(config, layout, stage._draw, TinyStream("instruct"), chunks)
+    feed.close()
+    if layout.remote_score is not None:
+        layout.remote_score.close(is_done=True)
+    return Placed(
+        False,
+        sum(float(report["loss"][0]) for report in reports),
+        share,
+        heldout.losses["loss"],
+        np.asarray(drawn.images["held_out_prompts"]) if drawn.images else None,
+        _large_modules(),
+        work=work,
+    )
+
+
+def _large_modules() -> tuple[str, ...]:
+    import gc
+
+    names = {type(o).__name__ for o in gc.get_objects() if isinstance(o, torch.nn.Module)}
+    wanted = {"UNet2DConditionModel", "AutoencoderKL", "KosmosG"}
+    return tuple(sorted(names & wanted))
+
+
+def _fingerprint(module: torch.nn.Module) -> str:
+    digest = hashlib.blake2b()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

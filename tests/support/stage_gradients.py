@@ -1,0 +1,73 @@
+"""Loss and full gradients of one stage on any layout, for comparison between layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_kosmosg.config.batching import num_microbatches
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.models.kosmosg import KosmosG
+from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.stages import build_stage
+from megatron_kosmosg.training.optimizer import build_optimizer
+from megatron_kosmosg.training.stage import Stage
+from megatron_kosmosg.training.step import _run_schedule, connect
+from megatron_kosmosg.training.wrapping import unwrap_model, wrap_model
+from tests.support.shares import Share, gradients
+from tests.support.tiny_models import random_batch
+
+ROW_LENGTH = 13
+
+
+def micro_batches(config: RunConfig, layout: Layout) -> Iterator[dict[str, torch.Tensor]]:
+    """This replica's share of one global batch that does not depend on the layout."""
+    size = config.training.micro_batch_size
+    for index in range(num_microbatches(config, layout.dp_size)):
+        yield random_batch(
+            config.stage, size, ROW_LENGTH, seed=index * layout.dp_size + layout.dp_rank
+        )
+
+
+def stage_gradients(config: RunConfig) -> tuple[float, Share]:
+    """(reported loss sum on the last stage else 0, this rank's gradients) of one global batch."""
+    layout = platform.initialize(config)
+    try:
+        stage = build_stage(config, layout)
+        reports, model = run_step(stage, config, layout, micro_batches(config, layout))
+        return sum(float(report["loss"][0]) for report in reports), gradients(model, layout)
+    finally:
+        platform.teardown()
+
+
+def run_step(
+    stage: Stage,
+    config: RunConfig,
+    layout: Layout,
+    batches: Iterator[dict[str, torch.Tensor]],
+) -> tuple[list[dict[str, torch.Tensor]], KosmosG]:
+    """(reports of the micro-batches, the model with its gradients) of one training step."""
+    reports, _, model = train_pass(stage, config, layout, batches)
+    return reports, model
+
+
+def train_pass(
+    stage: Stage,
+    config: RunConfig,
+    layout: Layout,
+    batches: Iterator[dict[str, torch.Tensor]],
+) -> tuple[list[dict[str, torch.Tensor]], list[DistributedDataParallel], KosmosG]:
+    """(reports of the micro-batches, the wrapped chunks, the model with its gradients).
+
+    Runs the real schedule, data-parallel reduction and normalisation.
+    """
+    chunks = wrap_model(stage.build_model(layout), config)
+    connect(chunks, build_optimizer(config, chunks), layout)
+    for chunk in chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    reports = _run_schedule(stage, config, layout, chunks, [batches], forward_only=False)
+    return reports, chunks, unwrap_model(chunks)[0]
