@@ -121,7 +121,7 @@ def test_the_commands_for_public_datasets_give_datasets_that_pass_the_check(
 
 def test_reasons_of_the_page_are_reasons_of_the_tool():
     """Each is a text of the source, its field's name aside."""
-    folder = REPOSITORY / "megatron_kosmosg" / "data" / "preprocess"
+    folder = REPOSITORY / "megatron_kosmosg" / "preprocess"
     source = io.StringIO()
     for path in sorted(folder.glob("*.py")):
         source.write(path.read_text(encoding="utf-8"))
