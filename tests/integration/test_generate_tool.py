@@ -24,7 +24,6 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tools import generate
 
 from megatron_kosmosg.conversion.checkpoint_writer import model_tensors, write_checkpoint
 from megatron_kosmosg.conversion.export_hf import export_hf
@@ -35,6 +34,7 @@ from megatron_kosmosg.inference.trained_model import TrainedModel, one_process
 from megatron_kosmosg.toy import assets
 from tests.support.tiny_models import replace_section, tiny_config, write_stable_diffusion
 from tests.support.tiny_pipeline import picture
+from tools import generate
 
 DRAWING = ("--steps", "4", "--guidance", "3", "--scheduler", "dpm++")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tools import convert_checkpoint
 
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from tests.support.authors_files import (
@@ -22,6 +21,7 @@ from tests.support.authors_files import (
     write_file,
 )
 from tests.support.data_helpers import write_tokenizer
+from tools import convert_checkpoint
 
 DECODER = "gpt_model.decoder."
 

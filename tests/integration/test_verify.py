@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 
 import torch
-from tools import convert_checkpoint
 
 from megatron_kosmosg.conversion.import_fairseq import FairseqImport, import_fairseq
 from tests.support.authors_files import HEADS, load_golden, weights_of, write_file
 from tests.support.conversion_models import edit_weights, same_weights
+from tools import convert_checkpoint
 
 
 def call(monkeypatch, *arguments: object) -> int:

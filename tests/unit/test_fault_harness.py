@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_kosmosg.config.schema import RunConfig
-from tests.support.fault_harness import BACKGROUND_ONLY, ITERATIONS, Ends, Torment, World
 from tests.support.fake_stage import fake_config
+from tests.support.fault_harness import BACKGROUND_ONLY, ITERATIONS, Ends, Torment, World
 from tests.support.fault_runs import Death, Kill, Lived
 
 STAYS = {
