@@ -50,6 +50,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """0; 1 when --check found a problem; 2 when the input cannot be used."""
     given = parse()
+    from megatron_kosmosg.config.overwrites import refuse_to_overwrite
     from megatron_kosmosg.data.minute_lines import MinuteLines
     from megatron_kosmosg.data.store import SampleStore
     from megatron_kosmosg.data.tokenizer import Tokenizer
@@ -71,6 +72,10 @@ def main() -> int:
             print(summary_text(store, tokenizer, given.seed))
             if not given.no_page:
                 path = given.output or Path(f"{given.prefix}.html")
+                reads = [Path(f"{given.prefix}{end}") for end in (".bin", ".idx", ".json")]
+                given_files = [given.config, given.tokenizer_model]
+                reads += [Path(name) for name in given_files if name is not None]
+                refuse_to_overwrite([path], reads, "--output")
                 print(write_page(path, store, tokenizer, config, given.samples))
         if given.check:
             lines = MinuteLines(f"check {given.prefix}")

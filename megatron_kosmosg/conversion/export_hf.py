@@ -40,7 +40,7 @@ def export_hf(
     stable_diffusion = StableDiffusion(sd, config.model.aligner)
     model_file = hf_folder.tokenizer_model(config, tokenizer)
     dropped = [name for name in source.names() if name.startswith(NOT_EXPORTED)]
-    with new_folder(output) as folder:
+    with new_folder(output, (checkpoint, sd, model_file)) as folder:
         hf_folder.write_tokenizer_files(folder / TOKENIZER, model_file, config)
         hf_folder.write_image_processor(folder / IMAGE_PROCESSOR, config)
         written = {
@@ -71,7 +71,7 @@ def export_mllm(
     config = source.config
     model_file = hf_folder.tokenizer_model(config, tokenizer)
     dropped = [name for name in source.names() if name.startswith((*OURS, *NOT_EXPORTED))]
-    with new_folder(output) as folder:
+    with new_folder(output, (checkpoint, model_file)) as folder:
         written = hf_folder.write_mllm(folder, source, dtype, progress)
         hf_folder.write_tokenizer_files(folder, model_file, config)
         hf_folder.write_image_processor(folder, config)

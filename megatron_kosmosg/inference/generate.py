@@ -14,6 +14,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from megatron_kosmosg.config.overwrites import refuse_to_overwrite
 from megatron_kosmosg.inference.contact_sheet import SheetRow, contact_sheet
 from megatron_kosmosg.inference.picture_files import is_finished, save_atomically, write_picture
 from megatron_kosmosg.inference.picture_plan import Picture, PicturePlan
@@ -58,7 +59,8 @@ def group_key(picture: Picture) -> tuple[object, ...]:
 def generate(job: Job, open_drawer: Callable[[], Drawer], report: Report) -> int:
     """Number of pictures drawn. The model is opened only if a picture is missing.
 
-    Raises PromptError before anything is written if one of this rank's prompts cannot be used.
+    Raises PromptError before anything is written if one of this rank's prompts cannot be used, and
+    ConfigError if a picture would be written over one that a prompt shows.
     """
     groups = list(_groups(job))
     everything = [picture for group in groups for picture in group]
@@ -68,6 +70,7 @@ def generate(job: Job, open_drawer: Callable[[], Drawer], report: Report) -> int
     if not left:
         report(done, done)
         return 0
+    _refuse_to_overwrite(job, [picture for group in missing for picture in group])
     drawer = open_drawer()
     drawer.check(everything)
     report(done, len(everything))
@@ -102,6 +105,14 @@ def write_sheet(job: Job, num_records: int) -> Path | None:
     path = job.folder / job.sheet_file
     save_atomically(contact_sheet(rows, min(MAX_CELL, max(MIN_CELL, *sizes))), path)
     return path
+
+
+def _refuse_to_overwrite(job: Job, missing: Sequence[Picture]) -> None:
+    """Finished pictures may be shown by other prompts: they are not written again."""
+    shown = [path for record in job.records for path in record.images]
+    control = [p.options.control_image for p in missing if p.options.control_image is not None]
+    files = [*(picture.file_name for picture in missing), job.sheet_file]
+    refuse_to_overwrite([job.folder / name for name in files], [*shown, *control], "--output")
 
 
 def _groups(job: Job) -> Iterator[list[Picture]]:

@@ -132,6 +132,13 @@ def write_rejects(
     os.replace(temporary, path)
 
 
+def output_paths(prefix: str | Path) -> list[Path]:
+    """Every file that a run leaves under the name of the dataset, or writes on the way there."""
+    rejects = rejects_path(prefix)
+    data = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), manifest_path(prefix)]
+    return [*data, *sentence_paths(prefix), rejects, Path(f"{rejects}.tmp")]
+
+
 def rejects_path(prefix: str | Path) -> Path:
     """PREFIX.rejects.jsonl."""
     return Path(f"{prefix}.rejects.jsonl")

@@ -24,6 +24,8 @@ from megatron_kosmosg.preprocess.records import (
     ShardSize,
 )
 
+SEEDS_FILE, PROMPT_FILE = "seeds.json", "prompt.json"
+
 
 class PromptFolderReader:
     """Records {"key", "caption", "image", "instruction", "target"}, one for each pair."""
@@ -45,7 +47,7 @@ class PromptFolderReader:
 
 
 def _prompts(root: Path) -> Iterator[Folder]:
-    listing = root / "seeds.json"
+    listing = root / SEEDS_FILE
     if listing.is_file():
         try:
             for name, seeds in json.loads(listing.read_bytes()):
@@ -55,7 +57,7 @@ def _prompts(root: Path) -> Iterator[Folder]:
         return
     for folder, subfolders, files in os.walk(root):
         subfolders.sort()
-        if "prompt.json" in files:
+        if PROMPT_FILE in files:
             subfolders.clear()
             yield os.path.relpath(folder, root), None
 
@@ -63,7 +65,7 @@ def _prompts(root: Path) -> Iterator[Folder]:
 def _pairs(root: Path, name: str, seeds: tuple[str, ...] | None) -> Iterator[Record]:
     folder = root / name
     try:
-        prompt = parse_object((folder / "prompt.json").read_bytes())
+        prompt = parse_object((folder / PROMPT_FILE).read_bytes())
     except OSError as error:
         raise Rejected("prompt.json cannot be read", f"{name}: {error.strerror}") from error
     if seeds is None:

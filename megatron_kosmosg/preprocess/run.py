@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_kosmosg.config.overwrites import refuse_to_overwrite
 from megatron_kosmosg.data.manifest import FORMAT_VERSION, Kind, Manifest, manifest_path
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.preprocess.counts import Counts, summary
-from megatron_kosmosg.preprocess.inputs import Input, find_inputs, limited, shard_size
+from megatron_kosmosg.preprocess.inputs import FOLDER, Input, find_inputs, limited, shard_size
 from megatron_kosmosg.preprocess.join import (
     CopyJob,
     JoinPlan,
@@ -24,6 +25,7 @@ from megatron_kosmosg.preprocess.join import (
     is_joined,
     mark_joined,
     move_into_place,
+    output_paths,
     plan_join,
     prepare_target,
     rejects_path,
@@ -31,6 +33,7 @@ from megatron_kosmosg.preprocess.join import (
     write_tables,
 )
 from megatron_kosmosg.preprocess.options import Options
+from megatron_kosmosg.preprocess.prompt_folders import PROMPT_FILE, SEEDS_FILE
 from megatron_kosmosg.preprocess.records import Rejected, Shard, ShardSize
 from megatron_kosmosg.preprocess.shard_work import ShardJob, encoders, work_on_shard
 from megatron_kosmosg.preprocess.work_folder import WorkFolder
@@ -100,6 +103,7 @@ def preprocess(job: PreprocessJob, progress: Progress, workers: Workers | None =
     prefix = Path(job.output_prefix)
     folder = WorkFolder(prefix)
     inputs = workers.lead(lambda: find_inputs(job.inputs, job.kind, job.format))
+    workers.lead(lambda: _refuse_to_overwrite(job, inputs, folder))
     shards = _plan(job, inputs, workers)
     workers.lead(lambda: folder.open(_identity(job, inputs, tokenizer), job.resume))
     try:
@@ -116,6 +120,16 @@ def preprocess(job: PreprocessJob, progress: Progress, workers: Workers | None =
     finally:
         folder.close()
     return Report(counts, time.perf_counter() - started)
+
+
+def _refuse_to_overwrite(job: PreprocessJob, inputs: list[Input], folder: WorkFolder) -> None:
+    prefix = Path(job.output_prefix)
+    # A listing is read, too, besides the files that it names.
+    reads = [Path(job.tokenizer_model), *map(Path, job.inputs), *(given.path for given in inputs)]
+    for given in inputs:
+        if given.format == FOLDER:
+            reads += [given.path / SEEDS_FILE, prefix.parent / PROMPT_FILE]
+    refuse_to_overwrite([*output_paths(prefix), folder.path], reads, "--output-prefix")
 
 
 def _identity(job: PreprocessJob, inputs: list[Input], tokenizer: Tokenizer) -> dict[str, Any]:
