@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_kosmosg.parallel.devices import device_rng_state, set_device_rng_state
+
 
 def rng_state() -> dict[str, Any]:
     """Plain values and CPU tensors that `restore_rng_state` takes back."""
@@ -19,7 +21,7 @@ def rng_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "device": device_rng_state(),
         "tracker": {
             name: state.clone() for name, state in get_cuda_rng_tracker().get_states().items()
         },
@@ -32,7 +34,7 @@ def restore_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["device"] is not None:
-        torch.cuda.set_rng_state(state["device"])
+        set_device_rng_state(state["device"])
     get_cuda_rng_tracker().set_states(
         {name: value.clone() for name, value in state["tracker"].items()}
     )

@@ -26,6 +26,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_kosmosg.checkpoint import folder as checkpoint_folder
 from megatron_kosmosg.checkpoint.changed_settings import check_resume
 from megatron_kosmosg.checkpoint.errors import explain_write_errors, load_state
+from megatron_kosmosg.checkpoint.layout_signature import compare_layouts, layout_signature
+from megatron_kosmosg.checkpoint.optimizer_state import restore_settings, set_num_updates
 from megatron_kosmosg.checkpoint.rng_state import restore_rng_state, rng_state
 from megatron_kosmosg.checkpoint.weights import model_state, set_model_state
 from megatron_kosmosg.checkpoint.writer import BackgroundSave, ThreadSaveStrategy
@@ -35,7 +37,6 @@ from megatron_kosmosg.config.paths import save_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.seeds import set_seeds
-from megatron_kosmosg.training.optimizer import restore_settings, set_num_updates
 
 
 @dataclass
@@ -110,7 +111,8 @@ class Checkpointer:
                 "(logging.output_dir, checkpoint.save)"
             )
         notes = check_resume(saved_config, self._config, common.get("datasets", {}), self._datasets)
-        same_layout = common["layout"] == self._layout_signature()
+        same_layout, layout_notes = compare_layouts(common["layout"], self._layout_signature())
+        notes += layout_notes
         strategy = get_default_load_sharded_strategy(str(path))
         if self._layout.dp_size > 1:
             strategy = FullyParallelLoadStrategyWrapper(strategy, self._layout.dp_group)
@@ -128,7 +130,6 @@ class Checkpointer:
             restore_rng_state(loaded["rng"])
         else:
             set_seeds(self._config.training.seed + progress.iteration, self._layout)
-            notes.append("another parallel layout: dropout masks differ from an unbroken run")
         return progress, notes
 
     def _save(self, progress: Progress) -> None:
@@ -171,10 +172,8 @@ class Checkpointer:
             ),
         }
 
-    def _layout_signature(self) -> dict[str, int]:
-        layout, chunks = self._layout, len(self._chunks)
-        signature = {"tp": layout.tp_size, "pp": layout.pp_size, "dp": layout.dp_size}
-        return signature | ({"vp": chunks} if chunks > 1 else {})
+    def _layout_signature(self) -> dict[str, Any]:
+        return layout_signature(self._layout, self._config.parallel)
 
     def _complete(self, temporary: Path) -> None:
         if self._layout.rank == 0:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-MEBIBYTES = {"cuda": 128, "cpu": 4}
+from megatron_kosmosg.parallel.devices import has_stream
+
+MEBIBYTES_ON_GPU, MEBIBYTES_ON_CPU = 128, 4
 WARM_UP, REPEATS = 2, 4
 
 
@@ -50,7 +52,8 @@ def slow_nodes(inside: dict[str, float], share: float) -> dict[str, float]:
 
 
 def _all_reduce_speed(group: dist.ProcessGroup | None, size: int, device: torch.device) -> float:
-    tensor = torch.ones(MEBIBYTES[device.type] * 2**18, device=device)
+    mebibytes = MEBIBYTES_ON_GPU if has_stream(device) else MEBIBYTES_ON_CPU
+    tensor = torch.ones(mebibytes * 2**18, device=device)
     for _ in range(WARM_UP):
         dist.all_reduce(tensor, group=group)
     tensor[:1].item()

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -31,8 +31,9 @@ from megatron_kosmosg.monitoring.trace_exchange import Part, TraceExchange
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.rendezvous import find_place
 from megatron_kosmosg.score.link import Kind, Request, ScoreRank
-from megatron_kosmosg.training.batches import Batch
 
+T = TypeVar("T")
+"""A batch, of whatever form."""
 ITERATION = "iteration"
 """Name of the stretch that bounds the trace; `about` has its number."""
 
@@ -55,9 +56,7 @@ class DecoderTrace:
         self._is_pending = False
 
     @contextlib.contextmanager
-    def over(
-        self, iteration: int, iterators: list[Iterator[Batch]]
-    ) -> Iterator[list[Iterator[Batch]]]:
+    def over(self, iteration: int, iterators: list[Iterator[T]]) -> Iterator[list[Iterator[T]]]:
         """Records inside, when it is the iteration; gives the iterators to read batches from."""
         if self._exchange is None or iteration != self._config.logging.trace_iteration:
             yield iterators

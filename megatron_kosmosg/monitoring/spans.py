@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from megatron_kosmosg.parallel.devices import has_stream, timing_event
+
 About = int | torch.Tensor
 """What a stretch worked on: a number, or a tensor of numbers whose least is meant, which is read
 only when the trace is written: reading it earlier would stop a GPU."""
@@ -46,7 +48,7 @@ class Span:
     end: float = 0.0
     lane: str = "program"
     """`program`: time of the Python program; `GPU`: of the work that it put on the GPU's stream."""
-    marks: list[torch.cuda.Event] = field(default_factory=list)
+    marks: list[torch.Event] = field(default_factory=list)
     """Where the same stretch begins and ends on the GPU."""
 
 
@@ -54,7 +56,7 @@ class Spans:
     """Recorder of one rank: a context manager for each stretch, nested ones inside."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._on_gpu = has_stream(device)
         self._spans: list[Span] = []
 
     @contextlib.contextmanager
@@ -101,19 +103,19 @@ class Spans:
 
     def _mark(self, span: Span) -> None:
         if self._on_gpu:
-            mark = torch.cuda.Event(enable_timing=True)
+            mark = timing_event()
             mark.record()
             span.marks.append(mark)
 
     @staticmethod
     def _of_gpu(spans: list[Span]) -> list[Span]:
         """The stretches by the GPU's clock, of which one instant is known by the node's, too."""
-        known = torch.cuda.Event(enable_timing=True)
+        known = timing_event()
         known.record()
         known.synchronize()
         now = time.time()
 
-        def at(mark: torch.cuda.Event) -> float:
+        def at(mark: torch.Event) -> float:
             return now - mark.elapsed_time(known) / 1000
 
         return [Span(s.name, s.about, at(s.marks[0]), at(s.marks[1]), "GPU") for s in spans]

@@ -6,14 +6,16 @@ import time
 
 import torch
 
+from megatron_kosmosg.parallel.devices import has_stream, timing_event
+
 
 class Stopwatch:
     """`start`, `stop`, then `seconds`; on a GPU the time of its stream, without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._events: list[torch.cuda.Event] = []
-        if device.type == "cuda":
-            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self._events: list[torch.Event] = []
+        if has_stream(device):
+            self._events = [timing_event() for _ in range(2)]
         self._times = [0.0, 0.0]
 
     def start(self) -> None:

@@ -1,4 +1,5 @@
-"""Which device a process uses: its GPU where there is one, otherwise the CPU."""
+"""Which device a process uses (its GPU where there is one, otherwise the CPU), its clock and its
+random state."""
 
 from __future__ import annotations
 
@@ -20,3 +21,23 @@ def choose_device(place: Place) -> torch.device:
 def collective_backend(device: torch.device) -> str:
     """Of torch.distributed, for tensors on this device."""
     return "nccl" if device.type == "cuda" else "gloo"
+
+
+def has_stream(device: torch.device) -> bool:
+    """Whether work on `device` runs beside the program, on a stream with a clock of its own."""
+    return device.type == "cuda"
+
+
+def timing_event() -> torch.cuda.Event:
+    """A point on the current GPU's stream; the time between two of them can be asked for."""
+    return torch.cuda.Event(enable_timing=True)
+
+
+def device_rng_state() -> torch.Tensor | None:
+    """State of the current GPU's random generator; None in a process without a GPU."""
+    return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+def set_device_rng_state(state: torch.Tensor) -> None:
+    """Puts the current GPU's random generator back to a state of `device_rng_state`."""
+    torch.cuda.set_rng_state(state)
