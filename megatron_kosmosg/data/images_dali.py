@@ -14,7 +14,7 @@ from nvidia.dali import fn, math, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
-from megatron_kosmosg.data.images import Encoded, ImageTransform
+from megatron_kosmosg.data.image_types import Encoded, ImageTransform
 from megatron_kosmosg.data.samples import EntityImage
 
 MAX_BATCH = 64

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megatron_kosmosg.data.bad_samples import report_bad_image
 from megatron_kosmosg.data.blend import Blend
-from megatron_kosmosg.data.images import BadImage, Encoded, ImageDecoder, ImageTransform
+from megatron_kosmosg.data.image_types import BadImage, Encoded, ImageTransform
+from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.keyed import Draws
 from megatron_kosmosg.data.latent_cache import LatentCache
 from megatron_kosmosg.data.order import SampleOrder

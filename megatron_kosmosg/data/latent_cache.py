@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_kosmosg.data.images import ImageTransform
+from megatron_kosmosg.data.image_types import ImageTransform
 from megatron_kosmosg.data.index_file import write_index
 from megatron_kosmosg.data.store import SampleStore
 

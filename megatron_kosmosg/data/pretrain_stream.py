@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_kosmosg.data.bad_samples import report_bad_image
 from megatron_kosmosg.data.blend import Blend
-from megatron_kosmosg.data.images import ImageDecoder, ImageTransform
+from megatron_kosmosg.data.image_types import ImageTransform
+from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.packing import PackedDataset
 from megatron_kosmosg.data.samples import PackedRow
 from megatron_kosmosg.data.sequence import SequenceFormat

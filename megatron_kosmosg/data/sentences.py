@@ -9,6 +9,7 @@ picture by a cut.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -32,3 +33,8 @@ def sentence_table(content: Sequence[np.ndarray | None], tokenizer: Tokenizer) -
     if tokens or images:
         rows.append((tokens, images))
     return np.array(rows, np.int32).reshape(-1, 2)
+
+
+def sentence_paths(prefix: str | Path) -> tuple[Path, Path]:
+    """The sentence table and the offsets of each sample in it."""
+    return Path(f"{prefix}.sentences.npy"), Path(f"{prefix}.sentence_offsets.npy")

@@ -22,8 +22,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_kosmosg.data.fingerprint import dataset_fingerprint
 from megatron_kosmosg.data.manifest import Kind, Manifest, manifest_path
 from megatron_kosmosg.data.parts import IMAGE, JSON, TOKEN_TYPE, TOKENS
-from megatron_kosmosg.data.sentence_files import sentence_paths
-from megatron_kosmosg.data.sentences import sentence_table
+from megatron_kosmosg.data.sentences import sentence_paths, sentence_table
 from megatron_kosmosg.data.tokenizer import Tokenizer
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_kosmosg.data.index_file import write_index
 from megatron_kosmosg.data.manifest import Kind, manifest_path
-from megatron_kosmosg.data.sentence_files import sentence_paths
+from megatron_kosmosg.data.sentences import sentence_paths
 from megatron_kosmosg.preprocess.counts import Counts
 from megatron_kosmosg.preprocess.records import Rejected
 from megatron_kosmosg.preprocess.shard_store import ShardIndex, dataset_dtype, read_names

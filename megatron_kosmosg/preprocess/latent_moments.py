@@ -20,7 +20,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from megatron_kosmosg.data.file_lock import exclusive
-from megatron_kosmosg.data.images import BadImage, ImageDecoder, ImageTransform
+from megatron_kosmosg.data.image_types import BadImage, ImageTransform
+from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.kinds import caption, compositional, edit
 from megatron_kosmosg.data.latent_cache import (
     MOMENTS_TYPE,

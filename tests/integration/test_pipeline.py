@@ -10,8 +10,8 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers import Kosmos2ForConditionalGeneration
 
-from megatron_kosmosg.data.images import ImageTransform
-from megatron_kosmosg.data.images_pillow import PillowBackend
+from megatron_kosmosg.data.image_types import ImageTransform
+from megatron_kosmosg.data.images import PillowBackend
 from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline

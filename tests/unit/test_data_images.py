@@ -10,15 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_kosmosg.data import images_pillow
-from megatron_kosmosg.data.images import (
-    TOLERANCE,
-    BadImage,
-    BrokenDecoder,
-    ImageDecoder,
-    ImageTransform,
-)
-from megatron_kosmosg.data.images_pillow import PillowBackend
+from megatron_kosmosg.data import images as images_module
+from megatron_kosmosg.data.image_types import BadImage, ImageTransform
+from megatron_kosmosg.data.images import TOLERANCE, BrokenDecoder, ImageDecoder, PillowBackend
 from megatron_kosmosg.data.samples import EntityImage
 from tests.support.data_helpers import encode_image, noise_image
 
@@ -201,13 +195,13 @@ class Broken:
 
 
 def test_a_broken_library_is_not_a_dataset_of_bad_pictures(monkeypatch):
-    monkeypatch.setattr(images_pillow, "PillowBackend", lambda: Broken(working=0))
+    monkeypatch.setattr(images_module, "PillowBackend", lambda: Broken(working=0))
     with pytest.raises(BrokenDecoder, match="image_backend=pillow .* the driver is too old;"):
         ImageDecoder("pillow")
 
 
 def test_a_library_that_breaks_later_is_not_taken_for_bad_pictures_either(monkeypatch):
-    monkeypatch.setattr(images_pillow, "PillowBackend", lambda: Broken(working=1))
+    monkeypatch.setattr(images_module, "PillowBackend", lambda: Broken(working=1))
     decoder = ImageDecoder("pillow")
     with pytest.raises(BrokenDecoder, match="the driver is too old"):
         decoder.try_decode(pictures(), CLIP)
@@ -218,7 +212,7 @@ def test_a_library_that_gives_other_pixels_is_refused(monkeypatch):
         def decode(self, images, transform):
             return np.zeros((len(images), 3, transform.size, transform.size), np.float32)
 
-    monkeypatch.setattr(images_pillow, "PillowBackend", Black)
+    monkeypatch.setattr(images_module, "PillowBackend", Black)
     with pytest.raises(BrokenDecoder, match="its pixels are wrong"):
         ImageDecoder("pillow")
 
