@@ -2,7 +2,7 @@
 
 Saves alternate between foreground and background, so that each layout pair is passed with a whole
 checkpoint: model, optimizer and position in the stream. Losses and gradient norms are those of one
-rank that was never stopped, within the bound of test_layout_table.py.
+rank that was never stopped, within the bounds of run_case.py.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_kosmosg.config.schema import RunConfig
-from tests.distributed.test_layout_table import BOUNDS
 from tests.support.ranks import run_ranks
-from tests.support.run_case import records, run_stage
+from tests.support.run_case import BOUNDS, records, run_stage
 from tests.support.tiny_models import replace_section, tiny_config, write_stable_diffusion
 
 TP2 = {"tensor_model_parallel_size": 2}

@@ -20,7 +20,7 @@ import pytest
 
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from tests.support.ranks import run_ranks
-from tests.support.run_case import Ran, records, run_stage
+from tests.support.run_case import BOUNDS, Difference, Ran, records, run_stage
 from tests.support.shares import whole
 from tests.support.tiny_models import replace_section, tiny_config, write_stable_diffusion
 
@@ -61,23 +61,6 @@ ROWS = {
 }
 FIRST_SCALE = {"pretrain": 2.0**14, "align": 2.0**17, "instruct": 2.0**23}
 """So large that gradients overflow in the first iterations."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far two runs are apart, relative."""
-
-    loss: float
-    """Largest of an iteration, and of held-out data."""
-    grad_norm: float
-    update: float
-
-
-BOUNDS = {
-    "fp32": Difference(loss=1e-5, grad_norm=1e-5, update=1e-3),
-    "bf16": Difference(loss=2e-3, grad_norm=3e-2, update=0.12),
-    "fp16": Difference(loss=4e-4, grad_norm=2e-3, update=0.07),
-}
 
 
 def config_of(stage: str, stable_diffusion: Path, output_dir: Path, row: Row) -> RunConfig:

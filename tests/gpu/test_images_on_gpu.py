@@ -11,7 +11,7 @@ import pytest
 from megatron_kosmosg.data.images import TOLERANCE, ImageDecoder
 from megatron_kosmosg.data.samples import EntityImage
 from tests.support.data_helpers import encode_image, noise_image
-from tests.unit.test_data_images import CLIP, SIZES, VAE, levels, needs_dali
+from tests.support.image_cases import CLIP, SIZES, VAE, levels, needs_dali
 
 pytestmark = [pytest.mark.gpu, needs_dali]
 

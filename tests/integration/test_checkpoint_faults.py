@@ -13,9 +13,9 @@ import pytest
 
 from megatron_kosmosg.checkpoint.folder import is_valid
 from megatron_kosmosg.config.schema import RunConfig
-from tests.integration.test_training_loop import curve
 from tests.support.fake_stage import fake_config
 from tests.support.ranks import run_ranks, run_ranks_until_they_end
+from tests.support.run_metrics import curve
 from tests.support.training_runs import LimitFiles, run_program, train
 
 SAVED = {"save_interval": 2, "keep_last": 0}

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.integration.test_training_loop import curve, lines
 from tests.support.fake_stage import fake_config
 from tests.support.ranks import run_ranks
+from tests.support.run_metrics import curve, lines
 from tests.support.training_runs import (
     PauseAt,
     SignalAt,

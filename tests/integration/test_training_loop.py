@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,25 +12,10 @@ from megatron_kosmosg.checkpoint.folder import latest_valid
 from megatron_kosmosg.training.stage import InitialWeights
 from tests.support.fake_stage import fake_config
 from tests.support.ranks import run_ranks
+from tests.support.run_metrics import curve, lines, norms, train_lines
 from tests.support.training_runs import SignalAt, beside_torch_adamw, refused, train, train_until
 
 TP2 = {"tensor_model_parallel_size": 2}
-
-
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def train_lines(folder: Path) -> list[dict]:
-    return [line for line in lines(folder) if "lr" in line]
-
-
-def curve(folder: Path) -> list[float]:
-    return [line["loss"] for line in train_lines(folder)]
-
-
-def norms(folder: Path) -> list[float]:
-    return [line["grad_norm"] for line in train_lines(folder)]
 
 
 def test_metrics_lines_have_the_documented_fields(tmp_path):

@@ -8,10 +8,12 @@ import random
 import pytest
 
 from megatron_kosmosg.checkpoint.folder import is_valid
-from tests.integration.test_training_loop import TP2, curve, norms, train_lines
 from tests.support.fake_stage import BAD_ABOVE, FakeDataset, fake_config
 from tests.support.ranks import run_ranks
+from tests.support.run_metrics import curve, norms, train_lines
 from tests.support.training_runs import train, train_until
+
+TP2 = {"tensor_model_parallel_size": 2}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

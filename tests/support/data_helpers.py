@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import tarfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import sentencepiece
 from PIL import Image
 
@@ -27,6 +30,8 @@ from megatron_kosmosg.config.schema import (
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+
+REPOSITORY = Path(__file__).parents[2]
 
 WORDS = (
     "a the red green blue circle square triangle with stripes dots and on yellow background in "
@@ -220,3 +225,29 @@ def run_config(
         training=TrainingConfig(seed=7),
         logging=LoggingConfig(output_dir=str(folder / "run")),
     )
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def write_parquet(path: Path, rows: list[dict]) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+    return path
+
+
+def main_of(script: str, arguments: list[str], monkeypatch) -> int:
+    spec = importlib.util.spec_from_file_location("tool", REPOSITORY / script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr("sys.argv", [script, *arguments])
+    return module.main()

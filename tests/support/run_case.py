@@ -103,3 +103,20 @@ def _break(defect: str) -> None:
     module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
     assert callable(getattr(module, defect))
     setattr(module, defect, lambda *arguments, **named: None)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two runs are apart, relative."""
+
+    loss: float
+    """Largest of an iteration, and of held-out data."""
+    grad_norm: float
+    update: float
+
+
+BOUNDS = {
+    "fp32": Difference(loss=1e-5, grad_norm=1e-5, update=1e-3),
+    "bf16": Difference(loss=2e-3, grad_norm=3e-2, update=0.12),
+    "fp16": Difference(loss=4e-4, grad_norm=2e-3, update=0.07),
+}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 import json
 import re
@@ -17,8 +16,15 @@ import pytest
 from megatron_kosmosg.data.manifest import KINDS
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
-from tests.support.data_helpers import encode_image, noise_image, write_jsonl, write_tokenizer
-from tests.unit.test_preprocess_layouts import write_parquet, write_tar
+from tests.support.data_helpers import (
+    encode_image,
+    main_of,
+    noise_image,
+    write_jsonl,
+    write_parquet,
+    write_tar,
+    write_tokenizer,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
@@ -30,15 +36,6 @@ def commands(script: str) -> list[list[str]]:
     lines = [line for line in joined.splitlines() if line.startswith("    ")]
     found = [line.split(script, 1)[1] for line in lines if f"python {script} " in line]
     return [shlex.split(line) for line in found if "..." not in line]
-
-
-def main_of(script: str, arguments: list[str], monkeypatch) -> int:
-    spec = importlib.util.spec_from_file_location("tool", REPOSITORY / script)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr("sys.argv", [script, *arguments])
-    return module.main()
 
 
 @pytest.mark.parametrize("kind", KINDS)

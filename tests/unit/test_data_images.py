@@ -11,24 +11,11 @@ import torch
 from PIL import Image
 
 from megatron_kosmosg.data import images as images_module
-from megatron_kosmosg.data.image_types import BadImage, ImageTransform
+from megatron_kosmosg.data.image_types import BadImage
 from megatron_kosmosg.data.images import TOLERANCE, BrokenDecoder, ImageDecoder, PillowBackend
 from megatron_kosmosg.data.samples import EntityImage
 from tests.support.data_helpers import encode_image, noise_image
-
-CLIP = ImageTransform(
-    24, "bicubic", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-)
-VAE = ImageTransform(40, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-SIZES = [(24, 24), (33, 47), (47, 33), (64, 64), (100, 257), (225, 301), (40, 41)]
-
-try:
-    import nvidia.dali  # noqa: F401
-
-    BACKENDS = ["pillow", "dali"]
-except ImportError:
-    BACKENDS = ["pillow"]
-needs_dali = pytest.mark.skipif(len(BACKENDS) == 1, reason="nvidia-dali is not installed")
+from tests.support.image_cases import BACKENDS, CLIP, SIZES, VAE, levels, needs_dali
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +25,6 @@ def decoders():
 
 def pictures(image_format: str = "PNG") -> list[bytes]:
     return [noise_image(i, h, w, image_format) for i, (h, w) in enumerate(SIZES)]
-
-
-def levels(pixels: torch.Tensor, transform: ImageTransform) -> np.ndarray:
-    """Back to 0..255, [n, H, W, 3]."""
-    mean, std = (np.array(v)[:, None, None] for v in (transform.mean, transform.std))
-    return ((pixels.numpy() * std + mean) * 255).transpose(0, 2, 3, 1)
 
 
 @pytest.mark.parametrize("transform", [CLIP, VAE], ids=["clip", "vae"])

@@ -251,6 +251,15 @@ def _defaults(file: Source) -> Iterator[ast.expr]:
                     yield value
 
 
+def imports_of_other_tests(file: Source) -> Iterator[str]:
+    if not file.path.startswith("tests/"):
+        return
+    for name in sorted(file.imports):
+        if name.startswith("tests.") and not name.startswith("tests.support"):
+            if (REPOSITORY / f"{name.replace('.', '/')}.py").is_file():
+                yield f"{file.path} imports {name}: what tests share is in tests/support"
+
+
 def test_the_files_were_found(package, repository):
     assert len(package) > 40 and {file.layer for file in package} >= {"config", "training"}
     assert {file.path.split("/")[0] for file in repository} == set(FOLDERS)
@@ -262,6 +271,10 @@ def test_imports_point_backwards(package):
 
 def test_third_party_imports_stay_in_their_place(package):
     check(misplaced_imports, package)
+
+
+def test_tests_import_no_other_test(repository):
+    check(imports_of_other_tests, repository)
 
 
 def test_the_device_is_chosen_in_parallel_only(package):
@@ -299,6 +312,7 @@ def test_no_default_is_read_at_the_import(repository):
         (swallowed_errors, "data/x.py", "try:\n    f()\nexcept:\n    g()"),
         (swallowed_errors, "data/x.py", "try:\n    f()\nexcept Exception:\n    pass"),
         (swallowed_errors, "data/x.py", "zip(load(strict=False), strict=False)"),
+        (imports_of_other_tests, "tests/x.py", "from tests.unit.test_layering import check"),
         (defaults_read_at_import, "tools/x.py", "def f(stream=sys.stderr): ..."),
         (defaults_read_at_import, "tools/x.py", "def f(*, e=dict(os.environ)): ..."),
         (defaults_read_at_import, "tools/x.py", "from time import monotonic as m\nlambda x=m(): x"),

@@ -13,9 +13,8 @@ import pytest
 from megatron_kosmosg.preprocess.mpi_workers import choose_workers
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.run import PreprocessJob, TooManyRejects, preprocess
-from tests.support.data_helpers import noise_image, write_jsonl, write_tokenizer
+from tests.support.data_helpers import noise_image, write_jsonl, write_tar, write_tokenizer
 from tests.support.dataset_files import info_of, read_samples
-from tests.unit.test_preprocess_layouts import write_tar
 
 
 @pytest.fixture(scope="module")

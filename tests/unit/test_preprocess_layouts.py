@@ -6,7 +6,6 @@ import base64
 import gzip
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,14 @@ from megatron_kosmosg.preprocess.inputs import find_inputs
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
 from megatron_kosmosg.preprocess.tags import mask_between, tag_entities
-from tests.support.data_helpers import encode_image, noise_image, write_jsonl, write_tokenizer
+from tests.support.data_helpers import (
+    encode_image,
+    noise_image,
+    write_jsonl,
+    write_parquet,
+    write_tar,
+    write_tokenizer,
+)
 from tests.support.dataset_files import info_of, outline, pictures_of, read_samples, texts_of
 
 
@@ -39,23 +45,6 @@ def run(model: Path, kind: str, *inputs: Path, **job) -> tuple[list, list[dict]]
     preprocess(PreprocessJob(kind, names, str(model), str(prefix), **job), lambda *_: None)
     rejects = Path(f"{prefix}.rejects.jsonl").read_text().splitlines()
     return read_samples(prefix, kind != "text"), [json.loads(line) for line in rejects]
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return path
-
-
-def write_parquet(path: Path, rows: list[dict]) -> Path:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
-    return path
 
 
 def b64(data: bytes) -> str:

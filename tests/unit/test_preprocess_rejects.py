@@ -15,9 +15,15 @@ from PIL import Image
 
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
-from tests.support.data_helpers import encode_image, noise_image, write_jsonl, write_tokenizer
+from tests.support.data_helpers import (
+    encode_image,
+    noise_image,
+    write_jsonl,
+    write_parquet,
+    write_tar,
+    write_tokenizer,
+)
 from tests.support.dataset_files import info_of, read_samples
-from tests.unit.test_preprocess_layouts import write_parquet, write_tar
 
 
 @pytest.fixture(scope="module")
