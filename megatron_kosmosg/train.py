@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of this rank."""
     parsed = parse_arguments(arguments)
     try:
-        config = load_config(parsed.config, parsed.overrides)
+        config = load_config(parsed.config, parsed.overrides, note=_note)
         if parsed.dry_run:
             from megatron_kosmosg.planning.dry_run import describe
 
@@ -123,6 +123,11 @@ def _picture_judge(config: RunConfig) -> PictureJudge | None:
     from megatron_kosmosg.toy.judging.toy_picture_judge import judge_pictures
 
     return judge_pictures
+
+
+def _note(message: str) -> None:
+    if _place().rank == 0:  # all ranks read the same settings
+        print(f"note: {message}", file=sys.stderr)
 
 
 def _place() -> Place:

@@ -32,7 +32,7 @@ from megatron_kosmosg.checkpoint.rng_state import restore_rng_state, rng_state
 from megatron_kosmosg.checkpoint.weights import model_state, set_model_state
 from megatron_kosmosg.checkpoint.writer import BackgroundSave, ThreadSaveStrategy
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.config.load import load_config, to_yaml
+from megatron_kosmosg.config.load import load_saved_config, to_yaml
 from megatron_kosmosg.config.paths import save_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel.layout import Layout
@@ -102,7 +102,7 @@ class Checkpointer:
         Raises ConfigError if the config changes what is learnt (checkpoint/changed_settings.py),
         or if the checkpoint holds weights alone; DamagedCheckpoint if it cannot be read.
         """
-        saved_config = load_config(path / checkpoint_folder.CONFIG_FILE, [])
+        saved_config = load_saved_config(path / checkpoint_folder.CONFIG_FILE)
         common = dist_checkpointing.load_common_state_dict(str(path))
         if "progress" not in common:
             raise ConfigError(

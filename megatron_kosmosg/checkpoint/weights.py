@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron_kosmosg.checkpoint.errors import DamagedCheckpoint, load_state
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.load import load_saved_config
 
 NOT_MODEL = ("optimizer.", "rng/")
 """Prefixes of checkpoint keys that are not weights of the model."""
@@ -57,7 +57,7 @@ def load_weights(
     stage: the stage that must have written the checkpoint; None takes any.
     Raises ConfigError naming the stage or the keys that break these rules.
     """
-    written_by = load_config(path / CONFIG_FILE, []).stage
+    written_by = load_saved_config(path / CONFIG_FILE).stage
     if stage is not None and written_by != stage:
         raise ConfigError(
             f"checkpoint.load: {path} was written by stage {written_by}, but this run starts from "

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,25 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
 
+RENAMED_KEYS = {"data.max_bad_samples": "data.max_bad_images"}
+"""{key of an earlier version: today's}. The earlier ones still load."""
 
-def load_config(path: str | Path | None, overrides: list[str]) -> RunConfig:
+Note = Callable[[str], None]
+
+
+def load_config(
+    path: str | Path | None, overrides: list[str], *, note: Note | None = None
+) -> RunConfig:
     """The run's config: schema defaults, then the YAML file, then `a.b=value` strings in order.
 
     A file may start from another one, named by its key `include` relative to itself.
 
+    note: is told each key that is called something else today; by default it goes to stderr.
+
     Raises ConfigError for an unreadable file, an unknown or missing key, a value of another type.
     """
     merged = OmegaConf.structured(RunConfig)
-    for source, layer in _layers(path, overrides):
+    for source, layer in _layers(path, overrides, _on_stderr if note is None else note):
         _refuse_unknown_keys(source, OmegaConf.to_container(layer, resolve=False))
         try:
             OmegaConf.set_readonly(merged, False)
@@ -49,11 +59,17 @@ def load_config(path: str | Path | None, overrides: list[str]) -> RunConfig:
     return config
 
 
+def load_saved_config(path: str | Path) -> RunConfig:
+    """The config that a run left at `path`. Its keys may be those of an earlier version, which is
+    nobody's to correct: no note."""
+    return load_config(path, [], note=_silently)
+
+
 def given_keys(path: str | Path | None, overrides: list[str]) -> set[str]:
     """Dotted keys that the file (with what it includes) or an override sets; no defaults."""
     return {
         key
-        for _, layer in _layers(path, overrides)
+        for _, layer in _layers(path, overrides, _silently)
         for key, _ in _flat_items(OmegaConf.to_container(layer, resolve=False), "")
     }
 
@@ -82,8 +98,10 @@ def known_keys() -> list[str]:
     return [name for name, _ in _schema_leaves(RunConfig, "")]
 
 
-def _layers(path: str | Path | None, overrides: list[str]) -> list[tuple[str, DictConfig]]:
-    """[(where it comes from, settings)] in the order in which they are merged."""
+def _layers(
+    path: str | Path | None, overrides: list[str], note: Note
+) -> list[tuple[str, DictConfig]]:
+    """[(where it comes from, settings by today's keys)] in the order in which they are merged."""
     layers: list[tuple[str, DictConfig]] = []
     if path is not None:
         layers.extend(_file_layers(Path(path), ()))
@@ -94,7 +112,35 @@ def _layers(path: str | Path | None, overrides: list[str]) -> list[tuple[str, Di
                 "for example training.train_iters=100"
             )
         layers.append((f"override {override!r}", _from_dotlist(override)))
+    _rename_keys(layers, note)
     return layers
+
+
+def _rename_keys(layers: list[tuple[str, DictConfig]], note: Note) -> None:
+    """Moves values from keys of earlier versions to today's, with one note a key."""
+    for old, new in RENAMED_KEYS.items():
+        section, _, name = old.rpartition(".")
+        sources = []
+        for source, layer in layers:
+            holder = OmegaConf.select(layer, section)
+            if not isinstance(holder, DictConfig) or name not in holder:
+                continue
+            new_section, _, new_name = new.rpartition(".")
+            target = OmegaConf.select(layer, new_section)
+            if isinstance(target, DictConfig) and new_name in target:
+                raise ConfigError(f"{source}: {old} is {new} today and both are given; keep that")
+            OmegaConf.update(layer, new, holder.pop(name))
+            sources.append(source)
+        if sources:
+            note(f"{sources[0]}: {old} is called {new} today")
+
+
+def _on_stderr(message: str) -> None:
+    print(f"note: {message}", file=sys.stderr)
+
+
+def _silently(message: str) -> None:
+    """For whoever has nobody to tell."""
 
 
 def _file_layers(path: Path, including: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:

@@ -137,7 +137,7 @@ class DataConfig:
     latent_cache: str | None = None
     """Name of the VAE moments of target images that tools/cache_latents.py left beside each
     dataset of data.blend (`instruct`); null encodes the images while training."""
-    max_bad_samples: int = 100
+    max_bad_images: int = 100
     """Undecodable images, over all ranks and restarts, above which the run stops."""
 
 

@@ -84,7 +84,7 @@ def _check_numbers(config: RunConfig) -> None:
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "logging.image_interval": config.logging.image_interval,
         "data.num_workers": config.data.num_workers,
-        "data.max_bad_samples": config.data.max_bad_samples,
+        "data.max_bad_images": config.data.max_bad_images,
         "optimizer.weight_decay": config.optimizer.weight_decay,
         "optimizer.clip_grad": config.optimizer.clip_grad,
         "optimizer.lr_warmup_iters": config.optimizer.lr_warmup_iters,

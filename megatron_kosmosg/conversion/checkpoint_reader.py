@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
 from megatron_kosmosg.checkpoint.weights import NOT_MODEL
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.load import load_saved_config
 from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.stored_names import EMBEDDING, names_under, stored_key
 from megatron_kosmosg.conversion.tensors import TensorInfo
@@ -43,7 +43,7 @@ class CheckpointTensors:
     def __init__(self, folder: Path) -> None:
         try:
             self.path = find_checkpoint(Path(folder))
-            self.config = load_config(self.path / CONFIG_FILE, [])
+            self.config = load_saved_config(self.path / CONFIG_FILE)
         except ConfigError as error:
             raise ConversionError(str(error)) from None
         self.stage = self.config.stage

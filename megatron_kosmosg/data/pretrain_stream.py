@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_kosmosg.data.bad_samples import report_bad_image
+from megatron_kosmosg.data.bad_images import report_bad_image
 from megatron_kosmosg.data.blend import Blend
 from megatron_kosmosg.data.image_types import ImageTransform
 from megatron_kosmosg.data.images import ImageDecoder

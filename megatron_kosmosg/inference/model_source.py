@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.load import load_saved_config
 from megatron_kosmosg.conversion.exported_folder import INDEX_FILE
 from megatron_kosmosg.inference.fingerprint import fingerprint
 
@@ -56,7 +56,7 @@ def find_model(
     is_exported = (path / INDEX_FILE).is_file()
     folder = path if is_exported else _checkpoint(path)
     if not is_exported and stable_diffusion is None:
-        named = load_config(folder / CONFIG_FILE, []).model.diffusion.path
+        named = load_saved_config(folder / CONFIG_FILE).model.diffusion.path
         if named is None:
             raise ConfigError(
                 f"{folder} names no Stable Diffusion folder (model.diffusion.path); give --sd"

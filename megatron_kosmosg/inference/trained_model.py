@@ -15,7 +15,7 @@ from PIL import Image
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
 from megatron_kosmosg.checkpoint.save_and_resume import checkpoint_metadata
 from megatron_kosmosg.checkpoint.weights import load_weights
-from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.load import load_saved_config
 from megatron_kosmosg.config.one_rank import on_one_rank
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.images import ImageDecoder, prompt_transform
@@ -45,7 +45,7 @@ class TrainedModel:
 
     def __init__(self, run: Path, layout: Layout) -> None:
         checkpoint = find_checkpoint(run)
-        self.config = on_one_rank(load_config(checkpoint / CONFIG_FILE, []))
+        self.config = on_one_rank(load_saved_config(checkpoint / CONFIG_FILE))
         self.stage = build_stage(self.config, layout)
         (self.model,) = self.stage.build_model(layout)
         load_weights(checkpoint, [self.model], checkpoint_metadata(layout))

@@ -23,7 +23,7 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.paths import heartbeat_file, output_folder, trace_file
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.data.bad_samples import check_bad_samples
+from megatron_kosmosg.data.bad_images import check_bad_images
 from megatron_kosmosg.monitoring.heartbeat import Heartbeat
 from megatron_kosmosg.monitoring.iteration_trace import DecoderTrace
 from megatron_kosmosg.monitoring.signals import StopRequest
@@ -138,7 +138,7 @@ def _fit(
             display.step(progress.iteration, seconds, update.totals.losses, record)
             if not update.made:
                 _note_skipped(display, progress, config)
-            check_bad_samples(progress.bad_samples, config.data.max_bad_samples)
+            check_bad_images(progress.bad_samples, config.data.max_bad_images)
 
             checkpointer.poll()
             _note_trace(display, config, trace.write(only_all=True))

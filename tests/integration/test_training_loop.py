@@ -105,8 +105,8 @@ def test_too_many_bad_losses_end_the_run(tmp_path):
 
 
 def test_too_many_bad_images_end_the_run(tmp_path):
-    config = fake_config(str(tmp_path), data={"max_bad_samples": 3})
-    with pytest.raises(RuntimeError, match=r"undecodable images .* data\.max_bad_samples allows 3"):
+    config = fake_config(str(tmp_path), data={"max_bad_images": 3})
+    with pytest.raises(RuntimeError, match=r"undecodable images .* data\.max_bad_images allows 3"):
         run_ranks(2, train, config)
     counts = [line["bad_samples"] for line in train_lines(tmp_path)]
     assert max(counts[:-1]) <= 3 < counts[-1]

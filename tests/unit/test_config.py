@@ -10,7 +10,16 @@ import pytest
 from megatron_kosmosg.checkpoint.changed_settings import check_resume
 from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.config.load import differences, flatten, load_config, to_yaml
+from megatron_kosmosg.config.load import (
+    RENAMED_KEYS,
+    differences,
+    flatten,
+    given_keys,
+    known_keys,
+    load_config,
+    load_saved_config,
+    to_yaml,
+)
 from megatron_kosmosg.config.validate import validate_files, validate_layout
 
 BASE = ["stage=align", "logging.output_dir=run", "training.global_batch_size=8"]
@@ -75,6 +84,31 @@ def test_unknown_key_in_yaml_names_the_file(tmp_path):
 def test_missing_mandatory_settings_are_listed():
     assert "logging.output_dir" in refusal(load_config, None, ["stage=align"])
     assert "no such file" in refusal(load_config, "nowhere.yaml", [])
+
+
+def test_a_key_of_an_earlier_version_still_loads_with_one_note(tmp_path, capsys):
+    path, base = tmp_path / "c.yaml", tmp_path / "base.yaml"
+    base.write_text("stage: align\nlogging: {output_dir: run}\ndata: {max_bad_samples: 7}\n")
+    path.write_text("include: base.yaml\ndata: {seq_length: 9, max_bad_samples: 8}\n")
+    config = load_config(path, [])
+    assert config.data.max_bad_images == 8 and config.data.seq_length == 9
+    (note,) = capsys.readouterr().err.splitlines()
+    assert (
+        "data.max_bad_samples is called data.max_bad_images today" in note and "base.yaml" in note
+    )
+    assert load_config(path, ["data.max_bad_samples=3"]).data.max_bad_images == 3
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert load_config(path, ["data.max_bad_images=4"]).data.max_bad_images == 4
+    assert "data.max_bad_images" in given_keys(path, [])
+    capsys.readouterr()
+    assert load_saved_config(path) == config and not capsys.readouterr().err
+    path.write_text("include: base.yaml\ndata: {max_bad_images: 1, max_bad_samples: 8}\n")
+    assert "both are given" in refusal(load_config, path, [])
+
+
+def test_renamed_keys_lead_to_keys_of_today():
+    assert set(RENAMED_KEYS.values()) <= set(known_keys())
+    assert not set(RENAMED_KEYS) & set(known_keys())
 
 
 def test_config_cannot_be_written_to():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.load import load_saved_config
 from megatron_kosmosg.inference.trained_model import TrainedModel, one_process
 from megatron_kosmosg.stages.instruct import load_diffusion
 from megatron_kosmosg.toy.judging.toy_drawing import Sampling
@@ -47,7 +47,7 @@ def evaluate(arguments: argparse.Namespace) -> Results:
     count = 8 if arguments.fast else arguments.count
     sampling = Sampling(arguments.steps, arguments.guidance, arguments.seed)
     last = find_checkpoint(Path(runs["instruct"]))
-    config = load_config(last / CONFIG_FILE, [])
+    config = load_saved_config(last / CONFIG_FILE)
     with one_process(config) as layout:
         models = {}
         for name, folder in runs.items():

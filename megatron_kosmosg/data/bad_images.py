@@ -11,8 +11,8 @@ import logging
 logger = logging.getLogger(__name__)
 
 
-class TooManyBadSamples(ValueError):
-    """More pictures were undecodable than data.max_bad_samples allows."""
+class TooManyBadImages(ValueError):
+    """More pictures were undecodable than data.max_bad_images allows."""
 
 
 def report_bad_image(
@@ -25,10 +25,10 @@ def report_bad_image(
     )
 
 
-def check_bad_samples(count: int, limit: int) -> None:
-    """Raises TooManyBadSamples when `count` bad pictures are more than data.max_bad_samples."""
+def check_bad_images(count: int, limit: int) -> None:
+    """Raises TooManyBadImages when `count` bad pictures are more than data.max_bad_images."""
     if count > limit:
-        raise TooManyBadSamples(
-            f"{count} undecodable images so far, data.max_bad_samples allows {limit}; the log "
+        raise TooManyBadImages(
+            f"{count} undecodable images so far, data.max_bad_images allows {limit}; the log "
             "names the dataset and sample of each ('bad image')"
         )
