@@ -14,6 +14,9 @@ image size or dataset is refused. 64 KiB a sample at 512 pixels.
 Start it once, or on many GPUs; ranks come from torchrun or srun and share the work. After an
 interruption the same command goes on where it stopped, also with another number of ranks.
 
+Targets that cannot be decoded get no moments; the last line says how many and why, and more than
+--max-bad-images end it with exit code 1.
+
 examples:
   tools/cache_latents.py data/edit --stable-diffusion /data/stable-diffusion-v1-5
   torchrun --nproc-per-node 8 tools/cache_latents.py data/edit data/compositional data/caption \\
@@ -43,15 +46,26 @@ def parse() -> argparse.Namespace:
         "--shard-size", type=int, default=1024, metavar="N", help="samples between marks (1024)"
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="decoding threads (2)")
+    parser.add_argument(
+        "--max-bad-images",
+        type=int,
+        default=100,
+        metavar="N",
+        help="stop when more targets of a dataset cannot be decoded (100)",
+    )
     given = parser.parse_args()
+    if given.max_bad_images < 0:
+        parser.error("--max-bad-images must not be negative")
     if min(given.image_size, given.batch_size, given.shard_size, given.workers) < 1:
         parser.error("--image-size, --batch-size, --shard-size and --workers must be at least 1")
     return given
 
 
 def main() -> int:
-    """0 when this rank's share is done; with a message on stderr 2 wrong input, 130 interrupted."""
+    """0 when this rank's share is done; with a message on stderr 1 too many undecodable images, 2
+    wrong input, 130 interrupted."""
     given = parse()
+    from megatron_kosmosg.data.bad_images import TooManyBadImages
     from megatron_kosmosg.data.images import ImageDecoder, target_pixels
     from megatron_kosmosg.data.minute_lines import MinuteLines
     from megatron_kosmosg.data.store import SampleStore
@@ -77,14 +91,18 @@ def main() -> int:
                 batch_size=given.batch_size,
                 shard_size=given.shard_size,
                 num_workers=given.workers,
+                max_bad_images=given.max_bad_images,
             )
             said = MinuteLines(f"{prefix}.{given.name}")
-            whole = cache_latents(job, vae, mark, decoder, place.rank, place.world_size, said)
-            state = "complete" if whole else "this rank's share is done, others still work"
-            print(f"{prefix}.{given.name}: {state}", flush=True)
+            cached = cache_latents(job, vae, mark, decoder, place.rank, place.world_size, said)
+            state = "this rank's share is done, others still work"
+            if cached.is_complete:
+                state = "complete"
+            bad = cached.bad.text(len(job.store))
+            print(f"{prefix}.{given.name}: {state}; {bad}", flush=True)
     except (ValueError, OSError) as error:
         print(f"cache_latents: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, TooManyBadImages) else 2
     except KeyboardInterrupt:
         print("cache_latents: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

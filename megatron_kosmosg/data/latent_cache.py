@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,8 @@ class LatentManifest:
     precision: str
     """In which the VAE ran."""
     format_version: int = FORMAT_VERSION
+    first_bad: list[str] = field(default_factory=list)
+    """Sample and reason of the first few of num_bad; older caches do not say."""
 
     def write(self, path: Path) -> None:
         """Writes the manifest as JSON, whole or not at all."""
@@ -143,8 +145,10 @@ class LatentWriter:
             file.flush()
             os.fsync(file.fileno())
 
-    def finish(self, source: LatentSource, bad: list[int], precision: str) -> None:
-        """Completes the cache; `bad` are the samples without moments."""
+    def finish(
+        self, source: LatentSource, bad: list[int], precision: str, first_bad: list[str]
+    ) -> None:
+        """Completes the cache. bad: the samples without moments; first_bad: the manifest's."""
         modes = np.full(self._num_samples, MOMENTS, np.int8)
         modes[bad] = NO_MOMENTS
         index = Path(f"{self._prefix}.idx.tmp")
@@ -152,5 +156,12 @@ class LatentWriter:
         write_index(index, np.dtype(np.uint8), lengths, modes, ones)
         self.data_path.rename(f"{self._prefix}.bin")
         index.rename(f"{self._prefix}.idx")
-        manifest = LatentManifest(source, list(self._shape), self._num_samples, len(bad), precision)
+        manifest = LatentManifest(
+            source,
+            list(self._shape),
+            self._num_samples,
+            len(bad),
+            precision,
+            first_bad=first_bad,
+        )
         manifest.write(Path(f"{self._prefix}.json"))

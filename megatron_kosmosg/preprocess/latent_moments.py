@@ -3,6 +3,8 @@
 The dataset is cut into shards of consecutive samples; rank r takes every world-size-th one. A shard
 is done when its marker file exists, so that a run that was ended goes on where it stopped, with any
 number of ranks. Whoever finds all shards done completes the cache: no process group is needed.
+
+Long because shares, restarts, completion and the count of undecodable targets are one matter.
 """
 
 from __future__ import annotations
@@ -12,19 +14,21 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from megatron_kosmosg.data.bad_images import TooManyBadImages
 from megatron_kosmosg.data.file_lock import exclusive
 from megatron_kosmosg.data.image_types import BadImage, ImageTransform
 from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.kinds import caption, compositional, edit
 from megatron_kosmosg.data.latent_cache import (
     MOMENTS_TYPE,
+    LatentManifest,
     LatentSource,
     LatentWriter,
     describe_transform,
@@ -41,6 +45,10 @@ TARGETS = {
 """The picture to be drawn, by kind of sample."""
 
 
+NUM_SHOWN, REASON_LENGTH = 3, 200
+"""Bad targets that are named, and characters of what the library said."""
+
+
 @dataclass(frozen=True)
 class LatentJob:
     """One dataset to encode."""
@@ -55,10 +63,40 @@ class LatentJob:
     """Samples whose moments are lost at most when a rank ends."""
     num_workers: int = 2
     """Threads that decode pictures."""
+    max_bad_images: int = 100
+    """Target images that may be undecodable; one must be decodable in any case."""
 
     @property
     def num_shards(self) -> int:
         return -(-len(self.store) // self.shard_size)
+
+
+@dataclass(frozen=True)
+class BadTargets:
+    """The target images that could not be decoded."""
+
+    count: int
+    first: tuple[str, ...]
+    """Sample and reason of the first few."""
+
+    def text(self, num_samples: int) -> str:
+        """For people, in one line."""
+        shown = "; ".join(self.first)
+        more = "; ..." if 0 < len(self.first) < self.count else ""
+        return (
+            f"{self.count:,} of {num_samples:,} target images cannot be decoded"
+            f"{': ' if shown else ''}{shown}{more}"
+        )
+
+
+@dataclass(frozen=True)
+class CachedLatents:
+    """What `cache_latents` leaves behind."""
+
+    is_complete: bool
+    """False while other ranks still work on it."""
+    bad: BadTargets
+    """Of all shards that are done."""
 
 
 def cache_latents(
@@ -69,13 +107,14 @@ def cache_latents(
     rank: int,
     world_size: int,
     progress: Callable[[int, int], None],
-) -> bool:
-    """True when the cache is complete, False while other ranks still work on it.
+) -> CachedLatents:
+    """Encodes this rank's share; whoever finds all shards done completes the cache.
 
     vae: on the device and in the precision to encode with. vae_mark: its `vae_fingerprint`, which
     needs the weights in float32.
     progress: is told (samples of this rank done, in all). Raises ValueError for kinds without
-    target images, and when an unfinished cache of that name was begun with other settings.
+    target images, and when an unfinished cache of that name was begun with other settings;
+    TooManyBadImages when more targets than job.max_bad_images cannot be decoded, or none can.
     """
     if job.store.kind not in TARGETS:
         raise ValueError(
@@ -87,21 +126,56 @@ def cache_latents(
     parts = Path(f"{prefix}.parts")
     lock = Path(f"{prefix}.lock")
     with exclusive(lock):
-        if _is_finished(prefix, source):
-            return True
+        finished = _finished(prefix, source)
+        if finished is not None:
+            return _of_finished(job, finished)
         _begin(parts, job, source)
     mine = range(rank, job.num_shards, world_size)
     todo = [shard for shard in mine if not _marker(parts, shard).exists()]
+    bad = _bad_targets(job, _notes(job, parts))
+    _check(job, bad)
     done, total = 0, sum(len(_samples(job, shard)) for shard in todo)
     with ThreadPoolExecutor(job.num_workers, "decode") as pool:
         for shard in todo:
-            _encode_shard(job, shard, vae, decoder, pool, prefix, parts)
+            bad = _encode_shard(job, shard, vae, decoder, pool, prefix, parts, bad)
             done += len(_samples(job, shard))
             progress(done, total)
     with exclusive(lock):
-        if _is_finished(prefix, source):
-            return True
+        finished = _finished(prefix, source)
+        if finished is not None:
+            return _of_finished(job, finished)
         return _complete(job, prefix, parts, source)
+
+
+def _check(job: LatentJob, bad: BadTargets) -> None:
+    """Raises TooManyBadImages, also for a set without one picture that can be decoded."""
+    is_hopeless = bad.count == len(job.store)
+    if bad.count > job.max_bad_images or is_hopeless:
+        allowed = "one must be" if is_hopeless else f"--max-bad-images allows {job.max_bad_images}"
+        raise TooManyBadImages(
+            f"{job.store.prefix}: {bad.text(len(job.store))} ({allowed}); no cache was completed"
+        )
+
+
+def _of_finished(job: LatentJob, manifest: LatentManifest) -> CachedLatents:
+    bad = BadTargets(manifest.num_bad, tuple(manifest.first_bad))
+    _check(job, bad)
+    return CachedLatents(True, bad)
+
+
+def _bad_targets(job: LatentJob, notes: list[dict]) -> BadTargets:
+    """Of the shards that `notes` tell of."""
+    return _with_more(job, BadTargets(0, ()), [each for note in notes for each in note["bad"]])
+
+
+def _with_more(job: LatentJob, bad: BadTargets, more: list[list]) -> BadTargets:
+    """`bad` and [sample number, reason] of others."""
+    room = max(0, NUM_SHOWN - len(bad.first))
+    shown = [
+        f"sample {job.store[index].info['key']}: {reason[:REASON_LENGTH]}"
+        for index, reason in more[:room]
+    ]
+    return replace(bad, count=bad.count + len(more), first=(*bad.first, *shown))
 
 
 def _begin(parts: Path, job: LatentJob, source: LatentSource) -> None:
@@ -131,15 +205,19 @@ def _encode_shard(
     pool: ThreadPoolExecutor,
     prefix: str,
     parts: Path,
-) -> None:
+    bad_before: BadTargets,
+) -> BadTargets:
+    """Those of before and of this shard; raises TooManyBadImages as soon as they are too many."""
     samples, bad, encoded = _samples(job, shard), [], []
     for first, pixels, errors in _decoded(job, samples, decoder, pool):
         bad += [[first + error.index, error.reason] for error in errors]
+        _check(job, _with_more(job, bad_before, bad))
         moments = vae_moments(vae, pixels.to(vae.device))
         encoded.append(moments.cpu().numpy().astype(MOMENTS_TYPE))
     moments = np.concatenate(encoded)
     LatentWriter(prefix, moments.shape[1:], len(job.store)).write(samples.start, moments)
     _write_json(_marker(parts, shard), {"bad": bad, "shape": list(moments.shape[1:])})
+    return _with_more(job, bad_before, bad)
 
 
 def _decoded(
@@ -165,32 +243,41 @@ def _decoded(
         yield start, *future.result()
 
 
-def _complete(job: LatentJob, prefix: str, parts: Path, source: LatentSource) -> bool:
+def _complete(job: LatentJob, prefix: str, parts: Path, source: LatentSource) -> CachedLatents:
     """Turns finished shards into the cache, if all are there."""
-    markers = [_marker(parts, shard) for shard in range(job.num_shards)]
-    if not all(marker.exists() for marker in markers):
-        return False
-    notes = [json.loads(marker.read_text()) for marker in markers]
-    bad = [int(index) for note in notes for index, _ in note["bad"]]
+    notes = _notes(job, parts)
+    bad = _bad_targets(job, notes)
+    _check(job, bad)
+    if len(notes) < job.num_shards:
+        return CachedLatents(False, bad)
+    indexes = [int(index) for note in notes for index, _ in note["bad"]]
     shape = tuple(notes[0]["shape"])
-    LatentWriter(prefix, shape, len(job.store)).finish(source, bad, job.precision)
+    writer = LatentWriter(prefix, shape, len(job.store))
+    writer.finish(source, indexes, job.precision, list(bad.first))
     shutil.rmtree(parts)
-    return True
+    return CachedLatents(True, bad)
 
 
-def _is_finished(prefix: str, source: LatentSource) -> bool:
-    """Whether the cache is there already. Raises ValueError when it is another one."""
+def _notes(job: LatentJob, parts: Path) -> list[dict]:
+    """What is noted of the shards that are done, in their order."""
+    markers = [_marker(parts, shard) for shard in range(job.num_shards)]
+    return [json.loads(marker.read_text()) for marker in markers if marker.exists()]
+
+
+def _finished(prefix: str, source: LatentSource) -> LatentManifest | None:
+    """Of the cache that is there already. Raises ValueError when it is another one, or none."""
     path = Path(f"{prefix}.json")
     if not path.exists():
-        return False
-    found = json.loads(path.read_text())["source"]
+        return None
+    manifest = LatentManifest.read(path)
+    found = asdict(manifest.source)
     differ = [key for key, value in asdict(source).items() if found[key] != value]
     if differ:
         raise ValueError(
             f"{prefix} exists and was made from another {' and '.join(differ)}; delete it or give "
             "another --name"
         )
-    return True
+    return manifest
 
 
 def _samples(job: LatentJob, shard: int) -> range:

@@ -131,7 +131,8 @@ def test_instruct_learns_the_same_from_cached_moments_and_from_balanced_batches(
         store = SampleStore(uninterrupted / "data" / "train" / kind)
         job = LatentJob(store, "moments", target_pixels(32), "fp32")
         said = (0, 1, lambda done, total: None)
-        assert cache_latents(job, vae, vae_fingerprint(vae), ImageDecoder("auto"), *said)
+        cached = cache_latents(job, vae, vae_fingerprint(vae), ImageDecoder("auto"), *said)
+        assert cached.is_complete and cached.bad.count == 0
     curves = {}
     for name, changes in {
         "plain": ("data.balance_tokens=false",),

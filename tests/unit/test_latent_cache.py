@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,9 @@ import pytest
 import torch
 
 from megatron_kosmosg.config.schema import ScoreConfig
+from megatron_kosmosg.data.bad_images import TooManyBadImages
 from megatron_kosmosg.data.images import ImageDecoder, target_pixels
-from megatron_kosmosg.data.latent_cache import LatentCache
+from megatron_kosmosg.data.latent_cache import LatentCache, LatentManifest
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.streams import instruct_stream
 from megatron_kosmosg.models.diffusion import (
@@ -23,7 +27,7 @@ from megatron_kosmosg.models.diffusion import (
 from megatron_kosmosg.parallel.layout import lone_layout
 from megatron_kosmosg.preprocess.latent_moments import LatentJob, cache_latents
 from megatron_kosmosg.score.loss import ColocatedScore
-from tests.support.data_helpers import break_image, build_dataset, run_config
+from tests.support.data_helpers import break_image, build_dataset, overwrite_image, run_config
 from tests.support.tiny_models import (
     CONDITION_WIDTH,
     NUM_QUERIES,
@@ -64,7 +68,7 @@ def encode(store: SampleStore, vae, name: str = "latents", rank=0, world_size=1,
             raise KeyboardInterrupt
 
     mark = vae_fingerprint(vae)
-    return cache_latents(job, vae, mark, DECODER, rank, world_size, progress)
+    return cache_latents(job, vae, mark, DECODER, rank, world_size, progress).is_complete
 
 
 def test_moments_are_those_of_the_vae_within_half_precision(folder, vae):
@@ -165,6 +169,71 @@ def test_loss_with_and_without_the_cache_differs_by_storage_error(
     other = 100 + batches[0]["stream_positions"]
     other_noise = score(condition, batches[1]["target_moments"], weights, other, "instruct")
     assert (other_noise - losses[1]).abs() > 10 * (losses[0] - losses[1]).abs()
+
+
+def broken_dataset(folder: Path, count: int) -> SampleStore:
+    """Edits of which the first `count` of 14 have a target that cannot be decoded."""
+    prefix = build_dataset(folder, "edit", 14)
+    for index in range(count):
+        overwrite_image(prefix, index, 1)
+    return SampleStore(prefix)
+
+
+def run_tool(store: SampleStore, sd: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_kosmosg.cli.cache_latents", str(store.prefix)]
+    command += ["--stable-diffusion", str(sd), "--image-size", str(TARGET_SIZE)]
+    command += ["--image-backend", "pillow", "--shard-size", "4", *more]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
+
+
+def test_the_tool_says_how_many_targets_are_bad_and_stops_at_the_limit(tmp_path, vae):
+    store, sd = broken_dataset(tmp_path, 5), write_stable_diffusion(tmp_path / "sd")
+    done = run_tool(store, sd, "--max-bad-images", "4")
+    assert done.returncode == 1 and "complete" not in done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert "5 of 14 target images cannot be decoded: sample edit-0: " in last
+    assert "--max-bad-images allows 4" in last
+    assert not Path(f"{store.prefix}.latents.json").exists()
+    done = run_tool(store, sd, "--max-bad-images", "5")
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    for part in ("latents: complete; 5 of 14 target images", "sample edit-0: ", "sample edit-2: "):
+        assert part in last
+    cache = LatentCache(store, "latents", vae_fingerprint(vae), TRANSFORM)
+    assert [i for i in range(14) if cache.moments(i) is None] == [0, 1, 2, 3, 4]
+    with pytest.raises(TooManyBadImages, match="5 of 14 .* sample edit-1: "):
+        job = LatentJob(store, "latents", TRANSFORM, "fp32", max_bad_images=3)
+        cache_latents(job, vae, vae_fingerprint(vae), DECODER, 0, 1, lambda *_: None)
+
+
+def test_bad_targets_of_all_ranks_and_starts_count_together(tmp_path, vae):
+    store, mark = broken_dataset(tmp_path, 5), vae_fingerprint(vae)
+    job = LatentJob(store, "ranks", TRANSFORM, "fp32", shard_size=4, max_bad_images=4)
+    first = cache_latents(job, vae, mark, DECODER, 0, 2, lambda *_: None)
+    assert not first.is_complete and first.bad.count == 4
+    with pytest.raises(TooManyBadImages, match="5 of 14"):
+        cache_latents(job, vae, mark, DECODER, 1, 2, lambda *_: None)
+    with pytest.raises(TooManyBadImages, match="4 of 14 .* allows 3"):
+        less = dataclasses.replace(job, max_bad_images=3)
+        cache_latents(less, vae, mark, DECODER, 0, 1, lambda *_: None)
+
+
+def test_a_set_without_any_decodable_target_is_never_complete(tmp_path, vae):
+    store = broken_dataset(tmp_path, 14)
+    job = LatentJob(store, "none", TRANSFORM, "fp32", max_bad_images=1000)
+    with pytest.raises(TooManyBadImages, match="14 of 14 .*one must be"):
+        cache_latents(job, vae, vae_fingerprint(vae), DECODER, 0, 1, lambda *_: None)
+
+
+def test_a_cache_of_before_says_no_reasons(folder, tmp_path):
+    manifest = LatentManifest.read(folder / "edit-broken.latents.json")
+    assert manifest.num_bad == 1 and manifest.first_bad[0].startswith("sample edit-3: ")
+    old = json.loads((folder / "edit-broken.latents.json").read_text())
+    del old["first_bad"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert LatentManifest.read(tmp_path / "old.json").first_bad == []
 
 
 def test_the_held_out_stream_keeps_its_pictures(folder, vae):
