@@ -9,12 +9,13 @@ from pathlib import Path
 from megatron_kosmosg.toy.report.page import write_report
 
 
-def main(argv: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    """0 when the page is written, 1 (message on stderr) when it could not be."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the quickstart")
-    arguments = parser.parse_args(argv)
+    given = parser.parse_args(arguments)
     try:
-        print(write_report(arguments.out))
+        print(write_report(given.out))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -22,4 +23,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
