@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_kosmosg.config.errors import ConfigError
@@ -131,8 +131,19 @@ def _rename_keys(layers: list[tuple[str, DictConfig]], note: Note) -> None:
                 raise ConfigError(f"{source}: {old} is {new} today and both are given; keep that")
             OmegaConf.update(layer, new, holder.pop(name))
             sources.append(source)
+        sources += [source for source, layer in layers if _rename_accepted(layer, old, new)]
         if sources:
             note(f"{sources[0]}: {old} is called {new} today")
+
+
+def _rename_accepted(layer: DictConfig, old: str, new: str) -> bool:
+    """Whether checkpoint.accept_changes named `old`; it names `new` now."""
+    accepted = OmegaConf.select(layer, "checkpoint.accept_changes")
+    if not isinstance(accepted, ListConfig) or old not in accepted:
+        return False
+    names = [new if name == old else name for name in accepted]
+    OmegaConf.update(layer, "checkpoint.accept_changes", names)
+    return True
 
 
 def _on_stderr(message: str) -> None:

@@ -106,6 +106,13 @@ def test_a_key_of_an_earlier_version_still_loads_with_one_note(tmp_path, capsys)
     assert "both are given" in refusal(load_config, path, [])
 
 
+def test_a_change_may_be_accepted_under_its_earlier_key(capsys):
+    accepted = "checkpoint.accept_changes=[optimizer.lr, data.max_bad_samples]"
+    config = load_config(None, [*BASE, accepted])
+    assert config.checkpoint.accept_changes == ["optimizer.lr", "data.max_bad_images"]
+    assert "data.max_bad_samples is called data.max_bad_images today" in capsys.readouterr().err
+
+
 def test_renamed_keys_lead_to_keys_of_today():
     assert set(RENAMED_KEYS.values()) <= set(known_keys())
     assert not set(RENAMED_KEYS) & set(known_keys())
