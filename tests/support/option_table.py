@@ -1,7 +1,8 @@
 """The options of command-line programs, from the parsers that they build when they are started.
 
 usage: python tests/support/option_table.py PROGRAM... (paths, or names of modules)
-Prints {program: {command or "": {"options": {spelling: choices or null}, "positionals": [...]}}}.
+Prints {program: {command or "": {"options": {spelling: choices or null}, "positionals": [...]}}}
+on one line.
 A program is run up to the moment when it reads its arguments, so nothing of it has to be known.
 """
 
@@ -103,4 +104,4 @@ def _stopped_at_the_parser() -> Iterator[None]:
 
 if __name__ == "__main__":
     table = {program: options_of(parser_of(program)) for program in sys.argv[1:]}
-    print(json.dumps(table, indent=1, sort_keys=True))
+    print(json.dumps(table, sort_keys=True))
