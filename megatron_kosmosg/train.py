@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_kosmosg import exit_codes
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.paths import output_folder
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from megatron_kosmosg.parallel.rendezvous import Place
     from megatron_kosmosg.stages.held_out_pictures import PictureJudge
 
-EXIT_ERROR = 1
-
 DESCRIPTION = """\
 Trains one stage (pretrain, align or instruct) of KOSMOS-G. Start it with torchrun or srun, one
 process per device, or alone. A rerun continues from the newest checkpoint of its output folder.
@@ -33,7 +32,8 @@ process per device, or alone. A rerun continues from the newest checkpoint of it
 
 EPILOG = """\
 exit codes: 0 all iterations done; 85 a signal (TERM, USR1, Ctrl-C) asked to stop, state is saved,
-start again to continue; 1 error.
+start again to continue; 2 arguments, settings or inputs; 3 the limit of non-finite updates is
+reached; 130 a second Ctrl-C; 1 any other error.
 """
 
 
@@ -67,13 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from megatron_kosmosg.planning.dry_run import describe
 
             print(describe(config))
-            return 0
+            return exit_codes.DONE
         validate_layout(config, _place().world_size)
         pipeline_pieces(config, ALIGNER_PARTS[config.stage])
     except ConfigError as error:  # the same on every rank: one of them says it
         if _place().rank == 0:
             print(f"error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        return exit_codes.BAD_INPUT
     return run(config)
 
 
@@ -81,7 +81,7 @@ def run(config: RunConfig) -> int:
     """Trains; the exit code of this rank. Process groups are left in every case."""
     started = time.time()
     _quieten_libraries()
-    from megatron_kosmosg.monitoring.failure import report_failure
+    from megatron_kosmosg.monitoring.failure import exit_code_of, report_failure
     from megatron_kosmosg.parallel import platform
 
     try:
@@ -89,14 +89,13 @@ def run(config: RunConfig) -> int:
     except (Exception, KeyboardInterrupt) as error:
         # Before the groups are left: the others then fail, and this rank's error is the cause.
         report_failure(output_folder(config), _place().rank, error, started)
-        return EXIT_ERROR
+        return exit_code_of(error)
     finally:
         platform.teardown()
 
 
 def _train(config: RunConfig, started: float) -> int:
     from megatron_kosmosg.monitoring.failure import forget_failure, raise_together
-    from megatron_kosmosg.monitoring.signals import EXIT_STOPPED
     from megatron_kosmosg.parallel import platform
     from megatron_kosmosg.planning.pipeline_balance import with_default_layout
     from megatron_kosmosg.stages import build_stage
@@ -114,7 +113,7 @@ def _train(config: RunConfig, started: float) -> int:
         finished = fit(build_stage(config, layout, _picture_judge(config)), config, layout)
         if layout.remote_score is not None:
             layout.remote_score.close(is_done=finished)
-    return 0 if finished else EXIT_STOPPED
+    return exit_codes.DONE if finished else exit_codes.STOPPED
 
 
 def _picture_judge(config: RunConfig) -> PictureJudge | None:
@@ -150,10 +149,4 @@ def _quieten_libraries() -> None:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # A thread may still be building an index that nobody will read: a stop does not wait for it.
-    if code not in (0, EXIT_ERROR):
-        os._exit(code)
-    sys.exit(code)
+    exit_codes.leave(main())

@@ -29,7 +29,7 @@ dry_run() {
 check_before_sbatch() {
     [ -z "${KOSMOSG_CONTAINER:-}" ] || python=${KOSMOSG_VENV:+$KOSMOSG_VENV/bin/}python3
     if [ -n "${config:-}" ]; then
-        dry_run || exit 2
+        dry_run || exit
         "$python" tools/plan.py --config "$config" --num-gpus "$(num_tasks)" \
             --gpu "${KOSMOSG_GPU:-h100-80}" ${rest[@]+"${rest[@]}"} || exit
     fi

@@ -9,7 +9,9 @@ home=$(cd "$home" && pwd) || exit 2
 cd "$home" || exit 2
 export KOSMOSG_HOME=$home PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
 
-EXIT_STOPPED=85 # of megatron_kosmosg.train: state is saved, start again
+# As in megatron_kosmosg/exit_codes.py.
+EXIT_FAILURE=1 EXIT_BAD_INPUT=2 EXIT_MISSED=3
+EXIT_STOPPED=85 # of training: state is saved, start again
 MAX_STALLED_STARTS=${KOSMOSG_MAX_STALLED_STARTS:-3}
 
 # shellcheck source=slurm/checks.sh
@@ -18,7 +20,7 @@ source "$home/slurm/checks.sh"
 say() { printf '%(%H:%M:%S)T slurm: %s\n' -1 "$*"; }
 die() {
     printf 'error: %s\n' "$*" >&2
-    exit 2
+    exit "$EXIT_BAD_INPUT"
 }
 
 # ---- arguments ----------------------------------------------------------------------------------
@@ -203,14 +205,14 @@ finish() {
         exit "$status"
     fi
     if [ -n "${run_folder:-}" ]; then
-        if [ "$status" -ne "$EXIT_STOPPED" ] && repeats_itself; then
+        if repeats_itself "$status"; then
             say "not requeued: the same error would come again (exit code $status)"
             exit "$status"
         fi
         read -r before count <"$run_folder/slurm_starts"
         if [ "$(newest_iteration)" = "$before" ] && [ "$count" -ge "$MAX_STALLED_STARTS" ]; then
             stalled
-            exit 1
+            exit "$EXIT_FAILURE"
         fi
     elif ! was_stopped "$status" &&
         { [ "$status" -le 128 ] || [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_STALLED_STARTS" ]; }; then
@@ -224,7 +226,13 @@ finish() {
     }
     exit 0
 }
+# Whether a run that ended with this exit code would end so again. A rank that is killed while
+# others leave has the higher code, so the first error of the run counts as well.
 repeats_itself() {
+    case $1 in
+        "$EXIT_STOPPED") return 1 ;;
+        "$EXIT_BAD_INPUT" | "$EXIT_MISSED") return 0 ;;
+    esac
     grep -qsE '^(megatron_kosmosg\.config\.errors\.ConfigError|FloatingPointError)' \
         "$run_folder/failure.txt"
 }
@@ -243,19 +251,21 @@ run_stage() {
     fi
     say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: $(num_tasks) tasks, project $home"
     dry_run step --nodes=1 --ntasks=1 --ntasks-per-node=1 || {
-        was_stopped $? && finish "$EXIT_STOPPED"
-        exit 2
+        status=$?
+        was_stopped "$status" && finish "$EXIT_STOPPED"
+        exit "$status"
     }
     if [ -n "$check" ]; then
         check_tasks
         exit 0
     fi
-    count_start || exit 1
+    count_start || exit "$EXIT_FAILURE"
     if [ "${KOSMOSG_PREFLIGHT:-1}" != 0 ]; then
         preflight || {
             status=$?
             { [ "$status" -le 128 ] && ! was_stopped "$status"; } || finish "$EXIT_STOPPED"
-            die "a node is not fit for the run (see above); submit again with --exclude=NODE"
+            say "a node is not fit for the run (see above); submit again with --exclude=NODE"
+            exit "$EXIT_FAILURE"
         }
     fi
     # Ranks that stop together do not end in the same moment: the first one's exit code (85) must not

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_kosmosg import exit_codes
 from megatron_kosmosg.config.errors import ConfigError
 
 FAILURE_FILE = "failure.txt"
@@ -81,9 +82,20 @@ def raise_together(check: Callable[[], None]) -> None:
             raise ConfigError(found)
 
 
+def exit_code_of(error: BaseException) -> int:
+    """The code with which a rank of training that raised `error` ends."""
+    if isinstance(error, KeyboardInterrupt):
+        return exit_codes.INTERRUPTED
+    if isinstance(error, FloatingPointError):
+        return exit_codes.MISSED
+    return exit_codes.BAD_INPUT if _explains_itself(error) else exit_codes.FAILURE
+
+
 def _explains_itself(error: BaseException) -> bool:
     """Whether the message is written for users: ours, about a setting, an input or the numbers."""
     if isinstance(error, (ConfigError, FloatingPointError, KeyboardInterrupt)):
         return True
+    if not isinstance(error, ValueError):
+        return False
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return isinstance(error, ValueError) and Path(raised_in).is_relative_to(OWN_CODE)
+    return Path(raised_in).is_relative_to(OWN_CODE)

@@ -19,10 +19,6 @@ import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-EXIT_STOPPED = 85
-"""Exit code after a requested stop: state is saved, the run wants to be started again."""
-
-
 SAME_REQUEST_SECONDS = 3.0
 """An interrupt that follows another within this time is its echo."""
 

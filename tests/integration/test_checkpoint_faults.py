@@ -82,7 +82,7 @@ def test_a_full_or_read_only_disk_is_named_and_costs_no_checkpoint(small_disk, t
     for leave, is_async in ((0, False), (16384, False), (16384, True)):
         fill(small_disk, leave)
         codes, error, _ = start(config(is_async=is_async))
-        assert codes == [1, 1] and "No space left on device" in error, (leave, is_async, error)
+        assert codes == [2, 2] and "No space left on device" in error, (leave, is_async, error)
         assert "iteration 4" in error and str(save) in error and "checkpoint.save" in error
         assert is_valid(save / "iter_0000002") and not (save / "iter_0000004").exists()
         for left in save.glob("*.tmp/*"):
@@ -90,7 +90,7 @@ def test_a_full_or_read_only_disk_is_named_and_costs_no_checkpoint(small_disk, t
     (small_disk / "filler").unlink()
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     codes, error, _ = start(config())
-    assert codes == [1, 1] and "Read-only file system" in error and "checkpoint.save" in error
+    assert codes == [2, 2] and "Read-only file system" in error and "checkpoint.save" in error
     assert is_valid(save / "iter_0000002")
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     assert start(config())[0] == [0, 0]
@@ -102,7 +102,7 @@ def test_files_that_may_not_grow_are_named(tmp_path, straight):
     config = fake_config(str(tmp_path / "run"), checkpoint=SAVED)
     limit = LimitFiles(call=2 * 3, most_bytes=16384)  # in the fourth iteration
     codes, error, _ = start(config, {"hook": limit})
-    assert codes == [1, 1] and "File too large" in error and "iteration 4" in error
+    assert codes == [2, 2] and "File too large" in error and "iteration 4" in error
     assert is_valid(tmp_path / "run" / "checkpoints" / "iter_0000002")
     assert start(config)[0] == [0, 0]
     assert curve(tmp_path / "run") == straight
@@ -131,7 +131,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(tmp_pa
     for folder in newest.parent.glob("iter_*[0-9]"):
         (folder / ".metadata").unlink()
     codes, error, _ = start(config)
-    assert codes == [1, 1] and "no checkpoint in" in error and ".metadata is missing" in error
+    assert codes == [2, 2] and "no checkpoint in" in error and ".metadata is missing" in error
 
 
 def flip(path: Path, place: int) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kosmosg import exit_codes
 from megatron_kosmosg.toy import assets
 from tests.support.data_helpers import overwrite_image
 from tests.support.ranks import run_ranks
@@ -270,6 +271,6 @@ def test_a_diffusion_folder_that_only_score_ranks_lack_is_said_in_one_line(world
         (tmp_path / "sd" / part).symlink_to(whole / part)
     run = arguments(world, tmp_path / "run", DEDICATED, f"model.diffusion.path={tmp_path / 'sd'}")
     decoder, score = run_ranks(2, program, run)
-    assert (decoder.code, score.code) == (1, 1)
+    assert (decoder.code, score.code) == (exit_codes.FAILURE, exit_codes.BAD_INPUT)
     assert f"model.diffusion.path='{tmp_path / 'sd'}' has no folder 'unet'" in score.said
     assert "Traceback" not in score.said + decoder.said

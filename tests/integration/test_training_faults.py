@@ -142,7 +142,7 @@ def test_a_port_in_use_is_said_in_one_line(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         ((code, said, _),) = run_ranks(1, run_on_taken_port, fake_config(str(tmp_path)), port)
-    assert code == 1 and f"port {port}" in said and "in use" in said and "Traceback" not in said
+    assert code == 2 and f"port {port}" in said and "in use" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
@@ -192,10 +192,10 @@ def test_help_names_overrides_and_exit_codes():
         (["stage=pretrain", "logging.output_dir={tmp}/f/run", *READY], ["is a file, not a folder"]),
     ],
 )
-def test_bad_input_is_one_message_and_exit_code_1(tmp_path, arguments, words):
+def test_bad_input_is_one_message_and_exit_code_2(tmp_path, arguments, words):
     for name in ("f", "x.bin", "x.idx"):
         (tmp_path / name).write_text("")
     result = program(*(text.replace("{tmp}", str(tmp_path)) for text in arguments))
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert all(word in result.stderr for word in words), result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) < 4

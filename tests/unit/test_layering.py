@@ -19,6 +19,7 @@ NAME = "megatron_kosmosg"
 
 LAYERS = (
     "unusable_packages",
+    "exit_codes",
     "config",
     "hf",
     "data",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_kosmosg import exit_codes
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import DecoderConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_kosmosg.models.pipeline_pieces import StagePieces, pipeline_pieces
@@ -75,7 +76,7 @@ def test_interleaved_ranks_hold_several_stages_each() -> None:
 def test_a_run_with_an_unusable_layout_ends_before_it_starts(capsys) -> None:
     layout = "parallel.pipeline_layout=decoder|decoder"
     settings = ["stage=pretrain", "logging.output_dir=x", layout]
-    assert main(settings) == 1
+    assert main(settings) == exit_codes.BAD_INPUT
     assert "has 2 stages, it must have 1" in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kosmosg import train
+from megatron_kosmosg import exit_codes, train
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import BlendEntry
 from megatron_kosmosg.config.world import world_layout
@@ -105,7 +105,7 @@ def test_training_and_its_dry_run_take_the_default(monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(platform, "holds_unet_alone", stop_here)
-    assert train.run(config) == train.EXIT_ERROR
+    assert train.run(config) == exit_codes.INTERRUPTED
     assert seen == [wanted]
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
+from megatron_kosmosg import exit_codes
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.data.bad_images import check_bad_images
 from megatron_kosmosg.monitoring import signals
-from megatron_kosmosg.monitoring.failure import forget_failure, report_failure
+from megatron_kosmosg.monitoring.failure import exit_code_of, forget_failure, report_failure
 from megatron_kosmosg.monitoring.signals import STOP_SIGNALS, StopRequest
 
 
@@ -100,3 +104,38 @@ def test_an_error_about_the_input_is_one_line_and_the_file_has_the_traceback(tmp
     report_failure(tmp_path, 0, caught.value, time.time())
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert "Traceback" in (tmp_path / "failure.txt").read_text()
+
+
+def own_error() -> Exception:
+    with pytest.raises(ValueError, match="allows 3") as caught:
+        check_bad_images(4, 3)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (lambda: ConfigError("data.blend.x.path does not exist"), exit_codes.BAD_INPUT),
+        (own_error, exit_codes.BAD_INPUT),
+        (lambda: FloatingPointError("100 updates in a row"), exit_codes.MISSED),
+        (KeyboardInterrupt, exit_codes.INTERRUPTED),
+        (lambda: raised("of a library, or a mistake of ours"), exit_codes.FAILURE),
+        (lambda: OSError("stale file handle"), exit_codes.FAILURE),
+    ],
+)
+def test_each_kind_of_error_has_its_exit_code(error, code):
+    assert exit_code_of(error()) == code
+
+
+@pytest.mark.parametrize(
+    ("code", "waits"), [(exit_codes.STOPPED, False), (exit_codes.BAD_INPUT, True)]
+)
+def test_a_stopped_process_does_not_wait_for_its_threads(code, waits):
+    program = (
+        "import threading, time\nfrom megatron_kosmosg import exit_codes\n"
+        "def build():\n    time.sleep(0.5)\n    print('built', flush=True)\n"
+        f"threading.Thread(target=build).start()\nprint('told')\nexit_codes.leave({code})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == code and not done.stderr
+    assert done.stdout.splitlines() == (["told", "built"] if waits else ["told"])

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kosmosg import exit_codes
+
 REPOSITORY = Path(__file__).parents[2]
 SHARED = ("common.sh", "checks.sh")
 SCRIPTS = sorted(path for path in (REPOSITORY / "slurm").glob("*.sh") if path.name not in SHARED)
@@ -147,11 +149,18 @@ def test_a_stop_and_a_crash_are_requeued(cluster, code):
     assert ended.returncode == 0 and cluster.was_requeued()
 
 
+@pytest.mark.parametrize("code", [exit_codes.BAD_INPUT, exit_codes.MISSED])
+def test_an_error_that_would_come_again_is_not_requeued(cluster, code):
+    ended = cluster.run(CODE=str(code), NEXT="iter_0000004")
+    assert ended.returncode == code and not cluster.was_requeued()
+    assert "same error would come again" in ended.stdout
+
+
 @pytest.mark.parametrize("error", ["FloatingPointError: 100 updates in a row", "config"])
-def test_an_error_that_would_come_again_is_not_requeued(cluster, error):
+def test_a_rank_killed_beside_such_an_error_does_not_hide_it(cluster, error):
     text = error.replace("config", "megatron_kosmosg.config.errors.ConfigError: no such file")
-    ended = cluster.run(CODE="1", FAILURE=text)
-    assert ended.returncode == 1 and not cluster.was_requeued()
+    ended = cluster.run(CODE="137", FAILURE=text)
+    assert ended.returncode == 137 and not cluster.was_requeued()
     assert "same error would come again" in ended.stdout
 
 
@@ -214,11 +223,15 @@ def test_a_signal_that_only_the_tasks_get_before_training_is_a_stop_request(clus
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"), [({"DRY": "1"}, ""), ({"FIT": "1"}, "--exclude=NODE")]
+    ("settings", "code", "words"),
+    [
+        ({"DRY": "2"}, exit_codes.BAD_INPUT, ""),
+        ({"FIT": "1"}, exit_codes.FAILURE, "--exclude=NODE"),
+    ],
 )
-def test_a_bad_layout_or_node_ends_the_job_before_training(cluster, settings, words):
+def test_a_bad_layout_or_node_ends_the_job_before_training(cluster, settings, code, words):
     ended = cluster.run(**settings)
-    assert ended.returncode == 2 and words in ended.stderr and not cluster.was_requeued()
+    assert ended.returncode == code and words in ended.stdout and not cluster.was_requeued()
     trained = [c for c in cluster.calls.read_text().splitlines() if "train --config" in c]
     assert all("--dry-run" in call for call in trained)
 
@@ -309,6 +322,13 @@ def test_a_tool_that_is_killed_every_time_is_given_up(cluster):
     stopped = killed | {"CODE": "138"}  # by USR1: as often as somebody asks
     cluster.run("--", SLURM_RESTART_COUNT="9", **stopped)
     assert cluster.was_requeued()
+
+
+def test_the_scripts_know_the_exit_codes_of_the_package():
+    text = (REPOSITORY / "slurm" / "common.sh").read_text()
+    found = {name: int(code) for name, code in re.findall(r"\bEXIT_([A-Z_]+)=(\d+)", text)}
+    assert found == {name: getattr(exit_codes, name) for name in found}
+    assert {"BAD_INPUT", "MISSED", "STOPPED"} <= set(found)
 
 
 def test_all_scripts_find_the_project_alike():
