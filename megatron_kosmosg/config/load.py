@@ -10,20 +10,16 @@ import dataclasses
 import difflib
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.renamed_keys import Layer, Note, rename_keys
 from megatron_kosmosg.config.schema import RunConfig
-
-RENAMED_KEYS = {"data.max_bad_samples": "data.max_bad_images"}
-"""{key of an earlier version: today's}. The earlier ones still load."""
-
-Note = Callable[[str], None]
 
 
 def load_config(
@@ -39,10 +35,10 @@ def load_config(
     """
     merged = OmegaConf.structured(RunConfig)
     for source, layer in _layers(path, overrides, _on_stderr if note is None else note):
-        _refuse_unknown_keys(source, OmegaConf.to_container(layer, resolve=False))
+        _refuse_unknown_keys(source, layer)
         try:
             OmegaConf.set_readonly(merged, False)
-            merged = OmegaConf.unsafe_merge(merged, layer)
+            merged = OmegaConf.unsafe_merge(merged, OmegaConf.create(layer))
         except OmegaConfBaseException as error:
             raise ConfigError(_explain(source, error)) from None
     missing = sorted(OmegaConf.missing_keys(merged))
@@ -68,9 +64,7 @@ def load_saved_config(path: str | Path) -> RunConfig:
 def given_keys(path: str | Path | None, overrides: list[str]) -> set[str]:
     """Dotted keys that the file (with what it includes) or an override sets; no defaults."""
     return {
-        key
-        for _, layer in _layers(path, overrides, _silently)
-        for key, _ in _flat_items(OmegaConf.to_container(layer, resolve=False), "")
+        key for _, layer in _layers(path, overrides, _silently) for key, _ in _flat_items(layer, "")
     }
 
 
@@ -98,52 +92,21 @@ def known_keys() -> list[str]:
     return [name for name, _ in _schema_leaves(RunConfig, "")]
 
 
-def _layers(
-    path: str | Path | None, overrides: list[str], note: Note
-) -> list[tuple[str, DictConfig]]:
+def _layers(path: str | Path | None, overrides: list[str], note: Note) -> list[tuple[str, Layer]]:
     """[(where it comes from, settings by today's keys)] in the order in which they are merged."""
-    layers: list[tuple[str, DictConfig]] = []
+    read: list[tuple[str, DictConfig]] = []
     if path is not None:
-        layers.extend(_file_layers(Path(path), ()))
+        read.extend(_file_layers(Path(path), ()))
     for override in overrides:
         if "=" not in override:
             raise ConfigError(
                 f"{override!r} is not an override; write section.key=value, "
                 "for example training.train_iters=100"
             )
-        layers.append((f"override {override!r}", _from_dotlist(override)))
-    _rename_keys(layers, note)
+        read.append((f"override {override!r}", _from_dotlist(override)))
+    layers = [(source, OmegaConf.to_container(layer, resolve=False)) for source, layer in read]
+    rename_keys(layers, note)
     return layers
-
-
-def _rename_keys(layers: list[tuple[str, DictConfig]], note: Note) -> None:
-    """Moves values from keys of earlier versions to today's, with one note a key."""
-    for old, new in RENAMED_KEYS.items():
-        section, _, name = old.rpartition(".")
-        sources = []
-        for source, layer in layers:
-            holder = OmegaConf.select(layer, section)
-            if not isinstance(holder, DictConfig) or name not in holder:
-                continue
-            new_section, _, new_name = new.rpartition(".")
-            target = OmegaConf.select(layer, new_section)
-            if isinstance(target, DictConfig) and new_name in target:
-                raise ConfigError(f"{source}: {old} is {new} today and both are given; keep that")
-            OmegaConf.update(layer, new, holder.pop(name))
-            sources.append(source)
-        sources += [source for source, layer in layers if _rename_accepted(layer, old, new)]
-        if sources:
-            note(f"{sources[0]}: {old} is called {new} today")
-
-
-def _rename_accepted(layer: DictConfig, old: str, new: str) -> bool:
-    """Whether checkpoint.accept_changes named `old`; it names `new` now."""
-    accepted = OmegaConf.select(layer, "checkpoint.accept_changes")
-    if not isinstance(accepted, ListConfig) or old not in accepted:
-        return False
-    names = [new if name == old else name for name in accepted]
-    OmegaConf.update(layer, "checkpoint.accept_changes", names)
-    return True
 
 
 def _on_stderr(message: str) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_kosmosg.config.load import RENAMED_KEYS, flatten, load_config
+from megatron_kosmosg.config.load import flatten, load_config
+from megatron_kosmosg.config.renamed_keys import RENAMED_KEYS
 from megatron_kosmosg.data.images import target_pixels
 from megatron_kosmosg.data.latent_cache import LatentCache
 from megatron_kosmosg.data.store import SampleStore

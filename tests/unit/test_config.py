@@ -11,7 +11,6 @@ from megatron_kosmosg.checkpoint.changed_settings import check_resume
 from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import (
-    RENAMED_KEYS,
     differences,
     flatten,
     given_keys,
@@ -20,6 +19,7 @@ from megatron_kosmosg.config.load import (
     load_saved_config,
     to_yaml,
 )
+from megatron_kosmosg.config.renamed_keys import RENAMED_KEYS
 from megatron_kosmosg.config.validate import validate_files, validate_layout
 
 BASE = ["stage=align", "logging.output_dir=run", "training.global_batch_size=8"]
