@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_kosmosg.config.schema import RunConfig
+from tests.support import fault_harness
 from tests.support.fake_stage import fake_config
 from tests.support.fault_harness import BACKGROUND_ONLY, ITERATIONS, Ends, Torment, World
 from tests.support.fault_runs import Death, Kill, Lived
@@ -39,6 +40,8 @@ class PlayedRuns:
         self._random = random.Random(f"played {seed}")
         self._starts: Counter[str] = Counter()
         self.kills: list[Kill] = []
+        self.late = 0
+        """Kills after the last save, which the other rank did not hear of."""
 
     def __call__(self, world: World, config: RunConfig, kill: Kill | None) -> Ends:
         folder = Path(config.logging.output_dir)
@@ -52,9 +55,12 @@ class PlayedRuns:
             count = 0 if self._is_absent(kill, config) else -(-count // self._starts[folder.name])
             if kill.entry <= count:
                 is_inside = kill.delay < median * self._random.uniform(0.5, 2)
-                death = Death((kill.phase,) if is_inside else (), 1, "model")
-                lived = [None if rank == victim else Lived(1, "", "") for rank in range(2)]
-                return Ends(lived, victim, death)
+                is_late = not is_inside and kill.phase == "save" and kill.entry == count
+                iteration, heartbeat = (ITERATIONS, "saving") if is_late else (1, "model")
+                death = Death((kill.phase,) if is_inside else (), iteration, heartbeat)
+                other = self._lived(1 - victim, config) if is_late else Lived(1, "", "")
+                self.late += is_late
+                return Ends([None, other] if victim == 0 else [other, None], victim, death)
         return Ends([self._lived(rank, config) for rank in range(2)])
 
     def _is_absent(self, kill: Kill, config: RunConfig) -> bool:
@@ -75,8 +81,10 @@ def played_world(phases: tuple[str, ...]) -> World:
 
 
 @pytest.mark.parametrize("phases", [FAKE, INSTRUCT], ids=["fake", "instruct"])
-def test_every_seed_of_a_thousand_hits_every_phase(phases, tmp_path):
-    world, places = played_world(phases), Counter()
+def test_every_seed_of_a_thousand_hits_every_phase(phases, tmp_path, monkeypatch):
+    last = Path(f"iter_{ITERATIONS:07d}")  # played runs leave no checkpoints to look at
+    monkeypatch.setattr(fault_harness, "latest_valid", lambda folder: last)
+    world, places, late = played_world(phases), Counter(), 0
     for seed in range(1000):
         runs = PlayedRuns(seed)
         torment = Torment(world, tmp_path, seed, runs)
@@ -84,6 +92,7 @@ def test_every_seed_of_a_thousand_hits_every_phase(phases, tmp_path):
         random.Random(seed).shuffle(targets)
         torment.run(targets)
         assert torment.hits == Counter(targets), seed
+        late += runs.late
         for kill in runs.kills:
             count, _ = STAYS[kill.phase][1 if kill.rank is None else kill.rank]
             longest = max(stays[1] for stays in STAYS[kill.phase] if stays)
@@ -92,6 +101,20 @@ def test_every_seed_of_a_thousand_hits_every_phase(phases, tmp_path):
     builder = {("data build", None)} if "data build" in phases else set()
     wanted = {(p, r) for p in phases for r in range(2) if STAYS[p][r] and p != "data build"}
     assert set(places) == wanted | builder
+    assert late or "save" not in phases
+
+
+def test_a_rank_that_ends_well_before_its_time_is_a_failure(tmp_path):
+    class Deaf(PlayedRuns):
+        def __call__(self, world: World, config: RunConfig, kill: Kill | None) -> Ends:
+            ends = super().__call__(world, config, kill)
+            if ends.victim is not None:
+                ends.lived[1 - ends.victim] = self._lived(1 - ends.victim, config)
+            return ends
+
+    torment = Torment(played_world(INSTRUCT), tmp_path, 1, Deaf(1))
+    with pytest.raises(AssertionError, match="rank 0: Lived\\(code=0"):
+        torment.run(["scoring"])
 
 
 def test_a_phase_that_no_run_has_is_named(tmp_path):
