@@ -92,7 +92,7 @@ def megatron_update(config: schema.RunConfig, layout: Layout, feed: FixedFeed):
     chunks = wrap_model(stage.build_model(layout), config)
     optimizer = build_optimizer(config, chunks)
     scheduler = build_lr_scheduler(config, optimizer)
-    connect(chunks, optimizer, layout)
+    connect(chunks, optimizer, stage.remote_score)
     reporter = Reporter(layout)
 
     def update() -> float:

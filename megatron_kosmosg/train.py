@@ -98,6 +98,7 @@ def _train(config: RunConfig, started: float) -> int:
     from megatron_kosmosg.monitoring.failure import forget_failure, raise_together
     from megatron_kosmosg.parallel import platform
     from megatron_kosmosg.planning.pipeline_balance import with_default_layout
+    from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
     from megatron_kosmosg.stages import build_stage
     from megatron_kosmosg.stages.instruct import run_score_rank
     from megatron_kosmosg.training.loop import fit
@@ -106,13 +107,15 @@ def _train(config: RunConfig, started: float) -> int:
     if _place().rank == 0:
         forget_failure(output_folder(config), started)
     if platform.holds_unet_alone(config):
-        finished = run_score_rank(config, platform.initialize_score(config))
+        finished = run_score_rank(config, join_as_score_rank(config))
     else:
         layout = platform.initialize(config)
         raise_together(lambda: validate_files(config))
-        finished = fit(build_stage(config, layout, _picture_judge(config)), config, layout)
-        if layout.remote_score is not None:
-            layout.remote_score.close(is_done=finished)
+        remote_score = open_remote_score(config, layout)
+        stage = build_stage(config, layout, remote_score, _picture_judge(config))
+        finished = fit(stage, config, layout)
+        if remote_score is not None:
+            remote_score.close(is_done=finished)
     return exit_codes.DONE if finished else exit_codes.STOPPED
 
 

@@ -13,6 +13,28 @@ import numpy as np
 import torch
 
 
+@dataclass(frozen=True)
+class StreamName:
+    """A sample stream, and how it is spelled in the keys of random draws.
+
+    Both spellings are part of the draws of every run, on every rank: they stand here alone.
+    """
+
+    stage: str
+    split: str
+    """train | heldout"""
+
+    @property
+    def order_key(self) -> str:
+        """Of the order of samples and of what is drawn while one is made."""
+        return f"{self.stage}/{self.split}"
+
+    @property
+    def noise_key(self) -> str:
+        """Of what the score draws for a sample: timestep, noise, posterior, dropped condition."""
+        return self.stage if self.split == "train" else f"{self.stage}-{self.split}"
+
+
 def stream_key(seed: int, stage: str, position: int, tag: str) -> int:
     """A 63-bit key; equal arguments give the equal key on every machine."""
     text = f"{seed}|{stage}|{position}|{tag}".encode()

@@ -14,6 +14,7 @@ from megatron_kosmosg.data.align_stream import AlignStream, load_clip_tokenizer
 from megatron_kosmosg.data.blend import Blend
 from megatron_kosmosg.data.images import ImageDecoder, prompt_transform, target_transform
 from megatron_kosmosg.data.instruct_stream import InstructStream, PromptMaker, PromptSource, Reads
+from megatron_kosmosg.data.keyed import StreamName
 from megatron_kosmosg.data.kinds.caption import CaptionPrompts
 from megatron_kosmosg.data.kinds.compositional import CompositionalPrompts
 from megatron_kosmosg.data.kinds.edit import EditPrompts
@@ -151,7 +152,7 @@ class _StreamParts:
                 f"{config.data.tokenizer_model} has {tokenizer.vocab_size} ids; set "
                 f"model.vocab_size={tokenizer.vocab_size}"
             )
-        self.stage_key = f"{stage}/{split}"
+        self.stage_key = StreamName(stage, split).order_key
         self.sequence_format = SequenceFormat(tokenizer, config.model.resampler.num_latent_queries)
         self.blend = Blend({name: entry.weight for name, entry in entries.items()})
         self.stores: dict[str, SampleStore] = {}

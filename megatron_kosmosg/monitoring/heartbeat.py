@@ -194,7 +194,7 @@ def innermost_line(frame: FrameType | None) -> str:
     return "?"
 
 
-_WAITING = ("torch/distributed/", "p2p_communication", "score/link")
+_WAITING = ("torch/distributed/", "p2p_communication", "score/link.py")
 """In the names of files whose functions wait for other ranks."""
 
 

@@ -1,8 +1,7 @@
 """`trace.json`: what every rank did in one iteration, in Chrome's trace event format.
 
-A process of the trace is a rank. Decoder ranks record the iteration alone; a score rank does not
-know beforehand which request begins it, so it records all and forgets those that came before. It
-knows that the iteration is over by the first request after it.
+A process of the trace is a rank. Decoder ranks record the iteration alone; score ranks have a side
+of their own, in score/trace.py.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -30,12 +29,17 @@ from megatron_kosmosg.monitoring.spans import (
 from megatron_kosmosg.monitoring.trace_exchange import Part, TraceExchange
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.rendezvous import find_place
-from megatron_kosmosg.score.link import Kind, Request, ScoreRank
 
 T = TypeVar("T")
 """A batch, of whatever form."""
 ITERATION = "iteration"
 """Name of the stretch that bounds the trace; `about` has its number."""
+
+
+class Recorded(Protocol):
+    """What names stretches of its time through a record that it is given."""
+
+    record: Record
 
 
 class DecoderTrace:
@@ -47,12 +51,15 @@ class DecoderTrace:
         layout: Layout,
         chunks: list[DistributedDataParallel],
         optimizer: MegatronOptimizer,
+        recorded: Recorded | None = None,
     ) -> None:
-        """Collective with the score ranks' `ScoreTrace`, unless the config asks for no trace."""
-        self._config, self._layout = config, layout
+        """Collective with the score ranks' `ScoreTrace`, unless the config asks for no trace.
+
+        recorded: what else names its stretches of time while a trace is made."""
+        self._config, self._layout, self._recorded = config, layout, recorded
         self._configs = [chunk.config for chunk in chunks]
         self._configs += [part.config for part in (optimizer, *optimizer.chained_optimizers)]
-        self._exchange = _open(config)
+        self._exchange = open_exchange(config)
         self._is_pending = False
 
     @contextlib.contextmanager
@@ -88,52 +95,18 @@ class DecoderTrace:
 
     @contextlib.contextmanager
     def _recording(self, spans: Spans) -> Iterator[None]:
-        timers, score = MegatronTimers(spans), self._layout.remote_score
+        timers = MegatronTimers(spans)
         for config in self._configs:
             config.timers = timers
-        if score is not None:
-            score.record = spans
+        if self._recorded is not None:
+            self._recorded.record = spans
         try:
             yield
         finally:
             for config in self._configs:
                 config.timers = None
-            if score is not None:
-                score.record = no_record
-
-
-class ScoreTrace:
-    """A score rank's side."""
-
-    record: Record
-    """Names stretches of time for as long as the trace needs them."""
-
-    def __init__(self, config: RunConfig, rank: ScoreRank) -> None:
-        """Collective with the other score ranks and the decoder ranks' `DecoderTrace`."""
-        self._config, self._rank = config, rank
-        self._exchange = _open(config)
-        self._spans = Spans(rank.device)
-        self.record = no_record if self._exchange is None else self._spans
-
-    def received(self, request: Request) -> None:
-        """Call for every request, before it is answered."""
-        if self.record is no_record:
-            return
-        is_over = request.kind is Kind.END
-        if request.kind is Kind.GRADIENT:
-            size = self._config.training.global_batch_size
-            iteration = int(request.positions.min()) // size + 1
-            if iteration < self._config.logging.trace_iteration:
-                self._spans.clear()
-            is_over = iteration > self._config.logging.trace_iteration
-        if is_over:
-            place = self._rank.place
-            name = f"rank {find_place(os.environ).rank}: score rank {place.score_index} of replica "
-            replicas = range(place.replica, place.replica + len(self._rank.links))
-            name += " and ".join(map(str, replicas))
-            self._exchange.publish(name, self._spans.finished())
-            self.record = no_record
-            self._spans.clear()
+            if self._recorded is not None:
+                self._recorded.record = no_record
 
 
 def chrome_trace(parts: dict[int, Part]) -> dict[str, Any]:
@@ -205,7 +178,8 @@ def _meta(name: str, rank: int, lane: int, /, **about: Any) -> dict[str, Any]:
     return {"name": name, "ph": "M", "pid": rank, "tid": lane, "args": about}
 
 
-def _open(config: RunConfig) -> TraceExchange | None:
+def open_exchange(config: RunConfig) -> TraceExchange | None:
+    """How this rank hands its part to rank 0; None where no trace is asked for. Collective."""
     if config.logging.trace_iteration is None:
         return None
     return TraceExchange(find_place(os.environ), config.parallel.timeout_seconds)

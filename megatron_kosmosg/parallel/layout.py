@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Store
 
-from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
+from megatron_kosmosg.config.batching import data_parallel_size
 from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
-from megatron_kosmosg.score.link import Link
-from megatron_kosmosg.score.remote import RemoteScore
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,10 @@ class Layout:
     process_groups: ProcessGroupCollection
     """The same and more, in the form that Megatron-Core modules take."""
     device: torch.device
-    remote_score: RemoteScore | None = None
-    """The score ranks, on the last pipeline stage of a replica that has them."""
     num_score_ranks: int = 0
     """Ranks of the whole run that hold the U-Net alone; `world_size` does not count them."""
+    store: Store | None = None
+    """Where all ranks of the run meet, score ranks included."""
 
     @property
     def num_devices(self) -> int:
@@ -65,8 +62,8 @@ class Layout:
 def create_groups(
     config: RunConfig,
     device: torch.device,
-    score_links: Sequence[Link] = (),
     num_score_ranks: int = 0,
+    store: Store | None = None,
 ) -> Layout:
     """Megatron's groups over torch.distributed's world, which holds the decoder ranks alone.
 
@@ -85,12 +82,6 @@ def create_groups(
         order="tp-cp-ep-pp-dp" if num_score_ranks else "tp-cp-ep-dp-pp",
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    remote = None
-    if num_score_ranks and groups.pp.rank() == groups.pp.size() - 1:
-        microbatches = num_microbatches(config, groups.dp.size())
-        remote = RemoteScore(
-            score_links, config.score.ranks_per_replica, microbatches, groups.tp, device
-        )
     return Layout(
         world_size=torch.distributed.get_world_size(),
         rank=torch.distributed.get_rank(),
@@ -105,8 +96,8 @@ def create_groups(
         dp_group=groups.dp,
         process_groups=groups,
         device=device,
-        remote_score=remote,
         num_score_ranks=num_score_ranks,
+        store=store,
     )
 
 

@@ -9,19 +9,20 @@ import importlib
 import importlib.util
 import logging
 import os
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+from torch.distributed import Store
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import world_layout
+from megatron_kosmosg.config.world import RankPlace, WorldLayout, world_layout
 from megatron_kosmosg.parallel import cpu_shim, fused_adam
 from megatron_kosmosg.parallel.cpu_shim_selftest import run_self_test
 from megatron_kosmosg.parallel.devices import choose_device, collective_backend
 from megatron_kosmosg.parallel.layout import Layout, create_groups, destroy_groups
 from megatron_kosmosg.parallel.rendezvous import find_place, meet
 from megatron_kosmosg.parallel.seeds import set_seeds
-from megatron_kosmosg.score.link import ScoreRank, open_links
 
 logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,9 +30,30 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def holds_unet_alone(config: RunConfig) -> bool:
-    """Whether this rank is a score rank: `initialize_score` and not `initialize` is for it."""
+    """Whether this rank is a score rank: score/link.py and not `initialize` is for it."""
     place = find_place(os.environ)
     return world_layout(config, place.world_size).place(place.rank).role == "score"
+
+
+@dataclass(frozen=True)
+class JoinedRank:
+    """A rank of any kind that has met the others."""
+
+    rank: int
+    """Among all ranks of the run."""
+    device: torch.device
+    world: WorldLayout
+    place: RankPlace
+    store: Store
+
+
+def join(config: RunConfig) -> JoinedRank:
+    """Chooses this rank's device and meets all others; no process group is made."""
+    place = find_place(os.environ)
+    world = world_layout(config, place.world_size)
+    chosen = choose_device(place)
+    store = meet(place, timedelta(seconds=config.parallel.timeout_seconds))
+    return JoinedRank(place.rank, chosen, world, world.place(place.rank), store)
 
 
 def initialize(config: RunConfig) -> Layout:
@@ -40,25 +62,20 @@ def initialize(config: RunConfig) -> Layout:
     Ranks come from torchrun or Slurm; without either the process runs alone. Pair it with
     `teardown`, also after an error.
     """
-    place = find_place(os.environ)
-    world = world_layout(config, place.world_size)
-    own = world.place(place.rank)
-    chosen = choose_device(place)
+    joined = join(config)
+    chosen, world, own = joined.device, joined.world, joined.place
     prepare_megatron(chosen)
-    timeout = timedelta(seconds=config.parallel.timeout_seconds)
-    store = meet(place, timeout)
-    number = place.rank
+    number = joined.rank
     if world.num_score_ranks:  # torch.distributed's world has no score ranks: count without them
         number = own.replica * world.replica_size + own.pp_rank * world.tp_size + own.tp_rank
     torch.distributed.init_process_group(
         collective_backend(chosen),
-        store=torch.distributed.PrefixStore("decoders", store),
+        store=torch.distributed.PrefixStore("decoders", joined.store),
         rank=number,
         world_size=world.world_size - world.num_score_ranks,
-        timeout=timeout,
+        timeout=timedelta(seconds=config.parallel.timeout_seconds),
     )
-    links = open_links(config, world, own, store, chosen)
-    layout = create_groups(config, chosen, links, world.num_score_ranks)
+    layout = create_groups(config, chosen, world.num_score_ranks, joined.store)
     set_seeds(config.training.seed, layout)
     if layout.rank == 0:
         logger.info(
@@ -74,17 +91,6 @@ def initialize(config: RunConfig) -> Layout:
             fused_adam.install(),
         )
     return layout
-
-
-def initialize_score(config: RunConfig) -> ScoreRank:
-    """This score rank's place and its links; torch.distributed's world does not have it."""
-    place = find_place(os.environ)
-    world = world_layout(config, place.world_size)
-    own = world.place(place.rank)
-    chosen = choose_device(place)
-    store = meet(place, timedelta(seconds=config.parallel.timeout_seconds))
-    links = open_links(config, world, own, store, chosen)
-    return ScoreRank(chosen, world, own, tuple(links))
 
 
 def prepare_megatron(chosen: torch.device) -> None:

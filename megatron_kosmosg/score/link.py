@@ -10,74 +10,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
-from enum import IntEnum
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, Store, Work
+from torch.distributed import ProcessGroup, Work
 
-from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import RankPlace, WorldLayout
+from megatron_kosmosg.score.messages import HEAD, Answer, Kind, Request
 
-_DECODER, _SCORE = 0, 1
+DECODER, SCORE = 0, 1
 """Ranks inside a link's groups."""
-_REQUEST_TIMEOUT = timedelta(days=1)
 
 
 class LinkBroken(RuntimeError):
     """The rank at the other end is gone, or silent for too long; the message names it."""
 
 
-class Kind(IntEnum):
-    """What a decoder rank asks for."""
-
-    GRADIENT = 0
-    """Loss, and its gradient by the condition."""
-    LOSS = 1
-    """Loss alone."""
-    PICTURES = 2
-    """Pictures drawn from the condition, whose last row is the null condition."""
-    END = 3
-    """Nothing more; `number` is 1 when the run is done, 0 when it was asked to stop."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One message to a score rank."""
-
-    kind: Kind
-    condition: torch.Tensor
-    """[rows, c, d], in the dtype the U-Net runs in; no rows for END."""
-    scale: torch.Tensor
-    """Loss scale of the optimizer, scalar."""
-    positions: torch.Tensor
-    """Stream positions, int64 [n]: of the rows, or of the pictures."""
-    attempts: torch.Tensor
-    """int64 [n]: which draw filled the position (samples.PromptSample)."""
-    number: int = 0
-    """Of LOSS and GRADIENT: 1 for the held-out stream. Of PICTURES: pixels per side."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a score rank computed."""
-
-    loss: torch.Tensor
-    """Sum over the rows, fp32 scalar."""
-    bad_samples: torch.Tensor
-    """Targets that could not be decoded: images that do not count; scalar."""
-    signal: torch.Tensor
-    """Number of the stop signal that the score rank got, 0 for none; scalar."""
-    idle: torch.Tensor
-    """Seconds that the score rank waited for this request; scalar."""
-    payload: torch.Tensor
-    """Flat fp32: gradient of the unscaled loss, or pixels."""
-
-
-HEAD = 4
-"""Numbers before an answer's payload."""
-
+_HEADER = 7
+"""Numbers before a request's positions and attempts; the last of them is the loss scale."""
 MOST_IN_FLIGHT = 32
 """Requests of one decoder rank without an answer. A link holds more messages than this, so that
 neither end waits to send while the other does."""
@@ -110,40 +58,51 @@ class Link:
         most = self._most_rows
         if n > most:
             raise ValueError(f"{n} positions in a request, {most} at most")
-        words = torch.tensor([request.kind, request.number, n, rows], dtype=torch.float64)
-        header = torch.zeros(5 + 2 * most, dtype=torch.float64, device=self._device)
-        header[:4] = words.to(self._device, non_blocking=True)
-        header[4] = request.scale
-        header[5 : 5 + n] = request.positions
-        header[5 + most : 5 + most + n] = request.attempts
-        self._send(self._requests, header, _SCORE)
+        words = (request.kind, request.is_heldout, request.image_size, request.is_done, n, rows)
+        header = torch.zeros(_HEADER + 2 * most, dtype=torch.float64, device=self._device)
+        header[: len(words)] = torch.tensor(words, dtype=torch.float64).to(
+            self._device, non_blocking=True
+        )
+        header[len(words)] = request.scale
+        header[_HEADER : _HEADER + n] = request.positions
+        header[_HEADER + most : _HEADER + most + n] = request.attempts
+        self._send(self._requests, header, SCORE)
         if rows:
-            self._send(self._requests, request.condition.contiguous(), _SCORE)
+            self._send(self._requests, request.condition.contiguous(), SCORE)
 
     def take_request(self, shape: tuple[int, int], dtype: torch.dtype) -> Request:
         """The next request; waits for it. shape: (c, d) of a condition's row; dtype: its."""
         most = self._most_rows
-        header = torch.empty(5 + 2 * most, dtype=torch.float64, device=self._device)
-        self._receive(self._requests, header, _DECODER)
-        scale, header = header[4], header.cpu()
-        kind, number, n, rows = (int(value) for value in header[:4])
+        header = torch.empty(_HEADER + 2 * most, dtype=torch.float64, device=self._device)
+        self._receive(self._requests, header, DECODER)
+        scale, header = header[_HEADER - 1], header.cpu()
+        kind, is_heldout, image_size, is_done, n, rows = map(int, header[: _HEADER - 1].tolist())
         condition = torch.empty(rows, *shape, dtype=dtype, device=self._device)
         if rows:
-            self._receive(self._requests, condition, _DECODER)
-        positions = header[5 : 5 + n].long()
-        attempts = header[5 + most : 5 + most + n].long()
-        return Request(Kind(kind), condition, scale, positions, attempts, number)
+            self._receive(self._requests, condition, DECODER)
+        positions = header[_HEADER : _HEADER + n].long()
+        attempts = header[_HEADER + most : _HEADER + most + n].long()
+        return Request(
+            Kind(kind),
+            condition,
+            scale,
+            positions,
+            attempts,
+            bool(is_heldout),
+            image_size,
+            bool(is_done),
+        )
 
     def reply(self, answer: Answer) -> None:
         """Sends an answer and returns."""
         values = (answer.loss, answer.bad_samples, answer.signal, answer.idle)
         head = torch.stack([value.detach().to(self._device, torch.float32) for value in values])
-        self._send(self._answers, torch.cat([head, answer.payload.flatten()]), _DECODER)
+        self._send(self._answers, torch.cat([head, answer.payload.flatten()]), DECODER)
 
     def take_answer(self, num_values: int) -> torch.Tensor:
         """fp32 [HEAD + num_values]: the next answer, waited for; `read_answer` unpacks it."""
         message = torch.empty(HEAD + num_values, dtype=torch.float32, device=self._device)
-        self._receive(self._answers, message, _SCORE)
+        self._receive(self._answers, message, SCORE)
         return message
 
     def flush(self, most: int = 0) -> None:
@@ -174,59 +133,3 @@ class Link:
                 f"{doing} {self._peer} failed: it ended, or gave no sign for "
                 f"parallel.timeout_seconds ({str(error).splitlines()[0]})"
             ) from error
-
-
-def read_answer(message: torch.Tensor) -> Answer:
-    """What `take_answer` received."""
-    loss, bad_samples, signal, idle = message[:HEAD].unbind()
-    return Answer(loss, bad_samples, signal, idle, message[HEAD:])
-
-
-@dataclass(frozen=True)
-class ScoreRank:
-    """What a rank that holds the U-Net alone knows of the run."""
-
-    device: torch.device
-    world: WorldLayout
-    place: RankPlace
-    links: tuple[Link, ...]
-    """To the replicas it serves, in order."""
-
-
-def open_links(
-    config: RunConfig, world: WorldLayout, place: RankPlace, store: Store, device: torch.device
-) -> list[Link]:
-    """This rank's links. A decoder rank's: to its score ranks, in the order of micro-batches; none
-    unless it is tensor rank 0 of the last stage. A score rank's: to the replicas it serves."""
-    timeout = timedelta(seconds=config.parallel.timeout_seconds)
-    most_rows = max(config.training.micro_batch_size, config.logging.num_images)
-
-    def link(replica: int, score_index: int, end: int) -> Link:
-        name = f"score link {replica}-{score_index}"
-        # Between requests lie evaluations, saves and data builds of any length; a decoder rank
-        # that is gone closes the connection, and the launcher ends the job.
-        patience = _REQUEST_TIMEOUT if end == _SCORE else timeout
-        requests = _pair(PrefixStore(f"{name} requests", store), end, device, patience)
-        answers = _pair(PrefixStore(f"{name} answers", store), end, device, timeout)
-        score_rank = world.score_ranks(replica)[score_index]
-        decoder_rank = world.decoder_rank(replica, world.pp_size - 1, 0)
-        peer = f"score rank {score_rank}" if end == _DECODER else f"decoder rank {decoder_rank}"
-        return Link(requests, answers, device, most_rows, peer)
-
-    if place.role == "score":
-        replicas = range(place.replica, place.replica + world.replicas_per_unit)
-        return [link(replica, place.score_index, _SCORE) for replica in replicas]
-    if place.tp_rank != 0 or place.pp_rank != world.pp_size - 1:
-        return []
-    return [link(place.replica, index, _DECODER) for index in range(world.score_ranks_per_unit)]
-
-
-def _pair(store: Store, rank: int, device: torch.device, timeout: timedelta) -> ProcessGroup:
-    """A group of two ranks outside torch.distributed's world, which has decoder ranks only."""
-    if device.type == "cpu":
-        return ProcessGroupGloo(store, rank, 2, timeout)
-    from torch.distributed import ProcessGroupNCCL  # absent from builds without CUDA
-
-    options = ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return ProcessGroupNCCL(store, rank, 2, options)

@@ -19,14 +19,8 @@ from torch.distributed import ProcessGroup
 from megatron_kosmosg.data.balance import share
 from megatron_kosmosg.monitoring.spans import SEND, WAIT, Record, no_record
 from megatron_kosmosg.monitoring.stopwatch import Stopwatch
-from megatron_kosmosg.score.link import (
-    HEAD,
-    MOST_IN_FLIGHT,
-    Kind,
-    Link,
-    Request,
-    read_answer,
-)
+from megatron_kosmosg.score.link import MOST_IN_FLIGHT, Link
+from megatron_kosmosg.score.messages import HEAD, Kind, Request, read_answer
 
 
 @dataclass
@@ -94,7 +88,7 @@ class RemoteScore:
                     scale,
                     positions[rows],
                     attempts[rows],
-                    int(is_heldout),
+                    is_heldout=is_heldout,
                 )
                 with self.record(SEND, micro_batch=number, sample=request.positions):
                     self._links[index].ask(request)
@@ -118,7 +112,8 @@ class RemoteScore:
         """
         one = torch.ones((), device=condition.device)
         none = torch.zeros_like(positions)
-        self._links[0].ask(Request(Kind.PICTURES, condition, one, positions, none, size))
+        request = Request(Kind.PICTURES, condition, one, positions, none, image_size=size)
+        self._links[0].ask(request)
         pixels = self._links[0].take_answer(len(positions) * 3 * size * size)[HEAD:]
         return pixels.view(len(positions), 3, size, size)
 
@@ -153,8 +148,8 @@ class RemoteScore:
     def close(self, *, is_done: bool) -> None:
         """Ends the score ranks' service. is_done: the run reached its last iteration."""
         for link in self._links:
-            none = torch.zeros(0, dtype=torch.int64)
-            link.ask(Request(Kind.END, torch.zeros(0), torch.ones(()), none, none, int(is_done)))
+            none, one = torch.zeros(0, dtype=torch.int64), torch.ones(())
+            link.ask(Request(Kind.END, torch.zeros(0), one, none, none, is_done=is_done))
             link.flush()
 
     def _split(self, num_rows: int) -> tuple[int, list[tuple[int, slice]]]:

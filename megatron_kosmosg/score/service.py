@@ -14,15 +14,17 @@ import torch
 from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import InstructStream
+from megatron_kosmosg.data.keyed import StreamName
 from megatron_kosmosg.data.loader import MicroBatchIterator
-from megatron_kosmosg.monitoring.iteration_trace import ScoreTrace
 from megatron_kosmosg.monitoring.signals import StopRequest
 from megatron_kosmosg.monitoring.spans import IDLE, REPLY, UNET
 from megatron_kosmosg.monitoring.stopwatch import Stopwatch
-from megatron_kosmosg.score.link import Answer, Kind, Request, ScoreRank
+from megatron_kosmosg.score.connect import ScoreRank
+from megatron_kosmosg.score.messages import Answer, Kind, Request
+from megatron_kosmosg.score.trace import ScoreTrace
 
 Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], torch.Tensor]
-"""Loss of each image by (conditions, targets, positions, name of the sample stream)."""
+"""Loss of each image by (conditions, targets, positions, noise key of their stream)."""
 OpenStream = Callable[[str], InstructStream]
 """The stream of a split (train | heldout), reading targets."""
 Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -63,16 +65,18 @@ def serve(
             if request.kind is Kind.END:
                 link.flush()
                 reader.close()
-                is_done = is_done and request.number == 1
+                is_done = is_done and request.is_done
                 continue
             if request.kind is Kind.PICTURES:
-                pixels = draw(request.condition, request.positions, request.number)
+                pixels = draw(request.condition, request.positions, request.image_size)
                 none = torch.zeros(())
                 link.reply(Answer(none, none, _number(stop), idle, pixels))
                 turns.insert(0, (link, reader))  # one replica asks for them, out of turn
             else:
                 with trace.record(UNET, sample=request.positions):
-                    loss, bad_samples, gradient = _score(request, reader, denoise)
+                    loss, bad_samples, gradient = _score(
+                        request, reader, denoise, _noise_key(config, request)
+                    )
                 with trace.record(REPLY, sample=request.positions):
                     link.reply(Answer(loss, bad_samples, _number(stop), idle, gradient))
                 turns.append((link, reader))
@@ -84,17 +88,24 @@ def _number(stop: StopRequest) -> torch.Tensor:
     return torch.tensor(0 if stop.received is None else int(stop.received))
 
 
+def _split(request: Request) -> str:
+    return "heldout" if request.is_heldout else "train"
+
+
+def _noise_key(config: RunConfig, request: Request) -> str:
+    return StreamName(config.stage, _split(request)).noise_key
+
+
 def _score(
-    request: Request, reader: _TargetReader, denoise: Denoise
+    request: Request, reader: _TargetReader, denoise: Denoise, noise_key: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(sum of losses, number of bad targets, gradient of the unscaled sum: fp32, flat)."""
-    stream = "instruct-heldout" if request.number else "instruct"
     targets, weights = reader.targets(request)
     wants_gradient = request.kind is Kind.GRADIENT
     condition = request.condition.float().requires_grad_(wants_gradient)
     device, scale = condition.device, request.scale.float()
     with torch.set_grad_enabled(wants_gradient):
-        losses = denoise(condition, targets.to(device), request.positions, stream)
+        losses = denoise(condition, targets.to(device), request.positions, noise_key)
         loss = (losses * weights.to(device)).sum()
     bad_samples = (weights == 0).sum()
     if not wants_gradient:
@@ -133,7 +144,7 @@ class _TargetReader:
 
     def targets(self, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
         """(targets of the request's rows, their weights in the sum of losses)."""
-        split = "heldout" if request.number else "train"
+        split = _split(request)
         batch = self._next(split, int(request.positions.min()))
         if not torch.equal(batch["stream_positions"], request.positions):
             raise RuntimeError(

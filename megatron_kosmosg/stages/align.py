@@ -29,6 +29,7 @@ from megatron_kosmosg.training.stage import InitialWeights, Probe
 
 class AlignStage:
     name = "align"
+    remote_score = None
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         self.config = config

@@ -18,6 +18,7 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.paths import heartbeat_file
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import InstructStream, Reads
+from megatron_kosmosg.data.keyed import StreamName
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.data.streams import instruct_stream
 from megatron_kosmosg.models.chunks import build_chunks
@@ -29,8 +30,9 @@ from megatron_kosmosg.monitoring.heartbeat import Heartbeat
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.parallel.rendezvous import find_place
-from megatron_kosmosg.score.link import ScoreRank
+from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.loss import ColocatedScore, DenoisingLoss, ScoreKey, drop_condition
+from megatron_kosmosg.score.remote import RemoteScore
 from megatron_kosmosg.score.service import serve
 from megatron_kosmosg.stages.freezing import train_only
 from megatron_kosmosg.stages.held_out_pictures import (
@@ -46,14 +48,19 @@ class InstructStage:
     name = "instruct"
 
     def __init__(
-        self, config: RunConfig, layout: Layout, picture_judge: PictureJudge | None = None
+        self,
+        config: RunConfig,
+        layout: Layout,
+        remote_score: RemoteScore | None = None,
+        picture_judge: PictureJudge | None = None,
     ) -> None:
         self.config = config
+        self.remote_score = remote_score
         self._layout = layout
         self._picture_judge = picture_judge
         self._diffusion: FrozenDiffusion | None = None
         self._score: ColocatedScore | None = None
-        if layout.is_last_stage and layout.remote_score is None:
+        if layout.is_last_stage and remote_score is None:
             self._diffusion = load_diffusion(config, layout.device)
             self._score = ColocatedScore(
                 self._diffusion, layout, config.score, config.training.seed
@@ -79,17 +86,17 @@ class InstructStage:
 
         def loss_func(output):
             positions = batch["stream_positions"]
-            stream = self.name if training else f"{self.name}-heldout"
+            stream = StreamName(self.name, "train" if training else "heldout").noise_key
             condition, null_condition = output["condition"][:-1], output["condition"][-1:]
             if training:
                 key = ScoreKey(self.config.training.seed, stream)
                 chance = key.uniform(positions, "condition_drop")
                 drop = chance < self.config.score.condition_drop_prob
                 condition = drop_condition(condition, null_condition, drop)
-            if self._layout.remote_score is not None:
+            if self.remote_score is not None:
                 # Bad targets come off it when the score ranks have answered.
                 count = torch.tensor(len(condition), dtype=torch.int, device=condition.device)
-                loss, reported = self._layout.remote_score.loss(
+                loss, reported = self.remote_score.loss(
                     condition,
                     positions,
                     batch["attempts"],
@@ -134,10 +141,10 @@ class InstructStage:
         )
 
     def _draw(self, condition: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:
-        if self._layout.remote_score is None:
+        if self.remote_score is None:
             return draw_pictures(self.config, self._diffusion, condition, positions, size)
         condition = condition.to(torch_dtype(self.config.training.precision))
-        return self._layout.remote_score.draw(condition, positions, size)
+        return self.remote_score.draw(condition, positions, size)
 
     def flops_per_iteration(self, num_tokens: int, num_images: int, num_targets: int) -> float:
         return instruct_flops(self.config, num_tokens, num_images, num_targets)
@@ -160,6 +167,7 @@ def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:
     """
     diffusion = load_diffusion(config, rank.device)
     denoising = DenoisingLoss(diffusion, config.score, config.training.seed)
+    trained = StreamName(InstructStage.name, "train").noise_key
     with Heartbeat(
         find_place(os.environ), config.parallel.stall_seconds, heartbeat_file(config)
     ) as heart:
@@ -167,7 +175,7 @@ def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:
         def denoise(
             condition: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, stream: str
         ) -> torch.Tensor:
-            if stream == InstructStage.name:
+            if stream == trained:
                 size = config.training.global_batch_size
                 heart.at(int(positions.min()) // size + 1, "scoring")
             return denoising(condition, targets, positions, stream)

@@ -25,6 +25,7 @@ from megatron_kosmosg.training.stage import InitialWeights, Probe
 
 class PretrainStage:
     name = "pretrain"
+    remote_score = None
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         self.config = config

@@ -125,7 +125,7 @@ def _heldout_losses(
     feed = BatchFeed(heldout, config, layout, start_sample=0, split="heldout")
     try:
         iterators = feed.chunk_iterators(len(chunks))
-        reporter = Reporter(layout)
+        reporter = Reporter(layout, stage.remote_score)
         passes = []
         for _ in range(config.training.eval_iters):
             passes.append(

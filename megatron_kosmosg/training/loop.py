@@ -72,9 +72,9 @@ def _fit(
     chunks = wrap_model(bare, config)
     optimizer = build_optimizer(config, chunks)
     scheduler = build_lr_scheduler(config, optimizer)
-    connect(chunks, optimizer, layout)
+    connect(chunks, optimizer, stage.remote_score)
     stragglers = Stragglers(chunks, layout, config.logging.log_interval)
-    trace = DecoderTrace(config, layout, chunks, optimizer)
+    trace = DecoderTrace(config, layout, chunks, optimizer, stage.remote_score)
 
     checkpointer = Checkpointer(
         config, layout, unwrap_model(chunks), optimizer, scheduler, data.fingerprints()
@@ -93,7 +93,7 @@ def _fit(
     _announce(display, resumed, bare)
     feed = BatchFeed(data, config, layout, start_sample=progress.consumed_train_samples)
     iterators = feed.chunk_iterators(len(chunks))
-    reporter = Reporter(layout)
+    reporter = Reporter(layout, stage.remote_score)
     for chunk in chunks:
         chunk.train()
 

@@ -18,7 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel.layout import Layout
-from megatron_kosmosg.score.remote import ScoreWork
+from megatron_kosmosg.score.remote import RemoteScore, ScoreWork
 from megatron_kosmosg.score.schedule import forward_backward_function
 from megatron_kosmosg.training.batches import Batch, BatchFeed, Work
 from megatron_kosmosg.training.optimizer import apply_update
@@ -48,13 +48,17 @@ class Update:
 
 
 def connect(
-    chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, layout: Layout
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    remote_score: RemoteScore | None,
 ) -> None:
-    """Tells Megatron-Core's schedules how to scale the loss and finish the gradients."""
+    """Tells Megatron-Core's schedules how to scale the loss and finish the gradients.
+
+    remote_score: the stage's; images whose targets its ranks could not read do not count."""
 
     def finish(model: list[torch.nn.Module], num_items: torch.Tensor, **named: Any) -> None:
-        if layout.remote_score is not None:
-            num_items -= layout.remote_score.left_out().to(num_items)
+        if remote_score is not None:
+            num_items -= remote_score.left_out().to(num_items)
         finalize_model_grads(model, num_items, **named)
 
     for chunk in chunks:
@@ -69,8 +73,9 @@ def connect(
 class Reporter:
     """Sums losses, work and waiting time over ranks; loss names are exchanged once."""
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self, layout: Layout, remote_score: RemoteScore | None = None) -> None:
+        """remote_score: the stage's, which counts what passed over the links."""
+        self._layout, self._remote_score = layout, remote_score
         self._names: list[str] | None = None
 
     def totals(self, losses: list[dict[str, torch.Tensor]], feed: BatchFeed) -> Totals:
@@ -84,7 +89,7 @@ class Reporter:
             dist.all_gather_object(gathered, list(losses[0]) if losses else [])
             self._names = next(names for names in gathered if names)
         work, wait, loads = feed.pop_work(), feed.pop_wait(), layout.tp_rank == 0
-        remote = layout.remote_score
+        remote = self._remote_score
         score = ScoreWork() if remote is None else remote.pop_work()
         # One rank of each replica counts its work; bad targets are seen where the loss is.
         speaks_for_input = loads and layout.pp_rank == 0
@@ -171,6 +176,6 @@ def _run_schedule(
         micro_batch_size=config.training.micro_batch_size,
         forward_only=forward_only,
     )
-    if layout.remote_score is not None:
-        layout.remote_score.drain()
+    if stage.remote_score is not None:
+        stage.remote_score.drain()
     return losses

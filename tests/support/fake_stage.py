@@ -141,6 +141,7 @@ class FakeStage:
     """`poison`: iterations (from 0) whose loss is not a number. `dropout`: probability."""
 
     name = "align"
+    remote_score = None
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import Reads
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.platform import torch_dtype
+from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.service import serve
 from megatron_kosmosg.stages import build_stage
@@ -81,10 +82,10 @@ def measured_apart(config: RunConfig) -> dict[str, int]:
             return _measured_score_rank(config)
         with StorageTracker() as tracker:
             layout = platform.initialize(config)
-            stage = build_stage(config, layout)
+            stage = build_stage(config, layout, open_remote_score(config, layout))
             chunks = wrap_model(stage.build_model(layout), config)
             optimizer = build_optimizer(config, chunks)
-            connect(chunks, optimizer, layout)
+            connect(chunks, optimizer, stage.remote_score)
             parameters = [p for chunk in chunks for p in chunk.parameters()]
             for parameter in parameters:
                 tracker.see(parameter.data)
@@ -98,14 +99,14 @@ def measured_apart(config: RunConfig) -> dict[str, int]:
                 peak = tracker.peak
                 apply_update(optimizer, 1.0)
         feed.close()
-        layout.remote_score.close(is_done=True)
+        stage.remote_score.close(is_done=True)
         return {"kept": kept, "peak": peak, "parameters": sum(p.nbytes for p in parameters)}
     finally:
         platform.teardown()
 
 
 def _measured_score_rank(config: RunConfig) -> dict[str, int]:
-    rank = platform.initialize_score(config)
+    rank = join_as_score_rank(config)
     with StorageTracker() as tracker:
         diffusion = load_diffusion(config, rank.device)
         parameters = [p for m in (diffusion.unet, diffusion.vae) for p in m.parameters()]
@@ -138,7 +139,7 @@ def measured_bytes(config: RunConfig, rows: int, length: int) -> dict[str, int]:
             stage = build_stage(config, layout)
             chunks = wrap_model(stage.build_model(layout), config)
             optimizer = build_optimizer(config, chunks)
-            connect(chunks, optimizer, layout)
+            connect(chunks, optimizer, stage.remote_score)
             frozen = []
             if (
                 config.stage == "instruct" and layout.is_last_stage

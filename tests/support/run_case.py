@@ -14,6 +14,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
 from megatron_kosmosg.stages import align, build_stage, instruct, pretrain
 from megatron_kosmosg.training.loop import fit
 from megatron_kosmosg.training.metrics import METRICS_FILE
@@ -41,10 +42,10 @@ def run_stage(config: RunConfig, defect: str | None = None) -> Ran | None:
     _read_tiny_streams()
     try:
         if platform.holds_unet_alone(config):
-            assert instruct.run_score_rank(config, platform.initialize_score(config))
+            assert instruct.run_score_rank(config, join_as_score_rank(config))
             return None
         layout = platform.initialize(config)
-        stage = build_stage(config, layout)
+        stage = build_stage(config, layout, open_remote_score(config, layout))
         stage.initial_weights = lambda: None
         kept: list[KosmosG] = []
         before: list[Share] = []
@@ -67,8 +68,8 @@ def run_stage(config: RunConfig, defect: str | None = None) -> Ran | None:
         if defect is not None:
             _break(defect)
         assert fit(stage, config, layout)
-        if layout.remote_score is not None:
-            layout.remote_score.close(is_done=True)
+        if stage.remote_score is not None:
+            stage.remote_score.close(is_done=True)
         return Ran(before[0], share_of(kept, layout), sheets[0] if sheets else None)
     finally:
         platform.teardown()

@@ -12,6 +12,7 @@ import torch
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.platform import torch_dtype
+from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.remote import ScoreWork
 from megatron_kosmosg.score.service import serve
@@ -55,7 +56,7 @@ def update_with_trouble(config: RunConfig) -> None:
     if not platform.holds_unet_alone(config):
         placed_update(config)
         return
-    rank = platform.initialize_score(config)
+    rank = join_as_score_rank(config)
 
     def fail(*arguments: torch.Tensor) -> torch.Tensor:
         raise ArithmeticError("this score rank's own trouble")
@@ -71,7 +72,7 @@ def update_with_trouble(config: RunConfig) -> None:
 
 
 def _serve(config: RunConfig) -> Placed:
-    rank = platform.initialize_score(config)
+    rank = join_as_score_rank(config)
     diffusion = load_diffusion(config, rank.device)
     before = _fingerprint(diffusion.unet)
     serve(
@@ -89,22 +90,22 @@ def _serve(config: RunConfig) -> Placed:
 
 def _train(config: RunConfig) -> Placed:
     layout = platform.initialize(config)
-    stage = InstructStage(config, layout)
+    stage = InstructStage(config, layout, open_remote_score(config, layout))
     reads = "prompts" if layout.num_score_ranks else "all"
     feed = BatchFeed(TinyStream("instruct", reads=reads), config, layout, start_sample=0)
     reports, chunks, model = train_pass(stage, config, layout, iter(feed))
     share = gradients(model, layout)
-    work = layout.remote_score.pop_work() if layout.remote_score is not None else None
+    work = stage.remote_score.pop_work() if stage.remote_score is not None else None
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
         heldout = forward_losses(
-            stage, config, layout, chunks, feed, [iter(feed)], Reporter(layout)
+            stage, config, layout, chunks, feed, [iter(feed)], Reporter(layout, stage.remote_score)
         )
         drawn = held_out_pictures(config, layout, stage._draw, TinyStream("instruct"), chunks)
     feed.close()
-    if layout.remote_score is not None:
-        layout.remote_score.close(is_done=True)
+    if stage.remote_score is not None:
+        stage.remote_score.close(is_done=True)
     return Placed(
         False,
         sum(float(report["loss"][0]) for report in reports),

@@ -65,7 +65,7 @@ def train_pass(
     Runs the real schedule, data-parallel reduction and normalisation.
     """
     chunks = wrap_model(stage.build_model(layout), config)
-    connect(chunks, build_optimizer(config, chunks), layout)
+    connect(chunks, build_optimizer(config, chunks), stage.remote_score)
     for chunk in chunks:
         chunk.train()
         chunk.zero_grad_buffer()

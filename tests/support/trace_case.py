@@ -17,6 +17,7 @@ from megatron_kosmosg.monitoring import trace_exchange
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.parallel.rendezvous import find_place, meet
+from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.service import serve
 from megatron_kosmosg.stages.held_out_pictures import draw_pictures
@@ -43,7 +44,7 @@ def instruct_run(config: RunConfig, open_stream: OpenStream, pause: Pause) -> No
     """This rank's part, decoder or score rank, of a run from random weights."""
     try:
         if platform.holds_unet_alone(config):
-            rank = platform.initialize_score(config)
+            rank = join_as_score_rank(config)
             diffusion = load_diffusion(config, rank.device)
             denoise = DenoisingLoss(diffusion, config.score, config.training.seed)
             serve(
@@ -56,14 +57,14 @@ def instruct_run(config: RunConfig, open_stream: OpenStream, pause: Pause) -> No
             )
             return
         layout = platform.initialize(config)
-        stage = InstructStage(config, layout)
+        stage = InstructStage(config, layout, open_remote_score(config, layout))
         reads = "prompts" if layout.num_score_ranks else "all"
         stage.build_dataset = lambda split: open_stream(split, reads)
         stage.initial_weights = lambda: None
         stage.forward_step = _pausing(stage.forward_step, pause.forward)
         assert fit(stage, config, layout)
-        if layout.remote_score is not None:
-            layout.remote_score.close(is_done=True)
+        if stage.remote_score is not None:
+            stage.remote_score.close(is_done=True)
     finally:
         platform.teardown()
 

@@ -1,0 +1,50 @@
+"""A score rank's side of the trace of an iteration (monitoring/iteration_trace.py).
+
+A score rank does not know beforehand which request begins the iteration, so it records all and
+forgets those that came before. It knows that the iteration is over by the first request after it.
+"""
+
+from __future__ import annotations
+
+import os
+
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.monitoring.iteration_trace import open_exchange
+from megatron_kosmosg.monitoring.spans import Record, Spans, no_record
+from megatron_kosmosg.parallel.rendezvous import find_place
+from megatron_kosmosg.score.connect import ScoreRank
+from megatron_kosmosg.score.messages import Kind, Request
+
+
+class ScoreTrace:
+    """Records what this rank does and hands it over once."""
+
+    record: Record
+    """Names stretches of time for as long as the trace needs them."""
+
+    def __init__(self, config: RunConfig, rank: ScoreRank) -> None:
+        """Collective with the other score ranks and the decoder ranks' `DecoderTrace`."""
+        self._config, self._rank = config, rank
+        self._exchange = open_exchange(config)
+        self._spans = Spans(rank.device)
+        self.record = no_record if self._exchange is None else self._spans
+
+    def received(self, request: Request) -> None:
+        """Call for every request, before it is answered."""
+        if self.record is no_record:
+            return
+        is_over = request.kind is Kind.END
+        if request.kind is Kind.GRADIENT:
+            size = self._config.training.global_batch_size
+            iteration = int(request.positions.min()) // size + 1
+            if iteration < self._config.logging.trace_iteration:
+                self._spans.clear()
+            is_over = iteration > self._config.logging.trace_iteration
+        if is_over:
+            place = self._rank.place
+            name = f"rank {find_place(os.environ).rank}: score rank {place.score_index} of replica "
+            replicas = range(place.replica, place.replica + len(self._rank.links))
+            name += " and ".join(map(str, replicas))
+            self._exchange.publish(name, self._spans.finished())
+            self.record = no_record
+            self._spans.clear()
