@@ -15,8 +15,9 @@ CORE = [
     "megatron-core==0.16.1",
     "numpy",
     "omegaconf>=2.4,<3",
-    "diffusers>=0.35",
-    "transformers>=5.0",
+    "diffusers>=0.37",
+    # Before 5.23 Kosmos-2's resampler attends as if patches were words: other numbers, no error.
+    "transformers>=5.23",
     "safetensors",
     # With it diffusers maps weights from their files, which the ranks of a node then share.
     "accelerate",

@@ -36,6 +36,8 @@ class Captioner:
         self.model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
             folder, subfolder=model, dtype=torch.float32 if device == "cpu" else torch.bfloat16
         ).to(device)
+        # transformers before 5.23 takes the resampler's queries for text, without an error.
+        self.model.image_to_text_projection.x_attn.is_causal = False
         self.tokenizer = AutoTokenizer.from_pretrained(folder, subfolder=tokenizer)
         self.images = AutoImageProcessor.from_pretrained(folder, subfolder=images)
 

@@ -2,10 +2,9 @@
 
 A language model (stock Kosmos-2) and an aligner take the place of CLIP's text encoder; U-Net, VAE
 and scheduler are untouched. Long because the file travels with every exported model, so it stands
-alone: it imports torch, diffusers, transformers and Pillow only.
+alone: it imports torch, diffusers, transformers and Pillow only. Its annotations are evaluated (no
+`from __future__ import annotations`): diffusers before 0.37 reads the types of `__init__`.
 """
-
-from __future__ import annotations
 
 import importlib
 import inspect
@@ -71,6 +70,10 @@ class KosmosGPipeline(StableDiffusionPipeline):
         for component in self.components.values():
             if isinstance(component, torch.nn.Module):
                 component.eval()
+        if mllm is not None:
+            # Queries of the resampler see all patches. transformers before 5.23 lets sdpa take them
+            # for text, which only sees what stands before it, and says nothing.
+            mllm.image_to_text_projection.x_attn.is_causal = False
         self._check_parts()
 
     @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,23 @@ def warnings(caplog):
 
 def condition(pipeline, prompt, **arguments) -> torch.Tensor:
     return pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, **arguments)[0]
+
+
+def test_the_resampler_sees_all_patches_with_older_transformers_too(pipeline) -> None:
+    """Before 5.23 its attention said is_causal=True, which sdpa obeys without a word."""
+    expected = condition(pipeline, [DOG])
+    attention = pipeline.mllm.image_to_text_projection.x_attn
+    attention.is_causal = True
+    assert (condition(pipeline, [DOG]) - expected).abs().max() > 0.01
+    again = KosmosGPipeline(**pipeline.components)
+    assert attention.is_causal is False
+    torch.testing.assert_close(condition(again, [DOG]), expected, rtol=0, atol=0)
+
+
+def test_older_diffusers_can_read_the_types_of_its_parts() -> None:
+    """Before 0.37 it takes classes only, no text; `from_pretrained` then raises KeyError."""
+    parameters = inspect.signature(KosmosGPipeline.__init__).parameters.values()
+    assert not [p.name for p in parameters if isinstance(p.annotation, str)]
 
 
 @pytest.mark.parametrize(

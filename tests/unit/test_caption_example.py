@@ -20,6 +20,10 @@ def captioner(tmp_path_factory):
     return Captioner(folder / "exported")
 
 
+def test_the_resampler_sees_all_patches_with_older_transformers_too(captioner):
+    assert captioner.model.image_to_text_projection.x_attn.is_causal is False
+
+
 @torch.no_grad()
 def search(captioner, prompt: torch.Tensor, beams: int) -> list[list[int]]:
     """The best sequences of LENGTH tokens, every step computed from the whole sequence."""
