@@ -65,6 +65,7 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_kosmosg", "megatron_kosmosg.*"]),
     package_data={
+        "megatron_kosmosg": ["configs/*.yaml", "py.typed"],
         "megatron_kosmosg.toy": ["assets/**"],
         "megatron_kosmosg.inspection": ["page.css"],
         "megatron_kosmosg.toy.report": ["page.css"],

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.input_paths import is_input_path, is_same_input
 from megatron_kosmosg.config.load import differences
 from megatron_kosmosg.config.schema import RunConfig
 
@@ -54,7 +55,11 @@ def check_resume(
     accepted = current.checkpoint.accept_changes
     both = saved_data.keys() & current_data.keys()
     moved = [f"data.blend.{name}.path" for name in both if saved_data[name] == current_data[name]]
-    changed = {key: f"{old} -> {new}" for key, (old, new) in differences(saved, current).items()}
+    changed = {
+        key: f"{old} -> {new}"
+        for key, (old, new) in differences(saved, current).items()
+        if not (is_input_path(key) and is_same_input(old, new))
+    }
     for name in sorted(both):
         if saved_data[name] != current_data[name]:
             path = current.data.blend[name].path

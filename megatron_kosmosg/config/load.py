@@ -18,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.input_paths import CONFIGS, locate_inputs, shipped_configs
+from megatron_kosmosg.config.known_keys import mapped_section, refuse_unknown_keys
 from megatron_kosmosg.config.renamed_keys import Layer, Note, rename_keys
 from megatron_kosmosg.config.schema import RunConfig
 
@@ -27,7 +29,10 @@ def load_config(
 ) -> RunConfig:
     """The run's config: schema defaults, then the YAML file, then `a.b=value` strings in order.
 
-    A file may start from another one, named by its key `include` relative to itself.
+    path: a file, or the name of a shipped config, such as `toy_instruct`. A file may start from
+    another one, named by its key `include` (relative to itself, or a shipped name), and drop what
+    that one has by setting it to null: one entry of data.blend, say, or all of data.heldout.
+    Relative paths: see input_paths.py.
 
     note: is told each key that is called something else today; by default it goes to stderr.
 
@@ -35,9 +40,10 @@ def load_config(
     """
     merged = OmegaConf.structured(RunConfig)
     for source, layer in _layers(path, overrides, _on_stderr if note is None else note):
-        _refuse_unknown_keys(source, layer)
+        refuse_unknown_keys(source, layer)
         try:
             OmegaConf.set_readonly(merged, False)
+            _drop(source, layer, merged)
             merged = OmegaConf.unsafe_merge(merged, OmegaConf.create(layer))
         except OmegaConfBaseException as error:
             raise ConfigError(_explain(source, error)) from None
@@ -87,26 +93,66 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def known_keys() -> list[str]:
-    """Dotted names of all settings; NAME stands for a free entry name of a mapping."""
-    return [name for name, _ in _schema_leaves(RunConfig, "")]
-
-
 def _layers(path: str | Path | None, overrides: list[str], note: Note) -> list[tuple[str, Layer]]:
     """[(where it comes from, settings by today's keys)] in the order in which they are merged."""
-    read: list[tuple[str, DictConfig]] = []
+    read: list[tuple[str, Layer, Path | None]] = []
     if path is not None:
-        read.extend(_file_layers(Path(path), ()))
+        read.extend(_file_layers(_find_config(Path(path)), ()))
     for override in overrides:
         if "=" not in override:
             raise ConfigError(
                 f"{override!r} is not an override; write section.key=value, "
                 "for example training.train_iters=100"
             )
-        read.append((f"override {override!r}", _from_dotlist(override)))
-    layers = [(source, OmegaConf.to_container(layer, resolve=False)) for source, layer in read]
+        read.append((f"override {override!r}", _from_dotlist(override), None))
+    layers = [(source, layer) for source, layer, _ in read]
     rename_keys(layers, note)
+    for _, layer, file in read:
+        if file is not None:
+            locate_inputs(layer, file)
     return layers
+
+
+def _find_config(path: Path) -> Path:
+    """The file, or the shipped config of that name. Raises ConfigError if there is neither."""
+    if path.suffix or len(path.parts) != 1 or path.exists():
+        return path
+    shipped = CONFIGS / f"{path}.yaml"
+    if not shipped.is_file():
+        near = difflib.get_close_matches(str(path), shipped_configs(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"--config {path}: neither a file nor a shipped config; {hint}shipped are "
+            f"{', '.join(shipped_configs())}"
+        )
+    return shipped
+
+
+def _drop(source: str, layer: Layer, merged: DictConfig) -> None:
+    """Takes out of `merged` the entries of mappings that the layer sets to null, and the nulls."""
+    for section, content in layer.items():
+        if section not in merged or not isinstance(content, dict):
+            continue
+        for name in [n for n in content if _is_mapping(section, n)]:
+            entries = content[name]
+            OmegaConf.set_readonly(merged[section], False)
+            if entries is None:
+                del content[name]
+                merged[section][name] = {}
+                continue
+            for entry in [e for e, value in entries.items() if value is None]:
+                if entry not in merged[section][name]:
+                    raise ConfigError(
+                        f"{source}: {section}.{name}.{entry} is null, which drops an entry of "
+                        f"that name; there are {', '.join(merged[section][name]) or 'none'}"
+                    )
+                del entries[entry], merged[section][name][entry]
+
+
+def _is_mapping(section: str, name: str) -> bool:
+    """Whether `section.name` is a mapping of free names, such as data.blend."""
+    annotation = typing.get_type_hints(typing.get_type_hints(RunConfig)[section]).get(name)
+    return mapped_section(annotation) is not None
 
 
 def _on_stderr(message: str) -> None:
@@ -117,19 +163,21 @@ def _silently(message: str) -> None:
     """For whoever has nobody to tell."""
 
 
-def _file_layers(path: Path, including: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
-    """The file, after the one that its `include` names (relative to it), if any."""
+def _file_layers(path: Path, including: tuple[Path, ...]) -> list[tuple[str, Layer, Path | None]]:
+    """The file, after the one that its `include` names, if any."""
     if path.resolve() in including:
         raise ConfigError(f"--config {path} includes itself")
     content = _read_yaml(path)
     included = content.pop("include", None)
     if included is None:
-        return [(str(path), content)]
-    base = _file_layers(path.parent / included, (*including, path.resolve()))
-    return [*base, (str(path), content)]
+        return [(str(path), content, path)]
+    beside = path.parent / included
+    found = beside if beside.is_file() else _find_config(Path(included))
+    base = _file_layers(found, (*including, path.resolve()))
+    return [*base, (str(path), content, path)]
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def _read_yaml(path: Path) -> Layer:
     try:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
@@ -140,70 +188,21 @@ def _read_yaml(path: Path) -> DictConfig:
         raise ConfigError(f"--config {path} is not valid YAML: {error}") from None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"--config {path} must hold a mapping of sections")
-    return loaded
+    return _plain(loaded)
 
 
-def _from_dotlist(override: str) -> DictConfig:
+def _from_dotlist(override: str) -> Layer:
     try:
-        return OmegaConf.from_dotlist([override])
+        return _plain(OmegaConf.from_dotlist([override]))
     except Exception as error:  # as in _read_yaml: the value part is YAML
         raise ConfigError(f"override {override!r} cannot be read: {error}") from None
 
 
-def _schema_leaves(schema: type, prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, annotation in typing.get_type_hints(schema).items():
-        key = f"{prefix}{name}"
-        if dataclasses.is_dataclass(annotation):
-            yield from _schema_leaves(annotation, f"{key}.")
-        elif _mapped_section(annotation) is not None:
-            yield from _schema_leaves(_mapped_section(annotation), f"{key}.NAME.")
-        else:
-            yield key, annotation
-
-
-def _mapped_section(annotation: Any) -> type | None:
-    """The dataclass D of a `dict[str, D]` annotation, else None."""
-    arguments = typing.get_args(annotation)
-    if typing.get_origin(annotation) is dict and dataclasses.is_dataclass(arguments[1]):
-        return arguments[1]
-    return None
-
-
-def _refuse_unknown_keys(
-    source: str, given: Any, schema: Any = RunConfig, prefix: str = ""
-) -> None:
-    if not isinstance(given, dict):
-        return
-    hints = typing.get_type_hints(schema)
-    for name, value in given.items():
-        key = f"{prefix}{name}"
-        if name not in hints:
-            raise ConfigError(f"{source}: unknown key {key}{_suggest(key)}")
-        section = _mapped_section(hints[name])
-        if dataclasses.is_dataclass(hints[name]):
-            _refuse_unknown_keys(source, value, hints[name], f"{key}.")
-        elif section is not None and isinstance(value, dict):
-            for entry, content in value.items():
-                _refuse_unknown_keys(source, content, section, f"{key}.{entry}.")
-
-
-def _suggest(key: str) -> str:
-    """`; did you mean ...?` with the closest existing name, or the sections if none is near."""
-    sections = [item.name for item in dataclasses.fields(RunConfig)]
-    names = known_keys() + sections
-    leaf = key.rsplit(".", 1)[-1]
-    same_leaf = [name for name in names if name.rsplit(".", 1)[-1] == leaf]
-    near = same_leaf or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    if not near:
-        near = [
-            name
-            for match in difflib.get_close_matches(leaf, [n.rsplit(".", 1)[-1] for n in names], n=1)
-            for name in names
-            if name.rsplit(".", 1)[-1] == match
-        ]
-    if near:
-        return f"; did you mean {' or '.join(near[:2])}?"
-    return f"; sections are {', '.join(sections)}"
+def _plain(settings: DictConfig) -> Layer:
+    """Nested dictionaries; interpolations stay as they are written."""
+    plain = OmegaConf.to_container(settings, resolve=False)
+    assert isinstance(plain, dict)
+    return plain
 
 
 def _flat_items(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -10,11 +10,11 @@ import pytest
 from megatron_kosmosg.checkpoint.changed_settings import check_resume
 from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.known_keys import known_keys
 from megatron_kosmosg.config.load import (
     differences,
     flatten,
     given_keys,
-    known_keys,
     load_config,
     load_saved_config,
     to_yaml,

@@ -1,0 +1,71 @@
+"""The settings that exist, by their dotted names, and what an unknown one may have meant."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.schema import RunConfig
+
+
+def known_keys() -> list[str]:
+    """Dotted names of all settings; NAME stands for a free entry name of a mapping."""
+    return [name for name, _ in _schema_leaves(RunConfig, "")]
+
+
+def refuse_unknown_keys(source: str, given: Any, schema: Any = RunConfig, prefix: str = "") -> None:
+    if not isinstance(given, dict):
+        return
+    hints = typing.get_type_hints(schema)
+    for name, value in given.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise ConfigError(f"{source}: unknown key {key}{_suggest(key)}")
+        section = mapped_section(hints[name])
+        if dataclasses.is_dataclass(hints[name]):
+            refuse_unknown_keys(source, value, hints[name], f"{key}.")
+        elif section is not None and isinstance(value, dict):
+            for entry, content in value.items():
+                refuse_unknown_keys(source, content, section, f"{key}.{entry}.")
+
+
+def _suggest(key: str) -> str:
+    """`; did you mean ...?` with the closest existing name, or the sections if none is near."""
+    sections = [item.name for item in dataclasses.fields(RunConfig)]
+    names = known_keys() + sections
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [name for name in names if name.rsplit(".", 1)[-1] == leaf]
+    near = same_leaf or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    if not near:
+        near = [
+            name
+            for match in difflib.get_close_matches(leaf, [n.rsplit(".", 1)[-1] for n in names], n=1)
+            for name in names
+            if name.rsplit(".", 1)[-1] == match
+        ]
+    if near:
+        return f"; did you mean {' or '.join(near[:2])}?"
+    return f"; sections are {', '.join(sections)}"
+
+
+def _schema_leaves(schema: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, annotation in typing.get_type_hints(schema).items():
+        key = f"{prefix}{name}"
+        if dataclasses.is_dataclass(annotation):
+            yield from _schema_leaves(annotation, f"{key}.")
+        elif mapped_section(annotation) is not None:
+            yield from _schema_leaves(mapped_section(annotation), f"{key}.NAME.")
+        else:
+            yield key, annotation
+
+
+def mapped_section(annotation: Any) -> type | None:
+    """The dataclass D of a `dict[str, D]` annotation, else None."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is dict and dataclasses.is_dataclass(arguments[1]):
+        return arguments[1]
+    return None
