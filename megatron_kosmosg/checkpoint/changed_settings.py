@@ -73,7 +73,7 @@ def check_resume(
     noted, refused = [], []
     for key, change in changed.items():
         line = f"{key}: {change}"
-        free = _covers(FREE_TO_CHANGE, key) or key in moved
+        free = _covers(FREE_TO_CHANGE, key) or key in moved or _states_a_kind(key)
         (noted if free or _covers(accepted, key) else refused).append(line)
     if _decay_end(saved) != _decay_end(current) and not _covers(accepted, "training.train_iters"):
         refused.append(
@@ -97,6 +97,11 @@ def _decay_end(config: RunConfig) -> int:
     if config.optimizer.lr_decay_style == "constant":
         return 0
     return config.optimizer.lr_decay_iters or config.training.train_iters
+
+
+def _states_a_kind(key: str) -> bool:
+    """data.blend.NAME.kind: what the dataset is, its manifest says in any case."""
+    return key.startswith("data.blend.") and key.endswith(".kind")
 
 
 def _covers(names: list[str] | tuple[str, ...], key: str) -> bool:

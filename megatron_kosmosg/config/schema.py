@@ -103,6 +103,9 @@ class BlendEntry:
     """Prefix of the `.bin/.idx` pair written by tools/preprocess_data.py."""
     weight: float = 1.0
     """Relative share of the mixture: rows in `pretrain`, samples elsewhere."""
+    kind: str | None = None
+    """Kind of its samples (text, caption, ...), for plans made where the dataset is not; null takes
+    it from the dataset's manifest. Another kind than the manifest's is an error."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""PREFIX.json: what a dataset is, written last so that its presence means the dataset is whole."""
+"""PREFIX.json: what a dataset is, written last so that its presence means the dataset is whole.
+
+Read without torch, as plans are made where the data may be but no accelerator is.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
+
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.schema import BlendEntry
 
 Kind = Literal["text", "caption", "interleaved", "edit", "compositional"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -46,3 +52,34 @@ class Manifest:
 def manifest_path(prefix: str | Path) -> Path:
     """PREFIX.json."""
     return Path(f"{prefix}.json")
+
+
+def kind_on_disk(prefix: str | Path) -> Kind | None:
+    """Kind of the dataset under a prefix; None when there is none on this machine.
+
+    Without a manifest it is a token dataset that another tool wrote: text. Raises ValueError for a
+    manifest that cannot be read.
+    """
+    if manifest_path(prefix).exists():
+        return Manifest.read(manifest_path(prefix)).kind
+    return "text" if Path(f"{prefix}.bin").exists() else None
+
+
+def dataset_kind(key: str, entry: BlendEntry) -> str | None:
+    """Kind of a dataset of the config: that on disk, else `entry.kind`; None when neither says.
+
+    key: where the config has the entry, e.g. `data.blend.laion`. Raises ConfigError when the two
+    differ, and for a manifest that cannot be read.
+    """
+    try:
+        found = kind_on_disk(entry.path)
+    except ValueError as error:
+        raise ConfigError(f"{key}.path={entry.path}: {error}") from None
+    if found is None:
+        return entry.kind
+    if entry.kind is not None and entry.kind != found:
+        raise ConfigError(
+            f"{key}.kind={entry.kind}, but the dataset {entry.path} is of kind {found}; correct "
+            f"{key}.kind or {key}.path"
+        )
+    return found

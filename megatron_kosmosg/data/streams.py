@@ -19,6 +19,7 @@ from megatron_kosmosg.data.kinds.caption import CaptionPrompts
 from megatron_kosmosg.data.kinds.compositional import CompositionalPrompts
 from megatron_kosmosg.data.kinds.edit import EditPrompts
 from megatron_kosmosg.data.latent_cache import LatentCache
+from megatron_kosmosg.data.manifest import dataset_kind
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.packing import PackedDataset
 from megatron_kosmosg.data.pretrain_stream import PretrainStream
@@ -158,6 +159,7 @@ class _StreamParts:
         self.stores: dict[str, SampleStore] = {}
         self.orders: dict[str, SampleOrder] = {}
         for name, entry in entries.items():
+            dataset_kind(f"data.{self.section}.{name}", entry)
             store = SampleStore(entry.path)
             store.check_tokenizer(tokenizer)
             self.stores[name] = store

@@ -27,7 +27,12 @@ from megatron_kosmosg.planning.model_counts import ModelCounts, count_model, fro
 from megatron_kosmosg.planning.pipeline_balance import with_default_layout
 from megatron_kosmosg.planning.rank_kinds import rank_kinds
 from megatron_kosmosg.planning.rank_map import rank_table
-from megatron_kosmosg.planning.workload import kinds, micro_batches
+from megatron_kosmosg.planning.workload import (
+    assumed_kinds,
+    micro_batches,
+    mixture,
+    with_kinds,
+)
 
 
 def describe(config: RunConfig) -> str:
@@ -35,9 +40,10 @@ def describe(config: RunConfig) -> str:
     world_size = planned_world_size(config)
     validate_layout(config, world_size)
     config = with_default_layout(config)
+    resolved, config = config, with_kinds(config)
     counts, world = count_model(config), world_layout(config, world_size)
     sections = [
-        ("Resolved config", to_yaml(config).rstrip()),
+        ("Resolved config", to_yaml(resolved).rstrip()),
         (f"Ranks ({world_size})", rank_table(world)),
         ("Parameters", parameter_table(counts)),
         ("Parameters per rank", per_rank_table(config, world, counts)),
@@ -115,7 +121,7 @@ def batch_table(config: RunConfig, world_size: int) -> str:
             "picture in it"
         )
     else:
-        typical = kinds(config)[0].length
+        typical = mixture(config)[0].length
         work = (
             flops.align_flops(config, rows * typical, rows)
             if config.stage == "align"
@@ -125,7 +131,7 @@ def batch_table(config: RunConfig, world_size: int) -> str:
         lines.append(
             f"{work / 1e12:,.4g} TFLOP an update for prompts of {typical} positions{pictures}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"note: {note}" for note in assumed_kinds(config))])
 
 
 def _files(config: RunConfig) -> str:

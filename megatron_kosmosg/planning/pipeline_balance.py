@@ -11,23 +11,31 @@ from megatron_kosmosg.models.pipeline_pieces import (
     pipeline_pieces,
 )
 from megatron_kosmosg.planning.stage_work import score_work, stage_work
-from megatron_kosmosg.planning.workload import micro_batches
+from megatron_kosmosg.planning.workload import micro_batches, with_kinds
 
 
 def with_default_layout(config: RunConfig) -> RunConfig:
-    """`config` with the balanced pipeline_layout where it has several stages and names none."""
+    """`config` with the balanced pipeline_layout where it has several stages and names none.
+
+    The kinds of its datasets are those of their manifests, as in `workload.with_kinds`, which says
+    what it raises.
+    """
     parallel = config.parallel
     if parallel.pipeline_model_parallel_size == 1 or parallel.pipeline_layout is not None:
         return config
-    return replace(config, parallel=replace(parallel, pipeline_layout=balanced_layout(config)))
+    layout = balanced_layout(with_kinds(config))
+    return replace(config, parallel=replace(parallel, pipeline_layout=layout))
 
 
-def balanced_layout(config: RunConfig) -> str:
-    """The layout over two stages or more, of which the decoder's layers must be at least as many.
+def balanced_layout(config: RunConfig) -> str | None:
+    """The layout over the stages of `config`, of which the decoder's layers must be at least as
+    many; None for a single stage.
 
     AlignerNet goes to the last stage, beside a colocated U-Net, without decoder layers where it is
     heavy.
     """
+    if config.parallel.pipeline_model_parallel_size == 1:
+        return None
     parts, layers = ALIGNER_PARTS[config.stage], config.model.decoder.num_layers
     stages = config.parallel.pipeline_model_parallel_size * chunks_per_rank(config)
     first, layer, last = _loads(config, parts)

@@ -15,7 +15,7 @@ from megatron_kosmosg.planning.memory import GIB
 from megatron_kosmosg.planning.memory_table import memory_table
 from megatron_kosmosg.planning.rank_map import rank_table
 from megatron_kosmosg.planning.shards import BuiltShard
-from megatron_kosmosg.planning.workload import kinds
+from megatron_kosmosg.planning.workload import mixture
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def to_json(plan: Plan) -> dict:
         "notes": plan.notes,
         "faster": [asdict(layout) for layout in plan.faster],
         "assumptions": asdict(plan.efficiency) | {"gpu": asdict(plan.gpu)},
-        "samples": [asdict(kind) for kind in kinds(config)],
+        "samples": [asdict(entry) for entry in mixture(config)],
         "layout": {
             "tensor": world.tp_size,
             "pipeline": world.pp_size,

@@ -18,14 +18,17 @@ from megatron_kosmosg.planning.pipeline_balance import with_default_layout
 from megatron_kosmosg.planning.plan import Plan
 from megatron_kosmosg.planning.search import search
 from megatron_kosmosg.planning.shards import build_shards
+from megatron_kosmosg.planning.workload import assumed_kinds, with_kinds
 
 IDLE_GOAL = 0.05
 _BATCHES = (1, 2, 4, 8, 16, 32)
 
 
 def planned_config(config: RunConfig, world_size: int, gpu: Gpu) -> tuple[RunConfig, list[str]]:
-    """`config` made for `world_size` GPUs of that sort, and what was changed for it."""
-    notes = []
+    """`config` made for `world_size` GPUs of that sort, with the kinds of its datasets, and notes:
+    what was changed for it or assumed. Raises as `with_kinds` does."""
+    config = with_kinds(config)
+    notes = assumed_kinds(config)
     if config.training.precision == "bf16" and not gpu.bf16_tflops:
         config = replace(config, training=replace(config.training, precision="fp16"))
         notes.append(f"{gpu.name} has no bf16 arithmetic: training.precision=fp16 is planned")

@@ -21,7 +21,7 @@ from megatron_kosmosg.planning.estimate import Estimate, estimate
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
 from megatron_kosmosg.planning.memory import GIB
 from megatron_kosmosg.planning.model_counts import ModelShares, model_shares
-from megatron_kosmosg.planning.pipeline_balance import with_default_layout
+from megatron_kosmosg.planning.pipeline_balance import balanced_layout
 
 TENSOR = (1, 2, 4, 8)
 PIPELINE = (1, 2, 4)
@@ -97,20 +97,19 @@ def _choices(config: RunConfig, world_size: int) -> Iterator[list[Choice]]:
             continue
         base = Choice(tp, pp, None, placement, k, r, WINDOWS[0], 1, "none", False, False)
         try:
-            layout = with_choice(config, base, world_size)
-            world = world_layout(layout, world_size)
+            world = world_layout(with_choice(config, base, world_size), world_size)
         except ConfigError:
             continue
         for size, cached in itertools.product(
             _micro_batch_sizes(config, world.num_replicas), caches
         ):
             here = replace(base, micro_batch_size=size, cached_latents=cached)
-            spread = with_default_layout(with_choice(config, here, world_size))
+            layout = balanced_layout(with_choice(config, here, world_size))
             for window in _windows(config, world, size):
                 yield [
                     replace(
                         here,
-                        pipeline_layout=spread.parallel.pipeline_layout,
+                        pipeline_layout=layout,
                         window=window,
                         recompute=recompute,
                         score_recompute=again,

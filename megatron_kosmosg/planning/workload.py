@@ -1,21 +1,46 @@
 """The samples a plan reckons with: length and pictures of each kind, and how micro-batches pad.
 
 Lengths are those of ordinary prompts (64 positions a picture, two marks, a sentence); the data
-itself is not opened. Samples are dealt to micro-batches by length as in training, so a micro-batch
-is as long as its longest row, and `instruct` adds the null condition's row.
+itself is not opened, only its manifests, for the kinds. Samples are dealt to micro-batches by
+length as in training, so a micro-batch is as long as its longest row, and `instruct` adds the null
+condition's row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.schema import BlendEntry, RunConfig
+from megatron_kosmosg.data.manifest import dataset_kind
 
 
 @dataclass(frozen=True)
-class Kind:
+class UsualSample:
+    """What is usual for a kind of sample, where it is used at all."""
+
+    prompt: tuple[int, float] | None = None
+    """(decoder positions, pictures) of a prompt of `instruct` or `align`."""
+    pictures_per_row: float | None = None
+    """In a packed row of 2,048 positions: about 100 positions a captioned picture."""
+
+
+USUAL = {
+    "text": UsualSample(pictures_per_row=0.0),
+    "caption": UsualSample(prompt=(40, 0.0), pictures_per_row=20.0),
+    "interleaved": UsualSample(pictures_per_row=8.0),
+    "edit": UsualSample(prompt=(100, 1.0)),
+    "compositional": UsualSample(prompt=(215, 2.0)),
+}
+"""By kind of sample."""
+
+
+@dataclass(frozen=True)
+class MixtureEntry:
     """An ordinary sample of one dataset."""
 
+    dataset: str
+    kind: str
     share: float
     """Of the global batch."""
     length: int
@@ -43,54 +68,95 @@ class MicroBatch:
         return self.rows * self.length
 
 
-_ORDINARY = {
-    "instruct": {"compositional": (215, 2.0), "edit": (100, 1.0), "caption": (40, 0.0)},
-    "align": {"caption": (40, 0.0)},
-}
-_PACKED_PICTURES = {"text": 0.0, "caption": 20.0, "interleaved": 8.0}
-"""Pictures in a packed row of 2,048 positions: about 100 positions a captioned picture."""
+def with_kinds(config: RunConfig) -> RunConfig:
+    """`config` with the kind of every dataset of data.blend that its manifest or the config says.
 
-
-def kinds(config: RunConfig) -> list[Kind]:
-    """The mixture of `config.data.blend`, longest first.
-
-    A dataset whose name is no known kind counts as the stage's longest.
+    Raises ConfigError where the two differ, and for a manifest that cannot be read.
     """
-    blend = {name: entry.weight for name, entry in config.data.blend.items()} or {"": 1.0}
-    total = sum(blend.values())
+    blend = {
+        name: replace(entry, kind=dataset_kind(f"data.blend.{name}", entry))
+        for name, entry in config.data.blend.items()
+    }
+    return replace(config, data=replace(config.data, blend=blend))
+
+
+def mixture(config: RunConfig) -> list[MixtureEntry]:
+    """The datasets of `config.data.blend`, longest samples first.
+
+    Kinds are those in `config` (see `with_kinds`); a dataset without one, and an empty blend, count
+    as the heaviest kind of the stage. Raises ConfigError for a kind that the stage does not read.
+    """
+    read = _kinds_read(config)
+    blend = config.data.blend or {"": BlendEntry("")}
+    total = sum(entry.weight for entry in blend.values())
     found = []
-    for name, weight in blend.items():
-        if config.stage == "pretrain":
-            pictures = _PACKED_PICTURES.get(name, 0.0) * config.data.seq_length / 2048
-            found.append(Kind(weight / total, config.data.seq_length, pictures))
-        else:
-            ordinary = _ORDINARY[config.stage]
-            length, pictures = ordinary.get(name, max(ordinary.values()))
-            found.append(Kind(weight / total, min(length, config.data.seq_length), pictures))
-    return sorted(found, key=lambda kind: -kind.length)
+    for name, entry in blend.items():
+        kind = entry.kind or _heaviest(read)
+        if kind not in read:
+            raise ConfigError(
+                f"data.blend.{name} is of kind {kind}; {config.stage} reads {', '.join(read)}"
+            )
+        length, pictures = read[kind]
+        found.append(MixtureEntry(name, kind, entry.weight / total, length, pictures))
+    return sorted(found, key=lambda entry: -entry.length)
+
+
+def assumed_kinds(config: RunConfig) -> list[str]:
+    """A sentence for every dataset whose kind `mixture` had to assume."""
+    heaviest = _heaviest(_kinds_read(config))
+    said = [
+        f"data.blend.{name}: its kind is unknown (no dataset at {entry.path} on this machine, no "
+        f"data.blend.{name}.kind) and assumed to be {heaviest}, the heaviest that {config.stage} "
+        "reads"
+        for name, entry in config.data.blend.items()
+        if entry.kind is None
+    ]
+    if not config.data.blend:
+        said.append(f"data.blend is empty: samples are assumed to be of kind {heaviest}")
+    return said
+
+
+def _kinds_read(config: RunConfig) -> dict[str, tuple[int, float]]:
+    """{kind: (decoder positions, pictures)} of a usual sample of each kind that the stage reads."""
+    longest = config.data.seq_length
+    if config.stage == "pretrain":
+        return {
+            kind: (longest, usual.pictures_per_row * longest / 2048)
+            for kind, usual in USUAL.items()
+            if usual.pictures_per_row is not None
+        }
+    return {
+        kind: (min(usual.prompt[0], longest), usual.prompt[1])
+        for kind, usual in USUAL.items()
+        if usual.prompt is not None and (config.stage != "align" or kind == "caption")
+    }
+
+
+def _heaviest(read: dict[str, tuple[int, float]]) -> str:
+    return max(read, key=lambda kind: read[kind])
 
 
 def micro_batches(config: RunConfig, count: int) -> list[MicroBatch]:
     """The `count` micro-batches of one replica in one update, longest first."""
     images = config.training.micro_batch_size
-    mixture = kinds(config)
+    entries = mixture(config)
     by_length = config.stage == "instruct" and config.data.balance_tokens
     batches = []
     for index in range(count):
         span = (index / count, (index + 1) / count) if by_length else (0.0, 1.0)
-        shares = _shares(mixture, *span)
-        length = max(kind.length for kind, share in zip(mixture, shares, strict=True) if share)
-        pictures = sum(k.pictures * s for k, s in zip(mixture, shares, strict=True)) / sum(shares)
+        shares = _shares(entries, *span)
+        length = max(entry.length for entry, share in zip(entries, shares, strict=True) if share)
+        pictures = sum(e.pictures * s for e, s in zip(entries, shares, strict=True)) / sum(shares)
         rows = images + (config.stage == "instruct")
         batches.append(MicroBatch(images, rows, length, images * pictures))
     return batches
 
 
-def _shares(mixture: list[Kind], start: float, stop: float) -> list[float]:
-    """How much of each kind lies between two quantiles of the samples sorted by length."""
+def _shares(entries: list[MixtureEntry], start: float, stop: float) -> list[float]:
+    """How much of each dataset lies between two quantiles of the samples sorted by length."""
     shares, position = [], 0.0
-    for kind in mixture:
-        overlap = min(stop, position + kind.share) - max(start, position)
+    for entry in entries:
+        overlap = min(stop, position + entry.share) - max(start, position)
         shares.append(overlap if overlap > 1e-9 else 0.0)
-        position += kind.share
+        position += entry.share
     return shares

@@ -378,6 +378,11 @@ def test_wrong_configurations_name_the_key(folder):
     with pytest.raises(FileNotFoundError, match="write it with"):
         wrong = {"x": (str(folder / "missing"), 1.0)}
         pretrain_stream(run_config(folder, "pretrain", wrong), "train")
+    with pytest.raises(ValueError, match=r"data\.blend\.text\.kind=caption.* is of kind text"):
+        config = run_config(folder, "pretrain", blend)
+        stated = {"text": dataclasses.replace(config.data.blend["text"], kind="caption")}
+        data = dataclasses.replace(config.data, blend=stated)
+        pretrain_stream(dataclasses.replace(config, data=data), "train")
     with pytest.raises(ValueError, match=r"model\.vocab_size"):
         config = run_config(folder, "pretrain", blend)
         model = dataclasses.replace(config.model, vocab_size=99)

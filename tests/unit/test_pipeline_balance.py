@@ -77,11 +77,11 @@ def test_no_split_of_the_layers_has_a_faster_slowest_stage(stage, pp, overrides)
     assert slowest(config, chosen) == pytest.approx(best, rel=1e-9)
 
 
-@pytest.mark.parametrize(("dataset", "fewer"), [("text", 1), ("caption", 0)])
-def test_the_stage_with_more_beside_its_layers_gets_fewer(dataset, fewer):
+@pytest.mark.parametrize(("kind", "fewer"), [("text", 1), ("caption", 0)])
+def test_the_stage_with_more_beside_its_layers_gets_fewer(kind, fewer):
     """The output head costs as much as 2.6 layers; the image tower of captions far more."""
     config = config_of("pretrain", 2)
-    data = replace(config.data, blend={dataset: BlendEntry("x")})
+    data = replace(config.data, blend={"x": BlendEntry("x", kind=kind)})
     layout = with_default_layout(replace(config, data=data)).parallel.pipeline_layout
     counts = [int(piece.removeprefix("decoder*")) for piece in layout.split("|")]
     assert sum(counts) == 24 and counts[fewer] < counts[1 - fewer]
