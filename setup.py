@@ -6,6 +6,7 @@ that are known to matter.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -55,9 +56,15 @@ EXTRAS = {
     "mpi": MPI,
 }
 
+VERSION = re.search(
+    r'^__version__ = "(.+)"$',
+    (Path(__file__).parent / "megatron_kosmosg" / "__init__.py").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)[1]
+
 setup(
     name="megatron-kosmosg",
-    version="0.1.0",
+    version=VERSION,
     description="KOSMOS-G training, conversion and inference on Megatron-Core and diffusers",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

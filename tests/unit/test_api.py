@@ -1,0 +1,44 @@
+"""The names that a user imports from the package itself."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+
+import megatron_kosmosg
+
+
+@pytest.mark.parametrize("name", [n for n in megatron_kosmosg.__all__ if n != "__version__"])
+def test_each_name_is_the_one_of_its_room(name):
+    value = getattr(megatron_kosmosg, name)
+    assert value is getattr(importlib.import_module(value.__module__), name)
+    assert value.__module__.startswith("megatron_kosmosg.")
+    assert value.__doc__
+
+
+def test_the_package_alone_loads_no_torch():
+    code = (
+        "import sys, megatron_kosmosg\n"
+        "assert 'load_config' in dir(megatron_kosmosg)\n"
+        "megatron_kosmosg.load_config('toy_align', [])\n"
+        "heavy = {'torch', 'megatron', 'diffusers', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'KosmosPipeline'"):
+        _ = megatron_kosmosg.KosmosPipeline
+
+
+def test_the_version_is_the_installed_one():
+    try:
+        installed = version("megatron-kosmosg")
+    except PackageNotFoundError:
+        pytest.skip("the package is not installed")
+    assert megatron_kosmosg.__version__ == installed
