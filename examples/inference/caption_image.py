@@ -77,7 +77,7 @@ class Captioner:
             is_slot += [False] * len(words)
         embeds = model.text_model.get_input_embeddings()(torch.tensor(ids, device=model.device))
         if pictures:
-            pixels = self.images([p.convert("RGB") for p in pictures], return_tensors="pt")
+            pixels = self.images([over_white(p) for p in pictures], return_tensors="pt")
             features = self._features(pixels["pixel_values"].to(model.device, model.dtype))
             embeds[torch.tensor(is_slot, device=model.device)] = features.flatten(0, 1)
         return embeds[None]
@@ -88,6 +88,15 @@ class Captioner:
         patches = self.model.vision_model.model.post_layernorm(patches)
         patches = torch.nn.functional.normalize(patches, dim=-1)
         return self.model.image_to_text_projection(patches)[0]
+
+
+def over_white(picture: Image.Image) -> Image.Image:
+    """RGB; what is transparent becomes white, as people see it and as in training."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    white = Image.new("RGB", picture.size, (255, 255, 255))
+    return Image.composite(picture.convert("RGB"), white, picture.getchannel("A"))
 
 
 def main() -> int:
@@ -108,7 +117,7 @@ def main() -> int:
     given = parser.parse_args()
     prompt = PLACEHOLDER * len(given.image) if given.prompt is None else given.prompt
     try:
-        pictures = [Image.open(path).convert("RGB") for path in given.image]
+        pictures = [over_white(Image.open(path)) for path in given.image]
         captioner = Captioner(given.model, given.device)
         words = captioner.continue_prompt(
             prompt,

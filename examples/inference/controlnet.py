@@ -10,8 +10,7 @@ the way.
 from __future__ import annotations
 
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-from diffusers.utils import load_image
-from shared import embeddings, load, run, sampling
+from shared import embeddings, load, open_image, run, sampling
 
 EMBEDDING_CHANNELS = (16, 32, 96, 256)
 """Of Stable Diffusion 1.5, whose VAE halves a picture three times."""
@@ -27,7 +26,7 @@ def draw(args):
             pipeline.unet, conditioning_embedding_out_channels=EMBEDDING_CHANNELS[: 1 + halvings]
         )
     controlled = StableDiffusionControlNetPipeline.from_pipe(pipeline, controlnet=control)
-    image = load_image(args.control)
+    image = open_image(args.control)
     if args.size:
         image = image.resize((args.size, args.size))
     return controlled(**embeddings(pipeline, args), **sampling(args), image=image).images

@@ -7,8 +7,7 @@
 from __future__ import annotations
 
 from diffusers import StableDiffusionImg2ImgPipeline
-from diffusers.utils import load_image
-from shared import embeddings, load, run, sampling
+from shared import embeddings, load, open_image, run, sampling
 
 
 def draw(args):
@@ -16,7 +15,7 @@ def draw(args):
     # AutoPipelineForImage2Image does not know KosmosGPipeline; naming the class works.
     changing = StableDiffusionImg2ImgPipeline.from_pipe(pipeline)
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    start = load_image(args.start).resize((side, side))
+    start = open_image(args.start).resize((side, side))
     return changing(
         **embeddings(pipeline, args), **sampling(args), image=start, strength=args.strength
     ).images

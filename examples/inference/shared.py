@@ -61,9 +61,23 @@ def prompt(args: argparse.Namespace) -> dict[str, Any]:
     """The prompt as arguments of a call or of `encode_prompt`."""
     return {
         "prompt": args.prompt,
-        "images": [load_image(path) for path in args.image],
+        "images": [open_image(path) for path in args.image],
         "negative_prompt": args.negative_prompt,
     }
+
+
+def open_image(path: str) -> Image.Image:
+    """RGB of a file or an address."""
+    return load_image(path, convert_method=over_white)
+
+
+def over_white(picture: Image.Image) -> Image.Image:
+    """RGB; what is transparent becomes white, as people see it and as in training."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    white = Image.new("RGB", picture.size, (255, 255, 255))
+    return Image.composite(picture.convert("RGB"), white, picture.getchannel("A"))
 
 
 def embeddings(pipeline: DiffusionPipeline, args: argparse.Namespace) -> dict[str, torch.Tensor]:

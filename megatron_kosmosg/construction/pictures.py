@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import ExifTags, Image
 
+from megatron_kosmosg.data.transparency import over_white
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.pictures import PictureCheck
 from megatron_kosmosg.preprocess.records import Record, Rejected
@@ -38,7 +39,7 @@ class SquarePictures:
         """RGB; what is transparent becomes white."""
         data = self._headers.read(record, record.fields, "image")
         image = self._decoder.open(data, "image")
-        return _square(_rgb(image), _turns(image, record))
+        return _square(over_white(image), _turns(image, record))
 
     def mask(self, record: Record, data: bytes) -> np.ndarray:
         """uint8 [side, side] of a mask that was made for the whole picture as it is stored."""
@@ -66,12 +67,3 @@ def _square(image: Image.Image, turns: tuple[Turn, ...]) -> Image.Image:
     side = min(image.size)
     left, top = ((length - side) // 2 for length in image.size)
     return image.crop((left, top, left + side, top + side))
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    with_alpha = image.convert("RGBA")
-    rgb = Image.new("RGB", image.size, (255, 255, 255))
-    rgb.paste(with_alpha, mask=with_alpha.getchannel("A"))
-    return rgb

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_kosmosg.construction.rows import Row, StepFolder
+from megatron_kosmosg.data.transparency import over_white
 
 AREA_EDGES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.9)
 
@@ -158,9 +159,9 @@ def _shown(tar: tarfile.TarFile, key: str) -> ShownRecord:
     record = json.loads(read("json"))
     entities = []
     for entity in record["entities"]:
-        image = picture(entity["image"]).convert("RGB")
+        image = over_white(picture(entity["image"]))
         if entity["mask"] is not None:
             white = Image.new("RGB", image.size, (255, 255, 255))
             image = Image.composite(image, white, picture(entity["mask"]))
         entities.append((entity["text"], image))
-    return ShownRecord(record["caption"], picture(record["image"]).convert("RGB"), entities)
+    return ShownRecord(record["caption"], over_white(picture(record["image"])), entities)

@@ -1,7 +1,8 @@
 """Encoded pictures -> normalised tensors, with DALI or, where it has no wheel, with Pillow.
 
 Shorter side to `size` (antialiased), centre crop, /255, normalise, as the authors' torchvision
-transforms do (rounding of sizes and offsets included). The backends agree within TOLERANCE.
+transforms do (rounding of sizes and offsets included). What is transparent is white first. The
+backends agree within TOLERANCE.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.image_types import Backend, BadImage, Encoded, ImageTransform
 from megatron_kosmosg.data.samples import EntityImage
+from megatron_kosmosg.data.transparency import open_over_white
 
 TOLERANCE = (0.5, 16.0)
 """Mean and largest difference between the backends in levels of 255, before normalisation, per
@@ -32,23 +34,9 @@ class PillowBackend:
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> np.ndarray:
         """float32 [n, 3, size, size]; raises what Pillow raises."""
-        pixels = np.stack([_resize_and_crop(_open(image), transform) for image in images])
+        pixels = np.stack([_resize_and_crop(open_over_white(image), transform) for image in images])
         mean, std = (np.array(v, np.float32) * 255 for v in (transform.mean, transform.std))
         return np.ascontiguousarray(((pixels - mean) / std).transpose(0, 3, 1, 2))
-
-
-def _open(encoded: Encoded) -> Image.Image:
-    if isinstance(encoded, bytes):
-        return Image.open(io.BytesIO(encoded)).convert("RGB")
-    image = Image.open(io.BytesIO(encoded.image)).convert("RGB")
-    return image if encoded.mask is None else paint_background_white(image, encoded)
-
-
-def paint_background_white(image: Image.Image, encoded: EntityImage) -> Image.Image:
-    """`image` where the mask is 255, white where it is 0, mixed in between."""
-    assert encoded.mask is not None
-    mask = Image.open(io.BytesIO(encoded.mask)).convert("L")
-    return Image.composite(image, Image.new("RGB", image.size, (255, 255, 255)), mask)
 
 
 def _resize_and_crop(image: Image.Image, transform: ImageTransform) -> np.ndarray:

@@ -16,6 +16,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from megatron_kosmosg.data.image_types import Encoded, ImageTransform
 from megatron_kosmosg.data.samples import EntityImage
+from megatron_kosmosg.data.transparency import without_transparency
 
 MAX_BATCH = 64
 """Pictures that one pipeline run takes; longer lists are cut."""
@@ -31,6 +32,8 @@ class DaliBackend:
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> np.ndarray:
         """float32 [n, 3, size, size]; raises RuntimeError when one of them is bad."""
+        # DALI shows the colours under transparent pixels.
+        images = [without_transparency(image) for image in images]
         pixels = np.empty((len(images), 3, transform.size, transform.size), np.float32)
         plain = [i for i, image in enumerate(images) if _mask(image) is None]
         masked = [i for i, image in enumerate(images) if _mask(image) is not None]

@@ -71,8 +71,7 @@ class KosmosGPipeline(StableDiffusionPipeline):
             if isinstance(component, torch.nn.Module):
                 component.eval()
         if mllm is not None:
-            # Queries of the resampler see all patches. transformers before 5.23 lets sdpa take them
-            # for text, which only sees what stands before it, and says nothing.
+            # transformers before 5.23 takes the resampler's queries for text, without an error.
             mllm.image_to_text_projection.x_attn.is_causal = False
         self._check_parts()
 
@@ -385,11 +384,11 @@ def negative_batch(negative_prompt: str | list[str] | None, batch_size: int) -> 
 
 
 def resize_and_crop(picture: Image.Image, size: int, name: str) -> Image.Image:
-    """The middle square of side `size`, as in training.
-
-    Image processors round half pixels another way, and resize otherwise where torchvision is.
-    """
+    """The middle square of side `size`, as in training; image processors round otherwise."""
     try:
+        if picture.has_transparency_data:  # white there, not the colours that nobody sees
+            picture, white = picture.convert("RGBA"), Image.new("RGBA", picture.size, "white")
+            picture = Image.composite(picture, white, picture.getchannel("A"))
         picture = picture.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise
         raise ValueError(f"{name} cannot be read: {error}") from error

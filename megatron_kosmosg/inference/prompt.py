@@ -13,6 +13,7 @@ from PIL import Image
 
 from megatron_kosmosg.data.samples import Prompt
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
+from megatron_kosmosg.data.transparency import over_white
 
 
 def build_prompt(parts: Sequence[str | Image.Image], sequence_format: SequenceFormat) -> Prompt:
@@ -28,5 +29,5 @@ def build_prompt(parts: Sequence[str | Image.Image], sequence_format: SequenceFo
 
 def _encode(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "PNG")
+    over_white(picture).save(buffer, "PNG")
     return buffer.getvalue()

@@ -23,6 +23,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from megatron_kosmosg.data.tokenizer import IMAGE as PLACEHOLDER
+from megatron_kosmosg.data.transparency import over_white
 
 Part = str | Path
 """Words, or the file of a picture."""
@@ -198,7 +199,7 @@ def open_picture(path: Path) -> Image.Image:
     """The RGB picture of a file, upright. Raises PromptError if it cannot be decoded."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return over_white(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise PromptError(f"no picture {path}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

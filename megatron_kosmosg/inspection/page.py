@@ -24,6 +24,7 @@ from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.store import IMAGE, SampleStore
 from megatron_kosmosg.data.streams import instruct_stream, pretrain_stream
 from megatron_kosmosg.data.tokenizer import Tokenizer
+from megatron_kosmosg.data.transparency import open_over_white
 from megatron_kosmosg.inspection.statistics import (
     QUANTILES,
     Lengths,
@@ -247,7 +248,7 @@ def _picture(pixels: torch.Tensor) -> str:
 
 def _encoded(data: bytes) -> str:
     try:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image = open_over_white(data)
     except Exception:  # noqa: BLE001 - Pillow raises errors of many kinds for bad files
         return '<span class="bad">cannot be decoded</span>'
     image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))

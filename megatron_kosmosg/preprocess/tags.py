@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from megatron_kosmosg.data.transparency import over_white
 from megatron_kosmosg.preprocess.pictures import encode_mask
 from megatron_kosmosg.preprocess.records import Rejected
 
@@ -46,8 +47,8 @@ def mask_between(image: Image.Image, on_white: Image.Image) -> bytes:
     """PNG of the mask m for which m * image + (1 - m) * white comes closest to `on_white`."""
     if image.size != on_white.size:
         raise Rejected("crops of an entity differ in size", f"{image.size} and {on_white.size}")
-    ink = 255.0 - np.asarray(image.convert("RGB"), np.float32)
-    ink_on_white = 255.0 - np.asarray(on_white.convert("RGB"), np.float32)
+    ink = 255.0 - np.asarray(over_white(image), np.float32)
+    ink_on_white = 255.0 - np.asarray(over_white(on_white), np.float32)
     strength = np.square(ink).sum(-1)
     mask = (ink * ink_on_white).sum(-1) / np.maximum(strength, 1.0)
     # Where the picture itself is white, both crops are: nothing tells, and nothing depends on it.
