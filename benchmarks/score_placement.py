@@ -76,7 +76,7 @@ class RandomPrompts:
         side = self.config.data.target_image_size
         batch = {
             "stream_positions": torch.tensor(samples),
-            "attempts": torch.zeros(rows, dtype=torch.int64),
+            "replacements": torch.zeros(rows, dtype=torch.int64),
             "bad_samples": torch.tensor(0),
         }
         if self.reads != "prompts":

@@ -27,7 +27,7 @@ from megatron_kosmosg.data.tokenizer import Tokenizer
 
 EXTRA_TOKENS = 8
 """Our tokens that a caption may have beyond the text encoder's positions."""
-MAX_ATTEMPTS = 1000
+MAX_REPLACEMENTS = 1000
 
 
 class AlignStream:
@@ -57,8 +57,8 @@ class AlignStream:
         draw = self._blend[position]
         store, order = self._stores[draw.name], self._orders[draw.name]
         limit = self._max_tokens
-        for attempt in range(MAX_ATTEMPTS):
-            index = order.candidate(draw.ordinal, position, attempt)
+        for replacement in range(MAX_REPLACEMENTS):
+            index = order.replacement(draw.ordinal, position, replacement)
             num_tokens = int(store.part_lengths(np.array([index]), TOKENS_PART)[0])
             if num_tokens > limit:
                 continue
@@ -107,9 +107,9 @@ class AlignStream:
         }
 
     def _first_that_fits(self, name: str, ordinal: int, position: int) -> int:
-        """Our tokens of the first candidate that is short enough."""
-        for attempt in range(1, MAX_ATTEMPTS):
-            index = self._orders[name].candidate(ordinal, position, attempt)
+        """Our tokens of the first replacement that is short enough."""
+        for replacement in range(1, MAX_REPLACEMENTS):
+            index = self._orders[name].replacement(ordinal, position, replacement)
             length = int(self._stores[name].part_lengths(np.array([index]), TOKENS_PART)[0])
             if length <= self._max_tokens:
                 return length
@@ -117,7 +117,7 @@ class AlignStream:
 
     def _nothing_fits(self) -> ValueError:
         return ValueError(
-            f"{MAX_ATTEMPTS} captions in a row are longer than {self._num_queries} CLIP tokens "
+            f"{MAX_REPLACEMENTS} captions in a row are longer than {self._num_queries} CLIP tokens "
             f"(model.aligner.num_queries) or {self._max_tokens} tokens (data.seq_length)"
         )
 

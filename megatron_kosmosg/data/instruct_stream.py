@@ -26,8 +26,8 @@ from megatron_kosmosg.data.padding import pad_rows
 from megatron_kosmosg.data.samples import Prompt, PromptSample
 from megatron_kosmosg.data.store import PartSizes, RawSample, SampleStore
 
-MAX_ATTEMPTS = 100
-
+MAX_REPLACEMENTS = 100
+"""Samples in a row that may be too long."""
 
 Reads = Literal["all", "prompts", "targets"]
 """What a batch holds: ranks without the U-Net need no targets, ranks of the U-Net no prompts."""
@@ -60,7 +60,7 @@ class _Choice:
 
     dataset: str
     index: int
-    attempt: int
+    replacement: int
     length: int
 
 
@@ -104,28 +104,25 @@ class InstructStream:
         """The longest of the micro-batch: padding does not enter this stage's loss."""
         return max(len(sample.prompt.tokens) for sample in samples)
 
-    def collate(self, samples: Sequence[PromptSample], pad_to: int) -> dict[str, Tensor]:
+    def collate(
+        self,
+        samples: Sequence[PromptSample],
+        pad_to: int,
+        replacements: Sequence[int] | None = None,
+    ) -> dict[str, Tensor]:
         """tokens, image_mask, padding_mask [b, s]; pixel_values float32 [n, 3, H, W], n over (b,
-        position), n = 0 where prompt pictures are not decoded; stream_positions int64 [b]; attempts
-        int64 [b], 0 where the first draw of the position was good; bad_samples int64 [];
-        picture_outcome int64 [0] or [2 + b]: the number of bad prompt pictures, s, the attempts.
+        position), n = 0 where prompt pictures are not decoded; stream_positions, replacements
+        int64 [b]; bad_samples int64 []. `replacements`: see samples.PictureStream.
 
         Targets: target_pixel_values float32 [b, 3, T, T] in [-1, 1], or, where they are cached,
         target_moments float16 [b, 2, channels, height, width] (mean and deviation); and
         target_weights float32 [b], 0 where the target is bad and its values are zeros, else 1.
         """
-        samples, num_bad, images = self._pictures(list(samples))
-        return self._batch(samples, num_bad, images, pad_to)
-
-    def collate_as(self, positions: Sequence[int], outcome: Sequence[int]) -> dict[str, Tensor]:
-        """The batch at `positions`, prompt pictures not decoded; see samples.PictureStream."""
-        num_bad, width, *attempts = outcome
-        samples = [self._sample(*drawn) for drawn in zip(positions, attempts, strict=True)]
-        return self._batch(samples, num_bad, self._no_pictures(), width)
-
-    def _batch(
-        self, samples: list[PromptSample], num_bad: int, images: dict[str, Tensor], pad_to: int
-    ) -> dict[str, Tensor]:
+        if replacements is None:
+            samples, num_bad, images = self._pictures(list(samples))
+        else:
+            samples, num_bad = self._replaced(samples, replacements)
+            images = self._no_pictures()
         targets, bad_targets = self._targets(samples)
         for error in bad_targets:
             lost = samples[error.index]
@@ -140,55 +137,46 @@ class InstructStream:
                 pad_to,
                 self._pad_id,
             )
-        numbers = [(sample.position, sample.attempt) for sample in samples]
-        positions, attempts = torch.tensor(numbers, dtype=torch.int64).view(-1, 2).unbind(dim=1)
-        # What was replaced may have been the longest row: the width is told, too.
-        outcome = [num_bad, rows["tokens"].shape[1], *attempts.tolist()] if num_bad else []
+        numbers = {
+            "stream_positions": [sample.position for sample in samples],
+            "replacements": [sample.replacement for sample in samples],
+        }
         return (
             rows
             | images
             | targets
-            | {
-                "stream_positions": positions.clone(),
-                "attempts": attempts.clone(),
-                "bad_samples": torch.tensor(num_bad + len(bad_targets)),
-                "picture_outcome": torch.tensor(outcome, dtype=torch.int64),
-            }
+            | {name: torch.tensor(values, dtype=torch.int64) for name, values in numbers.items()}
+            | {"bad_samples": torch.tensor(num_bad + len(bad_targets))}
         )
 
-    def sample_of_attempt(self, position: int, attempt: int) -> PromptSample:
-        """The sample that replaces the draws before `attempt`, which other ranks found bad."""
-        return self._sample(position, attempt)
-
-    def _choose(self, position: int, first_attempt: int) -> _Choice:
+    def _choose(self, position: int, first: int) -> _Choice:
+        """The first sample that fits, from replacement index `first` on."""
         draw = self._blend[position]
         source, draws = self._sources[draw.name], Draws(self._seed, self._stage, position)
-        for attempt in range(first_attempt, first_attempt + MAX_ATTEMPTS):
-            index = source.order.candidate(draw.ordinal, position, attempt)
+        for replacement in range(first, first + MAX_REPLACEMENTS):
+            index = source.order.replacement(draw.ordinal, position, replacement)
             length = source.make_prompt.length(source.store.part_sizes(index), draws)
             if length is not None and length <= self._max_length:
-                return _Choice(draw.name, index, attempt, length)
+                return _Choice(draw.name, index, replacement, length)
         raise ValueError(
-            f"dataset {draw.name}: {MAX_ATTEMPTS} samples in a row are longer than "
+            f"dataset {draw.name}: {MAX_REPLACEMENTS} samples in a row are longer than "
             f"data.seq_length={self._max_length}; raise it"
         )
 
-    def _sample(self, position: int, first_attempt: int) -> PromptSample:
-        choice = self._choose(position, first_attempt)
+    def _sample(self, position: int, first: int) -> PromptSample:
+        choice = self._choose(position, first)
         source = self._sources[choice.dataset]
         raw = source.store[choice.index]
         prompt = source.make_prompt(raw, Draws(self._seed, self._stage, position))
         return PromptSample(
-            position, prompt, choice.dataset, raw.info["key"], choice.index, choice.attempt
+            position, prompt, choice.dataset, raw.info["key"], choice.index, choice.replacement
         )
 
     def _pictures(
         self, samples: list[PromptSample]
     ) -> tuple[list[PromptSample], int, dict[str, Tensor]]:
         """The samples, those with bad prompt pictures replaced; how many were; the pictures."""
-        if self._reads == "targets":
-            return samples, 0, {}
-        if not self._decodes_prompts:
+        if self._reads == "targets" or not self._decodes_prompts:
             return samples, 0, self._no_pictures()
         num_bad = 0
         while True:
@@ -202,9 +190,29 @@ class InstructStream:
             for i in sorted(bad):
                 old = samples[i]
                 report_bad_image(old.dataset, old.key, old.position, bad[i].reason)
-                samples[i] = self._sample(old.position, old.attempt + 1)
+                samples[i] = self._sample(old.position, old.replacement + 1)
+
+    def _replaced(
+        self, samples: Sequence[PromptSample], replacements: Sequence[int]
+    ) -> tuple[list[PromptSample], int]:
+        """The samples of these replacement indices; how many bad ones they replace in all."""
+        num_bad, found = 0, []
+        for sample, replacement in zip(samples, replacements, strict=True):
+            while sample.replacement < replacement:
+                num_bad += 1
+                sample = self._sample(sample.position, sample.replacement + 1)
+            if sample.replacement != replacement:
+                raise RuntimeError(
+                    f"stream position {sample.position} of dataset {sample.dataset}: another rank "
+                    f"reads replacement {replacement}, which is too long here; do all ranks read "
+                    "the same files?"
+                )
+            found.append(sample)
+        return found, num_bad
 
     def _no_pictures(self) -> dict[str, Tensor]:
+        if self._reads == "targets":
+            return {}
         return {"pixel_values": self._decoder.try_decode([], self._prompt_transform)[0]}
 
     def _targets(self, samples: list[PromptSample]) -> tuple[dict[str, Tensor], list[BadImage]]:

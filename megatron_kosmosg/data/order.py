@@ -46,15 +46,17 @@ class SampleOrder:
             samples[epochs == epoch] = self.epoch(epoch).take(places[epochs == epoch])
         return samples
 
-    def candidate(self, ordinal: int, position: int, attempt: int) -> int:
-        """The sample for draw `ordinal`, which stands at stream `position`.
+    def replacement(self, ordinal: int, position: int, index: int) -> int:
+        """The sample with replacement index `index` for draw `ordinal`, at stream `position`.
 
-        Attempt 0 is the sample itself; later ones are others, drawn by key without repetition.
+        0 is the drawn sample itself. Whoever finds a sample unusable goes on to the next index;
+        these are other samples, chosen by key without repetition, so that all ranks that know the
+        index of a position read the same sample there.
         """
         own = self[ordinal]
         others = self._num_samples - 1
-        if attempt == 0 or others == 0:
+        if index == 0 or others == 0:
             return own
         key = stream_key(self._seed, self._stage, position, f"replacement/{self._name}")
-        index = KeyedPermutation(others, key)[(attempt - 1) % others]
-        return index if index < own else index + 1
+        other = KeyedPermutation(others, key)[(index - 1) % others]
+        return other if other < own else other + 1

@@ -53,28 +53,26 @@ class PretrainStream:
     def pad_to(self, samples: Sequence[PackedRow], global_positions: Sequence[int]) -> int:
         return self._seq_length
 
-    def collate(self, samples: Sequence[PackedRow], pad_to: int) -> dict[str, Tensor]:
+    def collate(
+        self, samples: Sequence[PackedRow], pad_to: int, replacements: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
         """tokens, labels int64 [b, s]; loss_mask float32 [b, s]; image_mask, padding_mask bool
         [b, s] (True = picture slot, True = padding); pixel_values float32 [n, 3, H, W], n = 0
         where pictures are not decoded; stream_positions int64 [b]; bad_samples int64 [];
-        picture_outcome int64 [k]: the bad ones among the pictures."""
-        images = [image.image for row in samples for image in row.images]
-        pixels, bad = self._decoder.try_decode(images if self._decodes else [], self._transform)
-        owners = [(row.position, image) for row in samples for image in row.images]
-        for error in bad:
-            position, lost = owners[error.index]
-            report_bad_image(lost.dataset, lost.key, position, error.reason)
-        return self._batch(samples, pad_to, pixels, [error.index for error in bad])
-
-    def collate_as(self, positions: Sequence[int], outcome: Sequence[int]) -> dict[str, Tensor]:
-        """The batch at `positions`, pictures not decoded; see samples.PictureStream."""
-        samples = [self[position] for position in positions]
-        pixels, _ = self._decoder.try_decode([], self._transform)
-        return self._batch(samples, self._seq_length, pixels, outcome)
-
-    def _batch(
-        self, samples: Sequence[PackedRow], pad_to: int, pixels: Tensor, bad: Sequence[int]
-    ) -> dict[str, Tensor]:
+        replacements int64 [pictures of the rows]: 1 where a blank one stands for a bad one.
+        `replacements`: see samples.PictureStream."""
+        images = [(b, image) for b, row in enumerate(samples) for image in row.images]
+        decodes = self._decodes and replacements is None
+        pixels, errors = self._decoder.try_decode(
+            [image.image for _, image in images] if decodes else [], self._transform
+        )
+        for error in errors:
+            b, lost = images[error.index]
+            report_bad_image(lost.dataset, lost.key, samples[b].position, error.reason)
+        replaced = np.zeros(len(images), np.int64)
+        replaced[[error.index for error in errors]] = 1
+        if replacements is not None:
+            replaced[:] = replacements
         shape = (len(samples), pad_to)
         pad = self._format.tokenizer.pad_id
         tokens, labels = np.full(shape, pad, np.int64), np.full(shape, pad, np.int64)
@@ -85,8 +83,7 @@ class PretrainStream:
             tokens[b, :n], labels[b, :n] = row.tokens[:-1], row.tokens[1:]
             loss_mask[b, :n], image_mask[b, :n] = row.label_mask[1:], row.image_mask[:-1]
             padding_mask[b, :n] = False
-        images = [(b, image) for b, row in enumerate(samples) for image in row.images]
-        for index in bad:
+        for index in np.flatnonzero(replaced):
             b, image = images[index]
             loss_mask[b, image.start : image.document_end - 1] = 0
         arrays = {
@@ -99,6 +96,6 @@ class PretrainStream:
         return {k: torch.from_numpy(v) for k, v in arrays.items()} | {
             "pixel_values": pixels,
             "stream_positions": torch.tensor([row.position for row in samples]),
-            "bad_samples": torch.tensor(len(bad)),
-            "picture_outcome": torch.tensor(bad, dtype=torch.int64),
+            "bad_samples": torch.tensor(int(replaced.sum())),
+            "replacements": torch.from_numpy(replaced),
         }

@@ -48,8 +48,8 @@ class PromptSample:
     key: str
     index: int
     """Its number in the dataset."""
-    attempt: int
-    """0, or the number of the draw that replaced an unusable sample."""
+    replacement: int
+    """Replacement index; see order.SampleOrder.replacement."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,14 @@ class StreamDataset(Protocol):
 
 
 class PictureStream(StreamDataset, Protocol):
-    """A stream with pictures, which ranks without the image tower leave undecoded.
+    """A stream with pictures, which some ranks leave undecoded: they have no use for them.
 
-    Its batches have `stream_positions` int64 [b] and `picture_outcome` int64 [k]: what decoding
-    made of the batch, empty where all pictures were good.
+    Its batches have `stream_positions` int64 [b] and `replacements` int64 [k]: the replacement
+    index of every sample (`instruct`) or picture (`pretrain`), 0 where it is the one drawn first.
     """
 
-    def collate_as(self, positions: Sequence[int], outcome: Sequence[int]) -> dict[str, Tensor]:
-        """The batch at `positions` with the `picture_outcome` of a rank that decodes."""
+    def collate(
+        self, samples: Sequence[Sample], pad_to: int, replacements: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """See StreamDataset. `replacements`: those of a rank that decoded the pictures of these
+        positions; then nothing is decoded, and the batch is that rank's but for the pictures."""

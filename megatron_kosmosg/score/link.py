@@ -25,7 +25,7 @@ class LinkBroken(RuntimeError):
 
 
 _HEADER = 7
-"""Numbers before a request's positions and attempts; the last of them is the loss scale."""
+"""Numbers before a request's positions and replacements; the last of them is the loss scale."""
 MOST_IN_FLIGHT = 32
 """Requests of one decoder rank without an answer. A link holds more messages than this, so that
 neither end waits to send while the other does."""
@@ -65,7 +65,7 @@ class Link:
         )
         header[len(words)] = request.scale
         header[_HEADER : _HEADER + n] = request.positions
-        header[_HEADER + most : _HEADER + most + n] = request.attempts
+        header[_HEADER + most : _HEADER + most + n] = request.replacements
         self._send(self._requests, header, SCORE)
         if rows:
             self._send(self._requests, request.condition.contiguous(), SCORE)
@@ -81,13 +81,13 @@ class Link:
         if rows:
             self._receive(self._requests, condition, DECODER)
         positions = header[_HEADER : _HEADER + n].long()
-        attempts = header[_HEADER + most : _HEADER + most + n].long()
+        replacements = header[_HEADER + most : _HEADER + most + n].long()
         return Request(
             Kind(kind),
             condition,
             scale,
             positions,
-            attempts,
+            replacements,
             bool(is_heldout),
             image_size,
             bool(is_done),

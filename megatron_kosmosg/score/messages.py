@@ -32,8 +32,8 @@ class Request:
     """Loss scale of the optimizer, scalar."""
     positions: torch.Tensor
     """Stream positions, int64 [n]: of the rows, or of the pictures."""
-    attempts: torch.Tensor
-    """int64 [n]: which draw filled the position (samples.PromptSample)."""
+    replacements: torch.Tensor
+    """int64 [n]: replacement indices of the rows (samples.PictureStream); zeros for pictures."""
     is_heldout: bool = False
     """Of LOSS and GRADIENT: whether the positions are of the held-out stream."""
     image_size: int = 0

@@ -65,7 +65,7 @@ class RemoteScore:
         self,
         condition: torch.Tensor,
         positions: torch.Tensor,
-        attempts: torch.Tensor,
+        replacements: torch.Tensor,
         scale: torch.Tensor,
         dtype: torch.dtype,
         *,
@@ -75,7 +75,7 @@ class RemoteScore:
 
         Both hold zero for the loss until the answer came, which may also take images off the count:
         those whose targets are bad (`left_out`). condition: [b, c, d]; positions,
-        attempts: int64 [b]; scale: the optimizer's loss scale; dtype: of the U-Net, sent in.
+        replacements: int64 [b]; scale: the optimizer's loss scale; dtype: of the U-Net, sent in.
         """
         wants_gradient = torch.is_grad_enabled()
         kind = Kind.GRADIENT if wants_gradient else Kind.LOSS
@@ -87,7 +87,7 @@ class RemoteScore:
                     condition[rows].detach().to(dtype),
                     scale,
                     positions[rows],
-                    attempts[rows],
+                    replacements[rows],
                     is_heldout=is_heldout,
                 )
                 with self.record(SEND, micro_batch=number, sample=request.positions):

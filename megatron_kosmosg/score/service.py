@@ -156,10 +156,11 @@ class _TargetReader:
         key = "target_moments" if cached else "target_pixel_values"
         targets, weights = batch[key], batch["target_weights"]
         # Where a prompt picture was bad, which is not read here, another sample took the place.
-        for row in (batch["attempts"] != request.attempts).nonzero().flatten().tolist():
-            position, attempt = int(request.positions[row]), int(request.attempts[row])
+        replaced = batch["replacements"] != request.replacements
+        for row in replaced.nonzero().flatten().tolist():
+            position, replacement = int(request.positions[row]), int(request.replacements[row])
             stream = self._streams[split]
-            other = stream.collate([stream.sample_of_attempt(position, attempt)], 0)
+            other = stream.collate([stream[position]], 0, [replacement])
             targets[row], weights[row] = other[key][0], other["target_weights"][0]
         return targets, weights
 

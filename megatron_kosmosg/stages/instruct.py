@@ -99,7 +99,7 @@ class InstructStage:
                 loss, reported = self.remote_score.loss(
                     condition,
                     positions,
-                    batch["attempts"],
+                    batch["replacements"],
                     get_model_config(model).grad_scale_func(torch.ones_like(count).float()),
                     torch_dtype(self.config.training.precision),
                     is_heldout=not training,

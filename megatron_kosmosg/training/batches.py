@@ -17,7 +17,7 @@ from megatron_kosmosg.data.loader import MicroBatchIterator
 from megatron_kosmosg.data.samples import PictureStream, StreamDataset
 from megatron_kosmosg.parallel.broadcast import broadcast_batch
 from megatron_kosmosg.parallel.layout import Layout
-from megatron_kosmosg.parallel.picture_outcomes import PictureOutcomes
+from megatron_kosmosg.parallel.replacements import ReplacementExchange
 
 Batch = dict[str, torch.Tensor]
 
@@ -50,7 +50,7 @@ class BatchFeed:
         """dataset: on ranks behind the first pipeline stage, one that leaves pictures undecoded.
         split: of which it is the stream."""
         self._dataset, self._config, self._layout, self._split = dataset, config, layout, split
-        self._outcomes: PictureOutcomes | None = None
+        self._exchange: ReplacementExchange | None = None
         self._work = Work()
         self._loader: MicroBatchIterator | None = None
         if layout.tp_rank == 0:  # the other tensor-parallel ranks get the batch by broadcast
@@ -79,19 +79,17 @@ class BatchFeed:
 
     def _agreed(self, batch: Batch) -> Batch:
         """The batch as the first pipeline stage has it."""
-        outcome = batch.pop("picture_outcome", None)
-        if outcome is None or self._layout.pp_size == 1:
+        if "replacements" not in batch or self._layout.pp_size == 1:
             return batch
-        if self._outcomes is None:
+        if self._exchange is None:
             timeout = self._config.parallel.timeout_seconds
-            self._outcomes = PictureOutcomes(self._layout, self._split, timeout)
-        own, positions = outcome.tolist(), batch["stream_positions"].tolist()
-        told = self._outcomes.share(positions[0], own)
-        if told == own:
+            self._exchange = ReplacementExchange(self._layout, self._split, timeout)
+        own, positions = batch["replacements"].tolist(), batch["stream_positions"].tolist()
+        agreed = self._exchange.share(positions[0], own)
+        if agreed == own:
             return batch
-        batch = self._dataset.collate_as(positions, told)
-        del batch["picture_outcome"]
-        return batch
+        samples = [self._dataset[position] for position in positions]
+        return self._dataset.collate(samples, batch["tokens"].shape[1], agreed)
 
     def chunk_iterators(self, num_chunks: int) -> list[Iterator[Batch]]:
         """One iterator per model chunk of this rank, all over the same batches."""

@@ -139,8 +139,8 @@ def _watch(watched: _Watched) -> None:
     load_diffusion, build_optimizer = instruct.load_diffusion, loop.build_optimizer
     collate = InstructStream.collate
 
-    def collect(self, samples, pad_to):
-        batch = collate(self, samples, pad_to)
+    def collect(self, samples, pad_to, replacements=None):
+        batch = collate(self, samples, pad_to, replacements)
         if self._stage == "instruct/train":
             watched.read |= {name for name, tensor in batch.items() if tensor.numel()}
         return batch

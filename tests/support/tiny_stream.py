@@ -44,7 +44,7 @@ class TinyStream:
         batch = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
         if self._stage == "instruct":
             batch["stream_positions"] = torch.tensor(samples)
-            batch["attempts"] = torch.zeros_like(batch["stream_positions"])
+            batch["replacements"] = torch.zeros_like(batch["stream_positions"])
         batch["bad_samples"] = torch.tensor(0)
         if self._reads == "prompts":
             batch = {key: value for key, value in batch.items() if not key.startswith("target_")}

@@ -76,7 +76,7 @@ def test_order_reshuffles_each_epoch_and_replacements_are_other_samples():
     epochs = [[order[9 * epoch + i] for i in range(9)] for epoch in range(4)]
     assert all(sorted(epoch) == list(range(9)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    tried = [order.candidate(5, position=40, attempt=a) for a in range(9)]
+    tried = [order.replacement(5, position=40, index=a) for a in range(9)]
     assert tried[0] == order[5] and sorted(tried) == list(range(9))
-    assert tried != [order.candidate(5, position=41, attempt=a) for a in range(9)]
-    assert SampleOrder("one", 1, 0, "s").candidate(0, 0, 3) == 0
+    assert tried != [order.replacement(5, position=41, index=a) for a in range(9)]
+    assert SampleOrder("one", 1, 0, "s").replacement(0, 0, 3) == 0

@@ -67,7 +67,7 @@ def row_hashes(batch: dict[str, torch.Tensor]) -> list[str]:
     for b in range(len(batch["tokens"])):
         digest = hashlib.sha256()
         n = int((~batch["padding_mask"][b]).sum())
-        for name in sorted(batch.keys() - {"bad_samples", "picture_outcome"}):
+        for name in sorted(batch.keys() - {"bad_samples", "replacements"}):
             if name == "pixel_values":
                 value = batch[name][ends[b] - slots[b] : ends[b]]
             else:
@@ -130,7 +130,7 @@ def test_lengths_from_the_index_are_those_of_the_samples(folder, stage):
             samples = [stream[p] for p in range(120)]
             found = stream.lengths(range(120)).tolist()
             assert found == [len(sample.prompt.tokens) for sample in samples]
-            replaced += sum(sample.attempt > 0 for sample in samples)
+            replaced += sum(sample.replacement > 0 for sample in samples)
         assert replaced
     else:
         stream = make_stream(folder, stage, seq_length=7)
@@ -228,9 +228,8 @@ def test_instruct_batch_has_the_agreed_keys_and_shapes(folder, tokenizer):
         "target_pixel_values": ((10, 3, 16, 16), torch.float32),
         "target_weights": ((10,), torch.float32),
         "stream_positions": ((10,), torch.int64),
-        "attempts": ((10,), torch.int64),
+        "replacements": ((10,), torch.int64),
         "bad_samples": ((), torch.int64),
-        "picture_outcome": ((0,), torch.int64),
     }
     assert batch["stream_positions"].tolist() == list(range(10))
     assert int(batch["image_mask"].sum()) == 4 * images
@@ -410,7 +409,7 @@ def test_ranks_with_and_without_the_unet_read_their_parts_of_the_same_batch(fold
         samples = [stream[p] for p in range(6)]
         batches[reads] = stream.collate(samples, stream.pad_to(samples, range(6)))
     everything = batches["all"]
-    shared = {"stream_positions", "attempts", "bad_samples", "picture_outcome"}
+    shared = {"stream_positions", "replacements", "bad_samples"}
     targets = {"target_pixel_values", "target_weights"}
     assert batches["targets"].keys() == shared | targets
     assert batches["prompts"].keys() == everything.keys() - targets
@@ -431,8 +430,8 @@ def test_a_stage_without_the_image_tower_has_the_batch_of_the_one_that_decodes(f
     whole = decodes.collate(samples, decodes.pad_to(samples, range(8)))
     assert whole["bad_samples"] > 0 and len(whole["pixel_values"])
     alone = blind.collate(samples, blind.pad_to(samples, range(8)))
-    assert alone["picture_outcome"].tolist() == [] and len(alone["pixel_values"]) == 0
-    told = blind.collate_as(whole["stream_positions"].tolist(), whole["picture_outcome"].tolist())
+    assert not alone["replacements"].any() and len(alone["pixel_values"]) == 0
+    told = blind.collate(samples, alone["tokens"].shape[1], whole["replacements"].tolist())
     assert told.keys() == whole.keys() and len(told.pop("pixel_values")) == 0
     for name, value in told.items():
         assert torch.equal(value, whole[name]), name

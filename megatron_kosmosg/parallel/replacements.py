@@ -1,9 +1,10 @@
-"""What decoding made of a micro-batch's pictures, told to the pipeline stages that decode none.
+"""The replacement indices of a micro-batch, told to the pipeline stages that decode no pictures.
 
 Only the first stage has the image tower. A bad picture replaces a sample or silences labels, which
-every stage must know; it goes through the store of the rendezvous, so that the exchange of tensors
-between the stages stays as Megatron-Core has it. The first stage tells before its forward pass, so
-that the others, which read after they have received its output, do not wait.
+every stage must know (samples.PictureStream). The indices go through the store of the rendezvous,
+so that the exchange of tensors between the stages stays as Megatron-Core has it. The first stage
+tells before its forward pass, so that the others, which read after they have received its output,
+do not wait.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.rendezvous import connect, find_place
 
 
-class PictureOutcomes:
+class ReplacementExchange:
     """One rank's end; of every stage, the tensor rank that loads."""
 
     def __init__(self, layout: Layout, stream: str, timeout_seconds: float) -> None:
@@ -27,7 +28,7 @@ class PictureOutcomes:
         self._store = connect(find_place(os.environ), timeout)
 
     def share(self, position: int, own: Sequence[int]) -> list[int]:
-        """The first stage's outcome of the micro-batch that begins at stream position `position`.
+        """The first stage's indices of the micro-batch that begins at stream position `position`.
 
         own: what this rank found; counts on the first stage.
         """
@@ -43,4 +44,4 @@ class PictureOutcomes:
         return told
 
     def _key(self, position: int, stage: int) -> str:
-        return f"pictures of {self._stream} {position} for stage {stage}"
+        return f"replacements of {self._stream} {position} for stage {stage}"
