@@ -39,9 +39,9 @@ STAGES = ("pretrain", "align", "instruct")
 TARGET_SIZE = 16
 SAVED = 3
 """Iterations of each stored run."""
-NEXT_LOSS, LATER_LOSS, EMBEDDING = 1e-5, 1e-4, 1e-5
-"""Tolerances, the first two relative. A loss after further updates carries their rounding: another
-kind of CPU adds up in another order."""
+LOSS, EMBEDDING = 1e-5, 1e-5
+"""Tolerances: of losses and gradient norms relative, of embeddings absolute. Other instruction sets
+and numbers of threads move the numbers by less than 1e-6, other dropout masks by more than 3e-5."""
 
 
 def recorded(name: str) -> Any:
@@ -107,11 +107,9 @@ def test_a_run_goes_on_as_it_did(past, tmp_path, run_python, stage):
     assert "resumed from" in said and "another parallel layout" not in said
     found = iterations(run)[SAVED:]
     assert [line["iteration"] for line in found] == [SAVED + 1 + i for i in range(later)]
-    losses = [line["loss"] for line in found]
-    assert losses[0] == pytest.approx(expected["losses"][0], rel=NEXT_LOSS)
-    assert losses == pytest.approx(expected["losses"], rel=LATER_LOSS)
-    norms = [line["grad_norm"] for line in found]
-    assert norms[0] == pytest.approx(expected["grad_norms"][0], rel=LATER_LOSS)
+    losses, norms = ([line[key] for line in found] for key in ("loss", "grad_norm"))
+    assert losses == pytest.approx(expected["losses"], rel=LOSS)
+    assert norms == pytest.approx(expected["grad_norms"], rel=LOSS)
     assert "base.yaml: data.max_bad_samples is called data.max_bad_images today" in said
 
 
