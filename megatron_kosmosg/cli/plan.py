@@ -62,8 +62,13 @@ def run(given: argparse.Namespace) -> int:
     from megatron_kosmosg.config.errors import ConfigError
     from megatron_kosmosg.config.load import load_config
     from megatron_kosmosg.planning.gpus import GPUS, efficiency_with
-    from megatron_kosmosg.planning.plan import to_json, to_text
-    from megatron_kosmosg.planning.planner import make_plan, planned_config, search_plan
+    from megatron_kosmosg.planning.plan import (
+        make_plan,
+        planned_config,
+        search_plan,
+        to_json,
+        to_text,
+    )
 
     gpu, efficiency = GPUS[given.gpu], efficiency_with(given.assume)
     config = load_config(given.config, given.overrides)

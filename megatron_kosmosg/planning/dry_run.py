@@ -22,10 +22,9 @@ from megatron_kosmosg.models import flops
 from megatron_kosmosg.parallel.rendezvous import find_place
 from megatron_kosmosg.planning.activations import ELEMENT_BYTES
 from megatron_kosmosg.planning.gpus import Efficiency
-from megatron_kosmosg.planning.memory_table import memory_table
+from megatron_kosmosg.planning.memory import memory_table, rank_kinds
 from megatron_kosmosg.planning.model_counts import ModelCounts, count_model, frozen_helpers
 from megatron_kosmosg.planning.pipeline_balance import with_default_layout
-from megatron_kosmosg.planning.rank_kinds import rank_kinds
 from megatron_kosmosg.planning.rank_map import rank_table
 from megatron_kosmosg.planning.workload import (
     assumed_kinds,

@@ -9,13 +9,17 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.world import WorldLayout
 from megatron_kosmosg.planning import communication as comm
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
-from megatron_kosmosg.planning.memory import GIB
+from megatron_kosmosg.planning.memory import GIB, RankKind, rank_kinds
 from megatron_kosmosg.planning.model_counts import ModelShares, RankCount
-from megatron_kosmosg.planning.rank_kinds import RankKind, ScoreShare, rank_kinds, score_share
-from megatron_kosmosg.planning.stage_cost import Rates, StageCost, stage_cost
-from megatron_kosmosg.planning.stage_work import needed_flops, score_work
+from megatron_kosmosg.planning.stage_cost import (
+    Rates,
+    StageCost,
+    needed_flops,
+    score_work,
+    stage_cost,
+)
 from megatron_kosmosg.planning.timeline import Timeline, play
-from megatron_kosmosg.planning.workload import MicroBatch, micro_batches
+from megatron_kosmosg.planning.workload import MicroBatch, ScoreShare, micro_batches, score_share
 
 _HIDDEN_SHARE = 0.8
 """Share of a pass behind which gradient exchange or parameter gathering hides."""

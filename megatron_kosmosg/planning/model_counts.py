@@ -1,7 +1,9 @@
 """How many parameters each part of a stage has, and each rank of a layout: from the real modules.
 
 The stage builds its own model on the meta device, so what is frozen is what training freezes.
-Vocabulary padding and the tied copy of the embedding are left out of the totals.
+`count_model` spreads the whole model over the ranks by arithmetic; `build_shards` builds the shard
+of one rank of every kind inside a pretended world. Vocabulary padding and the tied copy of the
+embedding are left out of the totals.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ from dataclasses import dataclass
 import torch
 
 from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
+from megatron_kosmosg.config.world import WorldLayout
 from megatron_kosmosg.models.diffusion_flops import clip_text_shape, diffusion_parameters
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
 from megatron_kosmosg.models.pipeline_pieces import StagePieces, pipeline_pieces
+from megatron_kosmosg.parallel.fake_world import pretend_rank
 from megatron_kosmosg.parallel.layout import lone_layout
+from megatron_kosmosg.planning.activations import ELEMENT_BYTES
 from megatron_kosmosg.stages import build_stage
 
 
@@ -190,3 +195,53 @@ def _describe(config: RunConfig, stages: list[StagePieces], index: int) -> str:
 
 def _has(model: torch.nn.Module, name: str) -> bool:
     return any(child == name for child, _ in model.named_children())
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltShard:
+    """Parameters of one rank, counted on its modules."""
+
+    kind: str
+    """As in `estimate.RankKind.name`."""
+    rank: int
+    trainable: int
+    frozen: int
+    parameter_bytes: int
+    """In the training precision."""
+    groups: dict[str, list[int]]
+    """The ranks of its tensor, pipeline and data group."""
+
+
+def build_shards(config: RunConfig, world: WorldLayout) -> list[BuiltShard]:
+    """The shard of the first rank of every kind, U-Net and VAE only where they have own ranks."""
+    element = ELEMENT_BYTES[config.training.precision]
+    shards = []
+    for stage in range(world.pp_size):
+        rank = world.decoder_rank(0, stage, 0)
+        trainable, frozen = _count(config, world, rank)
+        name = f"decoder_stage_{stage}" if world.pp_size > 1 else "decoder"
+        groups = {
+            "tensor": world.tensor_group(0, stage),
+            "pipeline": world.pipeline_group(0, 0),
+            "data": world.data_group(stage, 0),
+        }
+        shards.append(
+            BuiltShard(name, rank, trainable, frozen, (trainable + frozen) * element, groups)
+        )
+    if world.score_ranks_per_unit:
+        frozen = sum(diffusion_parameters(config.model.diffusion.path).values())
+        first = world.score_ranks(0)[0]
+        groups = {"serves": [world.decoder_rank(r, world.pp_size - 1, 0)
+                             for r in range(world.replicas_per_unit)]}  # fmt: skip
+        shards.append(BuiltShard("score", first, 0, frozen, frozen * element, groups))
+    return shards
+
+
+def _count(config: RunConfig, world: WorldLayout, rank: int) -> tuple[int, int]:
+    with pretend_rank(world, rank) as layout:
+        # Frozen helpers are read on the last stage only; this stage object stands on another one.
+        stage = build_stage(config, dataclasses.replace(layout, pp_rank=0, pp_size=2))
+        parameters = [p for chunk in stage.build_model(layout) for p in chunk.parameters()]
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+    return trainable, frozen

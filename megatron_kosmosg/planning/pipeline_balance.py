@@ -10,7 +10,7 @@ from megatron_kosmosg.models.pipeline_pieces import (
     chunks_per_rank,
     pipeline_pieces,
 )
-from megatron_kosmosg.planning.stage_work import score_work, stage_work
+from megatron_kosmosg.planning.stage_cost import score_work, stage_work
 from megatron_kosmosg.planning.workload import micro_batches, with_kinds
 
 

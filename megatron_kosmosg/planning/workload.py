@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
+from megatron_kosmosg.config.world import WorldLayout
 from megatron_kosmosg.data.manifest import dataset_kind
 
 
@@ -160,3 +161,24 @@ def _shares(entries: list[MixtureEntry], start: float, stop: float) -> list[floa
         shares.append(overlap if overlap > 1e-9 else 0.0)
         position += entry.share
     return shares
+
+
+@dataclass(frozen=True)
+class ScoreShare:
+    """What a dedicated score rank gets of a micro-batch."""
+
+    images: int
+    """At once."""
+    groups: int
+    """Score ranks, or sets of them, that work on different micro-batches."""
+    used: float
+    """Share of the unit's score ranks' time that its images take, were all ranks to work."""
+
+
+def score_share(config: RunConfig, world: WorldLayout, num_microbatches: int) -> ScoreShare:
+    """Whole micro-batches in turn; all ranks share the rows of one where there are fewer."""
+    images, ranks = config.training.micro_batch_size, world.score_ranks_per_unit
+    if num_microbatches >= ranks:
+        return ScoreShare(images, max(ranks, 1), 1.0)
+    largest = -(-images // ranks)
+    return ScoreShare(largest, 1, images / (largest * ranks))

@@ -19,7 +19,7 @@ from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.fake_world import pretend_rank
 from megatron_kosmosg.planning.dry_run import describe
 from megatron_kosmosg.planning.pipeline_balance import with_default_layout
-from megatron_kosmosg.planning.stage_work import score_work, stage_work
+from megatron_kosmosg.planning.stage_cost import score_work, stage_work
 from megatron_kosmosg.planning.workload import micro_batches
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"

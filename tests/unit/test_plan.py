@@ -18,13 +18,11 @@ from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel.fake_world import pretend_rank
 from megatron_kosmosg.planning.communication import tensor_traffic
-from megatron_kosmosg.planning.diffusion_memory import unet_bytes
 from megatron_kosmosg.planning.estimate import estimate
 from megatron_kosmosg.planning.gpus import GPUS, Efficiency
-from megatron_kosmosg.planning.memory import RankMemory, decoder_memory
-from megatron_kosmosg.planning.model_counts import model_shares, whole_model
-from megatron_kosmosg.planning.shards import build_shards
-from megatron_kosmosg.planning.stage_work import score_work, stage_work
+from megatron_kosmosg.planning.memory import RankMemory, decoder_memory, unet_bytes
+from megatron_kosmosg.planning.model_counts import build_shards, model_shares, whole_model
+from megatron_kosmosg.planning.stage_cost import score_work, stage_work
 from megatron_kosmosg.planning.workload import MicroBatch, micro_batches
 from tests.support.measured_memory import measured_bytes
 from tests.support.ranks import run_ranks

@@ -21,7 +21,7 @@ from megatron_kosmosg.planning.estimate import estimate
 from megatron_kosmosg.planning.gpus import GPUS, Efficiency
 from megatron_kosmosg.planning.model_counts import model_shares, whole_model
 from megatron_kosmosg.planning.pipeline_balance import with_default_layout
-from megatron_kosmosg.planning.planner import planned_config
+from megatron_kosmosg.planning.plan import planned_config
 from megatron_kosmosg.planning.workload import USUAL, assumed_kinds, mixture, with_kinds
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"

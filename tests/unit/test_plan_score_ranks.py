@@ -10,10 +10,9 @@ from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.planning.dry_run import describe
 from megatron_kosmosg.planning.gpus import Efficiency
-from megatron_kosmosg.planning.model_counts import model_shares, whole_model
-from megatron_kosmosg.planning.rank_kinds import rank_kinds, score_share
-from megatron_kosmosg.planning.shards import build_shards
-from megatron_kosmosg.planning.workload import MicroBatch
+from megatron_kosmosg.planning.memory import rank_kinds
+from megatron_kosmosg.planning.model_counts import build_shards, model_shares, whole_model
+from megatron_kosmosg.planning.workload import MicroBatch, score_share
 from tests.support.measured_memory import measured_apart
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import (

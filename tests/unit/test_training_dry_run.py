@@ -14,7 +14,7 @@ from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.planning.dry_run import describe
 from megatron_kosmosg.planning.gpus import GPUS, Efficiency
 from megatron_kosmosg.planning.model_counts import Part, count_model
-from megatron_kosmosg.planning.planner import make_plan
+from megatron_kosmosg.planning.plan import make_plan
 from megatron_kosmosg.planning.rank_map import rank_table
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
