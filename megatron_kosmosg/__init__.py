@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from megatron_kosmosg.unusable_packages import hide_unusable_before_megatron
+
 if TYPE_CHECKING:
     from megatron_kosmosg.config.load import load_config
     from megatron_kosmosg.conversion.export_hf import export_hf
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
     from megatron_kosmosg.stages import build_stage
     from megatron_kosmosg.training.loop import fit
+
+hide_unusable_before_megatron()
 
 __version__ = "0.1.0"
 
