@@ -1,0 +1,64 @@
+"""What a run says of itself beside its numbers: how it began, what it skipped, who was slow."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_kosmosg.checkpoint.newest import Resumed
+from megatron_kosmosg.checkpoint.save_and_resume import Progress
+from megatron_kosmosg.config.paths import trace_file
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.monitoring.stragglers import Stragglers
+from megatron_kosmosg.training.progress import ProgressDisplay
+
+SLOW_RATIO = 1.5
+"""A slowest rank above this multiple of the median is worth a line."""
+
+
+def note_skipped(display: ProgressDisplay, progress: Progress, config: RunConfig) -> None:
+    """Counts a skipped update in the log. Raises FloatingPointError at the configured limit."""
+    limit = config.training.max_nonfinite_iters
+    display.say(
+        f"iteration {progress.iteration} | loss or gradient not finite, parameters kept "
+        f"({progress.nonfinite_in_a_row} in a row, {limit} end the run)"
+    )
+    if progress.nonfinite_in_a_row >= limit:
+        raise FloatingPointError(
+            f"{progress.nonfinite_in_a_row} updates in a row had a loss or gradient that is not "
+            "finite; lower optimizer.lr, or raise training.max_nonfinite_iters"
+        )
+
+
+def note_straggler(
+    display: ProgressDisplay, stragglers: Stragglers, record: dict[str, float | None]
+) -> None:
+    """Names the slowest rank of an interval where it is far behind the median."""
+    ratio = record.get("slowest_rank_ratio")
+    if ratio is not None and ratio > SLOW_RATIO:
+        rank = int(record["slowest_rank"])
+        display.say(
+            f"iteration {record['iteration']} | rank {rank} on {stragglers.nodes[rank]} takes "
+            f"{ratio:.2f} x the median rank's time for its own work"
+        )
+
+
+def note_trace(display: ProgressDisplay, config: RunConfig, was_written: bool) -> None:
+    """Says where the trace is, once it has been written."""
+    if was_written:
+        display.say(f"trace of iteration {config.logging.trace_iteration}: {trace_file(config)}")
+
+
+def announce(
+    display: ProgressDisplay, resumed: Resumed | None, modules: list[torch.nn.Module]
+) -> None:
+    """The first lines of a start: what rank 0 holds, and what the run goes on from."""
+    trained = sum(p.numel() for chunk in modules for p in chunk.parameters() if p.requires_grad)
+    held = sum(p.numel() for chunk in modules for p in chunk.parameters())
+    display.say(f"rank 0 holds {held:,} parameters, {trained:,} of them train")
+    if resumed is None:
+        return
+    for line in resumed.passed_over:
+        display.say(line)
+    display.say(f"resumed from {resumed.path} at iteration {resumed.progress.iteration}")
+    for difference in resumed.differences:
+        display.say(f"  differs from the checkpoint: {difference}")

@@ -1,0 +1,72 @@
+"""What a run needs before its first iteration: the model, its first weights, and its optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_kosmosg.checkpoint.folder import find_checkpoint
+from megatron_kosmosg.checkpoint.save_and_resume import checkpoint_metadata
+from megatron_kosmosg.checkpoint.weights import load_weights
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.training.optimizer import build_lr_scheduler, build_optimizer
+from megatron_kosmosg.training.stage import Stage
+from megatron_kosmosg.training.step import connect
+from megatron_kosmosg.training.wrapping import wrap_model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A stage's model on this rank, and what updates it."""
+
+    modules: list[torch.nn.Module]
+    """The model chunks without wrappers."""
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+def build_trained(
+    stage: Stage, config: RunConfig, layout: Layout, *, takes_initial_weights: bool
+) -> Trained:
+    """Collective over all ranks. takes_initial_weights: False for a run that is resumed, whose
+    checkpoint fills the model afterwards."""
+    modules = stage.build_model(layout)
+    _check_chunks(config, modules)
+    if takes_initial_weights:
+        _take_initial_weights(stage, modules, layout)
+    chunks = wrap_model(modules, config)
+    optimizer = build_optimizer(config, chunks)
+    scheduler = build_lr_scheduler(config, optimizer)
+    connect(chunks, optimizer, stage.remote_score)
+    return Trained(modules, chunks, optimizer, scheduler)
+
+
+def _check_chunks(config: RunConfig, modules: list[torch.nn.Module]) -> None:
+    needed = config.parallel.virtual_pipeline_model_parallel_size or 1
+    if len(modules) != needed:
+        raise ConfigError(
+            f"stage {config.stage} builds {len(modules)} model chunks per rank, "
+            f"parallel.virtual_pipeline_model_parallel_size asks for {needed}"
+        )
+
+
+def _take_initial_weights(stage: Stage, modules: list[torch.nn.Module], layout: Layout) -> None:
+    initial = stage.initial_weights()
+    if initial is not None:
+        source = find_checkpoint(Path(initial.path))
+        load_weights(
+            source,
+            modules,
+            checkpoint_metadata(layout),
+            initial.absent,
+            initial.unused,
+            initial.stage,
+        )
