@@ -28,6 +28,7 @@ CORE = [
     "protobuf",
     "tensorboard",
     "tqdm",
+    "filelock",
     "pillow>=12,<13",
     "einops",
     # megatron-core saves checkpoints with it and does not declare it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
 import resource
@@ -15,6 +14,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from megatron_kosmosg.files import write_json
 from quickstart.progress import Progress
 from quickstart.stamps import Stamps
 from quickstart.steps import Step
@@ -156,9 +156,7 @@ class Runner:
                     }
                 )
         record = {"mode": self._mode, "machine": _machine(), "steps": entries}
-        temporary = self._out / "quickstart.json.tmp"
-        temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        os.replace(temporary, self._out / "quickstart.json")
+        write_json(self._out / "quickstart.json", record)
 
 
 def child_environment() -> dict[str, str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
+from megatron_kosmosg.files import write_json
 from quickstart.steps import Step
 
 
@@ -62,9 +62,7 @@ class Stamps:
 
     def write(self, step: Step, stamp: dict) -> None:
         """Replace the step's stamp atomically."""
-        temporary = self._path(step).with_suffix(".tmp")
-        temporary.write_text(json.dumps(stamp, indent=1), encoding="utf-8")
-        os.replace(temporary, self._path(step))
+        write_json(self._path(step), stamp)
 
     def _path(self, step: Step) -> Path:
         return self._folder / f"{step.name}.json"

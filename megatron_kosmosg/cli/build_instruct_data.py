@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from megatron_kosmosg.construction.run import ModelSettings, build
     from megatron_kosmosg.construction.shares import Share, find_share
-    from megatron_kosmosg.inference.fingerprint import fingerprint
+    from megatron_kosmosg.files import fingerprint
     from megatron_kosmosg.parallel.devices import choose_device
     from megatron_kosmosg.parallel.platform import torch_dtype
     from megatron_kosmosg.parallel.rendezvous import find_place

@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_kosmosg.files import write_text
+
 EPILOG = """\
 One model shard of every kind of rank is built for real, on torch's meta device. Times are a model:
 the assumptions it rests on are printed and can be replaced with --assume.
@@ -86,18 +88,12 @@ def run(given: argparse.Namespace) -> int:
         plan = make_plan(config, world_size, gpu, efficiency, notes)
     print(to_text(plan))
     if given.json is not None:
-        write(given.json, json.dumps(to_json(plan) | facts, indent=2) + "\n")
+        write_text(given.json, json.dumps(to_json(plan) | facts, indent=2) + "\n")
     if given.svg is not None:
         from megatron_kosmosg.planning.rank_map import svg
 
-        write(given.svg, svg(plan.estimate.world, gpu.per_node))
+        write_text(given.svg, svg(plan.estimate.world, gpu.per_node))
     return 0 if plan.estimate.fits else 1
-
-
-def write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.rename(path)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_kosmosg.construction.rows import StepFolder, write_json
+from megatron_kosmosg.construction.rows import StepFolder
 from megatron_kosmosg.construction.sources import Source, find_sources, plain_key
-from megatron_kosmosg.data.file_lock import exclusive
+from megatron_kosmosg.files import exclusive, write_json
 from megatron_kosmosg.preprocess.layouts import canonical_records
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.pictures import PictureCheck

@@ -7,12 +7,11 @@ a shard appears when the shard is done, so it is also the mark of that.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_kosmosg.data.file_lock import exclusive
+from megatron_kosmosg.files import exclusive, replacing, write_json
 from megatron_kosmosg.preprocess.records import Rejected
 
 Row = dict[str, Any]
@@ -66,19 +65,12 @@ class StepFolder:
 
     def write(self, number: int, rows: Iterable[Row]) -> int:
         """Finishes a shard; the number of its rows."""
-        path = self.shard(number)
-        temporary = path.with_name(f"{path.name}.tmp")
         count = 0
-        with temporary.open("w", encoding="utf-8") as file:
+        with (
+            replacing(self.shard(number)) as temporary,
+            temporary.open("w", encoding="utf-8") as file,
+        ):
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
-        os.replace(temporary, path)
         return count
-
-
-def write_json(path: Path, value: object) -> None:
-    """The file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -20,10 +20,11 @@ from megatron_kosmosg.construction.pictures import SquarePictures
 from megatron_kosmosg.construction.plan import Plan, make_plan
 from megatron_kosmosg.construction.records import PictureForm
 from megatron_kosmosg.construction.report import Report, make_report
-from megatron_kosmosg.construction.rows import StepFolder, write_json
+from megatron_kosmosg.construction.rows import StepFolder
 from megatron_kosmosg.construction.shares import Share
 from megatron_kosmosg.construction.steps import Step, are_done, run_steps
 from megatron_kosmosg.data.minute_lines import MinuteLines
+from megatron_kosmosg.files import write_json, write_text
 from megatron_kosmosg.preprocess.options import Options
 
 INPUT, NOUN_PHRASES = "input", "noun-phrases"
@@ -96,10 +97,7 @@ def build(job: BuildJob, share: Share, models: ModelSettings) -> Built:
         return Built(records, plan.num_shards, None)
     made = make_report([step.folder for step in steps], plan.num_shards)
     write_json(job.output / "report.json", made.json())
-    text = job.output / "report.txt"
-    temporary = text.with_suffix(".tmp")
-    temporary.write_text(made.text() + "\n", encoding="utf-8")
-    temporary.replace(text)
+    write_text(job.output / "report.txt", made.text() + "\n")
     return Built(records, plan.num_shards, made)
 
 

@@ -19,6 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_kosmosg.data.image_types import ImageTransform
 from megatron_kosmosg.data.index_file import write_index
 from megatron_kosmosg.data.store import SampleStore
+from megatron_kosmosg.files import write_json
 
 MOMENTS, NO_MOMENTS = 3, 4
 """Modes of a part: moments, or filling for a target that could not be decoded."""
@@ -56,9 +57,7 @@ class LatentManifest:
 
     def write(self, path: Path) -> None:
         """Writes the manifest as JSON, whole or not at all."""
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        temporary.rename(path)
+        write_json(path, asdict(self))
 
     @staticmethod
     def read(path: Path) -> LatentManifest:

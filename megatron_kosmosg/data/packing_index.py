@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_kosmosg.data.file_lock import exclusive
+from megatron_kosmosg.files import exclusive
 
 _ARRAYS = ("documents", "document_starts", "row_starts")
 _SIZES = "sizes.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megatron_kosmosg.inference.fingerprint import fingerprint
+from megatron_kosmosg.files import fingerprint
 from megatron_kosmosg.inference.generate import Drawer, Job, generate, write_sheet
 from megatron_kosmosg.inference.model_source import ModelSource
 from megatron_kosmosg.inference.picture_plan import PicturePlan, RunSettings

@@ -12,7 +12,7 @@ from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_saved_config
 from megatron_kosmosg.conversion.exported_folder import INDEX_FILE
-from megatron_kosmosg.inference.fingerprint import fingerprint
+from megatron_kosmosg.files import fingerprint
 
 
 @dataclass(frozen=True)

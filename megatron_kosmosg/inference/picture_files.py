@@ -7,11 +7,11 @@ A file appears under its name only when it is whole. Its text chunks are `prompt
 from __future__ import annotations
 
 import json
-import uuid
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
+from megatron_kosmosg.files import replacing
 from megatron_kosmosg.inference.picture_plan import Picture
 
 
@@ -36,13 +36,9 @@ def write_picture(image: Image.Image, picture: Picture, folder: Path) -> Path:
 
 
 def save_atomically(image: Image.Image, path: Path, **options: object) -> None:
-    """Writes a PNG beside `path` and renames it."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
+    """Writes a PNG, whole or not at all."""
+    with replacing(path) as temporary:
         image.save(temporary, "PNG", **options)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def is_finished(picture: Picture, folder: Path) -> bool:

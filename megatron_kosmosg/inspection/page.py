@@ -25,6 +25,7 @@ from megatron_kosmosg.data.store import IMAGE, SampleStore
 from megatron_kosmosg.data.streams import instruct_stream, pretrain_stream
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.data.transparency import open_over_white
+from megatron_kosmosg.files import write_text
 from megatron_kosmosg.inspection.statistics import (
     QUANTILES,
     Lengths,
@@ -121,9 +122,7 @@ def write_page(
         f"<body><h1>{title}</h1><pre>{html.escape(summary)}</pre>"
         f'<div class="charts">{charts}</div>{"".join(sections)}</body></html>\n'
     )
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.rename(path)
+    write_text(path, page)
     return path
 
 

@@ -21,6 +21,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
+from megatron_kosmosg.files import write_json
 from megatron_kosmosg.parallel.rendezvous import Place, connect
 
 PACKAGE = str(Path(__file__).parents[1])
@@ -124,10 +125,8 @@ class Heartbeat:
     def _write(self, report: str | None) -> None:
         iteration, phase, _ = self._state
         content = {"time": time.time(), "iteration": iteration, "phase": phase}
-        temporary = self._file.with_name(self._file.name + ".tmp")
         try:
-            temporary.write_text(json.dumps({**content, "stall": report}) + "\n")
-            temporary.rename(self._file)
+            write_json(self._file, {**content, "stall": report}, indent=None)
         except OSError:  # a full disk must not end the watch; the run itself will say it
             return
 

@@ -7,7 +7,6 @@ of their own, in score/trace.py.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from typing import Any, Protocol, TypeVar
@@ -17,6 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_kosmosg.config.paths import trace_file
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.files import write_json
 from megatron_kosmosg.monitoring.spans import (
     SEND,
     UNET,
@@ -86,10 +86,7 @@ class DecoderTrace:
         parts = self._exchange.collected(only_all=only_all)
         if not parts:
             return False
-        path = trace_file(self._config)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(chrome_trace(parts)) + "\n")
-        temporary.rename(path)
+        write_json(trace_file(self._config), chrome_trace(parts), indent=None)
         self._is_pending = False
         return True
 

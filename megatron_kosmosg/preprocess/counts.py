@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from megatron_kosmosg.files import write_json
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,7 @@ class Counts:
 
     def write(self, path: Path) -> None:
         """As JSON; the file appears when it is complete."""
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(vars(self)), encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(path, vars(self), indent=None)
 
     @staticmethod
     def read(path: Path) -> Counts:

@@ -16,6 +16,7 @@ import numpy as np
 from megatron_kosmosg.data.index_file import write_index
 from megatron_kosmosg.data.manifest import Kind, manifest_path
 from megatron_kosmosg.data.sentences import sentence_paths
+from megatron_kosmosg.files import replacing
 from megatron_kosmosg.preprocess.counts import Counts
 from megatron_kosmosg.preprocess.records import Rejected
 from megatron_kosmosg.preprocess.shard_store import ShardIndex, dataset_dtype, read_names
@@ -121,22 +122,20 @@ def write_rejects(
     jobs: list[ShardJob], duplicates: list[list[tuple[str, str]]], path: Path
 ) -> None:
     """One file of all rejects in the order of the input; a shard's duplicates follow its others."""
-    temporary = Path(f"{path}.tmp")
-    with temporary.open("wb") as output:
+    with replacing(path) as temporary, temporary.open("wb") as output:
         for number, job in enumerate(jobs):
             # A run that gave up early has not come to every shard.
             if job.rejects_path.exists():
                 output.write(job.rejects_path.read_bytes())
             for source, key in duplicates[number] if duplicates else ():
                 output.write(reject_line(source, key, DUPLICATE).encode())
-    os.replace(temporary, path)
 
 
 def output_paths(prefix: str | Path) -> list[Path]:
     """Every file that a run leaves under the name of the dataset, or writes on the way there."""
     rejects = rejects_path(prefix)
     data = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), manifest_path(prefix)]
-    return [*data, *sentence_paths(prefix), rejects, Path(f"{rejects}.tmp")]
+    return [*data, *sentence_paths(prefix), rejects]
 
 
 def rejects_path(prefix: str | Path) -> Path:

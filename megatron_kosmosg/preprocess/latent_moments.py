@@ -22,7 +22,6 @@ import torch
 from diffusers import AutoencoderKL
 
 from megatron_kosmosg.data.bad_images import TooManyBadImages
-from megatron_kosmosg.data.file_lock import exclusive
 from megatron_kosmosg.data.image_types import BadImage, ImageTransform
 from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.kinds import caption, compositional, edit
@@ -35,6 +34,7 @@ from megatron_kosmosg.data.latent_cache import (
     latent_prefix,
 )
 from megatron_kosmosg.data.store import SampleStore
+from megatron_kosmosg.files import exclusive, write_json
 from megatron_kosmosg.models.diffusion import vae_moments
 
 TARGETS = {
@@ -194,7 +194,7 @@ def _begin(parts: Path, job: LatentJob, source: LatentSource) -> None:
             )
         return
     parts.mkdir(parents=True, exist_ok=True)
-    _write_json(path, noted)
+    write_json(path, noted, indent=None)
 
 
 def _encode_shard(
@@ -216,7 +216,7 @@ def _encode_shard(
         encoded.append(moments.cpu().numpy().astype(MOMENTS_TYPE))
     moments = np.concatenate(encoded)
     LatentWriter(prefix, moments.shape[1:], len(job.store)).write(samples.start, moments)
-    _write_json(_marker(parts, shard), {"bad": bad, "shape": list(moments.shape[1:])})
+    write_json(_marker(parts, shard), {"bad": bad, "shape": list(moments.shape[1:])}, indent=None)
     return _with_more(job, bad_before, bad)
 
 
@@ -287,9 +287,3 @@ def _samples(job: LatentJob, shard: int) -> range:
 
 def _marker(parts: Path, shard: int) -> Path:
     return parts / f"{shard:08d}.json"
-
-
-def _write_json(path: Path, value: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value) + "\n")
-    temporary.rename(path)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import IO, Any
+
+from megatron_kosmosg.files import write_json
 
 JOB_FILE, LOCK_FILE = "job.json", "lock"
 
@@ -43,9 +44,7 @@ class WorkFolder:
         for path in self.path.iterdir():
             if path.name != LOCK_FILE:
                 path.unlink()
-        temporary = self.path / f"{JOB_FILE}.tmp"
-        temporary.write_text(json.dumps(job, indent=1), encoding="utf-8")
-        os.replace(temporary, stored)
+        write_json(stored, job)
 
     def remove(self) -> None:
         """Deletes the folder; killed at any moment, what is left is not taken up again."""

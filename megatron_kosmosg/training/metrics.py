@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_kosmosg.config.paths import output_folder
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.files import write_text
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.training.stage import Stage
 from megatron_kosmosg.training.step import Update
@@ -80,9 +81,7 @@ def cut_back(path: Path, iteration: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue  # half a line of a killed run
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
-    temporary.rename(path)
+    write_text(path, "".join(kept))
 
 
 class MetricsWriter:

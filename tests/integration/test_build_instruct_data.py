@@ -20,7 +20,7 @@ from PIL import Image
 from megatron_kosmosg.construction.records import PictureForm
 from megatron_kosmosg.construction.run import BuildJob, Built, ModelSettings, build
 from megatron_kosmosg.construction.shares import Share
-from megatron_kosmosg.inference.fingerprint import fingerprint
+from megatron_kosmosg.files import fingerprint
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
 from megatron_kosmosg.toy.captions import caption_parts, join_parts

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_kosmosg.files import fingerprint
 from megatron_kosmosg.inference.contact_sheet import SheetRow, contact_sheet
-from megatron_kosmosg.inference.fingerprint import fingerprint
 from megatron_kosmosg.inference.generate import Job, generate, group_key, write_sheet
 from megatron_kosmosg.inference.picture_files import is_finished
 from megatron_kosmosg.inference.picture_plan import Picture, PicturePlan, RunSettings

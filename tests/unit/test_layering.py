@@ -18,6 +18,7 @@ PACKAGE = REPOSITORY / "megatron_kosmosg"
 NAME = "megatron_kosmosg"
 
 LAYERS = (
+    "files",
     "unusable_packages",
     "exit_codes",
     "config",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_saved_config
+from megatron_kosmosg.files import write_json
 from megatron_kosmosg.inference.trained_model import TrainedModel, one_process
 from megatron_kosmosg.stages.instruct import load_diffusion
 from megatron_kosmosg.toy.judging.toy_drawing import Sampling
@@ -84,9 +84,7 @@ def write(results: Results, output: Path) -> None:
         ("images.json", listed),
         ("metrics.json", {"rows": [row.to_json() for row in results.rows]}),
     ):
-        temporary = output / f"{name}.tmp"
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        temporary.rename(output / name)
+        write_json(output / name, content)
 
 
 def main() -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from megatron_kosmosg.files import write_text
 from megatron_kosmosg.toy.report import sections
 from megatron_kosmosg.toy.report.inputs import ReportInputs, read_inputs
 
@@ -71,9 +71,7 @@ def write_report(out: Path) -> Path:
     """OUT/report.html, replaced atomically. Raises ValueError when `out` holds nothing to show."""
     page = render(read_inputs(out))
     target = out / "report.html"
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, target)
+    write_text(target, page)
     return target
 
 

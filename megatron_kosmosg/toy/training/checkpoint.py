@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_kosmosg.files import replacing
+
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes `state` (tensors and plain values) so that the file is always whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load(path: Path) -> dict[str, Any] | None:

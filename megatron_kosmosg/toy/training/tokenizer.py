@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
+from megatron_kosmosg.files import replacing
 from megatron_kosmosg.toy.captions import ALL_WORDS
 from megatron_kosmosg.toy.records import document
 from megatron_kosmosg.toy.training.plain_english import SENTENCES
@@ -44,9 +44,8 @@ def train(path: Path, seed: int) -> None:
     )
     check(out.getvalue())
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(out.getvalue())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(out.getvalue())
 
 
 def check(model: bytes) -> None:

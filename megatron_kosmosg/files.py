@@ -1,0 +1,104 @@
+"""Files that appear whole or not at all, locks between processes, and short names for contents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new empty file beside `path` to fill; at the end it takes `path`'s place in one step.
+
+    Its name is random and it follows no link. It is removed when the block fails: `path` is then
+    what it was. Raises OSError where the folder cannot be written to.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:  # an interrupt too
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """The file in UTF-8, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """The file with a newline at the end, whole or not at all."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Waits until no other process is inside the same `path`, which is created and stays.
+
+    On file systems without locks it lets everyone in, with a warning: work is then done twice.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        logger.warning("%s cannot be locked (%s); going on without a lock", path, error)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+SAMPLES, SAMPLE_BYTES = 64, 4096
+"""Of a file's fingerprint, spread evenly from the first byte to the last."""
+
+
+def fingerprint(*paths: Path) -> str:
+    """16 hexadecimal digits for the contents of files and folders (without hidden files).
+
+    Of every file the name, the size and samples of its bytes count, which takes a moment even for
+    large models; training changes all weights, so that samples notice it. The location does not
+    count.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        for file in [path] if path.is_file() else _files(path):
+            size = file.stat().st_size
+            # A file given by itself may be renamed.
+            name = "" if file == path else file.relative_to(path).as_posix()
+            digest.update(f"{name}|{size}|".encode())
+            _add_samples(file, size, digest)
+        digest.update(b"|next|")
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _add_samples(path: Path, size: int, digest: hashlib.blake2b) -> None:
+    with path.open("rb") as file:
+        if size <= SAMPLES * SAMPLE_BYTES:
+            digest.update(file.read())
+            return
+        for i in range(SAMPLES):
+            file.seek(i * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
