@@ -26,9 +26,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
 from megatron_kosmosg.checkpoint.weights import NOT_MODEL
-from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.errors import ConfigError, ConversionError
 from megatron_kosmosg.config.load import load_saved_config
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.stored_names import EMBEDDING, names_under, stored_key
 from megatron_kosmosg.conversion.tensors import TensorInfo
 

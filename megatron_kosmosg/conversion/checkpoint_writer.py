@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 
 from megatron_kosmosg.checkpoint import folder as checkpoint_folder
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.stored_names import EMBEDDING, stored_key
 from megatron_kosmosg.conversion.tensors import (
     TensorInfo,

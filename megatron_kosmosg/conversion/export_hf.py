@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion import hf_folder
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from megatron_kosmosg.conversion.checkpoint_writer import Progress
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.exported_folder import ALIGNER, IMAGE_PROCESSOR, MLLM, TOKENIZER
 from megatron_kosmosg.conversion.hf_aligner import NOT_EXPORTED, OURS
 from megatron_kosmosg.conversion.output_folder import new_folder

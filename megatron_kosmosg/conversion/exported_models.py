@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import Kosmos2ForConditionalGeneration
 
-from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.hf.modeling_kosmosg_aligner import KosmosGAligner
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion.tensors import TensorInfo
 from megatron_kosmosg.conversion.torch_file import LazyTensor, load_lazily
 

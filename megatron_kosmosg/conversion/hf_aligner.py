@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.load import flatten
 from megatron_kosmosg.config.schema import AlignerConfig, RunConfig
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.json_files import read_json
 from megatron_kosmosg.conversion.magneto_layers import stack_rules
 from megatron_kosmosg.conversion.rules import RuleTable, same, weight_and_bias

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from megatron_kosmosg.conversion.checkpoint_writer import Progress
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.exported_folder import (
     ALIGNER,
     IMAGE_PROCESSOR,

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast
 
-from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion.json_files import read_json, write_json
 from megatron_kosmosg.data.tokenizer import TRAILING_SPECIALS, WORD_START, Tokenizer
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.load import given_keys
 from megatron_kosmosg.config.schema import ModelConfig, RunConfig
 from megatron_kosmosg.conversion.authors import authors_table, has_fused_vision, stage_of
@@ -18,7 +19,6 @@ from megatron_kosmosg.conversion.checkpoint_writer import (
     refuse_existing,
     write_checkpoint,
 )
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.fairseq_file import FairseqFile, LazyTensors
 from megatron_kosmosg.conversion.hf_tokenizer import checked_vocabulary
 from megatron_kosmosg.conversion.imported_config import Imported, imported_config

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Kosmos2Config
 
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion import hf_aligner, kosmos2
 from megatron_kosmosg.conversion.checkpoint_writer import (
@@ -17,7 +18,6 @@ from megatron_kosmosg.conversion.checkpoint_writer import (
     refuse_existing,
     write_checkpoint,
 )
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.exported_folder import exported_parts
 from megatron_kosmosg.conversion.hf_tokenizer import (
     check_same_tokens,

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.errors import ConfigError, ConversionError
 from megatron_kosmosg.config.load import flatten, load_config
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.conversion.errors import ConversionError
 
 
 @dataclass(frozen=True)

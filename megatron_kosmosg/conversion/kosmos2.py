@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
 
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.schema import ModelConfig, RunConfig
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.magneto_layers import cross_attention_rules, stack_rules
 from megatron_kosmosg.conversion.rules import Rule, RuleTable, first_rows, same, weight_and_bias
 from megatron_kosmosg.conversion.stored_names import EMBEDDING, TOWER

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.one_rank import on_one_rank
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.exported_models import load_aligner, load_mllm
 from megatron_kosmosg.conversion.stored_names import EMBEDDING
 from megatron_kosmosg.conversion.tensors import TensorSource

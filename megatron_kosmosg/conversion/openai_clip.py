@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion.fairseq_file import LazyTensors
 from megatron_kosmosg.conversion.rules import Rule, RuleTable, same, stacked, weight_and_bias
 from megatron_kosmosg.conversion.stored_names import TOWER

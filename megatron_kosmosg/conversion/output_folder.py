@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.overwrites import refuse_to_overwrite
-from megatron_kosmosg.conversion.errors import ConversionError
 
 
 @contextmanager

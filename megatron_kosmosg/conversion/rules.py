@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.config.errors import ConversionError
 
 Tensors = list[torch.Tensor]
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion.checkpoint_writer import Progress
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.tensors import TensorInfo, TensorSource, in_files, num_bytes
 
 MAX_SHARD_BYTES = 2_000_000_000

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.load import flatten, given_keys, load_config
 from megatron_kosmosg.config.schema import ModelConfig
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.rules import RuleTable, split_layer
 from megatron_kosmosg.conversion.stored_names import EMBEDDING, TOWER
 from megatron_kosmosg.conversion.tensors import TensorSource

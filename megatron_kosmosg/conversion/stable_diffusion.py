@@ -12,9 +12,9 @@ from typing import Any
 import diffusers
 import torch
 
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.schema import AlignerConfig
 from megatron_kosmosg.conversion.checkpoint_writer import Progress
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.json_files import read_json
 from megatron_kosmosg.conversion.safetensors_files import (
     DIFFUSERS,

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion.rules import RuleTable, summary
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion.tensors import TensorInfo
 
 _TRUSTED_ROOTS = ("torch", "numpy", "builtins", "collections", "argparse", "copyreg", "_codecs")

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import Kosmos2Config
 
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.exported_folder import exported_parts
 from megatron_kosmosg.conversion.import_fairseq import FairseqImport, open_fairseq
 from megatron_kosmosg.conversion.model_outputs import (

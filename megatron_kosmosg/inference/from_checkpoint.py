@@ -14,9 +14,9 @@ import torch
 from diffusers import ModelMixin, SchedulerMixin
 from transformers import AutoTokenizer, CLIPImageProcessor, Kosmos2ForConditionalGeneration
 
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.schema import AlignerConfig
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.hf_aligner import OURS, aligner_arguments, aligner_weights
 from megatron_kosmosg.conversion.hf_folder import (
     tokenizer_model,

@@ -13,12 +13,11 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron_kosmosg.checkpoint import folder as checkpoint_folder
 from megatron_kosmosg.checkpoint.save_and_resume import Checkpointer, checkpoint_metadata
 from megatron_kosmosg.checkpoint.weights import load_weights
-from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.errors import ConfigError, ConversionError
 from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.schema import LoggingConfig, RunConfig
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from megatron_kosmosg.conversion.checkpoint_writer import model_tensors, write_checkpoint
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.stored_names import EMBEDDING
 from megatron_kosmosg.conversion.tensors import InMemory, TensorSource
 from megatron_kosmosg.inference.trained_model import one_process

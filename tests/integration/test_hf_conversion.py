@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.export_hf import export_hf
 from megatron_kosmosg.conversion.import_hf import import_hf, import_kosmos2
 from megatron_kosmosg.conversion.safetensors_files import SafetensorsFolder, write_safetensors

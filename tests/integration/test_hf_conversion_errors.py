@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion import export_hf as export_module
 from megatron_kosmosg.conversion.checkpoint_writer import write_checkpoint
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.export_hf import export_hf
 from megatron_kosmosg.conversion.import_hf import import_hf
 from megatron_kosmosg.conversion.safetensors_files import write_safetensors

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion.authors import authors_table, has_fused_vision, stage_of
 from megatron_kosmosg.conversion.checkpoint_writer import model_tensors
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.conversion.openai_clip import clip_table
 from megatron_kosmosg.conversion.sizes import head_counts
 from megatron_kosmosg.conversion.tensors import InMemory, as_theirs

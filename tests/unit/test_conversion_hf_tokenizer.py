@@ -12,8 +12,8 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion import hf_tokenizer
-from megatron_kosmosg.conversion.errors import ConversionError
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.toy import assets
 from tests.support.data_helpers import spm_model_bytes

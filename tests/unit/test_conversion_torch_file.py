@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_kosmosg.conversion.errors import ConversionError
+from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion.fairseq_file import FairseqFile
 from megatron_kosmosg.conversion.torch_file import LazyTensor, load_lazily
 
