@@ -19,7 +19,8 @@ from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.paths import output_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.validate import validate_files, validate_layout
-from megatron_kosmosg.models.pipeline_pieces import ALIGNER_PARTS, pipeline_pieces
+from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
+from megatron_kosmosg.stages import build_stage, stage_facts
 
 if TYPE_CHECKING:
     from megatron_kosmosg.parallel.rendezvous import Place
@@ -68,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(describe(config))
             return exit_codes.DONE
-        validate_layout(config, _place().world_size)
-        pipeline_pieces(config, ALIGNER_PARTS[config.stage])
+        facts = stage_facts(config.stage)
+        validate_layout(config, _place().world_size, facts)
+        pipeline_pieces(config, facts.aligner_parts)
     except ConfigError as error:  # the same on every rank: one of them says it
         if _place().rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -99,7 +101,6 @@ def _train(config: RunConfig, started: float) -> int:
     from megatron_kosmosg.parallel import platform
     from megatron_kosmosg.planning.pipeline_balance import with_default_layout
     from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
-    from megatron_kosmosg.stages import build_stage
     from megatron_kosmosg.stages.instruct import run_score_rank
     from megatron_kosmosg.training.loop import fit
 
@@ -110,7 +111,7 @@ def _train(config: RunConfig, started: float) -> int:
         finished = run_score_rank(config, join_as_score_rank(config))
     else:
         layout = platform.initialize(config)
-        raise_together(lambda: validate_files(config))
+        raise_together(lambda: validate_files(config, stage_facts(config.stage)))
         remote_score = open_remote_score(config, layout)
         stage = build_stage(config, layout, remote_score, _picture_judge(config))
         finished = fit(stage, config, layout)

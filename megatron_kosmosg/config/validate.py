@@ -1,7 +1,8 @@
 """Checks across settings, before a process group or a GPU is touched.
 
 `validate_layout` needs only numbers, so it also serves runs planned for another machine;
-`validate_files` looks at the file system of this one. Both raise ConfigError and change nothing.
+`validate_files` looks at the file system of this one. Both raise ConfigError and change nothing;
+whoever calls them hands in the facts of the stage (`stages.stage_facts`).
 Longer than usual because it is a list: each check is a few lines and stands alone.
 """
 
@@ -9,22 +10,25 @@ from __future__ import annotations
 
 import math
 import os
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
 from megatron_kosmosg.config.divisors import divisors, neighbours
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.paths import output_folder, save_folder
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.stage_facts import StageFacts
 
 _WIDEST_WINDOW = 16
 
 
-def validate_layout(config: RunConfig, world_size: int) -> None:
+def validate_layout(config: RunConfig, world_size: int, facts: StageFacts) -> None:
     """Raises ConfigError if sizes, batch and schedule do not fit `world_size` ranks."""
     _check_numbers(config)
     _check_world_size(config, world_size)
-    _check_tensor_parallel(config)
+    _check_tensor_parallel(config, facts)
     _check_pipeline(config)
     _check_overlap(config)
     _check_score(config)
@@ -32,9 +36,9 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
     _check_microbatches(config, data_parallel_size(config, world_size))
 
 
-def validate_files(config: RunConfig) -> None:
+def validate_files(config: RunConfig, facts: StageFacts) -> None:
     """Raises ConfigError for what the stage needs and this machine does not have."""
-    _check_stage_needs(config)
+    _check_stage_needs(config, facts)
     _check_file("data.tokenizer_model", config.data.tokenizer_model)
     for section, blend in (
         ("data.blend", config.data.blend),
@@ -48,12 +52,8 @@ def validate_files(config: RunConfig) -> None:
                         "exist; write the dataset with tools/preprocess_data.py or correct the "
                         "prefix (it has no suffix)"
                     )
-    if config.stage == "pretrain":
-        _check_folder("model.vision.path", config.model.vision.path)
-    if config.stage == "instruct":
-        _check_folder("model.diffusion.path", config.model.diffusion.path)
-    if config.stage == "align":
-        _check_folder("model.clip_text.path", config.model.clip_text.path)
+    for key in facts.folders:
+        _check_folder(key, _value(config, key))
     if not any(save_folder(config).glob("iter_*")):  # a resumed run reads its own checkpoints
         _check_folder("checkpoint.load", config.checkpoint.load)
     _check_writable("logging.output_dir", output_folder(config))
@@ -134,14 +134,14 @@ def _check_score(config: RunConfig) -> None:
         )
 
 
-def _check_tensor_parallel(config: RunConfig) -> None:
+def _check_tensor_parallel(config: RunConfig, facts: StageFacts) -> None:
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     split = {
         "model.decoder.num_attention_heads": model.decoder.num_attention_heads,
         "model.decoder.ffn_hidden_size": model.decoder.ffn_hidden_size,
         "model.resampler.num_attention_heads": model.resampler.num_attention_heads,
     }
-    if config.stage != "pretrain" and model.aligner.kind != "none":
+    if facts.aligner_parts and model.aligner.kind != "none":
         split["model.aligner.num_attention_heads"] = model.aligner.num_attention_heads
         split["model.aligner.ffn_hidden_size"] = model.aligner.ffn_hidden_size
     for key, value in split.items():
@@ -266,19 +266,12 @@ def _check_schedule(config: RunConfig) -> None:
             raise ConfigError(f"optimizer.{key}={beta} must lie in 0..1 (1 excluded)")
 
 
-def _check_stage_needs(config: RunConfig) -> None:
-    if config.data.latent_cache is not None and config.stage != "instruct":
+def _check_stage_needs(config: RunConfig, facts: StageFacts) -> None:
+    if config.data.latent_cache is not None and not facts.has_unet:
         raise ConfigError(
             f"data.latent_cache={config.data.latent_cache} means nothing to stage={config.stage}: "
             "only instruct has target images; set data.latent_cache=null"
         )
-    needed = {"data.tokenizer_model": config.data.tokenizer_model, "data.blend": config.data.blend}
-    if config.stage == "align":
-        needed["model.clip_text.path"] = config.model.clip_text.path
-        needed["checkpoint.load"] = config.checkpoint.load
-    if config.stage == "instruct":
-        needed["model.diffusion.path"] = config.model.diffusion.path
-        needed["checkpoint.load"] = config.checkpoint.load
     for key, interval in (
         ("training.eval_interval", config.training.eval_interval),
         ("logging.image_interval", config.logging.image_interval),
@@ -287,9 +280,15 @@ def _check_stage_needs(config: RunConfig) -> None:
             raise ConfigError(
                 f"{key}={interval} needs held-out data; give data.heldout.NAME.path, or set {key}=0"
             )
-    absent = [key for key, value in needed.items() if not value]
+    needed = ("data.tokenizer_model", "data.blend", *facts.needs)
+    absent = [key for key in needed if not _value(config, key)]
     if absent:
         raise ConfigError(f"stage={config.stage} needs a value for {', '.join(absent)}")
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    """The setting of a dotted name."""
+    return reduce(getattr, key.split("."), config)
 
 
 def _check_file(key: str, path: str | None) -> None:

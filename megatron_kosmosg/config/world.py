@@ -104,6 +104,12 @@ class WorldLayout:
         return [self.decoder_rank(r, pp_rank, tp_rank) for r in range(self.num_replicas)]
 
 
+def has_score_ranks(config: RunConfig) -> bool:
+    """Whether the frozen U-Net has ranks of its own. score.placement speaks of `instruct` alone;
+    the other stages have no U-Net, and a config that they share may say what it likes."""
+    return config.stage == "instruct" and config.score.placement == "dedicated"
+
+
 def world_layout(config: RunConfig, world_size: int) -> WorldLayout:
     """The layout of `world_size` ranks.
 
@@ -111,7 +117,7 @@ def world_layout(config: RunConfig, world_size: int) -> WorldLayout:
     """
     parallel, score = config.parallel, config.score
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if score.placement == "colocated" or config.stage != "instruct":
+    if not has_score_ranks(config):
         return WorldLayout(world_size, tp, pp, _colocated_replicas(config, world_size), 0, 1)
     for key, value in (
         ("ranks_per_replica", score.ranks_per_replica),

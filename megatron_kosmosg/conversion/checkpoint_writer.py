@@ -34,6 +34,7 @@ from megatron_kosmosg.conversion.tensors import (
 )
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
 from megatron_kosmosg.models.parameter_count import meta_model
+from megatron_kosmosg.stages import stage_facts
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -41,14 +42,11 @@ Progress = Callable[[int, int], None]
 _FILE_BYTES = 1 << 29
 """Largest file, unless one tensor is larger."""
 
-ALIGNER_PARTS = {"pretrain": (), "align": ("M", "N"), "instruct": ("M",)}
-"""What a checkpoint of each stage holds of AlignerNet."""
-
 
 def model_tensors(config: RunConfig) -> dict[str, tuple[int, ...]]:
     """{name: shape} of all weights of `config.stage`'s model, without vocabulary padding."""
-    parts = ALIGNER_PARTS[config.stage]
-    state = meta_model(config, config.stage == "pretrain", parts).state_dict()
+    facts = stage_facts(config.stage)
+    state = meta_model(config, facts.has_output_head, facts.aligner_parts).state_dict()
     shapes = {
         name: tuple(tensor.shape)
         for name, tensor in state.items()

@@ -15,6 +15,7 @@ from megatron_kosmosg.conversion.hf_aligner import NOT_EXPORTED, OURS
 from megatron_kosmosg.conversion.output_folder import new_folder
 from megatron_kosmosg.conversion.rules import summary
 from megatron_kosmosg.conversion.stable_diffusion import StableDiffusion
+from megatron_kosmosg.stages import stage_facts
 
 
 def export_hf(
@@ -32,10 +33,10 @@ def export_hf(
     """
     source = CheckpointTensors(checkpoint)
     config = source.config
-    if config.stage == "pretrain":
+    if not stage_facts(config.stage).aligner_parts:
         raise ConversionError(
-            f"{source.path} is a pretrain checkpoint and has no AlignerNet; export-mllm writes its "
-            "language model, export-hf takes an align or instruct checkpoint"
+            f"{source.path} is a {config.stage} checkpoint and has no AlignerNet; export-mllm "
+            "writes its language model, export-hf takes an align or instruct checkpoint"
         )
     stable_diffusion = StableDiffusion(sd, config.model.aligner)
     model_file = hf_folder.tokenizer_model(config, tokenizer)

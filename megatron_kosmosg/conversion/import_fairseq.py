@@ -35,6 +35,7 @@ from megatron_kosmosg.conversion.tensors import (
     widest_dtype,
 )
 from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.stages import stage_facts
 
 _FILE_OF_STAGE = {"pretrain": "stage 1", "align": "stage 2", "instruct": "final"}
 _PRECISIONS = {dtype: name for name, dtype in platform.DTYPES.items()}
@@ -126,7 +127,7 @@ def _config(
     given = given_keys(job.config_file, overrides)
     found = {"stage": stage, **sizes(shapes, stage)}
     found |= head_counts(found, stage, file.option("decoder_attention_heads"), given)
-    if stage != "pretrain":
+    if stage_facts(stage).aligner_parts:
         found["model.aligner.kind"] = "full"
     refuse_contradictions(job.config_file, overrides, found)
     settings = {

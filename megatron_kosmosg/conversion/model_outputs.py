@@ -23,6 +23,7 @@ from megatron_kosmosg.data.keyed import torch_generator
 from megatron_kosmosg.data.tokenizer import IMAGE, TRAILING_SPECIALS, Tokenizer
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.stages import stage_facts
 
 IMAGES_OF_ROW = (2, 1, 0, 0)
 """Pictures of each random prompt; the last one is `<s>` alone, the null condition."""
@@ -90,7 +91,6 @@ def outputs_of_ours(
     source: all weights of a model of ours; N is left out. Call it with gradients enabled: setting
     up Megatron-Core on a CPU checks them.
     """
-    has_aligner = config.stage != "pretrain"
     alone = dataclasses.replace(
         on_one_rank(config),
         training=dataclasses.replace(config.training, precision="fp32", recompute="none"),
@@ -98,7 +98,7 @@ def outputs_of_ours(
             config.model, vision=dataclasses.replace(config.model.vision, path=None)
         ),
     )
-    parts = ("M",) if has_aligner else ()
+    parts = ("M",) if stage_facts(config.stage).aligner_parts else ()
     layout = platform.initialize(alone)
     try:
         model = KosmosG(alone, layout, output_head=True, aligner_parts=parts)

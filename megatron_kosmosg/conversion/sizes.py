@@ -17,6 +17,7 @@ from megatron_kosmosg.config.schema import ModelConfig
 from megatron_kosmosg.conversion.rules import RuleTable, split_layer
 from megatron_kosmosg.conversion.stored_names import EMBEDDING, TOWER
 from megatron_kosmosg.conversion.tensors import TensorSource
+from megatron_kosmosg.stages import stage_facts
 
 _PATCH = TOWER + "embeddings.patch_embedding.weight"
 _POSITIONS = TOWER + "embeddings.position_embedding.weight"
@@ -59,10 +60,11 @@ def sizes(shapes: Shapes, stage: str) -> dict[str, int]:
 
     Raises ConversionError for a tensor that is missing or has too few dimensions.
     """
+    has_aligner = bool(stage_facts(stage).aligner_parts)
     found = {
         key: _dimension(shapes, name, dimension)
         for key, (name, dimension) in _DIMENSIONS.items()
-        if stage != "pretrain" or not key.startswith("model.aligner.")
+        if has_aligner or not key.startswith("model.aligner.")
     }
     for key, pattern in _LAYERS.items():
         numbers = [int(layer) for name in shapes for layer in _layer_of(name, pattern)]
@@ -84,10 +86,12 @@ def head_counts(
     counts: dict[str, int] = {}
     if decoder_heads is not None:
         counts["model.decoder.num_attention_heads"] = decoder_heads
-    stacks = {"decoder": released.decoder, "vision": released.vision, "aligner": released.aligner}
+    stacks = {"decoder": released.decoder, "vision": released.vision}
+    if stage_facts(stage).aligner_parts:
+        stacks["aligner"] = released.aligner
     for stack, usual in stacks.items():
         key, width = f"model.{stack}.num_attention_heads", f"model.{stack}.hidden_size"
-        if key in counts or key in given or (stack == "aligner" and stage == "pretrain"):
+        if key in counts or key in given:
             continue
         if found[width] != usual.hidden_size:
             raise ConversionError(

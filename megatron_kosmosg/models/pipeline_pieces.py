@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
 
-ALIGNER_PARTS = {"pretrain": (), "align": ("M", "N"), "instruct": ("M",)}
-"""The halves of AlignerNet that each training stage builds."""
 _PIECE = re.compile(r"^(?:decoder(?:\*(\d+))?|[MN])$")
 
 

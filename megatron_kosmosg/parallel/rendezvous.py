@@ -1,6 +1,7 @@
 """How a process learns its rank and meets the others: torchrun, Slurm, or alone.
 
 Under Slurm one `srun` task is one rank, so no torchrun agent stands between a signal and training.
+Who one is can be asked without torch: a wrong setting is refused before it is loaded.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_kosmosg.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ def first_host(node_list: str) -> str:
 
 def meet(place: Place, timeout: timedelta) -> torch.distributed.Store:
     """The store that all ranks of the job share. Raises ConfigError when rank 0 cannot be met."""
+    import torch
+
     if place.address is None:
         return torch.distributed.HashStore()  # alone: no socket, no port
     try:
@@ -92,6 +97,8 @@ def meet(place: Place, timeout: timedelta) -> torch.distributed.Store:
 
 def connect(place: Place, timeout: timedelta) -> torch.distributed.Store:
     """A further connection to the store that `meet` gives, so that waiting here holds up nobody."""
+    import torch
+
     if place.address is None:
         return torch.distributed.HashStore()
     assert place.port is not None

@@ -13,6 +13,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
 from megatron_kosmosg.models.pipeline_pieces import StagePieces
 from megatron_kosmosg.planning.workload import MicroBatch
+from megatron_kosmosg.stages import stage_facts
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FP32 = 4
@@ -99,14 +100,14 @@ def stage_activations(
     element = ELEMENT_BYTES[config.training.precision]
     recompute = config.training.recompute == "full"
     decoder, aligner = _decoder(config, pieces, element), _aligner(config, element)
-    trains_decoder = config.stage != "align"
+    facts = stage_facts(config.stage)
     saved, passing = 0.0, 0.0
-    if trains_decoder and pieces.first_decoder_layer == 0 and batch.pictures:
+    if facts.trains_decoder and pieces.first_decoder_layer == 0 and batch.pictures:
         saved += _pictures(config, batch.pictures, element)
     if pieces.num_decoder_layers:
         held = decoder.encoder(batch.positions, recompute)
-        saved += held if trains_decoder else 0
-        passing = decoder.passing(batch.positions, recompute) if trains_decoder else 0
+        saved += held if facts.trains_decoder else 0
+        passing = decoder.passing(batch.positions, recompute) if facts.trains_decoder else 0
     queries = batch.rows * config.model.aligner.num_queries
     variants = {"M": (batch.positions, queries), "N": (queries, batch.positions)}
     for part in pieces.aligner_parts:
@@ -119,21 +120,13 @@ def stage_activations(
         if config.model.aligner.kind == "full":
             saved += aligner.encoder(batch.positions, recompute)
         passing = max(passing, aligner.passing(batch.positions, recompute))
-    if is_last and config.stage == "pretrain":
+    if is_last and facts.has_output_head:
         tp = config.parallel.tensor_model_parallel_size
         logits = batch.positions * padded_vocab_size(config.model.vocab_size, tp) / tp
         half = element < _FP32
         saved += logits * (_FP32 + (element if half else 0))
         passing = max(passing, logits * (element if half else _FP32))
     return StageActivations(saved, passing)
-
-
-def boundary_bytes(config: RunConfig, batch: MicroBatch) -> float:
-    """What a pipeline stage hands to the next for one micro-batch, on one rank."""
-    parallel = config.parallel
-    split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    element = ELEMENT_BYTES[config.training.precision]
-    return batch.positions * config.model.decoder.hidden_size * element / split
 
 
 def _decoder(config: RunConfig, pieces: StagePieces, element: int) -> _Stack:

@@ -15,6 +15,7 @@ from megatron_kosmosg.planning.activations import ELEMENT_BYTES
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
 from megatron_kosmosg.planning.model_counts import RankCount
 from megatron_kosmosg.planning.workload import MicroBatch
+from megatron_kosmosg.stages import stage_facts
 
 _FP32 = 4
 
@@ -43,7 +44,7 @@ def tensor_traffic(
     config: RunConfig, pieces: StagePieces, is_last: bool, batch: MicroBatch
 ) -> tuple[Traffic, Traffic]:
     """(forward, backward) of one micro-batch within the tensor-parallel group."""
-    parallel = config.parallel
+    parallel, facts = config.parallel, stage_facts(config.stage)
     tp = parallel.tensor_model_parallel_size
     if tp == 1:
         return Traffic(), Traffic()
@@ -60,7 +61,7 @@ def tensor_traffic(
     else:
         forward = backward = Traffic(4 * residual * share, 2)  # two sums
     ahead, back = (forward + norm_forward) * layers, (backward + norm_backward) * layers
-    if config.stage == "align":
+    if not facts.trains_decoder:
         back = Traffic()
     if pieces.ends_decoder and parallel.sequence_parallel:
         ahead += Traffic(residual * share, 1)
@@ -74,9 +75,9 @@ def tensor_traffic(
         )
         sums = Traffic(2 * rows * width * share, 5 * aligner.num_layers)
         ahead, back = ahead + sums, back + sums
-    if is_last and config.stage == "pretrain":
+    if is_last and facts.has_output_head:
         back += Traffic(2 * residual * share, 1)
-    if config.training.recompute == "full" and config.stage != "align":
+    if config.training.recompute == "full" and facts.trains_decoder:
         back += ahead
     return ahead, back
 

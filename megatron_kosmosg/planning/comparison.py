@@ -10,6 +10,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.planning.estimate import Estimate
 from megatron_kosmosg.planning.memory import GIB
 from megatron_kosmosg.planning.search import Candidate, SearchResult
+from megatron_kosmosg.stages import stage_facts
 
 _QUESTIONS = {
     "tensor parallel": lambda c: str(c.tensor),
@@ -87,7 +88,7 @@ def in_words(candidate: Candidate) -> str:
         f"TP{choice.tensor} PP{choice.pipeline} DP{planned.world.num_replicas}",
         f"micro-batch {choice.micro_batch_size}",
     ]
-    if candidate.config.stage == "instruct":
+    if stage_facts(candidate.config.stage).has_unet:
         window = f" (window {choice.window})" if planned.world.score_ranks_per_unit else ""
         latents = "cached" if choice.cached_latents else "online"
         words += [choice.score + window, f"latents {latents}"]

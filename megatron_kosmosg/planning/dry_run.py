@@ -18,12 +18,16 @@ from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.validate import validate_files, validate_layout
 from megatron_kosmosg.config.world import WorldLayout, world_layout
-from megatron_kosmosg.models import flops
 from megatron_kosmosg.parallel.rendezvous import find_place
 from megatron_kosmosg.planning.activations import ELEMENT_BYTES
 from megatron_kosmosg.planning.gpus import Efficiency
 from megatron_kosmosg.planning.memory import memory_table, rank_kinds
-from megatron_kosmosg.planning.model_counts import ModelCounts, count_model, frozen_helpers
+from megatron_kosmosg.planning.model_counts import (
+    ModelCounts,
+    bare_stage,
+    count_model,
+    frozen_helpers,
+)
 from megatron_kosmosg.planning.pipeline_balance import with_default_layout
 from megatron_kosmosg.planning.rank_map import rank_table
 from megatron_kosmosg.planning.workload import (
@@ -32,12 +36,13 @@ from megatron_kosmosg.planning.workload import (
     mixture,
     with_kinds,
 )
+from megatron_kosmosg.stages import stage_facts
 
 
 def describe(config: RunConfig) -> str:
     """The whole report. Raises ConfigError if the layout does not fit the ranks."""
     world_size = planned_world_size(config)
-    validate_layout(config, world_size)
+    validate_layout(config, world_size, stage_facts(config.stage))
     config = with_default_layout(config)
     resolved, config = config, with_kinds(config)
     counts, world = count_model(config), world_layout(config, world_size)
@@ -109,39 +114,39 @@ def batch_table(config: RunConfig, world_size: int) -> str:
         f"{training.global_batch_size * training.train_iters:,} samples in "
         f"{training.train_iters:,} updates",
     ]
-    rows, length = training.global_batch_size, config.data.seq_length
-    if config.stage == "pretrain":
-        tokens = rows * length
-        lines.append(f"{tokens:,} tokens an update ({rows} rows of {length}; image slots count)")
-        without_pictures = flops.pretrain_flops(config, tokens, 0)
-        picture = flops.pretrain_flops(config, tokens, 1) - without_pictures
+    rows, longest = training.global_batch_size, mixture(config)[0]
+    tokens = rows * longest.length
+    flops = bare_stage(config).flops_per_iteration
+    if stage_facts(config.stage).packs_rows:
+        lines.append(
+            f"{tokens:,} tokens an update ({rows} rows of {longest.length}; image slots count)"
+        )
+        without_pictures = flops(tokens, 0, rows)
+        picture = flops(tokens, 1, rows) - without_pictures
         lines.append(
             f"{without_pictures / 1e12:,.4g} TFLOP an update, and {picture / 1e12:.3g} for each "
             "picture in it"
         )
     else:
-        typical = mixture(config)[0].length
-        work = (
-            flops.align_flops(config, rows * typical, rows)
-            if config.stage == "align"
-            else flops.instruct_flops(config, rows * typical, 2 * rows, rows)
-        )
-        pictures = "" if config.stage == "align" else " with two pictures"
+        work = flops(tokens, int(longest.pictures * rows), rows)
+        pictures = f" with {longest.pictures:g} pictures" if longest.pictures else ""
         lines.append(
-            f"{work / 1e12:,.4g} TFLOP an update for prompts of {typical} positions{pictures}"
+            f"{work / 1e12:,.4g} TFLOP an update for prompts of {longest.length} positions"
+            f"{pictures}"
         )
     return "\n".join([*lines, *(f"note: {note}" for note in assumed_kinds(config))])
 
 
 def _files(config: RunConfig) -> str:
+    facts = stage_facts(config.stage)
     try:
-        validate_files(config)
+        validate_files(config, facts)
     except ConfigError as error:
         return f"not ready on this machine: {error}"
     notes = ["everything the run reads is on this machine"]
-    if config.stage == "pretrain" and config.model.vision.path is None:
+    if "model.vision.path" in facts.folders and config.model.vision.path is None:
         notes.append("model.vision.path is null: the image tower starts from random weights")
     folder = config.model.diffusion.path
-    if config.stage == "instruct" and not (Path(folder or "") / "unet").is_dir():
+    if facts.has_unet and not (Path(folder or "") / "unet").is_dir():
         notes.append("U-Net and VAE counted at the sizes of Stable Diffusion v1.5")
     return "\n".join(notes)

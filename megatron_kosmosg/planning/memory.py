@@ -23,6 +23,7 @@ from megatron_kosmosg.planning.activations import ELEMENT_BYTES, stage_activatio
 from megatron_kosmosg.planning.gpus import Efficiency
 from megatron_kosmosg.planning.model_counts import ModelShares, RankCount, frozen_helpers
 from megatron_kosmosg.planning.workload import MicroBatch, score_share
+from megatron_kosmosg.stages import stage_facts
 
 GIB = 2**30
 
@@ -77,10 +78,9 @@ def decoder_memory(
     master_copy = 4 if precision != "fp32" else 0  # fp32 parameters are their own master copy
     helpers = is_last and not world.score_ranks_per_unit
     helper_bytes, score_bytes = 0.0, 0.0
-    if helpers and config.stage == "align":
-        helper_bytes = frozen_helpers(config)["clip_text"] * min(element, 4)
-    if helpers and config.stage == "instruct":
+    if helpers:
         helper_bytes = sum(frozen_helpers(config).values()) * element
+    if helpers and stage_facts(config.stage).has_unet:
         score_bytes = _score_activations(config, -(-largest.images // world.tp_size))
     tensors = (
         count.gradient_elements * element + count.frozen * element,

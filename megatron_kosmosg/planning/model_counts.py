@@ -15,14 +15,15 @@ from dataclasses import dataclass
 import torch
 
 from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
-from megatron_kosmosg.config.world import WorldLayout
+from megatron_kosmosg.config.world import WorldLayout, has_score_ranks
 from megatron_kosmosg.models.diffusion_flops import clip_text_shape, diffusion_parameters
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
 from megatron_kosmosg.models.pipeline_pieces import StagePieces, pipeline_pieces
 from megatron_kosmosg.parallel.fake_world import pretend_rank
-from megatron_kosmosg.parallel.layout import lone_layout
+from megatron_kosmosg.parallel.layout import Layout, lone_layout
 from megatron_kosmosg.planning.activations import ELEMENT_BYTES
-from megatron_kosmosg.stages import build_stage
+from megatron_kosmosg.stages import build_stage, stage_facts
+from megatron_kosmosg.training.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -94,39 +95,40 @@ def count_model(config: RunConfig) -> ModelCounts:
     parts.update({name: Part(0, count) for name, count in helpers.items()})
     shares = model_shares(config, model)
     *before, last = shares.counts
-    if not score_ranks_alone(config):
+    if not has_score_ranks(config):
         last = dataclasses.replace(last, frozen=last.frozen + sum(helpers.values()))
     return ModelCounts(parts, [*before, last], shares)
-
-
-def score_ranks_alone(config: RunConfig) -> bool:
-    """Whether U-Net and VAE have ranks of their own."""
-    return config.stage == "instruct" and config.score.placement == "dedicated"
 
 
 def whole_model(config: RunConfig) -> torch.nn.Module:
     """The stage's model on one rank, on the meta device, frozen as in training."""
     lone = lone_layout(torch.device("meta"))
     alone = dataclasses.replace(config, parallel=ParallelConfig())
-    # Frozen helpers sit on the last pipeline stage; a stage object made for another one reads none.
-    stage = build_stage(alone, dataclasses.replace(lone, pp_size=2))
-    (model,) = stage.build_model(lone)
+    (model,) = bare_stage(alone, lone).build_model(lone)
     return model
+
+
+def bare_stage(config: RunConfig, layout: Layout | None = None) -> Stage:
+    """The stage without its frozen helpers: those are read on the last pipeline stage, and this
+    object stands on another one."""
+    layout = layout or lone_layout(torch.device("meta"))
+    return build_stage(config, dataclasses.replace(layout, pp_rank=0, pp_size=2))
 
 
 def frozen_helpers(config: RunConfig) -> dict[str, int]:
     """Parameters of the frozen networks beside the model, by name."""
-    if config.stage == "align":
+    facts = stage_facts(config.stage)
+    if facts.has_text_encoder:
         return {"clip_text": clip_text_shape(config.model.clip_text.path).num_parameters}
-    if config.stage == "instruct":
+    if facts.has_unet:
         return diffusion_parameters(config.model.diffusion.path)
     return {}
 
 
 def model_shares(config: RunConfig, model: torch.nn.Module) -> ModelShares:
     """How `model` (whole_model) is spread over the pipeline and tensor ranks of `config`."""
-    parts = tuple(name for name in ("M", "N") if _has(model, f"aligner_{name.lower()}"))
-    stages = pipeline_pieces(config, parts)
+    facts = stage_facts(config.stage)
+    stages = pipeline_pieces(config, facts.aligner_parts)
     tp_size = config.parallel.tensor_model_parallel_size
     vocabulary = padded_vocab_size(config.model.vocab_size, tp_size) // tp_size
     width = config.model.decoder.hidden_size
@@ -137,7 +139,7 @@ def model_shares(config: RunConfig, model: torch.nn.Module) -> ModelShares:
         owners = [_pipeline_stage(name, stages)]
         if name.endswith("word_embeddings.weight"):
             numel = vocabulary * width
-            if config.stage == "pretrain" and num_ranks > 1:
+            if facts.has_output_head and num_ranks > 1:
                 owners.append(len(stages) - 1)  # the output head's tied copy
         else:
             numel = parameter.numel() // (tp_size if _is_split(parameter) else 1)
@@ -177,24 +179,21 @@ def _pipeline_stage(name: str, stages: list[StagePieces]) -> int:
 
 
 def _describe(config: RunConfig, stages: list[StagePieces], index: int) -> str:
-    stage, last = stages[index], index == len(stages) - 1
+    stage, facts = stages[index], stage_facts(config.stage)
     pieces = ["image tower, resampler, embedding"] if index == 0 else []
     if stage.num_decoder_layers:
         first, last_layer = stage.first_decoder_layer, stage.num_decoder_layers - 1
         several = f"layers {first}-{first + last_layer}"
         pieces.append(f"decoder {several if last_layer else f'layer {first}'}")
     pieces += [f"AlignerNet {part}" for part in stage.aligner_parts]
-    if last:
-        pieces += {
-            "pretrain": ["output head"],
-            "align": ["CLIP text encoder"],
-            "instruct": [] if score_ranks_alone(config) else ["U-Net and VAE"],
-        }[config.stage]
+    if index == len(stages) - 1:
+        beside = {
+            "output head": facts.has_output_head,
+            "CLIP text encoder": facts.has_text_encoder,
+            "U-Net and VAE": facts.has_unet and not has_score_ranks(config),
+        }
+        pieces += [name for name, is_there in beside.items() if is_there]
     return ", ".join(pieces)
-
-
-def _has(model: torch.nn.Module, name: str) -> bool:
-    return any(child == name for child, _ in model.named_children())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,8 +238,7 @@ def build_shards(config: RunConfig, world: WorldLayout) -> list[BuiltShard]:
 
 def _count(config: RunConfig, world: WorldLayout, rank: int) -> tuple[int, int]:
     with pretend_rank(world, rank) as layout:
-        # Frozen helpers are read on the last stage only; this stage object stands on another one.
-        stage = build_stage(config, dataclasses.replace(layout, pp_rank=0, pp_size=2))
+        stage = bare_stage(config, layout)
         parameters = [p for chunk in stage.build_model(layout) for p in chunk.parameters()]
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
         frozen = sum(p.numel() for p in parameters if not p.requires_grad)

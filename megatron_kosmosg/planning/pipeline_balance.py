@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.models.pipeline_pieces import (
-    ALIGNER_PARTS,
-    chunks_per_rank,
-    pipeline_pieces,
-)
+from megatron_kosmosg.config.world import has_score_ranks
+from megatron_kosmosg.models.pipeline_pieces import chunks_per_rank, pipeline_pieces
 from megatron_kosmosg.planning.stage_cost import score_work, stage_work
 from megatron_kosmosg.planning.workload import micro_batches, with_kinds
+from megatron_kosmosg.stages import stage_facts
 
 
 def with_default_layout(config: RunConfig) -> RunConfig:
@@ -36,7 +34,8 @@ def balanced_layout(config: RunConfig) -> str | None:
     """
     if config.parallel.pipeline_model_parallel_size == 1:
         return None
-    parts, layers = ALIGNER_PARTS[config.stage], config.model.decoder.num_layers
+    parts = stage_facts(config.stage).aligner_parts
+    layers = config.model.decoder.num_layers
     stages = config.parallel.pipeline_model_parallel_size * chunks_per_rank(config)
     first, layer, last = _loads(config, parts)
     counts = [1] * (stages - 1) + [0 if parts else 1]
@@ -65,7 +64,7 @@ def _loads(config: RunConfig, parts: tuple[str, ...]) -> tuple[float, float, flo
     layer = work.pop("decoder") / config.model.decoder.num_layers
     first = sum(work.pop(name, 0.0) for name in ("vision", "resampler"))
     last = sum(work.values())
-    if config.stage == "instruct" and config.score.placement == "colocated":
+    if stage_facts(config.stage).has_unet and not has_score_ranks(config):
         rows = -(-batch.images // config.parallel.tensor_model_parallel_size)
         last += sum(w.forward + w.backward for w in score_work(config, rows))
     return first, layer, last

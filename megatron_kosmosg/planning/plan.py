@@ -30,6 +30,7 @@ from megatron_kosmosg.planning.pipeline_balance import with_default_layout
 from megatron_kosmosg.planning.rank_map import rank_table
 from megatron_kosmosg.planning.search import search
 from megatron_kosmosg.planning.workload import assumed_kinds, mixture, with_kinds
+from megatron_kosmosg.stages import stage_facts
 
 IDLE_GOAL = 0.05
 _BATCHES = (1, 2, 4, 8, 16, 32)
@@ -65,7 +66,7 @@ def make_plan(
 
     Raises ConfigError when it is not valid.
     """
-    validate_layout(config, world_size)
+    validate_layout(config, world_size, stage_facts(config.stage))
     if config.parallel.virtual_pipeline_model_parallel_size is not None:
         raise ConfigError(
             "times of interleaved stages are not planned; add "
@@ -90,7 +91,7 @@ def _plan(
     world = world_layout(config, world_size)
     shares = model_shares(config, model)
     planned = estimate(config, world, gpu, efficiency, shares)
-    if config.stage == "instruct":
+    if stage_facts(config.stage).has_unet:
         notes = [*notes, _idle_note(config, world_size, gpu, efficiency, shares)]
     return Plan(config, gpu, efficiency, planned, build_shards(config, world), notes, faster=[])
 
@@ -108,7 +109,7 @@ def search_plan(
     result = search(config, world_size, gpu, efficiency, model)
     best = result.candidates[0]
     plan = _plan(best.config, world_size, gpu, efficiency, notes, model)
-    settings, why = best.choice.overrides(config.stage), reasons(result)
+    settings, why = best.choice.overrides(stage_facts(config.stage)), reasons(result)
     lines = [f"{len(result.candidates)} of {result.num_tried} layouts fit; the fastest:"]
     lines += [
         f"  {candidate.samples_per_second:8.0f} samples/s  {in_words(candidate)}"
@@ -167,7 +168,7 @@ def to_json(plan: Plan) -> dict:
             "tensor": world.tp_size,
             "pipeline": world.pp_size,
             "data": world.num_replicas,
-            "placement": config.score.placement if config.stage == "instruct" else None,
+            "placement": config.score.placement if stage_facts(config.stage).has_unet else None,
             "score_ranks_per_unit": world.score_ranks_per_unit,
             "replicas_per_unit": world.replicas_per_unit,
             "window": config.score.window if world.score_ranks_per_unit else None,

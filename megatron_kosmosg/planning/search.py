@@ -15,6 +15,7 @@ import torch
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.stage_facts import StageFacts
 from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.config.world import WorldLayout, world_layout
 from megatron_kosmosg.planning.estimate import Estimate, estimate
@@ -22,6 +23,7 @@ from megatron_kosmosg.planning.gpus import Efficiency, Gpu
 from megatron_kosmosg.planning.memory import GIB
 from megatron_kosmosg.planning.model_counts import ModelShares, model_shares
 from megatron_kosmosg.planning.pipeline_balance import balanced_layout
+from megatron_kosmosg.stages import stage_facts
 
 TENSOR = (1, 2, 4, 8)
 PIPELINE = (1, 2, 4)
@@ -59,8 +61,8 @@ class Choice:
             return f"dedicated 1 for {self.replicas_per_rank}"
         return f"dedicated {self.ranks_per_replica}"
 
-    def overrides(self, stage: str) -> list[str]:
-        """Settings for the command line of training and of this tool."""
+    def overrides(self, facts: StageFacts) -> list[str]:
+        """Settings of a stage for the command line of training and of this tool."""
         lines = [
             f"parallel.tensor_model_parallel_size={self.tensor}",
             f"parallel.sequence_parallel={str(self.tensor > 1).lower()}",
@@ -73,7 +75,7 @@ class Choice:
         ]
         if self.pipeline_layout is not None:
             lines.append(f"parallel.pipeline_layout={self.pipeline_layout}")
-        if stage == "instruct":
+        if facts.has_unet:
             lines += [
                 f"score.placement={self.placement}",
                 f"score.ranks_per_replica={self.ranks_per_replica}",
@@ -176,9 +178,9 @@ def search(
 
 def _choices(config: RunConfig, world_size: int) -> Iterator[list[Choice]]:
     """Layouts, each as a list with ever more recomputation."""
-    instruct = config.stage == "instruct"
-    placements = PLACEMENTS if instruct else PLACEMENTS[:1]
-    caches = (True, False) if instruct else (False,)
+    has_unet = stage_facts(config.stage).has_unet
+    placements = PLACEMENTS if has_unet else PLACEMENTS[:1]
+    caches = (True, False) if has_unet else (False,)
     for tp, pp, (placement, k, r) in itertools.product(TENSOR, PIPELINE, placements):
         if tp * pp > 8 or tp * pp * r + (k if placement == "dedicated" else 0) > world_size:
             continue
@@ -201,12 +203,12 @@ def _choices(config: RunConfig, world_size: int) -> Iterator[list[Choice]]:
                         recompute=recompute,
                         score_recompute=again,
                     )
-                    for recompute, again in _recomputations(config.stage)
+                    for recompute, again in _recomputations(has_unet)
                 ]
 
 
-def _recomputations(stage: str) -> list[tuple[str, bool]]:
-    if stage != "instruct":
+def _recomputations(has_unet: bool) -> list[tuple[str, bool]]:
+    if not has_unet:
         return [("none", False), ("full", False)]
     return [("none", False), ("none", True), ("full", False), ("full", True)]
 
@@ -245,7 +247,7 @@ class _Estimator:
         key = (choice.tensor, choice.pipeline, choice.pipeline_layout, choice.placement)
         try:
             world = world_layout(planned, self._world_size)
-            validate_layout(planned, self._world_size)
+            validate_layout(planned, self._world_size, stage_facts(planned.stage))
             if key not in self._shares:
                 self._shares[key] = model_shares(planned, self._model)
             found = estimate(planned, world, self._gpu, self._efficiency, self._shares[key])

@@ -17,6 +17,7 @@ from megatron_kosmosg.models.pipeline_pieces import StagePieces
 from megatron_kosmosg.planning import communication as comm
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
 from megatron_kosmosg.planning.workload import MicroBatch
+from megatron_kosmosg.stages import stage_facts
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def stage_work(
     tp = config.parallel.tensor_model_parallel_size
     rows, positions = batch.rows, batch.positions
     is_first = pieces.first_decoder_layer == 0
-    trains_decoder = config.stage != "align"
+    facts = stage_facts(config.stage)
     again = 1 if config.training.recompute == "full" else 0
     done: list[Work] = []
     if is_first and batch.pictures:
@@ -52,7 +53,7 @@ def stage_work(
     if pieces.num_decoder_layers:
         share = pieces.num_decoder_layers / config.model.decoder.num_layers
         forward = flops.decoder_flops(config, positions, rows) * share / tp
-        backward = forward * (2 + again) if trains_decoder else 0.0
+        backward = forward * (2 + again) if facts.trains_decoder else 0.0
         done.append(Work("decoder", "decoder", forward, backward, positions / tp))
     for part in pieces.aligner_parts:
         formula = flops.aligner_m_flops if part == "M" else flops.aligner_n_flops
@@ -60,10 +61,10 @@ def stage_work(
         done.append(
             Work(f"aligner_{part}", "aligner", forward, forward * (2 + again), positions / tp)
         )
-    if is_last and config.stage == "pretrain":
+    if is_last and facts.has_output_head:
         forward = flops.head_flops(config, positions) / tp
         done.append(Work("head", "decoder", forward, 2 * forward, positions / tp))
-    if is_last and config.stage == "align":
+    if is_last and facts.has_text_encoder:
         forward = flops.clip_text_flops(config, batch.images)
         done.append(Work("clip_text", "aligner", forward, 0.0, batch.images * 77.0))
     return done
@@ -98,7 +99,7 @@ def needed_flops(
             for stage, piece in enumerate(pieces)
             for work in stage_work(config, piece, stage == world.pp_size - 1, batch)
         ]
-        if config.stage == "instruct":
+        if stage_facts(config.stage).has_unet:
             again = config.score.recompute
             done += [
                 (work, 1, again * work.forward * (work.module == "unet"))
@@ -174,7 +175,8 @@ def stage_cost(
     """Of pipeline stage `stage`; the U-Net only where it is colocated."""
     is_last = stage == world.pp_size - 1
     neighbours = (stage > 0) + (not is_last)
-    scores_itself = is_last and config.stage == "instruct" and not world.score_ranks_per_unit
+    has_unet = stage_facts(config.stage).has_unet
+    scores_itself = is_last and has_unet and not world.score_ranks_per_unit
     tensor_wire = comm.group_gb_s(world.tensor_group(0, stage), gpu)
     stage_wire = comm.group_gb_s(world.pipeline_group(0, 0), gpu)
     forward, backward = [], []

@@ -14,6 +14,7 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from megatron_kosmosg.config.world import WorldLayout
 from megatron_kosmosg.data.manifest import dataset_kind
+from megatron_kosmosg.stages import stage_facts
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def assumed_kinds(config: RunConfig) -> list[str]:
 def _kinds_read(config: RunConfig) -> dict[str, tuple[int, float]]:
     """{kind: (decoder positions, pictures)} of a usual sample of each kind that the stage reads."""
     longest = config.data.seq_length
-    if config.stage == "pretrain":
+    facts = stage_facts(config.stage)
+    if facts.packs_rows:
         return {
             kind: (longest, usual.pictures_per_row * longest / 2048)
             for kind, usual in USUAL.items()
@@ -129,7 +131,7 @@ def _kinds_read(config: RunConfig) -> dict[str, tuple[int, float]]:
     return {
         kind: (min(usual.prompt[0], longest), usual.prompt[1])
         for kind, usual in USUAL.items()
-        if usual.prompt is not None and (config.stage != "align" or kind == "caption")
+        if usual.prompt is not None and (facts.reads_images or not usual.prompt[1])
     }
 
 
@@ -141,14 +143,15 @@ def micro_batches(config: RunConfig, count: int) -> list[MicroBatch]:
     """The `count` micro-batches of one replica in one update, longest first."""
     images = config.training.micro_batch_size
     entries = mixture(config)
-    by_length = config.stage == "instruct" and config.data.balance_tokens
+    facts = stage_facts(config.stage)
+    by_length = facts.deals_by_length and config.data.balance_tokens
     batches = []
     for index in range(count):
         span = (index / count, (index + 1) / count) if by_length else (0.0, 1.0)
         shares = _shares(entries, *span)
         length = max(entry.length for entry, share in zip(entries, shares, strict=True) if share)
         pictures = sum(e.pictures * s for e, s in zip(entries, shares, strict=True)) / sum(shares)
-        rows = images + (config.stage == "instruct")
+        rows = images + facts.has_null_row
         batches.append(MicroBatch(images, rows, length, images * pictures))
     return batches
 

@@ -19,16 +19,15 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.data.streams import align_stream
 from megatron_kosmosg.losses import alignment_loss, reconstruction_loss
-from megatron_kosmosg.models.chunks import build_chunks
 from megatron_kosmosg.models.flops import align_flops
-from megatron_kosmosg.models.pipeline_pieces import ALIGNER_PARTS
 from megatron_kosmosg.parallel.layout import Layout
-from megatron_kosmosg.stages.freezing import train_only
+from megatron_kosmosg.stages.align_facts import ALIGN
+from megatron_kosmosg.stages.freezing import build_frozen
 from megatron_kosmosg.training.stage import InitialWeights, Probe
 
 
 class AlignStage:
-    name = "align"
+    name = ALIGN.name
     remote_score = None
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
@@ -38,9 +37,7 @@ class AlignStage:
 
     def build_model(self, layout: Layout) -> list[nn.Module]:
         """Decoder without output head, and both halves of AlignerNet."""
-        parts = ALIGNER_PARTS[self.name]
-        chunks = build_chunks(self.config, layout, output_head=False, aligner_parts=parts)
-        return train_only(chunks, lambda model: [model.aligner_m, model.aligner_n], layout)
+        return build_frozen(ALIGN, self.config, layout)
 
     def build_dataset(self, split: str) -> StreamDataset:
         """Captions, as decoder tokens and as tokens of the text encoder."""

@@ -1,30 +1,45 @@
-"""Which parameters of a model train: exactly those of the modules a stage names."""
+"""The model of a stage: which parts it has, and which of them train."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from torch import nn
 
-from megatron_kosmosg.models.chunks import agree_on_freezing
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.stage_facts import StageFacts
+from megatron_kosmosg.models.chunks import agree_on_freezing, build_chunks
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel.layout import Layout
 
 
-def train_only(
-    chunks: list[KosmosG],
-    named: Callable[[KosmosG], Iterable[nn.Module | None]],
-    layout: Layout,
-) -> list[KosmosG]:
-    """`chunks`, frozen but for the modules that `named` gives of each.
+def build_frozen(facts: StageFacts, config: RunConfig, layout: Layout) -> list[KosmosG]:
+    """This rank's chunks of the model that `facts` describe, frozen but for what trains.
 
-    None stands for a part held elsewhere. All ranks call this together: pipeline stages learn
-    whether anything before them trains.
+    All ranks call this together.
+    """
+    chunks = build_chunks(
+        config, layout, output_head=facts.has_output_head, aligner_parts=facts.aligner_parts
+    )
+    return train_only(chunks, facts.trained, layout)
+
+
+def train_only(chunks: list[KosmosG], names: Iterable[str], layout: Layout) -> list[KosmosG]:
+    """`chunks`, frozen but for the parts of these names (as in `StageFacts.trained`).
+
+    A part held elsewhere is left out. All ranks call this together: pipeline stages learn whether
+    anything before them trains.
     """
     for chunk in chunks:
         chunk.requires_grad_(False)
-        for module in named(chunk):
-            if module is not None:
-                module.requires_grad_(True)
+        for part in (part for name in names for part in _parts(chunk, name)):
+            part.requires_grad_(True)
     agree_on_freezing(chunks, layout)
     return chunks
+
+
+def _parts(chunk: KosmosG, name: str) -> list[nn.Module]:
+    if name == "vision_encoder":
+        return chunk.trainable_vision_modules()
+    part = getattr(chunk, name)
+    return [] if part is None else [part]

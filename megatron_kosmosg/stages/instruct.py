@@ -21,11 +21,8 @@ from megatron_kosmosg.data.instruct_stream import InstructStream, Reads
 from megatron_kosmosg.data.keyed import StreamName
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.data.streams import instruct_stream
-from megatron_kosmosg.models.chunks import build_chunks
 from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_vae, vae_fingerprint
 from megatron_kosmosg.models.flops import instruct_flops
-from megatron_kosmosg.models.kosmosg import KosmosG
-from megatron_kosmosg.models.pipeline_pieces import ALIGNER_PARTS
 from megatron_kosmosg.monitoring.heartbeat import Heartbeat
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.platform import torch_dtype
@@ -34,18 +31,19 @@ from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.loss import ColocatedScore, DenoisingLoss, ScoreKey, drop_condition
 from megatron_kosmosg.score.remote import RemoteScore
 from megatron_kosmosg.score.service import serve
-from megatron_kosmosg.stages.freezing import train_only
+from megatron_kosmosg.stages.freezing import build_frozen
 from megatron_kosmosg.stages.held_out_pictures import (
     PictureJudge,
     draw_pictures,
     held_out_pictures,
 )
+from megatron_kosmosg.stages.instruct_facts import INSTRUCT
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
 from megatron_kosmosg.training.stage import InitialWeights, Probe
 
 
 class InstructStage:
-    name = "instruct"
+    name = INSTRUCT.name
 
     def __init__(
         self,
@@ -68,9 +66,7 @@ class InstructStage:
 
     def build_model(self, layout: Layout) -> list[nn.Module]:
         """Decoder without output head, and AlignerNet M."""
-        parts = ALIGNER_PARTS[self.name]
-        chunks = build_chunks(self.config, layout, output_head=False, aligner_parts=parts)
-        return train_only(chunks, _trained, layout)
+        return build_frozen(INSTRUCT, self.config, layout)
 
     def build_dataset(self, split: str) -> StreamDataset:
         """Prompts that mix text and pictures, on the U-Net's ranks with the image to be drawn."""
@@ -148,16 +144,6 @@ class InstructStage:
 
     def flops_per_iteration(self, num_tokens: int, num_images: int, num_targets: int) -> float:
         return instruct_flops(self.config, num_tokens, num_images, num_targets)
-
-
-def _trained(model: KosmosG) -> list[nn.Module | None]:
-    return [
-        model.embedding,
-        model.decoder,
-        model.resampler,
-        *model.trainable_vision_modules(),
-        model.aligner_m,
-    ]
 
 
 def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:

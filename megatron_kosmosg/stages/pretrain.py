@@ -15,16 +15,15 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.data.streams import pretrain_stream
 from megatron_kosmosg.losses import token_cross_entropy
-from megatron_kosmosg.models.chunks import build_chunks
 from megatron_kosmosg.models.flops import pretrain_flops
-from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel.layout import Layout
-from megatron_kosmosg.stages.freezing import train_only
+from megatron_kosmosg.stages.freezing import build_frozen
+from megatron_kosmosg.stages.pretrain_facts import PRETRAIN
 from megatron_kosmosg.training.stage import InitialWeights, Probe
 
 
 class PretrainStage:
-    name = "pretrain"
+    name = PRETRAIN.name
     remote_score = None
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
@@ -40,7 +39,7 @@ class PretrainStage:
                 "but its last blocks stay so",
                 stacklevel=2,
             )
-        return train_only(build_chunks(self.config, layout, output_head=True), _trained, layout)
+        return build_frozen(PRETRAIN, self.config, layout)
 
     def build_dataset(self, split: str) -> StreamDataset:
         """Packed rows of text, captioned images and interleaved documents."""
@@ -74,13 +73,3 @@ class PretrainStage:
 
     def flops_per_iteration(self, num_tokens: int, num_images: int, num_targets: int) -> float:
         return pretrain_flops(self.config, num_tokens, num_images)
-
-
-def _trained(model: KosmosG) -> list[nn.Module | None]:
-    return [
-        model.embedding,
-        model.decoder,
-        model.output_layer,
-        model.resampler,
-        *model.trainable_vision_modules(),
-    ]

@@ -15,12 +15,11 @@ from megatron_kosmosg.checkpoint.weights import load_weights
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import FrozenFolder, RunConfig
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
-from megatron_kosmosg.conversion.checkpoint_writer import ALIGNER_PARTS
 from megatron_kosmosg.conversion.import_fairseq import FairseqImport, import_fairseq
 from megatron_kosmosg.inference.trained_model import TrainedModel, one_process
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel.layout import Layout
-from megatron_kosmosg.stages import build_stage
+from megatron_kosmosg.stages import build_stage, stage_facts
 from tests.support import authors_files as authors
 from tests.support.data_helpers import write_tokenizer
 from tests.support.tiny_models import write_stable_diffusion
@@ -59,9 +58,9 @@ def outputs(checkpoint: Path, golden: dict) -> tuple[RunConfig, dict[str, torch.
 
 
 def _model(config: RunConfig, layout: Layout) -> KosmosG:
-    parts = ALIGNER_PARTS[config.stage]
+    facts = stage_facts(config.stage)
     return KosmosG(
-        config, layout, output_head=config.stage == "pretrain", aligner_parts=parts
+        config, layout, output_head=facts.has_output_head, aligner_parts=facts.aligner_parts
     ).eval()
 
 

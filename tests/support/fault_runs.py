@@ -219,7 +219,7 @@ def _mark_heartbeats(marker: _Marker) -> None:
 
 
 def _use_stage(world: str, built: list[torch.nn.Module]) -> None:
-    train.validate_files = lambda config: None  # these stages read no files
+    train.validate_files = lambda config, facts: None  # these stages read no files
     if world == "fake":
         stages.build_stage = lambda config, layout, judge: _PackingStage(config)
     else:

@@ -66,6 +66,9 @@ def _step(stage, layout: Layout, batches: list[dict[str, torch.Tensor]]) -> tupl
 class _GoldenStage:
     """What the authors' script computed, as a stage: a loss over the outputs for one batch."""
 
+    _trained: tuple[str, ...]
+    """As StageFacts.trained."""
+
     def __init__(
         self, golden: dict, weights: Mapping[str, torch.Tensor], config: RunConfig, layout: Layout
     ) -> None:
@@ -94,8 +97,7 @@ class _GoldenStage:
 
 
 class _GoldenAlign(_GoldenStage):
-    def _trained(self, model: KosmosG) -> list:
-        return [model.aligner_m, model.aligner_n]
+    _trained = ("aligner_m", "aligner_n")
 
     def _losses(self, output: dict) -> dict[str, torch.Tensor]:
         hidden, target = output["hidden"].detach(), self._golden["inputs"]["clip_embed"]
@@ -107,8 +109,7 @@ class _GoldenAlign(_GoldenStage):
 
 
 class _GoldenDenoising(_GoldenStage):
-    def _trained(self, model: KosmosG) -> list:
-        return [model.embedding, model.decoder, model.output_layer, model.resampler]
+    _trained = ("embedding", "decoder", "output_layer", "resampler")
 
     def _losses(self, output: dict) -> dict[str, torch.Tensor]:
         return {"diff_loss": denoising_loss(self._golden, output["condition"])}

@@ -188,7 +188,7 @@ def run_program(config: RunConfig, settings: dict | None = None) -> tuple[int, s
     from megatron_kosmosg import stages, train
 
     stages.build_stage = lambda config, layout, judge: FakeStage(config, **(settings or {}))
-    train.validate_files = lambda config: None  # the fake stage reads no files
+    train.validate_files = lambda config, facts: None  # the fake stage reads no files
     said, shown = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
         code = train.run(config)

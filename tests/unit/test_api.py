@@ -31,6 +31,30 @@ def test_the_package_alone_loads_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--dry-run", "training.train_iter=3"], "training.train_iters"),
+        (["parallel.tensor_model_parallel_size=5"], "model.decoder.num_attention_heads"),
+        (["parallel.pipeline_model_parallel_size=9"], "parallel.pipeline_layout"),
+    ],
+)
+def test_wrong_settings_are_refused_without_torch(arguments, words):
+    """Also those that depend on what the stage builds."""
+    code = (
+        "import sys\n"
+        "from megatron_kosmosg import train\n"
+        f"assert train.main(['--config', 'toy_align', *{arguments}]) == 2\n"
+        "heavy = {'torch', 'megatron', 'diffusers', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert words in ended.stderr
+
+
 def test_a_name_that_is_not_there_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'KosmosPipeline'"):
         _ = megatron_kosmosg.KosmosPipeline

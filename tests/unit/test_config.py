@@ -21,6 +21,9 @@ from megatron_kosmosg.config.load import (
 )
 from megatron_kosmosg.config.renamed_keys import RENAMED_KEYS
 from megatron_kosmosg.config.validate import validate_files, validate_layout
+from megatron_kosmosg.stages import stage_facts
+from megatron_kosmosg.stages.align_facts import ALIGN
+from megatron_kosmosg.stages.instruct_facts import INSTRUCT
 
 BASE = ["stage=align", "logging.output_dir=run", "training.global_batch_size=8"]
 
@@ -211,12 +214,12 @@ def test_layouts_that_cannot_work_are_refused(overrides, words):
             *overrides,
         ],
     )
-    message = refusal(validate_layout, config, 24)
+    message = refusal(validate_layout, config, 24, stage_facts(config.stage))
     assert all(word in message for word in words), message
 
 
 def test_a_fitting_layout_passes():
-    validate_layout(load_config(None, BASE), 8)
+    validate_layout(load_config(None, BASE), 8, ALIGN)
 
 
 def _instruct(tmp_path, **paths) -> list[str]:
@@ -235,7 +238,7 @@ def _instruct(tmp_path, **paths) -> list[str]:
 
 
 def test_complete_input_passes(tmp_path):
-    validate_files(load_config(None, _instruct(tmp_path)))
+    validate_files(load_config(None, _instruct(tmp_path)), INSTRUCT)
 
 
 @pytest.mark.parametrize(
@@ -249,28 +252,30 @@ def test_complete_input_passes(tmp_path):
     ],
 )
 def test_missing_input_is_named(tmp_path, key, value):
-    message = refusal(validate_files, load_config(None, _instruct(tmp_path, **{key: value})))
+    message = refusal(
+        validate_files, load_config(None, _instruct(tmp_path, **{key: value})), INSTRUCT
+    )
     assert key in message and str(tmp_path / value) in message
 
 
 def test_a_folder_without_write_permission_is_named(tmp_path, monkeypatch):
     config = load_config(None, _instruct(tmp_path))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    message = refusal(validate_files, config)
+    message = refusal(validate_files, config, INSTRUCT)
     assert f"logging.output_dir={tmp_path / 'out'}: no permission" in message
 
 
 @pytest.mark.parametrize("key", ["training.eval_interval", "logging.image_interval"])
 def test_evaluation_without_held_out_data_is_refused(tmp_path, key):
     settings = [*_instruct(tmp_path), f"{key}=10"]
-    message = refusal(validate_files, load_config(None, settings))
+    message = refusal(validate_files, load_config(None, settings), INSTRUCT)
     assert key in message and "data.heldout.NAME.path" in message
     held_out = f"data.heldout.web.path={tmp_path / 'd'}"
-    validate_files(load_config(None, [*settings, held_out]))
+    validate_files(load_config(None, [*settings, held_out]), INSTRUCT)
 
 
 def test_stage_names_what_it_needs():
-    message = refusal(validate_files, load_config(None, ["stage=instruct", *BASE[1:]]))
+    message = refusal(validate_files, load_config(None, ["stage=instruct", *BASE[1:]]), INSTRUCT)
     for key in ("data.tokenizer_model", "data.blend", "model.diffusion.path", "checkpoint.load"):
         assert key in message
 

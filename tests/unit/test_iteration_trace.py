@@ -14,6 +14,7 @@ from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.monitoring.iteration_trace import chrome_trace
 from megatron_kosmosg.monitoring.spans import MegatronTimers, Spans
 from megatron_kosmosg.monitoring.trace_exchange import Part
+from megatron_kosmosg.stages.pretrain_facts import PRETRAIN
 
 
 def test_stretches_nest_and_carry_what_they_are_about():
@@ -99,8 +100,8 @@ def test_an_iteration_that_nothing_follows_is_refused(iteration):
         logging=LoggingConfig(output_dir="x", trace_iteration=iteration),
     )
     with pytest.raises(ConfigError, match=r"logging.trace_iteration=\d must lie between 1 and 4"):
-        validate_layout(config, 1)
+        validate_layout(config, 1, PRETRAIN)
     fine = dataclasses.replace(config.logging, trace_iteration=4)
     with pytest.raises(ConfigError) as other:  # of another setting: this one is fine
-        validate_layout(dataclasses.replace(config, logging=fine), 1)
+        validate_layout(dataclasses.replace(config, logging=fine), 1, PRETRAIN)
     assert "trace_iteration" not in str(other.value)

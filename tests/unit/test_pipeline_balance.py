@@ -13,7 +13,6 @@ from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import BlendEntry
 from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.models.kosmosg import KosmosG
-from megatron_kosmosg.models.pipeline_pieces import ALIGNER_PARTS as PARTS
 from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.fake_world import pretend_rank
@@ -21,6 +20,7 @@ from megatron_kosmosg.planning.dry_run import describe
 from megatron_kosmosg.planning.pipeline_balance import with_default_layout
 from megatron_kosmosg.planning.stage_cost import score_work, stage_work
 from megatron_kosmosg.planning.workload import micro_batches
+from megatron_kosmosg.stages import stage_facts
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 
@@ -37,7 +37,7 @@ def slowest(config, layout: str) -> float:
     config = replace(config, parallel=replace(config.parallel, pipeline_layout=layout))
     (batch,) = micro_batches(config, 1)
     loads = []
-    stages = pipeline_pieces(config, PARTS[config.stage])
+    stages = pipeline_pieces(config, stage_facts(config.stage).aligner_parts)
     for index, piece in enumerate(stages):
         is_last = index == len(stages) - 1
         work = stage_work(config, piece, is_last, batch)
@@ -63,7 +63,7 @@ def slowest(config, layout: str) -> float:
 def test_no_split_of_the_layers_has_a_faster_slowest_stage(stage, pp, overrides):
     config = config_of(stage, pp, *overrides)
     chosen = with_default_layout(config).parallel.pipeline_layout
-    tail = "".join(f",{part}" for part in PARTS[stage])
+    tail = "".join(f",{part}" for part in stage_facts(stage).aligner_parts)
     others = []
     for cuts in itertools.combinations(range(1, 24), pp - 1):
         counts = [b - a for a, b in zip((0, *cuts), (*cuts, 24), strict=True)]

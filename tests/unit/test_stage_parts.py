@@ -9,7 +9,7 @@ import torch
 from transformers import CLIPTextModel
 
 from megatron_kosmosg.parallel.layout import lone_layout
-from megatron_kosmosg.stages import build_stage
+from megatron_kosmosg.stages import build_stage, stage_facts
 from megatron_kosmosg.stages.align import load_text_encoder
 from megatron_kosmosg.stages.instruct import InstructStage
 from megatron_kosmosg.training.stage import Probe
@@ -41,11 +41,17 @@ def test_what_trains(stage: str, parts: tuple[str, ...], tmp_path) -> None:
     config = tiny_config(stage, tmp_path, tmp_path)
     lone = lone_layout("meta")
     # A stage object of another pipeline rank loads no frozen helper.
-    (model,) = build_stage(config, dataclasses.replace(lone, pp_size=2)).build_model(lone)
+    stage_object = build_stage(config, dataclasses.replace(lone, pp_size=2))
+    (model,) = stage_object.build_model(lone)
+    assert stage_object.name == stage_facts(stage).name == stage
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     tower = "vision_encoder.tower."
     trained_tower = (f"{tower}encoder.layers.2.", f"{tower}post_layernorm.")
     wanted = tuple(f"{part}." for part in parts) + (trained_tower if stage != "align" else ())
+    assert [part for part in ("M", "N") if getattr(model, f"aligner_{part.lower()}")] == list(
+        {"pretrain": "", "align": "MN", "instruct": "M"}[stage]
+    )
+    assert (model.output_layer is not None) == (stage == "pretrain")
     names = {name for name, _ in model.named_parameters()}
     assert trained == {name for name in names if name.startswith(wanted)}
     assert {name.split(".")[0] for name in trained} >= set(parts)
