@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_kosmosg.data.manifest import KINDS
+from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.preprocess.counts import summary, verification
 from megatron_kosmosg.preprocess.inputs import FORMATS
 from megatron_kosmosg.preprocess.mpi_workers import choose_workers
@@ -20,12 +20,7 @@ from megatron_kosmosg.preprocess.run import PreprocessJob, TooManyRejects, prepr
 
 EPILOG = """\
 records, one JSON object a line; pictures are named relative to the folder of the JSONL file:
-  text           {"text"}
-  caption        {"key", "image", "caption"}
-  interleaved    {"key", "content": [{"text": ..} or {"image": ..}, ...]}
-  edit           {"key", "caption", "image", "instruction", "target"}
-  compositional  {"key", "caption", "image", "entities": [
-                    {"text", "span": [start, end), "image", "mask": file or null}, ...]}
+{records}
 "key" is optional; further fields are kept with the sample. `span` counts characters of the caption
 and holds the entity's words. A mask has one channel, the size of its image, and 255 = entity; null
 says there is no background to remove; without the field the image's alpha channel is the mask.
@@ -46,9 +41,20 @@ Exit codes: 0 done; 1 too many rejects; 2 wrong arguments or input; 130 interrup
 """
 
 
+def _records() -> str:
+    """The records of each kind, for the help text."""
+    lines = []
+    for kind in KINDS.values():
+        first, *more = kind.record.splitlines()
+        lines += [f"  {kind.name:<15}{first}", *(f"{'':17}{line}" for line in more)]
+    return "\n".join(lines)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=EPILOG.format(records=_records()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--kind", choices=KINDS, required=True, help="what a record is")

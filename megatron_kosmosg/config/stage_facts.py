@@ -30,8 +30,6 @@ class StageFacts:
     """Whether documents fill rows of data.seq_length; else each sample is a prompt, a row."""
     deals_by_length: bool = False
     """Whether data.balance_tokens deals samples to micro-batches by their length."""
-    reads_images: bool = True
-    """Whether prompts or rows hold images; else it reads kinds of sample whose prompts are text."""
     has_null_row: bool = False
     """Whether every micro-batch has one more row, for the null condition."""
     needs: tuple[str, ...] = ()

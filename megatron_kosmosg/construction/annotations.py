@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kosmosg.construction.sources import plain_key
-from megatron_kosmosg.preprocess.records import Rejected
+from megatron_kosmosg.data.kinds.record import Rejected
 
 KEY_NAMES = ("key", "image_id")
 

@@ -14,8 +14,7 @@ from megatron_kosmosg.construction.pictures import SquarePictures
 from megatron_kosmosg.construction.plan import PictureRecord, Plan
 from megatron_kosmosg.construction.read_ahead import in_batches, read_ahead
 from megatron_kosmosg.construction.rows import Row, rejected_row
-from megatron_kosmosg.preprocess.fields import text_field
-from megatron_kosmosg.preprocess.records import Rejected
+from megatron_kosmosg.data.kinds.record import Rejected, text_field
 
 REPETITION_WORDS, REPETITION_SHARE = 8, 0.4
 """A caption of at least so many words repeats itself if fewer than this share are different."""

@@ -17,9 +17,8 @@ from megatron_kosmosg.construction.noun_phrases import noun_phrases
 from megatron_kosmosg.construction.on_demand import OnDemand
 from megatron_kosmosg.construction.read_ahead import in_batches
 from megatron_kosmosg.construction.rows import Row, StepFolder, rejected_row
-from megatron_kosmosg.preprocess.entities import order_entities
-from megatron_kosmosg.preprocess.fields import list_field, text_field
-from megatron_kosmosg.preprocess.records import Rejected
+from megatron_kosmosg.data.kinds.entities import order_entities
+from megatron_kosmosg.data.kinds.record import Rejected, list_field, text_field
 from megatron_kosmosg.preprocess.tags import tag_entities
 
 MAX_NAME_WORDS = 6

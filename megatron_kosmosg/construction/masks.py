@@ -22,8 +22,7 @@ from megatron_kosmosg.construction.records import (
 )
 from megatron_kosmosg.construction.regions import entity_region, square_around
 from megatron_kosmosg.construction.rows import Row, StepFolder, rejected_row
-from megatron_kosmosg.preprocess.fields import list_field
-from megatron_kosmosg.preprocess.records import Record, Rejected
+from megatron_kosmosg.data.kinds.record import Record, Rejected, list_field
 
 Named = tuple[Image.Image, str]
 Ready = tuple[PictureRecord, Row, Image.Image]

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 from PIL import ExifTags, Image
 
+from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.data.transparency import over_white
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.pictures import PictureCheck
-from megatron_kosmosg.preprocess.records import Record, Rejected
 
 Turn = Image.Transpose
 QUARTER_TURNS = {0: (), 90: (Turn.ROTATE_90,), 180: (Turn.ROTATE_180,), 270: (Turn.ROTATE_270,)}

@@ -11,17 +11,13 @@ from typing import Any
 
 from megatron_kosmosg.construction.rows import StepFolder
 from megatron_kosmosg.construction.sources import Source, find_sources, plain_key
+from megatron_kosmosg.data.kinds.caption import CAPTION
+from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.files import exclusive, write_json
 from megatron_kosmosg.preprocess.layouts import canonical_records
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.pictures import PictureCheck
-from megatron_kosmosg.preprocess.records import (
-    BadRecord,
-    Record,
-    Rejected,
-    Shard,
-    ShardSize,
-)
+from megatron_kosmosg.preprocess.records import BadRecord, Shard, ShardSize
 
 NO_TEXT_LIMIT, SHARD_BYTES = 1 << 62, 1 << 30
 COUNT_FILE = "count.json"
@@ -68,7 +64,7 @@ class Plan:
         if isinstance(found, BadRecord):
             return PictureRecord(found.source, found.rejected)
         try:
-            (record,) = canonical_records("caption", found, self._options, self._pictures)
+            (record,) = canonical_records(CAPTION.name, found, self._options, self._pictures)
         except Rejected as rejected:
             return PictureRecord(plain_key(found.key), rejected)
         return PictureRecord(plain_key(record.key), record)

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-from megatron_kosmosg.preprocess.records import Rejected
+from megatron_kosmosg.data.kinds.record import Rejected
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_kosmosg.preprocess.records import Rejected
+from megatron_kosmosg.data.kinds.record import Rejected
 
 WINDOW_SHARE = 100
 THRESHOLD = 0.3

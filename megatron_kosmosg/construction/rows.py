@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_kosmosg.data.kinds.record import Rejected
 from megatron_kosmosg.files import exclusive, replacing, write_json
-from megatron_kosmosg.preprocess.records import Rejected
 
 Row = dict[str, Any]
 SETTINGS_FILE = "settings.json"

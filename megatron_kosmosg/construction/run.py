@@ -23,6 +23,7 @@ from megatron_kosmosg.construction.report import Report, make_report
 from megatron_kosmosg.construction.rows import StepFolder
 from megatron_kosmosg.construction.shares import Share
 from megatron_kosmosg.construction.steps import Step, are_done, run_steps
+from megatron_kosmosg.data.kinds.caption import CAPTION
 from megatron_kosmosg.data.minute_lines import MinuteLines
 from megatron_kosmosg.files import write_json, write_text
 from megatron_kosmosg.preprocess.options import Options
@@ -81,7 +82,7 @@ def build(job: BuildJob, share: Share, models: ModelSettings) -> Built:
 
     Raises ValueError for arguments and inputs that cannot be used, before any model is opened.
     """
-    job.options.check("caption")
+    job.options.check(CAPTION)
     origins = _Origins(job, models)
     plan = make_plan(job.output, job.inputs, job.shard_size, job.limit, job.options)
     steps = [step for step in origins.steps(plan) if step is not None]

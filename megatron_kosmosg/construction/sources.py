@@ -12,17 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_kosmosg.data.kinds.caption import CAPTION
+from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess import inputs
 from megatron_kosmosg.preprocess.lines import decode_utf8, line_shards, read_lines
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import (
-    BadRecord,
-    Reader,
-    Record,
-    Rejected,
-    Shard,
-    ShardSize,
-)
+from megatron_kosmosg.preprocess.records import BadRecord, Reader, Shard, ShardSize
 from megatron_kosmosg.preprocess.tar import PICTURE_EXTENSIONS
 
 FOLDER, OPEN_IMAGES = "folder", "openimages"
@@ -55,7 +50,7 @@ def find_sources(patterns: Sequence[str]) -> list[Source]:
         elif path.is_file() and path.suffix.lower() == ".csv":
             found = [Source(path, OPEN_IMAGES)]
         else:
-            found = [Source(i.path, i.format) for i in inputs.find_inputs([pattern], "caption")]
+            found = [Source(i.path, i.format) for i in inputs.find_inputs([pattern], CAPTION)]
         sources += [Source(source.path.resolve(), source.format) for source in found]
     repeated = {source.path for source in sources if sources.count(source) > 1}
     if repeated:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from megatron_kosmosg.data.blend import Blend
-from megatron_kosmosg.data.kinds.caption import TOKENS_PART
+from megatron_kosmosg.data.kinds.kind import Captions
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.padding import pad_rows
 from megatron_kosmosg.data.samples import CaptionSample
@@ -37,6 +37,7 @@ class AlignStream:
         self,
         blend: Blend,
         stores: dict[str, SampleStore],
+        captions: dict[str, Captions],
         orders: dict[str, SampleOrder],
         tokenizer: Tokenizer,
         clip_tokenizer: CLIPTokenizer,
@@ -46,6 +47,7 @@ class AlignStream:
     ) -> None:
         """`num_queries`: positions of the CLIP text encoder. `max_length`: tokens, with <s>."""
         self._blend, self._stores, self._orders = blend, stores, orders
+        self._captions = captions
         self._tokenizer = tokenizer
         self._clip_pad_id = clip_tokenizer.pad_token_id
         self._clip_encode = clip_tokenizer.backend_tokenizer.encode
@@ -56,17 +58,18 @@ class AlignStream:
     def __getitem__(self, position: int) -> CaptionSample:
         draw = self._blend[position]
         store, order = self._stores[draw.name], self._orders[draw.name]
+        captions = self._captions[draw.name]
         limit = self._max_tokens
         for replacement in range(MAX_REPLACEMENTS):
             index = order.replacement(draw.ordinal, position, replacement)
-            num_tokens = int(store.part_lengths(np.array([index]), TOKENS_PART)[0])
+            num_tokens = int(store.part_lengths(np.array([index]), captions.tokens)[0])
             if num_tokens > limit:
                 continue
             limit = num_tokens  # what pad_to counted for this position
             raw = store[index]
-            clip_ids = self._clip_encode(raw.info["caption"]).ids
+            clip_ids = self._clip_encode(captions.words(raw)).ids
             if len(clip_ids) <= self._num_queries:
-                tokens = np.concatenate([[self._tokenizer.bos_id], raw.tokens()[0]])
+                tokens = np.concatenate([[self._tokenizer.bos_id], raw.parts[captions.tokens]])
                 return CaptionSample(position, tokens.astype(np.int64), self._pad_clip(clip_ids))
         raise self._nothing_fits()
 
@@ -85,7 +88,7 @@ class AlignStream:
             if not mine.any():
                 continue
             indices = self._orders[name].take(ordinals[mine])
-            lengths = self._stores[name].part_lengths(indices, TOKENS_PART)
+            lengths = self._stores[name].part_lengths(indices, self._captions[name].tokens)
             for place in np.flatnonzero(lengths > self._max_tokens).tolist():
                 position = int(np.asarray(global_positions)[mine][place])
                 lengths[place] = self._first_that_fits(name, int(ordinals[mine][place]), position)
@@ -110,7 +113,8 @@ class AlignStream:
         """Our tokens of the first replacement that is short enough."""
         for replacement in range(1, MAX_REPLACEMENTS):
             index = self._orders[name].replacement(ordinal, position, replacement)
-            length = int(self._stores[name].part_lengths(np.array([index]), TOKENS_PART)[0])
+            part = self._captions[name].tokens
+            length = int(self._stores[name].part_lengths(np.array([index]), part)[0])
             if length <= self._max_tokens:
                 return length
         raise self._nothing_fits()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,27 +20,18 @@ from megatron_kosmosg.data.blend import Blend
 from megatron_kosmosg.data.image_types import BadImage, Encoded, ImageTransform
 from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.keyed import Draws
+from megatron_kosmosg.data.kinds.kind import PromptMaker
 from megatron_kosmosg.data.latent_cache import LatentCache
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.padding import pad_rows
-from megatron_kosmosg.data.samples import Prompt, PromptSample
-from megatron_kosmosg.data.store import PartSizes, RawSample, SampleStore
+from megatron_kosmosg.data.samples import PromptSample
+from megatron_kosmosg.data.store import SampleStore
 
 MAX_REPLACEMENTS = 100
 """Samples in a row that may be too long."""
 
 Reads = Literal["all", "prompts", "targets"]
 """What a batch holds: ranks without the U-Net need no targets, ranks of the U-Net no prompts."""
-
-
-class PromptMaker(Protocol):
-    """Turns the stored samples of one kind into prompts."""
-
-    def length(self, sizes: PartSizes, draws: Draws) -> int | None:
-        """Tokens of the prompt that the call gives, None where the sample cannot be used."""
-
-    def __call__(self, raw: RawSample, draws: Draws) -> Prompt:
-        """The prompt of a stored sample."""
 
 
 @dataclass(frozen=True)

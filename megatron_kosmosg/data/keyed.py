@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ def numpy_generator(seed: int, stage: str, position: int, tag: str) -> np.random
 
 def torch_generator(seed: int, stage: str, position: int, tag: str) -> torch.Generator:
     """A fresh CPU torch generator for one purpose at one position."""
+    import torch  # kinds of samples, which preprocessing and plans read, need no torch
+
     generator = torch.Generator(device="cpu")
     generator.manual_seed(stream_key(seed, stage, position, tag))
     return generator

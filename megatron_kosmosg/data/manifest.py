@@ -8,13 +8,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import BlendEntry
+from megatron_kosmosg.data.kinds.text import TEXT
 
-Kind = Literal["text", "caption", "interleaved", "edit", "compositional"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 FORMAT_VERSION = 1
 
 
@@ -22,7 +20,8 @@ FORMAT_VERSION = 1
 class Manifest:
     """What PREFIX.json holds."""
 
-    kind: Kind
+    kind: str
+    """A name in data.kinds.KINDS."""
     tokenizer_fingerprint: str
     vocab_size: int
     num_samples: int
@@ -54,7 +53,7 @@ def manifest_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.json")
 
 
-def kind_on_disk(prefix: str | Path) -> Kind | None:
+def kind_on_disk(prefix: str | Path) -> str | None:
     """Kind of the dataset under a prefix; None when there is none on this machine.
 
     Without a manifest it is a token dataset that another tool wrote: text. Raises ValueError for a
@@ -62,7 +61,7 @@ def kind_on_disk(prefix: str | Path) -> Kind | None:
     """
     if manifest_path(prefix).exists():
         return Manifest.read(manifest_path(prefix)).kind
-    return "text" if Path(f"{prefix}.bin").exists() else None
+    return TEXT.name if Path(f"{prefix}.bin").exists() else None
 
 
 def dataset_kind(key: str, entry: BlendEntry) -> str | None:

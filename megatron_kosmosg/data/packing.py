@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_kosmosg.data.kinds import caption, interleaved, text
+from megatron_kosmosg.data.kinds import names_read_by
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.packing_index import (
     EpochIndex,
@@ -28,12 +28,6 @@ from megatron_kosmosg.data.samples import PackedRow, RowImage
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
 from megatron_kosmosg.data.store import SampleStore
 
-DOCUMENTS = {
-    "text": text.document,
-    "caption": caption.document,
-    "interleaved": interleaved.document,
-}
-"""How each kind becomes a document; the kinds that can be packed."""
 EPOCHS_KEPT = 2
 """Indices that stay in memory or mapped."""
 BLOCK = 65_536
@@ -59,10 +53,11 @@ class PackedDataset:
         index_folder: Path,
     ) -> None:
         """`index_folder`: where indices are kept, one subfolder each."""
-        if store.kind not in DOCUMENTS:
+        documents = store.sample_kind.pretrain
+        if documents is None:
             raise ValueError(
                 f"data.blend.{name}: {store.prefix} is of kind {store.kind}; "
-                f"pretrain packs {', '.join(DOCUMENTS)}"
+                f"pretrain packs {names_read_by('pretrain')}"
             )
         if capacity < sequence_format.image_length + 2:
             raise ValueError(
@@ -71,6 +66,7 @@ class PackedDataset:
             )
         store.check_tokenizer(sequence_format.tokenizer)
         self._name, self._store, self._order = name, store, order
+        self._documents = documents
         self._format, self._capacity = sequence_format, capacity
         self._index_folder = index_folder
         self._sentences, self._offsets = store.sentences(sequence_format.tokenizer)
@@ -213,4 +209,4 @@ class PackedDataset:
 
     def _document(self, sample: int) -> tuple[str, SequenceBuilder]:
         raw = self._store[sample]
-        return raw.info["key"], DOCUMENTS[self._store.kind](raw, self._format)
+        return raw.info["key"], self._documents.document(raw, self._format)

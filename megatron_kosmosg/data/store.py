@@ -11,43 +11,24 @@ PREFIX.sentences.npy, PREFIX.sentence_offsets.npy  see sentences.py (kinds that 
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_kosmosg.data.fingerprint import dataset_fingerprint
-from megatron_kosmosg.data.manifest import Kind, Manifest, manifest_path
-from megatron_kosmosg.data.parts import IMAGE, JSON, TOKEN_TYPE, TOKENS
+from megatron_kosmosg.data.kinds import TEXT, find_kind
+from megatron_kosmosg.data.manifest import Manifest, manifest_path
 from megatron_kosmosg.data.sentences import sentence_paths, sentence_table
+from megatron_kosmosg.data.stored_sample import (
+    JSON,
+    TOKEN_TYPE,
+    TOKENS,
+    PartSizes,
+    RawSample,
+    strip_document_end,
+)
 from megatron_kosmosg.data.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class RawSample:
-    """A stored sample: its JSON part and views of the other parts, in order."""
-
-    info: dict[str, Any]
-    parts: list[np.ndarray]
-    """int32 token ids or uint8 picture bytes, as `modes` says; mapped, not copied."""
-    modes: list[int]
-
-    def tokens(self) -> list[np.ndarray]:
-        """The token parts in order, int32."""
-        return [p for p, mode in zip(self.parts, self.modes, strict=True) if mode == TOKENS]
-
-    def images(self) -> list[bytes]:
-        """The picture parts in order, copied."""
-        return [
-            p.tobytes() for p, mode in zip(self.parts, self.modes, strict=True) if mode == IMAGE
-        ]
-
-
-PartSizes = list[tuple[int, int]]
-"""(mode, size) of the parts of a sample but the JSON one; see SampleStore.part_sizes."""
 
 
 class SampleStore:
@@ -70,29 +51,28 @@ class SampleStore:
         """None for a token dataset that another tool wrote."""
         if manifest_path(prefix).exists():
             self.manifest = Manifest.read(manifest_path(prefix))
-        self.kind: Kind = self.manifest.kind if self.manifest else "text"
-        self._data = IndexedDataset(self.prefix, multimodal=self.kind != "text")
+        try:
+            self.sample_kind = find_kind(self.manifest.kind) if self.manifest else TEXT
+        except ValueError as error:
+            raise ValueError(f"{manifest_path(prefix)}: {error}") from None
+        self._data = IndexedDataset(self.prefix, multimodal=not self.sample_kind.is_plain_text)
         self._documents = self._data.document_indices
         self._fingerprint: str | None = None
         self._check()
+
+    @property
+    def kind(self) -> str:
+        """Name of `sample_kind`."""
+        return self.sample_kind.name
 
     def __len__(self) -> int:
         return len(self._documents) - 1
 
     def __getitem__(self, index: int) -> RawSample:
-        if self.kind == "text":
+        if self.sample_kind.is_plain_text:
             return RawSample({"key": str(index)}, [self.text(index)], [TOKENS])
         first, last = int(self._documents[index]), int(self._documents[index + 1])
-        info: dict[str, Any] = {}
-        parts, modes = [], []
-        for i in range(first, last):
-            data, mode = self._data[i]
-            if mode == JSON:
-                info = json.loads(data.tobytes())
-            else:
-                parts.append(data.view(TOKEN_TYPE) if mode == TOKENS else data)
-                modes.append(int(mode))
-        return RawSample(info, parts, modes)
+        return RawSample.of_bytes(self._data[i] for i in range(first, last))
 
     def fingerprint(self) -> str:
         """Of the content; see fingerprint.py."""
@@ -107,7 +87,7 @@ class SampleStore:
         """
         parts = slice(int(self._documents[index]), int(self._documents[index + 1]))
         sizes = self._data.index.sequence_lengths[parts].tolist()
-        if self.kind == "text":
+        if self.sample_kind.is_plain_text:
             return [(TOKENS, sum(sizes))]
         modes = self._data.index.sequence_modes[parts].tolist()
         return [
@@ -117,9 +97,9 @@ class SampleStore:
         ]
 
     def part_lengths(self, indices: np.ndarray, part: int) -> np.ndarray:
-        """int64: token ids of part number `part` (0 = the JSON part) of each sample, from the
-        index alone."""
-        sequences = self._documents[np.asarray(indices, np.int64)] + part
+        """int64: token ids of part number `part`, not counting the JSON part before it, of each
+        sample, from the index alone."""
+        sequences = self._documents[np.asarray(indices, np.int64)] + 1 + part
         bytes_ = self._data.index.sequence_lengths[sequences].astype(np.int64)
         return bytes_ // TOKEN_TYPE.itemsize
 
@@ -172,8 +152,3 @@ class SampleStore:
             )
         if len(self) == 0:
             raise ValueError(f"{self.prefix} holds no samples")
-
-
-def strip_document_end(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """`ids` without a closing </s>."""
-    return ids[:-1] if ids.size and ids[-1] == tokenizer.eos_id else ids

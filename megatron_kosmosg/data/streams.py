@@ -13,11 +13,9 @@ from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from megatron_kosmosg.data.align_stream import AlignStream, load_clip_tokenizer
 from megatron_kosmosg.data.blend import Blend
 from megatron_kosmosg.data.images import ImageDecoder, prompt_transform, target_transform
-from megatron_kosmosg.data.instruct_stream import InstructStream, PromptMaker, PromptSource, Reads
+from megatron_kosmosg.data.instruct_stream import InstructStream, PromptSource, Reads
 from megatron_kosmosg.data.keyed import StreamName
-from megatron_kosmosg.data.kinds.caption import CaptionPrompts
-from megatron_kosmosg.data.kinds.compositional import CompositionalPrompts
-from megatron_kosmosg.data.kinds.edit import EditPrompts
+from megatron_kosmosg.data.kinds import names_read_by
 from megatron_kosmosg.data.latent_cache import LatentCache
 from megatron_kosmosg.data.manifest import dataset_kind
 from megatron_kosmosg.data.order import SampleOrder
@@ -62,15 +60,15 @@ def pretrain_stream(
 def align_stream(config: RunConfig, split: Split) -> AlignStream:
     """Captions for the decoder and the CLIP text encoder."""
     parts = _StreamParts(config, "align", split)
+    captions = {}
     for name, store in parts.stores.items():
-        if store.kind != "caption":
-            raise ValueError(
-                f"data.{parts.section}.{name}: {store.prefix} is of kind {store.kind}; "
-                "align reads caption"
-            )
+        if store.sample_kind.align is None:
+            raise parts.wrong_kind(name, "align")
+        captions[name] = store.sample_kind.align
     return AlignStream(
         parts.blend,
         parts.stores,
+        captions,
         parts.orders,
         parts.sequence_format.tokenizer,
         load_clip_tokenizer(config.model.clip_text.path),
@@ -96,29 +94,19 @@ def instruct_stream(
     """
     parts = _StreamParts(config, "instruct", split)
     data = config.data
-    makers: dict[str, PromptMaker] = {
-        "caption": CaptionPrompts(parts.sequence_format),
-        "edit": EditPrompts(parts.sequence_format, data.caption_drop_prob),
-        "compositional": CompositionalPrompts(
-            parts.sequence_format,
-            data.entity_text_drop_prob,
-            data.entity_text_drop_per,
-            data.background_keep_prob,
-        ),
-    }
     sources = {}
     for name, store in parts.stores.items():
-        if store.kind not in makers:
-            raise ValueError(
-                f"data.{parts.section}.{name}: {store.prefix} is of kind {store.kind}; "
-                f"instruct reads {', '.join(makers)}"
-            )
+        prompts = store.sample_kind.instruct
+        if prompts is None:
+            raise parts.wrong_kind(name, "instruct")
         latents = None
         if data.latent_cache is not None and split == "train" and reads != "prompts":
             if vae is None:
                 raise ValueError("data.latent_cache needs the fingerprint of the run's VAE")
             latents = LatentCache(store, data.latent_cache, vae, target_transform(config))
-        sources[name] = PromptSource(store, parts.orders[name], makers[store.kind], latents)
+        sources[name] = PromptSource(
+            store, parts.orders[name], prompts.maker(parts.sequence_format, data), latents
+        )
     return InstructStream(
         parts.blend,
         sources,
@@ -164,3 +152,11 @@ class _StreamParts:
             store.check_tokenizer(tokenizer)
             self.stores[name] = store
             self.orders[name] = SampleOrder(name, len(store), config.training.seed, self.stage_key)
+
+    def wrong_kind(self, name: str, stage: str) -> ValueError:
+        """Dataset `name` of the mixture is of a kind that `stage` does not read."""
+        store = self.stores[name]
+        return ValueError(
+            f"data.{self.section}.{name}: {store.prefix} is of kind {store.kind}; "
+            f"{stage} reads {names_read_by(stage)}"
+        )

@@ -11,18 +11,10 @@ import numpy as np
 from PIL import Image
 
 from megatron_kosmosg.data.sentences import sentence_table
-from megatron_kosmosg.data.store import (
-    IMAGE,
-    JSON,
-    TOKENS,
-    RawSample,
-    SampleStore,
-    strip_document_end,
-)
+from megatron_kosmosg.data.store import SampleStore
+from megatron_kosmosg.data.stored_sample import IMAGE, JSON, RawSample, strip_document_end
 from megatron_kosmosg.data.tokenizer import Tokenizer
 
-_LAYOUTS = {"text": (TOKENS,), "caption": (TOKENS, IMAGE), "edit": (TOKENS, TOKENS, IMAGE, IMAGE)}
-_PACKED = ("text", "caption", "interleaved")
 CHUNK = 256
 
 
@@ -65,7 +57,7 @@ class _Checker:
         self._store, self._tokenizer = store, tokenizer
         self.num_tokens = self.num_images = 0
         self._sentences: tuple[np.ndarray, np.ndarray] | None = None
-        if store.kind in _PACKED and store.manifest is not None:
+        if store.sample_kind.pretrain is not None and store.manifest is not None:
             self._sentences = store.sentences(tokenizer)
 
     def chunk(self, start: int) -> _Found:
@@ -99,11 +91,11 @@ class _Checker:
                 yield Problem(None, "", f"the manifest states {name} {stated}, found {counted}")
 
     def _sample(self, index: int, raw: RawSample) -> Iterator[str]:
-        kind = self._store.kind
-        if kind != "text" and not raw.info.get("key"):
+        kind = self._store.sample_kind
+        if not kind.is_plain_text and not raw.info.get("key"):
             yield "no key"
-        if kind in _LAYOUTS and tuple(raw.modes) != _LAYOUTS[kind]:
-            yield f"parts {raw.modes} instead of {list(_LAYOUTS[kind])} (0 text, 1 picture)"
+        if kind.part_modes is not None and tuple(raw.modes) != kind.part_modes:
+            yield f"parts {raw.modes} instead of {list(kind.part_modes)} (0 text, 1 picture)"
             return
         if JSON in raw.modes:
             yield "more than one JSON part"
@@ -115,8 +107,7 @@ class _Checker:
             sizes.append(size)
             if reason is not None:
                 yield f"picture {i}: {reason}"
-        if kind == "compositional":
-            yield from _entities(raw, sizes)
+        yield from kind.check(raw, sizes)
         if self._sentences is not None:
             yield from self._table(index, raw)
 
@@ -128,12 +119,7 @@ class _Checker:
 
     def _table(self, index: int, raw: RawSample) -> Iterator[str]:
         table, offsets = self._sentences
-        content = [
-            None if mode == IMAGE else strip_document_end(part, self._tokenizer)
-            for part, mode in zip(raw.parts, raw.modes, strict=True)
-        ]
-        if self._store.kind == "caption":
-            content.reverse()  # the picture is stored last and read first
+        content = self._store.sample_kind.pretrain.content(raw, self._tokenizer)
         stored = table[int(offsets[index]) : int(offsets[index + 1])]
         if not np.array_equal(stored, sentence_table(content, self._tokenizer)):
             yield "the sentence table does not fit the tokens; preprocess the dataset again"
@@ -147,27 +133,3 @@ def _decode(data: bytes) -> tuple[tuple[int, int] | None, str | None]:
             return image.size, None
     except Exception as error:  # noqa: BLE001 - Pillow raises errors of many kinds for bad files
         return None, str(error) or type(error).__name__
-
-
-def _entities(raw: RawSample, sizes: list[tuple[int, int] | None]) -> Iterator[str]:
-    """What is wrong with the caption's spans and the masks."""
-    caption, entities = raw.info["caption"], raw.info["entities"]
-    expected = [IMAGE]
-    for entity in entities:
-        expected += [TOKENS, TOKENS, IMAGE, *[IMAGE] * bool(entity["has_mask"])]
-    if raw.modes != [*expected, TOKENS]:
-        yield f"parts {raw.modes} do not fit {len(entities)} entities"
-        return
-    end, place = 0, 1
-    for i, entity in enumerate(entities):
-        start, stop = entity["span"]
-        if not end <= start < stop <= len(caption):
-            yield f"entity {i}: span {start}..{stop} does not lie behind {end} in the caption"
-        elif caption[start:stop].lower() != entity["text"].lower():
-            yield f"entity {i}: the span reads {caption[start:stop]!r}, not {entity['text']!r}"
-        end = max(end, stop)
-        if entity["has_mask"]:
-            if None not in (sizes[place], sizes[place + 1]) and sizes[place] != sizes[place + 1]:
-                yield f"entity {i}: mask {sizes[place + 1]} on a picture of {sizes[place]} pixels"
-            place += 1
-        place += 1

@@ -18,10 +18,10 @@ from PIL import Image
 
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
-from megatron_kosmosg.data.packing import DOCUMENTS
 from megatron_kosmosg.data.samples import PackedRow, StreamDataset
 from megatron_kosmosg.data.sequence import SequenceFormat
-from megatron_kosmosg.data.store import IMAGE, SampleStore
+from megatron_kosmosg.data.store import SampleStore
+from megatron_kosmosg.data.stored_sample import IMAGE
 from megatron_kosmosg.data.streams import instruct_stream, pretrain_stream
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.data.transparency import open_over_white
@@ -109,10 +109,10 @@ def write_page(
     summary = summary_text(store, tokenizer, config.training.seed)
     charts = "".join(_histogram(lengths) for lengths in length_statistics(store))
     sections = []
-    if store.kind in DOCUMENTS:
+    if store.sample_kind.pretrain is not None:
         stream = pretrain_stream(config, "train")
         sections.append(_section("pretrain", stream, store, tokenizer, config, num_samples))
-    if store.kind in ("caption", "edit", "compositional"):
+    if store.sample_kind.instruct is not None:
         stream = instruct_stream(config, "train")
         sections.append(_section("instruct", stream, store, tokenizer, config, num_samples))
     title = f"{html.escape(Path(store.prefix).name)}: {store.kind} samples"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_kosmosg.data.order import SampleOrder
-from megatron_kosmosg.data.store import IMAGE, TOKENS, SampleStore
+from megatron_kosmosg.data.store import SampleStore
+from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS
 from megatron_kosmosg.data.tokenizer import Tokenizer
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)

@@ -1,7 +1,7 @@
 """The samples a plan reckons with: length and pictures of each kind, and how micro-batches pad.
 
-Lengths are those of ordinary prompts (64 positions a picture, two marks, a sentence); the data
-itself is not opened, only its manifests, for the kinds. Samples are dealt to micro-batches by
+Lengths are those usual for each kind (data/kinds); the data itself is not opened, only its
+manifests, for the kinds. Samples are dealt to micro-batches by
 length as in training, so a micro-batch is as long as its longest row, and `instruct` adds the null
 condition's row.
 """
@@ -13,28 +13,10 @@ from dataclasses import dataclass, replace
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from megatron_kosmosg.config.world import WorldLayout
+from megatron_kosmosg.data.kinds import read_by
+from megatron_kosmosg.data.kinds.kind import UsualSize
 from megatron_kosmosg.data.manifest import dataset_kind
 from megatron_kosmosg.stages import stage_facts
-
-
-@dataclass(frozen=True)
-class UsualSample:
-    """What is usual for a kind of sample, where it is used at all."""
-
-    prompt: tuple[int, float] | None = None
-    """(decoder positions, pictures) of a prompt of `instruct` or `align`."""
-    pictures_per_row: float | None = None
-    """In a packed row of 2,048 positions: about 100 positions a captioned picture."""
-
-
-USUAL = {
-    "text": UsualSample(pictures_per_row=0.0),
-    "caption": UsualSample(prompt=(40, 0.0), pictures_per_row=20.0),
-    "interleaved": UsualSample(pictures_per_row=8.0),
-    "edit": UsualSample(prompt=(100, 1.0)),
-    "compositional": UsualSample(prompt=(215, 2.0)),
-}
-"""By kind of sample."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +80,8 @@ def mixture(config: RunConfig) -> list[MixtureEntry]:
             raise ConfigError(
                 f"data.blend.{name} is of kind {kind}; {config.stage} reads {', '.join(read)}"
             )
-        length, pictures = read[kind]
-        found.append(MixtureEntry(name, kind, entry.weight / total, length, pictures))
+        usual, share = read[kind], entry.weight / total
+        found.append(MixtureEntry(name, kind, share, usual.length, usual.images))
     return sorted(found, key=lambda entry: -entry.length)
 
 
@@ -118,25 +100,16 @@ def assumed_kinds(config: RunConfig) -> list[str]:
     return said
 
 
-def _kinds_read(config: RunConfig) -> dict[str, tuple[int, float]]:
-    """{kind: (decoder positions, pictures)} of a usual sample of each kind that the stage reads."""
-    longest = config.data.seq_length
-    facts = stage_facts(config.stage)
-    if facts.packs_rows:
-        return {
-            kind: (longest, usual.pictures_per_row * longest / 2048)
-            for kind, usual in USUAL.items()
-            if usual.pictures_per_row is not None
-        }
+def _kinds_read(config: RunConfig) -> dict[str, UsualSize]:
+    """A usual sample (in `pretrain`, a packed row) of each kind that the stage reads, by kind."""
     return {
-        kind: (min(usual.prompt[0], longest), usual.prompt[1])
-        for kind, usual in USUAL.items()
-        if usual.prompt is not None and (facts.reads_images or not usual.prompt[1])
+        kind.name: kind.use(config.stage).usual_size(config.data.seq_length)
+        for kind in read_by(config.stage)
     }
 
 
-def _heaviest(read: dict[str, tuple[int, float]]) -> str:
-    return max(read, key=lambda kind: read[kind])
+def _heaviest(read: dict[str, UsualSize]) -> str:
+    return max(read, key=lambda kind: (read[kind].length, read[kind].images))
 
 
 def micro_batches(config: RunConfig, count: int) -> list[MicroBatch]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_kosmosg.data.manifest import Kind
+from megatron_kosmosg.data.kinds.kind import SampleKind
 from megatron_kosmosg.preprocess.jsonl import JsonlReader
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.parquet import ParquetReader
@@ -33,13 +33,6 @@ _ENDINGS = {
     ".txt": "txt",
 }
 _GZIPPED = ("jsonl", "tsv", "txt")
-_FORMATS_OF_KIND: dict[Kind, tuple[str, ...]] = {
-    "text": ("jsonl", "txt", "parquet"),
-    "caption": ("jsonl", "tar", "parquet", "tsv"),
-    "interleaved": ("jsonl", "tar", "parquet"),
-    "edit": ("jsonl", "tar", "parquet", "tsv", FOLDER),
-    "compositional": ("jsonl", "tar", "parquet", "tsv"),
-}
 MAX_RECORDS, MAX_TEXT_BYTES, MAX_IMAGE_BYTES = 1000, 4 << 20, 64 << 20
 LARGE_INPUT = 16 << 30
 """Bytes of input; beyond it shards grow, so that their number stays in the thousands."""
@@ -65,7 +58,7 @@ class Input:
         }[self.format]()
 
 
-def find_inputs(patterns: Sequence[str], kind: Kind, asked: str = "auto") -> list[Input]:
+def find_inputs(patterns: Sequence[str], kind: SampleKind, asked: str = "auto") -> list[Input]:
     """What the names and globs stand for, globs sorted, listings opened.
 
     Raises ValueError for a pattern that matches nothing, an input named twice and a format that
@@ -81,10 +74,10 @@ def find_inputs(patterns: Sequence[str], kind: Kind, asked: str = "auto") -> lis
             inputs.extend(_open_listing(path, _format(path, asked)))
     seen: set[Path] = set()
     for given in inputs:
-        if given.format not in _FORMATS_OF_KIND[kind]:
+        if given.format not in kind.formats:
             raise ValueError(
-                f"--input {given.path}: --kind {kind} is not read from {given.format}; it is read "
-                f"from {', '.join(_FORMATS_OF_KIND[kind])}"
+                f"--input {given.path}: --kind {kind.name} is not read from {given.format}; it is "
+                f"read from {', '.join(kind.formats)}"
             )
         if given.path in seen:
             raise ValueError(f"--input names {given.path} twice")

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from megatron_kosmosg.data.index_file import write_index
-from megatron_kosmosg.data.manifest import Kind, manifest_path
+from megatron_kosmosg.data.kinds.kind import SampleKind
+from megatron_kosmosg.data.kinds.record import Rejected
+from megatron_kosmosg.data.manifest import manifest_path
 from megatron_kosmosg.data.sentences import sentence_paths
 from megatron_kosmosg.files import replacing
 from megatron_kosmosg.preprocess.counts import Counts
-from megatron_kosmosg.preprocess.records import Rejected
-from megatron_kosmosg.preprocess.shard_store import ShardIndex, dataset_dtype, read_names
+from megatron_kosmosg.preprocess.shard_store import ShardIndex, read_names
 from megatron_kosmosg.preprocess.shard_work import ShardJob, reject_line
 
 COPY_BYTES = 4 << 20
@@ -41,7 +42,7 @@ class CopyJob:
 class JoinPlan:
     """What the dataset will hold."""
 
-    kind: Kind
+    kind: SampleKind
     shards: list[ShardIndex]
     """Without duplicates."""
     copies: list[CopyJob]
@@ -62,9 +63,9 @@ class JoinPlan:
         )
 
 
-def plan_join(kind: Kind, jobs: list[ShardJob], joined: Path) -> JoinPlan:
+def plan_join(kind: SampleKind, jobs: list[ShardJob], joined: Path) -> JoinPlan:
     """Where each shard goes. Of samples with one key in one input, the first stays."""
-    itemsize = dataset_dtype(kind).itemsize
+    itemsize = kind.item_type.itemsize
     indexes = [ShardIndex.read(job.prefix) for job in jobs]
     keeps = _first_of_each_key(indexes, jobs)
     shards, copies, duplicates, offset = [], [], [], 0
@@ -108,9 +109,9 @@ def write_tables(plan: JoinPlan, joined: Path) -> None:
     def whole(name: str) -> np.ndarray:
         return np.concatenate([vars(shard)[name] for shard in plan.shards])
 
-    modes = None if plan.kind == "text" else whole("modes")
+    modes = None if plan.kind.is_plain_text else whole("modes")
     write_index(
-        Path(f"{joined}.idx"), dataset_dtype(plan.kind), whole("lengths"), modes, whole("num_parts")
+        Path(f"{joined}.idx"), plan.kind.item_type, whole("lengths"), modes, whole("num_parts")
     )
     table_path, offsets_path = sentence_paths(joined)
     np.save(table_path, whole("sentences"))

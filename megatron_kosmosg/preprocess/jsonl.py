@@ -7,15 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.lines import decode_utf8, line_shards, read_lines
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import (
-    BadRecord,
-    Record,
-    Rejected,
-    Shard,
-    ShardSize,
-)
+from megatron_kosmosg.preprocess.records import BadRecord, Shard, ShardSize
 
 
 class JsonlReader:

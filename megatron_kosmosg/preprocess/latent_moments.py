@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL
 from megatron_kosmosg.data.bad_images import TooManyBadImages
 from megatron_kosmosg.data.image_types import BadImage, ImageTransform
 from megatron_kosmosg.data.images import ImageDecoder
-from megatron_kosmosg.data.kinds import caption, compositional, edit
+from megatron_kosmosg.data.kinds import names_read_by
 from megatron_kosmosg.data.latent_cache import (
     MOMENTS_TYPE,
     LatentManifest,
@@ -36,14 +36,6 @@ from megatron_kosmosg.data.latent_cache import (
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.files import exclusive, write_json
 from megatron_kosmosg.models.diffusion import vae_moments
-
-TARGETS = {
-    "caption": caption.target_picture,
-    "edit": edit.target_picture,
-    "compositional": compositional.target_picture,
-}
-"""The picture to be drawn, by kind of sample."""
-
 
 NUM_SHOWN, REASON_LENGTH = 3, 200
 """Bad targets that are named, and characters of what the library said."""
@@ -116,10 +108,10 @@ def cache_latents(
     target images, and when an unfinished cache of that name was begun with other settings;
     TooManyBadImages when more targets than job.max_bad_images cannot be decoded, or none can.
     """
-    if job.store.kind not in TARGETS:
+    if job.store.sample_kind.instruct is None:
         raise ValueError(
             f"{job.store.prefix} is of kind {job.store.kind}; "
-            f"only {', '.join(TARGETS)} have target images"
+            f"only {names_read_by('instruct')} have target images"
         )
     prefix = latent_prefix(job.store.prefix, job.name)
     source = LatentSource(job.store.fingerprint(), vae_mark, describe_transform(job.transform))
@@ -224,7 +216,7 @@ def _decoded(
     job: LatentJob, samples: range, decoder: ImageDecoder, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[int, torch.Tensor, list[BadImage]]]:
     """(first sample, pixels, bad ones among them) of one batch after the other, read ahead."""
-    target = TARGETS[job.store.kind]
+    target = job.store.sample_kind.instruct.target
 
     def read(first: int) -> tuple[torch.Tensor, list[BadImage]]:
         batch = range(first, min(first + job.batch_size, samples.stop))

@@ -15,11 +15,9 @@ import binascii
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_kosmosg.data.manifest import Kind
-from megatron_kosmosg.preprocess.fields import list_field, text_field
+from megatron_kosmosg.data.kinds.record import Record, Rejected, list_field, text_field
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.pictures import PictureCheck
-from megatron_kosmosg.preprocess.records import Record, Rejected
 from megatron_kosmosg.preprocess.tags import mask_between, tag_entities
 
 Layout = Callable[[Record, PictureCheck], Iterator[Record]]
@@ -37,7 +35,7 @@ _EDIT_NAMES = {
 
 
 def canonical_records(
-    kind: Kind, record: Record, options: Options, pictures: PictureCheck
+    kind: str, record: Record, options: Options, pictures: PictureCheck
 ) -> Iterator[Record]:
     """The records (several for a row with several pairs) that `record` stands for.
 
@@ -48,10 +46,10 @@ def canonical_records(
         if theirs in fields:
             fields[ours] = fields.pop(theirs)
     renamed = Record(record.source, fields, record.folder, record.files)
-    return _LAYOUTS[kind](renamed, pictures)
+    return _LAYOUTS.get(kind, _as_it_is)(renamed, pictures)
 
 
-def _text(record: Record, pictures: PictureCheck) -> Iterator[Record]:
+def _as_it_is(record: Record, pictures: PictureCheck) -> Iterator[Record]:
     yield record
 
 
@@ -160,13 +158,13 @@ def _compositional(record: Record, pictures: PictureCheck) -> Iterator[Record]:
     )
 
 
-_LAYOUTS: dict[Kind, Layout] = {
-    "text": _text,
+_LAYOUTS: dict[str, Layout] = {
     "caption": _caption,
     "interleaved": _interleaved,
     "edit": _edit,
     "compositional": _compositional,
 }
+"""By the kind of sample that the published datasets hold."""
 
 
 def _renamed(record: Record, names: dict[str, tuple[str, ...]]) -> Record:

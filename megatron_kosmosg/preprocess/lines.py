@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from megatron_kosmosg.preprocess.records import Rejected, Shard
+from megatron_kosmosg.data.kinds.record import Rejected
+from megatron_kosmosg.preprocess.records import Shard
 
 
 def line_shards(path: Path, limit: int | None, max_records: int, max_bytes: int) -> list[Shard]:

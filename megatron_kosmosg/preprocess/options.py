@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from megatron_kosmosg.data.manifest import Kind
+from megatron_kosmosg.data.kinds import KINDS
+from megatron_kosmosg.data.kinds.kind import SampleKind
 
 Verification = Literal["decode", "header"]
 DocumentBreak = Literal["blank", "line", "file"]
@@ -14,14 +15,6 @@ VERIFICATIONS: tuple[Verification, ...] = get_args(Verification)
 DOCUMENT_BREAKS: tuple[DocumentBreak, ...] = get_args(DocumentBreak)
 MAX_IMAGE_PIXELS = 89_478_485
 """Pillow's own limit: 256 MiB of RGB pixels."""
-FIELDS: dict[Kind, tuple[str, ...]] = {
-    "text": ("text",),
-    "caption": ("caption", "image"),
-    "interleaved": ("content", "text_list", "image_info", "texts", "images"),
-    "edit": ("caption", "image", "instruction", "target"),
-    "compositional": ("caption", "image", "entities"),
-}
-"""What a record may hold besides its key."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +40,21 @@ class Options:
     drop_bad_images: bool = False
     """Leave unusable pictures out of interleaved documents instead of rejecting the documents."""
 
-    def check(self, kind: Kind) -> None:
+    def check(self, kind: SampleKind) -> None:
         """Raises ValueError for choices that are impossible or that `kind` does not know."""
-        default = Options()
-        for option in ("min_images", "max_images", "drop_bad_images"):
-            if kind != "interleaved" and self.__dict__[option] != default.__dict__[option]:
+        default = vars(Options())
+        of_kinds = {option for other in KINDS.values() for option in other.options}
+        for option in sorted(of_kinds - set(kind.options)):
+            if vars(self)[option] != default[option]:
+                able = ", ".join(k.name for k in KINDS.values() if option in k.options)
                 raise ValueError(
-                    f"--{option.replace('_', '-')} is for --kind interleaved, not {kind}"
+                    f"--{option.replace('_', '-')} is for --kind {able}, not {kind.name}"
                 )
-        known = ("key", *FIELDS[kind])
+        known = ("key", *kind.fields)
         for ours, theirs in self.fields:
             if ours not in known:
                 raise ValueError(
-                    f"--field {ours}={theirs}: --kind {kind} has no field {ours}; it has "
+                    f"--field {ours}={theirs}: --kind {kind.name} has no field {ours}; it has "
                     f"{', '.join(known)}"
                 )
         if self.image_root is not None and not Path(self.image_root).is_dir():

@@ -9,14 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import (
-    BadRecord,
-    Record,
-    Rejected,
-    Shard,
-    ShardSize,
-)
+from megatron_kosmosg.preprocess.records import BadRecord, Shard, ShardSize
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch

@@ -13,16 +13,10 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.jsonl import parse_object
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import (
-    BadRecord,
-    Folder,
-    Record,
-    Rejected,
-    Shard,
-    ShardSize,
-)
+from megatron_kosmosg.preprocess.records import BadRecord, Folder, Shard, ShardSize
 
 SEEDS_FILE, PROMPT_FILE = "seeds.json", "prompt.json"
 

@@ -1,50 +1,14 @@
-"""What passes from a reader to a converter: records, and reasons to leave one out."""
+"""Readers of input formats: what they cut an input into, and what they give."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.options import Options
-
-
-class Rejected(Exception):
-    """This record is left out; the message is the reason, without values, so it can be counted."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = detail
-
-
-@dataclass(frozen=True)
-class Record:
-    """One record of any input format; pictures are file names or encoded bytes."""
-
-    source: str
-    """Where it stands, such as `captions.jsonl:12`; the key of records that have none."""
-    fields: dict[str, Any]
-    folder: Path
-    """Folder that relative file names refer to."""
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    """Contents that came with the record, by the name a field may call them (a tar's members)."""
-
-    @property
-    def key(self) -> str:
-        """The record's own key, or its source."""
-        return str(self.fields["key"]) if self.has_own_key else self.source
-
-    @property
-    def has_own_key(self) -> bool:
-        """Whether the input names the record."""
-        return self.fields.get("key") is not None
-
-    def with_fields(self, fields: dict[str, Any]) -> Record:
-        """The same record with other fields; it keeps its key."""
-        own = {"key": self.fields["key"]} if self.has_own_key else {}
-        return replace(self, fields=own | fields)
 
 
 @dataclass(frozen=True)

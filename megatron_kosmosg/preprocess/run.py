@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kosmosg.config.overwrites import refuse_to_overwrite
-from megatron_kosmosg.data.manifest import FORMAT_VERSION, Kind, Manifest, manifest_path
+from megatron_kosmosg.data.kinds import KINDS, find_kind
+from megatron_kosmosg.data.kinds.record import Rejected
+from megatron_kosmosg.data.manifest import FORMAT_VERSION, Manifest, manifest_path
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.preprocess.counts import Counts, summary
 from megatron_kosmosg.preprocess.inputs import FOLDER, Input, find_inputs, limited, shard_size
@@ -34,7 +36,7 @@ from megatron_kosmosg.preprocess.join import (
 )
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.prompt_folders import PROMPT_FILE, SEEDS_FILE
-from megatron_kosmosg.preprocess.records import Rejected, Shard, ShardSize
+from megatron_kosmosg.preprocess.records import Shard, ShardSize
 from megatron_kosmosg.preprocess.shard_work import ShardJob, encoders, work_on_shard
 from megatron_kosmosg.preprocess.work_folder import WorkFolder
 from megatron_kosmosg.preprocess.workers import LocalWorkers, Workers
@@ -51,7 +53,8 @@ class TooManyRejects(ValueError):
 class PreprocessJob:
     """What to do."""
 
-    kind: Kind
+    kind: str
+    """A name in data.kinds.KINDS."""
     inputs: tuple[str, ...]
     """Files, folders and glob patterns."""
     tokenizer_model: str
@@ -79,7 +82,7 @@ class PreprocessJob:
                 f"--output-prefix {self.output_prefix} must end with a name, such as "
                 f"{self.output_prefix}{self.kind}"
             )
-        self.options.check(self.kind)
+        self.options.check(find_kind(self.kind))
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def preprocess(job: PreprocessJob, progress: Progress, workers: Workers | None =
     tokenizer, _ = encoders(job.tokenizer_model)
     prefix = Path(job.output_prefix)
     folder = WorkFolder(prefix)
-    inputs = workers.lead(lambda: find_inputs(job.inputs, job.kind, job.format))
+    inputs = workers.lead(lambda: find_inputs(job.inputs, KINDS[job.kind], job.format))
     workers.lead(lambda: _refuse_to_overwrite(job, inputs, folder))
     shards = _plan(job, inputs, workers)
     workers.lead(lambda: folder.open(_identity(job, inputs, tokenizer), job.resume))
@@ -201,7 +204,7 @@ def _join(
     """One, in the leader: the arrays of all samples need not be everywhere."""
 
     def plan() -> tuple[list[CopyJob], Counts]:
-        plans.append(plan_join(job.kind, jobs, joined))
+        plans.append(plan_join(KINDS[job.kind], jobs, joined))
         counts = plans[0].counts(worked)
         write_rejects(jobs, plans[0].duplicates, rejects_path(job.output_prefix))
         _check_rejects(job, counts, folder)

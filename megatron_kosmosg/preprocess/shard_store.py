@@ -14,17 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_kosmosg.data.manifest import Kind
-from megatron_kosmosg.data.parts import TOKEN_TYPE, Part
+from megatron_kosmosg.data.kinds.kind import SampleKind
+from megatron_kosmosg.data.stored_sample import Part
 
 KEY_TYPE = np.dtype("S16")
 Name = tuple[str, str | None]
 """Source of a sample, and its own key if it has one."""
-
-
-def dataset_dtype(kind: Kind) -> np.dtype:
-    """Of one item of the dataset's sequences: a token id of plain text, else a byte."""
-    return TOKEN_TYPE if kind == "text" else np.dtype(np.uint8)
 
 
 @dataclass
@@ -80,9 +75,9 @@ def key_hash(key: str | None) -> bytes:
 class ShardWriter:
     """Writes one shard. Arrays of several samples may be added at once."""
 
-    def __init__(self, prefix: str, kind: Kind) -> None:
+    def __init__(self, prefix: str, kind: SampleKind) -> None:
         self._prefix = prefix
-        self._itemsize = dataset_dtype(kind).itemsize
+        self._itemsize = kind.item_type.itemsize
         self._arrays: dict[str, list[np.ndarray]] = {name.name: [] for name in fields(ShardIndex)}
         self._data = Path(f"{prefix}.bin").open("wb")
         self._names = Path(f"{prefix}.names.jsonl").open("w", encoding="utf-8")

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from megatron_kosmosg.data.manifest import Kind
+from megatron_kosmosg.data.kinds import KINDS
+from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from megatron_kosmosg.preprocess.convert import CONVERTERS, Conversion
+from megatron_kosmosg.preprocess.convert import Conversion
 from megatron_kosmosg.preprocess.counts import Counts
 from megatron_kosmosg.preprocess.inputs import Input
 from megatron_kosmosg.preprocess.layouts import canonical_records
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import BadRecord, Record, Rejected, Shard
+from megatron_kosmosg.preprocess.records import BadRecord, Shard
 from megatron_kosmosg.preprocess.shard_store import ShardWriter
 from megatron_kosmosg.preprocess.text_batches import TextBatches
 from megatron_kosmosg.preprocess.word_cache import WordCache
@@ -29,7 +30,8 @@ from megatron_kosmosg.preprocess.word_cache import WordCache
 class ShardJob:
     """One shard and where its output goes."""
 
-    kind: Kind
+    kind: str
+    """A name in data.kinds.KINDS: a kind itself holds functions, which do not travel."""
     given: Input
     shard: Shard
     options: Options
@@ -75,10 +77,10 @@ def reject_line(source: str, key: str, rejected: Rejected) -> str:
 class _ShardWork:
     def __init__(self, job: ShardJob) -> None:
         tokenizer, words = encoders(job.tokenizer_model)
-        self._job = job
+        self._job, self._kind = job, KINDS[job.kind]
         self._use = Conversion(tokenizer, job.options)
-        self._writer = ShardWriter(job.prefix, job.kind)
-        self._texts = TextBatches(tokenizer, words, self._writer)
+        self._writer = ShardWriter(job.prefix, self._kind)
+        self._texts = TextBatches(self._kind, tokenizer, words, self._writer)
         self._rejects: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()
 
@@ -112,10 +114,10 @@ class _ShardWork:
         )
 
     def _take(self, record: Record) -> None:
-        kind = self._job.kind
+        job = self._job
         try:
-            for found in canonical_records(kind, record, self._job.options, self._use.pictures):
-                if kind == "text":
+            for found in canonical_records(job.kind, record, job.options, self._use.pictures):
+                if self._kind.is_plain_text:
                     self._texts.add(found)
                     if self._texts.is_full:
                         self._flush_texts()
@@ -127,11 +129,11 @@ class _ShardWork:
             self._reject(record.source, record.key, rejected)
 
     def _write(self, record: Record) -> None:
-        converted = CONVERTERS[self._job.kind](record, self._use)
+        converted = self._kind.convert(record, self._use)
         self._left_out.update(converted.left_out)
         self._writer.add(
             converted.parts,
-            converted.sentences,
+            self._use.sentences(self._kind, converted),
             converted.num_tokens,
             converted.num_images,
             (record.source, record.key if record.has_own_key else None),

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from megatron_kosmosg.data.kinds.record import Rejected
 from megatron_kosmosg.data.transparency import over_white
 from megatron_kosmosg.preprocess.pictures import encode_mask
-from megatron_kosmosg.preprocess.records import Rejected
 
 COLOURS = frozenset(
     "yellow blue red green white black brown grey gray purple pink orange cyan silver gold "

@@ -13,16 +13,11 @@ from itertools import islice
 from pathlib import Path
 from typing import IO
 
+from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.jsonl import parse_object
 from megatron_kosmosg.preprocess.lines import decode_utf8
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import (
-    BadRecord,
-    Record,
-    Rejected,
-    Shard,
-    ShardSize,
-)
+from megatron_kosmosg.preprocess.records import BadRecord, Shard, ShardSize
 
 Group = tuple[str, list[tarfile.TarInfo]]
 BLOCK = 512

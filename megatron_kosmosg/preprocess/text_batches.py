@@ -1,4 +1,4 @@
-"""Kind `text`: documents -> token ids, many at a time and (word_cache.py) word by word.
+"""Plain text: documents -> token ids, many at a time and (word_cache.py) word by word.
 
 The result of a document does not depend on its neighbours in the batch.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_kosmosg.data.parts import TOKEN_TYPE
+from megatron_kosmosg.data.kinds.kind import SampleKind
+from megatron_kosmosg.data.kinds.record import Record, Rejected
+from megatron_kosmosg.data.stored_sample import TOKEN_TYPE
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from megatron_kosmosg.preprocess.fields import text_field
-from megatron_kosmosg.preprocess.records import Record, Rejected
 from megatron_kosmosg.preprocess.shard_store import ShardWriter
 from megatron_kosmosg.preprocess.word_cache import WordCache
 
@@ -20,7 +20,10 @@ MAX_DOCUMENTS, MAX_CHARACTERS = 256, 1 << 20
 class TextBatches:
     """Collects documents and writes each full batch."""
 
-    def __init__(self, tokenizer: Tokenizer, words: WordCache, writer: ShardWriter) -> None:
+    def __init__(
+        self, kind: SampleKind, tokenizer: Tokenizer, words: WordCache, writer: ShardWriter
+    ) -> None:
+        self._kind = kind
         self._tokenizer = tokenizer
         self._words = words
         self._writer = writer
@@ -30,7 +33,7 @@ class TextBatches:
 
     def add(self, record: Record) -> None:
         """Takes a document. Raises Rejected."""
-        text = text_field(record.fields, "text")
+        text = self._kind.plain_text(record)
         self._records.append(record)
         self._texts.append(text)
         self._characters += len(text)

@@ -9,7 +9,6 @@ ALIGN = StageFacts(
     trained=("aligner_m", "aligner_n"),
     aligner_parts=("M", "N"),
     frozen_helper="clip_text",
-    reads_images=False,
     needs=("model.clip_text.path", "checkpoint.load"),
     folders=("model.clip_text.path",),
 )

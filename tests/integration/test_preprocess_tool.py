@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kosmosg.data.kinds import TEXT
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.preprocess import inputs, progress, text_batches
 from megatron_kosmosg.preprocess.counts import Counts
@@ -182,7 +183,7 @@ def test_a_failed_run_leaves_the_older_dataset_whole(tmp_path):
 def test_globs_are_sorted_and_names_are_taken_literally(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "[x].jsonl"):
         (tmp_path / name).write_text("{}")
-    found = find_inputs([str(tmp_path / "?.jsonl"), str(tmp_path / "[x].jsonl")], "text")
+    found = find_inputs([str(tmp_path / "?.jsonl"), str(tmp_path / "[x].jsonl")], TEXT)
     assert [given.path.name for given in found] == ["a.jsonl", "b.jsonl", "[x].jsonl"]
 
 

@@ -29,8 +29,8 @@ from megatron_kosmosg.construction.regions import (
     square_around,
 )
 from megatron_kosmosg.construction.shares import Share, find_share
+from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import Record, Rejected
 from megatron_kosmosg.toy.captions import caption as toy_caption
 from megatron_kosmosg.toy.world import sample_scene
 from tests.support.data_helpers import encode_image, noise_image, write_jsonl

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_kosmosg.data.manifest import KINDS
+from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
 from tests.support.data_helpers import (
@@ -118,10 +118,11 @@ def test_the_commands_for_public_datasets_give_datasets_that_pass_the_check(
 
 def test_reasons_of_the_page_are_reasons_of_the_tool():
     """Each is a text of the source, its field's name aside."""
-    folder = REPOSITORY / "megatron_kosmosg" / "preprocess"
+    package = REPOSITORY / "megatron_kosmosg"
     source = io.StringIO()
-    for path in sorted(folder.glob("*.py")):
-        source.write(path.read_text(encoding="utf-8"))
+    for folder in (package / "preprocess", package / "data" / "kinds"):
+        for path in sorted(folder.glob("*.py")):
+            source.write(path.read_text(encoding="utf-8"))
     said = re.sub(r"\{\w+\}", "FIELD", source.getvalue())
     table = PAGE.split("## Bad records", 1)[1].split("\n## ", 1)[0]
     rows = [line for line in table.splitlines() if line.startswith("| ") and "`" in line]

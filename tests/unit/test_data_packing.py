@@ -12,7 +12,8 @@ from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.packing import PackedDataset
 from megatron_kosmosg.data.packing_index import RowPacker
 from megatron_kosmosg.data.sequence import SequenceFormat
-from megatron_kosmosg.data.store import TOKENS, SampleStore
+from megatron_kosmosg.data.store import SampleStore
+from megatron_kosmosg.data.stored_sample import TOKENS
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from tests.support.data_helpers import build_dataset, write_tokenizer
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
 from megatron_kosmosg.data.keyed import Draws
+from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.kinds.caption import MAX_TOKENS, CaptionPrompts
 from megatron_kosmosg.data.kinds.compositional import CompositionalPrompts
 from megatron_kosmosg.data.kinds.edit import EditPrompts
+from megatron_kosmosg.data.kinds.entities import order_entities
+from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.data.samples import EntityImage
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
-from megatron_kosmosg.data.store import IMAGE, JSON, TOKEN_TYPE, TOKENS, RawSample
+from megatron_kosmosg.data.stored_sample import IMAGE, JSON, TOKENS, RawSample
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from megatron_kosmosg.preprocess.convert import CONVERTERS, Conversion
-from megatron_kosmosg.preprocess.entities import order_entities
-from megatron_kosmosg.preprocess.records import Record, Rejected
+from megatron_kosmosg.preprocess.convert import Conversion
 from tests.support.data_helpers import encode_image, noise_image, write_tokenizer
 
 QUERIES = 3
@@ -36,12 +35,9 @@ def layout(tokenizer):
 
 def stored(kind: str, fields: dict, tokenizer: Tokenizer, tmp_path) -> RawSample:
     """What the store gives back for a record."""
-    parts = CONVERTERS[kind](Record("f:1", fields, tmp_path), Conversion(tokenizer)).parts
+    parts = KINDS[kind].convert(Record("f:1", fields, tmp_path), Conversion(tokenizer)).parts
     assert parts[0].mode == JSON
-    arrays = [
-        np.frombuffer(p.data, TOKEN_TYPE if p.mode == TOKENS else np.uint8) for p in parts[1:]
-    ]
-    return RawSample(json.loads(parts[0].data), arrays, [p.mode for p in parts[1:]])
+    return RawSample.of_bytes((np.frombuffer(p.data, np.uint8), p.mode) for p in parts)
 
 
 def spell(tokenizer: Tokenizer, *runs: str | None) -> list[int]:

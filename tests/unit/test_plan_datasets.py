@@ -14,7 +14,8 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from megatron_kosmosg.config.world import world_layout
-from megatron_kosmosg.data.manifest import KINDS, Manifest, manifest_path
+from megatron_kosmosg.data.kinds import KINDS
+from megatron_kosmosg.data.manifest import Manifest, manifest_path
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.planning.dry_run import describe
 from megatron_kosmosg.planning.estimate import estimate
@@ -22,7 +23,7 @@ from megatron_kosmosg.planning.gpus import GPUS, Efficiency
 from megatron_kosmosg.planning.model_counts import model_shares, whole_model
 from megatron_kosmosg.planning.pipeline_balance import with_default_layout
 from megatron_kosmosg.planning.plan import planned_config
-from megatron_kosmosg.planning.workload import USUAL, assumed_kinds, mixture, with_kinds
+from megatron_kosmosg.planning.workload import assumed_kinds, mixture, with_kinds
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 OTHER_NAMES = {
@@ -172,8 +173,9 @@ def test_a_broken_manifest_is_an_error_that_names_it(tmp_path):
         with_kinds(config)
 
 
-def test_every_kind_has_a_usual_sample():
-    assert set(USUAL) == set(KINDS)
+def test_every_kind_has_a_stage_that_reads_it():
+    stages = ("pretrain", "align", "instruct")
+    assert all(any(kind.use(stage) for stage in stages) for kind in KINDS.values())
 
 
 def test_a_resumed_run_may_state_kinds():

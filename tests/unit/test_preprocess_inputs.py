@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.preprocess.mpi_workers import choose_workers
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.run import PreprocessJob, TooManyRejects, preprocess
@@ -99,7 +100,7 @@ def test_too_many_rejects_end_the_run_early(tmp_path, model, monkeypatch):
 )
 def test_impossible_options_are_refused(options, kind, message):
     with pytest.raises(ValueError, match=message):
-        options.check(kind)
+        options.check(KINDS[kind])
 
 
 def test_inputs_that_cannot_be_meant_are_refused(tmp_path, model):

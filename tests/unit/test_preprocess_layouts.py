@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.preprocess.inputs import find_inputs
 from megatron_kosmosg.preprocess.options import Options
@@ -120,7 +121,7 @@ def test_tars_are_cut_into_shards_and_limited_without_changing_the_samples(
     whole, _ = run(model, "caption", path)
     assert len(whole) == 11
     monkeypatch.setattr("megatron_kosmosg.preprocess.inputs.MAX_RECORDS", 3)
-    (given,) = find_inputs([str(path)], "caption")
+    (given,) = find_inputs([str(path)], KINDS["caption"])
     from megatron_kosmosg.preprocess.records import ShardSize
 
     shards = given.reader(Options()).shards(path, None, ShardSize(3, 1, 1 << 30))

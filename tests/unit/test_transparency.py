@@ -20,6 +20,7 @@ from examples.inference import shared as example
 from megatron_kosmosg.construction.pictures import SquarePictures
 from megatron_kosmosg.data.image_types import ImageTransform
 from megatron_kosmosg.data.images import ImageDecoder
+from megatron_kosmosg.data.kinds.record import Record
 from megatron_kosmosg.data.samples import EntityImage
 from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.tokenizer import Tokenizer
@@ -28,7 +29,6 @@ from megatron_kosmosg.hf.pipeline_kosmosg import resize_and_crop
 from megatron_kosmosg.inference.prompt import build_prompt
 from megatron_kosmosg.inference.prompt_records import open_picture
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import Record
 from megatron_kosmosg.toy import assets
 from tests.support.data_helpers import encode_image
 

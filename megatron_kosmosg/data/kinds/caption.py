@@ -6,20 +6,32 @@ Stored parts: JSON {key, caption, ...}, tokens of the caption, picture.
 from __future__ import annotations
 
 from megatron_kosmosg.data.keyed import Draws
+from megatron_kosmosg.data.kinds.kind import (
+    Captions,
+    Conversion,
+    Converted,
+    PackedDocuments,
+    Prompts,
+    SampleKind,
+    UsualSize,
+)
+from megatron_kosmosg.data.kinds.record import Record, extra_fields
 from megatron_kosmosg.data.samples import Prompt
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
-from megatron_kosmosg.data.store import PartSizes, RawSample
+from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part, PartSizes, RawSample
 
-TOKENS_PART = 1
-"""Place of the caption's tokens among the stored parts."""
 MAX_TOKENS = 128
 """Longest caption that `instruct` uses, in tokens without <s> (the authors' loader)."""
+USUAL = UsualSize(length=40, images=0.0)
 
 
-def document(raw: RawSample, sequence_format: SequenceFormat) -> SequenceBuilder:
-    """<s> picture caption </s>, for `pretrain`."""
-    builder = SequenceBuilder(sequence_format).add_start()
-    return builder.add_image(raw.images()[0]).add_text(raw.tokens()[0]).add_end()
+def convert(record: Record, use: Conversion) -> Converted:
+    """{"key", "image", "caption"}."""
+    caption, ids = use.text_field(record.fields, "caption")
+    image = use.image(record, record.fields, "image")
+    info = {"key": record.key, "caption": caption}
+    info |= extra_fields(record.fields, ("key", "caption", "image"))
+    return Converted([Part.json(info), Part.tokens(ids), Part(IMAGE, image)])
 
 
 def target_picture(raw: RawSample) -> memoryview:
@@ -43,3 +55,17 @@ class CaptionPrompts:
         (ids,) = raw.tokens()
         builder = SequenceBuilder(self._format).add_start().add_text(ids)
         return builder.prompt(target_picture(raw), raw.info["caption"])
+
+
+CAPTION = SampleKind(
+    name="caption",
+    record='{"key", "image", "caption"}',
+    fields=("caption", "image"),
+    convert=convert,
+    formats=("jsonl", "tar", "parquet", "tsv"),
+    part_modes=(TOKENS, IMAGE),
+    # The picture is stored last and read first.
+    pretrain=PackedDocuments(images_per_row=20.0, reading_order=lambda modes: (1, 0)),
+    align=Captions(tokens=0, words=lambda raw: raw.info["caption"], usual=USUAL),
+    instruct=Prompts(lambda layout, data: CaptionPrompts(layout), target_picture, USUAL),
+)

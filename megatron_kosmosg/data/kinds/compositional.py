@@ -8,14 +8,52 @@ tokens of the tail. Both readings are stored because each run of text is tokenis
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
+from megatron_kosmosg.config.schema import DataConfig
 from megatron_kosmosg.data.keyed import Draws
+from megatron_kosmosg.data.kinds.entities import order_entities
+from megatron_kosmosg.data.kinds.kind import (
+    Conversion,
+    Converted,
+    ImageSize,
+    Prompts,
+    SampleKind,
+    UsualSize,
+)
+from megatron_kosmosg.data.kinds.record import Record, extra_fields, list_field
 from megatron_kosmosg.data.samples import EntityImage, Prompt
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
-from megatron_kosmosg.data.store import TOKENS, PartSizes, RawSample
+from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part, PartSizes, RawSample
+
+
+def convert(record: Record, use: Conversion) -> Converted:
+    """{"key", "caption", "image", "entities": [{"text", "span", "image", "mask"}, ...]}."""
+    fields = record.fields
+    caption, _ = use.text_field(fields, "caption")
+    target = use.image(record, fields, "image")
+    placed, tail = order_entities(caption, list_field(fields, "entities"))
+    described: list[dict[str, Any]] = []
+    parts = [Part(IMAGE, target)]
+    for entity in placed:
+        image = use.image(record, entity.fields, "image")
+        mask = use.mask(record, entity.fields, "mask", image)
+        for words in (entity.with_words, entity.without_words):
+            parts.append(Part.tokens(use.encode(words)))
+        parts.append(Part(IMAGE, image))
+        if mask is not None:
+            parts.append(Part(IMAGE, mask))
+        kept = extra_fields(entity.fields, ("text", "span", "image", "mask"))
+        described.append(
+            {"text": entity.text, "span": entity.span, "has_mask": mask is not None} | kept
+        )
+    parts.append(Part.tokens(use.encode(tail)))
+    info = {"key": record.key, "caption": caption, "entities": described}
+    info |= extra_fields(fields, ("key", "caption", "entities", "image"))
+    return Converted([Part.json(info), *parts])
 
 
 def target_picture(raw: RawSample) -> memoryview:
@@ -73,3 +111,49 @@ class CompositionalPrompts:
         if mask is None or draws.coin(f"background/{entity}", self._background_keep_prob):
             return EntityImage(image.tobytes())
         return EntityImage(image.tobytes(), mask.tobytes())
+
+
+def check(raw: RawSample, sizes: Sequence[ImageSize]) -> Iterator[str]:
+    """What is wrong with the caption's spans and the masks."""
+    caption, entities = raw.info["caption"], raw.info["entities"]
+    expected = [IMAGE]
+    for entity in entities:
+        expected += [TOKENS, TOKENS, IMAGE, *[IMAGE] * bool(entity["has_mask"])]
+    if raw.modes != [*expected, TOKENS]:
+        yield f"parts {raw.modes} do not fit {len(entities)} entities"
+        return
+    end, place = 0, 1
+    for i, entity in enumerate(entities):
+        start, stop = entity["span"]
+        if not end <= start < stop <= len(caption):
+            yield f"entity {i}: span {start}..{stop} does not lie behind {end} in the caption"
+        elif caption[start:stop].lower() != entity["text"].lower():
+            yield f"entity {i}: the span reads {caption[start:stop]!r}, not {entity['text']!r}"
+        end = max(end, stop)
+        if entity["has_mask"]:
+            if None not in (sizes[place], sizes[place + 1]) and sizes[place] != sizes[place + 1]:
+                yield f"entity {i}: mask {sizes[place + 1]} on a picture of {sizes[place]} pixels"
+            place += 1
+        place += 1
+
+
+def _maker(sequence_format: SequenceFormat, data: DataConfig) -> CompositionalPrompts:
+    return CompositionalPrompts(
+        sequence_format,
+        data.entity_text_drop_prob,
+        data.entity_text_drop_per,
+        data.background_keep_prob,
+    )
+
+
+COMPOSITIONAL = SampleKind(
+    name="compositional",
+    record="""\
+{"key", "caption", "image", "entities": [
+    {"text", "span": [start, end), "image", "mask": file or null}, ...]}""",
+    fields=("caption", "image", "entities"),
+    convert=convert,
+    formats=("jsonl", "tar", "parquet", "tsv"),
+    check=check,
+    instruct=Prompts(_maker, target_picture, UsualSize(length=215, images=2.0)),
+)

@@ -7,9 +7,29 @@ instruction, picture before, picture after.
 from __future__ import annotations
 
 from megatron_kosmosg.data.keyed import Draws
+from megatron_kosmosg.data.kinds.kind import (
+    Conversion,
+    Converted,
+    Prompts,
+    SampleKind,
+    UsualSize,
+)
+from megatron_kosmosg.data.kinds.record import Record, extra_fields
 from megatron_kosmosg.data.samples import Prompt
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
-from megatron_kosmosg.data.store import PartSizes, RawSample
+from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part, PartSizes, RawSample
+
+
+def convert(record: Record, use: Conversion) -> Converted:
+    """{"key", "caption", "image", "instruction", "target"}."""
+    fields = record.fields
+    caption, caption_ids = use.text_field(fields, "caption")
+    instruction, instruction_ids = use.text_field(fields, "instruction")
+    images = [use.image(record, fields, name) for name in ("image", "target")]
+    info = {"key": record.key, "caption": caption, "instruction": instruction}
+    info |= extra_fields(fields, ("key", "caption", "instruction", "image", "target"))
+    parts = [Part.json(info), Part.tokens(caption_ids), Part.tokens(instruction_ids)]
+    return Converted(parts + [Part(IMAGE, data) for data in images])
 
 
 def target_picture(raw: RawSample) -> memoryview:
@@ -42,3 +62,18 @@ class EditPrompts:
 
     def _drops_caption(self, draws: Draws) -> bool:
         return draws.coin("caption drop", self._caption_drop_prob)
+
+
+EDIT = SampleKind(
+    name="edit",
+    record='{"key", "caption", "image", "instruction", "target"}',
+    fields=("caption", "image", "instruction", "target"),
+    convert=convert,
+    formats=("jsonl", "tar", "parquet", "tsv", "folder"),
+    part_modes=(TOKENS, TOKENS, IMAGE, IMAGE),
+    instruct=Prompts(
+        maker=lambda layout, data: EditPrompts(layout, data.caption_drop_prob),
+        target=target_picture,
+        usual=UsualSize(length=100, images=1.0),
+    ),
+)

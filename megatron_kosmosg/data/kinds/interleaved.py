@@ -5,16 +5,56 @@ Stored parts: JSON {key, ...}, then tokens and pictures in reading order.
 
 from __future__ import annotations
 
-from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
-from megatron_kosmosg.data.store import TOKENS, RawSample
+from megatron_kosmosg.data.kinds.kind import Conversion, Converted, PackedDocuments, SampleKind
+from megatron_kosmosg.data.kinds.record import (
+    Record,
+    Rejected,
+    extra_fields,
+    list_field,
+    text_field,
+)
+from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part
 
 
-def document(raw: RawSample, sequence_format: SequenceFormat) -> SequenceBuilder:
-    """<s> texts and pictures in order </s>."""
-    builder = SequenceBuilder(sequence_format).add_start()
-    for part, mode in zip(raw.parts, raw.modes, strict=True):
-        if mode == TOKENS:
-            builder.add_text(part)
-        else:
-            builder.add_image(part.tobytes())
-    return builder.add_end()
+def convert(record: Record, use: Conversion) -> Converted:
+    """{"key", "content": [{"text"} | {"image"}, ...]}."""
+    info = {"key": record.key} | extra_fields(record.fields, ("key", "content"))
+    parts, left_out = [Part.json(info)], []
+    num_images = 0
+    for item in list_field(record.fields, "content"):
+        if not isinstance(item, dict):
+            raise Rejected("content item is neither text nor image", repr(item)[:80])
+        # Parquet gives every item both fields, one of them null.
+        given = [name for name in ("text", "image") if item.get(name) is not None]
+        if len(given) != 1:
+            raise Rejected("content item is neither text nor image", f"it has {given}")
+        if given == ["text"]:
+            parts.append(Part.tokens(use.encode(text_field(item, "text"))))
+            continue
+        if num_images == use.options.max_images:
+            left_out.append("more than --max-images")
+            continue
+        try:
+            image = use.image(record, item, "image")
+        except Rejected as rejected:
+            if not use.options.drop_bad_images:
+                raise
+            left_out.append(rejected.reason)
+            continue
+        num_images += 1
+        parts.append(Part(IMAGE, image))
+    if num_images < use.options.min_images:
+        raise Rejected("document with too few images", str(num_images))
+    if not any(part.mode == TOKENS and part.data for part in parts):
+        raise Rejected("document without text")
+    return Converted(parts, tuple(left_out))
+
+
+INTERLEAVED = SampleKind(
+    name="interleaved",
+    record='{"key", "content": [{"text": ..} or {"image": ..}, ...]}',
+    fields=("content", "text_list", "image_info", "texts", "images"),  # MMC4's, OBELICS's
+    convert=convert,
+    options=("min_images", "max_images", "drop_bad_images"),
+    pretrain=PackedDocuments(images_per_row=8.0),
+)

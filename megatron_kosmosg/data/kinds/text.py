@@ -1,18 +1,21 @@
 """Kind `text`: one document of plain text.
 
 Stored as an ordinary Megatron token dataset: one document is one sequence of ids that ends in </s>.
+Documents are tokenised many at a time (preprocess/text_batches.py).
 """
 
 from __future__ import annotations
 
-import numpy as np
+from megatron_kosmosg.data.kinds.kind import PackedDocuments, SampleKind
+from megatron_kosmosg.data.kinds.record import text_field
+from megatron_kosmosg.data.stored_sample import TOKENS
 
-from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
-from megatron_kosmosg.data.store import RawSample, strip_document_end
-
-
-def document(raw: RawSample, sequence_format: SequenceFormat) -> SequenceBuilder:
-    """<s> text </s>."""
-    (ids,) = raw.parts
-    ids = strip_document_end(np.asarray(ids), sequence_format.tokenizer)
-    return SequenceBuilder(sequence_format).add_start().add_text(ids).add_end()
+TEXT = SampleKind(
+    name="text",
+    record='{"text"}',
+    fields=("text",),
+    plain_text=lambda record: text_field(record.fields, "text"),
+    formats=("jsonl", "txt", "parquet"),
+    part_modes=(TOKENS,),
+    pretrain=PackedDocuments(images_per_row=0.0),
+)

@@ -1,11 +1,52 @@
-"""Checked access to the fields of a record; everything wrong is a reason to reject it."""
+"""A record as a reader of files gives it, and checked access to its fields.
+
+Everything that is wrong with a record is a reason to leave it out.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from megatron_kosmosg.preprocess.records import Rejected
+
+class Rejected(Exception):
+    """This record is left out; the message is the reason, without values, so it can be counted."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of any input format; pictures are file names or encoded bytes."""
+
+    source: str
+    """Where it stands, such as `captions.jsonl:12`; the key of records that have none."""
+    fields: dict[str, Any]
+    folder: Path
+    """Folder that relative file names refer to."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Contents that came with the record, by the name a field may call them (a tar's members)."""
+
+    @property
+    def key(self) -> str:
+        """The record's own key, or its source."""
+        return str(self.fields["key"]) if self.has_own_key else self.source
+
+    @property
+    def has_own_key(self) -> bool:
+        """Whether the input names the record."""
+        return self.fields.get("key") is not None
+
+    def with_fields(self, fields: dict[str, Any]) -> Record:
+        """The same record with other fields; it keeps its key."""
+        own = {"key": self.fields["key"]} if self.has_own_key else {}
+        return replace(self, fields=own | fields)
 
 
 def text_field(fields: dict[str, Any], name: str) -> str:
@@ -38,7 +79,7 @@ def list_field(fields: dict[str, Any], name: str) -> list[Any]:
 
 
 def extra_fields(fields: dict[str, Any], used: tuple[str, ...]) -> dict[str, Any]:
-    """The fields that no converter asked for; they are kept in the sample's JSON part.
+    """The fields that no kind asked for; they are kept in the sample's JSON part.
 
     What JSON does not know (dates and decimals of Parquet) becomes text; bytes are left out.
     """

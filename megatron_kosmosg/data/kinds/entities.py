@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_kosmosg.preprocess.fields import text_field
-from megatron_kosmosg.preprocess.records import Rejected
+from megatron_kosmosg.data.kinds.record import Rejected, text_field
 
 DELIMITERS = " ,.!?;:)]}"
 
