@@ -19,12 +19,12 @@ from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.paths import output_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.validate import validate_files, validate_layout
+from megatron_kosmosg.evaluation.registry import build_evaluators, check_evaluators
 from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
 from megatron_kosmosg.stages import build_stage, stage_facts
 
 if TYPE_CHECKING:
     from megatron_kosmosg.parallel.rendezvous import Place
-    from megatron_kosmosg.stages.held_out_pictures import PictureJudge
 
 DESCRIPTION = """\
 Trains one stage (pretrain, align or instruct) of KOSMOS-G. Start it with torchrun or srun, one
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     try:
         config = load_config(parsed.config, parsed.overrides, note=_note)
+        check_evaluators(config)
         if parsed.dry_run:
             from megatron_kosmosg.planning.dry_run import describe
 
@@ -113,19 +114,11 @@ def _train(config: RunConfig, started: float) -> int:
         layout = platform.initialize(config)
         raise_together(lambda: validate_files(config, stage_facts(config.stage)))
         remote_score = open_remote_score(config, layout)
-        stage = build_stage(config, layout, remote_score, _picture_judge(config))
+        stage = build_stage(config, layout, remote_score, build_evaluators(config))
         finished = fit(stage, config, layout)
         if remote_score is not None:
             remote_score.close(is_done=finished)
     return exit_codes.DONE if finished else exit_codes.STOPPED
-
-
-def _picture_judge(config: RunConfig) -> PictureJudge | None:
-    if config.logging.picture_judge == "none":
-        return None
-    from megatron_kosmosg.toy.judging.toy_picture_judge import judge_pictures
-
-    return judge_pictures
 
 
 def _note(message: str) -> None:

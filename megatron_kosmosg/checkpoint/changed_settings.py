@@ -17,6 +17,7 @@ from megatron_kosmosg.config.schema import RunConfig
 FREE_TO_CHANGE = (
     "parallel",  # the sum is the same on every layout, up to rounding (dropout needs equal layouts)
     "checkpoint",
+    "evaluation",
     "logging",
     "data.heldout",
     "data.num_workers",

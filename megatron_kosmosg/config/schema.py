@@ -259,6 +259,13 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    grid: list[str] = field(default_factory=list)
+    """Evaluators that measure the images of the grid (`instruct`) against their targets, by their
+    names in evaluation/registry.py: `toy` reads shapes and hues of the toy world."""
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     output_dir: str = "???"
     """Folder of this run."""
@@ -271,9 +278,6 @@ class LoggingConfig:
     """Held-out prompts in the grid."""
     num_inference_steps: int = 50
     guidance_scale: float = 6.0
-    picture_judge: Literal["none", "toy"] = "none"
-    """What measures the pictures of the grid against their targets: `toy` reads shapes and hues of
-    the toy world."""
     trace_iteration: int | None = None
     """Iteration, before the last one, of which all ranks leave their forward and backward passes,
     exchanges and waits in `trace.json`, for ui.perfetto.dev or chrome://tracing."""
@@ -291,4 +295,5 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

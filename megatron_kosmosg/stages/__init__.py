@@ -1,10 +1,14 @@
 """Name of a stage -> its facts and its class; the only place that knows all three.
 
-Importing this loads no torch: the facts alone say what checks and plans need.
+Importing this loads no torch: the facts alone say what checks and plans need, and a class is
+imported when it is built.
 """
 
 from __future__ import annotations
 
+import pkgutil
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from megatron_kosmosg.config.schema import RunConfig
@@ -14,12 +18,19 @@ from megatron_kosmosg.stages.instruct_facts import INSTRUCT
 from megatron_kosmosg.stages.pretrain_facts import PRETRAIN
 
 if TYPE_CHECKING:
+    from megatron_kosmosg.evaluation.evaluator import Evaluator
     from megatron_kosmosg.parallel.layout import Layout
     from megatron_kosmosg.score.remote import RemoteScore
-    from megatron_kosmosg.stages.held_out_pictures import PictureJudge
     from megatron_kosmosg.training.stage import Stage
 
 _FACTS = {facts.name: facts for facts in (PRETRAIN, ALIGN, INSTRUCT)}
+
+_CLASSES = {
+    "pretrain": "megatron_kosmosg.stages.pretrain:PretrainStage",
+    "align": "megatron_kosmosg.stages.align:AlignStage",
+    "instruct": "megatron_kosmosg.stages.instruct:InstructStage",
+}
+"""{name: module:class}; all are built alike."""
 
 
 def stage_facts(name: str) -> StageFacts:
@@ -31,14 +42,8 @@ def build_stage(
     config: RunConfig,
     layout: Layout,
     remote_score: RemoteScore | None = None,
-    picture_judge: PictureJudge | None = None,
+    evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
 ) -> Stage:
     """The stage named by `config.stage`. remote_score: the score ranks of `instruct`, opened by
-    who trains; picture_judge: measures what it draws."""
-    from megatron_kosmosg.stages.align import AlignStage
-    from megatron_kosmosg.stages.instruct import InstructStage
-    from megatron_kosmosg.stages.pretrain import PretrainStage
-
-    if config.stage == "instruct":
-        return InstructStage(config, layout, remote_score, picture_judge)
-    return {"pretrain": PretrainStage, "align": AlignStage}[config.stage](config, layout)
+    who trains; evaluators: measure what it draws, by name."""
+    return pkgutil.resolve_name(_CLASSES[config.stage])(config, layout, remote_score, evaluators)

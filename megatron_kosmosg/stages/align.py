@@ -7,8 +7,9 @@ the authors' code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -18,9 +19,11 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.data.streams import align_stream
+from megatron_kosmosg.evaluation.evaluator import Evaluator
 from megatron_kosmosg.losses import alignment_loss, reconstruction_loss
 from megatron_kosmosg.models.flops import align_flops
 from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.score.remote import RemoteScore
 from megatron_kosmosg.stages.align_facts import ALIGN
 from megatron_kosmosg.stages.freezing import build_frozen
 from megatron_kosmosg.training.stage import InitialWeights, Probe
@@ -28,10 +31,17 @@ from megatron_kosmosg.training.stage import InitialWeights, Probe
 
 class AlignStage:
     name = ALIGN.name
-    remote_score = None
 
-    def __init__(self, config: RunConfig, layout: Layout) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: Layout,
+        remote_score: RemoteScore | None = None,
+        evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
+    ) -> None:
+        """evaluators: nothing to measure here, as no images are drawn."""
         self.config = config
+        self.remote_score = remote_score
         self._layout = layout
         self._text_encoder = load_text_encoder(config, layout) if layout.is_last_stage else None
 

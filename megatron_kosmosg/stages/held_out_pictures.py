@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from PIL import Image
@@ -10,6 +11,7 @@ from torch import nn
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.samples import StreamDataset
+from megatron_kosmosg.evaluation.evaluator import DrawnImages, Evaluator, measure
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
 from megatron_kosmosg.models.sampler import generate
 from megatron_kosmosg.parallel.layout import Layout
@@ -20,8 +22,6 @@ from megatron_kosmosg.training.picture_grid import picture_grid, to_picture
 from megatron_kosmosg.training.stage import Probe
 
 CELL_PIXELS = 96
-PictureJudge = Callable[[torch.Tensor, torch.Tensor], dict[str, float]]
-"""Metrics of (results, targets), both [n, 3, height, width] in [-1, 1]."""
 Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 """Pictures of (conditions with the null condition last, positions, pixels per side)."""
 
@@ -32,12 +32,12 @@ def held_out_pictures(
     draw: Draw,
     dataset: StreamDataset,
     model: list[nn.Module],
-    judge: PictureJudge | None = None,
+    evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
 ) -> Probe:
     """A sheet with one row per held-out prompt: its pictures, the true image, the generated one.
 
     Called on all ranks together; empty on ranks that do not draw (all but one of the last stage).
-    draw: called on that one. judge: gives the metrics, if any.
+    draw: called on that one, and so are the evaluators, which give the metrics.
     """
     if config.logging.num_images == 0:
         return Probe()
@@ -58,7 +58,8 @@ def held_out_pictures(
         for pictures, target, result in zip(prompts, targets, results, strict=True)
     ]
     sheet = picture_grid(rows, CELL_PIXELS, ["prompt"] * width + ["truth", "result"])
-    return Probe({} if judge is None else judge(results, targets), {"held_out_prompts": sheet})
+    metrics = measure(evaluators, DrawnImages(results, targets))
+    return Probe(metrics, {"held_out_prompts": sheet})
 
 
 def draw_pictures(

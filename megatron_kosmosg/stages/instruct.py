@@ -7,8 +7,9 @@ the frozen U-Net. The null condition is `<s>` alone, an extra row of every micro
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from megatron.core.utils import get_model_config
@@ -21,6 +22,7 @@ from megatron_kosmosg.data.instruct_stream import InstructStream, Reads
 from megatron_kosmosg.data.keyed import StreamName
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.data.streams import instruct_stream
+from megatron_kosmosg.evaluation.evaluator import Evaluator
 from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_vae, vae_fingerprint
 from megatron_kosmosg.models.flops import instruct_flops
 from megatron_kosmosg.monitoring.heartbeat import Heartbeat
@@ -33,7 +35,6 @@ from megatron_kosmosg.score.remote import RemoteScore
 from megatron_kosmosg.score.service import serve
 from megatron_kosmosg.stages.freezing import build_frozen
 from megatron_kosmosg.stages.held_out_pictures import (
-    PictureJudge,
     draw_pictures,
     held_out_pictures,
 )
@@ -50,12 +51,12 @@ class InstructStage:
         config: RunConfig,
         layout: Layout,
         remote_score: RemoteScore | None = None,
-        picture_judge: PictureJudge | None = None,
+        evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
     ) -> None:
         self.config = config
         self.remote_score = remote_score
         self._layout = layout
-        self._picture_judge = picture_judge
+        self._evaluators = evaluators
         self._diffusion: FrozenDiffusion | None = None
         self._score: ColocatedScore | None = None
         if layout.is_last_stage and remote_score is None:
@@ -121,7 +122,7 @@ class InstructStage:
         return InitialWeights(path, stage="align", unused=("aligner_n",))
 
     def probe(self, model: list[nn.Module], iteration: int) -> Probe:
-        """Pictures of fixed held-out prompts, and what the picture judge says of them.
+        """Pictures of fixed held-out prompts, and what the evaluators say of them.
 
         Nothing where the run has no held-out data.
         """
@@ -133,7 +134,7 @@ class InstructStage:
             self._draw,
             instruct_stream(self.config, "heldout", self._layout.device.index),
             model,
-            self._picture_judge,
+            self._evaluators,
         )
 
     def _draw(self, condition: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:

@@ -6,7 +6,8 @@ Trains the decoder, the resampler, the last CLIP block and the CLIP post-norm.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -14,9 +15,11 @@ from torch import nn
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.data.streams import pretrain_stream
+from megatron_kosmosg.evaluation.evaluator import Evaluator
 from megatron_kosmosg.losses import token_cross_entropy
 from megatron_kosmosg.models.flops import pretrain_flops
 from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.score.remote import RemoteScore
 from megatron_kosmosg.stages.freezing import build_frozen
 from megatron_kosmosg.stages.pretrain_facts import PRETRAIN
 from megatron_kosmosg.training.stage import InitialWeights, Probe
@@ -24,10 +27,17 @@ from megatron_kosmosg.training.stage import InitialWeights, Probe
 
 class PretrainStage:
     name = PRETRAIN.name
-    remote_score = None
 
-    def __init__(self, config: RunConfig, layout: Layout) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: Layout,
+        remote_score: RemoteScore | None = None,
+        evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
+    ) -> None:
+        """evaluators: nothing to measure here, as no images are drawn."""
         self.config = config
+        self.remote_score = remote_score
         self._layout = layout
 
     def build_model(self, layout: Layout) -> list[nn.Module]:

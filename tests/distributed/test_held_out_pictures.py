@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.schema import BlendEntry, RunConfig
+from megatron_kosmosg.evaluation.evaluator import DrawnImages
+from megatron_kosmosg.evaluation.registry import EVALUATORS
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.stages.held_out_pictures import held_out_pictures
 from megatron_kosmosg.stages.instruct import InstructStage
 from megatron_kosmosg.training.wrapping import wrap_model
 from tests.support.ranks import run_ranks
+from tests.support.run_case import records, run_stage
 from tests.support.tiny_models import (
     random_batch,
     replace_section,
@@ -84,3 +88,36 @@ def test_half_precision_draws_nearly_the_same(alone, stable_diffusion):
     config = replace_section(config_of(stable_diffusion), "training", precision="bf16")
     (drawn,) = run_ranks(1, sheet, config)
     assert np.abs(drawn.astype(int) - alone).mean() < 3
+
+
+class Grid:
+    """An evaluator that says what it was given."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._iterations = config.training.train_iters
+
+    def run(self, images: DrawnImages) -> Iterator[tuple[str, float]]:
+        yield "rows", float(len(images.results))
+        yield "of_iterations", float(self._iterations)
+        yield "same_shape", float(images.results.shape == images.targets.shape)
+        yield "difference", (images.results - images.targets).abs().mean().item()
+
+
+def train_with_grid(config: RunConfig) -> None:
+    EVALUATORS["grid"] = f"{__name__}:Grid"
+    run_stage(config)
+
+
+def test_an_evaluator_is_run_on_the_images_that_a_training_draws(stable_diffusion, tmp_path):
+    """On two ranks, of which one draws; the numbers stand in the run's metrics, under its name."""
+    config = replace_section(config_of(stable_diffusion), "evaluation", grid=["grid"])
+    config = replace_section(config, "data", heldout={"tiny": BlendEntry("tiny")}, num_workers=1)
+    config = replace_section(config, "training", train_iters=2, eval_iters=1)
+    config = replace_section(config, "optimizer", lr_warmup_iters=1)
+    config = replace_section(
+        config, "logging", output_dir=str(tmp_path), num_images=2, tensorboard=False
+    )
+    run_ranks(2, train_with_grid, config)
+    (measured,) = [line for line in records(config) if "heldout_loss" in line]
+    assert measured["heldout_grid_rows"] == 2 and measured["heldout_grid_of_iterations"] == 2
+    assert measured["heldout_grid_same_shape"] == 1 and measured["heldout_grid_difference"] > 0

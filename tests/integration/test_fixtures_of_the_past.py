@@ -142,9 +142,10 @@ def _compare_embeddings(export: Path, way: str, folder: Path, run_python) -> Non
 def test_an_old_config_says_what_it_said(name):
     """Every setting of its time has its value, defaults included."""
     today = flatten(load_config(FIXTURES / "configs" / f"{name}.yaml", []))
-    expected = {
-        RENAMED_KEYS.get(key, key): value for key, value in recorded("settings")[name].items()
-    }
+    expected = recorded("settings")[name]
+    for old, renamed in RENAMED_KEYS.items():
+        if old in expected:
+            expected[renamed.key] = renamed.today(expected.pop(old))
     assert {key: today.get(key, "absent") for key in expected} == expected
 
 

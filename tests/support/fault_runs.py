@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-from megatron_kosmosg import stages, train
+from megatron_kosmosg import train
 from megatron_kosmosg.checkpoint import writer as checkpoint_writer
 from megatron_kosmosg.checkpoint.save_and_resume import Checkpointer
 from megatron_kosmosg.checkpoint.writer import BackgroundSave
@@ -221,7 +221,7 @@ def _mark_heartbeats(marker: _Marker) -> None:
 def _use_stage(world: str, built: list[torch.nn.Module]) -> None:
     train.validate_files = lambda config, facts: None  # these stages read no files
     if world == "fake":
-        stages.build_stage = lambda config, layout, judge: _PackingStage(config)
+        train.build_stage = lambda config, layout, *_: _PackingStage(config)
     else:
         instruct.instruct_stream = lambda config, split, *rest: TinyStream(
             "instruct", split, rest[2] if len(rest) > 2 else "all"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.evaluation.registry import build_evaluators
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.layout import Layout
@@ -45,7 +46,8 @@ def run_stage(config: RunConfig, defect: str | None = None) -> Ran | None:
             assert instruct.run_score_rank(config, join_as_score_rank(config))
             return None
         layout = platform.initialize(config)
-        stage = build_stage(config, layout, open_remote_score(config, layout))
+        remote_score = open_remote_score(config, layout)
+        stage = build_stage(config, layout, remote_score, build_evaluators(config))
         stage.initial_weights = lambda: None
         kept: list[KosmosG] = []
         before: list[Share] = []

@@ -185,9 +185,9 @@ def train_until(config: RunConfig, stop: int, settings: dict | None = None) -> N
 
 def run_program(config: RunConfig, settings: dict | None = None) -> tuple[int, str, str]:
     """(exit code, stderr, stdout) of the training program with the fake stage."""
-    from megatron_kosmosg import stages, train
+    from megatron_kosmosg import train
 
-    stages.build_stage = lambda config, layout, judge: FakeStage(config, **(settings or {}))
+    train.build_stage = lambda config, layout, *_: FakeStage(config, **(settings or {}))
     train.validate_files = lambda config, facts: None  # the fake stage reads no files
     said, shown = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):

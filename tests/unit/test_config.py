@@ -109,6 +109,26 @@ def test_a_key_of_an_earlier_version_still_loads_with_one_note(tmp_path, capsys)
     assert "both are given" in refusal(load_config, path, [])
 
 
+@pytest.mark.parametrize(("old", "today"), [("none", []), ("toy", ["toy"])])
+def test_the_values_of_a_renamed_key_become_todays(old, today, capsys):
+    """What a later layer says wins, whichever of the keys it uses."""
+    config = load_config(None, [*BASE, f"logging.picture_judge={old}"])
+    assert config.evaluation.grid == today
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.endswith(
+        f"logging.picture_judge is called evaluation.grid today, and {old} is [{', '.join(today)}]"
+    )
+    both = ["evaluation.grid=[x]", f"logging.picture_judge={old}"]
+    assert load_config(None, [*BASE, *both]).evaluation.grid == today
+    assert load_config(None, [*BASE, *reversed(both)]).evaluation.grid == ["x"]
+
+
+def test_a_value_that_a_renamed_key_never_had_is_refused():
+    message = refusal(load_config, None, [*BASE, "logging.picture_judge=tyo"])
+    assert "logging.picture_judge=tyo" in message and "none, toy" in message
+    assert "evaluation.grid" in message
+
+
 def test_a_change_may_be_accepted_under_its_earlier_key(capsys):
     accepted = "checkpoint.accept_changes=[optimizer.lr, data.max_bad_samples]"
     config = load_config(None, [*BASE, accepted])
@@ -117,7 +137,7 @@ def test_a_change_may_be_accepted_under_its_earlier_key(capsys):
 
 
 def test_renamed_keys_lead_to_keys_of_today():
-    assert set(RENAMED_KEYS.values()) <= set(known_keys())
+    assert {renamed.key for renamed in RENAMED_KEYS.values()} <= set(known_keys())
     assert not set(RENAMED_KEYS) & set(known_keys())
 
 
