@@ -10,11 +10,14 @@ from __future__ import annotations
 import os
 import random
 import sys
+import tarfile
 import zlib
+from pathlib import Path
 
 import pytest
 
 from tests.support import local_slurm
+from tests.support.preloaded_python import PreloadedPython
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,6 +50,23 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
     _seed(item.name)
+
+
+@pytest.fixture(scope="session")
+def past(tmp_path_factory) -> Path:
+    """The folder that the archives of tests/fixtures were packed from; no test writes there."""
+    folder = tmp_path_factory.mktemp("past")
+    for archive in sorted((Path(__file__).parent / "fixtures").glob("*/*.tar.xz")):
+        with tarfile.open(archive) as members:
+            members.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def preloaded_python(tmp_path_factory):
+    """What Slurm's jobs and the cases' commands run as Python."""
+    with PreloadedPython(tmp_path_factory.mktemp("p")) as preloaded:
+        yield preloaded
 
 
 def _seed(name: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tests.support.local_slurm import LocalSlurm
-from tests.support.preloaded_python import PreloadedPython
 
 
 @pytest.fixture(scope="session")
@@ -16,13 +15,6 @@ def converted(tmp_path_factory):
     )
 
     return ConversionWorld(tmp_path_factory.mktemp("converted"))
-
-
-@pytest.fixture(scope="session")
-def preloaded_python(tmp_path_factory):
-    """What the jobs run as Python."""
-    with PreloadedPython(tmp_path_factory.mktemp("p")) as preloaded:
-        yield preloaded
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +45,6 @@ and numbers of threads move the numbers by less than 1e-6, other dropout masks b
 
 def recorded(name: str) -> Any:
     return json.loads((FIXTURES / f"{name}.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def past(tmp_path_factory) -> Path:
-    """The folder that all archives were packed from; no test writes there."""
-    folder = tmp_path_factory.mktemp("past")
-    for archive in FIXTURES.glob("*.tar.xz"):
-        with tarfile.open(archive) as members:
-            members.extractall(folder, filter="data")
-    return folder
 
 
 @pytest.fixture(scope="module")

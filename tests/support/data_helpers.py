@@ -64,10 +64,13 @@ def write_tokenizer(folder: Path) -> Path:
     return path
 
 
-def encode_image(pixels: np.ndarray, image_format: str = "PNG") -> bytes:
-    """uint8 HWC or HW -> encoded bytes."""
+def encode_image(
+    image: np.ndarray | Image.Image, image_format: str = "PNG", **options: Any
+) -> bytes:
+    """An image, or uint8 HWC or HW, encoded; options are those of Pillow's writer."""
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, image_format)
+    opened = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    opened.save(out, image_format, **options)
     return out.getvalue()
 
 

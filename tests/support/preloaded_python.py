@@ -7,6 +7,7 @@ through. Importing costs some 15 CPU-seconds otherwise, for every rank of every 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -28,8 +29,10 @@ PRELOADED = (
     "megatron_kosmosg.stages.instruct",
     "megatron_kosmosg.stages.pretrain",
     "megatron_kosmosg.training.loop",
+    "megatron_kosmosg.inspection.page",
     "diffusers.utils.logging",
     "transformers.utils.logging",
+    "nvidia.dali.fn",
 )
 
 CLIENT = """\
@@ -83,7 +86,8 @@ class PreloadedPython:
 def serve(address: str) -> None:
     """Forks a program for each client until it is killed."""
     for name in PRELOADED:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # DALI has no wheel on every machine
+            importlib.import_module(name)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)
     listening.listen(64)
@@ -152,9 +156,12 @@ def _run(files: list[int], arguments: list[str], environment: dict[str, str], cw
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = arguments
+            sys.path.insert(0, str(Path(arguments[0]).parent))
             runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
         code = end.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1
