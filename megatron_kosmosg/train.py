@@ -102,7 +102,7 @@ def _train(config: RunConfig, started: float) -> int:
     from megatron_kosmosg.parallel import platform
     from megatron_kosmosg.planning.pipeline_balance import with_default_layout
     from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
-    from megatron_kosmosg.stages.instruct import run_score_rank
+    from megatron_kosmosg.score.rank import run_score_rank
     from megatron_kosmosg.training.loop import fit
 
     config = with_default_layout(config)

@@ -13,6 +13,8 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel.platform import torch_dtype
 
 
 @torch.no_grad()
@@ -158,3 +160,21 @@ class FrozenDiffusion:
         """Signal-to-noise ratio alpha^2 / sigma^2 [b] of the noise schedule, float32."""
         alphas = self.noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
         return alphas / (1 - alphas)
+
+
+def load_diffusion(config: RunConfig, device: torch.device) -> FrozenDiffusion:
+    """The frozen U-Net and VAE of `model.diffusion.path`, checked against AlignerNet's width."""
+    diffusion = FrozenDiffusion.from_folder(
+        config.model.diffusion.path,
+        device=device,
+        dtype=torch_dtype(config.training.precision),
+        recompute=config.score.recompute,
+    )
+    width = diffusion.unet.config.cross_attention_dim
+    if width != config.model.aligner.hidden_size:
+        raise ConfigError(
+            f"The U-Net in {config.model.diffusion.path} reads conditions of width {width}, "
+            f"AlignerNet gives {config.model.aligner.hidden_size}; set "
+            "model.aligner.hidden_size, or give another model.diffusion.path."
+        )
+    return diffusion

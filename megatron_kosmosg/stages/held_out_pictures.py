@@ -12,10 +12,7 @@ from torch import nn
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.evaluation.evaluator import DrawnImages, Evaluator, measure
-from megatron_kosmosg.models.diffusion import FrozenDiffusion
-from megatron_kosmosg.models.sampler import generate
 from megatron_kosmosg.parallel.layout import Layout
-from megatron_kosmosg.score.loss import ScoreKey
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
 from megatron_kosmosg.training.forward import collect_outputs
 from megatron_kosmosg.training.picture_grid import picture_grid, to_picture
@@ -60,29 +57,6 @@ def held_out_pictures(
     sheet = picture_grid(rows, CELL_PIXELS, ["prompt"] * width + ["truth", "result"])
     metrics = measure(evaluators, DrawnImages(results, targets))
     return Probe(metrics, {"held_out_prompts": sheet})
-
-
-def draw_pictures(
-    config: RunConfig,
-    diffusion: FrozenDiffusion,
-    condition: torch.Tensor,
-    positions: torch.Tensor,
-    size: int,
-) -> torch.Tensor:
-    """Pictures [n, 3, size, size] in [-1, 1], float32, with noise keyed by position [n].
-
-    condition: [n + 1, c, d], its last row the null condition.
-    """
-    key = ScoreKey(config.training.seed, "held-out-pictures")
-    shape = diffusion.latent_shape((size, size))
-    return generate(
-        diffusion,
-        condition[:-1],
-        condition[-1:],
-        key.normal(positions, "initial_noise", shape).to(condition.device),
-        num_inference_steps=config.logging.num_inference_steps,
-        guidance_scale=config.logging.guidance_scale,
-    )
 
 
 def _prompt_pictures(

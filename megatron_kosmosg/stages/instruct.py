@@ -6,38 +6,27 @@ the frozen U-Net. The null condition is `<s>` alone, an extra row of every micro
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from functools import partial
 from types import MappingProxyType
 
 import torch
 from megatron.core.utils import get_model_config
 from torch import nn
 
-from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.config.paths import heartbeat_file
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.data.instruct_stream import InstructStream, Reads
 from megatron_kosmosg.data.keyed import StreamName
 from megatron_kosmosg.data.samples import StreamDataset
-from megatron_kosmosg.data.streams import instruct_stream
 from megatron_kosmosg.evaluation.evaluator import Evaluator
-from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_vae, vae_fingerprint
+from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_diffusion
 from megatron_kosmosg.models.flops import instruct_flops
-from megatron_kosmosg.monitoring.heartbeat import Heartbeat
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.platform import torch_dtype
-from megatron_kosmosg.parallel.rendezvous import find_place
-from megatron_kosmosg.score.connect import ScoreRank
-from megatron_kosmosg.score.loss import ColocatedScore, DenoisingLoss, ScoreKey, drop_condition
+from megatron_kosmosg.score.drawing import draw_pictures
+from megatron_kosmosg.score.loss import ColocatedScore, ScoreKey, drop_condition
 from megatron_kosmosg.score.remote import RemoteScore
-from megatron_kosmosg.score.service import serve
+from megatron_kosmosg.score.stream import open_stream
 from megatron_kosmosg.stages.freezing import build_frozen
-from megatron_kosmosg.stages.held_out_pictures import (
-    draw_pictures,
-    held_out_pictures,
-)
+from megatron_kosmosg.stages.held_out_pictures import held_out_pictures
 from megatron_kosmosg.stages.instruct_facts import INSTRUCT
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
 from megatron_kosmosg.training.stage import InitialWeights, Probe
@@ -82,34 +71,43 @@ class InstructStage:
         training = model.training
 
         def loss_func(output):
-            positions = batch["stream_positions"]
             stream = StreamName(self.name, "train" if training else "heldout").noise_key
             condition, null_condition = output["condition"][:-1], output["condition"][-1:]
             if training:
                 key = ScoreKey(self.config.training.seed, stream)
-                chance = key.uniform(positions, "condition_drop")
+                chance = key.uniform(batch["stream_positions"], "condition_drop")
                 drop = chance < self.config.score.condition_drop_prob
                 condition = drop_condition(condition, null_condition, drop)
             if self.remote_score is not None:
-                # Bad targets come off it when the score ranks have answered.
-                count = torch.tensor(len(condition), dtype=torch.int, device=condition.device)
-                loss, reported = self.remote_score.loss(
-                    condition,
-                    positions,
-                    batch["replacements"],
-                    get_model_config(model).grad_scale_func(torch.ones_like(count).float()),
-                    torch_dtype(self.config.training.precision),
-                    is_heldout=not training,
-                )
-                return loss, count, {"loss": reported}
+                return self._ask_score_ranks(condition, batch, model, training)
             cached = "target_moments" in batch
             targets = batch["target_moments" if cached else "target_pixel_values"]
             weights = batch["target_weights"]
             count = weights.sum().int()
-            loss = self._score(condition, targets, weights, positions, stream)
+            loss = self._score(condition, targets, weights, batch["stream_positions"], stream)
             return loss, count, {"loss": torch.stack([loss.detach(), count.float()])}
 
         return output, loss_func
+
+    def _ask_score_ranks(
+        self,
+        condition: torch.Tensor,
+        batch: dict[str, torch.Tensor],
+        model: nn.Module,
+        training: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """What `loss_func` returns, where the U-Net has ranks of its own; they answer later."""
+        # Bad targets come off it when the score ranks have answered.
+        count = torch.tensor(len(condition), dtype=torch.int, device=condition.device)
+        loss, reported = self.remote_score.loss(
+            condition,
+            batch["stream_positions"],
+            batch["replacements"],
+            get_model_config(model).grad_scale_func(torch.ones_like(count).float()),
+            torch_dtype(self.config.training.precision),
+            is_heldout=not training,
+        )
+        return loss, count, {"loss": reported}
 
     def initial_weights(self) -> InitialWeights | None:
         """The model of `align` without N; or of `pretrain`, when asked, with a new AlignerNet."""
@@ -132,7 +130,7 @@ class InstructStage:
             self.config,
             self._layout,
             self._draw,
-            instruct_stream(self.config, "heldout", self._layout.device.index),
+            open_stream(self.config, self._layout.device, "heldout", "all", True),
             model,
             self._evaluators,
         )
@@ -145,62 +143,3 @@ class InstructStage:
 
     def flops_per_iteration(self, num_tokens: int, num_images: int, num_targets: int) -> float:
         return instruct_flops(self.config, num_tokens, num_images, num_targets)
-
-
-def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:
-    """Serves the decoder ranks until they end; True when their run is done.
-
-    The rank holds the U-Net and the VAE, and reads nothing but target images.
-    """
-    diffusion = load_diffusion(config, rank.device)
-    denoising = DenoisingLoss(diffusion, config.score, config.training.seed)
-    trained = StreamName(InstructStage.name, "train").noise_key
-    with Heartbeat(
-        find_place(os.environ), config.parallel.stall_seconds, heartbeat_file(config)
-    ) as heart:
-
-        def denoise(
-            condition: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, stream: str
-        ) -> torch.Tensor:
-            if stream == trained:
-                size = config.training.global_batch_size
-                heart.at(int(positions.min()) // size + 1, "scoring")
-            return denoising(condition, targets, positions, stream)
-
-        heart.at(0, "first condition")
-        return serve(
-            config,
-            rank,
-            denoise,
-            partial(draw_pictures, config, diffusion),
-            lambda split: open_stream(config, rank.device, split, "targets", False),
-            torch_dtype(config.training.precision),
-        )
-
-
-def open_stream(
-    config: RunConfig, device: torch.device, split: str, reads: Reads, decodes_prompts: bool
-) -> InstructStream:
-    """The samples of `split`; cached moments must be those of this run's VAE."""
-    vae = None
-    if config.data.latent_cache is not None and split == "train" and reads != "prompts":
-        vae = vae_fingerprint(load_vae(config.model.diffusion.path, torch.float32))
-    return instruct_stream(config, split, device.index, vae, reads, decodes_prompts)
-
-
-def load_diffusion(config: RunConfig, device: torch.device) -> FrozenDiffusion:
-    """The frozen U-Net and VAE of `model.diffusion.path`, checked against AlignerNet's width."""
-    diffusion = FrozenDiffusion.from_folder(
-        config.model.diffusion.path,
-        device=device,
-        dtype=torch_dtype(config.training.precision),
-        recompute=config.score.recompute,
-    )
-    width = diffusion.unet.config.cross_attention_dim
-    if width != config.model.aligner.hidden_size:
-        raise ConfigError(
-            f"The U-Net in {config.model.diffusion.path} reads conditions of width {width}, "
-            f"AlignerNet gives {config.model.aligner.hidden_size}; set "
-            "model.aligner.hidden_size, or give another model.diffusion.path."
-        )
-    return diffusion

@@ -34,6 +34,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data import packing_index
 from megatron_kosmosg.monitoring.heartbeat import Heartbeat
 from megatron_kosmosg.score import service as score_service
+from megatron_kosmosg.score import stream as score_stream
 from megatron_kosmosg.score.remote import RemoteScore
 from megatron_kosmosg.stages import instruct
 from tests.support.fake_stage import FakeDataset, FakeStage
@@ -223,7 +224,7 @@ def _use_stage(world: str, built: list[torch.nn.Module]) -> None:
     if world == "fake":
         train.build_stage = lambda config, layout, *_: _PackingStage(config)
     else:
-        instruct.instruct_stream = lambda config, split, *rest: TinyStream(
+        score_stream.instruct_stream = lambda config, split, *rest: TinyStream(
             "instruct", split, rest[2] if len(rest) > 2 else "all"
         )
         instruct.InstructStage.initial_weights = lambda self: None

@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_leaves
 from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import Reads
+from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
+from megatron_kosmosg.score.drawing import draw_pictures
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.service import serve
 from megatron_kosmosg.stages import build_stage
-from megatron_kosmosg.stages.held_out_pictures import draw_pictures
-from megatron_kosmosg.stages.instruct import load_diffusion
 from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.optimizer import apply_update, build_optimizer
 from megatron_kosmosg.training.step import _run_schedule, connect

@@ -15,8 +15,10 @@ from megatron_kosmosg.evaluation.registry import build_evaluators
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.score import stream as score_stream
 from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
-from megatron_kosmosg.stages import align, build_stage, instruct, pretrain
+from megatron_kosmosg.score.rank import run_score_rank
+from megatron_kosmosg.stages import align, build_stage, pretrain
 from megatron_kosmosg.training.loop import fit
 from megatron_kosmosg.training.metrics import METRICS_FILE
 from megatron_kosmosg.training.stage import Probe
@@ -43,7 +45,7 @@ def run_stage(config: RunConfig, defect: str | None = None) -> Ran | None:
     _read_tiny_streams()
     try:
         if platform.holds_unet_alone(config):
-            assert instruct.run_score_rank(config, join_as_score_rank(config))
+            assert run_score_rank(config, join_as_score_rank(config))
             return None
         layout = platform.initialize(config)
         remote_score = open_remote_score(config, layout)
@@ -96,7 +98,7 @@ def _copy(share: Share) -> Share:
 def _read_tiny_streams() -> None:
     pretrain.pretrain_stream = lambda config, split, *_: TinyStream("pretrain", split)
     align.align_stream = lambda config, split, *_: TinyStream("align", split)
-    instruct.instruct_stream = lambda config, split, device=None, vae=None, reads="all", *_: (
+    score_stream.instruct_stream = lambda config, split, device=None, vae=None, reads="all", *_: (
         TinyStream("instruct", split, reads)
     )
 

@@ -10,14 +10,16 @@ import numpy as np
 import torch
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
+from megatron_kosmosg.score.drawing import draw_pictures
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.remote import ScoreWork
 from megatron_kosmosg.score.service import serve
-from megatron_kosmosg.stages.held_out_pictures import draw_pictures, held_out_pictures
-from megatron_kosmosg.stages.instruct import InstructStage, load_diffusion
+from megatron_kosmosg.stages.held_out_pictures import held_out_pictures
+from megatron_kosmosg.stages.instruct import InstructStage
 from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.step import Reporter, forward_losses
 from tests.support.shares import Share, gradients

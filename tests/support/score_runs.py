@@ -17,10 +17,12 @@ from torch import nn
 
 from megatron_kosmosg import train
 from megatron_kosmosg.data.instruct_stream import InstructStream
+from megatron_kosmosg.models import diffusion
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
+from megatron_kosmosg.score import rank as score_rank
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.stages import instruct
-from megatron_kosmosg.training import loop
+from megatron_kosmosg.training import setup
 from megatron_kosmosg.training.wrapping import unwrap_model
 
 
@@ -136,7 +138,7 @@ class _Watched:
 
 
 def _watch(watched: _Watched) -> None:
-    load_diffusion, build_optimizer = instruct.load_diffusion, loop.build_optimizer
+    load_diffusion, build_optimizer = diffusion.load_diffusion, setup.build_optimizer
     collate = InstructStream.collate
 
     def collect(self, samples, pad_to, replacements=None):
@@ -156,7 +158,8 @@ def _watch(watched: _Watched) -> None:
         watched.optimizer = build_optimizer(config, chunks)
         return watched.optimizer
 
-    instruct.load_diffusion, loop.build_optimizer = load, build
+    instruct.load_diffusion = score_rank.load_diffusion = load
+    setup.build_optimizer = build
     InstructStream.collate = collect
 
 

@@ -13,15 +13,16 @@ from types import SimpleNamespace
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import Reads
 from megatron_kosmosg.data.samples import StreamDataset
+from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.monitoring import trace_exchange
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.parallel.rendezvous import find_place, meet
 from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
+from megatron_kosmosg.score.drawing import draw_pictures
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.service import serve
-from megatron_kosmosg.stages.held_out_pictures import draw_pictures
-from megatron_kosmosg.stages.instruct import InstructStage, load_diffusion
+from megatron_kosmosg.stages.instruct import InstructStage
 from megatron_kosmosg.training.loop import fit
 from tests.support.tiny_stream import TinyStream
 

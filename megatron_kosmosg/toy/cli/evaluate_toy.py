@@ -11,7 +11,7 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_saved_config
 from megatron_kosmosg.files import write_json
 from megatron_kosmosg.inference.trained_model import TrainedModel, one_process
-from megatron_kosmosg.stages.instruct import load_diffusion
+from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.toy.judging.toy_drawing import Sampling
 from megatron_kosmosg.toy.judging.toy_results import Results, ToyResults
 from megatron_kosmosg.toy.judging.toy_text_encoder import TextEncoderModel

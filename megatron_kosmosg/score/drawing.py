@@ -1,0 +1,33 @@
+"""Images of held-out prompts, drawn by whichever rank holds the U-Net."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.models.diffusion import FrozenDiffusion
+from megatron_kosmosg.models.sampler import generate
+from megatron_kosmosg.score.loss import ScoreKey
+
+
+def draw_pictures(
+    config: RunConfig,
+    diffusion: FrozenDiffusion,
+    condition: torch.Tensor,
+    positions: torch.Tensor,
+    size: int,
+) -> torch.Tensor:
+    """Pictures [n, 3, size, size] in [-1, 1], float32, with noise keyed by position [n].
+
+    condition: [n + 1, c, d], its last row the null condition.
+    """
+    key = ScoreKey(config.training.seed, "held-out-pictures")
+    shape = diffusion.latent_shape((size, size))
+    return generate(
+        diffusion,
+        condition[:-1],
+        condition[-1:],
+        key.normal(positions, "initial_noise", shape).to(condition.device),
+        num_inference_steps=config.logging.num_inference_steps,
+        guidance_scale=config.logging.guidance_scale,
+    )

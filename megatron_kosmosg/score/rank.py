@@ -1,0 +1,52 @@
+"""A rank that holds the frozen U-Net alone, from its start to its end."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+import torch
+
+from megatron_kosmosg.config.paths import heartbeat_file
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.keyed import StreamName
+from megatron_kosmosg.models.diffusion import load_diffusion
+from megatron_kosmosg.monitoring.heartbeat import Heartbeat
+from megatron_kosmosg.parallel.platform import torch_dtype
+from megatron_kosmosg.parallel.rendezvous import find_place
+from megatron_kosmosg.score.connect import ScoreRank
+from megatron_kosmosg.score.drawing import draw_pictures
+from megatron_kosmosg.score.loss import DenoisingLoss
+from megatron_kosmosg.score.service import serve
+from megatron_kosmosg.score.stream import open_stream
+
+
+def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:
+    """Serves the decoder ranks until they end; True when their run is done.
+
+    The rank holds the U-Net and the VAE, and reads nothing but target images.
+    """
+    diffusion = load_diffusion(config, rank.device)
+    denoising = DenoisingLoss(diffusion, config.score, config.training.seed)
+    trained = StreamName("instruct", "train").noise_key
+    with Heartbeat(
+        find_place(os.environ), config.parallel.stall_seconds, heartbeat_file(config)
+    ) as heart:
+
+        def denoise(
+            condition: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, stream: str
+        ) -> torch.Tensor:
+            if stream == trained:
+                size = config.training.global_batch_size
+                heart.at(int(positions.min()) // size + 1, "scoring")
+            return denoising(condition, targets, positions, stream)
+
+        heart.at(0, "first condition")
+        return serve(
+            config,
+            rank,
+            denoise,
+            partial(draw_pictures, config, diffusion),
+            lambda split: open_stream(config, rank.device, split, "targets", False),
+            torch_dtype(config.training.precision),
+        )
