@@ -66,6 +66,8 @@ def _step(stage, layout: Layout, batches: list[dict[str, torch.Tensor]]) -> tupl
 class _GoldenStage:
     """What the authors' script computed, as a stage: a loss over the outputs for one batch."""
 
+    remote_score = None
+
     _trained: tuple[str, ...]
     """As StageFacts.trained."""
 
