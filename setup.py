@@ -78,6 +78,7 @@ setup(
         "megatron_kosmosg.inspection": ["page.css"],
         "megatron_kosmosg.toy.report": ["page.css"],
     },
+    entry_points={"console_scripts": ["kosmosg = megatron_kosmosg.cli.main:start"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

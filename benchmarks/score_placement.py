@@ -234,7 +234,7 @@ def main() -> None:
                         metavar=("FORWARD", "UNET"), help="seconds slept per micro-batch by "
                         "decoder and score rank in sweep and picture, as if each had a device of "
                         "its own")  # fmt: skip
-    parser.add_argument("--picture", type=Path, help="SVG file for the trace of an iteration")
+    parser.add_argument("--svg", type=Path, help="SVG file for the trace of an iteration")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     fixed = [
@@ -258,8 +258,8 @@ def main() -> None:
         compare(config, ranks, length, arguments.rounds, arguments.micro_batches)
     pause = Pause(*arguments.pause)
     sweep(config, ranks, length, arguments.sweep, pause)
-    if arguments.picture is not None:
-        picture(config, ranks, length, arguments.micro_batches, pause, arguments.picture)
+    if arguments.svg is not None:
+        picture(config, ranks, length, arguments.micro_batches, pause, arguments.svg)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,25 @@
-"""Entry of all training stages: `python -m megatron_kosmosg.train --config F.yaml key=value ...`.
+"""`kosmosg train`, the entry of all stages, also as `python -m megatron_kosmosg.train`.
 
 Heavy imports happen inside `run`, so that `--help` and a mistyped setting answer at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 import time
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_kosmosg import exit_codes
+from megatron_kosmosg.command_line import (
+    CommandParser,
+    add_config,
+    add_overrides,
+    command_parser,
+    note,
+    report,
+)
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.paths import output_folder
@@ -34,36 +40,29 @@ process per device, or alone. A rerun continues from the newest checkpoint of it
 EPILOG = """\
 exit codes: 0 all iterations done; 85 a signal (TERM, USR1, Ctrl-C) asked to stop, state is saved,
 start again to continue; 2 arguments, settings or inputs; 3 the limit of non-finite updates is
-reached; 130 a second Ctrl-C; 1 any other error.
+reached, or that of bad images; 130 a second Ctrl-C; 1 any other error.
 """
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parsed command line: config, dry_run, overrides."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_kosmosg.train",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file; see examples/configs")
+def build_parser() -> CommandParser:
+    """The command line: config, dry_run, overrides."""
+    parser = command_parser("train", DESCRIPTION, EPILOG)
+    add_config(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print the resolved config, rank layout, parameter counts and batch arithmetic; "
         "needs no GPU and no data",
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file"
-    )
-    return parser.parse_intermixed_args(arguments)
+    add_overrides(parser, "settings that win over the file")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of this rank."""
-    parsed = parse_arguments(arguments)
+    parsed = build_parser().parse_intermixed_args(arguments)
     try:
-        config = load_config(parsed.config, parsed.overrides, note=_note)
+        config = load_config(parsed.config, parsed.overrides, note=note)
         check_evaluators(config)
         if parsed.dry_run:
             from megatron_kosmosg.planning.dry_run import describe
@@ -74,9 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         validate_layout(config, _place().world_size, facts)
         pipeline_pieces(config, facts.aligner_parts)
     except ConfigError as error:  # the same on every rank: one of them says it
-        if _place().rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return exit_codes.BAD_INPUT
+        return report(str(error)) if _place().rank == 0 else exit_codes.BAD_INPUT
     return run(config)
 
 
@@ -119,11 +116,6 @@ def _train(config: RunConfig, started: float) -> int:
         if remote_score is not None:
             remote_score.close(is_done=finished)
     return exit_codes.DONE if finished else exit_codes.STOPPED
-
-
-def _note(message: str) -> None:
-    if _place().rank == 0:  # all ranks read the same settings
-        print(f"note: {message}", file=sys.stderr)
 
 
 def _place() -> Place:

@@ -8,7 +8,6 @@ in a traceback, also those that need no GPU.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
@@ -46,7 +45,9 @@ def _hide_unusable_transformer_engine() -> None:
             del sys.modules[module]
         # Python's own way to say that a module cannot be imported; find_spec heeds it, too.
         sys.modules[name] = None  # type: ignore[assignment]
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        from megatron_kosmosg.command_line import is_first_rank
+
+        if is_first_rank():
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             print(
                 f"warning: the installed transformer-engine does not work and is not used: "

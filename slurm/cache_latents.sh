@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # VAE moments of all target images, once, for data.latent_cache; goes on where it was interrupted:
-#   sbatch slurm/cache_latents.sh -- data/edit data/caption --stable-diffusion /data/sd --precision bf16
+#   sbatch slurm/cache_latents.sh -- data/edit data/caption --stable-diffusion /data/sd --dtype bf16
 #SBATCH --job-name=kosmosg-latents
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8

@@ -26,8 +26,7 @@ PLACEHOLDER = "<image>"
 
 
 class Captioner:
-    """The language model of a folder written by `convert_checkpoint.py export-hf` or
-    `export-mllm`."""
+    """The language model of a folder written by `kosmosg convert export-hf` or `export-mllm`."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         # export-hf writes a folder per part, export-mllm all files into one.
@@ -107,13 +106,15 @@ def main() -> int:
         "--image cat.png --beams 3",
     )
     parser.add_argument("--model", type=Path, required=True, help="exported folder")
-    parser.add_argument("--image", type=Path, action="append", required=True, metavar="FILE")
+    parser.add_argument(
+        "--image", type=Path, action="append", required=True, metavar="FILE", help="repeatable"
+    )
     parser.add_argument(
         "--prompt", help="words around the pictures, with <image> for each (default: pictures only)"
     )
     parser.add_argument("--beams", type=int, default=1, help="1 is greedy search (default)")
-    parser.add_argument("--max-new-tokens", type=int, default=40, metavar="N")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="(40)")
+    parser.add_argument("--device", default="cpu", help="as torch names it (cpu)")
     given = parser.parse_args()
     prompt = PLACEHOLDER * len(given.image) if given.prompt is None else given.prompt
     try:

@@ -1,7 +1,7 @@
 """The subject of the prompt in a given pose, outline or depth: a ControlNet beside the U-Net.
 
     python examples/inference/controlnet.py kosmos-g --prompt "<image> dancing" --image robot.png \\
-        --controlnet lllyasviel/control_v11p_sd15_openpose --control pose.png
+        --controlnet lllyasviel/control_v11p_sd15_openpose --control-image pose.png
 
 Without --controlnet an untrained one is made of the U-Net; its outputs are zero, so it only shows
 the way.
@@ -26,16 +26,22 @@ def draw(args):
             pipeline.unet, conditioning_embedding_out_channels=EMBEDDING_CHANNELS[: 1 + halvings]
         )
     controlled = StableDiffusionControlNetPipeline.from_pipe(pipeline, controlnet=control)
-    image = open_image(args.control)
-    if args.size:
-        image = image.resize((args.size, args.size))
+    image = open_image(args.control_image)
+    if args.image_size:
+        image = image.resize((args.image_size, args.image_size))
     return controlled(**embeddings(pipeline, args), **sampling(args), image=image).images
 
 
 def add_arguments(parser):
     parser.add_argument("--controlnet", help="a ControlNet for Stable Diffusion 1.5")
-    parser.add_argument("--control", required=True, help="its picture; the result has its size")
-    parser.add_argument("--size", type=int, help="side to which that picture is resized")
+    parser.add_argument(
+        *("--control-image", "--control"),
+        required=True,
+        help="its picture; the result has its size",
+    )
+    parser.add_argument(
+        "--image-size", "--size", type=int, help="side to which that picture is resized"
+    )
 
 
 if __name__ == "__main__":

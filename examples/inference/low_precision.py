@@ -30,10 +30,10 @@ def draw(args):
 
 
 def add_arguments(parser):
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of all weights (bf16)")
+    parser.add_argument("--offload", action="store_true", help="parts take turns on the GPU")
     parser.add_argument("--height", type=int, help="both or none; default: the U-Net's own size")
-    parser.add_argument("--width", type=int)
+    parser.add_argument("--width", type=int, help="as --height")
 
 
 if __name__ == "__main__":

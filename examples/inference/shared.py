@@ -26,15 +26,18 @@ def run(
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="a folder of `convert_checkpoint.py export-hf`")
+    parser.add_argument("folder", type=Path, help="a folder of `kosmosg convert export-hf`")
     parser.add_argument("--prompt", default="", help="text with an <image> for each --image")
     parser.add_argument("--image", action="append", default=[], help="a picture of the prompt")
     parser.add_argument("--negative-prompt", help="what the picture should not show")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance-scale", type=float, default=6.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("picture.png"))
+    parser.add_argument("--steps", type=int, default=50, help="of the sampler (50)")
+    parser.add_argument("--guidance-scale", type=float, default=6.0, help="1 or less: none (6)")
+    parser.add_argument("--seed", type=int, default=0, help="of the start noise (0)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help=f"as torch names it ({device})")
+    parser.add_argument(
+        "--output", type=Path, default=Path("picture.png"), help="file (picture.png)"
+    )
     add_arguments(parser)
     args = parser.parse_args()
     try:

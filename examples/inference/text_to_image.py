@@ -14,5 +14,9 @@ def draw(args):
     return pipeline(**prompt(args), **sampling(args), num_images_per_prompt=args.num_images).images
 
 
+def add_arguments(parser):
+    parser.add_argument("--num-images", type=int, default=1, help="of the prompt (1)")
+
+
 if __name__ == "__main__":
-    run(draw, __doc__, lambda parser: parser.add_argument("--num-images", type=int, default=1))
+    run(draw, __doc__, add_arguments)

@@ -6,11 +6,12 @@ Exit codes: 0 done; 1 a step failed; 2 wrong arguments; 3 a quality threshold is
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
+from megatron_kosmosg import exit_codes
+from megatron_kosmosg.command_line import CommandParser
 from quickstart.progress import clock
 from quickstart.runner import Interrupted, Runner, StepFailed
 from quickstart.steps import plan
@@ -19,14 +20,26 @@ from quickstart.verdict import missed, read_rows, table
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+def build_parser() -> CommandParser:
+    """What quickstart.sh passes on; its --help says more."""
+    parser = CommandParser(prog="examples/quickstart.sh")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=REPOSITORY / "runs" / "quickstart",
+        metavar="FOLDER",
+        help="for everything that is made (runs/quickstart)",
+    )
+    parser.renamed("--out", "--output")
+    parser.add_argument("--fast", action="store_true", help="few iterations, no thresholds")
+    parser.add_argument("--ablations", action="store_true", help="variants of the paper's Table 2")
+    parser.add_argument("--fresh", action="store_true", help="repeat what is done")
+    return parser
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="examples/quickstart.sh")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "quickstart")
-    parser.add_argument("--fast", action="store_true")
-    parser.add_argument("--ablations", action="store_true")
-    parser.add_argument("--fresh", action="store_true")
-    arguments = parser.parse_args(argv)
-    out = arguments.out.resolve()
+    arguments = build_parser().parse_args(argv)
+    out = arguments.output.resolve()
     if arguments.fresh:
         shutil.rmtree(out / "steps", ignore_errors=True)
     steps = plan(REPOSITORY, out, fast=arguments.fast, ablations=arguments.ablations)
@@ -40,19 +53,19 @@ def main(argv: list[str]) -> int:
         Runner(steps, out, REPOSITORY, mode).run()
     except Interrupted as error:
         print(f"\nInterrupted during '{error}'. The same command continues from there.")
-        return 130
+        return exit_codes.INTERRUPTED
     except StepFailed as error:
         print(f"\n{error}\nAfter the cause is mended, the same command continues.", file=sys.stderr)
-        return 1
+        return exit_codes.FAILURE
     rows = read_rows(out / "evaluation" / "metrics.json")
     print(f"\n{table(rows)}\n\nPage: {out / 'report.html'}")
     failures = missed(rows)
     if arguments.fast:
         print("--fast shows that every step works; its pictures are not meant to be good.")
-        return 0
+        return exit_codes.DONE
     for name in failures:
         print(f"threshold missed: {name}", file=sys.stderr)
-    return 3 if failures else 0
+    return exit_codes.MISSED if failures else exit_codes.DONE
 
 
 if __name__ == "__main__":

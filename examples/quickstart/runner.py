@@ -103,12 +103,12 @@ class Runner:
         seconds = time.monotonic() - started
         stamp["seconds"] += seconds
         stamp["cpu_seconds"] += _children_cpu_seconds() - cpu_started
-        stamp["done"] = status == 0 and not self._interrupted
+        stamp["done"] = status in step.accepts and not self._interrupted
         self._stamps.write(step, stamp)
         if self._interrupted:
             self._progress.clear()
             raise Interrupted(step.title)
-        if status != 0:
+        if status not in step.accepts:
             self._progress.clear()
             raise StepFailed(
                 f"{_cause(log, said_before)}\n\n"

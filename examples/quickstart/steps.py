@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_kosmosg import exit_codes
+
 SECTIONS = {"train": "data.blend", "heldout": "data.heldout"}
 """Where a stage's config names the datasets of a split."""
 SD_FOLDER = Path("megatron_kosmosg/toy/assets/stable-diffusion")
@@ -53,6 +55,8 @@ class Step:
     """Iterations of a training step."""
     always: bool = False
     """Runs every time: quick, and shows what the other steps left."""
+    accepts: tuple[int, ...] = (exit_codes.DONE,)
+    """Exit codes with which its outputs are whole."""
 
 
 def train_command(config: Path, overrides: Iterable[str]) -> tuple[str, ...]:
@@ -148,7 +152,7 @@ def plan(repository: Path, out: Path, *, fast: bool, ablations: bool) -> list[St
         Step(
             name="report",
             title="page",
-            command=(sys.executable, "tools/make_report.py", "--out", str(out)),
+            command=(sys.executable, "tools/make_report.py", "--output", str(out)),
             outputs=(out / "report.html",),
             seconds=sizes.seconds["report"],
             after=tuple(step.name for step in steps),
@@ -292,7 +296,10 @@ def _export_step(out: Path, sizes: Sizes) -> Step:
     return Step(
         name="export",
         title="export: a folder that diffusers and transformers open",
-        command=(sys.executable, *command, "--sd", str(SD_FOLDER), "--output", str(out / "export")),
+        command=(
+            *(sys.executable, *command, "--stable-diffusion", str(SD_FOLDER)),
+            *("--output", str(out / "export")),
+        ),
         outputs=(out / "export",),
         seconds=sizes.seconds["export"],
         after=("instruct",),
@@ -302,7 +309,7 @@ def _export_step(out: Path, sizes: Sizes) -> Step:
 def _generate_step(out: Path, sizes: Sizes) -> Step:
     prompts = out / "world" / "heldout" / "prompts.jsonl"
     command = ("tools/generate.py", "--model", str(out / "export"), "--prompts", str(prompts))
-    drawing = ("--num-images", "4", "--steps", "8", "--guidance", "2")
+    drawing = ("--num-images", "4", "--steps", "8", "--guidance-scale", "2")
     return Step(
         name="generate",
         title="draw held-out prompts with the exported pipeline",
@@ -323,4 +330,5 @@ def _evaluation_step(out: Path, sizes: Sizes, runs: dict[str, Path]) -> Step:
         outputs=(out / "evaluation" / "metrics.json",),
         seconds=sizes.seconds["evaluate"],
         after=tuple(runs),
+        accepts=(exit_codes.DONE, exit_codes.MISSED),  # the last word is the quickstart's
     )

@@ -5,6 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
+
+from megatron_kosmosg import exit_codes
+from megatron_kosmosg.command_line import (
+    CommandParser,
+    add_dtype,
+    add_stable_diffusion,
+    command_parser,
+    natural_int,
+    positive_int,
+    report,
+    run,
+)
 
 EPILOG = """\
 `instruct` then takes the moments instead of decoding and encoding the images each time:
@@ -15,56 +28,66 @@ Start it once, or on many GPUs; ranks come from torchrun or srun and share the w
 interruption the same command goes on where it stopped, also with another number of ranks.
 
 Targets that cannot be decoded get no moments; the last line says how many and why, and more than
---max-bad-images end it with exit code 1.
+--max-bad-images end it with exit code 3.
 
 examples:
-  tools/cache_latents.py data/edit --stable-diffusion /data/stable-diffusion-v1-5
-  torchrun --nproc-per-node 8 tools/cache_latents.py data/edit data/compositional data/caption \\
-      --stable-diffusion /data/stable-diffusion-v1-5 --precision bf16 --workers 8
-  python -m megatron_kosmosg.train --config F.yaml data.latent_cache=latents
+  kosmosg cache-latents data/edit --stable-diffusion /data/stable-diffusion-v1-5
+  torchrun --nproc-per-node 8 -m megatron_kosmosg cache-latents data/edit data/compositional \\
+      data/caption --stable-diffusion /data/stable-diffusion-v1-5 --dtype bf16 --threads 8
+  kosmosg train --config F.yaml data.latent_cache=latents
 """
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+def build_parser() -> CommandParser:
+    """The options."""
+    parser = command_parser("cache-latents", __doc__, EPILOG)
+    add = parser.add_argument
+    add("prefixes", nargs="+", metavar="PREFIX", help="datasets to encode")
+    add_stable_diffusion(parser, "whose vae/ encodes", required=True)
+    add("--name", default="latents", help="of the caches (latents)")
+    add(
+        "--image-size",
+        type=positive_int,
+        default=512,
+        metavar="N",
+        help="side in pixels, as data.target_image_size (512)",
     )
-    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="datasets to encode")
-    parser.add_argument(
-        "--stable-diffusion", required=True, metavar="FOLDER", help="folder that holds vae/"
+    add_dtype(parser, "the VAE")
+    parser.renamed("--precision", "--dtype")
+    add(
+        "--image-backend",
+        choices=("auto", "dali", "pillow"),
+        default="auto",
+        help="what decodes (auto: DALI where it is installed)",
     )
-    parser.add_argument("--name", default="latents", help="of the caches (latents)")
-    parser.add_argument(
-        "--image-size", type=int, default=512, metavar="N", help="data.target_image_size (512)"
+    add("--batch-size", type=positive_int, default=16, metavar="N", help="images (16)")
+    add(
+        "--shard-size",
+        type=positive_int,
+        default=1024,
+        metavar="N",
+        help="samples whose work is lost at most when a process ends (1024)",
     )
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the VAE (fp32)"
-    )
-    parser.add_argument("--image-backend", choices=("auto", "dali", "pillow"), default="auto")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images (16)")
-    parser.add_argument(
-        "--shard-size", type=int, default=1024, metavar="N", help="samples between marks (1024)"
-    )
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="decoding threads (2)")
-    parser.add_argument(
+    add("--threads", type=positive_int, default=2, metavar="N", help="that decode (2)")
+    parser.renamed("--workers", "--threads")
+    add(
         "--max-bad-images",
-        type=int,
+        type=natural_int,
         default=100,
         metavar="N",
         help="stop when more targets of a dataset cannot be decoded (100)",
     )
-    given = parser.parse_args()
-    if given.max_bad_images < 0:
-        parser.error("--max-bad-images must not be negative")
-    if min(given.image_size, given.batch_size, given.shard_size, given.workers) < 1:
-        parser.error("--image-size, --batch-size, --shard-size and --workers must be at least 1")
-    return given
+    return parser
 
 
-def main() -> int:
-    """0 when this rank's share is done; with a message on stderr 1 too many undecodable images, 2
-    wrong input, 130 interrupted."""
-    given = parse()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when this rank's share is done; with a message on stderr 2 wrong input, 3 too many
+    undecodable images, 130 interrupted."""
+    args = build_parser().parse_args(arguments)
+    return run(lambda: _cache(args), "interrupted; the same command goes on from here")
+
+
+def _cache(args: argparse.Namespace) -> int:
     from megatron_kosmosg.data.bad_images import TooManyBadImages
     from megatron_kosmosg.data.images import ImageDecoder, target_pixels
     from megatron_kosmosg.data.minute_lines import MinuteLines
@@ -77,36 +100,31 @@ def main() -> int:
 
     place = find_place(os.environ)
     device = choose_device(place)
-    try:
-        weights = load_vae(given.stable_diffusion, torch_dtype("fp32"))
-        mark = vae_fingerprint(weights)
-        vae = load_vae(given.stable_diffusion, torch_dtype(given.precision)).to(device)
-        decoder = ImageDecoder(given.image_backend, device.index)
-        for prefix in given.prefixes:
-            job = LatentJob(
-                store=SampleStore(prefix),
-                name=given.name,
-                transform=target_pixels(given.image_size),
-                precision=given.precision,
-                batch_size=given.batch_size,
-                shard_size=given.shard_size,
-                num_workers=given.workers,
-                max_bad_images=given.max_bad_images,
-            )
-            said = MinuteLines(f"{prefix}.{given.name}")
+    folder = str(args.stable_diffusion)
+    mark = vae_fingerprint(load_vae(folder, torch_dtype("fp32")))
+    vae = load_vae(folder, torch_dtype(args.dtype)).to(device)
+    decoder = ImageDecoder(args.image_backend, device.index)
+    for prefix in args.prefixes:
+        job = LatentJob(
+            store=SampleStore(prefix),
+            name=args.name,
+            transform=target_pixels(args.image_size),
+            precision=args.dtype,
+            batch_size=args.batch_size,
+            shard_size=args.shard_size,
+            num_workers=args.threads,
+            max_bad_images=args.max_bad_images,
+        )
+        said = MinuteLines(f"{prefix}.{args.name}")
+        try:
             cached = cache_latents(job, vae, mark, decoder, place.rank, place.world_size, said)
-            state = "this rank's share is done, others still work"
-            if cached.is_complete:
-                state = "complete"
-            bad = cached.bad.text(len(job.store))
-            print(f"{prefix}.{given.name}: {state}; {bad}", flush=True)
-    except (ValueError, OSError) as error:
-        print(f"cache_latents: {error}", file=sys.stderr)
-        return 1 if isinstance(error, TooManyBadImages) else 2
-    except KeyboardInterrupt:
-        print("cache_latents: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+        except TooManyBadImages as error:
+            return report(str(error), exit_codes.MISSED)
+        state = "this rank's share is done, others still work"
+        if cached.is_complete:
+            state = "complete"
+        print(f"{prefix}.{args.name}: {state}; {cached.bad.text(len(job.store))}", flush=True)
+    return exit_codes.DONE
 
 
 if __name__ == "__main__":

@@ -7,12 +7,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+from megatron_kosmosg import exit_codes
+from megatron_kosmosg.command_line import (
+    CommandParser,
+    add_config,
+    add_dtype,
+    add_overrides,
+    add_seed,
+    add_stable_diffusion,
+    add_tokenizer_model,
+    command_parser,
+    existing_file,
+    number_from_zero,
+    run,
+)
 
-RAW = argparse.RawDescriptionHelpFormatter
+if TYPE_CHECKING:
+    import torch
 
 EPILOG = """\
 commands (each has its own --help with an example):
@@ -24,7 +39,8 @@ commands (each has its own --help with an example):
   verify          two models of any of these formats on the same random prompts
 
 One process, no GPU. Tensors are read and written one after another. Nothing appears under the
-output's name until all of it is written.
+output's name until all of it is written. Exit codes: 0 done; 2 wrong arguments or input, nothing is
+written; 3 the models of `verify` differ by more than its tolerance; 130 interrupted.
 """
 
 IMPORT_FAIRSEQ = """\
@@ -39,9 +55,9 @@ left out, or the file is refused.
 """
 IMPORT_FAIRSEQ_EPILOG = """\
 examples:
-  tools/convert_checkpoint.py import-fairseq --input checkpoint_stage1.pt \\
+  kosmosg convert import-fairseq --input checkpoint_stage1.pt \\
       --tokenizer-model sentencepiece.bpe.model --output runs/released_stage1
-  tools/convert_checkpoint.py import-fairseq --input checkpoint_final.pt --output runs/released \\
+  kosmosg convert import-fairseq --input checkpoint_final.pt --output runs/released \\
       --tokenizer-model sentencepiece.bpe.model model.diffusion.path=stable-diffusion-v1-5
 
 Then start the next stage from it with checkpoint.load=runs/released_stage1.
@@ -51,16 +67,16 @@ EXPORT_HF = """\
 A diffusers folder of an align or instruct checkpoint, whatever layout it was trained on.
 
 mllm/ is a stock Kosmos2ForConditionalGeneration, aligner/ the one component with code of its own;
-U-Net, VAE and scheduler are taken from --sd, whose U-Net must read conditions of AlignerNet's
-width. AlignerNet N of an align checkpoint is left out. The folder opens with
+U-Net, VAE and scheduler are taken from --stable-diffusion, whose U-Net must read conditions of
+AlignerNet's width. AlignerNet N of an align checkpoint is left out. The folder opens with
 DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True), with this package's
 KosmosGPipeline.from_pretrained(DIR), and its language model alone with
 AutoModelForImageTextToText.from_pretrained(DIR, subfolder="mllm").
 """
 EXPORT_HF_EPILOG = """\
 example:
-  tools/convert_checkpoint.py export-hf --input runs/instruct --sd stable-diffusion-v1-5 \\
-      --output kosmos-g --dtype fp16
+  kosmosg convert export-hf --input runs/instruct --output kosmos-g --dtype fp16 \\
+      --stable-diffusion stable-diffusion-v1-5
 """
 EXPORT_MLLM = """\
 The language model of a checkpoint as a folder for AutoModelForImageTextToText, AutoTokenizer and
@@ -68,7 +84,7 @@ AutoImageProcessor: stock Kosmos-2, no code of ours.
 """
 EXPORT_MLLM_EPILOG = """\
 example:
-  tools/convert_checkpoint.py export-mllm --input runs/pretrain --output kosmos-g-mllm
+  kosmosg convert export-mllm --input runs/pretrain --output kosmos-g-mllm
 """
 IMPORT_HF = """\
 A folder of export-hf as an instruct checkpoint, or one of export-mllm as a pretrain checkpoint.
@@ -78,7 +94,7 @@ The same tensors, bit for bit, unless --dtype asks for another one. Sizes are th
 """
 IMPORT_HF_EPILOG = """\
 example:
-  tools/convert_checkpoint.py import-hf --input kosmos-g --output runs/from_hf
+  kosmosg convert import-hf --input kosmos-g --output runs/from_hf
 """
 IMPORT_KOSMOS2 = """\
 A start of pretrain from Kosmos-2 in the layout of microsoft/kosmos-2-patch14-224.
@@ -89,27 +105,29 @@ a warm start, not the authors' stage 1. Mind the licence of the weights.
 """
 IMPORT_KOSMOS2_EPILOG = """\
 example:
-  tools/convert_checkpoint.py import-kosmos2 --input kosmos-2-patch14-224 --output runs/kosmos2
+  kosmosg convert import-kosmos2 --input kosmos-2-patch14-224 --output runs/kosmos2
 """
 VERIFY = """\
 Runs two models on the same random prompts, with two pictures, one and none, in float32, and prints
 how far hidden states, logits and (where both have an AlignerNet) conditions are apart.
 
 Each of --a and --b is a run or checkpoint, a folder of export-hf or export-mllm, or one of the
-authors' files. The exit code is 1 when a difference, as a share of the largest value, exceeds the
+authors' files. The exit code is 3 when a difference, as a share of the largest value, exceeds the
 tolerance. 16-bit weights on one side only differ by about 1e-3.
 """
 VERIFY_EPILOG = """\
 example:
-  tools/convert_checkpoint.py verify --a runs/instruct --b kosmos-g
+  kosmosg convert verify --a runs/instruct --b kosmos-g
 """
-DTYPES = ("fp16", "bf16", "fp32")
 
 
-def main() -> int:
-    """0 when all is done, 1 when models differ, 2 (message on stderr) when nothing was written."""
-    description = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(description=description, epilog=EPILOG, formatter_class=RAW)
+class Different(Exception):
+    """The two models of `verify` differ by more than the tolerance."""
+
+
+def build_parser() -> CommandParser:
+    """The options of the six commands; `work` of what they parse is what to do."""
+    parser = command_parser("convert", __doc__.splitlines()[0], EPILOG)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_import_fairseq(commands)
     _add_import_kosmos2(commands)
@@ -117,21 +135,23 @@ def main() -> int:
     _add_export_mllm(commands)
     _add_import_hf(commands)
     _add_verify(commands)
-    given = parser.parse_args()
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when all is done, 2 (message on stderr) when nothing was written, 3 when models differ."""
+    args = build_parser().parse_args(arguments)
+    return run(lambda: _convert(args))
+
+
+def _convert(args: argparse.Namespace) -> int:
     try:
-        lines = given.run(given)
+        lines = args.work(args)
     except Different as error:
         print(error)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"convert_checkpoint {given.command}: {error}", file=sys.stderr)
-        return 2
+        return exit_codes.MISSED
     print("\n".join(lines))
-    return 0
-
-
-class Different(Exception):
-    """The two models of `verify` differ by more than the tolerance."""
+    return exit_codes.DONE
 
 
 def _add_import_fairseq(commands) -> None:
@@ -140,13 +160,11 @@ def _add_import_fairseq(commands) -> None:
     )
     parser.add_argument(
         "--vision",
-        type=Path,
+        type=existing_file,
         metavar="FILE",
         help="CLIP state dict (ViT-L-14-sd.pt) for image-tower tensors that the checkpoint lacks",
     )
-    parser.add_argument(
-        "--tokenizer-model", type=Path, metavar="SPM", help="SentencePiece model to record"
-    )
+    add_tokenizer_model(parser, "to record; none")
     parser.add_argument(
         "--trust-pickle",
         action="store_true",
@@ -163,18 +181,18 @@ def _add_import_fairseq(commands) -> None:
     _add_config(parser)
 
 
-def _import_fairseq(given: argparse.Namespace) -> list[str]:
+def _import_fairseq(args: argparse.Namespace) -> list[str]:
     from megatron_kosmosg.conversion.import_fairseq import FairseqImport, import_fairseq
 
     job = FairseqImport(
-        input=given.input,
-        output=given.output,
-        vision=given.vision,
-        config_file=given.config,
-        overrides=tuple(given.overrides),
-        tokenizer=given.tokenizer_model,
-        trust=given.trust_pickle,
-        drop=tuple(given.drop),
+        input=args.input,
+        output=args.output,
+        vision=args.vision,
+        config_file=args.config,
+        overrides=tuple(args.overrides),
+        tokenizer=args.tokenizer_model,
+        trust=args.trust_pickle,
+        drop=tuple(args.drop),
     )
     imported = import_fairseq(job, progress_bar())
     return [*imported.notes, str(imported.checkpoint)]
@@ -184,26 +202,21 @@ def _add_import_kosmos2(commands) -> None:
     parser = _command(
         commands, "import-kosmos2", IMPORT_KOSMOS2, IMPORT_KOSMOS2_EPILOG, _import_kosmos2
     )
-    parser.add_argument(
-        "--tokenizer-model",
-        type=Path,
-        metavar="SPM",
-        help="SentencePiece model (default: sentencepiece.bpe.model in the folder)",
-    )
+    add_tokenizer_model(parser, "sentencepiece.bpe.model in the folder")
     _add_dtype(parser, "the folder's")
     _add_config(parser)
 
 
-def _import_kosmos2(given: argparse.Namespace) -> list[str]:
+def _import_kosmos2(args: argparse.Namespace) -> list[str]:
     from megatron_kosmosg.conversion.import_hf import import_kosmos2
 
     imported = import_kosmos2(
-        given.input,
-        given.output,
-        _dtype(given),
-        given.config,
-        given.overrides,
-        given.tokenizer_model,
+        args.input,
+        args.output,
+        _dtype(args),
+        args.config,
+        args.overrides,
+        args.tokenizer_model,
         progress_bar(),
     )
     return [*imported.notes, str(imported.checkpoint)]
@@ -211,32 +224,34 @@ def _import_kosmos2(given: argparse.Namespace) -> list[str]:
 
 def _add_export_hf(commands) -> None:
     parser = _command(commands, "export-hf", EXPORT_HF, EXPORT_HF_EPILOG, _export_hf)
-    parser.add_argument(
-        "--sd", type=Path, required=True, metavar="DIR", help="Stable Diffusion folder (diffusers)"
-    )
+    add_stable_diffusion(parser, "whose U-Net, VAE and scheduler go along", required=True)
+    parser.renamed("--sd", "--stable-diffusion")
     _add_export(parser)
 
 
-def _export_hf(given: argparse.Namespace) -> list[str]:
+def _export_hf(args: argparse.Namespace) -> list[str]:
     from megatron_kosmosg.conversion.export_hf import export_hf
 
     notes = export_hf(
-        given.input, given.sd, given.output, _dtype(given), given.tokenizer_model, progress_bar()
+        args.input,
+        args.stable_diffusion,
+        args.output,
+        _dtype(args),
+        args.tokenizer_model,
+        progress_bar(),
     )
-    return [*notes, str(given.output)]
+    return [*notes, str(args.output)]
 
 
 def _add_export_mllm(commands) -> None:
     _add_export(_command(commands, "export-mllm", EXPORT_MLLM, EXPORT_MLLM_EPILOG, _export_mllm))
 
 
-def _export_mllm(given: argparse.Namespace) -> list[str]:
+def _export_mllm(args: argparse.Namespace) -> list[str]:
     from megatron_kosmosg.conversion.export_hf import export_mllm
 
-    notes = export_mllm(
-        given.input, given.output, _dtype(given), given.tokenizer_model, progress_bar()
-    )
-    return [*notes, str(given.output)]
+    notes = export_mllm(args.input, args.output, _dtype(args), args.tokenizer_model, progress_bar())
+    return [*notes, str(args.output)]
 
 
 def _add_import_hf(commands) -> None:
@@ -245,86 +260,81 @@ def _add_import_hf(commands) -> None:
     _add_config(parser)
 
 
-def _import_hf(given: argparse.Namespace) -> list[str]:
+def _import_hf(args: argparse.Namespace) -> list[str]:
     from megatron_kosmosg.conversion.import_hf import import_hf
 
     imported = import_hf(
-        given.input, given.output, _dtype(given), given.config, given.overrides, progress_bar()
+        args.input, args.output, _dtype(args), args.config, args.overrides, progress_bar()
     )
     return [*imported.notes, str(imported.checkpoint)]
 
 
 def _add_verify(commands) -> None:
-    parser = commands.add_parser(
-        "verify", description=VERIFY, epilog=VERIFY_EPILOG, formatter_class=RAW
-    )
+    parser = commands.add_parser("verify", description=VERIFY, epilog=VERIFY_EPILOG)
     for side in ("--a", "--b"):
         parser.add_argument(side, type=Path, required=True, metavar="PATH", help="a model")
     parser.add_argument(
-        "--tolerance", type=float, default=1e-4, help="largest relative difference (1e-4)"
+        "--tolerance",
+        type=number_from_zero,
+        default=1e-4,
+        metavar="T",
+        help="largest relative difference (1e-4)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="draws the prompts (0)")
+    add_seed(parser, "draws the prompts")
     parser.add_argument("--trust-pickle", action="store_true", help="as in import-fairseq")
     _add_config(parser)
-    parser.set_defaults(run=_verify)
+    parser.set_defaults(work=_verify)
 
 
-def _verify(given: argparse.Namespace) -> list[str]:
+def _verify(args: argparse.Namespace) -> list[str]:
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_kosmosg.conversion.verify import verify
 
     disable_progress_bar()
-    found = verify(given.a, given.b, given.seed, given.config, given.overrides, given.trust_pickle)
+    found = verify(args.a, args.b, args.seed, args.config, args.overrides, args.trust_pickle)
     lines = [f"{'':10} {'largest':>10} {'difference':>11} {'relative':>9}"]
     for each in found:
         numbers = f"{each.largest_value:10.4g} {each.largest_difference:11.2e}"
         lines.append(f"{each.name:10} {numbers} {each.relative:9.2e}")
-    if not all(each.relative <= given.tolerance for each in found):
-        lines.append(f"DIFFERENT: more than {given.tolerance:g}")
+    if not all(each.relative <= args.tolerance for each in found):
+        lines.append(f"DIFFERENT: more than {args.tolerance:g}")
         raise Different("\n".join(lines))
-    return [*lines, f"equal within {given.tolerance:g}"]
+    return [*lines, f"equal within {args.tolerance:g}"]
 
 
-def _command(commands, name: str, description: str, epilog: str, run) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, description=description, epilog=epilog, formatter_class=RAW)
+def _command(commands, name: str, description: str, epilog: str, work) -> CommandParser:
+    parser = commands.add_parser(name, description=description, epilog=epilog)
     parser.add_argument("--input", type=Path, required=True, metavar="PATH", help="what to convert")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")
-    parser.set_defaults(run=run)
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder")
+    parser.set_defaults(work=work)
     return parser
 
 
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tokenizer-model",
-        type=Path,
-        metavar="SPM",
-        help="SentencePiece model (default: the one that the checkpoint names)",
-    )
+def _add_export(parser: CommandParser) -> None:
+    add_tokenizer_model(parser, "the one that the checkpoint names")
     _add_dtype(parser, "the checkpoint's")
 
 
-def _add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, help=f"of what is written ({default})")
+def _add_dtype(parser: CommandParser, default: str) -> None:
+    add_dtype(parser, "what is written", None, default)
 
 
-def _dtype(given: argparse.Namespace):
+def _dtype(args: argparse.Namespace) -> torch.dtype | None:
     from megatron_kosmosg.parallel.platform import torch_dtype
 
-    return None if given.dtype is None else torch_dtype(given.dtype)
+    return None if args.dtype is None else torch_dtype(args.dtype)
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", type=Path, metavar="YAML", help="config whose other settings are stored"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings, as in training"
-    )
+def _add_config(parser: CommandParser) -> None:
+    add_config(parser, "its other settings are stored")
+    add_overrides(parser, "settings, as in training")
 
 
 def progress_bar() -> Callable[[int, int], None]:
     """A callback (bytes done, bytes in all) that shows both, the rate and the remaining time."""
+    from tqdm import tqdm
+
     interval = 0.2 if sys.stderr.isatty() else 30
     bars: list[tqdm] = []
 

@@ -5,7 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+from megatron_kosmosg import exit_codes
+from megatron_kosmosg.command_line import (
+    CommandParser,
+    add_config,
+    add_seed,
+    add_tokenizer_model,
+    command_parser,
+    natural_int,
+    positive_int,
+    run,
+)
 
 EPILOG = """\
 Prints the manifest, length distributions and token statistics, and writes one self-contained HTML
@@ -13,43 +26,45 @@ page with random samples: prompts with their pictures in place, targets, masks, 
 --check reads every sample and decodes every picture; the exit code is then 1 when one is bad.
 
 examples:
-  tools/inspect_data.py data/edit --tokenizer-model sentencepiece.bpe.model
-  tools/inspect_data.py data/edit --config examples/configs/instruct_256gpu.yaml --samples 40
-  tools/inspect_data.py data/text --tokenizer-model sentencepiece.bpe.model --check --no-page
+  kosmosg inspect data/edit --tokenizer-model sentencepiece.bpe.model
+  kosmosg inspect data/edit --config instruct_256gpu --samples 40
+  kosmosg inspect data/text --tokenizer-model sentencepiece.bpe.model --check --no-page
 """
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def build_parser() -> CommandParser:
+    """The options."""
+    parser = command_parser("inspect", __doc__, EPILOG)
     parser.add_argument("prefix", metavar="PREFIX", help="dataset, without an extension")
-    parser.add_argument("--tokenizer-model", metavar="SPM", help="SentencePiece model file")
+    add_tokenizer_model(parser, "the config's")
+    add_config(parser, "gives sizes, probabilities and the tokenizer (the paper's)")
     parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="training config that gives sizes, probabilities and the tokenizer (paper's values)",
+        "--samples", type=positive_int, default=24, metavar="N", help="on the page (24)"
     )
-    parser.add_argument("--samples", type=int, default=24, metavar="N", help="on the page (24)")
-    parser.add_argument("--seed", type=int, default=0, help="draws the samples (0)")
+    add_seed(parser, "draws the samples")
     parser.add_argument("--output", type=Path, metavar="HTML", help="page (PREFIX.html)")
     parser.add_argument("--no-page", action="store_true", help="print only")
     parser.add_argument("--check", action="store_true", help="validate every sample")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="of --check (2)")
     parser.add_argument(
-        "--max-shown", type=int, default=20, metavar="N", help="problems printed (20)"
+        "--threads", type=positive_int, default=2, metavar="N", help="of --check (2)"
     )
-    given = parser.parse_args()
-    if given.config is None and given.tokenizer_model is None:
-        parser.error("give --tokenizer-model or --config")
-    if given.samples < 1 or given.workers < 1:
-        parser.error("--samples and --workers must be at least 1")
-    return given
+    parser.renamed("--workers", "--threads")
+    parser.add_argument(
+        "--max-shown", type=natural_int, default=20, metavar="N", help="problems printed (20)"
+    )
+    return parser
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """0; 1 when --check found a problem; 2 when the input cannot be used."""
-    given = parse()
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if args.config is None and args.tokenizer_model is None:
+        parser.error("give --tokenizer-model or --config")
+    return run(lambda: _inspect(args))
+
+
+def _inspect(args: argparse.Namespace) -> int:
     from megatron_kosmosg.config.overwrites import refuse_to_overwrite
     from megatron_kosmosg.data.minute_lines import MinuteLines
     from megatron_kosmosg.data.store import SampleStore
@@ -61,37 +76,30 @@ def main() -> int:
         write_page,
     )
 
+    with tempfile.TemporaryDirectory() as scratch:
+        model = None if args.tokenizer_model is None else str(args.tokenizer_model)
+        config = inspection_config(args.prefix, args.config, model, args.seed, scratch)
+        store, tokenizer = SampleStore(args.prefix), Tokenizer(config.data.tokenizer_model)
+        store.check_tokenizer(tokenizer)
+        print(summary_text(store, tokenizer, args.seed))
+        if not args.no_page:
+            path = args.output or Path(f"{args.prefix}.html")
+            reads = [Path(f"{args.prefix}{end}") for end in (".bin", ".idx", ".json")]
+            reads += [Path(name) for name in (args.config, model) if name is not None]
+            refuse_to_overwrite([path], reads, "--output")
+            print(write_page(path, store, tokenizer, config, args.samples))
+    if not args.check:
+        return exit_codes.DONE
     problems = 0
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            config = inspection_config(
-                given.prefix, given.config, given.tokenizer_model, given.seed, scratch
-            )
-            store, tokenizer = SampleStore(given.prefix), Tokenizer(config.data.tokenizer_model)
-            store.check_tokenizer(tokenizer)
-            print(summary_text(store, tokenizer, given.seed))
-            if not given.no_page:
-                path = given.output or Path(f"{given.prefix}.html")
-                reads = [Path(f"{given.prefix}{end}") for end in (".bin", ".idx", ".json")]
-                given_files = [given.config, given.tokenizer_model]
-                reads += [Path(name) for name in given_files if name is not None]
-                refuse_to_overwrite([path], reads, "--output")
-                print(write_page(path, store, tokenizer, config, given.samples))
-        if given.check:
-            lines = MinuteLines(f"check {given.prefix}")
-            for problem in check_dataset(store, tokenizer, given.workers, lines):
-                problems += 1
-                if problems <= given.max_shown:
-                    at = "dataset" if problem.index is None else f"{problem.index} ({problem.key})"
-                    print(f"{at}: {problem.reason}")
-            print(f"check: {len(store):,} samples, {problems:,} problems")
-    except (ValueError, OSError) as error:
-        print(f"inspect_data: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("inspect_data: interrupted", file=sys.stderr)
-        return 130
-    return 1 if problems else 0
+    for problem in check_dataset(
+        store, tokenizer, args.threads, MinuteLines(f"check {args.prefix}")
+    ):
+        problems += 1
+        if problems <= args.max_shown:
+            at = "dataset" if problem.index is None else f"{problem.index} ({problem.key})"
+            print(f"{at}: {problem.reason}")
+    print(f"check: {len(store):,} samples, {problems:,} problems")
+    return exit_codes.FAILURE if problems else exit_codes.DONE
 
 
 if __name__ == "__main__":

@@ -6,59 +6,80 @@ import argparse
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+
+from megatron_kosmosg import exit_codes
+from megatron_kosmosg.command_line import (
+    CommandParser,
+    command_parser,
+    natural_int,
+    number_from_zero,
+    positive_number,
+    report,
+    run,
+)
 
 EPILOG = """\
 `node` looks at one node in a second and is started once on each; `network` is started like
 training, one process per GPU, and compares the nodes. Both name the node of a problem.
 
 examples:
-  srun --ntasks-per-node=1 python tools/preflight.py node --gpus 8 --folder /runs/x --free-gib 100
-  srun python tools/preflight.py network
-Exit codes: 0 fit; 1 not fit; 2 wrong arguments.
+  srun --ntasks-per-node=1 kosmosg preflight node --gpus 8 --folder /runs/x --free-gib 100
+  srun kosmosg preflight network
+Exit codes: 0 fit; 1 not fit; 2 wrong arguments; 130 interrupted.
 """
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def build_parser() -> CommandParser:
+    """The options of `node` and of `network`."""
+    parser = command_parser("preflight", __doc__, EPILOG)
     commands = parser.add_subparsers(dest="command", required=True)
     node = commands.add_parser("node", help="this node's GPUs and disk")
     node.add_argument("--gpus", type=_count, default=0, metavar="N", help="GPUs it must have (0)")
-    node.add_argument("--folder", type=Path, required=True, help="where the run will write")
-    node.add_argument("--free-gib", type=float, default=100, metavar="N", help="to be free (100)")
+    node.add_argument(
+        "--folder", type=Path, required=True, metavar="FOLDER", help="where the run will write"
+    )
+    node.add_argument(
+        "--free-gib", type=number_from_zero, default=100, metavar="N", help="to be free (100)"
+    )
     network = commands.add_parser("network", help="all-reduce speed inside and across nodes")
     network.add_argument(
         "--slow-share",
-        type=float,
+        type=number_from_zero,
         default=0.5,
         metavar="S",
         help="on GPUs a node slower than S x the median is unfit (0.5); 0 only reports",
     )
     network.add_argument(
-        "--timeout", type=float, default=180, metavar="S", help="seconds to meet all ranks (180)"
+        "--timeout",
+        type=positive_number,
+        default=180,
+        metavar="S",
+        help="seconds to meet all ranks (180)",
     )
-    return parser.parse_args()
+    return parser
 
 
-def main() -> int:
-    given = parse()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when the node, or all of them, are fit; 1 with what is wrong on stderr."""
+    args = build_parser().parse_args(arguments)
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    return check_node(given, node) if given.command == "node" else check_network(given, node)
+    check = check_node if args.command == "node" else check_network
+    return run(lambda: check(args, node))
 
 
-def check_node(given: argparse.Namespace, node: str) -> int:
+def check_node(args: argparse.Namespace, node: str) -> int:
     from megatron_kosmosg.monitoring.node_health import disk_problems, gpu_problems
 
-    problems = [*gpu_problems(given.gpus), *disk_problems(given.folder, given.free_gib)]
+    problems = [*gpu_problems(args.gpus), *disk_problems(args.folder, args.free_gib)]
     for problem in problems:
-        print(f"error: node {node}: {problem}", file=sys.stderr)
-    return int(bool(problems))
+        report(f"node {node}: {problem}")
+    return exit_codes.FAILURE if problems else exit_codes.DONE
 
 
-def check_network(given: argparse.Namespace, node: str) -> int:
+def check_network(args: argparse.Namespace, node: str) -> int:
     import torch.distributed as dist
 
     from megatron_kosmosg.config.errors import ConfigError
@@ -69,7 +90,7 @@ def check_network(given: argparse.Namespace, node: str) -> int:
     place = find_place(os.environ)
     device = choose_device(place)
     try:
-        timeout = timedelta(seconds=given.timeout)
+        timeout = timedelta(seconds=args.timeout)
         dist.init_process_group(
             collective_backend(device),
             store=meet(place, timeout),
@@ -80,9 +101,8 @@ def check_network(given: argparse.Namespace, node: str) -> int:
         measured = measure_bandwidth(node, device)
         dist.destroy_process_group()
     except (ConfigError, RuntimeError) as error:
-        print(f"error: node {node}, rank {place.rank}: {error}", file=sys.stderr)
-        return 1
-    slow = slow_nodes(measured.inside, given.slow_share)
+        return report(f"node {node}, rank {place.rank}: {error}", exit_codes.FAILURE)
+    slow = slow_nodes(measured.inside, args.slow_share)
     if place.rank == 0:
         if measured.inside:
             least = min(measured.inside, key=lambda name: measured.inside[name])
@@ -94,12 +114,13 @@ def check_network(given: argparse.Namespace, node: str) -> int:
             print(f"all-reduce over all {place.world_size} ranks: {measured.across:.3g} GB/s")
         for name, share in slow.items():
             print(f"node {name} is slow: {share:.0%} of the median", file=sys.stderr)
-    return int(bool(slow) and device.type != "cpu")  # ranks of a CPU disturb each other
+    # Ranks of a CPU disturb each other.
+    return exit_codes.FAILURE if slow and device.type != "cpu" else exit_codes.DONE
 
 
 def _count(text: str) -> int:
     """8, or Slurm's form h100:8."""
-    return int(text.rsplit(":", 1)[-1])
+    return natural_int(text.rsplit(":", 1)[-1])
 
 
 if __name__ == "__main__":

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from megatron_kosmosg import exit_codes
+from megatron_kosmosg.command_line import (
+    CommandParser,
+    add_tokenizer_model,
+    command_parser,
+    natural_int,
+    positive_int,
+    report,
+    run,
+)
 from megatron_kosmosg.data.kinds import KINDS
-from megatron_kosmosg.preprocess.counts import summary, verification
 from megatron_kosmosg.preprocess.inputs import FORMATS
-from megatron_kosmosg.preprocess.mpi_workers import choose_workers
 from megatron_kosmosg.preprocess.options import (
     DOCUMENT_BREAKS,
     MAX_IMAGE_PIXELS,
     VERIFICATIONS,
     Options,
 )
-from megatron_kosmosg.preprocess.progress import ProgressLine
-from megatron_kosmosg.preprocess.run import PreprocessJob, TooManyRejects, preprocess
+
+if TYPE_CHECKING:
+    from megatron_kosmosg.preprocess.run import PreprocessJob
 
 EPILOG = """\
 records, one JSON object a line; pictures are named relative to the folder of the JSONL file:
@@ -28,16 +39,16 @@ docs/data.md has the layouts of public datasets (img2dataset, MMC4, OBELICS, Ins
 authors' TSV files) that are read as they are, with a record of each.
 
 examples:
-  tools/preprocess_data.py --kind text --input 'corpus/*.jsonl' \\
+  kosmosg preprocess --kind text --input 'corpus/*.jsonl' \\
       --tokenizer-model sentencepiece.bpe.model --output-prefix data/text --workers 8
-  tools/preprocess_data.py --kind caption --input 'laion/000*.tar' --max-rejects 5000 \\
+  kosmosg preprocess --kind caption --input 'laion/000*.tar' --max-rejects 5000 \\
       --tokenizer-model sentencepiece.bpe.model --output-prefix data/laion --workers 8
-  mpirun -n 64 python tools/preprocess_data.py --kind caption --input 'laion/*.tar' \\
+  mpirun -n 64 kosmosg preprocess --kind caption --input 'laion/*.tar' \\
       --tokenizer-model sentencepiece.bpe.model --output-prefix data/laion --resume
 
 The output is the same for any number of workers and under MPI. Records that cannot be used go to
 PREFIX.rejects.jsonl with a reason each; an existing dataset of that name is replaced at the end.
-Exit codes: 0 done; 1 too many rejects; 2 wrong arguments or input; 130 interrupted.
+Exit codes: 0 done; 2 wrong arguments or input; 3 too many rejects; 130 interrupted.
 """
 
 
@@ -50,12 +61,9 @@ def _records() -> str:
     return "\n".join(lines)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EPILOG.format(records=_records()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def build_parser() -> CommandParser:
+    """The options, by what they are about."""
+    parser = command_parser("preprocess", __doc__, EPILOG.format(records=_records()))
     add = parser.add_argument
     add("--kind", choices=KINDS, required=True, help="what a record is")
     add(
@@ -66,18 +74,18 @@ def parse_arguments() -> argparse.Namespace:
         help="files, quoted globs, the authors' json/train.json, or the InstructPix2Pix folder",
     )
     add("--format", choices=FORMATS, default="auto", help="auto: by the ending of the name")
-    add("--tokenizer-model", required=True, metavar="SPM", help="SentencePiece model file")
+    add_tokenizer_model(parser, required=True)
     add("--output-prefix", required=True, metavar="P", help="path without an extension")
-    add("--workers", type=int, metavar="N", help="processes (1); not under mpirun or srun")
+    add("--workers", type=positive_int, metavar="N", help="processes (1); not under mpirun or srun")
     add("--resume", action="store_true", help="go on where a killed run of this command stopped")
     add(
         "--max-rejects",
-        type=int,
+        type=natural_int,
         default=100,
         metavar="N",
         help="fail when more records than this are left out (100)",
     )
-    add("--limit", type=int, metavar="N", help="read only the first N records")
+    add("--limit", type=positive_int, metavar="N", help="read only the first N records")
     add(
         "--field",
         action="append",
@@ -100,14 +108,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     pictures(
         "--max-image-pixels",
-        type=int,
+        type=positive_int,
         default=MAX_IMAGE_PIXELS,
         metavar="N",
         help="reject larger pictures by their header (%(default)s)",
     )
     pictures(
         "--min-image-side",
-        type=int,
+        type=positive_int,
         default=1,
         metavar="N",
         help="reject pictures whose shorter side has fewer pixels (1)",
@@ -117,67 +125,80 @@ def parse_arguments() -> argparse.Namespace:
     )
     documents = parser.add_argument_group("--kind interleaved").add_argument
     documents(
-        "--min-images", type=int, default=0, metavar="N", help="reject documents with fewer (0)"
+        "--min-images",
+        type=natural_int,
+        default=0,
+        metavar="N",
+        help="reject documents with fewer (0)",
     )
     documents(
-        "--max-images", type=int, metavar="N", help="keep only the first N pictures of a document"
+        "--max-images",
+        type=positive_int,
+        metavar="N",
+        help="keep only the first N pictures of a document",
     )
     documents(
         "--drop-bad-images",
         action="store_true",
         help="leave bad or missing pictures out instead of rejecting the document",
     )
-    return parser.parse_args()
+    return parser
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """0 when the dataset is complete, else a message on stderr and no new dataset."""
-    given = parse_arguments()
+    args = build_parser().parse_args(arguments)
+    return run(lambda: _preprocess(args), "interrupted; --resume goes on from here")
+
+
+def _preprocess(args: argparse.Namespace) -> int:
+    from megatron_kosmosg.preprocess.counts import summary, verification
+    from megatron_kosmosg.preprocess.mpi_workers import choose_workers
+    from megatron_kosmosg.preprocess.progress import ProgressLine
+    from megatron_kosmosg.preprocess.run import TooManyRejects, preprocess
+
+    workers = choose_workers(args.workers)
+    progress = ProgressLine() if workers.is_leader else lambda *_: None
     try:
-        workers = choose_workers(given.workers)
-        report = preprocess(
-            job_of(given), ProgressLine() if workers.is_leader else lambda *_: None, workers
-        )
-    except (ValueError, OSError) as error:
-        print(f"preprocess_data: {error}", file=sys.stderr)
-        return 1 if isinstance(error, TooManyRejects) else 2
-    except KeyboardInterrupt:
-        print("preprocess_data: interrupted; --resume goes on from here", file=sys.stderr)
-        return 130
+        made = preprocess(job_of(args), progress, workers)
+    except TooManyRejects as error:
+        return report(str(error), exit_codes.MISSED)
     if workers.is_leader:
-        print(summary(report.counts))
-        if report.counts.verified:
-            print(f"{verification(report.counts)}: --verify-images {given.verify_images}")
-        print(f"{given.output_prefix}: {given.kind}, {report.seconds:.1f} s")
-    return 0
+        print(summary(made.counts))
+        if made.counts.verified:
+            print(f"{verification(made.counts)}: --verify-images {args.verify_images}")
+        print(f"{args.output_prefix}: {args.kind}, {made.seconds:.1f} s")
+    return exit_codes.DONE
 
 
-def job_of(given: argparse.Namespace) -> PreprocessJob:
+def job_of(args: argparse.Namespace) -> PreprocessJob:
     """The job that the arguments ask for. Raises ValueError."""
-    for pair in given.field:
+    from megatron_kosmosg.preprocess.run import PreprocessJob
+
+    for pair in args.field:
         if not all(pair.partition("=")):
             raise ValueError(f"--field {pair} must be OURS=THEIRS, such as caption=title")
     options = Options(
-        verify_images=given.verify_images,
-        max_image_pixels=given.max_image_pixels,
-        min_image_side=given.min_image_side,
-        image_root=given.image_root,
-        fields=tuple((ours, theirs) for ours, _, theirs in (p.partition("=") for p in given.field)),
-        text_documents=given.text_documents,
-        min_images=given.min_images,
-        max_images=given.max_images,
-        drop_bad_images=given.drop_bad_images,
+        verify_images=args.verify_images,
+        max_image_pixels=args.max_image_pixels,
+        min_image_side=args.min_image_side,
+        image_root=args.image_root,
+        fields=tuple((ours, theirs) for ours, _, theirs in (p.partition("=") for p in args.field)),
+        text_documents=args.text_documents,
+        min_images=args.min_images,
+        max_images=args.max_images,
+        drop_bad_images=args.drop_bad_images,
     )
     return PreprocessJob(
-        given.kind,
-        tuple(given.input),
-        given.tokenizer_model,
-        given.output_prefix,
-        max_rejects=given.max_rejects,
-        limit=given.limit,
-        format=given.format,
+        args.kind,
+        tuple(args.input),
+        str(args.tokenizer_model),
+        args.output_prefix,
+        max_rejects=args.max_rejects,
+        limit=args.limit,
+        format=args.format,
         options=options,
-        resume=given.resume,
+        resume=args.resume,
     )
 
 

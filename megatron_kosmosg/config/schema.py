@@ -100,7 +100,7 @@ class BlendEntry:
     """One dataset of a mixture."""
 
     path: str = "???"
-    """Prefix of the `.bin/.idx` pair written by tools/preprocess_data.py."""
+    """Prefix of the `.bin/.idx` pair written by `kosmosg preprocess`."""
     weight: float = 1.0
     """Relative share of the mixture: rows in `pretrain`, samples elsewhere."""
     kind: str | None = None
@@ -138,7 +138,7 @@ class DataConfig:
     background_keep_prob: float = 0.5
     """Probability that an entity picture keeps its background instead of white."""
     latent_cache: str | None = None
-    """Name of the VAE moments of target images that tools/cache_latents.py left beside each
+    """Name of the VAE moments of target images that `kosmosg cache-latents` left beside each
     dataset of data.blend (`instruct`); null encodes the images while training."""
     max_bad_images: int = 100
     """Undecodable images, over all ranks and restarts, above which the run stops."""

@@ -49,7 +49,7 @@ def validate_files(config: RunConfig, facts: StageFacts) -> None:
                 if not Path(entry.path + suffix).is_file():
                     raise ConfigError(
                         f"{section}.{name}.path={entry.path}: {entry.path}{suffix} does not "
-                        "exist; write the dataset with tools/preprocess_data.py or correct the "
+                        "exist; write the dataset with `kosmosg preprocess` or correct the "
                         "prefix (it has no suffix)"
                     )
     for key in facts.folders:

@@ -1,4 +1,4 @@
-"""The built records: a tar file for each shard, as `preprocess_data.py --kind compositional` reads
+"""The built records: a tar file for each shard, as `kosmosg preprocess --kind compositional` reads
 it. One file instead of thousands suits parallel file systems, and it is there whole or not at all.
 
 NUMBER.json {"caption", "image", "entities": [{"text", "span", "image", "mask"}], "source"},

@@ -16,6 +16,12 @@ from megatron_kosmosg.files import exclusive, replacing, write_json
 
 Row = dict[str, Any]
 SETTINGS_FILE = "settings.json"
+_CALLED_TODAY = {
+    "--precision": "--dtype",
+    "--picture-size": "--image-size",
+    "--picture-format": "--image-format",
+}
+"""Options by the names that settings files know them under, which stay so that an old one fits."""
 
 
 def rejected_row(key: str, rejected: Rejected) -> Row:
@@ -40,7 +46,7 @@ class StepFolder:
                 return
             before = json.loads(stored.read_text(encoding="utf-8"))
         changed = [
-            f"{name}: {before.get(name)} -> {settings.get(name)}"
+            f"{_CALLED_TODAY.get(name, name)}: {before.get(name)} -> {settings.get(name)}"
             for name in sorted(before.keys() | settings.keys())
             if before.get(name) != settings.get(name)
         ]

@@ -1,4 +1,4 @@
-"""One run of tools/build_instruct_data.py in one process: from what it is given to its steps."""
+"""One run of `kosmosg build-data` in one process: from what it is given to its steps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MASK_TYPE, MASK_EXAMPLE = "clipseg", "CIDAS/clipseg-rd64-refined"
 
 @dataclass(frozen=True)
 class BuildJob:
-    """See the options of tools/build_instruct_data.py."""
+    """See the options of `kosmosg build-data`."""
 
     inputs: list[str]
     output: Path

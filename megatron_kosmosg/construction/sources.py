@@ -1,6 +1,6 @@
 """Where pictures come from: a folder, Open Images with its list, or what `--kind caption` reads.
 
-Everything is read through the readers of tools/preprocess_data.py or two more in their manner, so
+Everything is read through the readers of `kosmosg preprocess` or two more in their manner, so
 that what is wrong with a picture has one name everywhere.
 """
 

@@ -104,7 +104,7 @@ class StableDiffusion:
         path = self._folder / part / file
         if not path.is_file():
             raise ConversionError(
-                f"no {path}; --sd takes a Stable Diffusion folder in diffusers' layout, with "
+                f"no {path}; --stable-diffusion takes a folder in diffusers' layout, with "
                 "unet/, vae/ and scheduler/"
             )
         return read_json(path)

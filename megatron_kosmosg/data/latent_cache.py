@@ -92,7 +92,7 @@ class LatentCache:
         and where it was made from something else, naming what."""
         prefix = latent_prefix(store.prefix, name)
         manifest_path = Path(f"{prefix}.json")
-        advice = f"run tools/cache_latents.py --name {name}, or set data.latent_cache=null"
+        advice = f"run `kosmosg cache-latents --name {name}`, or set data.latent_cache=null"
         if not manifest_path.exists():
             raise ValueError(f"data.latent_cache={name}: no finished cache at {prefix}; {advice}")
         self.manifest = LatentManifest.read(manifest_path)

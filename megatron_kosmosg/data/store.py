@@ -45,7 +45,7 @@ class SampleStore:
         if missing:
             raise FileNotFoundError(
                 f"no dataset at {prefix}: {' and '.join(missing)} missing; write it with "
-                "tools/preprocess_data.py or correct data.blend.NAME.path"
+                "`kosmosg preprocess` or correct data.blend.NAME.path"
             )
         self.manifest: Manifest | None = None
         """None for a token dataset that another tool wrote."""

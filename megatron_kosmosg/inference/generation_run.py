@@ -1,4 +1,4 @@
-"""One run of tools/generate.py on one rank: settings, the model when it is needed, progress."""
+"""One run of `kosmosg generate` on one rank: settings, the model when it is needed, progress."""
 
 from __future__ import annotations
 

@@ -59,12 +59,14 @@ def find_model(
         named = load_saved_config(folder / CONFIG_FILE).model.diffusion.path
         if named is None:
             raise ConfigError(
-                f"{folder} names no Stable Diffusion folder (model.diffusion.path); give --sd"
+                f"{folder} names no Stable Diffusion folder (model.diffusion.path); give "
+                "--stable-diffusion"
             )
         stable_diffusion = Path(named)
     if stable_diffusion is not None and not (stable_diffusion / "unet").is_dir():
         raise ConfigError(
-            f"{stable_diffusion} is no Stable Diffusion folder (unet/ vae/ scheduler/); give --sd"
+            f"{stable_diffusion} is no Stable Diffusion folder (unet/ vae/ scheduler/); give one "
+            "with --stable-diffusion"
         )
     for file, _ in loras:
         if not file.is_file():

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.data.bad_images import TooManyBadImages
 
 FAILURE_FILE = "failure.txt"
 
@@ -86,7 +87,7 @@ def exit_code_of(error: BaseException) -> int:
     """The code with which a rank of training that raised `error` ends."""
     if isinstance(error, KeyboardInterrupt):
         return exit_codes.INTERRUPTED
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, (FloatingPointError, TooManyBadImages)):
         return exit_codes.MISSED
     return exit_codes.BAD_INPUT if _explains_itself(error) else exit_codes.FAILURE
 

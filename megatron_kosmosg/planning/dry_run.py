@@ -95,7 +95,7 @@ def per_rank_table(config: RunConfig, world: WorldLayout, counts: ModelCounts) -
 
 
 def memory_section(config: RunConfig, world: WorldLayout, counts: ModelCounts) -> str:
-    """Peak of each kind of rank, as `tools/plan.py` reckons it."""
+    """Peak of each kind of rank, as `kosmosg plan` reckons it."""
     if config.parallel.virtual_pipeline_model_parallel_size is not None:
         return "not planned for interleaved stages"
     batches = micro_batches(config, num_microbatches(config, world.num_replicas))

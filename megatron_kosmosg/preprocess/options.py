@@ -19,7 +19,7 @@ MAX_IMAGE_PIXELS = 89_478_485
 
 @dataclass(frozen=True)
 class Options:
-    """See the options of tools/preprocess_data.py."""
+    """See the options of `kosmosg preprocess`."""
 
     verify_images: Verification = "decode"
     """"header" does not notice a truncated file."""

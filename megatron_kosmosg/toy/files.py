@@ -3,7 +3,7 @@
 Training records show no held-out combination; held-out records show only such, except for what an
 edit leads to. A held-out record also states the truth: `scene` (its target picture, else its
 picture) or `scenes` (its pictures in order). `heldout/prompts.jsonl` asks for the first of them in
-the form tools/generate.py reads: the entities as pictures only.
+the form `kosmosg generate` reads: the entities as pictures only.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def toy_output(world, tmp_path_factory, tool) -> Path:
         [
             *("--input", str(world / "pictures"), "--output", str(output), "--captions", file),
             *("--entities", file, "--masks", file, "--min-entity-side", "4"),
-            *("--picture-format", "png", "--shard-size", "3", "--batch-size", "2"),
+            *("--image-format", "png", "--shard-size", "3", "--batch-size", "2"),
         ]
     )
     assert code == 0
@@ -202,7 +202,7 @@ def arguments_of(asked: BuildJob) -> list[str]:
     return [
         *("--input", *asked.inputs, "--output", str(asked.output)),
         *("--captions", asked.captions, "--entities", str(asked.entities)),
-        *("--masks", str(asked.masks), "--min-entity-side", "4", "--picture-format", "png"),
+        *("--masks", str(asked.masks), "--min-entity-side", "4", "--image-format", "png"),
         *("--shard-size", "3", "--batch-size", "2"),
     ]
 

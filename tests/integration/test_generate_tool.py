@@ -36,7 +36,7 @@ from tests.support.tiny_models import replace_section, tiny_config, write_stable
 from tests.support.tiny_pipeline import picture
 from tools import generate
 
-DRAWING = ("--steps", "4", "--guidance", "3", "--scheduler", "dpm++")
+DRAWING = ("--steps", "4", "--guidance-scale", "3", "--scheduler", "dpm++")
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_an_export_draws_with_another_stable_diffusion(files, pipeline, capsys):
     shutil.copytree(files / "sd", files / "other-sd")
     path = files / "other-sd" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: 0.9 * value for name, value in load_file(path).items()}, path)
-    asked = ["--prompt", "a cross", "--sd", str(files / "other-sd"), *DRAWING]
+    asked = ["--prompt", "a cross", "--stable-diffusion", str(files / "other-sd"), *DRAWING]
     asked += ["--output", str(files / "swapped"), "--sheet-rows", "0"]
     assert generate.main(["--model", str(files / "exported"), *asked]) == 0
     (found,) = pixels(files / "swapped").values()
@@ -302,7 +302,10 @@ def test_loras(files):
         (["--prompts", "none.jsonl"], "no file none.jsonl"),
         (["--prompts", "{files}/cat.png"], "cannot be read"),
         (["--prompt", "a", "--model", "none"], "no exported folder.*no finished checkpoint"),
-        (["--prompt", "a", "--model", "{files}/run", "--sd", "none"], "no Stable Diffusion folder"),
+        (
+            ["--prompt", "a", "--model", "{files}/run", "--stable-diffusion", "none"],
+            "no Stable Diffusion folder",
+        ),
         (["--prompt", "a", "--lora", "none"], "--lora none: no such file"),
         (["--prompt", "a", "--controlnet", "none"], "--controlnet none: no config.json"),
         (["--prompt", "a", "--controlnet", "{files}/sd/unet"], "needs a control image"),
@@ -310,7 +313,7 @@ def test_loras(files):
         (["--prompt", "a", "--device", "abacus"], "--device abacus: "),
         (["--prompt", "a", "--height", "12"], "height 12 is not a multiple of 8"),
         (["--prompt", "red " * 50], "the prompt takes 51 positions"),
-        (["--prompt", "a", "--negative", "red " * 50], "negative prompt takes 51 positions"),
+        (["--prompt", "a", "--negative-prompt", "red " * 50], "negative prompt takes 51 positions"),
         (["--prompt", "a", "--lora", "{files}/cat.png"], "--lora .*cat.png cannot be opened"),
         (["--prompt", "a", "--model", "{files}/truncated"], "no whole safetensors file"),
     ],
@@ -358,8 +361,8 @@ def truncate(source: Path, target: Path) -> None:
         (["--content", "[]", "--image", "b"], "--image belongs to --prompt"),
         (["--prompt", "a", "--lora", "b", "--lora-scale", "1", "--lora-scale", "2"], "2 --lora-sc"),
         (["--prompt", "a", "--control-image", "b"], "needs --controlnet"),
-        (["--prompt", "a", "--num-images", "0"], "0 is less than 1"),
-        (["--prompt", "a", "--guidance", "nan"], "nan is not a number"),
+        (["--prompt", "a", "--num-images", "0"], "0 is not a whole number from 1"),
+        (["--prompt", "a", "--guidance-scale", "nan"], "nan is not a number"),
     ],
 )
 def test_options_that_contradict(capsys, arguments, message):

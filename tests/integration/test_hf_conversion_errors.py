@@ -39,7 +39,12 @@ def test_a_pretrain_checkpoint_is_sent_to_export_mllm(converted, tmp_path) -> No
         ("unet", "config.json", {"in_channels": 9}, "9 channels, the VAE makes 4"),
         ("text_encoder", "config.json", {"max_position_embeddings": 77}, "77 positions .* makes 7"),
         ("vae", "config.json", {"_class_name": "VQModel"}, "a AutoencoderKL is needed"),
-        ("scheduler", "scheduler_config.json", None, "scheduler_config.json; --sd takes"),
+        (
+            "scheduler",
+            "scheduler_config.json",
+            None,
+            "scheduler_config.json; --stable-diffusion takes",
+        ),
         (
             "scheduler",
             "scheduler_config.json",

@@ -252,7 +252,7 @@ def test_mpi_errors_end_all_ranks(folder, tmp_path):
         env=environment(),
         timeout=120,
     )
-    assert too_many.returncode == 1 and "--max-rejects allows 3" in too_many.stderr
+    assert too_many.returncode == 3 and "--max-rejects allows 3" in too_many.stderr
     assert not Path(f"{tmp_path}/out.json").exists()
     workers = subprocess.run(
         [*command, "--workers", "2"], capture_output=True, text=True, env=environment(), timeout=120

@@ -71,7 +71,7 @@ def test_tool_ends_with_an_error_and_no_dataset_when_too_many_are_rejected(tmp_p
         *("--kind", "text", "--input", str(source), "--tokenizer-model", str(model)),
         *("--output-prefix", str(prefix), "--max-rejects", "1"),
     )
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "2 records rejected, --max-rejects allows 1" in done.stderr
     assert "empty text" in done.stderr and "Traceback" not in done.stderr
     assert not Path(f"{prefix}.bin").exists() and not Path(f"{prefix}.json").exists()

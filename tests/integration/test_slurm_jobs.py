@@ -54,7 +54,7 @@ def test_three_stages_and_an_evaluation_each_after_the_one_before(slurm, data, t
     frozen = str(assets.path() / "stable-diffusion")
     kinds = ("compositional", "edit", "caption")
     prefixes = [str(data / "data" / "train" / kind) for kind in kinds]
-    options = ("--stable-diffusion", frozen, "--workers", "1", "--image-size")
+    options = ("--stable-diffusion", frozen, "--threads", "1", "--image-size")
     tool = (*prefixes, *options, "32")
     caching = submit(slurm, "cache_latents", tmp_path, "--", *tool, **here)
     tool = (prefixes[0], *options, "512", "--batch-size", "1", "--name", "large")

@@ -28,7 +28,7 @@ def test_verify_passes_and_fails(converted, monkeypatch, capsys, tmp_path) -> No
     name = "text_model.model.layers.1.self_attn.v_proj.bias"
     # One of 32 numbers: the same shift of all would vanish in the LayerNorm that follows.
     edit_weights(tmp_path / "hf", lambda weights: weights[name][3].add_(0.01))
-    assert call(monkeypatch, "verify", "--a", converted.exported, "--b", tmp_path / "hf") == 1
+    assert call(monkeypatch, "verify", "--a", converted.exported, "--b", tmp_path / "hf") == 3
     assert "DIFFERENT" in capsys.readouterr().out
     assert call(monkeypatch, "verify", "--a", converted.run, "--b", tmp_path / "no") == 2
     assert "no finished checkpoint" in capsys.readouterr().err
@@ -54,7 +54,16 @@ def test_models_of_other_sizes_are_not_compared(converted, monkeypatch, capsys, 
 
 def test_the_tool_exports_and_imports(converted, monkeypatch, capsys, tmp_path) -> None:
     hf, back = tmp_path / "hf", tmp_path / "back"
-    given = ["--input", converted.run, "--output", hf, "--sd", converted.sd, "--dtype", "bf16"]
+    given = [
+        "--input",
+        converted.run,
+        "--output",
+        hf,
+        "--stable-diffusion",
+        converted.sd,
+        "--dtype",
+        "bf16",
+    ]
     assert call(monkeypatch, "export-hf", *given) == 0
     assert call(monkeypatch, "import-hf", "--input", hf, "--output", back) == 0
     assert str(back / "iter_0000000") in capsys.readouterr().out

@@ -19,8 +19,9 @@ NAME = "megatron_kosmosg"
 
 LAYERS = (
     "files",
-    "unusable_packages",
     "exit_codes",
+    "command_line",
+    "unusable_packages",
     "config",
     "hf",
     "data",
@@ -42,6 +43,7 @@ LAYERS = (
     "planning",
     "cli",
     "train",
+    "__main__",
 )
 """Each may import itself and what stands before it."""
 

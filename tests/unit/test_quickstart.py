@@ -91,6 +91,15 @@ def test_a_failure_names_the_step_and_shows_the_end_of_its_log(tmp_path):
         run([bad], tmp_path)
 
 
+def test_a_verdict_is_no_failure_of_the_step_that_gives_it(tmp_path):
+    judged = Step("judged", "judged", script("raise SystemExit(3)"), (), 1.0, accepts=(0, 3))
+    run([judged, *chain(tmp_path)], tmp_path)
+    assert (tmp_path / "b").is_file()
+    steps = {step.name: step for step in plan(REPOSITORY, tmp_path, fast=False, ablations=False)}
+    assert [name for name, step in steps.items() if 3 in step.accepts] == ["evaluate"]
+    assert [step.accepts for step in steps.values()].count((0,)) == len(steps) - 1
+
+
 def test_a_failure_leaves_out_what_the_launcher_says(tmp_path):
     noise = "E1 torch/distributed/elastic/multiprocessing/api.py: failed (exitcode: 1)"
     lines = ("print('error: the cause')", f"print({noise!r})", "print('noise')", "exit(1)")
@@ -265,8 +274,10 @@ def test_the_table_marks_misses_and_missing_values():
     [
         (["--help"], 0, "usage"),
         (["--no-such-option"], 2, "unknown option: --no-such-option"),
-        (["--out"], 2, "--out needs a folder"),
-        (["--out", "/proc/none"], 1, "cannot make the folder"),
+        (["--output"], 2, "--output needs a folder"),
+        (["--output", "/proc/none"], 2, "cannot make the folder /proc/none"),
+        (["--out", "/proc/none"], 2, "note: --out is called --output today"),
+        (["--out=/proc/none"], 2, "cannot make the folder /proc/none"),
     ],
 )
 def test_the_script_refuses_bad_arguments_before_installing(arguments, code, message):

@@ -13,7 +13,8 @@ import pytest
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
-from megatron_kosmosg.data.bad_images import check_bad_images
+from megatron_kosmosg.data.bad_images import TooManyBadImages
+from megatron_kosmosg.data.blend import Blend
 from megatron_kosmosg.monitoring import signals
 from megatron_kosmosg.monitoring.failure import exit_code_of, forget_failure, report_failure
 from megatron_kosmosg.monitoring.signals import STOP_SIGNALS, StopRequest
@@ -107,8 +108,9 @@ def test_an_error_about_the_input_is_one_line_and_the_file_has_the_traceback(tmp
 
 
 def own_error() -> Exception:
-    with pytest.raises(ValueError, match="allows 3") as caught:
-        check_bad_images(4, 3)
+    """A ValueError that our code raises about an input, without a class of its own."""
+    with pytest.raises(ValueError, match="mixture is empty") as caught:
+        Blend({})
     return caught.value
 
 
@@ -117,6 +119,7 @@ def own_error() -> Exception:
     [
         (lambda: ConfigError("data.blend.x.path does not exist"), exit_codes.BAD_INPUT),
         (own_error, exit_codes.BAD_INPUT),
+        (lambda: TooManyBadImages("4 undecodable images so far"), exit_codes.MISSED),
         (lambda: FloatingPointError("100 updates in a row"), exit_codes.MISSED),
         (KeyboardInterrupt, exit_codes.INTERRUPTED),
         (lambda: raised("of a library, or a mistake of ours"), exit_codes.FAILURE),

@@ -149,7 +149,7 @@ def test_the_tool_reuses_a_finished_world_and_refuses_bad_sizes(world):
     again = run("--output", str(world), "--size", "24", "--seed", "3")
     assert again.returncode == 0 and "left as it is" in again.stdout
     bad = run("--output", str(world), "--size", "0")
-    assert bad.returncode == 1 and "size=0" in bad.stderr and "Traceback" not in bad.stderr
+    assert bad.returncode == 2 and "--size: 0" in bad.stderr and "Traceback" not in bad.stderr
 
 
 def test_prompts_name_entities_by_their_pictures_only(world):

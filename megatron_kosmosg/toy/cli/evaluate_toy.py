@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
-from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.config.load import load_saved_config
+from megatron_kosmosg import exit_codes
+from megatron_kosmosg.command_line import (
+    CommandParser,
+    add_seed,
+    command_parser,
+    number_from_zero,
+    positive_int,
+    run,
+)
 from megatron_kosmosg.files import write_json
-from megatron_kosmosg.inference.trained_model import TrainedModel, one_process
-from megatron_kosmosg.models.diffusion import load_diffusion
-from megatron_kosmosg.toy.judging.toy_drawing import Sampling
-from megatron_kosmosg.toy.judging.toy_results import Results, ToyResults
-from megatron_kosmosg.toy.judging.toy_text_encoder import TextEncoderModel
-from megatron_kosmosg.toy.judging.toy_words import word_rows
+
+if TYPE_CHECKING:
+    from megatron_kosmosg.toy.judging.toy_results import Results
+
+EPILOG = """\
+example:
+  kosmosg evaluate toy --run pretrain=runs/q/pretrain --run align=runs/q/align \\
+      --run instruct=runs/q/instruct --output runs/q/evaluation
+
+Exit codes: 0 all thresholds are met; 2 wrong arguments or runs that cannot be read; 3 a threshold
+is missed, as the table shows; 130 interrupted.
+"""
 
 
-def parse() -> argparse.Namespace:
+def build_parser() -> CommandParser:
     """The command line; runs are still NAME=FOLDER."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example: tools/evaluate_toy.py --run pretrain=runs/q/pretrain "
-        "--run align=runs/q/align --run instruct=runs/q/instruct --output runs/q/evaluation",
-    )
+    parser = command_parser("evaluate toy", __doc__, EPILOG)
     parser.add_argument(
         "--run",
         action="append",
@@ -32,20 +42,42 @@ def parse() -> argparse.Namespace:
         metavar="NAME=FOLDER",
         help="pretrain, align, instruct, or any other name for a further variant of instruct",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--count", type=int, default=64, help="held-out prompts per cell")
-    parser.add_argument("--seed", type=int, default=0, help="draws prompts and start noise")
-    parser.add_argument("--steps", type=int, default=8, help="sampling steps")
-    parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="for the results"
+    )
+    parser.add_argument(
+        "--count", type=positive_int, default=64, metavar="N", help="held-out prompts a cell (64)"
+    )
+    add_seed(parser, "draws prompts and start noise")
+    parser.add_argument(
+        "--steps", type=positive_int, default=8, metavar="N", help="of the sampler (8)"
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=number_from_zero,
+        default=2.0,
+        metavar="W",
+        help="how closely to follow the prompt (2)",
+    )
+    parser.renamed("--guidance", "--guidance-scale")
     parser.add_argument("--fast", action="store_true", help="8 prompts a cell, no thresholds")
-    return parser.parse_args()
+    return parser
 
 
-def evaluate(arguments: argparse.Namespace) -> Results:
+def evaluate(args: argparse.Namespace) -> Results:
     """Rows and sheets of all runs. Raises ConfigError for a run without a finished checkpoint."""
-    runs = dict(entry.split("=", 1) for entry in arguments.run)
-    count = 8 if arguments.fast else arguments.count
-    sampling = Sampling(arguments.steps, arguments.guidance, arguments.seed)
+    from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
+    from megatron_kosmosg.config.load import load_saved_config
+    from megatron_kosmosg.inference.trained_model import TrainedModel, one_process
+    from megatron_kosmosg.models.diffusion import load_diffusion
+    from megatron_kosmosg.toy.judging.toy_drawing import Sampling
+    from megatron_kosmosg.toy.judging.toy_results import ToyResults
+    from megatron_kosmosg.toy.judging.toy_text_encoder import TextEncoderModel
+    from megatron_kosmosg.toy.judging.toy_words import word_rows
+
+    runs = dict(entry.split("=", 1) for entry in args.run)
+    count = 8 if args.fast else args.count
+    sampling = Sampling(args.steps, args.guidance_scale, args.seed)
     last = find_checkpoint(Path(runs["instruct"]))
     config = load_saved_config(last / CONFIG_FILE)
     with one_process(config) as layout:
@@ -53,11 +85,11 @@ def evaluate(arguments: argparse.Namespace) -> Results:
         for name, folder in runs.items():
             print(f"loading {name} from {folder}", flush=True)
             models[name] = TrainedModel(Path(folder), layout)
-        toy = ToyResults(load_diffusion(config, layout.device), sampling, count, not arguments.fast)
+        toy = ToyResults(load_diffusion(config, layout.device), sampling, count, not args.fast)
         if "pretrain" in models:
             print("pretrain: words", flush=True)
             toy.results.rows.extend(
-                word_rows(models["pretrain"], arguments.seed, 4 * count, not arguments.fast)
+                word_rows(models["pretrain"], args.seed, 4 * count, not args.fast)
             )
         if "align" in models:
             print("align: words to pictures", flush=True)
@@ -87,25 +119,25 @@ def write(results: Results, output: Path) -> None:
         write_json(output / name, content)
 
 
-def main() -> int:
-    """0, also when a threshold is missed, which the table shows; 2 for runs that cannot be read."""
-    arguments = parse()
-    if not all("=" in entry for entry in arguments.run) or not any(
-        entry.startswith("instruct=") for entry in arguments.run
-    ):
-        print("error: give runs as --run NAME=FOLDER, among them instruct=...", file=sys.stderr)
-        return 2
-    try:
-        results = evaluate(arguments)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    write(results, arguments.output)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0; 2 for runs that cannot be read; 3 when a threshold is missed."""
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    names = [name for name, equals, folder in (r.partition("=") for r in args.run) if folder]
+    if len(names) < len(args.run) or "instruct" not in names:
+        parser.error("give runs as --run NAME=FOLDER, among them instruct=...")
+    return run(lambda: _evaluate(args))
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    results = evaluate(args)
+    write(results, args.output)
     for row in results.rows:
         mark = {None: " ", True: "ok", False: "MISSED"}[row.passed]
         limit = "" if row.threshold is None else f"{row.direction} {row.threshold:g}"
         print(f"{row.group:14} {row.name:58} {row.value:8.3f} {limit:9} {mark}")
-    return 0
+    is_missed = any(row.passed is False for row in results.rows)
+    return exit_codes.MISSED if is_missed else exit_codes.DONE
 
 
 if __name__ == "__main__":

@@ -1,25 +1,37 @@
-"""Writes OUT/report.html, one self-contained page, from a quickstart's output folder."""
+"""Writes FOLDER/report.html, one self-contained page, from a quickstart's output folder."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_kosmosg.toy.report.page import write_report
+from megatron_kosmosg import exit_codes
+from megatron_kosmosg.command_line import CommandParser, command_parser, run
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0 when the page is written, 1 (message on stderr) when it could not be."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the quickstart")
-    given = parser.parse_args(arguments)
-    try:
-        print(write_report(given.out))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def build_parser() -> CommandParser:
+    """The one option."""
+    parser = command_parser("toy make-report", __doc__)
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="folder of the quickstart"
+    )
+    parser.renamed("--out", "--output")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when the page is written, 2 (message on stderr) when the folder has not what it needs."""
+    args = build_parser().parse_args(arguments)
+    return run(lambda: _report(args))
+
+
+def _report(args: argparse.Namespace) -> int:
+    from megatron_kosmosg.toy.report.page import write_report
+
+    print(write_report(args.output))
+    return exit_codes.DONE
 
 
 if __name__ == "__main__":

@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from megatron_kosmosg.toy.files import World, is_complete, write_world
+from megatron_kosmosg import exit_codes
+from megatron_kosmosg.command_line import (
+    CommandParser,
+    add_seed,
+    command_parser,
+    positive_int,
+    run,
+)
 
 EPILOG = """\
-KIND is text, caption, interleaved, compositional or edit; tools/preprocess_data.py --help shows
-their fields. The same size and seed give the same files. A finished world of that size and seed
-is left as it is; another one in the same folder is replaced when the new one is complete.
+KIND is text, caption, interleaved, compositional or edit; `kosmosg preprocess --help` shows their
+fields. The same size and seed give the same files. A finished world of that size and seed is left
+as it is; another one in the same folder is replaced when the new one is complete.
 """
 
 
@@ -36,28 +42,39 @@ class ProgressLine:
         print(("\r\x1b[K" if self._terminal else "") + line, end=end, file=sys.stderr, flush=True)
 
 
-def main() -> int:
-    """0 when the world is there, 1 (message on stderr) when it could not be written."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+def build_parser() -> CommandParser:
+    """The options."""
+    parser = command_parser("toy make-world", __doc__, EPILOG)
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="folder to write"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--size", type=int, default=4000, metavar="N", help="scenes (4000)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="decides all draws (0)")
-    given = parser.parse_args()
+    parser.add_argument(
+        "--size", type=positive_int, default=4000, metavar="N", help="scenes (4000)"
+    )
+    add_seed(parser, "decides all draws")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when the world is there, 2 (message on stderr) when it could not be written."""
+    args = build_parser().parse_args(arguments)
+    return run(lambda: _make(args), "interrupted; the same command begins it anew")
+
+
+def _make(args: argparse.Namespace) -> int:
+    import torch
+
+    from megatron_kosmosg.toy.files import World, is_complete, write_world
+
     torch.set_num_threads(1)
     started = time.monotonic()
-    try:
-        world = World(given.size, given.seed)
-        if is_complete(given.output, world):
-            print(f"{given.output}: complete, left as it is")
-            return 0
-        write_world(given.output, world, ProgressLine())
-    except (ValueError, OSError) as error:
-        print(f"make_toy_world: {error}", file=sys.stderr)
-        return 1
-    print(f"{given.output}: {given.size} scenes, {time.monotonic() - started:.1f} s")
-    return 0
+    world = World(args.size, args.seed)
+    if is_complete(args.output, world):
+        print(f"{args.output}: complete, left as it is")
+        return exit_codes.DONE
+    write_world(args.output, world, ProgressLine())
+    print(f"{args.output}: {args.size} scenes, {time.monotonic() - started:.1f} s")
+    return exit_codes.DONE
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def read_inputs(out: Path) -> ReportInputs:
             Picture(
                 path=sheet,
                 title="Drawn by the exported pipeline",
-                caption="Held-out prompts, four starts each, with tools/generate.py from export/, "
+                caption="Held-out prompts, four starts each, with kosmosg generate from export/, "
                 "the diffusers folder made of the last checkpoint.",
             )
         )

@@ -34,15 +34,15 @@ _NEXT = """
 <h3>Your own data</h3>
 <p>The commands above are the ones for real data too. Write one JSON line per sample, as in
 <code>world/train/*.jsonl</code> of this folder, then:</p>
-<pre><code>python tools/preprocess_data.py --kind caption --input captions.jsonl \\
+<pre><code>kosmosg preprocess --kind caption --input captions.jsonl \\
     --tokenizer-model sentencepiece.bpe.model --output-prefix /data/caption --workers 16
-python -m megatron_kosmosg.train --config my_pretrain.yaml \\
+kosmosg train --config my_pretrain.yaml \\
     data.blend.caption.path=/data/caption</code></pre>
 <h3>Full size on 256 GPUs</h3>
 <p><code>examples/configs/{pretrain,align,instruct}_256gpu.yaml</code> hold the paper's sizes and
 hyper-parameters. The dry run prints the resolved settings, what each rank holds, parameter counts
 and the batch arithmetic, on any machine. No GPU run has been made for this page.</p>
-<pre><code>python -m megatron_kosmosg.train \\
+<pre><code>kosmosg train \\
     --config examples/configs/instruct_256gpu.yaml --dry-run</code></pre>
 <h3>diffusers</h3>
 <p><code>export/</code> in this run's folder is a diffusers pipeline: <code>mllm/</code> a stock

@@ -1,0 +1,240 @@
+"""What every command shares: its parser, the types of its options, and how an error ends it.
+
+An error is one `error:` line on stderr and an exit code of exit_codes.py. An option that was called
+otherwise once is still taken under its old name, with a note.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_kosmosg import exit_codes
+
+DTYPES = ("fp32", "bf16", "fp16")
+MAX_SEED = 2**64 - 1
+"""What torch's generators take."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a command, and of each of its subcommands."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self.old_spellings: dict[str, str] = {}
+        """Option as it was called -> as it is called now."""
+
+    def renamed(self, old: str, new: str) -> None:
+        """Takes `old` for the option `new`; --help does not show it."""
+        self.old_spellings[old] = new
+
+    def parse_known_args(self, args=None, namespace=None):  # noqa: ANN001, ANN201 - argparse's own
+        return super().parse_known_args(self._in_new_spelling(args), namespace)
+
+    def parse_known_intermixed_args(self, args=None, namespace=None):  # noqa: ANN001, ANN201
+        return super().parse_known_intermixed_args(self._in_new_spelling(args), namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process: the arguments cannot be used."""
+        advice = f"{self.prog} --help shows what can be given"
+        wrong = message.removeprefix("unrecognized arguments: ")
+        if wrong != message:
+            advice = self._nearest(wrong.split()[0]) or advice
+        sys.exit(report(f"{message}; {advice}"))
+
+    def _in_new_spelling(self, given: Sequence[str] | None) -> list[str]:
+        words = list(sys.argv[1:] if given is None else given)
+        for i, word in enumerate(words):
+            if word == "--":
+                break
+            name, equals, value = word.partition("=")
+            if name in self.old_spellings:
+                new = self.old_spellings[name]
+                note(f"{name} is called {new} today")
+                words[i] = new + equals + value
+        return words
+
+    def _nearest(self, wrong: str) -> str | None:
+        near = nearest(wrong.partition("=")[0], self._option_string_actions)
+        return None if near is None else f"did you mean {near}?"
+
+
+def command_parser(name: str, description: str | None, epilog: str = "") -> CommandParser:
+    """The parser of `kosmosg NAME`."""
+    return CommandParser(prog=as_typed(name), description=description, epilog=epilog)
+
+
+def as_typed(name: str) -> str:
+    """How the user called the command: `kosmosg NAME`, or what stands for it in a checkout."""
+    started = Path(sys.argv[0])
+    if started.parent.name == "tools":
+        return f"tools/{started.name}"
+    if started.parent.name == __package__ and started.name in ("__main__.py", "train.py"):
+        module = __package__ if started.stem == "__main__" else f"{__package__}.train"
+        return f"python -m {module}" + ("" if started.stem == "train" else f" {name}")
+    return f"kosmosg {name}"
+
+
+def nearest(wrong: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that was probably meant."""
+    import difflib  # not needed where all is right
+
+    return next(iter(difflib.get_close_matches(wrong, list(names), n=1)), None)
+
+
+# ---- how a command ends --------------------------------------------------------------------------
+
+
+def run(work: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """The exit code of `work`, also where it raises for an input that cannot be used.
+
+    interrupted: what a user reads after Ctrl-C.
+    """
+    try:
+        return work()
+    except BrokenPipeError:
+        return exit_codes.of_a_reader_that_left()
+    except (ValueError, OSError) as error:
+        return report(str(error))
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return exit_codes.INTERRUPTED
+
+
+def note(message: str) -> None:
+    """On stderr, of one rank: all read the same arguments and settings."""
+    if is_first_rank():
+        print(f"note: {message}", file=sys.stderr, flush=True)
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all; answered without torch, before there are groups."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def report(message: str, code: int = exit_codes.BAD_INPUT) -> int:
+    """Says on stderr what is wrong, in one line where the message is not a list; the code."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+# ---- types of options ----------------------------------------------------------------------------
+
+
+def positive_int(text: str) -> int:
+    return _whole(text, 1, None)
+
+
+def natural_int(text: str) -> int:
+    return _whole(text, 0, None)
+
+
+def seed(text: str) -> int:
+    return _whole(text, 0, MAX_SEED)
+
+
+def positive_number(text: str) -> float:
+    return _number(text, lambda value: value > 0, "a number above 0")
+
+
+def number_from_zero(text: str) -> float:
+    return _number(text, lambda value: value >= 0, "a number from 0 up")
+
+
+def probability(text: str) -> float:
+    return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def share(text: str) -> float:
+    """Without the ends, where nothing or everything would pass."""
+    return _number(text, lambda value: 0 < value < 1, "a number between 0 and 1")
+
+
+def existing_file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is not a file")
+    return Path(text)
+
+
+def existing_folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a folder")
+    return Path(text)
+
+
+def _whole(text: str, least: int, most: int | None) -> int:
+    needed = f"a whole number from {least} " + ("up" if most is None else f"to {most}")
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not {needed}") from None
+    if value < least or (most is not None and value > most):
+        raise argparse.ArgumentTypeError(f"{text} is not {needed}")
+    return value
+
+
+def _number(text: str, fits: Callable[[float], bool], needed: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and fits(value)):
+        raise argparse.ArgumentTypeError(f"{text} is not {needed}")
+    return value
+
+
+# ---- options of several commands -----------------------------------------------------------------
+
+
+def add_seed(parser: argparse._ActionsContainer, decides: str) -> None:
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help=f"{decides} (0)")
+
+
+def add_dtype(
+    parser: argparse._ActionsContainer, of: str, default: str | None = "fp32", shown: str = ""
+) -> None:
+    """shown: in words, what holds without the option."""
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=default, help=f"of {of} ({shown or default})"
+    )
+
+
+def add_stable_diffusion(
+    parser: argparse._ActionsContainer, use: str, required: bool = False
+) -> None:
+    parser.add_argument(
+        "--stable-diffusion",
+        type=Path,
+        required=required,
+        metavar="FOLDER",
+        help=f"Stable Diffusion in diffusers' form, {use}",
+    )
+
+
+def add_tokenizer_model(
+    parser: argparse._ActionsContainer, default: str = "", required: bool = False
+) -> None:
+    parser.add_argument(
+        "--tokenizer-model",
+        type=existing_file,
+        required=required,
+        metavar="SPM",
+        help="SentencePiece model file" + (f" ({default})" if default else ""),
+    )
+
+
+def add_config(parser: argparse._ActionsContainer, use: str = "", required: bool = False) -> None:
+    """use: what of it the command takes, in words; all of it where that is the whole run."""
+    text = "YAML file, or the name of a shipped config (toy_instruct, instruct_256gpu, ...)"
+    parser.add_argument(
+        "--config", required=required, metavar="CONFIG", help=f"{text}; {use}" if use else text
+    )
+
+
+def add_overrides(parser: argparse._ActionsContainer, use: str) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=use)
