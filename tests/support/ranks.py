@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import time
 import traceback
@@ -33,6 +34,10 @@ _PRELOAD = [
     "megatron_kosmosg.stages.instruct",
     "megatron_kosmosg.training.loop",
 ]
+
+_PORTS = range(20000, 32768)
+"""Below Linux's ephemeral ports (net.ipv4.ip_local_port_range)."""
+_SYSTEM_RANDOM = random.SystemRandom()
 
 
 def run_ranks(
@@ -127,10 +132,16 @@ def _names(pipes: dict[Connection, int]) -> str:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody uses at the moment.
+
+    Never one that the system gives to outgoing connections: another program would have it by the
+    time a rank listens. Drawn by the system, as two suites side by side seed `random` alike.
+    """
+    while True:
+        port = _SYSTEM_RANDOM.choice(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def _collect(pipes: dict, num_ranks: int, timeout: float) -> list:
