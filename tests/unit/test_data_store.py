@@ -80,7 +80,7 @@ def test_foreign_megatron_datasets_work_as_they_are(folder, tokenizer):
 
 
 def test_missing_and_damaged_datasets_are_named(folder, tokenizer):
-    with pytest.raises(FileNotFoundError, match="preprocess_data"):
+    with pytest.raises(FileNotFoundError, match="kosmosg preprocess"):
         SampleStore(folder / "nothing")
     prefix = build_dataset(folder, "caption", 4, name="-cut")
     data = (folder / "caption-cut.bin").read_bytes()
