@@ -33,10 +33,12 @@ class CommandParser(argparse.ArgumentParser):
         """Takes `old` for the option `new`; --help does not show it."""
         self.old_spellings[old] = new
 
-    def parse_known_args(self, args=None, namespace=None):  # noqa: ANN001, ANN201 - argparse's own
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         return super().parse_known_args(self._in_new_spelling(args), namespace)
 
-    def parse_known_intermixed_args(self, args=None, namespace=None):  # noqa: ANN001, ANN201
+    def parse_known_intermixed_args(
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         return super().parse_known_intermixed_args(self._in_new_spelling(args), namespace)
 
     def error(self, message: str) -> NoReturn:

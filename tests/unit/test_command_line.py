@@ -350,6 +350,17 @@ def test_notes_are_said_by_one_rank(monkeypatch, capsys):
     assert capsys.readouterr().err == "note: said once\n"
 
 
+def test_documents_examples_and_job_scripts_use_the_names_of_today():
+    folders = ("docs", "slurm", "benchmarks", "examples/inference", "examples/quickstart", "tools")
+    files = [path for name in folders for path in (REPOSITORY / name).rglob("*.*")]
+    files = [path for path in files if path.suffix in (".md", ".sh", ".py")]
+    assert len(files) > 40
+    old = "|".join(word for word in SYNONYMS if word != "--out")  # the quickstart still takes it
+    for path in [REPOSITORY / "README.md", REPOSITORY / ".ci" / "run", *files]:
+        found = re.findall(rf"(?:{old})(?![\w-])", path.read_text(encoding="utf-8"))
+        assert not found, f"{path}: {found}"
+
+
 def test_the_readme_lists_every_command_and_its_tool():
     text = (REPOSITORY / "README.md").read_text()
     (table,) = re.findall(r"\| command \| in a checkout .*?\n\n", text, re.DOTALL)
