@@ -18,13 +18,18 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, only_writer: bool = False) -> Iterator[Path]:
     """A new empty file beside `path` to fill; at the end it takes `path`'s place in one step.
 
-    Its name is random and it follows no link. It is removed when the block fails: `path` is then
-    what it was. Raises OSError where the folder cannot be written to.
+    It follows no link, and is removed when the block fails: `path` is then what it was. Its name is
+    random, so that two processes may write the same file. only_writer: no other process does; the
+    name is then fixed, and what a killed process left is replaced. Raises OSError where the folder
+    cannot be written to.
     """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    middle = "" if only_writer else f".{secrets.token_hex(4)}"
+    temporary = path.with_name(f"{path.name}{middle}.tmp")
+    if only_writer:
+        temporary.unlink(missing_ok=True)
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
     try:
         yield temporary
@@ -34,15 +39,18 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, only_writer: bool = False) -> None:
     """The file in UTF-8, whole or not at all."""
-    with replacing(path) as temporary:
+    with replacing(path, only_writer=only_writer) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+def write_json(
+    path: Path, value: Any, indent: int | None = 1, *, only_writer: bool = False
+) -> None:
     """The file with a newline at the end, whole or not at all."""
-    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+    write_text(path, text, only_writer=only_writer)
 
 
 @contextmanager

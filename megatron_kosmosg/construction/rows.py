@@ -73,7 +73,7 @@ class StepFolder:
         """Finishes a shard; the number of its rows."""
         count = 0
         with (
-            replacing(self.shard(number)) as temporary,
+            replacing(self.shard(number), only_writer=True) as temporary,
             temporary.open("w", encoding="utf-8") as file,
         ):
             for row in rows:

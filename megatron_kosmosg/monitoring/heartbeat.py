@@ -126,7 +126,7 @@ class Heartbeat:
         iteration, phase, _ = self._state
         content = {"time": time.time(), "iteration": iteration, "phase": phase}
         try:
-            write_json(self._file, {**content, "stall": report}, indent=None)
+            write_json(self._file, {**content, "stall": report}, indent=None, only_writer=True)
         except OSError:  # a full disk must not end the watch; the run itself will say it
             return
 

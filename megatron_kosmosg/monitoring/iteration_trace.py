@@ -86,7 +86,7 @@ class DecoderTrace:
         parts = self._exchange.collected(only_all=only_all)
         if not parts:
             return False
-        write_json(trace_file(self._config), chrome_trace(parts), indent=None)
+        write_json(trace_file(self._config), chrome_trace(parts), indent=None, only_writer=True)
         self._is_pending = False
         return True
 

@@ -36,7 +36,7 @@ class Counts:
 
     def write(self, path: Path) -> None:
         """As JSON; the file appears when it is complete."""
-        write_json(path, vars(self), indent=None)
+        write_json(path, vars(self), indent=None, only_writer=True)
 
     @staticmethod
     def read(path: Path) -> Counts:

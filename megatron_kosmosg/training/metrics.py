@@ -81,7 +81,7 @@ def cut_back(path: Path, iteration: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue  # half a line of a killed run
-    write_text(path, "".join(kept))
+    write_text(path, "".join(kept), only_writer=True)
 
 
 class MetricsWriter:

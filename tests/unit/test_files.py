@@ -30,6 +30,15 @@ def test_a_planted_link_is_replaced_and_its_target_is_not_written_to(tmp_path):
     assert not path.is_symlink()
 
 
+def test_the_only_writer_replaces_what_a_killed_process_left(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("theirs")
+    (tmp_path / "a.json.tmp").symlink_to(outside)
+    write_json(tmp_path / "a.json", [1], only_writer=True)
+    assert outside.read_text() == "theirs"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "outside"]
+
+
 def test_a_new_file_has_the_permissions_of_any_other(tmp_path):
     write_text(tmp_path / "a", "x")
     (tmp_path / "b").write_text("x")
