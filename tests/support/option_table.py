@@ -3,7 +3,8 @@
 usage: python tests/support/option_table.py PROGRAM... (paths, or names of modules)
 Prints {program: {command or "": {"options": {spelling: choices or null}, "positionals": [...]}}}
 on one line.
-A program is run up to the moment when it reads its arguments, so nothing of it has to be known.
+Earlier spellings that a parser still takes count. A program is run up to the moment when it reads
+its arguments, so nothing else of it has to be known.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ def _own_options(parser: argparse.ArgumentParser) -> dict[str, Any]:
     for action in parser._actions:
         choices = None if action.choices is None else [str(choice) for choice in action.choices]
         options.update(dict.fromkeys(action.option_strings, choices))
+        for old, new in getattr(parser, "old_spellings", {}).items():
+            if new in action.option_strings:
+                options[old] = choices
         if not action.option_strings:
             positionals.append({"nargs": action.nargs, "choices": choices})
     return {"options": options, "positionals": positionals}
