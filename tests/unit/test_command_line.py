@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from quickstart.steps import plan
 
 from megatron_kosmosg import __version__, command_line, exit_codes
 from megatron_kosmosg.cli import main as cli
@@ -348,6 +349,18 @@ def test_notes_are_said_by_one_rank(monkeypatch, capsys):
         monkeypatch.setenv("RANK", rank)
         command_line.note("said once")
     assert capsys.readouterr().err == "note: said once\n"
+
+
+def test_the_quickstart_s_commands_are_understood(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)  # where it runs them
+    steps = plan(REPOSITORY, tmp_path, fast=True, ablations=True)
+    seen = set()
+    for _, program, *arguments in (step.command for step in steps):
+        if program.startswith("tools/"):
+            module_of(OLD_COMMANDS[program]).build_parser().parse_args(arguments)
+            seen.add(program)
+    assert {"tools/convert_checkpoint.py", "tools/generate.py", "tools/evaluate_toy.py"} < seen
+    assert not capsys.readouterr().err  # no note on an earlier spelling
 
 
 def test_documents_examples_and_job_scripts_use_the_names_of_today():
