@@ -18,6 +18,8 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_kosmosg.checkpoint import folder as checkpoint_folder
+from megatron_kosmosg.checkpoint.description import read_description
+from megatron_kosmosg.checkpoint.plain_data import read_common
 from megatron_kosmosg.config.errors import ConfigError
 
 _PROBE_BYTES = 1 << 20
@@ -28,8 +30,15 @@ class DamagedCheckpoint(Exception):
 
 
 def load_state(path: Path, wanted: dict[str, Any], strategy: Any = None) -> dict[str, Any]:
-    """What `dist_checkpointing.load` returns. Raises DamagedCheckpoint, on all ranks or on none."""
+    """What `dist_checkpointing.load` returns.
+
+    Raises, on all ranks or on none, DamagedCheckpoint for tensors that cannot be read and
+    ConfigError for a description or a common state that is not plain data.
+    """
     _compare_checksums(path)
+    # Every rank reads both before torch does, whose steps would hide the error of one rank.
+    read_description(path)
+    read_common(path)
     try:
         return dist_checkpointing.load(wanted, str(path), strategy)
     except CheckpointException as error:

@@ -28,6 +28,7 @@ from megatron_kosmosg.checkpoint.changed_settings import check_resume
 from megatron_kosmosg.checkpoint.errors import explain_write_errors, load_state
 from megatron_kosmosg.checkpoint.layout_signature import compare_layouts, layout_signature
 from megatron_kosmosg.checkpoint.optimizer_state import restore_settings, set_num_updates
+from megatron_kosmosg.checkpoint.plain_data import read_common
 from megatron_kosmosg.checkpoint.rng_state import restore_rng_state, rng_state
 from megatron_kosmosg.checkpoint.weights import model_state, set_model_state
 from megatron_kosmosg.checkpoint.writer import BackgroundSave, ThreadSaveStrategy
@@ -103,7 +104,7 @@ class Checkpointer:
         or if the checkpoint holds weights alone; DamagedCheckpoint if it cannot be read.
         """
         saved_config = load_saved_config(path / checkpoint_folder.CONFIG_FILE)
-        common = dist_checkpointing.load_common_state_dict(str(path))
+        common = read_common(path)
         if "progress" not in common:
             raise ConfigError(
                 f"{path} holds weights alone (it was imported), so there is no run to continue; "

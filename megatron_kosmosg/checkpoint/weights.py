@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
+from megatron_kosmosg.checkpoint.description import read_description
 from megatron_kosmosg.checkpoint.errors import DamagedCheckpoint, load_state
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE
 from megatron_kosmosg.config.errors import ConfigError
@@ -67,7 +67,7 @@ def load_weights(
     state = model_state(chunks, metadata)
     stored = {
         key
-        for key in load_sharded_metadata(str(path))
+        for key in read_description(path).state_dict_metadata
         if not key.startswith(NOT_MODEL) and "_extra_state" not in key
     }
     _check_keys(path, written_by, _keys_of_all_ranks(state), stored, tuple(absent), tuple(unused))

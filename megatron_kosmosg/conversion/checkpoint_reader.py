@@ -9,21 +9,21 @@ from __future__ import annotations
 import math
 import pickle
 from pathlib import Path
+from zipfile import BadZipFile
 
 import torch
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
-    FileSystemReader,
     LoadPlan,
     ReadItem,
 )
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_kosmosg.checkpoint.description import DescriptionReader
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
 from megatron_kosmosg.checkpoint.weights import NOT_MODEL
 from megatron_kosmosg.config.errors import ConfigError, ConversionError
@@ -46,7 +46,7 @@ class CheckpointTensors:
         except ConfigError as error:
             raise ConversionError(str(error)) from None
         self.stage = self.config.stage
-        self._reader = FileSystemReader(self.path)
+        self._reader = DescriptionReader(self.path)
         self._stored = self._read_metadata()
 
     def names(self) -> dict[str, TensorInfo]:
@@ -79,7 +79,7 @@ class CheckpointTensors:
         tensor = torch.empty(shape, dtype=stored.properties.dtype)
         try:
             self._reader.read_data(LoadPlan(items), _Into(tensor)).wait()
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        except (OSError, EOFError, RuntimeError, BadZipFile, pickle.UnpicklingError) as error:
             raise ConversionError(f"{self.path}: {name} cannot be read: {error}") from error
         return tensor if layer is None else tensor[0]
 
@@ -89,9 +89,9 @@ class CheckpointTensors:
 
     def _read_metadata(self) -> dict[str, TensorStorageMetadata]:
         try:
-            metadata: Metadata = self._reader.read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise ConversionError(f"{self.path} has no readable .metadata: {error}") from error
+            metadata = self._reader.read_metadata()
+        except ConfigError as error:
+            raise ConversionError(str(error)) from None
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         return {
             key: stored

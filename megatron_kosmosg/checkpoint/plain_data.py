@@ -1,0 +1,109 @@
+"""Archives that torch wrote, read as plain data: tensors, numbers, texts, numpy arrays.
+
+`torch.load(weights_only=True)` builds nothing else; what it unpacks to is bounded here.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+from torch.distributed.checkpoint import ReadItem
+
+from megatron_kosmosg.config.errors import ConfigError
+
+COMMON_FILE = "common.pt"
+"""What all ranks share: progress, layout, settings of the optimizer."""
+
+# Random state of numpy is an array; numpy 1 pickled it under the first of the two names.
+_ARRAYS = [
+    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
+    np.ndarray,
+    np.dtype,
+    np.dtypes.UInt32DType,
+]
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """The state that all ranks share. Raises ConfigError if it is not plain data."""
+    path = folder / COMMON_FILE
+    try:
+        with path.open("rb") as file:
+            check_archive(file, path.stat().st_size)
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{path} cannot be read as plain data: {_short(error)}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds a {type(found).__name__}, not the state of a run")
+    return found
+
+
+class DataPlanner(MCoreLoadPlanner):
+    """Megatron-Core's planner; byte records hold plain values, tensors and numpy arrays."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Raises UnpicklingError for a record that holds more than that."""
+        key = read_item.dest_index.fqn
+        try:
+            with torch.serialization.safe_globals(_ARRAYS):
+                torch.load(value, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise pickle.UnpicklingError(f"{key} is no plain data: {_short(error)}") from None
+        # The same bytes, of which it is known now that they build plain data in any reader.
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+class FilePart(io.RawIOBase):
+    """A span of a file; torch's own view of one seeks from its end in the wrong direction."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        super().__init__()
+        self._file, self._start, self._length, self._position = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise ValueError(f"position {base + offset} is before the beginning")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._position)
+        found = self._file.read(max(min(len(buffer), self._length - self._position), 0))
+        buffer[: len(found)] = found
+        self._position += len(found)
+        return len(found)
+
+
+def check_archive(file: BinaryIO, length: int) -> None:
+    """torch writes its archives uncompressed: what unpacks to more than it is long is no work of
+    its, and may fill the memory. Leaves the position at the beginning."""
+    with zipfile.ZipFile(file) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > length:
+        raise pickle.UnpicklingError(f"{length} bytes unpack to {unpacked}")
+    file.seek(0)
+
+
+def _short(error: BaseException) -> str:
+    """The cause alone: torch adds advice on how to run what the file holds."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith(("WeightsUnpickler error", "Unsupported"))]
+    return (told or lines or [type(error).__name__])[0]
