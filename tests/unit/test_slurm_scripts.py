@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,6 +191,39 @@ def test_half_a_checkpoint_is_no_progress(cluster):
     cluster.run(CODE="1", SLURM_RESTART_COUNT="1", NEXT="iter_0000004.tmp")
     cluster.run(CODE="1", SLURM_RESTART_COUNT="2")
     assert (cluster.run_folder / "slurm_starts").read_text() == "2 1\n"
+
+
+@pytest.mark.parametrize(
+    "planted", ["2 before[$(touch MARK)]", "before[$(touch MARK)] 0", "$(touch MARK)", "", "2 -1"]
+)
+def test_nothing_that_stands_in_the_run_folder_is_run(cluster, planted):
+    mark = cluster.folder / "code-ran"
+    cluster.run_folder.mkdir()
+    (cluster.run_folder / "slurm_starts").write_text(planted.replace("MARK", str(mark)) + "\n")
+    cluster.run(CODE="1", SLURM_RESTART_COUNT="1", NEXT="iter_0000002")
+    assert not mark.exists() and cluster.was_requeued()
+    assert (cluster.run_folder / "slurm_starts").read_text() in ("0 0\n", "2 0\n")
+
+
+def test_numbers_of_the_environment_are_digits(cluster):
+    mark = cluster.folder / "code-ran"
+    ended = cluster.run(
+        SLURM_JOB_NUM_NODES=f"x[$(touch {mark})]", KOSMOSG_MAX_STALLED_STARTS=f"x[$(touch {mark})]"
+    )
+    assert ended.returncode == 0 and not mark.exists()
+
+
+def test_shellcheck_finds_nothing():
+    scripts = [*(REPOSITORY / "slurm").glob("*.sh"), *(REPOSITORY / "tests").glob("*.sh")]
+    scripts += (REPOSITORY / "examples").glob("*.sh")
+    found = subprocess.run(
+        ["shellcheck", "-x", "-P", "SCRIPTDIR", *scripts],
+        cwd=REPOSITORY,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 @pytest.mark.parametrize("when", ["dry", "preflight", "training"])
