@@ -66,7 +66,7 @@ def load_saved_config(path: str | Path) -> RunConfig:
     nobody's to correct: no note.
 
     It may be of somebody else, and a run writes plain values alone. Raises ConfigError for one
-    that would read other files or the environment (`include`, `${...}`), and where load_config does.
+    that would read other files or the environment (`include`, `${...}`), and like load_config.
     """
     content = _read_yaml(Path(path))
     asking = [key for key, value in _flat_items(content, "") if _is_interpolation(value)]
