@@ -52,20 +52,20 @@ def _suggest(key: str) -> str:
     return f"; sections are {', '.join(sections)}"
 
 
-def _schema_leaves(schema: type, prefix: str) -> Iterator[tuple[str, Any]]:
+def _schema_leaves(schema: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     for name, annotation in typing.get_type_hints(schema).items():
         key = f"{prefix}{name}"
         if dataclasses.is_dataclass(annotation):
             yield from _schema_leaves(annotation, f"{key}.")
-        elif mapped_section(annotation) is not None:
-            yield from _schema_leaves(mapped_section(annotation), f"{key}.NAME.")
+        elif (section := mapped_section(annotation)) is not None:
+            yield from _schema_leaves(section, f"{key}.NAME.")
         else:
             yield key, annotation
 
 
 def mapped_section(annotation: Any) -> type | None:
     """The dataclass D of a `dict[str, D]` annotation, else None."""
-    arguments = typing.get_args(annotation)
-    if typing.get_origin(annotation) is dict and dataclasses.is_dataclass(arguments[1]):
-        return arguments[1]
-    return None
+    if typing.get_origin(annotation) is not dict:
+        return None
+    section = typing.get_args(annotation)[1]
+    return section if isinstance(section, type) and dataclasses.is_dataclass(section) else None

@@ -45,6 +45,7 @@ def load_config(
             OmegaConf.set_readonly(merged, False)
             _drop(source, layer, merged)
             merged = OmegaConf.unsafe_merge(merged, OmegaConf.create(layer))
+            assert isinstance(merged, DictConfig)
         except OmegaConfBaseException as error:
             raise ConfigError(_explain(source, error)) from None
     missing = sorted(OmegaConf.missing_keys(merged))
@@ -215,7 +216,7 @@ def _plain(settings: DictConfig) -> Layer:
     """Nested dictionaries; interpolations stay as they are written."""
     plain = OmegaConf.to_container(settings, resolve=False)
     assert isinstance(plain, dict)
-    return plain
+    return {str(name): value for name, value in plain.items()}
 
 
 def _flat_items(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -32,6 +32,7 @@ def validate_layout(config: RunConfig, world_size: int, facts: StageFacts) -> No
     _check_pipeline(config)
     _check_overlap(config)
     _check_score(config)
+    _check_grid(config, facts)
     _check_schedule(config)
     _check_microbatches(config, data_parallel_size(config, world_size))
 
@@ -131,6 +132,14 @@ def _check_score(config: RunConfig) -> None:
         raise ConfigError(
             f"score.window={config.score.window} must be at most {_WIDEST_WINDOW}: activations of "
             "that many more micro-batches are kept"
+        )
+
+
+def _check_grid(config: RunConfig, facts: StageFacts) -> None:
+    if config.evaluation.grid and not facts.has_unet:
+        raise ConfigError(
+            f"evaluation.grid=[{', '.join(config.evaluation.grid)}] means nothing to "
+            f"stage={config.stage}: only instruct draws images; set evaluation.grid=[]"
         )
 
 

@@ -25,6 +25,7 @@ class Captioner(Protocol):
 
     def __call__(self, pictures: list[Image.Image]) -> list[str]:
         """A caption for each RGB picture."""
+        ...
 
 
 @dataclass(frozen=True)

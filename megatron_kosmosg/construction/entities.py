@@ -34,6 +34,7 @@ class Answerer(Protocol):
 
     def __call__(self, captions: list[str]) -> list[str]:
         """Its answer for each."""
+        ...
 
 
 @dataclass(frozen=True)

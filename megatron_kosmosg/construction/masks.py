@@ -35,6 +35,7 @@ class Segmenter(Protocol):
 
     def __call__(self, named: Sequence[Named]) -> list[np.ndarray]:
         """float32 [height, width] of each picture: probability that the pixel shows the name."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class Work(Protocol):
 
     def rows(self, shard: int) -> Iterator[Row]:
         """A row for each picture that reached the step."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,11 @@ class TensorSource(Protocol):
 
     def names(self) -> dict[str, TensorInfo]:
         """Shape and dtype of every tensor."""
+        ...
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU."""
+        ...
 
 
 class InMemory:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.data.blend import Blend
 from megatron_kosmosg.data.kinds.kind import Captions
 from megatron_kosmosg.data.order import SampleOrder
@@ -119,8 +120,8 @@ class AlignStream:
                 return length
         raise self._nothing_fits()
 
-    def _nothing_fits(self) -> ValueError:
-        return ValueError(
+    def _nothing_fits(self) -> ConfigError:
+        return ConfigError(
             f"{MAX_REPLACEMENTS} captions in a row are longer than {self._num_queries} CLIP tokens "
             f"(model.aligner.num_queries) or {self._max_tokens} tokens (data.seq_length)"
         )

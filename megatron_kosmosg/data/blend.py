@@ -12,6 +12,8 @@ from math import gcd, lcm
 
 import numpy as np
 
+from megatron_kosmosg.config.errors import ConfigError
+
 MAX_PERIOD = 4_000_000
 
 
@@ -31,10 +33,10 @@ class Blend:
 
     def __init__(self, weights: dict[str, float]) -> None:
         if not weights:
-            raise ValueError("the mixture is empty; add data.blend.NAME.path")
+            raise ConfigError("the mixture is empty; add data.blend.NAME.path")
         bad = [f"{name}={weight}" for name, weight in weights.items() if not weight > 0]
         if bad:
-            raise ValueError(f"data.blend weights must be positive, not {', '.join(bad)}")
+            raise ConfigError(f"data.blend weights must be positive, not {', '.join(bad)}")
         self.names = list(weights)
         # str() first: 0.2 means two tenths, not the nearest binary number.
         fractions = [Fraction(str(weight)) for weight in weights.values()]
@@ -44,7 +46,7 @@ class Blend:
         self._shares = [share // divisor for share in shares]
         self.period = sum(self._shares)
         if self.period > MAX_PERIOD:
-            raise ValueError(
+            raise ConfigError(
                 f"data.blend weights {weights} have a common period of {self.period} samples; "
                 "give weights with fewer digits"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -11,6 +12,14 @@ import numpy as np
 from megatron_kosmosg.data.samples import EntityImage
 
 Encoded = bytes | EntityImage
+_OBJECT = re.compile(r"\s*<[\w.]+ object at 0x[0-9a-fA-F]+>")
+"""How Python writes an object that has no text of its own."""
+
+
+def decoding_reason(error: Exception) -> str:
+    """What a library said of a picture that it cannot decode, the same in every run: Pillow names
+    the buffer that it reads by its address."""
+    return _OBJECT.sub("", str(error)).strip() or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -38,3 +47,4 @@ class Backend(Protocol):
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> np.ndarray:
         """float32 [n, 3, size, size], n >= 1; raises any exception when one cannot be decoded."""
+        ...

@@ -18,8 +18,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.data.image_types import Backend, BadImage, Encoded, ImageTransform
+from megatron_kosmosg.data.image_types import (
+    Backend,
+    BadImage,
+    Encoded,
+    ImageTransform,
+    decoding_reason,
+)
 from megatron_kosmosg.data.samples import EntityImage
 from megatron_kosmosg.data.transparency import open_over_white
 
@@ -48,7 +55,7 @@ def _resize_and_crop(image: Image.Image, transform: ImageTransform) -> np.ndarra
     return np.asarray(image.crop((left, top, left + size, top + size)), np.float32)
 
 
-class BrokenDecoder(ValueError):
+class BrokenDecoder(ConfigError):
     """A library that cannot decode even the package's own pictures, for any reason of its own."""
 
 
@@ -68,7 +75,7 @@ class ImageDecoder:
             backend = "dali" if has_dali else "pillow"
         if backend == "dali":
             if not has_dali:
-                raise ValueError(
+                raise ConfigError(
                     "data.image_backend=dali, but nvidia-dali is not installed; install the "
                     "`data` extra or set data.image_backend=pillow"
                 )
@@ -150,15 +157,14 @@ def _broken(backend: str, device_id: int | None, reason: str) -> str:
 
 def _reason(error: Exception) -> str:
     """One line of what a library said."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return decoding_reason(error).splitlines()[0]
 
 
 def prompt_transform(config: RunConfig) -> ImageTransform:
     """What the vision tower sees: bicubic, normalised with CLIP's mean and deviation."""
     mean, std = tuple(config.data.image_mean), tuple(config.data.image_std)
     if len(mean) != 3 or len(std) != 3:
-        raise ValueError("data.image_mean and data.image_std need three values each")
+        raise ConfigError("data.image_mean and data.image_std need three values each")
     return ImageTransform(config.model.vision.image_size, "bicubic", mean, std)
 
 

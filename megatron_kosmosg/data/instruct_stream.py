@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.data.bad_images import report_bad_image
 from megatron_kosmosg.data.blend import Blend
 from megatron_kosmosg.data.image_types import BadImage, Encoded, ImageTransform
@@ -149,7 +150,7 @@ class InstructStream:
             length = source.make_prompt.length(source.store.part_sizes(index), draws)
             if length is not None and length <= self._max_length:
                 return _Choice(draw.name, index, replacement, length)
-        raise ValueError(
+        raise ConfigError(
             f"dataset {draw.name}: {MAX_REPLACEMENTS} samples in a row are longer than "
             f"data.seq_length={self._max_length}; raise it"
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.data.image_types import ImageTransform
 from megatron_kosmosg.data.index_file import write_index
 from megatron_kosmosg.data.store import SampleStore
@@ -61,14 +62,14 @@ class LatentManifest:
 
     @staticmethod
     def read(path: Path) -> LatentManifest:
-        """The manifest at `path`. Raises ValueError for another version or a broken file."""
+        """The manifest at `path`. Raises InputError for another version or a broken file."""
         try:
             fields = json.loads(path.read_text())
             if fields["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format version {fields['format_version']}")
             return LatentManifest(**(fields | {"source": LatentSource(**fields["source"])}))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a readable manifest: {error}") from error
+            raise InputError(f"{path} is not a readable manifest: {error}") from error
 
 
 def describe_transform(transform: ImageTransform) -> str:
@@ -88,13 +89,13 @@ class LatentCache:
     """The moments of one dataset by sample number; safe to read from several threads."""
 
     def __init__(self, store: SampleStore, name: str, vae: str, transform: ImageTransform) -> None:
-        """`vae`: fingerprint of the run's VAE. Raises ValueError where there is no whole cache,
+        """`vae`: fingerprint of the run's VAE. Raises InputError where there is no whole cache,
         and where it was made from something else, naming what."""
         prefix = latent_prefix(store.prefix, name)
         manifest_path = Path(f"{prefix}.json")
         advice = f"run `kosmosg cache-latents --name {name}`, or set data.latent_cache=null"
         if not manifest_path.exists():
-            raise ValueError(f"data.latent_cache={name}: no finished cache at {prefix}; {advice}")
+            raise InputError(f"data.latent_cache={name}: no finished cache at {prefix}; {advice}")
         self.manifest = LatentManifest.read(manifest_path)
         wanted = LatentSource(store.fingerprint(), vae, describe_transform(transform))
         made, needed = asdict(self.manifest.source), asdict(wanted)
@@ -104,14 +105,14 @@ class LatentCache:
             if made[key] != needed[key]
         ]
         if differ:
-            raise ValueError(
+            raise InputError(
                 f"data.latent_cache={name}: {prefix} does not fit this run\n  "
                 + "\n  ".join(differ)
                 + f"\n{advice}"
             )
         self._data = IndexedDataset(prefix, multimodal=True)
         if len(self._data) != len(store):
-            raise ValueError(f"{prefix} has {len(self._data)} entries for {len(store)} samples")
+            raise InputError(f"{prefix} has {len(self._data)} entries for {len(store)} samples")
 
     def moments(self, index: int) -> np.ndarray | None:
         """float16 [2, channels, height, width] of a sample's target; None where it is bad."""

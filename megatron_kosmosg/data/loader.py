@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from torch import Tensor
 
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.data.balance import by_length, in_stream_order, share
 from megatron_kosmosg.data.samples import StreamDataset
 
@@ -45,12 +46,12 @@ class MicroBatchIterator(Iterator[Batch]):
         `part` of `num_parts`: only every num_parts-th micro-batch of each global batch, from `part`
         on; or, where it has fewer micro-batches, part of the rows of each."""
         if global_batch_size % (micro_batch_size * dp_size):
-            raise ValueError(
+            raise ConfigError(
                 f"training.global_batch_size={global_batch_size} must be a multiple of "
                 f"training.micro_batch_size ({micro_batch_size}) x data-parallel size ({dp_size})"
             )
         if start_sample % global_batch_size:
-            raise ValueError(
+            raise ConfigError(
                 f"{start_sample} consumed samples are not whole global batches of "
                 f"{global_batch_size}; training.global_batch_size changed between save and resume"
             )

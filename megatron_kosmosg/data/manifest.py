@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.errors import ConfigError, InputError
 from megatron_kosmosg.config.schema import BlendEntry
 from megatron_kosmosg.data.kinds.text import TEXT
 
@@ -37,7 +37,7 @@ class Manifest:
 
     @staticmethod
     def read(path: Path) -> Manifest:
-        """The manifest at `path`. Raises ValueError for another format version or broken file."""
+        """The manifest at `path`. Raises InputError for another format version or broken file."""
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             version = fields["format_version"]
@@ -45,7 +45,7 @@ class Manifest:
                 raise ValueError(f"format version {version}, this code reads {FORMAT_VERSION}")
             return Manifest(**fields)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a readable manifest: {error}") from error
+            raise InputError(f"{path} is not a readable manifest: {error}") from error
 
 
 def manifest_path(prefix: str | Path) -> Path:
@@ -56,7 +56,7 @@ def manifest_path(prefix: str | Path) -> Path:
 def kind_on_disk(prefix: str | Path) -> str | None:
     """Kind of the dataset under a prefix; None when there is none on this machine.
 
-    Without a manifest it is a token dataset that another tool wrote: text. Raises ValueError for a
+    Without a manifest it is a token dataset that another tool wrote: text. Raises InputError for a
     manifest that cannot be read.
     """
     if manifest_path(prefix).exists():
@@ -72,7 +72,7 @@ def dataset_kind(key: str, entry: BlendEntry) -> str | None:
     """
     try:
         found = kind_on_disk(entry.path)
-    except ValueError as error:
+    except InputError as error:
         raise ConfigError(f"{key}.path={entry.path}: {error}") from None
     if found is None:
         return entry.kind

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.data.kinds import names_read_by
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.packing_index import (
@@ -55,12 +56,12 @@ class PackedDataset:
         """`index_folder`: where indices are kept, one subfolder each."""
         documents = store.sample_kind.pretrain
         if documents is None:
-            raise ValueError(
+            raise ConfigError(
                 f"data.blend.{name}: {store.prefix} is of kind {store.kind}; "
                 f"pretrain packs {names_read_by('pretrain')}"
             )
         if capacity < sequence_format.image_length + 2:
-            raise ValueError(
+            raise ConfigError(
                 f"data.seq_length={capacity - 1} does not hold one picture of "
                 f"{sequence_format.image_length} positions; raise data.seq_length"
             )
@@ -71,7 +72,7 @@ class PackedDataset:
         self._index_folder = index_folder
         self._sentences, self._offsets = store.sentences(sequence_format.tokenizer)
         if len(self._sentences) == 0:
-            raise ValueError(f"data.blend.{name}: {store.prefix} holds no text and no pictures")
+            raise ConfigError(f"data.blend.{name}: {store.prefix} holds no text and no pictures")
         self._lock = threading.Lock()
         self._epoch_rows: list[int] = []
         """Rows of each epoch indexed so far; later epochs follow from earlier ones."""

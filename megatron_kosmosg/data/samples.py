@@ -103,9 +103,11 @@ class StreamDataset(Protocol):
 
     def __getitem__(self, position: int) -> Sample:
         """The sample at `position`, images still encoded."""
+        ...
 
     def fingerprints(self) -> dict[str, str]:
         """Of each dataset of the mixture, by name: what `store.fingerprint` says of its content."""
+        ...
 
     def lengths(self, positions: Sequence[int]) -> np.ndarray | None:
         """Tokens of the samples at `positions`, int64, image slots included, from the index alone.
@@ -113,12 +115,14 @@ class StreamDataset(Protocol):
         None where all rows of a global batch are equally long, so that it does not matter for the
         work which rank reads which sample.
         """
+        ...
 
     def pad_to(self, samples: Sequence[Sample], global_positions: Sequence[int]) -> int:
         """Tokens that the rows of the micro-batch `samples` are padded to.
 
         `global_positions` are those of the whole global batch.
         """
+        ...
 
     def collate(self, samples: Sequence[Sample], pad_to: int) -> dict[str, Tensor]:
         """The batch of `samples`, images decoded. A bad image is replaced and reported, and
@@ -126,6 +130,7 @@ class StreamDataset(Protocol):
 
         Rows grow beyond `pad_to` only where a replacement is longer than what it replaces.
         """
+        ...
 
 
 class PictureStream(StreamDataset, Protocol):
@@ -140,3 +145,4 @@ class PictureStream(StreamDataset, Protocol):
     ) -> dict[str, Tensor]:
         """See StreamDataset. `replacements`: those of a rank that decoded the pictures of these
         positions; then nothing is decoded, and the batch is that rank's but for the pictures."""
+        ...

@@ -12,10 +12,12 @@ PREFIX.sentences.npy, PREFIX.sentence_offsets.npy  see sentences.py (kinds that 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.data.fingerprint import dataset_fingerprint
 from megatron_kosmosg.data.kinds import TEXT, find_kind
 from megatron_kosmosg.data.manifest import Manifest, manifest_path
@@ -34,7 +36,7 @@ from megatron_kosmosg.data.tokenizer import Tokenizer
 class SampleStore:
     """Random access to the samples under a prefix; safe to read from several threads.
 
-    Raises FileNotFoundError when the dataset is missing and ValueError when it is damaged.
+    Raises FileNotFoundError when the dataset is missing and InputError when it is damaged.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -53,8 +55,8 @@ class SampleStore:
             self.manifest = Manifest.read(manifest_path(prefix))
         try:
             self.sample_kind = find_kind(self.manifest.kind) if self.manifest else TEXT
-        except ValueError as error:
-            raise ValueError(f"{manifest_path(prefix)}: {error}") from None
+        except InputError as error:
+            raise InputError(f"{manifest_path(prefix)}: {error}") from None
         self._data = IndexedDataset(self.prefix, multimodal=not self.sample_kind.is_plain_text)
         self._documents = self._data.document_indices
         self._fingerprint: str | None = None
@@ -72,7 +74,7 @@ class SampleStore:
         if self.sample_kind.is_plain_text:
             return RawSample({"key": str(index)}, [self.text(index)], [TOKENS])
         first, last = int(self._documents[index]), int(self._documents[index + 1])
-        return RawSample.of_bytes(self._data[i] for i in range(first, last))
+        return RawSample.of_bytes(self._part(i) for i in range(first, last))
 
     def fingerprint(self) -> str:
         """Of the content; see fingerprint.py."""
@@ -89,10 +91,11 @@ class SampleStore:
         sizes = self._data.index.sequence_lengths[parts].tolist()
         if self.sample_kind.is_plain_text:
             return [(TOKENS, sum(sizes))]
-        modes = self._data.index.sequence_modes[parts].tolist()
+        modes = self._data.index.sequence_modes
+        assert modes is not None  # of a multimodal dataset
         return [
             (mode, size // TOKEN_TYPE.itemsize if mode == TOKENS else size)
-            for mode, size in zip(modes, sizes, strict=True)
+            for mode, size in zip(modes[parts].tolist(), sizes, strict=True)
             if mode != JSON
         ]
 
@@ -106,13 +109,13 @@ class SampleStore:
     def text(self, index: int) -> np.ndarray:
         """Token ids of one document of a text dataset, mapped where it is one sequence."""
         first, last = int(self._documents[index]), int(self._documents[index + 1])
-        sequences = [self._data[i] for i in range(first, last)]
+        sequences = [cast(np.ndarray, self._data[i]) for i in range(first, last)]
         return sequences[0] if len(sequences) == 1 else np.concatenate(sequences)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raises ValueError unless the token ids were made by this very tokenizer."""
+        """Raises InputError unless the token ids were made by this very tokenizer."""
         if self.manifest and self.manifest.tokenizer_fingerprint != tokenizer.fingerprint:
-            raise ValueError(
+            raise InputError(
                 f"{self.prefix} was written with another SentencePiece model (fingerprint "
                 f"{self.manifest.tokenizer_fingerprint}, data.tokenizer_model has "
                 f"{tokenizer.fingerprint}); preprocess it again or change data.tokenizer_model"
@@ -130,7 +133,7 @@ class SampleStore:
         for i in range(len(self)):
             ids = self.text(i)
             if ids.size and ids.max() >= tokenizer.vocab_size:
-                raise ValueError(
+                raise InputError(
                     f"{self.prefix}: document {i} holds token id {ids.max()}, data.tokenizer_model "
                     f"has {tokenizer.vocab_size} ids: it was written with another tokenizer"
                 )
@@ -138,17 +141,21 @@ class SampleStore:
         offsets = np.cumsum([0, *(len(table) for table in tables)])
         return np.concatenate([np.zeros((0, 2), np.int32), *tables]), offsets
 
+    def _part(self, number: int) -> tuple[np.ndarray, int]:
+        """Bytes and mode, which Megatron gives of multimodal datasets alone."""
+        return cast(tuple[np.ndarray, int], self._data[number])
+
     def _check(self) -> None:
         index = self._data.index
         item = np.dtype(index.dtype).itemsize
         needed = int(index.sequence_lengths.astype(np.int64).sum()) * item
         stored = Path(f"{self.prefix}.bin").stat().st_size
         if stored != needed:
-            raise ValueError(f"{self.prefix}.bin has {stored} bytes, its index needs {needed}")
+            raise InputError(f"{self.prefix}.bin has {stored} bytes, its index needs {needed}")
         if self.manifest and self.manifest.num_samples != len(self):
-            raise ValueError(
+            raise InputError(
                 f"{self.prefix}.json counts {self.manifest.num_samples} samples, the index "
                 f"{len(self)}; preprocess the dataset again"
             )
         if len(self) == 0:
-            raise ValueError(f"{self.prefix} holds no samples")
+            raise InputError(f"{self.prefix} holds no samples")

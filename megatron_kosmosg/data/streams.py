@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.paths import packing_folder
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from megatron_kosmosg.data.align_stream import AlignStream, load_clip_tokenizer
@@ -131,12 +132,12 @@ class _StreamParts:
             "heldout": config.data.heldout,
         }[self.section]
         if not entries:
-            raise ValueError(f"data.{self.section} is empty; add data.{self.section}.NAME.path")
+            raise ConfigError(f"data.{self.section} is empty; add data.{self.section}.NAME.path")
         if config.data.tokenizer_model is None:
-            raise ValueError("data.tokenizer_model is not set; it names a SentencePiece model")
+            raise ConfigError("data.tokenizer_model is not set; it names a SentencePiece model")
         tokenizer = Tokenizer(config.data.tokenizer_model)
         if tokenizer.vocab_size != config.model.vocab_size:
-            raise ValueError(
+            raise ConfigError(
                 f"model.vocab_size={config.model.vocab_size}, but data.tokenizer_model "
                 f"{config.data.tokenizer_model} has {tokenizer.vocab_size} ids; set "
                 f"model.vocab_size={tokenizer.vocab_size}"
@@ -153,10 +154,10 @@ class _StreamParts:
             self.stores[name] = store
             self.orders[name] = SampleOrder(name, len(store), config.training.seed, self.stage_key)
 
-    def wrong_kind(self, name: str, stage: str) -> ValueError:
+    def wrong_kind(self, name: str, stage: str) -> ConfigError:
         """Dataset `name` of the mixture is of a kind that `stage` does not read."""
         store = self.stores[name]
-        return ValueError(
+        return ConfigError(
             f"data.{self.section}.{name}: {store.prefix} is of kind {store.kind}; "
             f"{stage} reads {names_read_by(stage)}"
         )

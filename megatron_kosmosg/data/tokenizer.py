@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from megatron_kosmosg.config.errors import InputError
+
 IMAGE, END_IMAGE = "<image>", "</image>"
 """Bracket a picture; <image> also fills its slots and, in texts of users, stands for one."""
 TRAILING_SPECIALS = ("<mask>", "</doc>", IMAGE, END_IMAGE, "</chunk>", "</line>")
@@ -26,7 +28,7 @@ CLOSERS = "\"')]}\u201d\u2019\u00bb"
 class Tokenizer:
     """A SentencePiece model file with the special tokens around it.
 
-    Raises FileNotFoundError, or ValueError for another file, or a model whose ids 0, 1, 2 are not
+    Raises FileNotFoundError, or InputError for another file, or a model whose ids 0, 1, 2 are not
     unk, bos, eos.
     """
 
@@ -42,10 +44,10 @@ class Tokenizer:
         try:
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
-            raise ValueError(f"{path} is not a SentencePiece model") from error
+            raise InputError(f"{path} is not a SentencePiece model") from error
         ids = (self._processor.unk_id(), self._processor.bos_id(), self._processor.eos_id())
         if ids != (0, 1, 2) or self._processor.pad_id() != -1:
-            raise ValueError(
+            raise InputError(
                 f"{path}: unk, bos, eos are {ids} and pad is {self._processor.pad_id()}; this "
                 "model needs 0, 1, 2 and no pad piece (the SentencePiece trainer's defaults)"
             )

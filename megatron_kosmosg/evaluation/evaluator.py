@@ -33,6 +33,7 @@ class Evaluator(Protocol):
     def run(self, images: DrawnImages) -> Iterator[tuple[str, float]]:
         """(name, value) of each metric; in the metrics of a run the evaluator's own name stands
         before it."""
+        ...
 
 
 def measure(evaluators: Mapping[str, Evaluator], images: DrawnImages) -> dict[str, float]:

@@ -64,8 +64,9 @@ class KosmosGPipeline(StableDiffusionPipeline):
         requires_safety_checker: bool = False,
     ) -> None:
         """Puts all models in eval mode: a language model with dropout gives other images."""
-        checker = (safety_checker, feature_extractor, image_encoder, requires_safety_checker)
-        super().__init__(vae, text_encoder, tokenizer, unet, scheduler, *checker)
+        parts: Any = (vae, text_encoder, tokenizer, unet, scheduler)  # annotated as CLIP's alone
+        checker: Any = (safety_checker, feature_extractor, image_encoder, requires_safety_checker)
+        super().__init__(*parts, *checker)
         self.register_modules(mllm=mllm, aligner=aligner, mllm_image_processor=mllm_image_processor)
         for component in self.components.values():
             if isinstance(component, torch.nn.Module):
@@ -148,10 +149,10 @@ class KosmosGPipeline(StableDiffusionPipeline):
             negative_prompt_embeds = self._conditions(negatives, device)
             negative_prompt_embeds = negative_prompt_embeds.expand(len(prompt_embeds), -1, -1)
         dtype = prompt_embeds.dtype if self.unet is None else self.unet.dtype
-        return tuple(
-            None if e is None else e.to(device, dtype).repeat_interleave(num_images_per_prompt, 0)
-            for e in (prompt_embeds, negative_prompt_embeds)
-        )
+        prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, 0)
+        if (negative := negative_prompt_embeds) is not None:
+            negative = negative.to(device, dtype).repeat_interleave(num_images_per_prompt, 0)
+        return prompt_embeds, negative
 
     def _conditions(self, prompts: list[Parts], device: torch.device) -> torch.Tensor:
         """[b, c, d] of interleaved prompts."""
@@ -288,7 +289,8 @@ def language_states(
     """
     images = {"pixel_values": pixel_values}
     if pixel_values is None:  # stock Kosmos-2 asks for images: give it none
-        shape = (0, mllm.config.latent_query_num, mllm.config.text_config.embed_dim)
+        text: Any = mllm.config.text_config  # an object, whatever may be given to make it
+        shape = (0, mllm.config.latent_query_num, text.embed_dim)
         images = {"image_embeds": torch.zeros(shape, dtype=mllm.dtype, device=tokens.device)}
     # No attention mask: a causal model does not see padding at the end.
     return mllm(
@@ -312,7 +314,7 @@ def portable_index(index: dict) -> dict:
     return index
 
 
-def as_batch(prompt: str | list, images: Image.Image | list | None) -> list[Parts]:
+def as_batch(prompt: str | list | None, images: Image.Image | list | None) -> list[Parts]:
     """The prompts as interleaved lists, images in their places.
 
     Raises ValueError when placeholders and images differ in number, TypeError for other things.

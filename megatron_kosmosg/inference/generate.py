@@ -34,6 +34,7 @@ class Drawer(Protocol):
 
     def draw(self, pictures: Sequence[Picture]) -> list[Image.Image]:
         """The pictures of one group: all of one or more records with equal `group_key`."""
+        ...
 
 
 @dataclass(frozen=True)

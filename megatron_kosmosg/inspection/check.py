@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from megatron_kosmosg.data.image_types import decoding_reason
 from megatron_kosmosg.data.sentences import sentence_table
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.stored_sample import IMAGE, JSON, RawSample, strip_document_end
@@ -132,4 +133,4 @@ def _decode(data: bytes) -> tuple[tuple[int, int] | None, str | None]:
             image.load()
             return image.size, None
     except Exception as error:  # noqa: BLE001 - Pillow raises errors of many kinds for bad files
-        return None, str(error) or type(error).__name__
+        return None, decoding_reason(error)

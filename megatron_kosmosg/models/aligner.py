@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import nn
 
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.models.layer_specs import (
     bidirectional_layer,
@@ -155,7 +156,7 @@ def _decoder(config, process_groups: ProcessGroupCollection) -> TransformerBlock
 
 def _check_length(length: int, longest: int) -> None:
     if length > longest:
-        raise ValueError(
+        raise ConfigError(
             f"a prompt of {length} positions is longer than the {longest} that AlignerNet has; "
             "raise model.aligner.max_positions or shorten the prompt"
         )

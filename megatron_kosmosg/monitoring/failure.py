@@ -18,12 +18,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_kosmosg import exit_codes
-from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.errors import ConfigError, InputError
 from megatron_kosmosg.data.bad_images import TooManyBadImages
 
 FAILURE_FILE = "failure.txt"
-
-OWN_CODE = Path(__file__).parents[1]
 
 
 def forget_failure(folder: Path, started: float) -> None:
@@ -89,14 +87,9 @@ def exit_code_of(error: BaseException) -> int:
         return exit_codes.INTERRUPTED
     if isinstance(error, (FloatingPointError, TooManyBadImages)):
         return exit_codes.MISSED
-    return exit_codes.BAD_INPUT if _explains_itself(error) else exit_codes.FAILURE
+    return exit_codes.BAD_INPUT if isinstance(error, InputError) else exit_codes.FAILURE
 
 
 def _explains_itself(error: BaseException) -> bool:
-    """Whether the message is written for users: ours, about a setting, an input or the numbers."""
-    if isinstance(error, (ConfigError, FloatingPointError, KeyboardInterrupt)):
-        return True
-    if not isinstance(error, ValueError):
-        return False
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised_in).is_relative_to(OWN_CODE)
+    """Whether the message is written for users: about a setting, an input or the numbers."""
+    return isinstance(error, (InputError, FloatingPointError, TooManyBadImages, KeyboardInterrupt))

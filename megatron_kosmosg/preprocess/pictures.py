@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from megatron_kosmosg.data.image_types import decoding_reason
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.options import Options
 
@@ -88,7 +89,7 @@ class PictureCheck:
         except UnidentifiedImageError as error:
             raise Rejected(f"{name} is not a known picture format") from error
         except Exception as error:  # noqa: BLE001 - Pillow raises anything on a damaged file
-            raise Rejected(f"{name} cannot be decoded", str(error)) from error
+            raise Rejected(f"{name} cannot be decoded", decoding_reason(error)) from error
         if image.width * image.height > self._options.max_image_pixels:
             raise Rejected(f"{name} has too many pixels", f"{image.width} x {image.height}")
         if image.mode == "CMYK":
@@ -146,7 +147,7 @@ def _decode(image: Image.Image, name: str) -> None:
     except Exception as error:  # noqa: BLE001 - Pillow raises anything on a damaged file
         is_short = "trunc" in str(error).lower()
         reason = f"{name} is truncated" if is_short else f"{name} cannot be decoded"
-        raise Rejected(reason, str(error)) from error
+        raise Rejected(reason, decoding_reason(error)) from error
 
 
 def _int(data: bytes) -> int:

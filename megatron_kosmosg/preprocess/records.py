@@ -53,6 +53,8 @@ class Reader(Protocol):
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
         """The input cut into shards; with a limit, at most that many records in all, counted."""
+        ...
 
     def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
         """The records of a shard in order."""
+        ...

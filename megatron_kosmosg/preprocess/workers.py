@@ -33,9 +33,11 @@ class Workers(Protocol):
         done: Done[Result] | None = None,
     ) -> list[Result]:
         """The results in the order of `items`, everywhere."""
+        ...
 
     def lead(self, function: Callable[[], Result]) -> Result:
         """The result of calling `function` in one process, everywhere."""
+        ...
 
 
 class LocalWorkers:

@@ -56,6 +56,7 @@ def _fit(
         heldout = stop.run_alone(lambda: stage.build_dataset("heldout"))
     if stop.agreed(layout.device):
         return False
+    assert data is not None  # only a stop leaves it out
     # What is trained: from the newest checkpoint, else from the stage's initial weights.
     heart.at(0, "model")
     resume_from = newest_checkpoint(config, layout)

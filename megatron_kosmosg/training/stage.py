@@ -54,9 +54,11 @@ class Stage(Protocol):
 
     def build_model(self, layout: Layout) -> list[torch.nn.Module]:
         """Model chunks of this rank, fp32, on `layout.device`; `requires_grad` is decided here."""
+        ...
 
     def build_dataset(self, split: str) -> StreamDataset:
         """The sample stream of `split` (train | heldout), a pure function of its position."""
+        ...
 
     def forward_step(
         self, data_iterator: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module
@@ -66,13 +68,17 @@ class Stage(Protocol):
         Returns (output, loss_func); loss_func(output) gives (loss summed over the micro-batch's
         items, number of items as an int tensor, {name: tensor [sum, count]} to report).
         """
+        ...
 
     def initial_weights(self) -> InitialWeights | None:
         """The checkpoint of the previous stage, or None when training starts from scratch."""
+        ...
 
     def probe(self, model: list[torch.nn.Module], iteration: int) -> Probe:
         """Metrics and pictures of fixed held-out prompts; called on all ranks together."""
+        ...
 
     def flops_per_iteration(self, num_tokens: int, num_images: int, num_targets: int) -> float:
         """FLOPs of one update (multiply-add = 2) for the work actually done: positions in,
         prompt images, target images; without recomputation."""
+        ...

@@ -59,6 +59,15 @@ def test_a_name_that_is_in_no_table_is_answered_with_the_nearest(tmp_path, capsy
     )
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "align"])
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_stage_that_draws_nothing_has_no_evaluators(stage, more, capsys):
+    settings = ["--config", f"toy_{stage}", "evaluation.grid=[toy]", "parallel.world_size=1"]
+    assert train.main([*settings, *more]) == exit_codes.BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: evaluation.grid=[toy] means nothing to stage={stage}: ")
+
+
 def test_a_run_may_go_on_with_other_evaluators():
     saved = load_config("toy_instruct", ["evaluation.grid=[]"])
     (noted,) = check_resume(saved, load_config("toy_instruct", []))

@@ -7,17 +7,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.data import images
 from megatron_kosmosg.data.bad_images import TooManyBadImages
 from megatron_kosmosg.data.blend import Blend
+from megatron_kosmosg.data.images import ImageDecoder
+from megatron_kosmosg.data.keyed import KeyedPermutation
+from megatron_kosmosg.data.kinds import find_kind
+from megatron_kosmosg.data.manifest import Manifest
+from megatron_kosmosg.data.store import SampleStore
+from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.monitoring import signals
 from megatron_kosmosg.monitoring.failure import exit_code_of, forget_failure, report_failure
 from megatron_kosmosg.monitoring.signals import STOP_SIGNALS, StopRequest
+from tests.support.data_helpers import build_dataset
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -107,18 +117,48 @@ def test_an_error_about_the_input_is_one_line_and_the_file_has_the_traceback(tmp
     assert "Traceback" in (tmp_path / "failure.txt").read_text()
 
 
-def own_error() -> Exception:
-    """A ValueError that our code raises about an input, without a class of its own."""
-    with pytest.raises(ValueError, match="mixture is empty") as caught:
-        Blend({})
-    return caught.value
+def caught(work: Callable[[], object], words: str) -> Exception:
+    with pytest.raises(ValueError, match=words) as raised:
+        work()
+    return raised.value
+
+
+def damaged(folder: Path) -> SampleStore:
+    """A dataset whose last byte is missing."""
+    prefix = build_dataset(folder, "caption", 2)
+    data = Path(f"{prefix}.bin")
+    data.write_bytes(data.read_bytes()[:-1])
+    return SampleStore(prefix)
+
+
+@pytest.mark.parametrize(
+    ("read", "words"),
+    [
+        (lambda folder: Blend({}), "mixture is empty"),
+        (damaged, "its index needs"),
+        (lambda folder: Tokenizer(__file__), "is not a SentencePiece model"),
+        (lambda folder: Manifest.read(Path(__file__)), "not a readable manifest"),
+        (lambda folder: find_kind("txet"), "kind txet is not known"),
+        (lambda folder: ImageDecoder("dali"), "nvidia-dali is not installed"),
+    ],
+)
+def test_what_is_wrong_with_an_input_is_not_tried_again(tmp_path, monkeypatch, read, words):
+    monkeypatch.setattr(images, "find_spec", lambda name: None)
+    error = caught(lambda: read(tmp_path), words)
+    assert exit_code_of(error) == exit_codes.BAD_INPUT
+
+
+def test_a_mistake_of_our_own_code_may_be_tried_again_and_shows_where_it_was(tmp_path, capsys):
+    error = caught(lambda: KeyedPermutation(0, key=1), "at least one element")
+    assert exit_code_of(error) == exit_codes.FAILURE
+    report_failure(tmp_path, 0, error, time.time())
+    assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("error", "code"),
     [
         (lambda: ConfigError("data.blend.x.path does not exist"), exit_codes.BAD_INPUT),
-        (own_error, exit_codes.BAD_INPUT),
         (lambda: TooManyBadImages("4 undecodable images so far"), exit_codes.MISSED),
         (lambda: FloatingPointError("100 updates in a row"), exit_codes.MISSED),
         (KeyboardInterrupt, exit_codes.INTERRUPTED),

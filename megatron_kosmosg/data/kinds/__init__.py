@@ -5,6 +5,7 @@ A new kind is a file with its object (kind.SampleKind) and a line in the table.
 
 from __future__ import annotations
 
+from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.data.kinds.caption import CAPTION
 from megatron_kosmosg.data.kinds.compositional import COMPOSITIONAL
 from megatron_kosmosg.data.kinds.edit import EDIT
@@ -21,7 +22,7 @@ KINDS: dict[str, SampleKind] = {
 def find_kind(name: str) -> SampleKind:
     """The kind called `name`. Raises ValueError for one that is not in the table."""
     if name not in KINDS:
-        raise ValueError(f"kind {name} is not known; the kinds are {', '.join(KINDS)}")
+        raise InputError(f"kind {name} is not known; the kinds are {', '.join(KINDS)}")
     return KINDS[name]
 
 

@@ -72,15 +72,19 @@ class Conversion(Protocol):
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a run of text."""
+        ...
 
     def text_field(self, fields: dict[str, Any], name: str) -> tuple[str, np.ndarray]:
         """A field's text and its ids, of which there is one at least."""
+        ...
 
     def image(self, record: Record, fields: dict[str, Any], name: str) -> bytes:
         """The encoded picture of a field, byte for byte, after it was verified."""
+        ...
 
     def mask(self, record: Record, fields: dict[str, Any], name: str, image: bytes) -> bytes | None:
         """The encoded mask of `image`, 255 = entity; None where the field is null."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -153,9 +157,11 @@ class PromptMaker(Protocol):
 
     def length(self, sizes: PartSizes, draws: Draws) -> int | None:
         """Tokens of the prompt that the call gives, None where the sample cannot be used."""
+        ...
 
     def __call__(self, raw: RawSample, draws: Draws) -> Prompt:
         """The prompt of a stored sample, with its target."""
+        ...
 
 
 @dataclass(frozen=True)
