@@ -1,4 +1,8 @@
-"""How far the whole quickstart is, and when it will be done, on a terminal or in a log."""
+"""How far the whole quickstart is, and when it will be done, on a terminal or in a log.
+
+Not megatron_kosmosg/progress.py, which divides what is done by one rate: here the steps are
+of different kinds, and the time left comes from what each was expected to take.
+"""
 
 from __future__ import annotations
 

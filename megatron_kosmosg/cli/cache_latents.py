@@ -90,13 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _cache(args: argparse.Namespace) -> int:
     from megatron_kosmosg.data.bad_images import TooManyBadImages
     from megatron_kosmosg.data.images import ImageDecoder, target_pixels
-    from megatron_kosmosg.data.minute_lines import MinuteLines
     from megatron_kosmosg.data.store import SampleStore
     from megatron_kosmosg.models.diffusion import load_vae, vae_fingerprint
     from megatron_kosmosg.parallel.devices import choose_device
     from megatron_kosmosg.parallel.platform import torch_dtype
     from megatron_kosmosg.parallel.rendezvous import find_place
     from megatron_kosmosg.preprocess.latent_moments import LatentJob, cache_latents
+    from megatron_kosmosg.progress import Progress
 
     place = find_place(os.environ)
     device = choose_device(place)
@@ -115,9 +115,9 @@ def _cache(args: argparse.Namespace) -> int:
             num_workers=args.threads,
             max_bad_images=args.max_bad_images,
         )
-        said = MinuteLines(f"{prefix}.{args.name}")
+        shown = Progress(f"{prefix}.{args.name}", "sample", is_shared=place.world_size > 1)
         try:
-            cached = cache_latents(job, vae, mark, decoder, place.rank, place.world_size, said)
+            cached = cache_latents(job, vae, mark, decoder, place.rank, place.world_size, shown)
         except TooManyBadImages as error:
             return report(str(error), exit_codes.MISSED)
         state = "this rank's share is done, others still work"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,8 @@ from megatron_kosmosg.command_line import (
 
 if TYPE_CHECKING:
     import torch
+
+    from megatron_kosmosg.progress import Progress
 
 EPILOG = """\
 commands (each has its own --help with an example):
@@ -194,7 +196,7 @@ def _import_fairseq(args: argparse.Namespace) -> list[str]:
         trust=args.trust_pickle,
         drop=tuple(args.drop),
     )
-    imported = import_fairseq(job, progress_bar())
+    imported = import_fairseq(job, _progress())
     return [*imported.notes, str(imported.checkpoint)]
 
 
@@ -217,7 +219,7 @@ def _import_kosmos2(args: argparse.Namespace) -> list[str]:
         args.config,
         args.overrides,
         args.tokenizer_model,
-        progress_bar(),
+        _progress(),
     )
     return [*imported.notes, str(imported.checkpoint)]
 
@@ -238,7 +240,7 @@ def _export_hf(args: argparse.Namespace) -> list[str]:
         args.output,
         _dtype(args),
         args.tokenizer_model,
-        progress_bar(),
+        _progress(),
     )
     return [*notes, str(args.output)]
 
@@ -250,7 +252,7 @@ def _add_export_mllm(commands) -> None:
 def _export_mllm(args: argparse.Namespace) -> list[str]:
     from megatron_kosmosg.conversion.export_hf import export_mllm
 
-    notes = export_mllm(args.input, args.output, _dtype(args), args.tokenizer_model, progress_bar())
+    notes = export_mllm(args.input, args.output, _dtype(args), args.tokenizer_model, _progress())
     return [*notes, str(args.output)]
 
 
@@ -264,7 +266,7 @@ def _import_hf(args: argparse.Namespace) -> list[str]:
     from megatron_kosmosg.conversion.import_hf import import_hf
 
     imported = import_hf(
-        args.input, args.output, _dtype(args), args.config, args.overrides, progress_bar()
+        args.input, args.output, _dtype(args), args.config, args.overrides, _progress()
     )
     return [*imported.notes, str(imported.checkpoint)]
 
@@ -331,22 +333,11 @@ def _add_config(parser: CommandParser) -> None:
     add_overrides(parser, "settings, as in training")
 
 
-def progress_bar() -> Callable[[int, int], None]:
-    """A callback (bytes done, bytes in all) that shows both, the rate and the remaining time."""
-    from tqdm import tqdm
+def _progress() -> Progress:
+    """Bytes of one component after another; a small one is over before there is much to show."""
+    from megatron_kosmosg.progress import Progress
 
-    interval = 0.2 if sys.stderr.isatty() else 30
-    bars: list[tqdm] = []
-
-    def report(done: int, total: int) -> None:
-        if not bars:
-            settings = {"mininterval": interval, "maxinterval": interval, "delay": 1}
-            bars.append(tqdm(total=total, unit="B", unit_scale=True, **settings))
-        bars[0].update(done - bars[0].n)
-        if done == total:  # a folder has several components, one after another
-            bars.pop().close()
-
-    return report
+    return Progress("", "B", delay=1.0)
 
 
 if __name__ == "__main__":

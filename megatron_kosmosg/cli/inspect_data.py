@@ -66,7 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from megatron_kosmosg.config.overwrites import refuse_to_overwrite
-    from megatron_kosmosg.data.minute_lines import MinuteLines
     from megatron_kosmosg.data.store import SampleStore
     from megatron_kosmosg.data.tokenizer import Tokenizer
     from megatron_kosmosg.inspection.check import check_dataset
@@ -75,6 +74,7 @@ def _inspect(args: argparse.Namespace) -> int:
         summary_text,
         write_page,
     )
+    from megatron_kosmosg.progress import Progress
 
     with tempfile.TemporaryDirectory() as scratch:
         model = None if args.tokenizer_model is None else str(args.tokenizer_model)
@@ -91,13 +91,12 @@ def _inspect(args: argparse.Namespace) -> int:
     if not args.check:
         return exit_codes.DONE
     problems = 0
-    for problem in check_dataset(
-        store, tokenizer, args.threads, MinuteLines(f"check {args.prefix}")
-    ):
-        problems += 1
-        if problems <= args.max_shown:
-            at = "dataset" if problem.index is None else f"{problem.index} ({problem.key})"
-            print(f"{at}: {problem.reason}")
+    with Progress(f"check {args.prefix}", "sample") as progress:
+        for problem in check_dataset(store, tokenizer, args.threads, progress):
+            problems += 1
+            if problems <= args.max_shown:
+                at = "dataset" if problem.index is None else f"{problem.index} ({problem.key})"
+                progress.say(f"{at}: {problem.reason}")
     print(f"check: {len(store):,} samples, {problems:,} problems")
     return exit_codes.FAILURE if problems else exit_codes.DONE
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -152,15 +153,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _preprocess(args: argparse.Namespace) -> int:
-    from megatron_kosmosg.preprocess.counts import summary, verification
+    from megatron_kosmosg.preprocess.counts import Counts, rates, summary, verification
     from megatron_kosmosg.preprocess.mpi_workers import choose_workers
-    from megatron_kosmosg.preprocess.progress import ProgressLine
     from megatron_kosmosg.preprocess.run import TooManyRejects, preprocess
+    from megatron_kosmosg.progress import Progress
 
     workers = choose_workers(args.workers)
-    progress = ProgressLine() if workers.is_leader else lambda *_: None
+    started = time.monotonic()
+
+    def show(done: int, total: int, counts: Counts) -> None:
+        progress(done, total, rates(counts, time.monotonic() - started))
+
     try:
-        made = preprocess(job_of(args), progress, workers)
+        with Progress("", "shard", is_shown=workers.is_leader) as progress:
+            made = preprocess(job_of(args), show, workers)
     except TooManyRejects as error:
         return report(str(error), exit_codes.MISSED)
     if workers.is_leader:

@@ -24,9 +24,9 @@ from megatron_kosmosg.construction.rows import StepFolder
 from megatron_kosmosg.construction.shares import Share
 from megatron_kosmosg.construction.steps import Step, are_done, run_steps
 from megatron_kosmosg.data.kinds.caption import CAPTION
-from megatron_kosmosg.data.minute_lines import MinuteLines
 from megatron_kosmosg.files import write_json, write_text
 from megatron_kosmosg.preprocess.options import Options
+from megatron_kosmosg.progress import Progress
 
 INPUT, NOUN_PHRASES = "input", "noun-phrases"
 CAPTION_TYPE, CAPTION_EXAMPLE = "blip-2", "Salesforce/blip2-opt-6.7b"
@@ -86,11 +86,13 @@ def build(job: BuildJob, share: Share, models: ModelSettings) -> Built:
     origins = _Origins(job, models)
     plan = make_plan(job.output, job.inputs, job.shard_size, job.limit, job.options)
     steps = [step for step in origins.steps(plan) if step is not None]
-    lines: dict[str, MinuteLines] = {}
+    shown: dict[str, Progress] = {}
 
     def report(name: str, done: int, total: int) -> None:
-        line = lines.setdefault(name, MinuteLines(f"rank {share.rank}: shards of {name}"))
-        line(done, total)
+        if name not in shown:
+            who = f"rank {share.rank}: {name}" if share.world_size > 1 else name
+            shown[name] = Progress(who, "shard", is_shared=share.world_size > 1)
+        shown[name](done, total)
 
     run_steps(steps, plan.num_shards, share, report)
     records = steps[-1].folder if job.masks is not None else None

@@ -13,7 +13,7 @@ from megatron_kosmosg.construction.rows import Row, StepFolder
 from megatron_kosmosg.construction.shares import Share
 
 Report = Callable[[str, int, int], None]
-"""Called with (name of the step, finished, to do) shards of this process."""
+"""Called with (name of the step, finished, to do) shards of this process, first with 0."""
 
 
 class Work(Protocol):
@@ -49,6 +49,7 @@ def run_steps(steps: Sequence[Step], num_shards: int, share: Share, report: Repo
     for step in steps:
         todo = [shard for shard in share.of(num_shards) if not step.folder.is_done(shard)]
         name = step.folder.path.name
+        report(name, 0, len(todo))
         for done, shard in enumerate(todo, start=1):
             step.folder.write(shard, step.work.rows(shard))
             report(name, done, len(todo))

@@ -7,7 +7,6 @@ tensor of the source at a time. The folder gets its final name when everything i
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,10 +33,8 @@ from megatron_kosmosg.conversion.tensors import (
 )
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
 from megatron_kosmosg.models.parameter_count import meta_model
+from megatron_kosmosg.progress import ProgressCallback
 from megatron_kosmosg.stages import stage_facts
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
 
 _FILE_BYTES = 1 << 29
 """Largest file, unless one tensor is larger."""
@@ -66,12 +63,14 @@ def refuse_existing(folder: Path) -> None:
 
 
 def write_checkpoint(
-    folder: Path, config: RunConfig, source: TensorSource, progress: Progress | None = None
+    folder: Path, config: RunConfig, source: TensorSource, progress: ProgressCallback | None = None
 ) -> Path:
     """`folder/iter_0000000`, written from the source's tensors in their own dtypes.
 
     Raises ConversionError, before anything is written, unless the source has exactly the tensors
     of `config.stage`'s model. What was begun is removed again when something fails.
+
+    progress: of bytes.
     """
     infos = source.names()
     check_complete(infos, model_tensors(config))
@@ -91,7 +90,7 @@ def _write(
     config: RunConfig,
     source: TensorSource,
     infos: dict[str, TensorInfo],
-    progress: Progress | None,
+    progress: ProgressCallback | None,
 ) -> None:
     padded_rows = padded_vocab_size(config.model.vocab_size, 1)
     planner = _OneByOne(source, infos, padded_rows, progress)
@@ -115,7 +114,7 @@ class _OneByOne(DefaultSavePlanner):
         source: TensorSource,
         infos: dict[str, TensorInfo],
         padded_rows: int,
-        progress: Progress | None,
+        progress: ProgressCallback | None,
     ) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._source, self._infos, self._padded_rows = source, infos, padded_rows
@@ -123,6 +122,7 @@ class _OneByOne(DefaultSavePlanner):
         self._names: dict[tuple[str, int], str] = {}
         self._bytes_done = 0
         self._bytes_in_all = sum(map(num_bytes, infos.values()))
+        self._report()
 
     def create_local_plans(self) -> list[SavePlan]:
         """One plan per file. One shard per tensor; the layers of a stack share a key."""
@@ -143,9 +143,12 @@ class _OneByOne(DefaultSavePlanner):
         if name == EMBEDDING:
             padding = tensor.new_zeros(self._padded_rows - len(tensor), *tensor.shape[1:])
             tensor = torch.cat([tensor, padding])
+        self._report()
+        return tensor.contiguous().reshape(write_item.tensor_data.chunk.sizes)
+
+    def _report(self) -> None:
         if self._progress is not None:
             self._progress(self._bytes_done, self._bytes_in_all)
-        return tensor.contiguous().reshape(write_item.tensor_data.chunk.sizes)
 
     def _item(self, name: str, depth: dict[str, int]) -> WriteItem:
         key, layer = stored_key(name)

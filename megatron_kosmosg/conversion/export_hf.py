@@ -9,12 +9,12 @@ import torch
 from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion import hf_folder
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
-from megatron_kosmosg.conversion.checkpoint_writer import Progress
 from megatron_kosmosg.conversion.exported_folder import ALIGNER, IMAGE_PROCESSOR, MLLM, TOKENIZER
 from megatron_kosmosg.conversion.hf_aligner import NOT_EXPORTED, OURS
 from megatron_kosmosg.conversion.output_folder import new_folder
 from megatron_kosmosg.conversion.rules import summary
 from megatron_kosmosg.conversion.stable_diffusion import StableDiffusion
+from megatron_kosmosg.progress import ProgressCallback
 from megatron_kosmosg.stages import stage_facts
 
 
@@ -24,7 +24,7 @@ def export_hf(
     output: Path,
     dtype: torch.dtype | None = None,
     tokenizer: Path | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[str]:
     """Writes the diffusers folder of an `align` or `instruct` checkpoint; returns notes.
 
@@ -61,7 +61,7 @@ def export_mllm(
     output: Path,
     dtype: torch.dtype | None = None,
     tokenizer: Path | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[str]:
     """Writes the language model of any checkpoint with its tokenizer and image processor.
 

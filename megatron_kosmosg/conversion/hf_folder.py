@@ -16,7 +16,6 @@ from transformers import GenerationConfig
 from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
-from megatron_kosmosg.conversion.checkpoint_writer import Progress
 from megatron_kosmosg.conversion.exported_folder import (
     ALIGNER,
     IMAGE_PROCESSOR,
@@ -36,10 +35,14 @@ from megatron_kosmosg.conversion.safetensors_files import (
 from megatron_kosmosg.conversion.tensors import InDtype
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.hf import modeling_kosmosg_aligner, pipeline_kosmosg
+from megatron_kosmosg.progress import ProgressCallback
 
 
 def write_mllm(
-    folder: Path, source: CheckpointTensors, dtype: torch.dtype | None, progress: Progress | None
+    folder: Path,
+    source: CheckpointTensors,
+    dtype: torch.dtype | None,
+    progress: ProgressCallback | None,
 ) -> str:
     """Writes a stock Kosmos2ForConditionalGeneration, and says how much; dtype None keeps ours."""
     weights = InDtype(kosmos2_weights(source, source.config), dtype)
@@ -56,7 +59,10 @@ def write_mllm(
 
 
 def write_aligner(
-    folder: Path, source: CheckpointTensors, dtype: torch.dtype | None, progress: Progress | None
+    folder: Path,
+    source: CheckpointTensors,
+    dtype: torch.dtype | None,
+    progress: ProgressCallback | None,
 ) -> str:
     """Writes AlignerNet M as a component with its own .py file, and says how much."""
     weights = InDtype(aligner_weights(source, source.config), dtype)

@@ -14,7 +14,6 @@ from megatron_kosmosg.config.load import given_keys
 from megatron_kosmosg.config.schema import ModelConfig, RunConfig
 from megatron_kosmosg.conversion.authors import authors_table, has_fused_vision, stage_of
 from megatron_kosmosg.conversion.checkpoint_writer import (
-    Progress,
     model_tensors,
     refuse_existing,
     write_checkpoint,
@@ -35,6 +34,7 @@ from megatron_kosmosg.conversion.tensors import (
     widest_dtype,
 )
 from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.progress import ProgressCallback
 from megatron_kosmosg.stages import stage_facts
 
 _FILE_OF_STAGE = {"pretrain": "stage 1", "align": "stage 2", "instruct": "final"}
@@ -58,7 +58,7 @@ class FairseqImport:
     """Patterns of further tensor names to leave out."""
 
 
-def import_fairseq(job: FairseqImport, progress: Progress | None = None) -> Imported:
+def import_fairseq(job: FairseqImport, progress: ProgressCallback | None = None) -> Imported:
     """Writes `job.output/iter_0000000`; its stage follows from the parts the file holds.
 
     Raises ConversionError or ConfigError before anything is written.

@@ -13,7 +13,6 @@ from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion import hf_aligner, kosmos2
 from megatron_kosmosg.conversion.checkpoint_writer import (
-    Progress,
     model_tensors,
     refuse_existing,
     write_checkpoint,
@@ -33,6 +32,7 @@ from megatron_kosmosg.conversion.safetensors_files import (
     SafetensorsFolder,
 )
 from megatron_kosmosg.conversion.tensors import InDtype, Joined, TensorSource, as_ours, check_ties
+from megatron_kosmosg.progress import ProgressCallback
 
 
 def import_hf(
@@ -41,7 +41,7 @@ def import_hf(
     dtype: torch.dtype | None = None,
     config_file: Path | None = None,
     overrides: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Imported:
     """The inverse of `export-hf` (an `instruct` checkpoint) and of `export-mllm` (`pretrain`).
 
@@ -75,7 +75,7 @@ def import_kosmos2(
     config_file: Path | None = None,
     overrides: Sequence[str] = (),
     tokenizer: Path | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Imported:
     """A `pretrain` checkpoint from the layout of microsoft/kosmos-2-patch14-224.
 

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_kosmosg.config.errors import ConversionError
-from megatron_kosmosg.conversion.checkpoint_writer import Progress
 from megatron_kosmosg.conversion.tensors import TensorInfo, TensorSource, in_files, num_bytes
+from megatron_kosmosg.progress import ProgressCallback
 
 MAX_SHARD_BYTES = 2_000_000_000
 TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"
@@ -63,7 +63,7 @@ def write_safetensors(
     folder: Path,
     stem: str,
     source: TensorSource,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> str:
     """Writes the source's tensors in their order; holds one shard at a time. Says what it wrote.
@@ -74,6 +74,8 @@ def write_safetensors(
     infos = source.names()
     shards = in_files(infos, max_shard_bytes)
     total, done = sum(map(num_bytes, infos.values())), 0
+    report = progress or (lambda *_: None)
+    report(done, total)
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
@@ -82,8 +84,7 @@ def write_safetensors(
         for name in names:
             tensors[name] = _own(source.read(name))
             done += num_bytes(infos[name])
-            if progress is not None:
-                progress(done, total)
+            report(done, total)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         _share(folder / file)
         del tensors

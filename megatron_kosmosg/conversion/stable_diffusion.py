@@ -14,7 +14,6 @@ import torch
 
 from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.schema import AlignerConfig
-from megatron_kosmosg.conversion.checkpoint_writer import Progress
 from megatron_kosmosg.conversion.json_files import read_json
 from megatron_kosmosg.conversion.safetensors_files import (
     DIFFUSERS,
@@ -22,6 +21,7 @@ from megatron_kosmosg.conversion.safetensors_files import (
     write_safetensors,
 )
 from megatron_kosmosg.conversion.tensors import InDtype
+from megatron_kosmosg.progress import ProgressCallback
 
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 SCHEDULER_FILE = "scheduler_config.json"
@@ -59,7 +59,7 @@ class StableDiffusion:
         return {**entries, "scheduler": ["diffusers", self._scheduler["_class_name"]]}
 
     def write(
-        self, output: Path, dtype: torch.dtype | None, progress: Progress | None
+        self, output: Path, dtype: torch.dtype | None, progress: ProgressCallback | None
     ) -> dict[str, str]:
         """Copies the parts into `output`; dtype None keeps theirs. {part: how much it is}"""
         written = {}

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from megatron_kosmosg.files import fingerprint
 from megatron_kosmosg.inference.generate import Drawer, Job, generate, write_sheet
@@ -17,9 +16,7 @@ from megatron_kosmosg.inference.model_source import ModelSource
 from megatron_kosmosg.inference.picture_plan import PicturePlan, RunSettings
 from megatron_kosmosg.inference.prompt_records import DrawingOptions, PromptRecord
 from megatron_kosmosg.parallel.rendezvous import Place
-
-TERMINAL_SECONDS, LOG_SECONDS = 0.1, 30.0
-"""Least time between two updates of the progress line."""
+from megatron_kosmosg.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -87,32 +84,6 @@ def run(request: Request, place: Place) -> Finished:
         drawer.show_steps(not request.is_list and sys.stderr.isatty())
         return drawer
 
-    with _Progress(place.rank == 0) as progress:
+    with Progress("", "image", is_shown=place.rank == 0) as progress:
         drawn = generate(job, open_model, progress)
     return Finished(drawn, progress.total - drawn, write_sheet(job, request.sheet_rows))
-
-
-class _Progress:
-    """A line with the pictures done and the time left, on one rank."""
-
-    def __init__(self, is_shown: bool) -> None:
-        self._is_shown = is_shown
-        self._bar: tqdm | None = None
-        self.total = 0
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, done: int, total: int) -> None:
-        """The first call starts the clock."""
-        self.total = total
-        if not self._is_shown:
-            return
-        if self._bar is None:
-            interval = TERMINAL_SECONDS if sys.stderr.isatty() else LOG_SECONDS
-            self._bar = tqdm(total=total, initial=done, unit="picture", mininterval=interval)
-        self._bar.update(done - self._bar.n)

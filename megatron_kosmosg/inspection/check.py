@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from megatron_kosmosg.data.sentences import sentence_table
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.stored_sample import IMAGE, JSON, RawSample, strip_document_end
 from megatron_kosmosg.data.tokenizer import Tokenizer
+from megatron_kosmosg.progress import ProgressCallback
 
 CHUNK = 256
 
@@ -32,11 +33,12 @@ def check_dataset(
     store: SampleStore,
     tokenizer: Tokenizer,
     num_workers: int,
-    progress: Callable[[int, int], None],
+    progress: ProgressCallback,
 ) -> Iterator[Problem]:
     """All problems, in the order of the samples; those of the dataset as a whole last."""
     checker = _Checker(store, tokenizer)
     starts = range(0, len(store), CHUNK)
+    progress(0, len(store))
     with ThreadPoolExecutor(num_workers, "check") as pool:
         for start, found in zip(starts, pool.map(checker.chunk, starts), strict=True):
             yield from found.problems

@@ -62,6 +62,15 @@ def summary(counts: Counts) -> str:
     return "\n".join(f"{name:<{width}}  {number:>15,}" for name, number in rows)
 
 
+def rates(counts: Counts, seconds: float) -> str:
+    """What came of the records in so many seconds, in part of a line."""
+    per_second = 1 / max(seconds, 1e-9)
+    return (
+        f"{counts.samples:,} samples, {counts.samples * per_second:,.0f}/s, "
+        f"{counts.output_bytes * per_second / 1e6:.1f} MB/s, {counts.rejects.total():,} rejected"
+    )
+
+
 def verification(counts: Counts) -> str:
     """One line on what checking the pictures took."""
     share = 100 * counts.verify_seconds / max(counts.work_seconds, 1e-9)

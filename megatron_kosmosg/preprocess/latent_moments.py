@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from megatron_kosmosg.data.latent_cache import (
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.files import exclusive, write_json
 from megatron_kosmosg.models.diffusion import vae_moments
+from megatron_kosmosg.progress import ProgressCallback
 
 NUM_SHOWN, REASON_LENGTH = 3, 200
 """Bad targets that are named, and characters of what the library said."""
@@ -98,13 +99,13 @@ def cache_latents(
     decoder: ImageDecoder,
     rank: int,
     world_size: int,
-    progress: Callable[[int, int], None],
+    progress: ProgressCallback,
 ) -> CachedLatents:
     """Encodes this rank's share; whoever finds all shards done completes the cache.
 
     vae: on the device and in the precision to encode with. vae_mark: its `vae_fingerprint`, which
     needs the weights in float32.
-    progress: is told (samples of this rank done, in all). Raises ValueError for kinds without
+    progress: of this rank's samples. Raises ValueError for kinds without
     target images, and when an unfinished cache of that name was begun with other settings;
     TooManyBadImages when more targets than job.max_bad_images cannot be decoded, or none can.
     """
@@ -127,6 +128,7 @@ def cache_latents(
     bad = _bad_targets(job, _notes(job, parts))
     _check(job, bad)
     done, total = 0, sum(len(_samples(job, shard)) for shard in todo)
+    progress(done, total)
     with ThreadPoolExecutor(job.num_workers, "decode") as pool:
         for shard in todo:
             bad = _encode_shard(job, shard, vae, decoder, pool, prefix, parts, bad)

@@ -42,7 +42,7 @@ from megatron_kosmosg.preprocess.work_folder import WorkFolder
 from megatron_kosmosg.preprocess.workers import LocalWorkers, Workers
 
 Progress = Callable[[int, int, Counts], None]
-"""Called with (shards done, shards in all, counts so far)."""
+"""Called with (shards done, shards in all, counts so far), first with none."""
 
 
 class TooManyRejects(ValueError):
@@ -183,6 +183,7 @@ def _work(
         progress(done, len(jobs), counts)
         _check_rejects(job, counts, folder)
 
+    progress(0, len(jobs), counts)
     try:
         found = workers.map(work_on_shard, jobs, add)
     except TooManyRejects:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_kosmosg.progress import ProgressCallback
 from megatron_kosmosg.toy.pictures import PictureFiles
 from megatron_kosmosg.toy.records import WRITERS
 
@@ -57,10 +57,10 @@ def is_complete(folder: Path, world: World) -> bool:
     return manifest.is_file() and json.loads(manifest.read_text()) == asdict(world)
 
 
-def write_world(folder: Path, world: World, report: Callable[[int, int], None]) -> None:
+def write_world(folder: Path, world: World, report: ProgressCallback) -> None:
     """Writes the world beside `folder` and renames it; an older world there is replaced.
 
-    report(done, total) is called after each record. Raises ValueError when `folder` holds anything
+    report: of records. Raises ValueError when `folder` holds anything
     else.
     """
     if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir()):
@@ -70,6 +70,7 @@ def write_world(folder: Path, world: World, report: Callable[[int, int], None]) 
     tables = [(split, kind) for split in SPLITS for kind in WRITERS]
     total = sum(world.count(*table) for table in tables)
     done = 0
+    report(done, total)
     for split, kind in tables:
         records = temporary / split
         records.mkdir(parents=True, exist_ok=True)

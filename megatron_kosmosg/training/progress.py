@@ -6,9 +6,8 @@ import sys
 import time
 from collections import deque
 
-from tqdm import tqdm
-
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.progress import Progress
 
 WINDOW = 50
 """Iterations whose mean duration predicts the time remaining."""
@@ -22,21 +21,14 @@ class ProgressDisplay:
         self._total = config.training.train_iters
         self._interval = config.logging.log_interval
         self._recent: deque[float] = deque(maxlen=WINDOW)
-        self._bar: tqdm | None = None
-        if enabled and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=self._total, initial=start_iteration, desc=config.stage, dynamic_ncols=True
-            )
+        # A log has the lines of `step` already.
+        self._bar = Progress(config.stage, is_shown=enabled and sys.stderr.isatty())
+        self._bar(start_iteration, self._total)
 
     def say(self, text: str) -> None:
         """Prints one line above the bar."""
-        if not self._enabled:
-            return
-        line = f"{time.strftime('%H:%M:%S')} {text}"
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stdout)
-        else:
-            print(line, flush=True)
+        if self._enabled:
+            self._bar.say(f"{time.strftime('%H:%M:%S')} {text}")
 
     def step(
         self,
@@ -49,9 +41,7 @@ class ProgressDisplay:
         if not self._enabled:
             return
         self._recent.append(seconds)
-        if self._bar is not None:
-            self._bar.update(1)
-            self._bar.set_postfix(loss=f"{losses['loss']:.4g}")
+        self._bar(iteration, self._total, f"loss={losses['loss']:.4g}")
         if iteration % self._interval and iteration != self._total:
             return
         parts = [f"{name} {value:.4g}" for name, value in losses.items() if name != "loss"]
@@ -67,8 +57,7 @@ class ProgressDisplay:
         )
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def _remaining(self, iteration: int) -> str:
         mean = sum(self._recent) / len(self._recent)

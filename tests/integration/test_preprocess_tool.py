@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -14,8 +13,7 @@ import pytest
 
 from megatron_kosmosg.data.kinds import TEXT
 from megatron_kosmosg.data.store import SampleStore
-from megatron_kosmosg.preprocess import inputs, progress, text_batches
-from megatron_kosmosg.preprocess.counts import Counts
+from megatron_kosmosg.preprocess import inputs, text_batches
 from megatron_kosmosg.preprocess.inputs import find_inputs
 from megatron_kosmosg.preprocess.jsonl import JsonlReader
 from megatron_kosmosg.preprocess.records import ShardSize
@@ -195,27 +193,3 @@ def test_a_worker_that_dies_is_an_error_not_a_hang(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="worker process ended unexpectedly"):
         quiet(PreprocessJob("text", (source,), model, str(tmp_path / "o"), workers=2))
     assert not list(tmp_path.glob("o.*"))
-
-
-class Screen(io.StringIO):
-    def __init__(self, is_terminal: bool) -> None:
-        super().__init__()
-        self.is_terminal = is_terminal
-
-    def isatty(self) -> bool:
-        return self.is_terminal
-
-
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_progress_is_one_line_on_a_terminal_and_sparse_in_a_log(is_terminal, monkeypatch):
-    clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
-    screen = Screen(is_terminal)
-    line = progress.ProgressLine(screen)
-    for done in range(1, 11):
-        line(done, 10, Counts(samples=100 * done, output_bytes=10**7 * done))
-    text = screen.getvalue()
-    assert text.count("\n") == (1 if is_terminal else 2)
-    assert text.count("\r") == (10 if is_terminal else 0)
-    last = "100%  1,000 samples  10/s  1.0 MB/s  0 rejected  0 s left\n"
-    assert text.endswith(last)

@@ -63,7 +63,8 @@ def encode(store: SampleStore, vae, name: str = "latents", rank=0, world_size=1,
     done = []
 
     def progress(samples: int, total: int) -> None:
-        done.append(samples)
+        if samples:
+            done.append(samples)
         if len(done) == stop_after:
             raise KeyboardInterrupt
 

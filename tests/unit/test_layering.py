@@ -19,6 +19,7 @@ NAME = "megatron_kosmosg"
 
 LAYERS = (
     "files",
+    "progress",
     "exit_codes",
     "command_line",
     "unusable_packages",

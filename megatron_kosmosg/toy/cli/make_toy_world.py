@@ -24,24 +24,6 @@ as it is; another one in the same folder is replaced when the new one is complet
 """
 
 
-class ProgressLine:
-    """Percent and time remaining on stderr: in place on a terminal, else every ten seconds."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._started = self._printed = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done < total and now - self._printed < (0.2 if self._terminal else 10.0):
-            return
-        self._printed = now
-        left = (now - self._started) * (total - done) / done
-        line = f"{100 * done // total:3d}%  {done:,} of {total:,} records  {left:.0f} s left"
-        end = "\n" if done == total or not self._terminal else ""
-        print(("\r\x1b[K" if self._terminal else "") + line, end=end, file=sys.stderr, flush=True)
-
-
 def build_parser() -> CommandParser:
     """The options."""
     parser = command_parser("toy make-world", __doc__, EPILOG)
@@ -64,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _make(args: argparse.Namespace) -> int:
     import torch
 
+    from megatron_kosmosg.progress import Progress
     from megatron_kosmosg.toy.files import World, is_complete, write_world
 
     torch.set_num_threads(1)
@@ -72,7 +55,8 @@ def _make(args: argparse.Namespace) -> int:
     if is_complete(args.output, world):
         print(f"{args.output}: complete, left as it is")
         return exit_codes.DONE
-    write_world(args.output, world, ProgressLine())
+    with Progress("", "record") as progress:
+        write_world(args.output, world, progress)
     print(f"{args.output}: {args.size} scenes, {time.monotonic() - started:.1f} s")
     return exit_codes.DONE
 

@@ -129,7 +129,7 @@ def train(run: Path, steps: int, batch_size: int, learning_rate: float, seed: in
     scenes = pool.scenes(seed + 1, POOL_SIZE, 0.5)
     scenes = pool.with_subjects(seed + 1, scenes, SUBJECT_EVERY)
     pictures = pool.pictures(scenes)
-    progress = pool.Progress("clip", steps, 20, start)
+    progress = pool.StepProgress("clip", steps, 20, start)
     for step in range(start, steps):
         rows = np.random.default_rng((seed, step)).integers(0, len(scenes), batch_size)
         captions = [caption_of(scenes[row], i, step, seed) for i, row in enumerate(rows)]

@@ -129,7 +129,7 @@ def train(
         optimizer.load_state_dict(state["opt"])
         average.weights, start = state["ema"], state["step"]
     schedule = noise_scheduler().alphas_cumprod
-    progress = pool.Progress("decoder", steps, 100, start)
+    progress = pool.StepProgress("decoder", steps, 100, start)
     for step in range(start, steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = draw_rows(data, batch_size, np.random.default_rng((seed, step)))

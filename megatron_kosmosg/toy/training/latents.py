@@ -40,7 +40,7 @@ def posteriors(
     run: Path, codec: AutoencoderKL, files: int, seed: int, per_file: int = PER_FILE
 ) -> Posteriors:
     """All files of RUN/latents; those that are missing are made first."""
-    progress = pool.Progress("latents", files, 1)
+    progress = pool.StepProgress("latents", files, 1)
     scenes: list[Scene] = []
     parts = []
     for file in range(files):

@@ -10,6 +10,7 @@ import time
 import torch
 from torch import Tensor
 
+from megatron_kosmosg.progress import Progress
 from megatron_kosmosg.toy.world import Scene, render_batch, sample_scene, subject_scene
 
 CHUNK = 64
@@ -54,28 +55,26 @@ def from_bytes(image: Tensor) -> Tensor:
     return image.float() / 127.5 - 1.0
 
 
-class Progress:
-    """Prints one line per interval: step, time remaining, and the running means given to it."""
+class StepProgress:
+    """Progress of a training, with means of what its last `interval` steps measured."""
 
     def __init__(self, name: str, total: int, interval: int, start: int = 0) -> None:
-        self.name, self.total, self.interval, self.start = name, total, interval, start
-        self.began, self.cpu = time.monotonic(), time.process_time()
-        self.sums: dict[str, float] = {}
-        self.count = 0
+        self._total, self._interval = total, interval
+        self._cpu = time.process_time()
+        self._sums: dict[str, float] = {}
+        self._count = 0
+        self._note = ""
+        self._progress = Progress(name, "step")
+        if start < total:
+            self._progress(start, total)
 
     def update(self, step: int, **values: float) -> None:
         """Adds the values of a finished step (counted from 1)."""
         for key, value in values.items():
-            self.sums[key] = self.sums.get(key, 0.0) + value
-        self.count += 1
-        if step % self.interval and step != self.total:
-            return
-        elapsed = time.monotonic() - self.began
-        remaining = elapsed / (step - self.start) * (self.total - step)
-        means = " ".join(f"{key} {value / self.count:.5f}" for key, value in self.sums.items())
-        print(
-            f"{time.strftime('%H:%M:%S')} {self.name} {step}/{self.total} {means} "
-            f"cpu {time.process_time() - self.cpu:.0f}s left {remaining:.0f}s",
-            flush=True,
-        )
-        self.sums, self.count = {}, 0
+            self._sums[key] = self._sums.get(key, 0.0) + value
+        self._count += 1
+        if step % self._interval == 0 or step == self._total:
+            means = [f"{key} {value / self._count:.5f}" for key, value in self._sums.items()]
+            self._note = " ".join([*means, f"cpu {time.process_time() - self._cpu:.0f}s"])
+            self._sums, self._count = {}, 0
+        self._progress(step, self._total, self._note)

@@ -111,7 +111,7 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
     scenes = pool.scenes(seed, 20000, 0.7)
-    progress = pool.Progress("text", steps, 50, start)
+    progress = pool.StepProgress("text", steps, 50, start)
     for step in range(start, steps):
         rng = np.random.default_rng((seed, step))
         batch = [scenes[i] for i in rng.integers(0, len(scenes), 128)]

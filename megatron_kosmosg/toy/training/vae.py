@@ -52,7 +52,7 @@ def train(run: Path, steps: int, batch_size: int, learning_rate: float, seed: in
         average.weights, start = state["average"], state["step"]
     drawn = pool.with_subjects(seed, pool.scenes(seed, 12000, 0.6), 3)
     images = pool.pictures(drawn)
-    progress = pool.Progress("vae", steps, 100, start)
+    progress = pool.StepProgress("vae", steps, 100, start)
     for step in range(start, steps):
         noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = torch.randint(len(images), (batch_size,), generator=noise)
