@@ -1,12 +1,16 @@
-"""Files that appear whole or not at all, locks between processes, and short names for contents."""
+"""Files and folders that appear whole or not at all, locks between processes, and short names for
+contents.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +30,7 @@ def replacing(path: Path, *, only_writer: bool = False) -> Iterator[Path]:
     name is then fixed, and what a killed process left is replaced. Raises OSError where the folder
     cannot be written to.
     """
-    middle = "" if only_writer else f".{secrets.token_hex(4)}"
-    temporary = path.with_name(f"{path.name}{middle}.tmp")
+    temporary = temporary_name(path, only_writer=only_writer)
     if only_writer:
         temporary.unlink(missing_ok=True)
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
@@ -37,6 +40,71 @@ def replacing(path: Path, *, only_writer: bool = False) -> Iterator[Path]:
     except BaseException:  # an interrupt too
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_folder(path: Path, *, only_writer: bool = False, replaces: bool = False) -> Iterator[Path]:
+    """A new empty folder beside `path` to fill; at the end it gets the name `path` in one step.
+
+    It is removed when the block fails. only_writer: as in `replacing`. replaces: what has the name
+    until then goes, a link itself and not what it leads to; else FileExistsError is raised at the
+    end, and what is there stays. Raises OSError where the folder cannot be written to.
+    """
+    temporary = begin_folder(path, only_writer=only_writer)
+    try:
+        yield temporary
+        finish_folder(temporary, path, only_writer=only_writer, replaces=replaces)
+    except BaseException:  # an interrupt too
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def begin_folder(path: Path, *, only_writer: bool = False) -> Path:
+    """The new empty folder of `new_folder`, where not one block holds all of the work."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path, only_writer=only_writer)
+    if only_writer:
+        _remove(temporary)
+    temporary.mkdir()
+    return temporary
+
+
+def finish_folder(
+    temporary: Path, path: Path, *, only_writer: bool = False, replaces: bool = False
+) -> None:
+    """Gives the filled folder its name, see `new_folder`."""
+    if replaces:
+        remove_folder(path, only_writer=only_writer)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, "is already there", str(path)) from None
+        raise
+
+
+def remove_folder(path: Path, *, only_writer: bool = False) -> None:
+    """Deletes it, a link itself; under another name first: half of it never has this one."""
+    doomed = temporary_name(path.with_name(f"{path.name}.old"), only_writer=only_writer)
+    if os.path.lexists(path):
+        if only_writer:
+            _remove(doomed)
+        path.rename(doomed)
+        _remove(doomed)
+
+
+def temporary_name(path: Path, *, only_writer: bool = False) -> Path:
+    """Beside `path`: a random one, or of a path that one process writes always the same."""
+    middle = "" if only_writer else f".{secrets.token_hex(4)}"
+    return path.with_name(f"{path.name}{middle}.tmp")
+
+
+def _remove(path: Path) -> None:
+    """Whatever has the name, without following a link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, only_writer: bool = False) -> None:

@@ -16,6 +16,7 @@ import zlib
 from pathlib import Path
 
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.files import begin_folder, finish_folder, remove_folder
 
 COMPLETE_FILE = "complete.json"
 CONFIG_FILE = "config.yaml"
@@ -34,12 +35,9 @@ def folder_name(iteration: int) -> str:
 
 def begin(save: Path, iteration: int) -> Path:
     """An empty folder to fill; left-overs of interrupted saves are removed."""
-    save.mkdir(parents=True, exist_ok=True)
     for stale in save.glob("iter_*.tmp"):
         shutil.rmtree(stale)
-    temporary = save / f"{folder_name(iteration)}.tmp"
-    temporary.mkdir()
-    return temporary
+    return begin_folder(save / folder_name(iteration), only_writer=True)
 
 
 def finish(temporary: Path, config_yaml: str) -> Path:
@@ -55,9 +53,8 @@ def finish(temporary: Path, config_yaml: str) -> Path:
     _flush(listing)
     _flush(temporary)
     final = temporary.with_suffix("")
-    if final.exists():  # an earlier save of the same iteration, found invalid or being repeated
-        _remove(final)
-    temporary.rename(final)
+    # There may be an earlier save of the same iteration, found invalid or being repeated.
+    finish_folder(temporary, final, only_writer=True, replaces=True)
     _flush(final.parent)
     return final
 
@@ -161,7 +158,7 @@ def prune(save: Path, keep_last: int) -> None:
         return
     whole = [folder for folder in _iteration_folders(save) if is_valid(folder)]
     for folder in whole[:-keep_last]:
-        _remove(folder)
+        remove_folder(folder, only_writer=True)
 
 
 def _iteration_folders(save: Path) -> list[Path]:
@@ -175,13 +172,6 @@ def _iteration(folder: Path) -> int:
 
 def _digest(path: Path) -> str:
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-
-
-def _remove(folder: Path) -> None:
-    """Deletes; under a temporary name first, so that half a checkpoint never has a final name."""
-    doomed = folder.with_name(f"{folder.name}.old.tmp")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def _flush(path: Path) -> None:

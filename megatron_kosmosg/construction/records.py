@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from megatron_kosmosg.files import temporary_name
 from megatron_kosmosg.preprocess.pictures import encode_mask
 
 FORMATS = ("jpg", "png")
@@ -67,9 +68,10 @@ class PictureForm:
 @contextmanager
 def record_file(path: Path, form: PictureForm) -> Iterator[RecordWriter]:
     """A tar file that appears when the block ends without an error and with a record."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = temporary_name(path, only_writer=True)
+    temporary.unlink(missing_ok=True)
     try:
-        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+        with tarfile.open(temporary, "x", format=tarfile.PAX_FORMAT) as tar:
             writer = RecordWriter(tar, path.stem, form)
             yield writer
         if writer.num_records > 0:

@@ -20,7 +20,7 @@ from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.data.image_types import ImageTransform
 from megatron_kosmosg.data.index_file import write_index
 from megatron_kosmosg.data.store import SampleStore
-from megatron_kosmosg.files import write_json
+from megatron_kosmosg.files import replacing, write_json
 
 MOMENTS, NO_MOMENTS = 3, 4
 """Modes of a part: moments, or filling for a target that could not be decoded."""
@@ -151,11 +151,10 @@ class LatentWriter:
         """Completes the cache. bad: the samples without moments; first_bad: the manifest's."""
         modes = np.full(self._num_samples, MOMENTS, np.int8)
         modes[bad] = NO_MOMENTS
-        index = Path(f"{self._prefix}.idx.tmp")
         lengths, ones = np.full(len(modes), self._record), np.ones(len(modes), np.int64)
-        write_index(index, np.dtype(np.uint8), lengths, modes, ones)
-        self.data_path.rename(f"{self._prefix}.bin")
-        index.rename(f"{self._prefix}.idx")
+        with replacing(Path(f"{self._prefix}.idx"), only_writer=True) as index:
+            write_index(index, np.dtype(np.uint8), lengths, modes, ones)
+            self.data_path.rename(f"{self._prefix}.bin")
         manifest = LatentManifest(
             source,
             list(self._shape),

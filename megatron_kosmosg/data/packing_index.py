@@ -7,16 +7,15 @@ needs it, in memory that does not grow with the dataset; restarts and other rank
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_kosmosg.files import exclusive
+from megatron_kosmosg.files import exclusive, new_folder
 
 _ARRAYS = ("documents", "document_starts", "row_starts")
 _SIZES = "sizes.json"
@@ -83,7 +82,6 @@ class EpochIndexWriter:
     """Takes blocks of consecutive documents and their allowed cuts; files in `folder`."""
 
     def __init__(self, folder: Path, capacity: int) -> None:
-        folder.mkdir(parents=True)
         self._folder = folder
         self._files = {name: (folder / f"{name}.i64").open("wb") for name in _ARRAYS}
         self._counts = dict.fromkeys(_ARRAYS, 0)
@@ -110,7 +108,7 @@ class EpochIndexWriter:
 
 
 def load_or_build(folder: Path, build: Callable[[Path], None]) -> EpochIndex:
-    """The index in `folder`, made by `build(path of a new folder)` where it is not there yet."""
+    """The index in `folder`, made by `build(an empty folder)` where it is not there yet."""
     found = _load(folder)
     if found is not None:
         return found
@@ -118,13 +116,9 @@ def load_or_build(folder: Path, build: Callable[[Path], None]) -> EpochIndex:
         found = _load(folder)  # another process may have built it meanwhile
         if found is None:
             shutil.rmtree(folder, ignore_errors=True)
-            temporary = folder.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            build(temporary)
-            try:
-                temporary.rename(folder)
-            except OSError:  # built by another process although this one held the lock
-                shutil.rmtree(temporary)
+            # A lock may let everyone in: what another process has built meanwhile stays.
+            with suppress(FileExistsError), new_folder(folder) as temporary:
+                build(temporary)
             found = _load(folder)
     if found is None:
         raise OSError(f"the packing index {folder} cannot be read back after it was written")

@@ -9,14 +9,13 @@ the form `kosmosg generate` reads: the entities as pictures only.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_kosmosg.files import new_folder
 from megatron_kosmosg.progress import ProgressCallback
 from megatron_kosmosg.toy.pictures import PictureFiles
 from megatron_kosmosg.toy.records import WRITERS
@@ -65,27 +64,23 @@ def write_world(folder: Path, world: World, report: ProgressCallback) -> None:
     """
     if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files that are not a toy world; name another folder")
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    tables = [(split, kind) for split in SPLITS for kind in WRITERS]
-    total = sum(world.count(*table) for table in tables)
-    done = 0
-    report(done, total)
-    for split, kind in tables:
-        records = temporary / split
-        records.mkdir(parents=True, exist_ok=True)
-        pictures = PictureFiles(records, kind)
-        with (records / f"{kind}.jsonl").open("w") as out:
-            for i in range(world.count(split, kind)):
-                out.write(json.dumps(_record(world, split, kind, i, pictures)) + "\n")
-                done += 1
-                report(done, total)
-        pictures.finish()
-    _write_prompts(temporary / "heldout")
-    (temporary / MANIFEST).write_text(json.dumps(asdict(world)) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    with new_folder(folder, only_writer=True, replaces=True) as temporary:
+        tables = [(split, kind) for split in SPLITS for kind in WRITERS]
+        total = sum(world.count(*table) for table in tables)
+        done = 0
+        report(done, total)
+        for split, kind in tables:
+            records = temporary / split
+            records.mkdir(parents=True, exist_ok=True)
+            pictures = PictureFiles(records, kind)
+            with (records / f"{kind}.jsonl").open("w") as out:
+                for i in range(world.count(split, kind)):
+                    out.write(json.dumps(_record(world, split, kind, i, pictures)) + "\n")
+                    done += 1
+                    report(done, total)
+            pictures.finish()
+        _write_prompts(temporary / "heldout")
+        (temporary / MANIFEST).write_text(json.dumps(asdict(world)) + "\n")
 
 
 def _write_prompts(heldout: Path) -> None:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 
 import pytest
 
-from megatron_kosmosg.files import exclusive, replacing, write_json, write_text
+from megatron_kosmosg.files import (
+    exclusive,
+    new_folder,
+    remove_folder,
+    replacing,
+    write_json,
+    write_text,
+)
 
 
 def test_a_file_that_fails_half_way_leaves_what_was_there(tmp_path):
@@ -43,6 +51,75 @@ def test_a_new_file_has_the_permissions_of_any_other(tmp_path):
     write_text(tmp_path / "a", "x")
     (tmp_path / "b").write_text("x")
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def files_in(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("only_writer", [False, True])
+def test_a_folder_appears_when_it_is_whole_and_replaces_the_one_before(tmp_path, only_writer):
+    path = tmp_path / "deep" / "folder"
+    for text in ("first", "second"):
+        with new_folder(path, only_writer=only_writer, replaces=True) as temporary:
+            assert temporary.parent == path.parent and not list(temporary.iterdir())
+            (temporary / "a").write_text(text)
+            assert not path.exists() or files_in(path) == {"a": "first"}
+        assert files_in(path.parent) == {"folder/a": text}
+
+
+@pytest.mark.parametrize("only_writer", [False, True])
+def test_a_folder_that_fails_half_way_leaves_what_was_there(tmp_path, only_writer):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        with new_folder(tmp_path / "folder", only_writer=only_writer, replaces=True) as temporary:
+            (temporary / "half").write_text("half")
+            raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert files_in(tmp_path) == {"folder/old": "old"}
+
+
+def test_of_two_processes_that_build_one_folder_the_first_wins(tmp_path):
+    with pytest.raises(FileExistsError, match="is already there"):
+        with new_folder(tmp_path / "folder") as late:
+            with new_folder(tmp_path / "folder") as early:
+                assert early != late
+                (early / "a").write_text("early")
+            (late / "a").write_text("late")
+    assert files_in(tmp_path) == {"folder/a": "early"}
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_links_in_the_way_of_a_folder_are_replaced_and_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "theirs").write_text("theirs")
+    for name in ("folder", "folder.tmp", "folder.old.tmp"):
+        (tmp_path / name).symlink_to(outside)
+    with new_folder(tmp_path / "folder", only_writer=True, replaces=True) as temporary:
+        assert not temporary.is_symlink()
+        (temporary / "a").write_text("ours")
+    assert files_in(tmp_path) == {"folder/a": "ours", "outside/theirs": "theirs"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "outside"]
+    (tmp_path / "link").symlink_to(outside)
+    remove_folder(tmp_path / "link")
+    assert files_in(outside) == {"theirs": "theirs"} and not (tmp_path / "link").is_symlink()
+
+
+def test_what_a_killed_only_writer_left_is_replaced(tmp_path):
+    for name in ("folder.tmp", "folder.old.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("half")
+    (tmp_path / "folder").mkdir()
+    with new_folder(tmp_path / "folder", only_writer=True, replaces=True) as temporary:
+        (temporary / "a").write_text("whole")
+    assert files_in(tmp_path) == {"folder/a": "whole"}
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_one_at_a_time_is_inside_a_lock(tmp_path):

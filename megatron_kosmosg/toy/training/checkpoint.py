@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from megatron_kosmosg.files import replacing
+from megatron_kosmosg.files import new_folder, replacing
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -27,13 +27,14 @@ def load(path: Path) -> dict[str, Any] | None:
     return torch.load(path, weights_only=True, map_location="cpu")
 
 
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Puts a finished folder in its place, its files readable by all."""
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            path.chmod(0o644)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that takes the place of `folder`, its files readable by all."""
+    with new_folder(folder, only_writer=True, replaces=True) as temporary:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                path.chmod(0o644)
 
 
 class Average:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -150,25 +149,23 @@ def train(run: Path, steps: int, batch_size: int, learning_rate: float, seed: in
 
 def export(model: Pair, folder: Path) -> None:
     """Writes the tower in fp16 safetensors with its config and preprocessor_config.json."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    tower = build()
-    tower.load_state_dict(model.vision.state_dict())
-    tower.half().save_pretrained(temporary)
-    preprocessor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": IMAGE_MEAN,
-        "image_std": IMAGE_STD,
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": IMAGE_SIZE},
-    }
-    text = json.dumps(preprocessor, indent=2) + "\n"
-    (temporary / "preprocessor_config.json").write_text(text, encoding="utf-8")
-    checkpoint.replace_folder(temporary, folder)
+    with checkpoint.replaced_folder(folder) as temporary:
+        tower = build()
+        tower.load_state_dict(model.vision.state_dict())
+        tower.half().save_pretrained(temporary)
+        preprocessor = {
+            "image_processor_type": "CLIPImageProcessor",
+            "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+            "do_center_crop": True,
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": IMAGE_MEAN,
+            "image_std": IMAGE_STD,
+            "resample": 3,
+            "rescale_factor": 1 / 255,
+            "size": {"shortest_edge": IMAGE_SIZE},
+        }
+        text = json.dumps(preprocessor, indent=2) + "\n"
+        (temporary / "preprocessor_config.json").write_text(text, encoding="utf-8")

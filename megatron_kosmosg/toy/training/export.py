@@ -36,19 +36,17 @@ def stable_diffusion(
     folder: Path,
 ) -> None:
     """Writes unet/ vae/ scheduler/ text_encoder/ tokenizer/ model_index.json under `folder`."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    unet = decoder.build(codec.config.latent_channels, text_model.config.hidden_size)
-    unet.load_state_dict(unet_weights)
-    unet.half().save_pretrained(temporary / "unet")
-    # A loaded autoencoder would write the path it came from into its config.
-    shipped = vae.build()
-    shipped.register_to_config(scaling_factor=codec.config.scaling_factor)
-    shipped.load_state_dict(codec.state_dict())
-    shipped.half().save_pretrained(temporary / "vae")
-    decoder.noise_scheduler().save_pretrained(temporary / "scheduler")
-    text_model.half().save_pretrained(temporary / "text_encoder")
-    shutil.copytree(tokenizer_folder, temporary / "tokenizer")
-    index = json.dumps(MODEL_INDEX, indent=2) + "\n"
-    (temporary / "model_index.json").write_text(index, encoding="utf-8")
-    checkpoint.replace_folder(temporary, folder)
+    with checkpoint.replaced_folder(folder) as temporary:
+        unet = decoder.build(codec.config.latent_channels, text_model.config.hidden_size)
+        unet.load_state_dict(unet_weights)
+        unet.half().save_pretrained(temporary / "unet")
+        # A loaded autoencoder would write the path it came from into its config.
+        shipped = vae.build()
+        shipped.register_to_config(scaling_factor=codec.config.scaling_factor)
+        shipped.load_state_dict(codec.state_dict())
+        shipped.half().save_pretrained(temporary / "vae")
+        decoder.noise_scheduler().save_pretrained(temporary / "scheduler")
+        text_model.half().save_pretrained(temporary / "text_encoder")
+        shutil.copytree(tokenizer_folder, temporary / "tokenizer")
+        index = json.dumps(MODEL_INDEX, indent=2) + "\n"
+        (temporary / "model_index.json").write_text(index, encoding="utf-8")
