@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_kosmosg import exit_codes
+from megatron_kosmosg.launcher import as_typed, is_first_rank
 
 DTYPES = ("fp32", "bf16", "fp16")
 MAX_SEED = 2**64 - 1
@@ -71,17 +71,6 @@ def command_parser(name: str, description: str | None, epilog: str = "") -> Comm
     return CommandParser(prog=as_typed(name), description=description, epilog=epilog)
 
 
-def as_typed(name: str) -> str:
-    """How the user called the command: `kosmosg NAME`, or what stands for it in a checkout."""
-    started = Path(sys.argv[0])
-    if started.parent.name == "tools":
-        return f"tools/{started.name}"
-    if started.parent.name == __package__ and started.name in ("__main__.py", "train.py"):
-        module = __package__ if started.stem == "__main__" else f"{__package__}.train"
-        return f"python -m {module}" + ("" if started.stem == "train" else f" {name}")
-    return f"kosmosg {name}"
-
-
 def nearest(wrong: str, names: Iterable[str]) -> str | None:
     """The one of `names` that was probably meant."""
     import difflib  # not needed where all is right
@@ -112,11 +101,6 @@ def note(message: str) -> None:
     """On stderr, of one rank: all read the same arguments and settings."""
     if is_first_rank():
         print(f"note: {message}", file=sys.stderr, flush=True)
-
-
-def is_first_rank() -> bool:
-    """Whether this process speaks for all; answered without torch, before there are groups."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def report(message: str, code: int = exit_codes.BAD_INPUT) -> int:

@@ -5,11 +5,9 @@ Heavy imports happen inside `run`, so that `--help` and a mistyped setting answe
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.command_line import (
@@ -26,11 +24,9 @@ from megatron_kosmosg.config.paths import output_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.validate import validate_files, validate_layout
 from megatron_kosmosg.evaluation.registry import build_evaluators, check_evaluators
+from megatron_kosmosg.launcher import find_place, is_first_rank
 from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
 from megatron_kosmosg.stages import build_stage, stage_facts
-
-if TYPE_CHECKING:
-    from megatron_kosmosg.parallel.rendezvous import Place
 
 DESCRIPTION = """\
 Trains one stage (pretrain, align or instruct) of KOSMOS-G. Start it with torchrun or srun, one
@@ -70,10 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(describe(config))
             return exit_codes.DONE
         facts = stage_facts(config.stage)
-        validate_layout(config, _place().world_size, facts)
+        validate_layout(config, find_place().world_size, facts)
         pipeline_pieces(config, facts.aligner_parts)
     except ConfigError as error:  # the same on every rank: one of them says it
-        return report(str(error)) if _place().rank == 0 else exit_codes.BAD_INPUT
+        return report(str(error)) if is_first_rank() else exit_codes.BAD_INPUT
     return run(config)
 
 
@@ -88,7 +84,7 @@ def run(config: RunConfig) -> int:
         return _train(config, started)
     except (Exception, KeyboardInterrupt) as error:
         # Before the groups are left: the others then fail, and this rank's error is the cause.
-        report_failure(output_folder(config), _place().rank, error, started)
+        report_failure(output_folder(config), find_place().rank, error, started)
         return exit_code_of(error)
     finally:
         platform.teardown()
@@ -103,7 +99,7 @@ def _train(config: RunConfig, started: float) -> int:
     from megatron_kosmosg.training.loop import fit
 
     config = with_default_layout(config)
-    if _place().rank == 0:
+    if find_place().rank == 0:
         forget_failure(output_folder(config), started)
     if platform.holds_unet_alone(config):
         finished = run_score_rank(config, join_as_score_rank(config))
@@ -116,12 +112,6 @@ def _train(config: RunConfig, started: float) -> int:
         if remote_score is not None:
             remote_score.close(is_done=finished)
     return exit_codes.DONE if finished else exit_codes.STOPPED
-
-
-def _place() -> Place:
-    from megatron_kosmosg.parallel.rendezvous import find_place
-
-    return find_place(os.environ)
 
 
 def _quieten_libraries() -> None:

@@ -45,7 +45,7 @@ def _hide_unusable_transformer_engine() -> None:
             del sys.modules[module]
         # Python's own way to say that a module cannot be imported; find_spec heeds it, too.
         sys.modules[name] = None  # type: ignore[assignment]
-        from megatron_kosmosg.command_line import is_first_rank
+        from megatron_kosmosg.launcher import is_first_rank
 
         if is_first_rank():
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,20 +141,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _build(args: argparse.Namespace) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from megatron_kosmosg.construction.run import ModelSettings, build
-    from megatron_kosmosg.construction.shares import Share, find_share
     from megatron_kosmosg.files import fingerprint
+    from megatron_kosmosg.launcher import find_worker
     from megatron_kosmosg.parallel.devices import choose_device
     from megatron_kosmosg.parallel.platform import torch_dtype
-    from megatron_kosmosg.parallel.rendezvous import find_place
 
-    place = find_place(os.environ)
-    found = find_share(os.environ, Share(place.rank, place.world_size, place.local_rank))
+    place = find_worker()
     models = ModelSettings(
         torch_dtype(args.dtype),
-        lambda: choose_device(replace(place, local_rank=found.local_rank)),
+        lambda: choose_device(place),
         fingerprint,
     )
-    built = build(_job(args), found, models)
+    built = build(_job(args), place, models)
     if built.report is None:
         print("this process's share is done, others still work")
         return exit_codes.DONE

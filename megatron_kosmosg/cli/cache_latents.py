@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -91,14 +90,14 @@ def _cache(args: argparse.Namespace) -> int:
     from megatron_kosmosg.data.bad_images import TooManyBadImages
     from megatron_kosmosg.data.images import ImageDecoder, target_pixels
     from megatron_kosmosg.data.store import SampleStore
+    from megatron_kosmosg.launcher import find_place
     from megatron_kosmosg.models.diffusion import load_vae, vae_fingerprint
     from megatron_kosmosg.parallel.devices import choose_device
     from megatron_kosmosg.parallel.platform import torch_dtype
-    from megatron_kosmosg.parallel.rendezvous import find_place
     from megatron_kosmosg.preprocess.latent_moments import LatentJob, cache_latents
     from megatron_kosmosg.progress import Progress
 
-    place = find_place(os.environ)
+    place = find_place()
     device = choose_device(place)
     folder = str(args.stable_diffusion)
     mark = vae_fingerprint(load_vae(folder, torch_dtype("fp32")))

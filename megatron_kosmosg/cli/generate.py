@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     from megatron_kosmosg.inference.generation_run import Request
     from megatron_kosmosg.inference.prompt_records import PromptRecord
-    from megatron_kosmosg.parallel.rendezvous import Place
+    from megatron_kosmosg.launcher import Place
 
 EPILOG = """\
 examples:
@@ -240,9 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     from megatron_kosmosg.inference.generation_run import run as draw
-    from megatron_kosmosg.parallel.rendezvous import find_place
+    from megatron_kosmosg.launcher import find_place
 
-    place = find_place(os.environ)
+    place = find_place()
     try:
         finished = draw(request_of(args, place), place)
     except OSError as error:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_kosmosg import exit_codes
-from megatron_kosmosg.command_line import as_typed, nearest, report, run
+from megatron_kosmosg.command_line import nearest, report, run
+from megatron_kosmosg.launcher import as_typed
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -20,6 +18,7 @@ from megatron_kosmosg.command_line import (
     report,
     run,
 )
+from megatron_kosmosg.launcher import find_place, node_name
 
 EPILOG = """\
 `node` looks at one node in a second and is started once on each; `network` is started like
@@ -65,7 +64,7 @@ def build_parser() -> CommandParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when the node, or all of them, are fit; 1 with what is wrong on stderr."""
     args = build_parser().parse_args(arguments)
-    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    node = node_name()
     check = check_node if args.command == "node" else check_network
     return run(lambda: check(args, node))
 
@@ -85,9 +84,9 @@ def check_network(args: argparse.Namespace, node: str) -> int:
     from megatron_kosmosg.config.errors import ConfigError
     from megatron_kosmosg.monitoring.bandwidth import measure_bandwidth, slow_nodes
     from megatron_kosmosg.parallel.devices import choose_device, collective_backend
-    from megatron_kosmosg.parallel.rendezvous import find_place, meet
+    from megatron_kosmosg.parallel.rendezvous import meet
 
-    place = find_place(os.environ)
+    place = find_place()
     device = choose_device(place)
     try:
         timeout = timedelta(seconds=args.timeout)

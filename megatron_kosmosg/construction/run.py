@@ -21,10 +21,10 @@ from megatron_kosmosg.construction.plan import Plan, make_plan
 from megatron_kosmosg.construction.records import PictureForm
 from megatron_kosmosg.construction.report import Report, make_report
 from megatron_kosmosg.construction.rows import StepFolder
-from megatron_kosmosg.construction.shares import Share
 from megatron_kosmosg.construction.steps import Step, are_done, run_steps
 from megatron_kosmosg.data.kinds.caption import CAPTION
 from megatron_kosmosg.files import write_json, write_text
+from megatron_kosmosg.launcher import Place
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.progress import Progress
 
@@ -77,7 +77,7 @@ class Built:
     """None while others still work."""
 
 
-def build(job: BuildJob, share: Share, models: ModelSettings) -> Built:
+def build(job: BuildJob, place: Place, models: ModelSettings) -> Built:
     """Does this process's share; who finds all shards finished writes the report.
 
     Raises ValueError for arguments and inputs that cannot be used, before any model is opened.
@@ -90,11 +90,11 @@ def build(job: BuildJob, share: Share, models: ModelSettings) -> Built:
 
     def report(name: str, done: int, total: int) -> None:
         if name not in shown:
-            who = f"rank {share.rank}: {name}" if share.world_size > 1 else name
-            shown[name] = Progress(who, "shard", is_shared=share.world_size > 1)
+            who = f"rank {place.rank}: {name}" if place.world_size > 1 else name
+            shown[name] = Progress(who, "shard", is_shared=place.world_size > 1)
         shown[name](done, total)
 
-    run_steps(steps, plan.num_shards, share, report)
+    run_steps(steps, plan.num_shards, place, report)
     records = steps[-1].folder if job.masks is not None else None
     if not are_done(steps, plan.num_shards):
         return Built(records, plan.num_shards, None)

@@ -15,7 +15,7 @@ from megatron_kosmosg.inference.generate import Drawer, Job, generate, write_she
 from megatron_kosmosg.inference.model_source import ModelSource
 from megatron_kosmosg.inference.picture_plan import PicturePlan, RunSettings
 from megatron_kosmosg.inference.prompt_records import DrawingOptions, PromptRecord
-from megatron_kosmosg.parallel.rendezvous import Place
+from megatron_kosmosg.launcher import Place
 from megatron_kosmosg.progress import Progress
 
 

@@ -9,8 +9,6 @@ hangs is left to the timeout of the collective that the others wait in.
 from __future__ import annotations
 
 import json
-import os
-import socket
 import sys
 import threading
 import time
@@ -22,7 +20,8 @@ from types import FrameType
 import torch.distributed as dist
 
 from megatron_kosmosg.files import write_json
-from megatron_kosmosg.parallel.rendezvous import Place, connect
+from megatron_kosmosg.launcher import Place, node_name
+from megatron_kosmosg.parallel.rendezvous import connect
 
 PACKAGE = str(Path(__file__).parents[1])
 MAX_NAMED = 8
@@ -55,7 +54,7 @@ class Heartbeat:
         rank 0 keeps up to date."""
         self._place, self._stall_seconds, self._file = place, stall_seconds, file
         self._interval = max(0.1, min(10.0, stall_seconds / 4))
-        self._node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        self._node = node_name()
         self._main = threading.get_ident()
         self._state = (0, "start", time.monotonic())
         self._number = 0

@@ -7,7 +7,6 @@ of their own, in score/trace.py.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_kosmosg.config.paths import trace_file
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.files import write_json
+from megatron_kosmosg.launcher import find_place
 from megatron_kosmosg.monitoring.spans import (
     SEND,
     UNET,
@@ -28,7 +28,6 @@ from megatron_kosmosg.monitoring.spans import (
 )
 from megatron_kosmosg.monitoring.trace_exchange import Part, TraceExchange
 from megatron_kosmosg.parallel.layout import Layout
-from megatron_kosmosg.parallel.rendezvous import find_place
 
 T = TypeVar("T")
 """A batch, of whatever form."""
@@ -71,7 +70,7 @@ class DecoderTrace:
         layout, spans = self._layout, Spans(self._layout.device)
         with self._recording(spans), spans(ITERATION, number=iteration):
             yield [spans.over(iterator, "wait for data") for iterator in iterators]
-        place = find_place(os.environ)
+        place = find_place()
         self._exchange.publish(
             f"rank {place.rank}: decoder replica {layout.dp_rank}, stage {layout.pp_rank}, "
             f"tensor {layout.tp_rank}",
@@ -179,4 +178,4 @@ def open_exchange(config: RunConfig) -> TraceExchange | None:
     """How this rank hands its part to rank 0; None where no trace is asked for. Collective."""
     if config.logging.trace_iteration is None:
         return None
-    return TraceExchange(find_place(os.environ), config.parallel.timeout_seconds)
+    return TraceExchange(find_place(), config.parallel.timeout_seconds)

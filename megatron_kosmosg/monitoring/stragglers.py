@@ -6,8 +6,6 @@ it, so a slow one shows in the time of all of them.
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +13,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_kosmosg.launcher import find_place, node_name
 from megatron_kosmosg.monitoring.stopwatch import Stopwatch
 from megatron_kosmosg.parallel.layout import Layout
-from megatron_kosmosg.parallel.rendezvous import find_place
 
 
 class Stragglers:
@@ -34,9 +32,9 @@ class Stragglers:
             finish = chunk.config.finalize_model_grads_func
             chunk.config.finalize_model_grads_func = self._stopping_before(finish)
         places: list[tuple[int, str]] = [(0, "")] * layout.world_size
-        node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        node = node_name()
         # As the launcher counts: torch.distributed's ranks leave score ranks out.
-        dist.all_gather_object(places, (find_place(os.environ).rank, node))
+        dist.all_gather_object(places, (find_place().rank, node))
         self._ranks = [rank for rank, _ in places]
         self.nodes = dict(places)
         """{rank: name of its node}."""

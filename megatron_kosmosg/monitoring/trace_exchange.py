@@ -7,8 +7,6 @@ ranks of a node share its clock; the first rank of every other node asks rank 0 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import time
 import zlib
 from collections.abc import Sequence
@@ -16,8 +14,9 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
+from megatron_kosmosg.launcher import Place, node_name
 from megatron_kosmosg.monitoring.spans import Span
-from megatron_kosmosg.parallel.rendezvous import Place, connect
+from megatron_kosmosg.parallel.rendezvous import connect
 
 _ASKED = 8
 """Times that a node asks for the time; the quickest answer counts."""
@@ -69,7 +68,7 @@ class TraceExchange:
         }
 
     def _agree(self) -> float:
-        store, own = self._store, os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        store, own = self._store, node_name()
         store.set(f"kosmosg/clock/node/{self._rank}", own)
         if self._rank == 0:
             names = [

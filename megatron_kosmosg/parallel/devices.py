@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_kosmosg.parallel.rendezvous import Place
+from megatron_kosmosg.launcher import Place
 
 
 def choose_device(place: Place) -> torch.device:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,11 +16,12 @@ from torch.distributed import Store
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.world import RankPlace, WorldLayout, world_layout
+from megatron_kosmosg.launcher import find_place
 from megatron_kosmosg.parallel import cpu_shim, fused_adam
 from megatron_kosmosg.parallel.cpu_shim_selftest import run_self_test
 from megatron_kosmosg.parallel.devices import choose_device, collective_backend
 from megatron_kosmosg.parallel.layout import Layout, create_groups, destroy_groups
-from megatron_kosmosg.parallel.rendezvous import find_place, meet
+from megatron_kosmosg.parallel.rendezvous import meet
 from megatron_kosmosg.parallel.seeds import set_seeds
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def holds_unet_alone(config: RunConfig) -> bool:
     """Whether this rank is a score rank: score/link.py and not `initialize` is for it."""
-    place = find_place(os.environ)
+    place = find_place()
     return world_layout(config, place.world_size).place(place.rank).role == "score"
 
 
@@ -49,7 +49,7 @@ class JoinedRank:
 
 def join(config: RunConfig) -> JoinedRank:
     """Chooses this rank's device and meets all others; no process group is made."""
-    place = find_place(os.environ)
+    place = find_place()
     world = world_layout(config, place.world_size)
     chosen = choose_device(place)
     store = meet(place, timedelta(seconds=config.parallel.timeout_seconds))

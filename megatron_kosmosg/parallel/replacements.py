@@ -10,12 +10,12 @@ do not wait.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from datetime import timedelta
 
+from megatron_kosmosg.launcher import find_place
 from megatron_kosmosg.parallel.layout import Layout
-from megatron_kosmosg.parallel.rendezvous import connect, find_place
+from megatron_kosmosg.parallel.rendezvous import connect
 
 
 class ReplacementExchange:
@@ -25,7 +25,7 @@ class ReplacementExchange:
         """stream: name of what is read, the same on all stages."""
         timeout = timedelta(seconds=timeout_seconds)
         self._layout, self._stream = layout, stream
-        self._store = connect(find_place(os.environ), timeout)
+        self._store = connect(find_place(), timeout)
 
     def share(self, position: int, own: Sequence[int]) -> list[int]:
         """The first stage's indices of the micro-batch that begins at stream position `position`.

@@ -5,7 +5,6 @@ Needs no process group, GPU, dataset or weights; 256 ranks are planned in one pr
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from megatron_kosmosg.config.batching import (
@@ -18,7 +17,7 @@ from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.validate import validate_files, validate_layout
 from megatron_kosmosg.config.world import WorldLayout, world_layout
-from megatron_kosmosg.parallel.rendezvous import find_place
+from megatron_kosmosg.launcher import find_place
 from megatron_kosmosg.planning.activations import ELEMENT_BYTES
 from megatron_kosmosg.planning.gpus import Efficiency
 from megatron_kosmosg.planning.memory import memory_table, rank_kinds
@@ -62,7 +61,7 @@ def planned_world_size(config: RunConfig) -> int:
     """parallel.world_size, else the ranks this was started with, else one copy of the model."""
     if config.parallel.world_size is not None:
         return config.parallel.world_size
-    return max(find_place(os.environ).world_size, model_parallel_size(config))
+    return max(find_place().world_size, model_parallel_size(config))
 
 
 def parameter_table(counts: ModelCounts) -> str:

@@ -6,19 +6,17 @@ and stop the others; the results reach all ranks at the end.
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron_kosmosg.launcher import find_tasks
 from megatron_kosmosg.preprocess.workers import Done, Item, LocalWorkers, Result, Workers
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_TASK_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Open MPI's mpirun; MPICH's and Intel's mpirun, srun --mpi=pmi2; srun of any kind."""
 _RESULT, _STOP = 1, 2
 
 
@@ -32,9 +30,7 @@ def choose_workers(size: int | None, environment: Mapping[str, str] | None = Non
     """
     if size is not None and size < 1:
         raise ValueError(f"--workers {size} must be at least 1")
-    environment = os.environ if environment is None else environment
-    counts = {name: int(environment[name]) for name in _TASK_COUNTS if environment.get(name)}
-    tasks = max(counts.values(), default=1)
+    tasks, name = find_tasks(environment)
     if tasks <= 1:
         return LocalWorkers(size or 1)
     try:
@@ -46,7 +42,6 @@ def choose_workers(size: int | None, environment: Mapping[str, str] | None = Non
         ) from error
     world = MPI.COMM_WORLD
     if world.size != tasks:
-        name = max(counts, key=lambda each: counts[each])
         library = MPI.Get_library_version().splitlines()[0].strip()[:40]
         raise ValueError(
             f"the launcher started {tasks} tasks ({name}), but MPI ({library}) sees {world.size}: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,9 +11,9 @@ from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, Store
 from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.world import RankPlace, WorldLayout, world_layout
+from megatron_kosmosg.launcher import find_place
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.platform import join
-from megatron_kosmosg.parallel.rendezvous import find_place
 from megatron_kosmosg.score.link import DECODER, SCORE, Link
 from megatron_kosmosg.score.remote import RemoteScore
 
@@ -26,7 +25,7 @@ def open_remote_score(config: RunConfig, layout: Layout) -> RemoteScore | None:
     and where the U-Net sits beside the decoder. Close it when training ends."""
     if not layout.num_score_ranks or not layout.is_last_stage:
         return None
-    place = find_place(os.environ)
+    place = find_place()
     world = world_layout(config, place.world_size)
     links = open_links(config, world, world.place(place.rank), layout.store, layout.device)
     return RemoteScore(

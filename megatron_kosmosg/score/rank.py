@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
 import torch
@@ -10,10 +9,10 @@ import torch
 from megatron_kosmosg.config.paths import heartbeat_file
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.keyed import StreamName
+from megatron_kosmosg.launcher import find_place
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.monitoring.heartbeat import Heartbeat
 from megatron_kosmosg.parallel.platform import torch_dtype
-from megatron_kosmosg.parallel.rendezvous import find_place
 from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.drawing import draw_pictures
 from megatron_kosmosg.score.loss import DenoisingLoss
@@ -29,9 +28,7 @@ def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:
     diffusion = load_diffusion(config, rank.device)
     denoising = DenoisingLoss(diffusion, config.score, config.training.seed)
     trained = StreamName("instruct", "train").noise_key
-    with Heartbeat(
-        find_place(os.environ), config.parallel.stall_seconds, heartbeat_file(config)
-    ) as heart:
+    with Heartbeat(find_place(), config.parallel.stall_seconds, heartbeat_file(config)) as heart:
 
         def denoise(
             condition: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, stream: str

@@ -6,12 +6,10 @@ forgets those that came before. It knows that the iteration is over by the first
 
 from __future__ import annotations
 
-import os
-
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.launcher import find_place
 from megatron_kosmosg.monitoring.iteration_trace import open_exchange
 from megatron_kosmosg.monitoring.spans import Record, Spans, no_record
-from megatron_kosmosg.parallel.rendezvous import find_place
 from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.messages import Kind, Request
 
@@ -42,7 +40,7 @@ class ScoreTrace:
             is_over = iteration > self._config.logging.trace_iteration
         if is_over:
             place = self._rank.place
-            name = f"rank {find_place(os.environ).rank}: score rank {place.score_index} of replica "
+            name = f"rank {find_place().rank}: score rank {place.score_index} of replica "
             replicas = range(place.replica, place.replica + len(self._rank.links))
             name += " and ".join(map(str, replicas))
             self._exchange.publish(name, self._spans.finished())

@@ -5,7 +5,6 @@ Everything that a run does over its life is in `_fit`, in order.
 
 from __future__ import annotations
 
-import os
 import time
 
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE
@@ -18,12 +17,12 @@ from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.paths import heartbeat_file, output_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.bad_images import check_bad_images
+from megatron_kosmosg.launcher import find_place
 from megatron_kosmosg.monitoring.heartbeat import Heartbeat
 from megatron_kosmosg.monitoring.iteration_trace import DecoderTrace
 from megatron_kosmosg.monitoring.signals import StopRequest
 from megatron_kosmosg.monitoring.stragglers import Stragglers
 from megatron_kosmosg.parallel.layout import Layout
-from megatron_kosmosg.parallel.rendezvous import find_place
 from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.evaluation import Evaluations, is_due
 from megatron_kosmosg.training.metrics import MetricsWriter, iteration_record
@@ -37,7 +36,7 @@ from megatron_kosmosg.training.wrapping import whole_parameters
 
 def fit(stage: Stage, config: RunConfig, layout: Layout) -> bool:
     """True when all iterations are done, False when a signal asked to stop and state is saved."""
-    place, stall_seconds = find_place(os.environ), config.parallel.stall_seconds
+    place, stall_seconds = find_place(), config.parallel.stall_seconds
     with (
         StopRequest() as stop,
         Heartbeat(place, stall_seconds, heartbeat_file(config)) as heart,

@@ -19,8 +19,8 @@ from PIL import Image
 
 from megatron_kosmosg.construction.records import PictureForm
 from megatron_kosmosg.construction.run import BuildJob, Built, ModelSettings, build
-from megatron_kosmosg.construction.shares import Share
 from megatron_kosmosg.files import fingerprint
+from megatron_kosmosg.launcher import ALONE, Place
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
 from megatron_kosmosg.toy.captions import caption_parts, join_parts
@@ -33,7 +33,6 @@ from tests.support.dataset_files import info_of, pictures_of, read_samples
 TOOL = Path(__file__).parents[2] / "tools" / "build_instruct_data.py"
 NUM_SCENES = 7
 MODELS = ModelSettings(torch.float32, lambda: torch.device("cpu"), fingerprint)
-ALONE = Share(0, 1, 0)
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +161,9 @@ def test_the_report_counts_and_the_sheet_shows(toy_output):
 
 def test_ranks_share_the_work_and_give_the_same_bytes(world, toy_output, tmp_path):
     asked = job(world, tmp_path / "out")
-    assert build(asked, Share(1, 2, 1), MODELS).report is None
+    assert build(asked, Place(1, 2, 1), MODELS).report is None
     assert set(tars(tmp_path / "out")) == {"000001.tar"}
-    complete(build(asked, Share(0, 2, 0), MODELS))
+    complete(build(asked, Place(0, 2, 0), MODELS))
     assert tars(tmp_path / "out") == tars(toy_output)
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(
         (toy_output / "report.json").read_text()

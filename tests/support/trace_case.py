@@ -13,11 +13,12 @@ from types import SimpleNamespace
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import Reads
 from megatron_kosmosg.data.samples import StreamDataset
+from megatron_kosmosg.launcher import find_place
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.monitoring import trace_exchange
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.platform import torch_dtype
-from megatron_kosmosg.parallel.rendezvous import find_place, meet
+from megatron_kosmosg.parallel.rendezvous import meet
 from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
 from megatron_kosmosg.score.drawing import draw_pictures
 from megatron_kosmosg.score.loss import DenoisingLoss
@@ -85,7 +86,7 @@ def _pausing(function: Callable, seconds: float) -> Callable:
 
 def offset_of_wrong_clock(seconds: float) -> float:
     """What rank 1, on another node whose clock is that much ahead, adds to its time."""
-    place = find_place(os.environ)
+    place = find_place()
     os.environ["SLURMD_NODENAME"] = f"node{place.rank}"
     store = meet(place, timedelta(seconds=60))
     if place.rank == 1:

@@ -28,14 +28,11 @@ from megatron_kosmosg.construction.regions import (
     largest_component,
     square_around,
 )
-from megatron_kosmosg.construction.shares import Share, find_share
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.toy.captions import caption as toy_caption
 from megatron_kosmosg.toy.world import sample_scene
 from tests.support.data_helpers import encode_image, noise_image, write_jsonl
-
-ALONE = Share(0, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -248,20 +245,3 @@ def test_annotations_are_found_by_key_and_broken_lines_named(tmp_path):
     path.write_text('{"name": "1"}\n')
     with pytest.raises(ValueError, match="key and image_id"):
         Annotations(path)
-
-
-def test_shares_of_ranks_arrays_and_mpi():
-    def array(number: int, last: int = 13) -> dict[str, str]:
-        values = {"ID": number, "MIN": 10, "MAX": last, "COUNT": 4}
-        return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
-
-    assert find_share({}, ALONE) == ALONE
-    assert find_share(array(12), Share(1, 8, 1)) == Share(17, 32, 1)
-    every = [find_share(array(n), Share(r, 3, r)) for n in range(10, 14) for r in range(3)]
-    taken = sorted(shard for share in every for shard in share.of(50))
-    assert taken == list(range(50)), "each shard once"
-    open_mpi = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8"}
-    assert find_share(open_mpi | {"OMPI_COMM_WORLD_LOCAL_RANK": "1"}, ALONE) == Share(5, 8, 1)
-    assert find_share(open_mpi, Share(2, 4, 2)) == Share(2, 4, 2), "torchrun goes before"
-    with pytest.raises(ValueError, match="has gaps"):
-        find_share(array(12, last=20), ALONE)
