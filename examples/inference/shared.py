@@ -1,7 +1,7 @@
 """What the examples share: the arguments of a drawing, loading a folder, saving the pictures.
 
-Needs diffusers and transformers only. The folder brings its pipeline as two .py files, which run
-when it is loaded: read them, or install the package and use its KosmosGPipeline instead.
+Needs diffusers and transformers, and the package or the folder's own two .py files: those run only
+with --trust-remote-code, so read them before.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ def run(
     parser.add_argument("--steps", type=int, default=50, help="of the sampler (50)")
     parser.add_argument("--guidance-scale", type=float, default=6.0, help="1 or less: none (6)")
     parser.add_argument("--seed", type=int, default=0, help="of the start noise (0)")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the two .py files in the folder instead of the installed package's pipeline",
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help=f"as torch names it ({device})")
     parser.add_argument(
@@ -54,10 +59,19 @@ def load(
     """The pipeline of the folder; `parts` replace components."""
     if not args.folder.is_dir():
         raise FileNotFoundError(f"no folder {args.folder}")
-    # diffusers 0.35 ignores the newer name, `dtype`, and would load float32.
-    return DiffusionPipeline.from_pretrained(
-        args.folder, trust_remote_code=True, torch_dtype=dtype, **parts
-    )
+    # The oldest diffusers of those that can be used ignores the newer name, `dtype`.
+    if args.trust_remote_code:
+        return DiffusionPipeline.from_pretrained(
+            args.folder, trust_remote_code=True, torch_dtype=dtype, **parts
+        )
+    try:
+        from megatron_kosmosg import KosmosGPipeline
+    except ImportError:
+        raise ValueError(
+            "megatron_kosmosg is not installed; read the two .py files in the folder and give "
+            "--trust-remote-code to run those instead"
+        ) from None
+    return KosmosGPipeline.from_pretrained(args.folder, torch_dtype=dtype, **parts)
 
 
 def prompt(args: argparse.Namespace) -> dict[str, Any]:

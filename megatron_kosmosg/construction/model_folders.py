@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_kosmosg.config.untrusted_folders import check_model_config
+
 Loaded = TypeVar("Loaded")
 CONFIG_FILE = "config.json"
 
@@ -30,6 +32,8 @@ def check_type(folder: Path, option: str, wanted: str, example: str) -> None:
 
 def loaded(load: Callable[..., Loaded], folder: Path, **options: Any) -> Loaded:
     """`load(folder)` from local files. Raises ValueError with the first line of what failed."""
+    if (folder / CONFIG_FILE).is_file():
+        check_model_config(folder / CONFIG_FILE)
     try:
         return load(folder, local_files_only=True, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:

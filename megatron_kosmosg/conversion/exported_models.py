@@ -12,11 +12,14 @@ import torch
 from transformers import Kosmos2ForConditionalGeneration
 
 from megatron_kosmosg.config.errors import ConversionError
+from megatron_kosmosg.config.untrusted_folders import check_model_config
 from megatron_kosmosg.hf.modeling_kosmosg_aligner import KosmosGAligner
 
 
 def load_mllm(folder: Path, dtype: torch.dtype) -> Kosmos2ForConditionalGeneration:
-    """The stock model in eval mode. Raises ConversionError unless every weight was there."""
+    """The stock model in eval mode. Raises ConversionError unless every weight was there, and
+    for a config that asks for code from elsewhere."""
+    check_model_config(folder / "config.json")
     model, report = Kosmos2ForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, output_loading_info=True, local_files_only=True
     )

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import AlignerConfig
+from megatron_kosmosg.config.untrusted_folders import check_pipeline_folder
 from megatron_kosmosg.conversion.exported_folder import exported_parts
 from megatron_kosmosg.conversion.exported_models import load_aligner, load_mllm
 from megatron_kosmosg.conversion.hf_aligner import aligner_sizes
@@ -66,6 +67,7 @@ def open_pipeline(source: ModelSource, dtype: torch.dtype, device: torch.device)
         return pipeline_from_checkpoint(
             source.folder, source.stable_diffusion, dtype, device, source.tokenizer_model
         )
+    check_pipeline_folder(source.folder)
     parts = exported_parts(source.folder)
     # A file that is cut short is told apart from one that holds other weights.
     SafetensorsFolder(parts.mllm, TRANSFORMERS)

@@ -16,6 +16,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig, VisionConfig
+from megatron_kosmosg.config.untrusted_folders import check_model_config
 
 
 class VisionEncoder(nn.Module):
@@ -88,6 +89,7 @@ def load_tower(encoder: VisionEncoder, vision: VisionConfig) -> None:
             f"model.vision.path={vision.path!r} has no config.json; give the folder of a Hugging "
             "Face CLIPVisionModel"
         )
+    check_model_config(folder / "config.json")
     loaded = CLIPVisionModel.from_pretrained(folder, torch_dtype=torch.float32)
     wanted, found = encoder.tower.config, loaded.config
     names = {

@@ -17,6 +17,7 @@ from transformers import CLIPTextModel
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.untrusted_folders import check_model_config
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.data.streams import align_stream
 from megatron_kosmosg.evaluation.evaluator import Evaluator
@@ -113,6 +114,7 @@ def load_text_encoder(config: RunConfig, layout: Layout) -> CLIPTextModel:
             "folder, or one that holds text_encoder/ and tokenizer/."
         )
     dtype = torch.float32 if config.training.precision == "fp32" else torch.float16
+    check_model_config(folder / "config.json")
     encoder = CLIPTextModel.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
     aligner, sizes = config.model.aligner, encoder.config
     found = (sizes.max_position_embeddings, sizes.hidden_size)
