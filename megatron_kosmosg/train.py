@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_kosmosg import exit_codes
+from megatron_kosmosg.checkpoint.folder import CONFIG_FILE
 from megatron_kosmosg.command_line import (
     CommandParser,
     add_config,
@@ -19,7 +20,8 @@ from megatron_kosmosg.command_line import (
     report,
 )
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.load import config_files, is_saved_config, load_config
+from megatron_kosmosg.config.overwrites import refuse_to_overwrite, refuse_to_run_over_inputs
 from megatron_kosmosg.config.paths import output_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.validate import validate_files, validate_layout
@@ -65,6 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(describe(config))
             return exit_codes.DONE
+        if parsed.config is not None:
+            refuse_to_overwrite(
+                [output_folder(config) / CONFIG_FILE],
+                [file for file in config_files(parsed.config) if not is_saved_config(file)],
+                "logging.output_dir",
+            )
         facts = stage_facts(config.stage)
         validate_layout(config, find_place().world_size, facts)
         pipeline_pieces(config, facts.aligner_parts)
@@ -105,13 +113,21 @@ def _train(config: RunConfig, started: float) -> int:
         finished = run_score_rank(config, join_as_score_rank(config))
     else:
         layout = platform.initialize(config)
-        raise_together(lambda: validate_files(config, stage_facts(config.stage)))
+        raise_together(lambda: check_files(config))
         remote_score = open_remote_score(config, layout)
         stage = build_stage(config, layout, remote_score, build_evaluators(config))
         finished = fit(stage, config, layout)
         if remote_score is not None:
             remote_score.close(is_done=finished)
     return exit_codes.DONE if finished else exit_codes.STOPPED
+
+
+def check_files(config: RunConfig) -> None:
+    """Raises ConfigError for what is missing, and for inputs that the run would write over."""
+    from megatron_kosmosg.data.dataset_files import files_read, folders_read
+
+    validate_files(config, stage_facts(config.stage))
+    refuse_to_run_over_inputs(config, files_read(config), folders_read(config))
 
 
 def _quieten_libraries() -> None:

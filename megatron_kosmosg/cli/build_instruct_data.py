@@ -49,7 +49,7 @@ Who finishes last writes report.txt, report.json and contact_sheet.png. docs/dat
 tells the rest. Exit codes: 0 this share is done; 1 nothing could be built; 2 wrong arguments or
 input; 130 interrupted.
 """
-SHEET_FILE, SHEET_CELL = "contact_sheet.png", 160
+SHEET_CELL = 160
 
 
 def build_parser() -> CommandParser:
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from megatron_kosmosg.construction.run import ModelSettings, build
+    from megatron_kosmosg.construction.run import SHEET_FILE, ModelSettings, build
     from megatron_kosmosg.files import fingerprint
     from megatron_kosmosg.launcher import find_worker
     from megatron_kosmosg.parallel.devices import choose_device
@@ -197,11 +197,13 @@ def _job(args: argparse.Namespace) -> BuildJob:
         shard_size=args.shard_size,
         batch_size=args.batch_size,
         num_threads=args.threads,
+        files_read=() if args.entity_prompt is None else (args.entity_prompt,),
     )
 
 
 def _write_sheet(records: StepFolder, num_shards: int, args: argparse.Namespace) -> None:
     from megatron_kosmosg.construction.report import shown_records
+    from megatron_kosmosg.construction.run import SHEET_FILE
     from megatron_kosmosg.inference.contact_sheet import SheetRow, contact_sheet
     from megatron_kosmosg.inference.picture_files import save_atomically
 

@@ -65,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from megatron_kosmosg.config.load import config_files
     from megatron_kosmosg.config.overwrites import refuse_to_overwrite
+    from megatron_kosmosg.data.dataset_files import files_read
     from megatron_kosmosg.data.store import SampleStore
     from megatron_kosmosg.data.tokenizer import Tokenizer
     from megatron_kosmosg.inspection.check import check_dataset
@@ -84,9 +86,8 @@ def _inspect(args: argparse.Namespace) -> int:
         print(summary_text(store, tokenizer, args.seed))
         if not args.no_page:
             path = args.output or Path(f"{args.prefix}.html")
-            reads = [Path(f"{args.prefix}{end}") for end in (".bin", ".idx", ".json")]
-            reads += [Path(name) for name in (args.config, model) if name is not None]
-            refuse_to_overwrite([path], reads, "--output")
+            files = [] if args.config is None else config_files(args.config)
+            refuse_to_overwrite([path], [*files, *files_read(config)], "--output")
             print(write_page(path, store, tokenizer, config, args.samples))
     if not args.check:
         return exit_codes.DONE

@@ -68,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from megatron_kosmosg.config.errors import ConfigError
-    from megatron_kosmosg.config.load import load_config
+    from megatron_kosmosg.config.load import config_files, load_config
+    from megatron_kosmosg.config.overwrites import refuse_to_overwrite, refuse_to_write_into
+    from megatron_kosmosg.data.dataset_files import files_read, folders_read
     from megatron_kosmosg.planning.gpus import efficiency_with
     from megatron_kosmosg.planning.plan import (
         make_plan,
@@ -83,6 +85,11 @@ def _plan(args: argparse.Namespace) -> int:
     world_size = args.num_gpus or config.parallel.world_size
     if world_size is None or world_size < 1:
         raise ConfigError("how many GPUs? give --num-gpus or parallel.world_size")
+    reads = [*config_files(args.config), *files_read(config)]
+    for option, output in (("--json", args.json), ("--svg", args.svg)):
+        if output is not None:
+            refuse_to_overwrite([output], reads, option)
+            refuse_to_write_into(output, folders_read(config), option)
     config, notes = planned_config(config, world_size, gpu)
     facts = {}
     if args.search:

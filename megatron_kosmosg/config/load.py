@@ -81,6 +81,20 @@ def load_saved_config(path: str | Path) -> RunConfig:
     return load_config(path, [], note=_silently)
 
 
+def config_files(path: str | Path) -> list[Path]:
+    """The file that `load_config` would read, after those that it includes."""
+    layers = _file_layers(_find_config(Path(path)), ())
+    return [file for _, _, file in layers if file is not None]
+
+
+def is_saved_config(path: Path) -> bool:
+    """Whether the file is one that a run left and nobody changed: written again, it is the same."""
+    try:
+        return path.read_text(encoding="utf-8") == to_yaml(load_saved_config(path))
+    except ConfigError:
+        return False
+
+
 def given_keys(path: str | Path | None, overrides: list[str]) -> set[str]:
     """Dotted keys that the file (with what it includes) or an override sets; no defaults."""
     return {

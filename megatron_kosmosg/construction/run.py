@@ -1,4 +1,7 @@
-"""One run of `kosmosg build-data` in one process: from what it is given to its steps."""
+"""One run of `kosmosg build-data` in one process: from what it is given to its steps.
+
+Long because models and files of all three steps are checked before the first begins.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_kosmosg.config.overwrites import refuse_to_overwrite, refuse_to_write_into
 from megatron_kosmosg.construction.annotations import Annotations
 from megatron_kosmosg.construction.captions import Captioner, GivenCaptions, ModelCaptions
 from megatron_kosmosg.construction.entities import Answerer, Entities
@@ -21,6 +25,7 @@ from megatron_kosmosg.construction.plan import Plan, make_plan
 from megatron_kosmosg.construction.records import PictureForm
 from megatron_kosmosg.construction.report import Report, make_report
 from megatron_kosmosg.construction.rows import StepFolder
+from megatron_kosmosg.construction.sources import find_sources
 from megatron_kosmosg.construction.steps import Step, are_done, run_steps
 from megatron_kosmosg.data.kinds.caption import CAPTION
 from megatron_kosmosg.files import write_json, write_text
@@ -28,6 +33,8 @@ from megatron_kosmosg.launcher import Place
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.progress import Progress
 
+REPORT_FILES, SHEET_FILE = ("report.json", "report.txt"), "contact_sheet.png"
+PRODUCTS = (*REPORT_FILES, SHEET_FILE, "plan", "captions", "entities", "records")
 INPUT, NOUN_PHRASES = "input", "noun-phrases"
 CAPTION_TYPE, CAPTION_EXAMPLE = "blip-2", "Salesforce/blip2-opt-6.7b"
 MASK_TYPE, MASK_EXAMPLE = "clipseg", "CIDAS/clipseg-rd64-refined"
@@ -55,6 +62,8 @@ class BuildJob:
     shard_size: int = 1000
     batch_size: int = 16
     num_threads: int = 4
+    files_read: tuple[Path, ...] = ()
+    """Further files that the command opened, such as the one of `entity_prompt`."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,9 @@ def build(job: BuildJob, place: Place, models: ModelSettings) -> Built:
     """
     job.options.check(CAPTION)
     origins = _Origins(job, models)
+    reads = origins.files_read()
+    refuse_to_overwrite([job.output / name for name in PRODUCTS], reads, "--output")
+    refuse_to_write_into(job.output, [path for path in reads if path.is_dir()], "--output")
     plan = make_plan(job.output, job.inputs, job.shard_size, job.limit, job.options)
     steps = [step for step in origins.steps(plan) if step is not None]
     shown: dict[str, Progress] = {}
@@ -99,8 +111,8 @@ def build(job: BuildJob, place: Place, models: ModelSettings) -> Built:
     if not are_done(steps, plan.num_shards):
         return Built(records, plan.num_shards, None)
     made = make_report([step.folder for step in steps], plan.num_shards)
-    write_json(job.output / "report.json", made.json())
-    write_text(job.output / "report.txt", made.text() + "\n")
+    write_json(job.output / REPORT_FILES[0], made.json())
+    write_text(job.output / REPORT_FILES[1], made.text() + "\n")
     return Built(records, plan.num_shards, made)
 
 
@@ -121,6 +133,14 @@ class _Origins:
     def steps(self, plan: Plan) -> list[Step | None]:
         """Captions, entities, records; None for those that are not asked for."""
         return [self._captions(plan), self._entities(), self._records(plan)]
+
+    def files_read(self) -> list[Path]:
+        """Files and folders of the job, whether they are read for one step or for all."""
+        job, words = self._job, (None, INPUT, NOUN_PHRASES)
+        given = [Path(p) for p in (job.captions, job.entities, job.masks) if p not in words]
+        root = [] if job.options.image_root is None else [Path(job.options.image_root)]
+        sources = [source.path for source in find_sources(job.inputs)]
+        return [*sources, *given, *root, *job.files_read]
 
     def _captions(self, plan: Plan) -> Step:
         job = self._job

@@ -14,6 +14,8 @@ from megatron_kosmosg.config.schema import BlendEntry
 from megatron_kosmosg.data.kinds.text import TEXT
 
 FORMAT_VERSION = 1
+LARGEST = 1 << 20
+"""Bytes; manifests are far smaller, corpora of one JSON value are not read whole."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,15 @@ class Manifest:
             return Manifest(**fields)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is not a readable manifest: {error}") from error
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether that is the manifest of a dataset, or of a cache beside one, of any version."""
+    try:
+        fields = json.loads(path.read_bytes()) if path.stat().st_size <= LARGEST else None
+    except (OSError, ValueError):
+        return False
+    return isinstance(fields, dict) and {"format_version", "num_samples"} <= fields.keys()
 
 
 def manifest_path(prefix: str | Path) -> Path:

@@ -15,6 +15,7 @@ from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.parquet import ParquetReader
 from megatron_kosmosg.preprocess.prompt_folders import PromptFolderReader
 from megatron_kosmosg.preprocess.records import Reader, Shard, ShardSize
+from megatron_kosmosg.preprocess.rejects import is_product
 from megatron_kosmosg.preprocess.tar import TarReader
 from megatron_kosmosg.preprocess.tsv import TsvReader
 from megatron_kosmosg.preprocess.txt import TxtReader
@@ -59,7 +60,8 @@ class Input:
 
 
 def find_inputs(patterns: Sequence[str], kind: SampleKind, asked: str = "auto") -> list[Input]:
-    """What the names and globs stand for, globs sorted, listings opened.
+    """What the names and globs stand for, globs sorted and without our own products, listings
+    opened.
 
     Raises ValueError for a pattern that matches nothing, an input named twice and a format that
     cannot be told or does not go with `kind`.
@@ -67,9 +69,7 @@ def find_inputs(patterns: Sequence[str], kind: SampleKind, asked: str = "auto") 
     inputs: list[Input] = []
     for pattern in patterns:
         paths = [Path(pattern)] if Path(pattern).exists() else []
-        paths = paths or [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-        if not paths:
-            raise ValueError(f"--input {pattern} matches no file")
+        paths = paths or _matches(pattern)
         for path in paths:
             inputs.extend(_open_listing(path, _format(path, asked)))
     seen: set[Path] = set()
@@ -112,6 +112,17 @@ def _shortened(shard: Shard, records: int) -> Shard:
     assert shard.num_records is not None
     records = min(records, shard.num_records)
     return Shard(shard.path, shard.offset, shard.first_record, records, shard.folders[:records])
+
+
+def _matches(pattern: str) -> list[Path]:
+    """What a glob stands for, without what preprocessing itself wrote: whoever wants that read
+    names it."""
+    matches = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    found = [path for path in matches if path.is_dir() or not is_product(path)]
+    if not found:
+        products = f" but {matches[0]}, which preprocessing wrote" if matches else ""
+        raise ValueError(f"--input {pattern} matches no file{products}")
+    return found
 
 
 def _format(path: Path, asked: str) -> str:

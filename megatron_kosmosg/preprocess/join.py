@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_kosmosg.data.dataset_files import dataset_files
 from megatron_kosmosg.data.index_file import write_index
 from megatron_kosmosg.data.kinds.kind import SampleKind
 from megatron_kosmosg.data.kinds.record import Rejected
@@ -20,8 +21,9 @@ from megatron_kosmosg.data.manifest import manifest_path
 from megatron_kosmosg.data.sentences import sentence_paths
 from megatron_kosmosg.files import replacing
 from megatron_kosmosg.preprocess.counts import Counts
+from megatron_kosmosg.preprocess.rejects import reject_line, rejects_path
 from megatron_kosmosg.preprocess.shard_store import ShardIndex, read_names
-from megatron_kosmosg.preprocess.shard_work import ShardJob, reject_line
+from megatron_kosmosg.preprocess.shard_work import ShardJob
 
 COPY_BYTES = 4 << 20
 DUPLICATE = Rejected("duplicate key")
@@ -134,14 +136,7 @@ def write_rejects(
 
 def output_paths(prefix: str | Path) -> list[Path]:
     """Every file that a run leaves under the name of the dataset, or writes on the way there."""
-    rejects = rejects_path(prefix)
-    data = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), manifest_path(prefix)]
-    return [*data, *sentence_paths(prefix), rejects]
-
-
-def rejects_path(prefix: str | Path) -> Path:
-    """PREFIX.rejects.jsonl."""
-    return Path(f"{prefix}.rejects.jsonl")
+    return [*dataset_files(prefix), rejects_path(prefix)]
 
 
 def mark_joined(joined: Path) -> None:
@@ -156,14 +151,11 @@ def is_joined(joined: Path) -> bool:
 
 def move_into_place(joined: Path, prefix: Path) -> None:
     """Gives the files their names; takes up again what was begun."""
-    last = (str(manifest_path(joined)), str(manifest_path(prefix)))
-    if Path(last[0]).exists():
+    if manifest_path(joined).exists():
         # The manifest goes first and comes last: without it a dataset does not count as finished.
         manifest_path(prefix).unlink(missing_ok=True)
-    names = [(f"{joined}{end}", f"{prefix}{end}") for end in (".bin", ".idx")]
-    names += list(zip(sentence_paths(joined), sentence_paths(prefix), strict=True))
-    for source, target in [*names, last]:
-        if Path(source).exists():
+    for source, target in zip(dataset_files(joined), dataset_files(prefix), strict=True):
+        if source.exists():
             os.replace(source, target)
 
 

@@ -10,6 +10,7 @@ Long because shares, restarts, completion and the count of undecodable targets a
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import deque
 from collections.abc import Iterator
@@ -21,7 +22,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.overwrites import refuse_to_overwrite
 from megatron_kosmosg.data.bad_images import TooManyBadImages
+from megatron_kosmosg.data.dataset_files import dataset_files
 from megatron_kosmosg.data.image_types import BadImage, ImageTransform
 from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.kinds import names_read_by
@@ -115,6 +119,7 @@ def cache_latents(
             f"only {names_read_by('instruct')} have target images"
         )
     prefix = latent_prefix(job.store.prefix, job.name)
+    _refuse_to_overwrite(job, prefix)
     source = LatentSource(job.store.fingerprint(), vae_mark, describe_transform(job.transform))
     parts = Path(f"{prefix}.parts")
     lock = Path(f"{prefix}.lock")
@@ -139,6 +144,19 @@ def cache_latents(
         if finished is not None:
             return _of_finished(job, finished)
         return _complete(job, prefix, parts, source)
+
+
+def _refuse_to_overwrite(job: LatentJob, prefix: str) -> None:
+    """Raises ConfigError where something else than a cache, or a part of one, has its name."""
+    files = [Path(f"{prefix}{end}") for end in (".bin", ".idx")]
+    found = [file for file in files if os.path.lexists(file)]
+    is_ours = Path(f"{prefix}.json").exists() or Path(f"{prefix}.parts").exists()
+    if found and not is_ours:
+        raise ConfigError(
+            f"{found[0]} is there and belongs to no cache of latents; give another --name"
+        )
+    written = [*files, Path(f"{prefix}.json"), Path(f"{prefix}.partial.bin")]
+    refuse_to_overwrite(written, dataset_files(job.store.prefix), "--name")
 
 
 def _check(job: LatentJob, bad: BadTargets) -> None:

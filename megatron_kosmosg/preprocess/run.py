@@ -30,13 +30,13 @@ from megatron_kosmosg.preprocess.join import (
     output_paths,
     plan_join,
     prepare_target,
-    rejects_path,
     write_rejects,
     write_tables,
 )
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.prompt_folders import PROMPT_FILE, SEEDS_FILE
 from megatron_kosmosg.preprocess.records import Shard, ShardSize
+from megatron_kosmosg.preprocess.rejects import rejects_path
 from megatron_kosmosg.preprocess.shard_work import ShardJob, encoders, work_on_shard
 from megatron_kosmosg.preprocess.work_folder import WorkFolder
 from megatron_kosmosg.preprocess.workers import LocalWorkers, Workers

@@ -5,7 +5,6 @@ What a shard's files hold depends on the shard alone, so the number of workers c
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from megatron_kosmosg.preprocess.inputs import Input
 from megatron_kosmosg.preprocess.layouts import canonical_records
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.records import BadRecord, Shard
+from megatron_kosmosg.preprocess.rejects import reject_line, rejects_path
 from megatron_kosmosg.preprocess.shard_store import ShardWriter
 from megatron_kosmosg.preprocess.text_batches import TextBatches
 from megatron_kosmosg.preprocess.word_cache import WordCache
@@ -42,7 +42,7 @@ class ShardJob:
     @property
     def rejects_path(self) -> Path:
         """One JSON object a line: source, key, reason, detail."""
-        return Path(f"{self.prefix}.rejects.jsonl")
+        return rejects_path(self.prefix)
 
     @property
     def counts_path(self) -> Path:
@@ -63,15 +63,6 @@ def work_on_shard(job: ShardJob) -> Counts:
     counts = work.counts(time.process_time() - started)
     counts.write(job.counts_path)
     return counts
-
-
-def reject_line(source: str, key: str, rejected: Rejected) -> str:
-    """A line of a rejects file."""
-    line = {"source": source, "key": key, "reason": rejected.reason}
-    if rejected.detail:
-        line["detail"] = rejected.detail
-    # ASCII: what is wrong with a record may be its Unicode.
-    return json.dumps(line) + "\n"
 
 
 class _ShardWork:

@@ -14,13 +14,20 @@ from typing import IO, Any
 from megatron_kosmosg.files import write_json
 
 JOB_FILE, LOCK_FILE = "job.json", "lock"
+_ENDING = ".partial"
+
+
+def is_work_folder(folder: Path) -> bool:
+    """Whether an unfinished run keeps its shards there."""
+    is_named_so = folder.name.startswith(".") and folder.name.endswith(_ENDING)
+    return is_named_so and (folder / LOCK_FILE).exists()
 
 
 class WorkFolder:
     """`.NAME.partial` beside the output prefix .../NAME."""
 
     def __init__(self, prefix: Path) -> None:
-        self.path = prefix.parent / f".{prefix.name}.partial"
+        self.path = prefix.parent / f".{prefix.name}{_ENDING}"
         self._lock: IO[str] | None = None
 
     def open(self, job: dict[str, Any], resume: bool) -> None:

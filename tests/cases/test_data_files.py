@@ -37,7 +37,6 @@ def test_an_output_never_takes_the_place_of_an_input(tmp_path, commands, model):
     assert corpus.read_bytes() == LINES
 
 
-@not_mended_yet("the pattern also matches the rejects of the last run, and the command stops there")
 def test_a_repeated_command_does_not_read_its_own_rejects(tmp_path, commands, model):
     write_jsonl(tmp_path / "a.jsonl", [*TEXTS, {"text": ""}])
     found = []

@@ -68,6 +68,8 @@ def evaluate(args: argparse.Namespace) -> Results:
     """Rows and sheets of all runs. Raises ConfigError for a run without a finished checkpoint."""
     from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
     from megatron_kosmosg.config.load import load_saved_config
+    from megatron_kosmosg.config.overwrites import refuse_to_write_into
+    from megatron_kosmosg.data.dataset_files import folders_read
     from megatron_kosmosg.inference.trained_model import TrainedModel, one_process
     from megatron_kosmosg.models.diffusion import load_diffusion
     from megatron_kosmosg.toy.judging.toy_drawing import Sampling
@@ -80,6 +82,8 @@ def evaluate(args: argparse.Namespace) -> Results:
     sampling = Sampling(args.steps, args.guidance_scale, args.seed)
     last = find_checkpoint(Path(runs["instruct"]))
     config = load_saved_config(last / CONFIG_FILE)
+    folders = [find_checkpoint(Path(folder)) for folder in runs.values()]
+    refuse_to_write_into(args.output, [*folders, *folders_read(config)], "--output")
     with one_process(config) as layout:
         models = {}
         for name, folder in runs.items():

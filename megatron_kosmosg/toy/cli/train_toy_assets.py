@@ -63,12 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(args: argparse.Namespace) -> int:
     import torch
 
+    from megatron_kosmosg.config.overwrites import refuse_to_overwrite
     from megatron_kosmosg.toy.training.parts import Parts
 
     torch.set_num_threads(1)
     iterations = dict(ITERATIONS)
     if args.train_iters is not None:
         iterations[args.part] = args.train_iters
+    refuse_to_overwrite([args.assets], [args.run], "--assets")
     parts = Parts(args.run, args.assets, iterations, args.latent_files)
     for name in PARTS if args.part == "all" else (args.part,):
         getattr(parts, name)()

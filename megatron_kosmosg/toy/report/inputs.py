@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_kosmosg.toy.report.history import History, read_history
 
 STAGES = ("pretrain", "align", "instruct")
+METRICS_FILE, RECORD_FILE = "metrics.jsonl", "quickstart.json"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class ReportInputs:
     rows: list[dict]
     """The evaluation's metrics."""
     pictures: list[Picture]
+    files: list[Path]
+    """What all this was read from, pictures included."""
 
 
 def read_inputs(out: Path) -> ReportInputs:
@@ -41,12 +44,12 @@ def read_inputs(out: Path) -> ReportInputs:
 
     Raises ValueError when `out` holds neither a training's metrics.jsonl nor an evaluation.
     """
-    record = _read_json(out / "quickstart.json", {})
+    record = _read_json(out / RECORD_FILE, {})
     runs = [out / stage for stage in STAGES] + sorted((out / "ablations").glob("*"))
     histories = {
-        str(run.relative_to(out)): read_history(run / "metrics.jsonl")
+        str(run.relative_to(out)): read_history(run / METRICS_FILE)
         for run in runs
-        if (run / "metrics.jsonl").is_file()
+        if (run / METRICS_FILE).is_file()
     }
     evaluation = out / "evaluation"
     rows = _read_json(evaluation / "metrics.json", {}).get("rows", [])
@@ -82,6 +85,11 @@ def read_inputs(out: Path) -> ReportInputs:
         histories=histories,
         rows=rows,
         pictures=pictures,
+        files=[
+            *(out / name / METRICS_FILE for name in histories),
+            *(out / RECORD_FILE, evaluation / "metrics.json", evaluation / "images.json"),
+            *(picture.path for picture in pictures),
+        ],
     )
 
 

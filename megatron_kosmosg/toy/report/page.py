@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_kosmosg.config.overwrites import refuse_to_overwrite
 from megatron_kosmosg.files import write_text
 from megatron_kosmosg.toy.report import sections
 from megatron_kosmosg.toy.report.inputs import ReportInputs, read_inputs
@@ -68,10 +69,11 @@ _SECTIONS = (
 
 
 def write_report(out: Path) -> Path:
-    """OUT/report.html, replaced atomically. Raises ValueError when `out` holds nothing to show."""
-    page = render(read_inputs(out))
-    target = out / "report.html"
-    write_text(target, page)
+    """OUT/report.html, replaced atomically. Raises ValueError when `out` holds nothing to show, and
+    ConfigError when the page would be written over what it shows."""
+    inputs, target = read_inputs(out), out / "report.html"
+    refuse_to_overwrite([target], inputs.files, "--output")
+    write_text(target, render(inputs))
     return target
 
 
