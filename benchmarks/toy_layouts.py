@@ -51,8 +51,7 @@ def samples_per_second(stage: str, layout: str, quickstart: Path, iterations: in
         overrides += [f"data.{section}.{n}.path={quickstart / 'data' / split / n}" for n in blend]
     if PREVIOUS[stage] is not None:
         overrides.append(f"checkpoint.load={quickstart / PREVIOUS[stage]}")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", "2", "-m", "megatron_kosmosg.train"]
+    command = [sys.executable, "-m", "megatron_kosmosg", "launch", "--ranks", "2", "train"]
     try:
         subprocess.run(
             [*command, "--config", str(file), *overrides],

@@ -1,4 +1,4 @@
-"""What started this process, and as which of how many: torchrun, Slurm, MPI, or a user alone.
+"""What started this process, as which of how many: a launcher, Slurm, MPI, or a user alone.
 
 The one reader of their variables. Answered without torch, before there are process groups, so that
 a wrong setting is refused before anything is loaded.
@@ -24,6 +24,8 @@ _MPI = (
 _SLURM_TASKS = "SLURM_STEP_NUM_TASKS"
 """Of srun of any kind; sbatch and salloc alone set only the job's variables."""
 _ARRAY = "SLURM_ARRAY_TASK_"
+LISTENER = "KOSMOSG_LISTENER"
+"""`kosmosg launch` tells rank 0 the file descriptor of the socket at which the ranks meet."""
 
 Environment = Mapping[str, str]
 
@@ -38,6 +40,8 @@ class Place:
     address: str | None = None
     """Host of rank 0; None for a process that meets no other."""
     port: int | None = None
+    listener: int | None = None
+    """Of rank 0: an open socket that is bound to that port already."""
 
     def share(self, num_shards: int) -> range:
         """The shards of this process: rank, rank + world_size, ..."""
@@ -66,6 +70,7 @@ def find_place(environment: Environment | None = None) -> Place:
             local_rank=int(environment.get("LOCAL_RANK", "0")),
             address=environment["MASTER_ADDR"],
             port=int(environment["MASTER_PORT"]),
+            listener=int(environment[LISTENER]) if LISTENER in environment else None,
         )
     if "SLURM_PROCID" in environment and _SLURM_TASKS in environment:
         step = f"{environment['SLURM_JOB_ID']}{environment.get('SLURM_STEP_ID', '0')}"
@@ -124,6 +129,11 @@ def is_first_rank(environment: Environment | None = None) -> bool:
     """Whether this process speaks for all, also where the variables are not whole."""
     environment = os.environ if environment is None else environment
     return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"
+
+
+def has_agent() -> bool:
+    """Whether torchrun's agent keeps the store; else rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def attempt() -> str:

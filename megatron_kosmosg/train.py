@@ -31,8 +31,8 @@ from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
 from megatron_kosmosg.stages import build_stage, stage_facts
 
 DESCRIPTION = """\
-Trains one stage (pretrain, align or instruct) of KOSMOS-G. Start it with torchrun or srun, one
-process per device, or alone. A rerun continues from the newest checkpoint of its output folder.
+Trains one stage (pretrain, align or instruct) of KOSMOS-G. Start it with `kosmosg launch` or srun,
+one process per device, or alone. A rerun continues from the newest checkpoint of its output folder.
 """
 
 EPILOG = """\

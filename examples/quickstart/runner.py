@@ -23,8 +23,6 @@ _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 90
 """Seconds a step gets after Ctrl-C to save its state."""
 _TAIL_LINES = 20
-_LAUNCHER_SPEAKS = "torch/distributed/elastic"
-"""In torchrun's first line after a rank failed; 30 lines without the cause follow."""
 
 
 class StepFailed(RuntimeError):
@@ -176,11 +174,9 @@ def child_environment() -> dict[str, str]:
 
 
 def _cause(log: Path, start: int) -> str:
-    """The end of what was written from byte `start` on, without the launcher's account of dying
-    ranks."""
+    """The end of what was written from byte `start` on."""
     lines = log.read_bytes()[start:].decode("utf-8", errors="replace").splitlines()
-    launcher = (i for i, line in enumerate(lines) if _LAUNCHER_SPEAKS in line)
-    return "\n".join(lines[: next(launcher, len(lines))][-_TAIL_LINES:])
+    return "\n".join(lines[-_TAIL_LINES:])
 
 
 def _children_cpu_seconds() -> float:

@@ -61,9 +61,8 @@ class Step:
 
 def train_command(config: Path, overrides: Iterable[str]) -> tuple[str, ...]:
     """The command line of one stage on two local ranks."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    entry = ("-m", "megatron_kosmosg.train", "--config", str(config))
-    return (sys.executable, *launcher, *entry, *overrides)
+    launcher = ("-m", "megatron_kosmosg", "launch", "--ranks", "2")
+    return (sys.executable, *launcher, "train", "--config", str(config), *overrides)
 
 
 BLENDS = {

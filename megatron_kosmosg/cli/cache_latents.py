@@ -23,7 +23,7 @@ EPILOG = """\
 data.latent_cache=NAME. The posterior is still sampled anew for every use. A cache of another VAE,
 image size or dataset is refused. 64 KiB a sample at 512 pixels.
 
-Start it once, or on many GPUs; ranks come from torchrun or srun and share the work. After an
+Start it once, or on many GPUs; ranks come from launch or srun and share the work. After an
 interruption the same command goes on where it stopped, also with another number of ranks.
 
 Targets that cannot be decoded get no moments; the last line says how many and why, and more than
@@ -31,7 +31,7 @@ Targets that cannot be decoded get no moments; the last line says how many and w
 
 examples:
   kosmosg cache-latents data/edit --stable-diffusion /data/stable-diffusion-v1-5
-  torchrun --nproc-per-node 8 -m megatron_kosmosg cache-latents data/edit data/compositional \\
+  kosmosg launch --ranks 8 cache-latents data/edit data/compositional \\
       data/caption --stable-diffusion /data/stable-diffusion-v1-5 --dtype bf16 --threads 8
   kosmosg train --config F.yaml data.latent_cache=latents
 """

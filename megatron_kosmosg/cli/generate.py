@@ -41,7 +41,7 @@ examples:
       --num-images 4 --output pictures
   kosmosg generate --model runs/instruct --stable-diffusion stable-diffusion-v1-5 \\
       --content '[{"text": "a"}, {"image": "cat.png"}, {"text": "on a beach"}]' --output pictures
-  torchrun --nproc-per-node 8 -m megatron_kosmosg generate --model exported \\
+  kosmosg launch --ranks 8 generate --model exported \\
       --prompts prompts.jsonl --scheduler dpm++ --steps 100 --guidance-scale 7.5 --output pictures
 
 A JSONL record is {"prompt": "<image> in snow", "images": ["cat.png"]} or {"content": [{"text": ..}
@@ -50,7 +50,7 @@ pictures ID-0.png, ID-1.png, ..; the line's number if absent), negative_prompt, 
 steps, guidance, height, width, control_image. Drawing options are the defaults of all records.
 
 The same command continues an interrupted run. A picture is drawn again only if something that
-decides how it looks has changed. Ranks (torchrun or srun) share the records; the pictures are the
+decides how it looks has changed. Ranks (launch or srun) share the records; the pictures are the
 same for any number of them. Exit codes: 0 this rank's pictures are there; 1 one could not be
 written; 2 wrong arguments or input; 130 interrupted.
 """

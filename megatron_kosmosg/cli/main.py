@@ -37,6 +37,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
     "training": (
         Command("plan", "cli.plan", "memory, traffic and time of a layout, without its GPUs"),
         Command("preflight", "cli.preflight", "whether the nodes of a job are fit"),
+        Command("launch", "cli.launch", "a command on several ranks of this machine"),
         Command("train", "train", "one stage: pretrain, align or instruct"),
     ),
     "models": (

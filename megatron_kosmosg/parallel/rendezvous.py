@@ -5,11 +5,14 @@ Under Slurm one `srun` task is one rank, so no torchrun agent stands between a s
 
 from __future__ import annotations
 
+import errno
+import ipaddress
+import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.launcher import Place, attempt
+from megatron_kosmosg.launcher import Place, attempt, has_agent
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +24,24 @@ def meet(place: Place, timeout: timedelta) -> torch.distributed.Store:
 
     if place.address is None:
         return torch.distributed.HashStore()  # alone: no socket, no port
+    assert place.port is not None
     try:
-        met = torch.distributed.rendezvous(
-            f"tcp://{place.address}:{place.port}", place.rank, place.world_size, timeout=timeout
-        )
-        store, _, _ = next(iter(met))
-    except torch.distributed.DistNetworkError as error:
+        listener = _listener(place)
+        if listener is None:
+            met = torch.distributed.rendezvous(
+                f"tcp://{place.address}:{place.port}", place.rank, place.world_size, timeout=timeout
+            )
+            store, _, _ = next(iter(met))
+        else:
+            store = torch.distributed.TCPStore(
+                place.address,
+                place.port,
+                place.world_size,
+                is_master=True,
+                timeout=timeout,
+                master_listen_fd=listener,
+            )
+    except (torch.distributed.DistNetworkError, OSError) as error:
         taken = "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
         reason = (
             f"port {place.port} on {place.address} is in use by another program"
@@ -38,6 +53,34 @@ def meet(place: Place, timeout: timedelta) -> torch.distributed.Store:
         ) from error
     store.set_timeout(timeout)
     return store
+
+
+def _listener(place: Place) -> int | None:
+    """A socket for rank 0's store, bound to the one address that is meant; None: torch makes one.
+
+    torch's listens on all interfaces. That is kept where an agent has the store, and for a host
+    name: rank 0 may resolve its own name to another address than the other nodes do.
+    """
+    if place.rank != 0 or has_agent():
+        return None
+    if place.listener is not None:
+        return place.listener
+    try:
+        named = "127.0.0.1" if place.address == "localhost" else place.address
+        address = ipaddress.ip_address(str(named))
+    except ValueError:
+        return None
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    with socket.socket(family) as made:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            made.bind((str(address), place.port))
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            return None  # in a container whose host has that address
+        made.listen(place.world_size)
+        return made.detach()
 
 
 def connect(place: Place, timeout: timedelta) -> torch.distributed.Store:

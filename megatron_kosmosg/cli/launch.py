@@ -1,0 +1,145 @@
+"""`kosmosg launch`: a command on several ranks of this machine.
+
+In place of `torchrun --standalone`, whose agent keeps a store that listens on every interface and
+unpickles what any client sets. Here the ranks meet on 127.0.0.1, at a port that is bound before
+they start, and there is no agent; a rank that fails is not started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from megatron_kosmosg import exit_codes
+from megatron_kosmosg.command_line import CommandParser, command_parser, positive_int
+from megatron_kosmosg.launcher import LISTENER
+
+EPILOG = """\
+examples:
+  kosmosg launch --ranks 2 train --config toy_pretrain logging.output_dir=runs/pretrain
+  kosmosg launch --ranks 8 generate --model exported --prompts prompts.jsonl --output pictures
+
+Signals go on to all ranks: after SIGTERM, SIGUSR1 or Ctrl-C training saves its state. The exit code
+is that of the rank that failed first; ranks that do not end by themselves then are ended.
+"""
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+_POLL_SECONDS = 0.1
+_OWN_END_SECONDS = {exit_codes.STOPPED: 120.0}
+"""How long the other ranks may take to end by themselves after the first one; else:"""
+_AFTER_FAILURE_SECONDS = 10.0
+_AFTER_TERM_SECONDS = 30.0
+_PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal that a process gets when its parent dies."""
+
+
+def build_parser() -> CommandParser:
+    """The parser of this command."""
+    parser = command_parser("launch", __doc__.partition("\n\n")[0], EPILOG)
+    parser.add_argument("--ranks", type=positive_int, required=True, help="processes to start")
+    parser.add_argument("command", help="a command of kosmosg, such as train")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of the rank that failed first; 0 if none did."""
+    from megatron_kosmosg.cli.main import COMMANDS
+
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    known = {name.split()[0] for name in COMMANDS} - {"launch"}
+    if args.command not in known:
+        parser.error(f"no command {args.command}; there are {', '.join(sorted(known))}")
+    command = [sys.executable, "-m", "megatron_kosmosg", args.command, *args.arguments]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(args.ranks)
+        ranks = [_start(command, rank, args.ranks, listener) for rank in range(args.ranks)]
+    with _passing_on(ranks):
+        return _wait(ranks)
+
+
+def _start(
+    command: list[str], rank: int, num_ranks: int, listener: socket.socket
+) -> subprocess.Popen:
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(listener.getsockname()[1]),
+    }
+    environment.pop(LISTENER, None)
+    handed_on = ()
+    if rank == 0:
+        environment[LISTENER] = str(listener.fileno())
+        handed_on = (listener.fileno(),)
+    # A group of its own keeps the terminal's Ctrl-C away from a rank: it gets the one passed on.
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        pass_fds=handed_on,
+        process_group=0,
+        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+    )
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _passing_on(ranks: list[subprocess.Popen]) -> Iterator[None]:
+    def pass_on(number: int, frame: object) -> None:
+        _send(ranks, number)
+
+    previous = {number: signal.signal(number, pass_on) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        _send(ranks, signal.SIGKILL)  # none is left, unless this process itself failed
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: list[subprocess.Popen]) -> int:
+    first, deadline, is_told = exit_codes.DONE, float("inf"), False
+    while any(rank.poll() is None for rank in ranks):
+        now = time.monotonic()
+        if first == exit_codes.DONE:
+            first = _failed(ranks)
+            if first != exit_codes.DONE:
+                deadline = now + _OWN_END_SECONDS.get(first, _AFTER_FAILURE_SECONDS)
+        elif now > deadline:
+            _send(ranks, signal.SIGKILL if is_told else signal.SIGTERM)
+            is_told, deadline = True, now + _AFTER_TERM_SECONDS
+        time.sleep(_POLL_SECONDS)
+    return first if first != exit_codes.DONE else _failed(ranks)
+
+
+def _failed(ranks: list[subprocess.Popen]) -> int:
+    """The exit code of a rank that has failed, as a shell says it; 0 while none has."""
+    codes = [rank.returncode for rank in ranks if rank.poll() not in (None, exit_codes.DONE)]
+    # Of those that ended between two looks, one that a signal ended took the others with it.
+    for code in sorted(codes):
+        return 128 - code if code < 0 else code
+    return exit_codes.DONE
+
+
+def _send(ranks: list[subprocess.Popen], number: int) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(number)
