@@ -19,9 +19,9 @@ from megatron_kosmosg.command_line import (
     run,
 )
 from megatron_kosmosg.data.kinds import KINDS
-from megatron_kosmosg.preprocess.inputs import FORMATS
 from megatron_kosmosg.preprocess.options import (
     DOCUMENT_BREAKS,
+    FORMATS,
     MAX_IMAGE_PIXELS,
     VERIFICATIONS,
     Options,

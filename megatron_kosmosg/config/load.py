@@ -2,6 +2,8 @@
 
 The only importer of OmegaConf. Names are checked against the dataclasses before anything is
 merged, so that every unknown key is reported with its full path and the nearest existing name.
+
+Long because every way in which a layer can be wrong has its own words.
 """
 
 from __future__ import annotations

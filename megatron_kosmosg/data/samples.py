@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
-if TYPE_CHECKING:  # kinds of samples, which preprocessing and plans read, need no torch
+if TYPE_CHECKING:  # kinds of samples, which plans and help texts read, need neither
+    import numpy as np
     from torch import Tensor
 
 

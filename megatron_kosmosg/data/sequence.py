@@ -6,11 +6,14 @@ A picture takes <image>, `num_latent_queries` slots that also hold the id of <im
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from megatron_kosmosg.data.samples import EntityImage, Prompt
-from megatron_kosmosg.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # kinds of samples, which help texts list, need no numpy before they are used
+    import numpy as np
+
+    from megatron_kosmosg.data.tokenizer import Tokenizer
 
 IMAGE_TAGS = 2
 """Positions that a picture takes beside its slots."""
@@ -70,6 +73,8 @@ class SequenceBuilder:
     @property
     def tokens(self) -> np.ndarray:
         """int64 [s]."""
+        import numpy as np
+
         return np.concatenate(self._tokens) if self._tokens else np.zeros(0, np.int64)
 
     @property
@@ -88,9 +93,13 @@ class SequenceBuilder:
         return self._images
 
     def _kind_array(self) -> np.ndarray:
+        import numpy as np
+
         return np.concatenate(self._kinds) if self._kinds else np.zeros(0, np.int8)
 
     def _add(self, ids: np.ndarray | list[int], kind: int) -> SequenceBuilder:
+        import numpy as np
+
         self._tokens.append(np.asarray(ids, np.int64))
         self._kinds.append(np.full(len(ids), kind, np.int8))
         self.length += len(ids)

@@ -24,7 +24,7 @@ from megatron_kosmosg.data.manifest import Manifest, manifest_path
 from megatron_kosmosg.data.sentences import sentence_paths, sentence_table
 from megatron_kosmosg.data.stored_sample import (
     JSON,
-    TOKEN_TYPE,
+    TOKEN_BYTES,
     TOKENS,
     PartSizes,
     RawSample,
@@ -94,7 +94,7 @@ class SampleStore:
         modes = self._data.index.sequence_modes
         assert modes is not None  # of a multimodal dataset
         return [
-            (mode, size // TOKEN_TYPE.itemsize if mode == TOKENS else size)
+            (mode, size // TOKEN_BYTES if mode == TOKENS else size)
             for mode, size in zip(modes[parts].tolist(), sizes, strict=True)
             if mode != JSON
         ]
@@ -104,7 +104,7 @@ class SampleStore:
         sample, from the index alone."""
         sequences = self._documents[np.asarray(indices, np.int64)] + 1 + part
         bytes_ = self._data.index.sequence_lengths[sequences].astype(np.int64)
-        return bytes_ // TOKEN_TYPE.itemsize
+        return bytes_ // TOKEN_BYTES
 
     def text(self, index: int) -> np.ndarray:
         """Token ids of one document of a text dataset, mapped where it is one sequence."""

@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:  # help texts list the kinds of samples, without numpy
+    import numpy as np
 
-from megatron_kosmosg.data.tokenizer import Tokenizer
+    from megatron_kosmosg.data.tokenizer import Tokenizer
 
 TOKENS, IMAGE, JSON = 0, 1, 2
 """Modes of a part."""
-TOKEN_TYPE = np.dtype("<i4")
+TOKEN_TYPE, TOKEN_BYTES = "<i4", 4
+"""Of a token id, by numpy's name, and its size."""
 
 PartSizes = list[tuple[int, int]]
 """(mode, size) of the parts of a sample but the JSON one; see SampleStore.part_sizes."""
@@ -32,7 +34,7 @@ class Part:
     @staticmethod
     def tokens(ids: np.ndarray) -> Part:
         """Token ids as a part."""
-        return Part(TOKENS, np.asarray(ids, TOKEN_TYPE).tobytes())
+        return Part(TOKENS, ids.astype(TOKEN_TYPE).tobytes())
 
     @staticmethod
     def json(value: dict[str, Any]) -> Part:

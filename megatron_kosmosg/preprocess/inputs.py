@@ -20,7 +20,6 @@ from megatron_kosmosg.preprocess.tar import TarReader
 from megatron_kosmosg.preprocess.tsv import TsvReader
 from megatron_kosmosg.preprocess.txt import TxtReader
 
-FORMATS = ("auto", "jsonl", "tar", "parquet", "tsv", "txt")
 FOLDER = "folder"
 """The published form of InstructPix2Pix: no file, so no format to ask for."""
 

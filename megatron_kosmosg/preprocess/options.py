@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.kinds.kind import SampleKind
 
+FORMATS = ("auto", "jsonl", "tar", "parquet", "tsv", "txt")
 Verification = Literal["decode", "header"]
 DocumentBreak = Literal["blank", "line", "file"]
 VERIFICATIONS: tuple[Verification, ...] = get_args(Verification)

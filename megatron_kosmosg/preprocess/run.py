@@ -66,7 +66,7 @@ class PreprocessJob:
     limit: int | None = None
     """Records to read of all inputs together; None reads all."""
     format: str = "auto"
-    """One of inputs.FORMATS."""
+    """One of options.FORMATS."""
     options: Options = Options()
     resume: bool = False
     """Go on where a run of the same job was killed."""

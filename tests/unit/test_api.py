@@ -31,6 +31,22 @@ def test_the_package_alone_loads_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_no_help_text_needs_a_heavy_package():
+    """All commands in one process, in which the first would be blamed for what it imports."""
+    code = (
+        "import contextlib, io, sys\n"
+        "from megatron_kosmosg.cli.main import COMMANDS, main\n"
+        "heavy = {'torch', 'numpy', 'megatron', 'diffusers', 'transformers'}\n"
+        "for name in COMMANDS:\n"
+        "    shown = io.StringIO()\n"
+        "    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):\n"
+        "        main([*name.split(), '--help'])\n"
+        "    assert 'usage:' in shown.getvalue(), name\n"
+        "    assert not heavy & set(sys.modules), (name, heavy & set(sys.modules))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -5,7 +5,8 @@ Stored parts: JSON {key, caption, ...}, tokens of the caption, picture.
 
 from __future__ import annotations
 
-from megatron_kosmosg.data.keyed import Draws
+from typing import TYPE_CHECKING
+
 from megatron_kosmosg.data.kinds.kind import (
     Captions,
     Conversion,
@@ -19,6 +20,9 @@ from megatron_kosmosg.data.kinds.record import Record, extra_fields
 from megatron_kosmosg.data.samples import Prompt
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
 from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part, PartSizes, RawSample
+
+if TYPE_CHECKING:
+    from megatron_kosmosg.data.keyed import Draws
 
 MAX_TOKENS = 128
 """Longest caption that `instruct` uses, in tokens without <s> (the authors' loader)."""

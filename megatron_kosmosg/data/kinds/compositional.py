@@ -9,12 +9,9 @@ tokens of the tail. Both readings are stored because each run of text is tokenis
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_kosmosg.config.schema import DataConfig
-from megatron_kosmosg.data.keyed import Draws
 from megatron_kosmosg.data.kinds.entities import order_entities
 from megatron_kosmosg.data.kinds.kind import (
     Conversion,
@@ -28,6 +25,11 @@ from megatron_kosmosg.data.kinds.record import Record, extra_fields, list_field
 from megatron_kosmosg.data.samples import EntityImage, Prompt
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
 from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part, PartSizes, RawSample
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from megatron_kosmosg.data.keyed import Draws
 
 
 def convert(record: Record, use: Conversion) -> Converted:

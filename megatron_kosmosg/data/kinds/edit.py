@@ -6,7 +6,8 @@ instruction, picture before, picture after.
 
 from __future__ import annotations
 
-from megatron_kosmosg.data.keyed import Draws
+from typing import TYPE_CHECKING
+
 from megatron_kosmosg.data.kinds.kind import (
     Conversion,
     Converted,
@@ -18,6 +19,9 @@ from megatron_kosmosg.data.kinds.record import Record, extra_fields
 from megatron_kosmosg.data.samples import Prompt
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
 from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part, PartSizes, RawSample
+
+if TYPE_CHECKING:
+    from megatron_kosmosg.data.keyed import Draws
 
 
 def convert(record: Record, use: Conversion) -> Converted:

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_kosmosg.config.schema import DataConfig
-from megatron_kosmosg.data.keyed import Draws
 from megatron_kosmosg.data.kinds.record import Record
 from megatron_kosmosg.data.samples import Prompt
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
 from megatron_kosmosg.data.stored_sample import (
     IMAGE,
+    TOKEN_BYTES,
     TOKEN_TYPE,
     TOKENS,
     Part,
@@ -27,7 +25,12 @@ from megatron_kosmosg.data.stored_sample import (
     RawSample,
     strip_document_end,
 )
-from megatron_kosmosg.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from megatron_kosmosg.data.keyed import Draws
+    from megatron_kosmosg.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Converted:
     def num_tokens(self) -> int:
         """Text tokens; the readings of a caption with and without its entities both count."""
         tokens = (len(part.data) for part in self.parts if part.mode == TOKENS)
-        return sum(tokens) // TOKEN_TYPE.itemsize
+        return sum(tokens) // TOKEN_BYTES
 
     @property
     def num_images(self) -> int:
@@ -222,7 +225,9 @@ class SampleKind:
     @property
     def item_type(self) -> np.dtype:
         """Of one item of the dataset's sequences: a token id of plain text, else a byte."""
-        return TOKEN_TYPE if self.is_plain_text else np.dtype(np.uint8)
+        import numpy as np  # not needed by help texts, which list the kinds
+
+        return np.dtype(TOKEN_TYPE if self.is_plain_text else np.uint8)
 
     def use(self, stage: str) -> PackedDocuments | Captions | Prompts | None:
         """How `stage` reads the kind."""
