@@ -35,6 +35,7 @@ from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.paths import output_folder, trace_file
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import Reads
+from megatron_kosmosg.files import write_text
 from megatron_kosmosg.training.metrics import METRICS_FILE
 from tests.support.ranks import run_ranks
 from tests.support.trace_case import Pause, instruct_run
@@ -213,7 +214,7 @@ def picture(
             run, logging=dataclasses.replace(run.logging, trace_iteration=traced)
         )
         run_ranks(ranks, run_rank, run, length, pause, timeout=3600)
-        file.write_text(draw_trace(json.loads(trace_file(run).read_text())))
+        write_text(file, draw_trace(json.loads(trace_file(run).read_text())))
     print(f"picture of iteration {traced}: {file}")
 
 

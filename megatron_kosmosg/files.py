@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock
 
@@ -33,7 +33,7 @@ def replacing(path: Path, *, only_writer: bool = False) -> Iterator[Path]:
     temporary = temporary_name(path, only_writer=only_writer)
     if only_writer:
         temporary.unlink(missing_ok=True)
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+    open_itself(temporary, "xb").close()
     try:
         yield temporary
         os.replace(temporary, path)
@@ -64,7 +64,7 @@ def begin_folder(path: Path, *, only_writer: bool = False) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path, only_writer=only_writer)
     if only_writer:
-        _remove(temporary)
+        remove(temporary)
     temporary.mkdir()
     return temporary
 
@@ -88,9 +88,9 @@ def remove_folder(path: Path, *, only_writer: bool = False) -> None:
     doomed = temporary_name(path.with_name(f"{path.name}.old"), only_writer=only_writer)
     if os.path.lexists(path):
         if only_writer:
-            _remove(doomed)
+            remove(doomed)
         path.rename(doomed)
-        _remove(doomed)
+        remove(doomed)
 
 
 def temporary_name(path: Path, *, only_writer: bool = False) -> Path:
@@ -99,12 +99,43 @@ def temporary_name(path: Path, *, only_writer: bool = False) -> Path:
     return path.with_name(f"{path.name}{middle}.tmp")
 
 
-def _remove(path: Path) -> None:
-    """Whatever has the name, without following a link."""
+def remove(path: Path) -> None:
+    """Whatever has the name, if anything: of a link itself, not what it leads to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def own_folder(path: Path) -> Path:
+    """`path`, made if need be, to keep files in that are replaced and deleted.
+
+    Raises OSError where it is a link: they would be replaced and deleted in a folder of another
+    name, which whoever made the link has chosen.
+    """
+    refuse_link(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def refuse_link(path: Path) -> None:
+    """Raises OSError where `path` is a link, whatever that leads to."""
+    if path.is_symlink():
+        what = "is a link, which is not followed here; remove it"
+        raise OSError(errno.ELOOP, what, str(path))
+
+
+def open_itself(path: Path, mode: str, encoding: str | None = None) -> IO[Any]:
+    """`path.open(mode)`. Raises OSError where it is a link, whatever that leads to."""
+    try:
+        return open(path, mode, encoding=encoding, opener=_without_following)
+    except OSError:
+        refuse_link(path)
+        raise
+
+
+def _without_following(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_text(path: Path, text: str, *, only_writer: bool = False) -> None:
@@ -128,6 +159,7 @@ def exclusive(path: Path) -> Iterator[None]:
     On file systems without locks it lets everyone in, with a warning: work is then done twice.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    open_itself(path, "a").close()  # a link would be followed, and its target emptied
     lock = FileLock(path)
     try:
         lock.acquire()

@@ -14,7 +14,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from megatron_kosmosg.files import write_json
+from megatron_kosmosg.files import open_itself, write_json
 from quickstart.progress import Progress
 from quickstart.stamps import Stamps
 from quickstart.steps import Step
@@ -46,7 +46,7 @@ class Runner:
         self._environment = child_environment()
         self._interrupted = False
         (out / "logs").mkdir(parents=True, exist_ok=True)
-        self._lock = (out / "steps" / "lock").open("w")
+        self._lock = open_itself(out / "steps" / "lock", "a")
 
     def run(self) -> None:
         """All steps done, or StepFailed / Interrupted raised."""
@@ -77,11 +77,11 @@ class Runner:
         stamp = self._stamps.begin(step)
         log = self._out / "logs" / f"{step.name}.log"
         line = shlex.join(["python", *step.command[1:]])
-        with (self._out / "commands.log").open("a", encoding="utf-8") as commands:
+        with open_itself(self._out / "commands.log", "a", "utf-8") as commands:
             commands.write(f"# {datetime.now():%Y-%m-%d %H:%M:%S} {step.title}\n{line}\n")
         self._progress.begin(index)
         started, cpu_started = time.monotonic(), _children_cpu_seconds()
-        with log.open("a", encoding="utf-8") as file:
+        with open_itself(log, "a", "utf-8") as file:
             file.write(f"\n$ {line}\n")
             file.flush()
             said_before = file.tell()

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
-from megatron_kosmosg.files import write_json
+from megatron_kosmosg.files import remove, write_json
 from quickstart.steps import Step
 
 
@@ -54,7 +53,7 @@ class Stamps:
         stamp = self.read(step)
         if stamp is None or stamp["done"]:
             for path in step.outputs:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                remove(path)
             stamp = {"key": self._keys[step.name], "seconds": 0.0, "cpu_seconds": 0.0}
         stamp |= {"done": False, "code": self._code}
         self.write(step, stamp)

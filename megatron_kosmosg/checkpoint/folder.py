@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.files import begin_folder, finish_folder, remove_folder
+from megatron_kosmosg.files import begin_folder, finish_folder, remove, remove_folder
 
 COMPLETE_FILE = "complete.json"
 CONFIG_FILE = "config.yaml"
@@ -36,7 +36,7 @@ def folder_name(iteration: int) -> str:
 def begin(save: Path, iteration: int) -> Path:
     """An empty folder to fill; left-overs of interrupted saves are removed."""
     for stale in save.glob("iter_*.tmp"):
-        shutil.rmtree(stale)
+        remove(stale)
     return begin_folder(save / folder_name(iteration), only_writer=True)
 
 
@@ -108,7 +108,8 @@ def latest_valid(save: Path, older_than: Path | None = None) -> Path | None:
 def set_aside(folder: Path) -> None:
     """Gives a checkpoint a name under which nothing takes it for one."""
     aside = folder.with_name(folder.name + DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):
+        remove(aside)
     folder.rename(aside)
 
 

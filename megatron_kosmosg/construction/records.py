@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megatron_kosmosg.files import temporary_name
+from megatron_kosmosg.files import remove, temporary_name
 from megatron_kosmosg.preprocess.pictures import encode_mask
 
 FORMATS = ("jpg", "png")
@@ -69,7 +69,7 @@ class PictureForm:
 def record_file(path: Path, form: PictureForm) -> Iterator[RecordWriter]:
     """A tar file that appears when the block ends without an error and with a record."""
     temporary = temporary_name(path, only_writer=True)
-    temporary.unlink(missing_ok=True)
+    remove(temporary)
     try:
         with tarfile.open(temporary, "x", format=tarfile.PAX_FORMAT) as tar:
             writer = RecordWriter(tar, path.stem, form)

@@ -20,7 +20,7 @@ from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.data.image_types import ImageTransform
 from megatron_kosmosg.data.index_file import write_index
 from megatron_kosmosg.data.store import SampleStore
-from megatron_kosmosg.files import replacing, write_json
+from megatron_kosmosg.files import open_itself, replacing, write_json
 
 MOMENTS, NO_MOMENTS = 3, 4
 """Modes of a part: moments, or filling for a target that could not be decoded."""
@@ -132,14 +132,13 @@ class LatentWriter:
         self._prefix, self._shape, self._num_samples = prefix, shape, num_samples
         self._record = int(np.prod(shape)) * MOMENTS_TYPE.itemsize
         self.data_path = Path(f"{prefix}.partial.bin")
-        if not self.data_path.exists():
-            self.data_path.touch()
-        os.truncate(self.data_path, num_samples * self._record)
+        with open_itself(self.data_path, "ab") as file:
+            file.truncate(num_samples * self._record)
 
     def write(self, first: int, moments: np.ndarray) -> None:
         """Stores `moments` [n, 2, channels, height, width] of samples `first`, `first` + 1, ..."""
         assert moments.shape[1:] == self._shape
-        with self.data_path.open("r+b") as file:
+        with open_itself(self.data_path, "r+b") as file:
             file.seek(first * self._record)
             file.write(np.ascontiguousarray(moments, MOMENTS_TYPE).tobytes())
             file.flush()

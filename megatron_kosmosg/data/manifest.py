@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_kosmosg.config.errors import ConfigError, InputError
 from megatron_kosmosg.config.schema import BlendEntry
 from megatron_kosmosg.data.kinds.text import TEXT
+from megatron_kosmosg.files import write_json
 
 FORMAT_VERSION = 1
 LARGEST = 1 << 20
@@ -35,7 +36,7 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Writes the manifest as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_json(path, asdict(self))
 
     @staticmethod
     def read(path: Path) -> Manifest:

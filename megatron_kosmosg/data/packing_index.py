@@ -7,7 +7,6 @@ needs it, in memory that does not grow with the dataset; restarts and other rank
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_kosmosg.files import exclusive, new_folder
+from megatron_kosmosg.files import exclusive, new_folder, remove
 
 _ARRAYS = ("documents", "document_starts", "row_starts")
 _SIZES = "sizes.json"
@@ -115,7 +114,8 @@ def load_or_build(folder: Path, build: Callable[[Path], None]) -> EpochIndex:
     with exclusive(folder.with_suffix(".lock")):
         found = _load(folder)  # another process may have built it meanwhile
         if found is None:
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                remove(folder)
             # A lock may let everyone in: what another process has built meanwhile stays.
             with suppress(FileExistsError), new_folder(folder) as temporary:
                 build(temporary)

@@ -19,7 +19,7 @@ from megatron_kosmosg.data.kinds.kind import SampleKind
 from megatron_kosmosg.data.kinds.record import Rejected
 from megatron_kosmosg.data.manifest import manifest_path
 from megatron_kosmosg.data.sentences import sentence_paths
-from megatron_kosmosg.files import replacing
+from megatron_kosmosg.files import open_itself, replacing
 from megatron_kosmosg.preprocess.counts import Counts
 from megatron_kosmosg.preprocess.rejects import reject_line, rejects_path
 from megatron_kosmosg.preprocess.shard_store import ShardIndex, read_names
@@ -100,9 +100,8 @@ def copy_shard(job: CopyJob) -> None:
 
 def prepare_target(plan: JoinPlan, joined: Path) -> None:
     """Makes the .bin file at its full length; what an earlier run copied stays."""
-    with Path(f"{joined}.bin").open("ab"):
-        pass
-    os.truncate(f"{joined}.bin", plan.num_bytes)
+    with open_itself(Path(f"{joined}.bin"), "ab") as file:
+        file.truncate(plan.num_bytes)
 
 
 def write_tables(plan: JoinPlan, joined: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,7 +37,7 @@ from megatron_kosmosg.data.latent_cache import (
     latent_prefix,
 )
 from megatron_kosmosg.data.store import SampleStore
-from megatron_kosmosg.files import exclusive, write_json
+from megatron_kosmosg.files import exclusive, own_folder, remove, write_json
 from megatron_kosmosg.models.diffusion import vae_moments
 from megatron_kosmosg.progress import ProgressCallback
 
@@ -193,7 +192,7 @@ def _with_more(job: LatentJob, bad: BadTargets, more: list[list]) -> BadTargets:
 def _begin(parts: Path, job: LatentJob, source: LatentSource) -> None:
     """Notes what the cache is made from, or checks what an earlier start noted."""
     noted = asdict(source) | {"precision": job.precision, "shard_size": job.shard_size}
-    path = parts / "job.json"
+    path = own_folder(parts) / "job.json"
     if path.exists():
         before = json.loads(path.read_text())
         differ = [
@@ -205,7 +204,6 @@ def _begin(parts: Path, job: LatentJob, source: LatentSource) -> None:
                 "delete the folder to start anew"
             )
         return
-    parts.mkdir(parents=True, exist_ok=True)
     write_json(path, noted, indent=None)
 
 
@@ -266,7 +264,7 @@ def _complete(job: LatentJob, prefix: str, parts: Path, source: LatentSource) ->
     shape = tuple(notes[0]["shape"])
     writer = LatentWriter(prefix, shape, len(job.store))
     writer.finish(source, indexes, job.precision, list(bad.first))
-    shutil.rmtree(parts)
+    remove(parts)
     return CachedLatents(True, bad)
 
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import fcntl
 import json
-import shutil
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_kosmosg.files import write_json
+from megatron_kosmosg.files import open_itself, own_folder, refuse_link, remove, write_json
 
 JOB_FILE, LOCK_FILE = "job.json", "lock"
 _ENDING = ".partial"
@@ -33,12 +32,15 @@ class WorkFolder:
     def open(self, job: dict[str, Any], resume: bool) -> None:
         """Makes the folder ready for `job`, which says everything the output depends on.
 
-        Raises ValueError when another run is at work in it, or when --resume finds another job's.
+        Raises ValueError when another run is at work in it, or when --resume finds another job's;
+        OSError when it is a link, or one is to be resumed from.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        own_folder(self.path)
         self._take_lock()
         stored = self.path / JOB_FILE
         if resume and stored.exists():
+            for path in self.path.iterdir():
+                refuse_link(path)
             before = json.loads(stored.read_text(encoding="utf-8"))
             job = json.loads(json.dumps(job))
             changed = [name for name in job if before.get(name) != job[name]]
@@ -50,13 +52,13 @@ class WorkFolder:
             return
         for path in self.path.iterdir():
             if path.name != LOCK_FILE:
-                path.unlink()
+                remove(path)
         write_json(stored, job)
 
     def remove(self) -> None:
         """Deletes the folder; killed at any moment, what is left is not taken up again."""
         (self.path / JOB_FILE).unlink(missing_ok=True)
-        shutil.rmtree(self.path)
+        remove(self.path)
         self.close()
 
     def close(self) -> None:
@@ -66,7 +68,7 @@ class WorkFolder:
             self._lock = None
 
     def _take_lock(self) -> None:
-        self._lock = (self.path / LOCK_FILE).open("a")
+        self._lock = open_itself(self.path / LOCK_FILE, "a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -17,6 +17,7 @@ from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.paths import heartbeat_file, output_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.bad_images import check_bad_images
+from megatron_kosmosg.files import write_text
 from megatron_kosmosg.launcher import find_place
 from megatron_kosmosg.monitoring.heartbeat import Heartbeat
 from megatron_kosmosg.monitoring.iteration_trace import DecoderTrace
@@ -76,7 +77,7 @@ def _fit(
     writes = layout.rank == 0
     if writes:
         output_folder(config).mkdir(parents=True, exist_ok=True)
-        (output_folder(config) / CONFIG_FILE).write_text(to_yaml(config))
+        write_text(output_folder(config) / CONFIG_FILE, to_yaml(config), only_writer=True)
     display = ProgressDisplay(config, progress.iteration, enabled=writes)
     metrics = MetricsWriter(config, progress.iteration, enabled=writes)
     announce(display, resumed, trained.modules)

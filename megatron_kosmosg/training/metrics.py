@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_kosmosg.config.paths import output_folder
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.files import write_text
+from megatron_kosmosg.files import open_itself, write_text
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.training.stage import Stage
 from megatron_kosmosg.training.step import Update
@@ -94,7 +94,7 @@ class MetricsWriter:
             return
         folder = output_folder(config)
         cut_back(folder / METRICS_FILE, start_iteration)
-        self._file = (folder / METRICS_FILE).open("a")
+        self._file = open_itself(folder / METRICS_FILE, "a")
         if config.logging.tensorboard:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_iteration + 1)
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and under their own names alone."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kosmosg.checkpoint import folder as checkpoint_folder
+from megatron_kosmosg.data.latent_cache import LatentWriter
 from megatron_kosmosg.files import (
     exclusive,
     new_folder,
+    open_itself,
+    own_folder,
+    remove,
     remove_folder,
     replacing,
     write_json,
     write_text,
 )
+from megatron_kosmosg.preprocess.work_folder import WorkFolder
 
 
 def test_a_file_that_fails_half_way_leaves_what_was_there(tmp_path):
@@ -149,3 +155,79 @@ def test_a_file_system_without_locks_lets_everyone_in_with_a_warning(tmp_path, m
     with exclusive(tmp_path / "lock"):
         pass
     assert "cannot be locked (no locks here)" in caplog.text
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """A file of somebody else in a folder of theirs."""
+    (tmp_path / "elsewhere").mkdir()
+    path = tmp_path / "elsewhere" / "file"
+    path.write_text("theirs")
+    return path
+
+
+@pytest.mark.parametrize("mode", ["a", "ab", "r+b", "wb", "xb"])
+def test_a_file_under_its_own_name_alone_is_opened(tmp_path, theirs, mode):
+    # c9c3073 opened metrics.jsonl, commands.log, the quickstart's lock and a cache under way
+    # through a link: appended to, emptied or cut to another length was what the link led to.
+    (tmp_path / "link").symlink_to(theirs)
+    with pytest.raises(OSError, match="link|exists"):
+        open_itself(tmp_path / "link", mode)
+    assert theirs.read_text() == "theirs"
+
+
+def test_a_lock_is_not_taken_through_a_link(tmp_path, theirs):
+    # c9c3073 left that to the lock's library, of which some versions empty the file.
+    (tmp_path / "lock").symlink_to(theirs)
+    with pytest.raises(OSError, match="is a link"), exclusive(tmp_path / "lock"):
+        pass
+    assert theirs.read_text() == "theirs"
+
+
+def test_a_folder_whose_files_are_deleted_is_no_link(tmp_path, theirs):
+    (tmp_path / "link").symlink_to(theirs.parent)
+    with pytest.raises(OSError, match="is a link"):
+        own_folder(tmp_path / "link")
+    remove(tmp_path / "link")
+    assert not (tmp_path / "link").is_symlink() and theirs.read_text() == "theirs"
+
+
+def test_unfinished_shards_are_not_kept_behind_a_link(tmp_path, theirs):
+    # c9c3073 deleted all files of the link's target.
+    prefix = tmp_path / "data"
+    (tmp_path / ".data.partial").symlink_to(theirs.parent)
+    for resume in (False, True):
+        with pytest.raises(OSError, match="is a link"):
+            WorkFolder(prefix).open({"kind": "text"}, resume)
+    assert theirs.read_text() == "theirs"
+
+
+def test_a_shard_that_is_a_link_is_not_resumed_from(tmp_path, theirs):
+    job = {"kind": "text"}
+    folder = WorkFolder(tmp_path / "data")
+    folder.open(job, resume=False)
+    folder.close()
+    (folder.path / "00000000.bin").symlink_to(theirs)
+    with pytest.raises(OSError, match="is a link"):
+        WorkFolder(tmp_path / "data").open(job, resume=True)
+    anew = WorkFolder(tmp_path / "data")
+    anew.open(job, resume=False)
+    anew.remove()
+    assert theirs.read_text() == "theirs" and not folder.path.exists()
+
+
+def test_a_save_removes_a_link_among_its_left_overs_and_nothing_behind_it(tmp_path, theirs):
+    # c9c3073 ended the run with `Cannot call rmtree on a symbolic link`.
+    for name in ("iter_0000007.tmp", "iter_0000008.tmp"):
+        (tmp_path / name).symlink_to(theirs.parent)
+    begun = checkpoint_folder.begin(tmp_path, 7)
+    assert begun.is_dir() and not begun.is_symlink()
+    assert theirs.read_text() == "theirs"
+
+
+def test_moments_are_not_written_through_a_link(tmp_path, theirs):
+    # c9c3073 cut the link's target to the length of the cache.
+    (tmp_path / "data.latents.partial.bin").symlink_to(theirs)
+    with pytest.raises(OSError, match="is a link"):
+        LatentWriter(str(tmp_path / "data.latents"), (2, 1, 1, 1), 3)
+    assert theirs.read_text() == "theirs"

@@ -17,7 +17,7 @@ from megatron_kosmosg.command_line import (
     positive_int,
     run,
 )
-from megatron_kosmosg.files import write_json
+from megatron_kosmosg.files import replacing, write_json
 
 if TYPE_CHECKING:
     from megatron_kosmosg.toy.judging.toy_results import Results
@@ -114,7 +114,8 @@ def write(results: Results, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     listed = []
     for file, title, caption, picture in results.sheets:
-        picture.save(output / file)
+        with replacing(output / file) as temporary:
+            picture.save(temporary, "PNG")
         listed.append({"file": file, "title": title, "caption": caption})
     for name, content in (
         ("images.json", listed),
