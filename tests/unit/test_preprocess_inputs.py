@@ -82,7 +82,7 @@ def test_too_many_rejects_end_the_run_early(tmp_path, model, monkeypatch):
     job = PreprocessJob("text", (str(path),), str(model), str(tmp_path / "o"), max_rejects=5)
     with pytest.raises(TooManyRejects, match="6 records rejected, --max-rejects allows 5"):
         preprocess(job, lambda done, total, counts: seen.append(done))
-    assert seen == [1, 2, 3]
+    assert seen == [0, 1, 2, 3]
     assert len((tmp_path / "o.rejects.jsonl").read_text().splitlines()) == 6
     assert not list(tmp_path.glob("o.[bij]*"))
 
