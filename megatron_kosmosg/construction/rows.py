@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kosmosg.data.kinds.record import Rejected
-from megatron_kosmosg.files import exclusive, replacing, write_json
+from megatron_kosmosg.files import exclusive, replacing
+from megatron_kosmosg.shards import ShardFolder
 
 Row = dict[str, Any]
-SETTINGS_FILE = "settings.json"
 _CALLED_TODAY = {
     "--precision": "--dtype",
     "--picture-size": "--image-size",
@@ -30,39 +30,25 @@ def rejected_row(key: str, rejected: Rejected) -> Row:
 
 
 class StepFolder:
-    """The finished shards of one step: NUMBER.jsonl."""
+    """The finished shards of one step: NUMBER.jsonl, which is also the mark."""
 
     def __init__(self, output: Path, name: str) -> None:
         self.path = output / name
+        self.shards = ShardFolder(
+            self.path,
+            mark="{:06d}.jsonl",
+            settings_file="settings.json",
+            advice="go on with those, or delete that folder and those of the steps after it",
+        )
 
     def begin(self, settings: dict[str, Any]) -> None:
         """Notes what the rows are made with. Raises ValueError where they were begun otherwise."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        stored = self.path / SETTINGS_FILE
-        settings = json.loads(json.dumps(settings))
         with exclusive(self.path / "lock"):
-            if not stored.exists():
-                write_json(stored, settings)
-                return
-            before = json.loads(stored.read_text(encoding="utf-8"))
-        changed = [
-            f"{_CALLED_TODAY.get(name, name)}: {before.get(name)} -> {settings.get(name)}"
-            for name in sorted(before.keys() | settings.keys())
-            if before.get(name) != settings.get(name)
-        ]
-        if changed:
-            raise ValueError(
-                f"{self.path} was made with other settings ({'; '.join(changed)}); go on with "
-                "those, or delete that folder and those of the steps after it"
-            )
+            self.shards.begin(settings, _CALLED_TODAY)
 
     def shard(self, number: int) -> Path:
         """The file of a shard, whether or not it is there yet."""
-        return self.path / f"{number:06d}.jsonl"
-
-    def is_done(self, number: int) -> bool:
-        """Whether a shard is finished."""
-        return self.shard(number).exists()
+        return self.shards.mark_of(number)
 
     def read(self, number: int) -> list[Row]:
         """The rows of a finished shard."""

@@ -47,7 +47,7 @@ def run_steps(steps: Sequence[Step], num_shards: int, place: Place, report: Repo
         step.folder.begin(settings)
         before = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
     for step in steps:
-        todo = [shard for shard in place.share(num_shards) if not step.folder.is_done(shard)]
+        todo = step.folder.shards.to_do(place.share(num_shards))
         name = step.folder.path.name
         report(name, 0, len(todo))
         for done, shard in enumerate(todo, start=1):
@@ -59,4 +59,4 @@ def run_steps(steps: Sequence[Step], num_shards: int, place: Place, report: Repo
 
 def are_done(steps: Sequence[Step], num_shards: int) -> bool:
     """Whether every process has finished."""
-    return all(step.folder.is_done(shard) for step in steps for shard in range(num_shards))
+    return not any(step.folder.shards.to_do(range(num_shards)) for step in steps)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from megatron_kosmosg.files import write_json
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -34,16 +31,11 @@ class Counts:
         mine, theirs = vars(self), vars(other)
         return Counts(**{name: mine[name] + theirs[name] for name in mine})
 
-    def write(self, path: Path) -> None:
-        """As JSON; the file appears when it is complete."""
-        write_json(path, vars(self), indent=None, only_writer=True)
-
     @staticmethod
-    def read(path: Path) -> Counts:
-        """What `write` wrote."""
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        reasons = {name: Counter(fields.pop(name)) for name in ("rejects", "left_out")}
-        return Counts(**fields, **reasons)
+    def of(stored: dict[str, Any]) -> Counts:
+        """Of the fields as they come from JSON."""
+        reasons = {name: Counter(stored[name]) for name in ("rejects", "left_out")}
+        return Counts(**(stored | reasons))
 
 
 def summary(counts: Counts) -> str:

@@ -1,7 +1,7 @@
 """Encodes the target images of a dataset once, so that `instruct` need not (data.latent_cache).
 
 The dataset is cut into shards of consecutive samples; rank r takes every world-size-th one. A shard
-is done when its marker file exists, so that a run that was ended goes on where it stopped, with any
+is done when its mark is there, so that a run that was ended goes on where it stopped, with any
 number of ranks. Whoever finds all shards done completes the cache: no process group is needed.
 
 Long because shares, restarts, completion and the count of undecodable targets are one matter.
@@ -9,7 +9,6 @@ Long because shares, restarts, completion and the count of undecodable targets a
 
 from __future__ import annotations
 
-import json
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -37,9 +36,10 @@ from megatron_kosmosg.data.latent_cache import (
     latent_prefix,
 )
 from megatron_kosmosg.data.store import SampleStore
-from megatron_kosmosg.files import exclusive, own_folder, remove, write_json
+from megatron_kosmosg.files import exclusive, own_folder
 from megatron_kosmosg.models.diffusion import vae_moments
 from megatron_kosmosg.progress import ProgressCallback
+from megatron_kosmosg.shards import ShardFolder
 
 NUM_SHOWN, REASON_LENGTH = 3, 200
 """Bad targets that are named, and characters of what the library said."""
@@ -120,15 +120,15 @@ def cache_latents(
     prefix = latent_prefix(job.store.prefix, job.name)
     _refuse_to_overwrite(job, prefix)
     source = LatentSource(job.store.fingerprint(), vae_mark, describe_transform(job.transform))
-    parts = Path(f"{prefix}.parts")
+    parts = ShardFolder(Path(f"{prefix}.parts"))
     lock = Path(f"{prefix}.lock")
     with exclusive(lock):
         finished = _finished(prefix, source)
         if finished is not None:
             return _of_finished(job, finished)
-        _begin(parts, job, source)
-    mine = range(rank, job.num_shards, world_size)
-    todo = [shard for shard in mine if not _marker(parts, shard).exists()]
+        own_folder(parts.path)
+        parts.begin(asdict(source) | {"precision": job.precision, "shard_size": job.shard_size})
+    todo = parts.to_do(range(rank, job.num_shards, world_size))
     bad = _bad_targets(job, _notes(job, parts))
     _check(job, bad)
     done, total = 0, sum(len(_samples(job, shard)) for shard in todo)
@@ -189,24 +189,6 @@ def _with_more(job: LatentJob, bad: BadTargets, more: list[list]) -> BadTargets:
     return replace(bad, count=bad.count + len(more), first=(*bad.first, *shown))
 
 
-def _begin(parts: Path, job: LatentJob, source: LatentSource) -> None:
-    """Notes what the cache is made from, or checks what an earlier start noted."""
-    noted = asdict(source) | {"precision": job.precision, "shard_size": job.shard_size}
-    path = own_folder(parts) / "job.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        differ = [
-            f"{key}: {before[key]} -> {noted[key]}" for key in noted if before[key] != noted[key]
-        ]
-        if differ:
-            raise ValueError(
-                f"{parts} was begun with other settings: {'; '.join(differ)}; go on with those, or "
-                "delete the folder to start anew"
-            )
-        return
-    write_json(path, noted, indent=None)
-
-
 def _encode_shard(
     job: LatentJob,
     shard: int,
@@ -214,7 +196,7 @@ def _encode_shard(
     decoder: ImageDecoder,
     pool: ThreadPoolExecutor,
     prefix: str,
-    parts: Path,
+    parts: ShardFolder,
     bad_before: BadTargets,
 ) -> BadTargets:
     """Those of before and of this shard; raises TooManyBadImages as soon as they are too many."""
@@ -226,7 +208,7 @@ def _encode_shard(
         encoded.append(moments.cpu().numpy().astype(MOMENTS_TYPE))
     moments = np.concatenate(encoded)
     LatentWriter(prefix, moments.shape[1:], len(job.store)).write(samples.start, moments)
-    write_json(_marker(parts, shard), {"bad": bad, "shape": list(moments.shape[1:])}, indent=None)
+    parts.finish(shard, {"bad": bad, "shape": list(moments.shape[1:])})
     return _with_more(job, bad_before, bad)
 
 
@@ -253,7 +235,9 @@ def _decoded(
         yield start, *future.result()
 
 
-def _complete(job: LatentJob, prefix: str, parts: Path, source: LatentSource) -> CachedLatents:
+def _complete(
+    job: LatentJob, prefix: str, parts: ShardFolder, source: LatentSource
+) -> CachedLatents:
     """Turns finished shards into the cache, if all are there."""
     notes = _notes(job, parts)
     bad = _bad_targets(job, notes)
@@ -264,14 +248,13 @@ def _complete(job: LatentJob, prefix: str, parts: Path, source: LatentSource) ->
     shape = tuple(notes[0]["shape"])
     writer = LatentWriter(prefix, shape, len(job.store))
     writer.finish(source, indexes, job.precision, list(bad.first))
-    remove(parts)
+    parts.remove()
     return CachedLatents(True, bad)
 
 
-def _notes(job: LatentJob, parts: Path) -> list[dict]:
+def _notes(job: LatentJob, parts: ShardFolder) -> list[dict]:
     """What is noted of the shards that are done, in their order."""
-    markers = [_marker(parts, shard) for shard in range(job.num_shards)]
-    return [json.loads(marker.read_text()) for marker in markers if marker.exists()]
+    return [parts.read(shard) for shard in range(job.num_shards) if parts.is_done(shard)]
 
 
 def _finished(prefix: str, source: LatentSource) -> LatentManifest | None:
@@ -293,7 +276,3 @@ def _finished(prefix: str, source: LatentSource) -> LatentManifest | None:
 def _samples(job: LatentJob, shard: int) -> range:
     first = shard * job.shard_size
     return range(first, min(first + job.shard_size, len(job.store)))
-
-
-def _marker(parts: Path, shard: int) -> Path:
-    return parts / f"{shard:08d}.json"

@@ -113,7 +113,8 @@ def preprocess(job: PreprocessJob, progress: Progress, workers: Workers | None =
         jobs = [
             ShardJob(
                 *(job.kind, given, shard, job.options, job.tokenizer_model),
-                prefix=str(folder.path / f"{number:08d}"),
+                folder.shards,
+                number,
             )
             for number, (given, shard) in enumerate(shards)
         ]

@@ -24,6 +24,7 @@ from megatron_kosmosg.preprocess.rejects import reject_line, rejects_path
 from megatron_kosmosg.preprocess.shard_store import ShardWriter
 from megatron_kosmosg.preprocess.text_batches import TextBatches
 from megatron_kosmosg.preprocess.word_cache import WordCache
+from megatron_kosmosg.shards import ShardFolder
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,18 @@ class ShardJob:
     shard: Shard
     options: Options
     tokenizer_model: str
-    prefix: str
-    """Prefix of the shard's own files."""
+    folder: ShardFolder
+    number: int
+
+    @property
+    def prefix(self) -> str:
+        """Of the shard's own files."""
+        return str(self.folder.path / f"{self.number:08d}")
 
     @property
     def rejects_path(self) -> Path:
         """One JSON object a line: source, key, reason, detail."""
         return rejects_path(self.prefix)
-
-    @property
-    def counts_path(self) -> Path:
-        """Written last: the shard is done."""
-        return Path(f"{self.prefix}.counts.json")
 
 
 def work_on_shard(job: ShardJob) -> Counts:
@@ -55,13 +56,13 @@ def work_on_shard(job: ShardJob) -> Counts:
 
     A shard that was done before is left as it is.
     """
-    if job.counts_path.exists():
-        return Counts.read(job.counts_path)
+    if job.folder.is_done(job.number):
+        return Counts.of(job.folder.read(job.number))
     started = time.process_time()
     work = _ShardWork(job)
     work.run()
     counts = work.counts(time.process_time() - started)
-    counts.write(job.counts_path)
+    job.folder.finish(job.number, vars(counts))
     return counts
 
 

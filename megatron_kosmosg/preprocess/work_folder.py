@@ -1,18 +1,19 @@
 """The folder beside the output that holds finished shards until the dataset is whole.
 
-It outlives a killed run; --resume takes it up again if it belongs to the very same job.
+It outlives a killed run; --resume takes it up again if it belongs to the very same job. Other than
+where ranks share a folder, one run at a time works in it: its leader deals the shards out.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_kosmosg.files import open_itself, own_folder, refuse_link, remove, write_json
+from megatron_kosmosg.files import open_itself, own_folder, refuse_link
+from megatron_kosmosg.shards import ShardFolder
 
-JOB_FILE, LOCK_FILE = "job.json", "lock"
+LOCK_FILE = "lock"
 _ENDING = ".partial"
 
 
@@ -27,6 +28,11 @@ class WorkFolder:
 
     def __init__(self, prefix: Path) -> None:
         self.path = prefix.parent / f".{prefix.name}{_ENDING}"
+        self.shards = ShardFolder(
+            self.path,
+            mark="{:08d}.counts.json",
+            advice="run as before, or without --resume to start anew",
+        )
         self._lock: IO[str] | None = None
 
     def open(self, job: dict[str, Any], resume: bool) -> None:
@@ -37,28 +43,16 @@ class WorkFolder:
         """
         own_folder(self.path)
         self._take_lock()
-        stored = self.path / JOB_FILE
-        if resume and stored.exists():
+        if resume and self.shards.is_begun:
             for path in self.path.iterdir():
                 refuse_link(path)
-            before = json.loads(stored.read_text(encoding="utf-8"))
-            job = json.loads(json.dumps(job))
-            changed = [name for name in job if before.get(name) != job[name]]
-            if changed:
-                raise ValueError(
-                    f"--resume: {self.path} is of a run with other {', '.join(changed)}; run as "
-                    "before, or without --resume to start anew"
-                )
-            return
-        for path in self.path.iterdir():
-            if path.name != LOCK_FILE:
-                remove(path)
-        write_json(stored, job)
+        else:
+            self.shards.clear(keep=[LOCK_FILE])
+        self.shards.begin(job)
 
     def remove(self) -> None:
         """Deletes the folder; killed at any moment, what is left is not taken up again."""
-        (self.path / JOB_FILE).unlink(missing_ok=True)
-        remove(self.path)
+        self.shards.remove()
         self.close()
 
     def close(self) -> None:
@@ -68,6 +62,7 @@ class WorkFolder:
             self._lock = None
 
     def _take_lock(self) -> None:
+        # For the whole run, and through the forks of its workers: files.exclusive is for moments.
         self._lock = open_itself(self.path / LOCK_FILE, "a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

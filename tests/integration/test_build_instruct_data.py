@@ -254,7 +254,7 @@ def test_models_build_records_step_by_step(world, model_folders, tmp_path):
     assert len(read_samples(tmp_path / "data")) == made
     with pytest.raises(ValueError, match="--threshold: 0.2 -> 0.6"):
         build(replace(asked, threshold=0.6), ALONE, MODELS)
-    with pytest.raises(ValueError, match="captions was made with other settings"):
+    with pytest.raises(ValueError, match="captions was begun with other settings"):
         build(replace(asked, caption_tokens=6), ALONE, MODELS)
 
 

@@ -194,10 +194,10 @@ def test_another_job_is_not_resumed_and_without_resume_it_starts_anew(
         patch.setattr(run, "plan_join", _die)
         with pytest.raises(Killed):
             quiet(PreprocessJob("text", (source,), model, prefix))
-    with pytest.raises(ValueError, match="other limit; run as before"):
+    with pytest.raises(ValueError, match=r"other settings \(limit: None -> 3\); run as before"):
         quiet(PreprocessJob("text", (source,), model, prefix, limit=3, resume=True))
     write_jsonl(Path(source), text_records(4))
-    with pytest.raises(ValueError, match="other input files"):
+    with pytest.raises(ValueError, match=r"other settings \(input files"):
         quiet(PreprocessJob("text", (source,), model, prefix, resume=True))
     quiet(PreprocessJob("text", (source,), model, prefix))
     whole = contents(Path(prefix))

@@ -19,6 +19,7 @@ NAME = "megatron_kosmosg"
 
 LAYERS = (
     "files",
+    "shards",
     "progress",
     "exit_codes",
     "config",
