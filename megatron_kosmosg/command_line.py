@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -141,6 +142,24 @@ def share(text: str) -> float:
     return _number(text, lambda value: 0 < value < 1, "a number between 0 and 1")
 
 
+def some_text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def file_path(text: str) -> Path:
+    """What need not exist; an empty word would be the current folder."""
+    return Path(some_text(text))
+
+
+def name_part(text: str) -> str:
+    """Part of a file's name: letters, digits, `_`, `-` and, not at the beginning, points."""
+    if not re.fullmatch(r"[\w-][\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be part of a file's name")
+    return text
+
+
 def existing_file(text: str) -> Path:
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"{text} is not a file")
@@ -195,7 +214,7 @@ def add_stable_diffusion(
 ) -> None:
     parser.add_argument(
         "--stable-diffusion",
-        type=Path,
+        type=file_path,
         required=required,
         metavar="FOLDER",
         help=f"Stable Diffusion in diffusers' form, {use}",

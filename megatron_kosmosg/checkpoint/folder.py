@@ -113,24 +113,22 @@ def set_aside(folder: Path) -> None:
     folder.rename(aside)
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, given_as: str = "checkpoint.load=") -> Path:
     """The checkpoint meant by a run folder, a checkpoint folder or an `iter_` folder.
 
-    Raises ConfigError if there is no whole checkpoint.
+    given_as: how the user named it. Raises ConfigError if there is no whole checkpoint.
     """
     if (path / COMPLETE_FILE).is_file():
         problem = damage(path)
         if problem is None:
             return path
-        raise ConfigError(
-            f"checkpoint {path} is damaged: {problem}; set checkpoint.load to another checkpoint"
-        )
+        raise ConfigError(f"{given_as}{path} is damaged: {problem}; give another checkpoint")
     for save in (path, path / "checkpoints"):
         found = latest_valid(save)
         if found is not None:
             return found
     raise ConfigError(
-        f"checkpoint.load={path}: no finished checkpoint (iter_*/{COMPLETE_FILE}) there or in "
+        f"{given_as}{path}: no finished checkpoint (iter_*/{COMPLETE_FILE}) there or in "
         f"{path / 'checkpoints'}"
     )
 

@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_kosmosg import exit_codes
@@ -15,11 +14,13 @@ from megatron_kosmosg.command_line import (
     add_dtype,
     command_parser,
     existing_file,
+    file_path,
     natural_int,
     positive_int,
     report,
     run,
     share,
+    some_text,
 )
 
 if TYPE_CHECKING:
@@ -63,12 +64,17 @@ def build_parser() -> CommandParser:
         metavar="PICTURES",
         help="folders, tar files, Open Images' CSV list, or whatever --kind caption reads",
     )
-    add("--output", type=Path, required=True, metavar="FOLDER", help="for records and report")
+    add("--output", type=file_path, required=True, metavar="FOLDER", help="for records and report")
     add("--captions", required=True, metavar="FROM", help="model folder, file, or input")
     add("--entities", metavar="FROM", help="model folder, file, or noun-phrases")
     add("--masks", metavar="FROM", help="model folder or file")
     add("--limit", type=positive_int, metavar="N", help="use only the first N pictures")
-    add("--image-root", metavar="DIR", help="folder of the pictures, if not that of the input file")
+    add(
+        "--image-root",
+        type=some_text,
+        metavar="DIR",
+        help="folder of the pictures, if not that of the input file",
+    )
     choices = parser.add_argument_group("what is kept").add_argument
     choices("--max-entities", type=positive_int, default=5, metavar="N", help="of a picture (5)")
     choices("--threshold", type=share, default=0.3, metavar="P", help="of a mask's pixels (0.3)")

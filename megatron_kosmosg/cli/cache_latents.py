@@ -12,6 +12,7 @@ from megatron_kosmosg.command_line import (
     add_dtype,
     add_stable_diffusion,
     command_parser,
+    name_part,
     natural_int,
     positive_int,
     report,
@@ -43,7 +44,7 @@ def build_parser() -> CommandParser:
     add = parser.add_argument
     add("prefixes", nargs="+", metavar="PREFIX", help="datasets to encode")
     add_stable_diffusion(parser, "whose vae/ encodes", required=True)
-    add("--name", default="latents", help="of the caches (latents)")
+    add("--name", type=name_part, default="latents", help="of the caches (latents)")
     add(
         "--image-size",
         type=positive_int,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_kosmosg import exit_codes
@@ -22,6 +21,7 @@ from megatron_kosmosg.command_line import (
     add_tokenizer_model,
     command_parser,
     existing_file,
+    file_path,
     number_from_zero,
     run,
 )
@@ -274,7 +274,7 @@ def _import_hf(args: argparse.Namespace) -> list[str]:
 def _add_verify(commands) -> None:
     parser = commands.add_parser("verify", description=VERIFY, epilog=VERIFY_EPILOG)
     for side in ("--a", "--b"):
-        parser.add_argument(side, type=Path, required=True, metavar="PATH", help="a model")
+        parser.add_argument(side, type=file_path, required=True, metavar="PATH", help="a model")
     parser.add_argument(
         "--tolerance",
         type=number_from_zero,
@@ -307,8 +307,12 @@ def _verify(args: argparse.Namespace) -> list[str]:
 
 def _command(commands, name: str, description: str, epilog: str, work) -> CommandParser:
     parser = commands.add_parser(name, description=description, epilog=epilog)
-    parser.add_argument("--input", type=Path, required=True, metavar="PATH", help="what to convert")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder")
+    parser.add_argument(
+        "--input", type=file_path, required=True, metavar="PATH", help="what to convert"
+    )
+    parser.add_argument(
+        "--output", type=file_path, required=True, metavar="FOLDER", help="new folder"
+    )
     parser.set_defaults(work=work)
     return parser
 

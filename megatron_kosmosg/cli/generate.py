@@ -20,6 +20,7 @@ from megatron_kosmosg.command_line import (
     add_stable_diffusion,
     add_tokenizer_model,
     command_parser,
+    file_path,
     natural_int,
     number_from_zero,
     positive_int,
@@ -61,7 +62,7 @@ def build_parser() -> CommandParser:
     parser = command_parser("generate", __doc__.splitlines()[0], EPILOG)
     parser.add_argument(
         "--model",
-        type=Path,
+        type=file_path,
         required=True,
         metavar="FOLDER",
         help="exported folder, or run or checkpoint of align or instruct",
@@ -72,16 +73,18 @@ def build_parser() -> CommandParser:
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", help="one prompt, <image> where each --image goes")
     asked.add_argument("--content", help="one prompt as a JSON list of text and image entries")
-    asked.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL file of prompts")
+    asked.add_argument("--prompts", type=file_path, metavar="FILE", help="JSONL file of prompts")
     parser.add_argument(
         "--image",
-        type=Path,
+        type=file_path,
         action="append",
         default=[],
         metavar="FILE",
         help="of --prompt; repeatable",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for pictures")
+    parser.add_argument(
+        "--output", type=file_path, required=True, metavar="FOLDER", help="for pictures"
+    )
     drawing = parser.add_argument_group("drawing")
     drawing.add_argument("--negative-prompt", default="", metavar="TEXT", help="what not to draw")
     parser.renamed("--negative", "--negative-prompt")
@@ -107,7 +110,7 @@ def build_parser() -> CommandParser:
     )
     added = parser.add_argument_group("additions")
     added.add_argument(
-        "--lora", type=Path, action="append", default=[], metavar="FILE", help="U-Net LoRA"
+        "--lora", type=file_path, action="append", default=[], metavar="FILE", help="U-Net LoRA"
     )
     added.add_argument(
         "--lora-scale",
@@ -117,8 +120,10 @@ def build_parser() -> CommandParser:
         metavar="S",
         help="one per LoRA",
     )
-    added.add_argument("--controlnet", type=Path, metavar="FOLDER", help="ControlNet for the U-Net")
-    added.add_argument("--control-image", type=Path, metavar="FILE", help="what it sees")
+    added.add_argument(
+        "--controlnet", type=file_path, metavar="FOLDER", help="ControlNet for the U-Net"
+    )
+    added.add_argument("--control-image", type=file_path, metavar="FILE", help="what it sees")
     added.add_argument(
         "--control-scale", type=number_from_zero, default=1.0, metavar="S", help="(1)"
     )

@@ -15,6 +15,7 @@ from megatron_kosmosg.command_line import (
     add_seed,
     add_tokenizer_model,
     command_parser,
+    file_path,
     natural_int,
     positive_int,
     run,
@@ -42,7 +43,7 @@ def build_parser() -> CommandParser:
         "--samples", type=positive_int, default=24, metavar="N", help="on the page (24)"
     )
     add_seed(parser, "draws the samples")
-    parser.add_argument("--output", type=Path, metavar="HTML", help="page (PREFIX.html)")
+    parser.add_argument("--output", type=file_path, metavar="HTML", help="page (PREFIX.html)")
     parser.add_argument("--no-page", action="store_true", help="print only")
     parser.add_argument("--check", action="store_true", help="validate every sample")
     parser.add_argument(

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.command_line import (
@@ -14,6 +13,7 @@ from megatron_kosmosg.command_line import (
     add_config,
     add_overrides,
     command_parser,
+    file_path,
     positive_int,
     run,
 )
@@ -50,8 +50,8 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--top", type=positive_int, default=10, metavar="N", help="layouts listed (10)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the rank map there")
+    parser.add_argument("--json", type=file_path, metavar="FILE", help="also write the plan there")
+    parser.add_argument("--svg", type=file_path, metavar="FILE", help="draw the rank map there")
     parser.add_argument(
         "--assume", action="append", default=[], metavar="NAME=NUMBER",
         help="replace an assumption, e.g. unet=0.3",

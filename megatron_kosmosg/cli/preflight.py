@@ -6,12 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.command_line import (
     CommandParser,
     command_parser,
+    file_path,
     natural_int,
     number_from_zero,
     positive_number,
@@ -38,7 +38,7 @@ def build_parser() -> CommandParser:
     node = commands.add_parser("node", help="this node's GPUs and disk")
     node.add_argument("--gpus", type=_count, default=0, metavar="N", help="GPUs it must have (0)")
     node.add_argument(
-        "--folder", type=Path, required=True, metavar="FOLDER", help="where the run will write"
+        "--folder", type=file_path, required=True, metavar="FOLDER", help="where the run will write"
     )
     node.add_argument(
         "--free-gib", type=number_from_zero, default=100, metavar="N", help="to be free (100)"

@@ -17,6 +17,7 @@ from megatron_kosmosg.command_line import (
     positive_int,
     report,
     run,
+    some_text,
 )
 from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.preprocess.options import (
@@ -76,7 +77,13 @@ def build_parser() -> CommandParser:
     )
     add("--format", choices=FORMATS, default="auto", help="auto: by the ending of the name")
     add_tokenizer_model(parser, required=True)
-    add("--output-prefix", required=True, metavar="P", help="path without an extension")
+    add(
+        "--output-prefix",
+        type=some_text,
+        required=True,
+        metavar="P",
+        help="path without an extension",
+    )
     add("--workers", type=positive_int, metavar="N", help="processes (1); not under mpirun or srun")
     add("--resume", action="store_true", help="go on where a killed run of this command stopped")
     add(
@@ -122,7 +129,10 @@ def build_parser() -> CommandParser:
         help="reject pictures whose shorter side has fewer pixels (1)",
     )
     pictures(
-        "--image-root", metavar="DIR", help="folder of the pictures, if not that of the input file"
+        "--image-root",
+        type=some_text,
+        metavar="DIR",
+        help="folder of the pictures, if not that of the input file",
     )
     documents = parser.add_argument_group("--kind interleaved").add_argument
     documents(

@@ -41,7 +41,7 @@ class CheckpointTensors:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self.path = find_checkpoint(Path(folder))
+            self.path = find_checkpoint(Path(folder), given_as="")
             self.config = load_saved_config(self.path / CONFIG_FILE)
         except ConfigError as error:
             raise ConversionError(str(error)) from None

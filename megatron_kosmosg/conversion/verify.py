@@ -62,6 +62,11 @@ def verify(
     The other arguments are for authors' files. Raises ConversionError when the two cannot be
     compared.
     """
+    if (config_file is not None or overrides) and not (a.is_file() or b.is_file()):
+        raise ConversionError(
+            "--config and settings say what the numbers of an authors' file mean, and neither --a "
+            "nor --b is one; leave them out"
+        )
     sides = [open_side(path, config_file, overrides, trust) for path in (a, b)]
     if sides[0].shape != sides[1].shape:
         raise ConversionError(

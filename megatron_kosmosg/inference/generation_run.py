@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.files import fingerprint
 from megatron_kosmosg.inference.generate import Drawer, Job, generate, write_sheet
 from megatron_kosmosg.inference.model_source import ModelSource
@@ -51,6 +52,10 @@ class Finished:
 def run(request: Request, place: Place) -> Finished:
     """Draws this rank's share. Raises PromptError or ConfigError before anything is written."""
     source = request.source
+    output = request.output.absolute()
+    above = next(path for path in (output, *output.parents) if path.exists())
+    if not above.is_dir():
+        raise ConfigError(f"--output {request.output}: {above} is a file")
     plan = PicturePlan(
         RunSettings(
             model=source.model_fingerprint(),

@@ -78,7 +78,7 @@ def find_model(
 
 def _checkpoint(path: Path) -> Path:
     try:
-        return find_checkpoint(path)
+        return find_checkpoint(path, given_as="")
     except ConfigError as error:
         raise ConfigError(
             f"--model {path} is no exported folder, which would have a {INDEX_FILE}; and {error}"

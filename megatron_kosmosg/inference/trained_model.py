@@ -44,7 +44,7 @@ class TrainedModel:
     """A run's model in eval mode. Prompts are interleaved lists of words and pictures."""
 
     def __init__(self, run: Path, layout: Layout) -> None:
-        checkpoint = find_checkpoint(run)
+        checkpoint = find_checkpoint(run, given_as="")
         self.config = on_one_rank(load_saved_config(checkpoint / CONFIG_FILE))
         self.stage = build_stage(self.config, layout)
         (self.model,) = self.stage.build_model(layout)

@@ -73,6 +73,8 @@ def disk_problems(folder: Path, gib: float) -> list[str]:
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
+    if not existing.is_dir():
+        return [f"{existing} is a file; the run needs a folder"]
     try:
         free = shutil.disk_usage(existing).free / 2**30
     except OSError as error:

@@ -13,6 +13,7 @@ from megatron_kosmosg.command_line import (
     CommandParser,
     add_seed,
     command_parser,
+    file_path,
     number_from_zero,
     positive_int,
     run,
@@ -43,7 +44,7 @@ def build_parser() -> CommandParser:
         help="pretrain, align, instruct, or any other name for a further variant of instruct",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="for the results"
+        "--output", type=file_path, required=True, metavar="FOLDER", help="for the results"
     )
     parser.add_argument(
         "--count", type=positive_int, default=64, metavar="N", help="held-out prompts a cell (64)"
@@ -80,9 +81,9 @@ def evaluate(args: argparse.Namespace) -> Results:
     runs = dict(entry.split("=", 1) for entry in args.run)
     count = 8 if args.fast else args.count
     sampling = Sampling(args.steps, args.guidance_scale, args.seed)
-    last = find_checkpoint(Path(runs["instruct"]))
+    last = find_checkpoint(Path(runs["instruct"]), given_as="--run ")
     config = load_saved_config(last / CONFIG_FILE)
-    folders = [find_checkpoint(Path(folder)) for folder in runs.values()]
+    folders = [find_checkpoint(Path(folder), given_as="--run ") for folder in runs.values()]
     refuse_to_write_into(args.output, [*folders, *folders_read(config)], "--output")
     with one_process(config) as layout:
         models = {}

@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_kosmosg import exit_codes
-from megatron_kosmosg.command_line import CommandParser, command_parser, run
+from megatron_kosmosg.command_line import CommandParser, command_parser, file_path, run
 
 
 def build_parser() -> CommandParser:
     """The one option."""
     parser = command_parser("toy make-report", __doc__)
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="folder of the quickstart"
+        "--output", type=file_path, required=True, metavar="FOLDER", help="folder of the quickstart"
     )
     parser.renamed("--out", "--output")
     return parser

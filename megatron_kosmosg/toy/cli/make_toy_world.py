@@ -6,13 +6,13 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.command_line import (
     CommandParser,
     add_seed,
     command_parser,
+    file_path,
     positive_int,
     run,
 )
@@ -28,7 +28,7 @@ def build_parser() -> CommandParser:
     """The options."""
     parser = command_parser("toy make-world", __doc__, EPILOG)
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="folder to write"
+        "--output", type=file_path, required=True, metavar="FOLDER", help="folder to write"
     )
     parser.add_argument(
         "--size", type=positive_int, default=4000, metavar="N", help="scenes (4000)"

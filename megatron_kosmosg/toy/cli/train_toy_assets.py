@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_kosmosg import exit_codes
-from megatron_kosmosg.command_line import CommandParser, command_parser, positive_int, run
+from megatron_kosmosg.command_line import (
+    CommandParser,
+    command_parser,
+    file_path,
+    positive_int,
+    run,
+)
 from megatron_kosmosg.toy import assets
 
 PARTS = ("tokenizer", "vae", "text", "clip", "decoder", "export")
@@ -32,11 +38,15 @@ def build_parser() -> CommandParser:
     parser = command_parser("toy train-assets", __doc__, EPILOG)
     parser.add_argument("part", choices=(*PARTS, "all"), help="what to make; see below")
     parser.add_argument(
-        "--run", type=Path, default=Path("runs/toy_assets"), metavar="RUN", help="working folder"
+        "--run",
+        type=file_path,
+        default=Path("runs/toy_assets"),
+        metavar="RUN",
+        help="working folder",
     )
     parser.add_argument(
         "--assets",
-        type=Path,
+        type=file_path,
         default=assets.path(),
         metavar="FOLDER",
         help="where the shipped files go (package)",
