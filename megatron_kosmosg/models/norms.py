@@ -16,7 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_pg_size
 
-if importlib.util.find_spec("apex") and importlib.util.find_spec("apex.normalization"):
+# The function imports its kernel when it is called: an apex built without CUDA has the one only.
+if all(map(importlib.util.find_spec, ("apex", "apex.normalization", "fused_layer_norm_cuda"))):
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine  # untested: no GPU
 else:
     fused_layer_norm_affine = None

@@ -14,6 +14,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.models.layer_specs import cross_attention_spec
 from megatron_kosmosg.models.mcore_configs import resampler_config
+from megatron_kosmosg.models.no_images import no_images
 
 
 class Resampler(MegatronModule):
@@ -37,6 +38,9 @@ class Resampler(MegatronModule):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """features: [n, p+1, h_v]; n may be 0."""
         num_images = features.shape[0]
+        if num_images == 0:
+            shape = (0, *self.latent_query.shape)
+            return no_images(self.latent_query.new_empty(shape), [features, *self.parameters()])
         keys = self.dense(features).transpose(0, 1)  # [p+1, n, h]
         latents = self.latent_query[:, None].expand(-1, num_images, -1)
         output, bias = self.cross_attention(

@@ -17,6 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig, VisionConfig
 from megatron_kosmosg.config.untrusted_folders import check_model_config
+from megatron_kosmosg.models.no_images import no_images
 
 
 class VisionEncoder(nn.Module):
@@ -30,37 +31,16 @@ class VisionEncoder(nn.Module):
         """pixel_values: [n, 3, H, W], normalised; n may be 0."""
         tower = self.tower
         if len(pixel_values) == 0:
-            return self._no_images(pixel_values)
+            shape = (0, tower.embeddings.num_positions, tower.config.hidden_size)
+            return no_images(pixel_values.new_empty(shape), self.parameters())
         hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
         hidden = tower.encoder(inputs_embeds=hidden).last_hidden_state
         return F.normalize(tower.post_layernorm(hidden), dim=-1)
-
-    def _no_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        width = self.tower.config.hidden_size
-        shape = (0, self.tower.embeddings.num_positions, width)
-        return _NoImages.apply(pixel_values.new_empty(shape), *trainable)
 
     def trainable_modules(self, num_layers: int) -> list[nn.Module]:
         """The last `num_layers` blocks and the post-norm."""
         blocks = list(self.tower.encoder.layers)
         return [*blocks[len(blocks) - num_layers :], self.tower.post_layernorm]
-
-
-class _NoImages(torch.autograd.Function):
-    """A result of no rows that gives every trainable parameter a gradient of zero.
-
-    Gradient buckets wait for all their parameters, also in a micro-batch of text alone.
-    """
-
-    @staticmethod
-    def forward(ctx, features: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*parameters)
-        return features.clone()
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        return None, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
 def tower_config(vision: VisionConfig) -> CLIPVisionConfig:

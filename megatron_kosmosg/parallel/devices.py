@@ -28,6 +28,12 @@ def has_stream(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def wait_for_device(device: torch.device) -> None:
+    """Returns when all that this process gave `device` to do is done."""
+    if has_stream(device):
+        torch.cuda.synchronize(device)
+
+
 def timing_event() -> torch.cuda.Event:
     """A point on the current GPU's stream; the time between two of them can be asked for."""
     return torch.cuda.Event(enable_timing=True)

@@ -73,7 +73,9 @@ def open_links(
         score_rank = world.score_ranks(replica)[score_index]
         decoder_rank = world.decoder_rank(replica, world.pp_size - 1, 0)
         peer = f"score rank {score_rank}" if end == DECODER else f"decoder rank {decoder_rank}"
-        return Link(requests, answers, device, most_rows, peer)
+        opened = Link(requests, answers, device, most_rows, peer)
+        opened.greet(end)
+        return opened
 
     if place.role == "score":
         replicas = range(place.replica, place.replica + world.replicas_per_unit)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch.distributed import ProcessGroup, Work
 
+from megatron_kosmosg.parallel.devices import wait_for_device
 from megatron_kosmosg.score.messages import HEAD, Answer, Kind, Request
 
 DECODER, SCORE = 0, 1
@@ -51,6 +52,22 @@ class Link:
         """A tensor must live until it has been sent."""
         self.num_bytes = 0
         """Sent and received since it was last set to 0."""
+
+    def greet(self, end: int) -> None:
+        """A number goes each way; call it at both ends (DECODER, SCORE) when the link is opened.
+
+        NCCL makes a communicator at the first message, and then waits for the other end only as
+        long as the store does, while that end may be building indices or loading a checkpoint.
+        """
+        number = torch.zeros(1, device=self._device)
+        if end == DECODER:
+            self._send(self._requests, number, SCORE)
+            self._receive(self._answers, torch.empty_like(number), SCORE)
+        else:
+            self._receive(self._requests, torch.empty_like(number), DECODER)
+            self._send(self._answers, number, DECODER)
+        self.flush()
+        self.num_bytes = 0
 
     def ask(self, request: Request) -> None:
         """Sends a request and returns; nothing is waited for."""
@@ -111,6 +128,11 @@ class Link:
             work, _ = self._sending.popleft()
             with self._naming_the_peer("sending to"):
                 work.wait()
+
+    def finish(self) -> None:
+        """Returns when all messages have left this process, which may end then."""
+        self.flush()
+        wait_for_device(self._device)  # NCCL's `wait` orders streams and returns
 
     def _send(self, group: ProcessGroup, tensor: torch.Tensor, to: int) -> None:
         self.flush(MOST_MESSAGES)

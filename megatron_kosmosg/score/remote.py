@@ -150,7 +150,7 @@ class RemoteScore:
         for link in self._links:
             none, one = torch.zeros(0, dtype=torch.int64), torch.ones(())
             link.ask(Request(Kind.END, torch.zeros(0), one, none, none, is_done=is_done))
-            link.flush()
+            link.finish()
 
     def _split(self, num_rows: int) -> tuple[int, list[tuple[int, slice]]]:
         """Number of the next micro-batch, and which score rank gets which of its rows."""

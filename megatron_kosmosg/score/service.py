@@ -63,7 +63,7 @@ def serve(
             # The stream's time: the program also waits for the U-Net's work before the request.
             idle = torch.tensor(watch.seconds())
             if request.kind is Kind.END:
-                link.flush()
+                link.finish()
                 reader.close()
                 is_done = is_done and request.is_done
                 continue

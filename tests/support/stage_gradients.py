@@ -24,12 +24,13 @@ ROW_LENGTH = 13
 
 
 def micro_batches(config: RunConfig, layout: Layout) -> Iterator[dict[str, torch.Tensor]]:
-    """This replica's share of one global batch that does not depend on the layout."""
+    """This replica's share of one global batch that does not depend on the layout, on its device
+    as a stage gets it."""
     size = config.training.micro_batch_size
     for index in range(num_microbatches(config, layout.dp_size)):
-        yield random_batch(
-            config.stage, size, ROW_LENGTH, seed=index * layout.dp_size + layout.dp_rank
-        )
+        seed = index * layout.dp_size + layout.dp_rank
+        batch = random_batch(config.stage, size, ROW_LENGTH, seed=seed)
+        yield {name: value.to(layout.device) for name, value in batch.items()}
 
 
 def stage_gradients(config: RunConfig) -> tuple[float, Share]:
