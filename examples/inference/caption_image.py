@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
@@ -76,7 +76,11 @@ class Captioner:
             is_slot += [False] * len(words)
         embeds = model.text_model.get_input_embeddings()(torch.tensor(ids, device=model.device))
         if pictures:
-            pixels = self.images([over_white(p) for p in pictures], return_tensors="pt")
+            size = model.config.vision_config.image_size
+            squares = [resize_and_crop(upright_rgb(picture), size) for picture in pictures]
+            pixels = self.images(
+                squares, do_resize=False, do_center_crop=False, return_tensors="pt"
+            )
             features = self._features(pixels["pixel_values"].to(model.device, model.dtype))
             embeds[torch.tensor(is_slot, device=model.device)] = features.flatten(0, 1)
         return embeds[None]
@@ -89,13 +93,38 @@ class Captioner:
         return self.model.image_to_text_projection(patches)[0]
 
 
-def over_white(picture: Image.Image) -> Image.Image:
-    """RGB; what is transparent becomes white, as people see it and as in training."""
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    picture = picture.convert("RGBA")
-    white = Image.new("RGB", picture.size, (255, 255, 255))
-    return Image.composite(picture.convert("RGB"), white, picture.getchannel("A"))
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """As training reads images: upright by EXIF, white where transparent, 16 bits scaled to 8."""
+    # Pillow before 12 opens a PNG of 16 bits as one of 32.
+    is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+    if image.mode == "CMYK":
+        raise ValueError("the image is CMYK")
+    if image.mode in ("I", "F") and not is_16_bit:
+        raise ValueError(f"the image has more than 16 bits a channel: {image.mode}")
+    if is_16_bit and "transparency" in image.info:
+        raise ValueError("the image has 16 bits and a transparent level")
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise ValueError("the image is animated")
+    image = ImageOps.exif_transpose(image)
+    if is_16_bit:
+        image = image.convert("I").point(lambda level: level / 256).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.composite(image, white, image.getchannel("A"))
+    return image.convert("RGB")
+
+
+def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """The middle square of side `size`, as in training; image processors round otherwise."""
+    width, height = (int(size * side / min(image.size)) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    if max(width, height) > 4 * size:  # mostly cut off: only what is kept is resized
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, (left + size) * across, (top + size) * down)
+        return image.resize((size, size), Image.Resampling.BICUBIC, box)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + size, top + size))
 
 
 def main() -> int:
@@ -118,7 +147,7 @@ def main() -> int:
     given = parser.parse_args()
     prompt = PLACEHOLDER * len(given.image) if given.prompt is None else given.prompt
     try:
-        pictures = [over_white(Image.open(path)) for path in given.image]
+        pictures = [Image.open(path) for path in given.image]
         captioner = Captioner(given.model, given.device)
         words = captioner.continue_prompt(
             prompt,
@@ -128,7 +157,7 @@ def main() -> int:
             max_new_tokens=given.max_new_tokens,
             do_sample=False,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for line in words:

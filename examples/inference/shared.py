@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import load_image, make_image_grid
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def run(
@@ -47,7 +47,7 @@ def run(
     args = parser.parse_args()
     try:
         pictures = draw(args)
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError) as error:
         parser.error(str(error))
     make_image_grid(pictures, rows=1, cols=len(pictures)).save(args.output)
     print(f"{len(pictures)} x {pictures[0].width} x {pictures[0].height}: {args.output}")
@@ -85,16 +85,31 @@ def prompt(args: argparse.Namespace) -> dict[str, Any]:
 
 def open_image(path: str) -> Image.Image:
     """RGB of a file or an address."""
-    return load_image(path, convert_method=over_white)
+    if path.startswith(("http://", "https://")):
+        return load_image(path, convert_method=upright_rgb)
+    return upright_rgb(Image.open(path))
 
 
-def over_white(picture: Image.Image) -> Image.Image:
-    """RGB; what is transparent becomes white, as people see it and as in training."""
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    picture = picture.convert("RGBA")
-    white = Image.new("RGB", picture.size, (255, 255, 255))
-    return Image.composite(picture.convert("RGB"), white, picture.getchannel("A"))
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """As training reads images: upright by EXIF, white where transparent, 16 bits scaled to 8."""
+    # Pillow before 12 opens a PNG of 16 bits as one of 32.
+    is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+    if image.mode == "CMYK":
+        raise ValueError("the image is CMYK")
+    if image.mode in ("I", "F") and not is_16_bit:
+        raise ValueError(f"the image has more than 16 bits a channel: {image.mode}")
+    if is_16_bit and "transparency" in image.info:
+        raise ValueError("the image has 16 bits and a transparent level")
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise ValueError("the image is animated")
+    image = ImageOps.exif_transpose(image)
+    if is_16_bit:
+        image = image.convert("I").point(lambda level: level / 256).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.composite(image, white, image.getchannel("A"))
+    return image.convert("RGB")
 
 
 def embeddings(pipeline: DiffusionPipeline, args: argparse.Namespace) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections import Counter
@@ -14,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from megatron_kosmosg.construction.rows import Row, StepFolder
-from megatron_kosmosg.data.transparency import over_white
+from megatron_kosmosg.data.image_reading import read_image
+from megatron_kosmosg.data.samples import EntityImage
 
 AREA_EDGES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.9)
 
@@ -153,15 +153,10 @@ def _shown(tar: tarfile.TarFile, key: str) -> ShownRecord:
         assert member is not None
         return member.read()
 
-    def picture(name: str) -> Image.Image:
-        return Image.open(io.BytesIO(read(name)))
-
     record = json.loads(read("json"))
     entities = []
     for entity in record["entities"]:
-        image = over_white(picture(entity["image"]))
-        if entity["mask"] is not None:
-            white = Image.new("RGB", image.size, (255, 255, 255))
-            image = Image.composite(image, white, picture(entity["mask"]))
-        entities.append((entity["text"], image))
-    return ShownRecord(record["caption"], over_white(picture(record["image"])), entities)
+        mask = None if entity["mask"] is None else read(entity["mask"])
+        shown = read_image(EntityImage(read(entity["image"]), mask))
+        entities.append((entity["text"], shown))
+    return ShownRecord(record["caption"], read_image(read(record["image"])), entities)

@@ -1,4 +1,7 @@
-"""What a library that decodes pictures is handed and gives back; images.py chooses one."""
+"""What a library that decodes pictures is handed and gives back; images.py chooses one.
+
+Needs no torch: workers of preprocessing start without.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,24 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.data.samples import EntityImage
 
 Encoded = bytes | EntityImage
 _OBJECT = re.compile(r"\s*<[\w.]+ object at 0x[0-9a-fA-F]+>")
 """How Python writes an object that has no text of its own."""
+_TRACEBACK = re.compile(r"which was used in the pipeline definition .*?encountered:\s", re.DOTALL)
+_NOT_USED_AGAIN = re.compile(r"Current pipeline object is no longer valid\.")
 
 
 def decoding_reason(error: Exception) -> str:
-    """What a library said of a picture that it cannot decode, the same in every run: Pillow names
-    the buffer that it reads by its address."""
-    return _OBJECT.sub("", str(error)).strip() or type(error).__name__
+    """What a library said of a picture that it cannot decode, whole and in one line, the same in
+    every run: Pillow names the buffer that it reads by its address, DALI where in our files its
+    pipeline was written down."""
+    said = str(error)
+    for noise in (_OBJECT, _TRACEBACK, _NOT_USED_AGAIN):
+        said = noise.sub("", said)
+    return " ".join(said.split()) or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,16 @@ class ImageTransform:
     interpolation: Literal["bicubic", "bilinear"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+
+class UnreadableImage(InputError):
+    """A file without certain pixels. `reason` goes on after the image's name and has no values, so
+    that it can be counted; `detail` has them."""
+
+    def __init__(self, reason: str, detail: str = "", what: str = "image") -> None:
+        super().__init__(f"the {what} {reason}{f': {detail}' if detail else ''}")
+        self.reason = reason
+        self.detail = detail
 
 
 class BadImage(ValueError):

@@ -1,13 +1,14 @@
 """Encoded pictures -> normalised tensors, with DALI or, where it has no wheel, with Pillow.
 
 Shorter side to `size` (antialiased), centre crop, /255, normalise, as the authors' torchvision
-transforms do (rounding of sizes and offsets included). What is transparent is white first. The
-backends agree within TOLERANCE.
+transforms do (rounding of sizes and offsets included). Pixels are those of image_reading.py, for
+both backends within TOLERANCE.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.image_reading import SPECIFICATION, read_image
 from megatron_kosmosg.data.image_types import (
     Backend,
     BadImage,
@@ -28,11 +30,14 @@ from megatron_kosmosg.data.image_types import (
     decoding_reason,
 )
 from megatron_kosmosg.data.samples import EntityImage
-from megatron_kosmosg.data.transparency import open_over_white
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = (0.5, 16.0)
 """Mean and largest difference between the backends in levels of 255, before normalisation, per
 picture; the largest falls to 3 where a picture shrinks less than twofold."""
+LONGEST_STRIP = 4
+"""Sides to one another; of a longer picture only the part that is kept is resized."""
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -41,17 +46,23 @@ class PillowBackend:
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> np.ndarray:
         """float32 [n, 3, size, size]; raises what Pillow raises."""
-        pixels = np.stack([_resize_and_crop(open_over_white(image), transform) for image in images])
+        pixels = np.stack([_resize_and_crop(read_image(image), transform) for image in images])
         mean, std = (np.array(v, np.float32) * 255 for v in (transform.mean, transform.std))
         return np.ascontiguousarray(((pixels - mean) / std).transpose(0, 3, 1, 2))
 
 
 def _resize_and_crop(image: Image.Image, transform: ImageTransform) -> np.ndarray:
     """float32 [size, size, 3], 0 to 255."""
-    size = transform.size
+    size, method = transform.size, _FILTERS[transform.interpolation]
     width, height = (int(size * side / min(image.size)) for side in image.size)
-    image = image.resize((width, height), _FILTERS[transform.interpolation])
     left, top = round((width - size) / 2), round((height - size) / 2)
+    if max(width, height) > LONGEST_STRIP * size:
+        # What is cut off would be most of the work, and of the memory. The same pixels but for
+        # rounding: the box has single precision.
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, (left + size) * across, (top + size) * down)
+        return np.asarray(image.resize((size, size), method, box), np.float32)
+    image = image.resize((width, height), method)
     return np.asarray(image.crop((left, top, left + size, top + size)), np.float32)
 
 
@@ -70,6 +81,8 @@ class ImageDecoder:
         self, backend: Literal["auto", "dali", "pillow"], device_id: int | None = None
     ) -> None:
         """`device_id`: CUDA device on which DALI decodes; None decodes on the CPU."""
+        self._pillow: Backend = PillowBackend()
+        self._has_told = False
         has_dali = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
         if backend == "auto":
             backend = "dali" if has_dali else "pillow"
@@ -84,9 +97,9 @@ class ImageDecoder:
             except (ImportError, OSError) as error:
                 raise BrokenDecoder(_broken("dali", device_id, _reason(error))) from error
 
-            self._backend: Backend = DaliBackend(device_id)
+            self._backend: Backend = DaliBackend(device_id, self._pillow)
         else:
-            self._backend = PillowBackend()
+            self._backend = self._pillow
         self.name = backend
         self._device_id = device_id
         self._require_working(ImageTransform(_KNOWN_SIZE, "bilinear", (0.0,) * 3, (1.0,) * 3))
@@ -111,11 +124,34 @@ class ImageDecoder:
             pixels, bad = np.zeros(shape, np.float32), []
             for i, image in enumerate(images):
                 try:
-                    pixels[i] = self._backend.decode([image], transform)[0]
+                    pixels[i] = self._decode_one(image, transform)
                 except Exception as error:  # noqa: BLE001 - any failure means: this picture is bad
                     bad.append(BadImage(i, _reason(error)))
             self._require_working(transform)
             return torch.from_numpy(pixels), bad
+
+    def _decode_one(self, image: Encoded, transform: ImageTransform) -> np.ndarray:
+        """What is bad is what Pillow cannot read, with its reason, whatever backend is used."""
+        try:
+            return self._backend.decode([image], transform)[0]
+        except Exception as error:
+            if self._backend is self._pillow:
+                raise
+            pixels = self._pillow.decode([image], transform)[0]
+            if not self._has_told:
+                self._has_told = True
+                logger.warning(
+                    "an image that Pillow reads and %s does not is taken from Pillow, and others "
+                    "like it without a line: %s",
+                    *(self.name, _reason(error)),
+                )
+            return pixels
+
+    @property
+    def description(self) -> str:
+        """What decodes, for what is kept of its pixels."""
+        place = "" if self._device_id is None else " on a GPU"
+        return f"{self.name}{place}, image reading {SPECIFICATION}"
 
     def _require_working(self, transform: ImageTransform) -> None:
         """Raises BrokenDecoder unless known pictures are decoded and have their colour."""
@@ -157,7 +193,7 @@ def _broken(backend: str, device_id: int | None, reason: str) -> str:
 
 def _reason(error: Exception) -> str:
     """One line of what a library said."""
-    return decoding_reason(error).splitlines()[0]
+    return decoding_reason(error)
 
 
 def prompt_transform(config: RunConfig) -> ImageTransform:

@@ -1,5 +1,7 @@
 """Pictures through DALI: decoded from bytes in batches, resized and cropped in one operation.
 
+Only those that DALI decodes as image_reading.py has it (image_headers.py); the others are another
+backend's. Masks are read by image_reading.py: DALI knows neither their forms nor their turns.
 DALI fails a whole batch when one picture is bad and calls the pipeline invalid after that, so a
 failed pipeline is thrown away. Each thread has its own pipelines.
 """
@@ -14,44 +16,54 @@ from nvidia.dali import fn, math, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
-from megatron_kosmosg.data.image_types import Encoded, ImageTransform
+from megatron_kosmosg.data.image_headers import dali_form, noted_orientation
+from megatron_kosmosg.data.image_reading import fitted_mask
+from megatron_kosmosg.data.image_types import Backend, Encoded, ImageTransform
 from megatron_kosmosg.data.samples import EntityImage
-from megatron_kosmosg.data.transparency import without_transparency
 
 MAX_BATCH = 64
 """Pictures that one pipeline run takes; longer lists are cut."""
+MAX_PAINTED_PIXELS = 1 << 22
+"""Of a picture with a mask: painting takes 12 bytes and more of each."""
+Feed = tuple[np.ndarray, ...]
+"""Encoded bytes uint8 [n], and where it has one the mask uint8 [h, w, 1] of the upright picture."""
 _FILTERS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 
 
 class DaliBackend:
     """Batched decoding; on `device_id` with the hardware decoder, else on the CPU."""
 
-    def __init__(self, device_id: int | None) -> None:
+    def __init__(self, device_id: int | None, others: Backend) -> None:
+        """`others`: decodes what DALI must not be given."""
         self._device_id = device_id
+        self._others = others
         self._local = threading.local()
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> np.ndarray:
-        """float32 [n, 3, size, size]; raises RuntimeError when one of them is bad."""
-        # DALI shows the colours under transparent pixels.
-        images = [without_transparency(image) for image in images]
+        """float32 [n, 3, size, size]; raises any exception when one of them is bad."""
         pixels = np.empty((len(images), 3, transform.size, transform.size), np.float32)
-        plain = [i for i, image in enumerate(images) if _mask(image) is None]
-        masked = [i for i, image in enumerate(images) if _mask(image) is not None]
-        for places, has_mask in ((plain, False), (masked, True)):
+        plain, masked = {}, {}
+        for i, image in enumerate(images):
+            feed = _feed(image)
+            if feed is None:
+                pixels[i] = self._others.decode([image], transform)[0]
+            else:
+                (plain if len(feed) == 1 else masked)[i] = feed
+        for feeds in (plain, masked):
+            places = list(feeds)
             for start in range(0, len(places), MAX_BATCH):
                 chunk = places[start : start + MAX_BATCH]
-                pixels[chunk] = self._run([images[i] for i in chunk], transform, has_mask)
+                pixels[chunk] = self._run([feeds[i] for i in chunk], transform)
         return pixels
 
-    def _run(self, images: list[Encoded], transform: ImageTransform, has_mask: bool) -> np.ndarray:
+    def _run(self, feeds: list[Feed], transform: ImageTransform) -> np.ndarray:
         if "pipelines" not in self._local.__dict__:
             self._local.pipelines = {}
         pipelines: dict[tuple[ImageTransform, bool], Pipeline] = self._local.pipelines
-        key = (transform, has_mask)
+        key = (transform, has_mask) = (transform, len(feeds[0]) == 2)
         pipeline = pipelines.pop(key, None) or _build(transform, has_mask, self._device_id)
-        pipeline.feed_input("image", [_array(_picture(image)) for image in images])
-        if has_mask:
-            pipeline.feed_input("mask", [_array(_mask(image) or b"") for image in images])
+        for name, arrays in zip(("image", "mask"), zip(*feeds, strict=True), strict=False):
+            pipeline.feed_input(name, list(arrays))
         (output,) = pipeline.run()
         if self._device_id is not None:
             output = output.as_cpu()
@@ -61,18 +73,20 @@ class DaliBackend:
         return result
 
 
-def _picture(encoded: Encoded) -> bytes:
-    return encoded.image if isinstance(encoded, EntityImage) else encoded
-
-
-def _mask(encoded: Encoded) -> bytes | None:
-    return encoded.mask if isinstance(encoded, EntityImage) else None
-
-
-def _array(data: bytes) -> np.ndarray:
-    if not data:
-        raise RuntimeError("empty file")
-    return np.frombuffer(data, np.uint8)
+def _feed(encoded: Encoded) -> Feed | None:
+    """What the pipelines are fed for a picture; None for one that DALI must not be given."""
+    is_entity = isinstance(encoded, EntityImage)
+    data = dali_form(encoded.image if is_entity else encoded)
+    if data is None:
+        return None
+    image = np.frombuffer(data, np.uint8)
+    if not is_entity or encoded.mask is None:
+        return (image,)
+    size, noted = noted_orientation(data)
+    if size[0] * size[1] > MAX_PAINTED_PIXELS:
+        return None
+    mask = fitted_mask(encoded.mask, size, noted)
+    return image, np.asarray(mask)[..., None]
 
 
 def _build(transform: ImageTransform, has_mask: bool, device_id: int | None) -> Pipeline:
@@ -88,9 +102,12 @@ def _build(transform: ImageTransform, has_mask: bool, device_id: int | None) -> 
     )
     device = "cpu" if device_id is None else "mixed"
     with pipeline:
-        image = fn.decoders.image(_bytes_input("image"), device=device, output_type=types.RGB)
+        encoded = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
+        image = fn.decoders.image(encoded, device=device, output_type=types.RGB)
         if has_mask:
-            mask = fn.decoders.image(_bytes_input("mask"), device=device, output_type=types.GRAY)
+            mask = fn.external_source(name="mask", dtype=types.UINT8, ndim=3, layout="HWC")
+            if device_id is not None:
+                mask = mask.gpu()
             image = _paint_background_white(image, mask)
         image = _resize_and_crop(image, transform)
         pipeline.set_outputs(
@@ -104,10 +121,6 @@ def _build(transform: ImageTransform, has_mask: bool, device_id: int | None) -> 
         )
     pipeline.build()
     return pipeline
-
-
-def _bytes_input(name: str) -> DataNode:
-    return fn.external_source(name=name, dtype=types.UINT8, ndim=1)
 
 
 def _paint_background_white(image: DataNode, mask: DataNode) -> DataNode:

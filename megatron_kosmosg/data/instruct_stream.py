@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.data.bad_images import report_bad_image
+from megatron_kosmosg.data.bad_images import TooManyBadImages, report_bad_image
 from megatron_kosmosg.data.blend import Blend
 from megatron_kosmosg.data.image_types import BadImage, Encoded, ImageTransform
 from megatron_kosmosg.data.images import ImageDecoder
@@ -29,7 +29,7 @@ from megatron_kosmosg.data.samples import PromptSample
 from megatron_kosmosg.data.store import SampleStore
 
 MAX_REPLACEMENTS = 100
-"""Samples in a row that may be too long."""
+"""Samples in a row that may be too long, or have undecodable prompt images."""
 
 Reads = Literal["all", "prompts", "targets"]
 """What a batch holds: ranks without the U-Net need no targets, ranks of the U-Net no prompts."""
@@ -170,7 +170,7 @@ class InstructStream:
         """The samples, those with bad prompt pictures replaced; how many were; the pictures."""
         if self._reads == "targets" or not self._decodes_prompts:
             return samples, 0, self._no_pictures()
-        num_bad = 0
+        num_bad, num_replaced = 0, [0] * len(samples)
         while True:
             owners = [i for i, s in enumerate(samples) for _ in s.prompt.images]
             images: list[Encoded] = [image for s in samples for image in s.prompt.images]
@@ -182,6 +182,13 @@ class InstructStream:
             for i in sorted(bad):
                 old = samples[i]
                 report_bad_image(old.dataset, old.key, old.position, bad[i].reason)
+                num_replaced[i] += 1
+                if num_replaced[i] > MAX_REPLACEMENTS:
+                    raise TooManyBadImages(
+                        f"dataset {old.dataset}: prompt images of {num_replaced[i]} samples in a "
+                        f"row cannot be decoded, the last for this reason: {bad[i].reason}; look "
+                        "at it with `kosmosg inspect --check`, or leave it out of data.blend"
+                    )
                 samples[i] = self._sample(old.position, old.replacement + 1)
 
     def _replaced(

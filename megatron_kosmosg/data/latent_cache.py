@@ -9,16 +9,18 @@ from; anything else is refused.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_kosmosg.config.errors import InputError
+from megatron_kosmosg.data.image_headers import may_be_transparent
 from megatron_kosmosg.data.image_types import ImageTransform
 from megatron_kosmosg.data.index_file import write_index
+from megatron_kosmosg.data.mapped_sequences import MappedSequences
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.files import open_itself, replacing, write_json
 
@@ -26,6 +28,10 @@ MOMENTS, NO_MOMENTS = 3, 4
 """Modes of a part: moments, or filling for a target that could not be decoded."""
 MOMENTS_TYPE = np.dtype("<f2")
 FORMAT_VERSION = 1
+NUM_LOOKED_AT = 4096
+"""Targets of a dataset whose headers are read to tell whether an old cache may be used."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class LatentSource:
     """Fingerprint of the VAE encoder's weights."""
     transform: str
     """How the picture becomes pixels."""
+    decoder: str = ""
+    """`ImageDecoder.description` of what decoded; older caches do not say."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +107,11 @@ class LatentCache:
         self.manifest = LatentManifest.read(manifest_path)
         wanted = LatentSource(store.fingerprint(), vae, describe_transform(transform))
         made, needed = asdict(self.manifest.source), asdict(wanted)
+        # Those of another decoder are as good, whatever this run decodes prompts with.
+        needed.pop("decoder")
         differ = [
             f"{key}: made from {made[key]}, this run has {needed[key]}"
-            for key in made
+            for key in needed
             if made[key] != needed[key]
         ]
         if differ:
@@ -110,7 +120,9 @@ class LatentCache:
                 + "\n  ".join(differ)
                 + f"\n{advice}"
             )
-        self._data = IndexedDataset(prefix, multimodal=True)
+        if not self.manifest.source.decoder:
+            _require_opaque(store, prefix, advice)
+        self._data = MappedSequences(prefix, multimodal=True)
         if len(self._data) != len(store):
             raise InputError(f"{prefix} has {len(self._data)} entries for {len(store)} samples")
 
@@ -120,6 +132,25 @@ class LatentCache:
         if mode == NO_MOMENTS:
             return None
         return data.view(MOMENTS_TYPE).reshape(self.manifest.shape)
+
+
+def _require_opaque(store: SampleStore, prefix: str, advice: str) -> None:
+    """For a cache from before decoders were noted: it has the colours under transparent pixels.
+
+    Raises InputError where a target has such pixels, of up to NUM_LOOKED_AT spread evenly.
+    """
+    for index in range(0, len(store), -(-len(store) // NUM_LOOKED_AT)):
+        raw = store[index]
+        if may_be_transparent(bytes(store.sample_kind.instruct.target(raw))):
+            raise InputError(
+                f"{prefix} was made before transparent pixels of targets became white, and the "
+                f"target of sample {raw.info['key']} has some; delete {prefix}.json and {advice}"
+            )
+    logger.warning(
+        "%s does not say what decoded its targets: it is used as it is; photos that a camera "
+        "stored turned may lie on their side in it, then delete %s.json and cache anew",
+        *(prefix, prefix),
+    )
 
 
 class LatentWriter:

@@ -12,15 +12,14 @@ PREFIX.sentences.npy, PREFIX.sentence_offsets.npy  see sentences.py (kinds that 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.data.fingerprint import dataset_fingerprint
 from megatron_kosmosg.data.kinds import TEXT, find_kind
 from megatron_kosmosg.data.manifest import Manifest, manifest_path
+from megatron_kosmosg.data.mapped_sequences import MappedSequences
 from megatron_kosmosg.data.sentences import sentence_paths, sentence_table
 from megatron_kosmosg.data.stored_sample import (
     JSON,
@@ -57,7 +56,7 @@ class SampleStore:
             self.sample_kind = find_kind(self.manifest.kind) if self.manifest else TEXT
         except InputError as error:
             raise InputError(f"{manifest_path(prefix)}: {error}") from None
-        self._data = IndexedDataset(self.prefix, multimodal=not self.sample_kind.is_plain_text)
+        self._data = MappedSequences(self.prefix, not self.sample_kind.is_plain_text)
         self._documents = self._data.document_indices
         self._fingerprint: str | None = None
         self._check()
@@ -74,7 +73,7 @@ class SampleStore:
         if self.sample_kind.is_plain_text:
             return RawSample({"key": str(index)}, [self.text(index)], [TOKENS])
         first, last = int(self._documents[index]), int(self._documents[index + 1])
-        return RawSample.of_bytes(self._part(i) for i in range(first, last))
+        return RawSample.of_bytes(self._data[i] for i in range(first, last))
 
     def fingerprint(self) -> str:
         """Of the content; see fingerprint.py."""
@@ -109,7 +108,7 @@ class SampleStore:
     def text(self, index: int) -> np.ndarray:
         """Token ids of one document of a text dataset, mapped where it is one sequence."""
         first, last = int(self._documents[index]), int(self._documents[index + 1])
-        sequences = [cast(np.ndarray, self._data[i]) for i in range(first, last)]
+        sequences = [self._data[i][0] for i in range(first, last)]
         return sequences[0] if len(sequences) == 1 else np.concatenate(sequences)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -140,10 +139,6 @@ class SampleStore:
             tables.append(sentence_table([strip_document_end(ids, tokenizer)], tokenizer))
         offsets = np.cumsum([0, *(len(table) for table in tables)])
         return np.concatenate([np.zeros((0, 2), np.int32), *tables]), offsets
-
-    def _part(self, number: int) -> tuple[np.ndarray, int]:
-        """Bytes and mode, which Megatron gives of multimodal datasets alone."""
-        return cast(tuple[np.ndarray, int], self._data[number])
 
     def _check(self) -> None:
         index = self._data.index

@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Kosmos2ForConditionalGeneration, PreTrainedTokenizerBase
 
@@ -385,16 +385,39 @@ def negative_batch(negative_prompt: str | list[str] | None, batch_size: int) -> 
     return [[text] for text in negative_prompt]
 
 
-def resize_and_crop(picture: Image.Image, size: int, name: str) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """As training reads images: upright by EXIF, white where transparent, 16 bits scaled to 8."""
+    # Pillow before 12 opens a PNG of 16 bits as one of 32.
+    is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+    if image.mode == "CMYK":
+        raise ValueError("the image is CMYK")
+    if image.mode in ("I", "F") and not is_16_bit:
+        raise ValueError(f"the image has more than 16 bits a channel: {image.mode}")
+    if is_16_bit and "transparency" in image.info:
+        raise ValueError("the image has 16 bits and a transparent level")
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise ValueError("the image is animated")
+    image = ImageOps.exif_transpose(image)
+    if is_16_bit:
+        image = image.convert("I").point(lambda level: level / 256).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.composite(image, white, image.getchannel("A"))
+    return image.convert("RGB")
+
+
+def resize_and_crop(image: Image.Image, size: int, name: str) -> Image.Image:
     """The middle square of side `size`, as in training; image processors round otherwise."""
     try:
-        if picture.has_transparency_data:  # white there, not the colours that nobody sees
-            picture, white = picture.convert("RGBA"), Image.new("RGBA", picture.size, "white")
-            picture = Image.composite(picture, white, picture.getchannel("A"))
-        picture = picture.convert("RGB")
+        image = upright_rgb(image)
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise
         raise ValueError(f"{name} cannot be read: {error}") from error
-    width, height = (int(size * side / min(picture.size)) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    width, height = (int(size * side / min(image.size)) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return picture.crop((left, top, left + size, top + size))
+    if max(width, height) > 4 * size:  # mostly cut off: only what is kept is resized
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, (left + size) * across, (top + size) * down)
+        return image.resize((size, size), Image.Resampling.BICUBIC, box)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + size, top + size))

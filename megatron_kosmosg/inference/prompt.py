@@ -6,14 +6,13 @@ tokenized on its own, and no </s> follows.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 from PIL import Image
 
+from megatron_kosmosg.data.image_reading import encode_png, upright_rgb
 from megatron_kosmosg.data.samples import Prompt
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
-from megatron_kosmosg.data.transparency import over_white
 
 
 def build_prompt(parts: Sequence[str | Image.Image], sequence_format: SequenceFormat) -> Prompt:
@@ -23,11 +22,5 @@ def build_prompt(parts: Sequence[str | Image.Image], sequence_format: SequenceFo
         if isinstance(part, str):
             builder.add_text(sequence_format.tokenizer.encode(part))
         else:
-            builder.add_image(_encode(part))
+            builder.add_image(encode_png(upright_rgb(part)))
     return builder.prompt()
-
-
-def _encode(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    over_white(picture).save(buffer, "PNG")
-    return buffer.getvalue()

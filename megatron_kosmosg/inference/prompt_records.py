@@ -20,10 +20,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from megatron_kosmosg.data.image_reading import read_image
+from megatron_kosmosg.data.image_types import UnreadableImage
 from megatron_kosmosg.data.tokenizer import IMAGE as PLACEHOLDER
-from megatron_kosmosg.data.transparency import over_white
 
 Part = str | Path
 """Words, or the file of a picture."""
@@ -198,11 +199,10 @@ def _options(given: Mapping[str, Any], folder: Path, place: str) -> DrawingOptio
 def open_picture(path: Path) -> Image.Image:
     """The RGB picture of a file, upright. Raises PromptError if it cannot be decoded."""
     try:
-        with Image.open(path) as image:
-            return over_white(ImageOps.exif_transpose(image))
+        return read_image(path.read_bytes())
     except FileNotFoundError:
         raise PromptError(f"no picture {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, UnreadableImage) as error:
         raise PromptError(f"{path} cannot be decoded as a picture: {error}") from error
 
 

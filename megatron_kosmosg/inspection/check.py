@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
-from megatron_kosmosg.data.image_types import decoding_reason
+from megatron_kosmosg.data.image_reading import read_image
+from megatron_kosmosg.data.image_types import UnreadableImage
+from megatron_kosmosg.data.samples import EntityImage
 from megatron_kosmosg.data.sentences import sentence_table
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.stored_sample import IMAGE, JSON, RawSample, strip_document_end
@@ -104,13 +104,15 @@ class _Checker:
             yield "more than one JSON part"
         for ids in raw.tokens():
             yield from self._tokens(ids)
-        sizes = []
-        for i, data in enumerate(raw.images()):
-            size, reason = _decode(data)
-            sizes.append(size)
-            if reason is not None:
-                yield f"picture {i}: {reason}"
-        yield from kind.check(raw, sizes)
+        images = raw.images()
+        masked = kind.masks(raw)
+        for i, data in enumerate(images):
+            read = data if i not in masked else EntityImage(images[masked[i]], data)
+            try:
+                read_image(read)
+            except UnreadableImage as error:
+                yield f"picture {i}: {error}"
+        yield from kind.check(raw)
         if self._sentences is not None:
             yield from self._table(index, raw)
 
@@ -126,13 +128,3 @@ class _Checker:
         stored = table[int(offsets[index]) : int(offsets[index + 1])]
         if not np.array_equal(stored, sentence_table(content, self._tokenizer)):
             yield "the sentence table does not fit the tokens; preprocess the dataset again"
-
-
-def _decode(data: bytes) -> tuple[tuple[int, int] | None, str | None]:
-    """(size, why it cannot be decoded or None)."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return image.size, None
-    except Exception as error:  # noqa: BLE001 - Pillow raises errors of many kinds for bad files
-        return None, decoding_reason(error)

@@ -18,13 +18,14 @@ from PIL import Image
 
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
+from megatron_kosmosg.data.image_reading import read_image
+from megatron_kosmosg.data.image_types import UnreadableImage
 from megatron_kosmosg.data.samples import PackedRow, StreamDataset
 from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.stored_sample import IMAGE
 from megatron_kosmosg.data.streams import instruct_stream, pretrain_stream
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from megatron_kosmosg.data.transparency import open_over_white
 from megatron_kosmosg.files import write_text
 from megatron_kosmosg.inspection.statistics import (
     QUANTILES,
@@ -247,8 +248,8 @@ def _picture(pixels: torch.Tensor) -> str:
 
 def _encoded(data: bytes) -> str:
     try:
-        image = open_over_white(data)
-    except Exception:  # noqa: BLE001 - Pillow raises errors of many kinds for bad files
+        image = read_image(data)
+    except UnreadableImage:
         return '<span class="bad">cannot be decoded</span>'
     image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
     return _image_tag(image)

@@ -119,7 +119,8 @@ def cache_latents(
         )
     prefix = latent_prefix(job.store.prefix, job.name)
     _refuse_to_overwrite(job, prefix)
-    source = LatentSource(job.store.fingerprint(), vae_mark, describe_transform(job.transform))
+    transform = describe_transform(job.transform)
+    source = LatentSource(job.store.fingerprint(), vae_mark, transform, decoder.description)
     parts = ShardFolder(Path(f"{prefix}.parts"))
     lock = Path(f"{prefix}.lock")
     with exclusive(lock):

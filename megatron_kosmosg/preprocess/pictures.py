@@ -1,21 +1,34 @@
 """Which pictures are fit for training; everything else is a reason to reject a record.
 
-Left out are the kinds that decoders disagree on or that hide their size: CMYK, 16 bits a channel,
-animations, and headers that promise more pixels than the cap. Bytes are never changed.
+What can be read, and how, is in data/image_reading.py; beyond that, headers that promise more
+pixels than the cap are left out. Files that training's decoder knows keep their bytes, others
+become PNG.
 """
 
 from __future__ import annotations
 
-import io
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
-from megatron_kosmosg.data.image_types import decoding_reason
+from megatron_kosmosg.data.image_headers import noted_orientation
+from megatron_kosmosg.data.image_masks import as_mask
+from megatron_kosmosg.data.image_reading import (
+    decode_image,
+    eight_bits,
+    encode_png,
+    fitted_mask,
+    is_stored_as_it_is,
+    open_image,
+    stored_form,
+)
+from megatron_kosmosg.data.image_types import UnreadableImage
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.options import Options
 
@@ -29,19 +42,26 @@ class PictureCheck:
         self.seconds = 0.0
 
     def read(self, record: Record, fields: dict[str, Any], name: str) -> bytes:
-        """The encoded picture of a field, byte for byte, after it was verified."""
+        """What is stored of the picture of a field, after it was verified."""
+        data, image = self.find(record, fields, name)
+        with rejecting(name):
+            return stored_form(data, image)
+
+    def find(self, record: Record, fields: dict[str, Any], name: str) -> tuple[bytes, Image.Image]:
+        """The file of a field's picture, and the picture, verified. Raises Rejected."""
         if name not in fields:
             raise Rejected(f"no field {name}")
         data = self._bytes(record, fields[name], name)
-        width, height = self.open(data, name).size
+        image = self.open(data, name)
+        width, height = image.size
         if min(width, height) < self._options.min_image_side:
             raise Rejected(f"{name} is too small", f"{width} x {height}")
-        return data
+        return data, image
 
     def read_mask(
         self, record: Record, fields: dict[str, Any], name: str, image: bytes
     ) -> bytes | None:
-        """The encoded mask of `image`: one channel, 255 = entity.
+        """What is stored of the mask of `image`, a stored picture: one channel, 255 = entity.
 
         It is the field's picture, or the alpha channel of `image` where the field is absent; None
         where the field is null, which says that there is no background to remove.
@@ -52,67 +72,50 @@ class PictureCheck:
             return None
         data = self._bytes(record, fields[name], name)
         mask = self.open(data, name)
-        if mask.mode not in ("L", "1"):
-            raise Rejected(f"{name} has more than one channel", mask.mode)
-        if mask.size != self._header(image, "image").size:
-            raise Rejected(f"{name} and its image differ in size")
-        if self._options.verify_images == "decode" and mask.getextrema()[1] == 0:
-            raise Rejected(f"{name} is empty")
-        return data
+        with rejecting(name):
+            size, noted = noted_orientation(image)
+            is_kept = mask.mode == "L" and is_stored_as_it_is(data, mask)
+            if is_kept and mask.size == size and self._options.verify_images == "header":
+                return data
+            upright = fitted_mask(data, size, noted)
+            if is_kept and as_mask(mask).tobytes() == mask.tobytes():
+                return data
+            exif = Image.Exif()
+            if noted != 1:
+                exif[ExifTags.Base.Orientation] = 1  # upright, unlike its picture
+            return encode_png(upright, exif=exif)
 
     def open(self, data: bytes, name: str, decode: bool = False) -> Image.Image:
         """The picture, decoded if the caller or the options ask for it. Raises Rejected."""
         started = time.process_time()
         try:
-            with warnings.catch_warnings():
-                # Of a hundred million pictures, many have an odd tag that Pillow warns of.
-                warnings.simplefilter("ignore")
+            with rejecting(name):
                 image = self._header(data, name)
                 if decode or self._options.verify_images == "decode":
-                    _decode(image, name)
+                    image = decode_image(data)
             return image
         finally:
             self.seconds += time.process_time() - started
             self.num_verified += 1
 
     def _header(self, data: bytes, name: str) -> Image.Image:
-        if not data:
-            raise Rejected(f"{name} is an empty file")
-        if data[:512].lstrip()[:1] == b"<":
-            raise Rejected(f"{name} is a web page")
-        if data[:4] == b"\x89PNG" and 0 in (_int(data[16:20]), _int(data[20:24])):
-            raise Rejected(f"{name} has zero size")
-        try:
-            image = Image.open(io.BytesIO(data))
-        except Image.DecompressionBombError as error:
-            raise Rejected(f"{name} has too many pixels", str(error)) from error
-        except UnidentifiedImageError as error:
-            raise Rejected(f"{name} is not a known picture format") from error
-        except Exception as error:  # noqa: BLE001 - Pillow raises anything on a damaged file
-            raise Rejected(f"{name} cannot be decoded", decoding_reason(error)) from error
+        image = open_image(data)
         if image.width * image.height > self._options.max_image_pixels:
             raise Rejected(f"{name} has too many pixels", f"{image.width} x {image.height}")
-        if image.mode == "CMYK":
-            raise Rejected(f"{name} is CMYK")
-        if image.mode[0] in "IF" or ";16" in str(image.tile):
-            raise Rejected(f"{name} has 16 bits or more a channel", image.mode)
-        # A camera's JPEG with a preview after it (MPO) counts frames too, but is one picture.
-        if image.format != "MPO" and getattr(image, "is_animated", False):
-            raise Rejected(f"{name} is animated")
         return image
 
     def _alpha(self, data: bytes, name: str) -> bytes:
-        image = self._header(data, "image")
-        if not image.has_transparency_data:
-            raise Rejected(f"no {name} and no alpha channel")
-        _decode(image, "image")
-        alpha = image.convert("RGBA").getchannel("A")
+        with rejecting("image"):
+            image = open_image(data)
+            if not image.has_transparency_data:
+                raise Rejected(f"no {name} and no alpha channel")
+            alpha = eight_bits(decode_image(data)).getchannel("A")
         lowest, highest = alpha.getextrema()
         if highest == 0:
             raise Rejected(f"{name} is empty")
         if lowest == 255:
             raise Rejected(f"no {name} and no alpha channel", "the alpha channel is opaque")
-        return encode_mask(np.asarray(alpha))
+        return encode_png(alpha)
 
     def _bytes(self, record: Record, value: object, name: str) -> bytes:
         if isinstance(value, dict) and value.keys() >= {"bytes", "path"}:
@@ -136,19 +139,16 @@ class PictureCheck:
 
 def encode_mask(mask: np.ndarray) -> bytes:
     """PNG of uint8 [h, w]."""
-    out = io.BytesIO()
-    Image.fromarray(mask).save(out, "PNG")
-    return out.getvalue()
+    return encode_png(Image.fromarray(mask))
 
 
-def _decode(image: Image.Image, name: str) -> None:
+@contextmanager
+def rejecting(name: str) -> Iterator[None]:
+    """What cannot be read is a reason to reject the record; `name` is the picture's field."""
     try:
-        image.load()
-    except Exception as error:  # noqa: BLE001 - Pillow raises anything on a damaged file
-        is_short = "trunc" in str(error).lower()
-        reason = f"{name} is truncated" if is_short else f"{name} cannot be decoded"
-        raise Rejected(reason, decoding_reason(error)) from error
-
-
-def _int(data: bytes) -> int:
-    return int.from_bytes(data, "big")
+        with warnings.catch_warnings():
+            # Of a hundred million pictures, many have an odd tag that Pillow warns of.
+            warnings.simplefilter("ignore")
+            yield
+    except UnreadableImage as error:
+        raise Rejected(f"{name} {error.reason}", error.detail) from error

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from megatron_kosmosg.data.image_reading import over_white
 from megatron_kosmosg.data.kinds.record import Rejected
-from megatron_kosmosg.data.transparency import over_white
 from megatron_kosmosg.preprocess.pictures import encode_mask
 
 COLOURS = frozenset(

@@ -68,15 +68,15 @@ def animation(image_format: str) -> bytes:
 
 WHOLE_JPEG = noise_image(3, 64, 64, "JPEG")
 BAD_PICTURES = {
-    "image is truncated": [WHOLE_JPEG[:-300], noise_image(3, 64, 64)[:-200]],
+    "image is truncated": [
+        *(WHOLE_JPEG[:-300], noise_image(3, 64, 64)[:-200], noise_image(3, 64, 64)[:-20])
+    ],
     "image is an empty file": [b""],
     "image is a web page": [b"<!DOCTYPE html><html>", b"\n <html><body>403"],
     "image has zero size": [png(0, 7), png(7, 0)],
     "image is CMYK": [saved(Image.new("CMYK", (16, 16)), "JPEG")],
-    "image has 16 bits or more a channel": [
-        png(4, 4, 16),
-        png(4, 4, 16, 0),
-        saved(Image.new("I;16", (4, 4)), "TIFF"),
+    "image has more than 16 bits a channel": [
+        saved(Image.new("I", (4, 4)), "TIFF"),
         saved(Image.new("F", (4, 4)), "TIFF"),
     ],
     "image is animated": [animation("GIF"), animation("PNG"), animation("WEBP")],
@@ -106,7 +106,7 @@ def test_bad_pictures(tmp_path, model):
     # A header says nothing about what follows it: only the truncated files pass.
     samples, rejects = run(model, "caption", path, verify_images="header")
     assert [r["reason"] for r in rejects] == [r for r in reasons if r != "image is truncated"]
-    assert len(samples) == 4
+    assert len(samples) == 5
     samples, rejects = run(model, "caption", path, max_image_pixels=64 * 64 - 1)
     assert rejects[-1] == {
         "source": f"a.jsonl:{len(records) - 1}",
@@ -201,7 +201,7 @@ BAD_ENTITIES = {
     "entity span does not hold its text": entity(span=[0, 3]),
     "no mask and no alpha channel": {k: v for k, v in entity().items() if k != "mask"},
     "mask and its image differ in size": entity(mask="small.png"),
-    "mask has more than one channel": entity(mask="p.png"),
+    "mask has colours": entity(mask="p.png"),
     "mask is empty": entity(mask="black.png"),
     "mask cannot be read": entity(mask="gone.png"),
     "no field image": {k: v for k, v in entity().items() if k != "image"},

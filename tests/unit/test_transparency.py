@@ -18,13 +18,14 @@ from PIL import Image
 from examples.inference import caption_image
 from examples.inference import shared as example
 from megatron_kosmosg.construction.pictures import SquarePictures
+from megatron_kosmosg.data.image_headers import dali_form
+from megatron_kosmosg.data.image_reading import over_white
 from megatron_kosmosg.data.image_types import ImageTransform
 from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.kinds.record import Record
 from megatron_kosmosg.data.samples import EntityImage
 from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from megatron_kosmosg.data.transparency import over_white, without_transparency
 from megatron_kosmosg.hf.pipeline_kosmosg import resize_and_crop
 from megatron_kosmosg.inference.prompt import build_prompt
 from megatron_kosmosg.inference.prompt_records import open_picture
@@ -122,8 +123,8 @@ READERS = {
     **{f"training, {name}": partial(decode, name) for name in BACKENDS},
     "construction": construct,
     "pipeline": partial(from_pillow, partial(resize_and_crop, size=SIDE, name="image 1")),
-    "captioning example": partial(from_pillow, caption_image.over_white),
-    "other examples": partial(from_pillow, example.over_white),
+    "captioning example": partial(from_pillow, caption_image.upright_rgb),
+    "other examples": partial(from_pillow, example.upright_rgb),
 }
 
 
@@ -155,14 +156,11 @@ def test_a_mask_made_of_the_transparency_is_painted_once(backend):
 
 def test_opaque_pictures_are_not_touched():
     pixels = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-    mask = encode_image(pixels[..., 0])
-    for image_format in ("PNG", "JPEG", "WEBP", "BMP"):
+    for image_format in ("PNG", "JPEG", "WEBP"):
         encoded = encode_image(pixels, image_format)
-        entity = EntityImage(encoded, mask)
-        assert without_transparency(encoded) is encoded
-        assert without_transparency(entity) is entity
+        assert dali_form(encoded) is encoded
     for broken in (b"", b"no picture", encode_image(pixels)[:20]):
-        assert without_transparency(broken) is broken
+        assert dali_form(broken) is None
     opaque = np.dstack([pixels, np.full((SIDE, SIDE), 255, np.uint8)])
     assert np.array_equal(np.asarray(over_white(Image.fromarray(opaque))), pixels)
     for backend in BACKENDS:

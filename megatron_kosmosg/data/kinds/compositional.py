@@ -8,7 +8,7 @@ tokens of the tail. Both readings are stored because each run of text is tokenis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_kosmosg.config.schema import DataConfig
@@ -16,7 +16,6 @@ from megatron_kosmosg.data.kinds.entities import order_entities
 from megatron_kosmosg.data.kinds.kind import (
     Conversion,
     Converted,
-    ImageSize,
     Prompts,
     SampleKind,
     UsualSize,
@@ -115,8 +114,18 @@ class CompositionalPrompts:
         return EntityImage(image.tobytes(), mask.tobytes())
 
 
-def check(raw: RawSample, sizes: Sequence[ImageSize]) -> Iterator[str]:
-    """What is wrong with the caption's spans and the masks."""
+def masks(raw: RawSample) -> dict[int, int]:
+    """The target comes first, then each entity's picture and, where it has one, its mask."""
+    found, place = {}, 1
+    for entity in raw.info["entities"]:
+        if entity["has_mask"]:
+            found[place + 1] = place
+        place += 1 + bool(entity["has_mask"])
+    return found
+
+
+def check(raw: RawSample) -> Iterator[str]:
+    """What is wrong with the caption's spans."""
     caption, entities = raw.info["caption"], raw.info["entities"]
     expected = [IMAGE]
     for entity in entities:
@@ -124,7 +133,7 @@ def check(raw: RawSample, sizes: Sequence[ImageSize]) -> Iterator[str]:
     if raw.modes != [*expected, TOKENS]:
         yield f"parts {raw.modes} do not fit {len(entities)} entities"
         return
-    end, place = 0, 1
+    end = 0
     for i, entity in enumerate(entities):
         start, stop = entity["span"]
         if not end <= start < stop <= len(caption):
@@ -132,11 +141,6 @@ def check(raw: RawSample, sizes: Sequence[ImageSize]) -> Iterator[str]:
         elif caption[start:stop].lower() != entity["text"].lower():
             yield f"entity {i}: the span reads {caption[start:stop]!r}, not {entity['text']!r}"
         end = max(end, stop)
-        if entity["has_mask"]:
-            if None not in (sizes[place], sizes[place + 1]) and sizes[place] != sizes[place + 1]:
-                yield f"entity {i}: mask {sizes[place + 1]} on a picture of {sizes[place]} pixels"
-            place += 1
-        place += 1
 
 
 def _maker(sequence_format: SequenceFormat, data: DataConfig) -> CompositionalPrompts:
@@ -156,6 +160,7 @@ COMPOSITIONAL = SampleKind(
     fields=("caption", "image", "entities"),
     convert=convert,
     formats=("jsonl", "tar", "parquet", "tsv"),
+    masks=masks,
     check=check,
     instruct=Prompts(_maker, target_picture, UsualSize(length=215, images=2.0)),
 )

@@ -181,13 +181,14 @@ class Prompts:
         return self.usual.within(seq_length)
 
 
-ImageSize = tuple[int, int] | None
-"""(width, height) of a decoded picture, None where it cannot be decoded."""
-
-
-def nothing_more(raw: RawSample, sizes: Sequence[ImageSize]) -> Iterator[str]:
+def nothing_more(raw: RawSample) -> Iterator[str]:
     """A kind without a check of its own."""
     return iter(())
+
+
+def no_masks(raw: RawSample) -> dict[int, int]:
+    """A kind whose pictures are all pictures."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,9 @@ class SampleKind:
     """Fields of ConversionOptions that `convert` heeds."""
     part_modes: tuple[int, ...] | None = None
     """Modes of the parts but the JSON one, where all samples have the same."""
-    check: Callable[[RawSample, Sequence[ImageSize]], Iterator[str]] = nothing_more
+    masks: Callable[[RawSample], dict[int, int]] = no_masks
+    """{number of a mask: number of its picture} among the pictures of a stored sample."""
+    check: Callable[[RawSample], Iterator[str]] = nothing_more
     """What is wrong with a stored sample beyond unreadable tokens and pictures, one line each."""
     pretrain: PackedDocuments | None = None
     align: Captions | None = None

@@ -1,0 +1,193 @@
+"""One way to read an image: every format by every reader, masks in every form, older datasets."""
+
+from __future__ import annotations
+
+import gc
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_kosmosg.data.image_headers import dali_form
+from megatron_kosmosg.data.image_reading import fitted_mask, read_image
+from megatron_kosmosg.data.image_types import ImageTransform, UnreadableImage
+from megatron_kosmosg.data.images import PillowBackend
+from megatron_kosmosg.data.samples import EntityImage
+from megatron_kosmosg.data.store import SampleStore
+from megatron_kosmosg.hf.pipeline_kosmosg import resize_and_crop
+from tests.support import image_readers
+from tests.support.data_helpers import build_dataset, encode_image
+from tests.support.image_files import ORIENTATION, STORED_AS, image_files
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory) -> image_readers.Datasets:
+    return image_readers.Datasets(tmp_path_factory.mktemp("formats"))
+
+
+@pytest.mark.skipif(len(image_readers.BACKENDS) == 1, reason="nvidia-dali is not installed")
+def test_the_table_of_the_docs_is_what_every_reader_does(datasets):
+    page = image_readers.PAGE.read_text(encoding="utf-8")
+    written = page.partition(image_readers.BEGIN)[2].partition(image_readers.END)[0].strip()
+    assert written.splitlines() == image_readers.table(datasets).splitlines()
+    # Only who is given an opened image may take what others refuse.
+    taken = [line for line in written.splitlines() if "| taken |" in line]
+    assert [line.split(" | ")[0] for line in taken] == ["| PNG, last 20 bytes cut"]
+    assert "wrong" not in written
+
+
+def test_what_is_stored_has_no_problems(datasets):
+    refused = {name for name, file in image_files().items() if file.refused is not None}
+    assert datasets.problems == []
+    assert set(datasets.stored) == set(image_files()) - refused
+
+
+@pytest.mark.parametrize("name", image_files())
+def test_the_specification_is_what_people_see(name):
+    file = image_files()[name]
+    if file.refused is not None:
+        with pytest.raises(UnreadableImage, match=file.refused):
+            read_image(file.data)
+        return
+    found, seen = (np.asarray(each, np.float32) for each in (read_image(file.data), file.seen))
+    assert found.shape == seen.shape
+    # Two ways to mix with white round differently.
+    assert np.abs(found - seen).mean() <= file.tolerance + 0.1
+
+
+def test_dali_is_given_three_formats_only():
+    given = {name: dali_form(file.data) for name, file in image_files().items()}
+    fed = {name for name, data in given.items() if data is not None}
+    assert {name.split(",")[0].split()[0] for name in fed} == {"JPEG", "PNG", "WebP"}
+    for name in ("JPEG", "JPEG, progressive", "JPEG, grey", "PNG", "PNG, palette", "WebP"):
+        assert given[name] is image_files()[name].data
+    for name in fed:
+        assert image_files()[name].refused is None
+        assert np.array_equal(read_image(given[name]), read_image(image_files()[name].data))
+
+
+@pytest.mark.parametrize("name", ["JPEG, EXIF 6", "PNG, palette", "WebP"])
+def test_the_start_of_a_file_is_not_given_to_dali(name):
+    data = image_files()[name].data
+    assert all(dali_form(data[:length]) is None for length in range(1, len(data), 7))
+
+
+INSIDE = np.zeros((30, 40), np.uint8)
+INSIDE[4:20, 6:18] = 1
+MASK = INSIDE * 255
+
+
+def paletted(colours: list[int]) -> Image.Image:
+    image = Image.fromarray(INSIDE, "P")
+    image.putpalette(colours)
+    return image
+
+
+def with_alpha(opacity: int) -> Image.Image:
+    alpha = np.full_like(MASK, 255)
+    alpha[0] = opacity
+    return Image.fromarray(np.dstack([MASK, alpha]))
+
+
+SURE_MASKS = {
+    "levels": Image.fromarray(MASK),
+    "0 and 1": Image.fromarray(INSIDE),
+    "0 and a class": Image.fromarray(INSIDE * 38),
+    "0 and 254": Image.fromarray(INSIDE * 254),
+    "1 bit": Image.fromarray(MASK).convert("1"),
+    "three channels": Image.fromarray(MASK).convert("RGB"),
+    "four channels": Image.fromarray(MASK).convert("RGBA"),
+    "opaque alpha": with_alpha(255),
+    "16 bits": Image.fromarray(MASK.astype(np.uint16) * 257),
+    "labels in 16 bits": Image.fromarray(INSIDE.astype(np.uint16)),
+    "grey palette": paletted([0, 0, 0, 255, 255, 255]),
+    "one colour on black": paletted([0, 0, 0, 128, 0, 0]),
+}
+LABELS = INSIDE.copy()
+LABELS[25:] = 2
+VOID = INSIDE * 15
+VOID[3, 6:18] = 255
+UNSURE_MASKS = {
+    "is empty": Image.new("L", (40, 30)),
+    "holds labels, not levels": Image.fromarray(LABELS),
+    r"holds labels, not levels from 0 to 255: values 0, 15, 255": Image.fromarray(VOID),
+    "has colours": Image.fromarray(np.dstack([MASK, MASK, 255 - MASK])),
+    "has a palette of colours": paletted([200, 0, 0, 0, 0, 200]),
+    "has transparency of its own": with_alpha(0),
+    "and its image differ in size": Image.fromarray(MASK[:20]),
+}
+
+
+@pytest.mark.parametrize("form", SURE_MASKS)
+def test_a_mask_of_a_certain_meaning_is_converted(form):
+    mask = fitted_mask(encode_image(SURE_MASKS[form]), (40, 30), 1)
+    assert mask.mode == "L" and np.array_equal(mask, MASK)
+
+
+@pytest.mark.parametrize("reason", UNSURE_MASKS)
+def test_another_mask_is_refused_by_name(reason):
+    with pytest.raises(UnreadableImage, match=f"the mask {reason}"):
+        fitted_mask(encode_image(UNSURE_MASKS[reason]), (40, 30), 1)
+
+
+def test_soft_masks_stay_as_they_are():
+    soft = Image.fromarray(MASK).resize((80, 60), Image.Resampling.BICUBIC)
+    assert np.array_equal(fitted_mask(encode_image(soft), (80, 60), 1), soft)
+    whole = Image.new("L", (40, 30), 255)
+    assert np.array_equal(fitted_mask(encode_image(whole), (40, 30), 1), whole)
+
+
+@pytest.mark.parametrize("orientation", STORED_AS)
+def test_a_mask_follows_its_picture(orientation):
+    pixels = np.full((30, 40, 3), 128, np.uint8)
+    pixels[INSIDE > 0] = (200, 0, 0)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    stored = Image.fromarray(pixels).transpose(STORED_AS[orientation])
+    photo = encode_image(stored, exif=exif)
+    mask = Image.fromarray(MASK).transpose(STORED_AS[orientation])
+    masks = {"stored": encode_image(mask), "with its note": encode_image(mask, exif=exif)}
+    exif[ORIENTATION] = 1
+    masks["upright by its note"] = encode_image(MASK, exif=exif)
+    if orientation in (5, 6, 7, 8):
+        masks["upright by its size"] = encode_image(MASK)
+    pixels[INSIDE == 0] = 255
+    for name, data in masks.items():
+        assert np.array_equal(read_image(EntityImage(photo, data)), pixels), name
+
+
+SQUARE = ImageTransform(24, "bicubic", (0.0,) * 3, (1.0,) * 3)
+
+
+def test_a_strip_costs_its_middle(monkeypatch):
+    sizes, resize = [], Image.Image.resize
+
+    def watch(self, size, *arguments, **more):
+        sizes.append(size)
+        return resize(self, size, *arguments, **more)
+
+    monkeypatch.setattr(Image.Image, "resize", watch)
+    rng = np.random.default_rng(0)
+    for shape in ((30, 9000, 3), (9000, 30, 3)):
+        strip = encode_image(rng.integers(0, 256, shape, dtype=np.uint8))
+        found = PillowBackend().decode([strip], SQUARE)[0] * 255
+        opened = Image.open(io.BytesIO(strip))
+        shown = np.asarray(resize_and_crop(opened, 24, "image 1"), np.float32)
+        assert max(max(size) for size in sizes) == 24
+        whole = resize(opened, (7200, 24) if shape[0] == 30 else (24, 7200), Image.BICUBIC)
+        box = (3588, 0, 3612, 24) if shape[0] == 30 else (0, 3588, 24, 3612)
+        expected = np.asarray(whole.crop(box), np.float32)
+        assert np.abs(found.transpose(1, 2, 0) - expected).max() <= 1.01
+        assert np.abs(shown - expected).max() <= 1.01
+
+
+def test_parts_of_a_sample_outlive_their_store(tmp_path):
+    prefix = build_dataset(tmp_path, "edit", 3)
+    store = SampleStore(prefix)
+    expected, first = store[1].images(), store[0].images()
+    part = store[1].parts[2]
+    del store
+    gc.collect()
+    assert part.tobytes() == expected[0]
+    assert SampleStore(prefix)[0].images() == first
