@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
@@ -23,6 +23,18 @@ from transformers import (
 )
 
 PLACEHOLDER = "<image>"
+
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by EXIF's orientation."""
 
 
 class Captioner:
@@ -105,7 +117,12 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("the image has 16 bits and a transparent level")
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise ValueError("the image is animated")
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(0x112))
+    except Exception:  # noqa: BLE001 - Pillow raises anything on a damaged note
+        turn = None
+    image = image if turn is None else image.transpose(turn)
     if is_16_bit:
         image = image.convert("I").point(lambda level: level / 256).convert("L")
     if image.has_transparency_data:

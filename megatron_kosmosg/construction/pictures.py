@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from megatron_kosmosg.data.image_headers import noted_orientation
-from megatron_kosmosg.data.image_reading import Turn, fitted_mask, read_image
+from megatron_kosmosg.data.image_reading import Turn, decode_image, fitted_mask, read_image
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.pictures import PictureCheck, rejecting
@@ -34,7 +33,8 @@ class SquarePictures:
         """uint8 [side, side] of a mask that was made for the whole picture."""
         self._pictures.open(data, "mask")
         with rejecting("mask"):
-            mask = fitted_mask(data, *noted_orientation(self._file(record)))
+            stored = decode_image(self._file(record))
+            mask = fitted_mask(data, stored.pixels.size, stored.orientation)
         return np.asarray(_square(mask, _turns(record)))
 
     def _file(self, record: Record) -> bytes:

@@ -12,7 +12,7 @@ import struct
 
 from PIL import ExifTags, Image
 
-from megatron_kosmosg.data.image_reading import open_image, orientation
+from megatron_kosmosg.data.image_reading import TURNS, noted_orientation, open_image
 from megatron_kosmosg.data.image_types import UnreadableImage
 
 _START_OF_FRAME = (0xC0, 0xC1, 0xC2)
@@ -34,12 +34,14 @@ def dali_form(data: bytes) -> bytes | None:
     return None
 
 
-def noted_orientation(data: bytes) -> tuple[tuple[int, int], int]:
-    """((width, height) as stored, EXIF's orientation) of a file that can be read."""
+def stored_layout(data: bytes) -> tuple[tuple[int, int], int]:
+    """((width, height) as stored, EXIF's orientation) of JPEG, PNG or WebP. Raises UnreadableImage.
+
+    Decodes only a PNG with notes: Pillow looks for them behind the pixels, too.
+    """
     with open_image(data) as image:
-        # Of a PNG, Pillow looks for the note behind the pixels, too, and decodes them.
         is_upright = image.format == "PNG" and _is_plain_png(data)
-        return image.size, 1 if is_upright else orientation(image)
+        return image.size, 1 if is_upright else noted_orientation(image) or 1
 
 
 def may_be_transparent(data: bytes) -> bool:
@@ -80,13 +82,13 @@ def _jpeg(data: bytes) -> bytes | None:
     if not notes:
         return data
     with Image.open(io.BytesIO(data)) as image:
-        noted = orientation(image)
+        note = noted_orientation(image)
     pieces, start = [data[:2]], 2
-    if noted != 1:
+    if note in TURNS:
         exif = Image.Exif()
-        exif[ExifTags.Base.Orientation] = noted
-        note = exif.tobytes()
-        pieces.append(struct.pack(">BBH", 0xFF, _EXIF_OR_XMP, len(note) + 2) + note)
+        exif[ExifTags.Base.Orientation] = note
+        segment = exif.tobytes()
+        pieces.append(struct.pack(">BBH", 0xFF, _EXIF_OR_XMP, len(segment) + 2) + segment)
     for place, end in notes:
         pieces.append(data[start:place])
         start = end

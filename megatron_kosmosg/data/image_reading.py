@@ -11,6 +11,7 @@ The pipeline that travels with exported models and the examples have a copy of `
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import ExifTags, Image, ImageChops
@@ -42,6 +43,8 @@ TURNS = {
     8: Turn.ROTATE_90,
 }
 """What makes an image upright, by EXIF's orientation; 1, and any other number, is upright."""
+_BACK = {6: 8, 8: 6}
+"""The orientation that undoes another; the rest undo themselves."""
 ON_ITS_SIDE = (5, 6, 7, 8)
 """Orientations that swap width and height."""
 
@@ -79,37 +82,62 @@ def require_certain_pixels(image: Image.Image) -> None:
         raise UnreadableImage("is animated")
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """The image of a file, decoded, as it is stored: not turned, in any mode.
+@dataclass(frozen=True)
+class StoredImage:
+    """A decoded file."""
 
-    Raises UnreadableImage.
-    """
+    pixels: Image.Image
+    """As stored: in any mode, not turned."""
+    note: int | None
+    """EXIF's orientation; None where there is none, an impossible or a damaged one."""
+
+    @property
+    def orientation(self) -> int:
+        """1 where the pixels are upright."""
+        return self.note or 1
+
+
+def decode_image(data: bytes) -> StoredImage:
+    """The image of a file. Raises UnreadableImage."""
     image = open_image(data)
-    load(image)
-    # Pillow has all pixels of a PNG before its end, and does not miss the end.
-    if image.format == "PNG" and data.rfind(_PNG_END) < 0:
-        raise UnreadableImage("is truncated", "the PNG has no end (IEND)")
-    return image
+    note = noted_orientation(image)
+    load(image, data)
+    if image.format == "TIFF" and note in TURNS:  # which Pillow has made upright
+        image = image.transpose(TURNS[_BACK.get(note, note)])
+    return StoredImage(image, note)
 
 
-def load(image: Image.Image) -> None:
-    """Decodes an opened image. Raises UnreadableImage."""
+def load(image: Image.Image, data: bytes | None = None) -> None:
+    """Decodes an opened image, of the file `data` if that is known. Raises UnreadableImage."""
     try:
         image.load()
     except Exception as error:  # noqa: BLE001 - Pillow raises anything on a damaged file
         reason = "is truncated" if "trunc" in str(error).lower() else "cannot be decoded"
         raise UnreadableImage(reason, decoding_reason(error)) from error
+    # Pillow has all pixels of a PNG before its end, and does not miss the end.
+    if image.format == "PNG" and data is not None and data.rfind(_PNG_END) < 0:
+        raise UnreadableImage("is truncated", "the PNG has no end (IEND)")
 
 
-def orientation(image: Image.Image) -> int:
-    """EXIF's number of a decoded image, 1 where there is none or an impossible one."""
-    noted = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return noted if noted in TURNS else 1
+def noted_orientation(image: Image.Image) -> int | None:
+    """EXIF's of an opened image; see StoredImage.note. Raises UnreadableImage."""
+    if image.format == "PNG":  # which may say it behind its pixels
+        load(image)
+    try:
+        note = image.getexif().get(ExifTags.Base.Orientation)
+        return note if note == 1 or note in TURNS else None
+    except Exception:  # noqa: BLE001 - Pillow raises anything on a damaged note
+        return None
 
 
-def turned(image: Image.Image, noted: int) -> Image.Image:
-    """An image stored with the orientation `noted`, made upright."""
-    return image.transpose(TURNS[noted]) if noted in TURNS else image
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """An image stored with this orientation, made upright."""
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def turned_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Of an image of `size` stored with this orientation, made upright."""
+    return size[::-1] if orientation in ON_ITS_SIDE else size
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -118,7 +146,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         return image.convert("RGBA")
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    mode = "L" if image.mode in ("1", "L") else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def over_white(image: Image.Image, mask: Image.Image | None = None) -> Image.Image:
@@ -135,7 +164,7 @@ def over_white(image: Image.Image, mask: Image.Image | None = None) -> Image.Ima
     if image.mode in ("LA", "RGBA"):
         alpha = image.getchannel("A")
         shown = alpha if mask is None else ImageChops.darker(alpha, mask)
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
     if shown is None:
         return image
     return Image.composite(image, Image.new("RGB", image.size, (255, 255, 255)), shown)
@@ -145,7 +174,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """RGB of an opened image as people see it. Raises UnreadableImage."""
     require_certain_pixels(image)
     load(image)
-    return turned(over_white(image), orientation(image))
+    return turned(over_white(image), noted_orientation(image) or 1)
 
 
 def read_image(encoded: bytes | EntityImage) -> Image.Image:
@@ -153,18 +182,16 @@ def read_image(encoded: bytes | EntityImage) -> Image.Image:
 
     Raises UnreadableImage.
     """
-    if not isinstance(encoded, EntityImage):
-        return upright_rgb(decode_image(encoded))
-    image = decode_image(encoded.image)
-    if encoded.mask is None:
-        return upright_rgb(image)
-    noted = orientation(image)
-    mask = fitted_mask(encoded.mask, image.size, noted)
-    return over_white(turned(eight_bits(image), noted), mask)
+    is_entity = isinstance(encoded, EntityImage)
+    stored = decode_image(encoded.image if is_entity else encoded)
+    mask = None
+    if is_entity and encoded.mask is not None:
+        mask = fitted_mask(encoded.mask, stored.pixels.size, stored.orientation)
+    return over_white(turned(eight_bits(stored.pixels), stored.orientation), mask)
 
 
-def fitted_mask(data: bytes, size: tuple[int, int], noted: int) -> Image.Image:
-    """The mask, "L" with 255 = entity, of a picture of `size` stored with orientation `noted`.
+def fitted_mask(data: bytes, size: tuple[int, int], orientation: int) -> Image.Image:
+    """The mask, "L" with 255 = entity, of a picture of `size` stored with this orientation.
 
     Upright, as the picture is shown. A mask with a note of its own is turned by that, one of the
     stored picture's size as the picture is; one of the upright picture's size is upright. So where
@@ -172,22 +199,18 @@ def fitted_mask(data: bytes, size: tuple[int, int], noted: int) -> Image.Image:
     UnreadableImage, also where it is not certain which pixels it means (image_masks.py).
     """
     try:
-        image = decode_image(data)
-        mask = as_mask(image)
-        upright = size[::-1] if noted in ON_ITS_SIDE else size
-        if ExifTags.Base.Orientation in image.getexif():
-            own = turned(mask, orientation(image))
-            if own.size == upright:
-                return own
-        if mask.size == size:
-            return turned(mask, noted)
-        if mask.size == upright:
-            return mask
+        mask = decode_image(data)
+        own_size, upright = mask.pixels.size, turned_size(size, orientation)
+        if mask.note is not None and turned_size(own_size, mask.note) == upright:
+            return turned(as_mask(mask.pixels), mask.note)
+        if own_size == size:
+            return turned(as_mask(mask.pixels), orientation)
+        if own_size == upright:
+            return as_mask(mask.pixels)
     except UnreadableImage as error:
         raise UnreadableImage(error.reason, error.detail, "mask") from error
-    turns = f" (EXIF orientation {noted})" if noted != 1 else ""
-    sizes = f"{mask.size} and {size}{turns}"
-    raise UnreadableImage("and its image differ in size", sizes, "mask")
+    turns = f" (EXIF orientation {orientation})" if orientation != 1 else ""
+    raise UnreadableImage("and its image differ in size", f"{own_size} and {size}{turns}", "mask")
 
 
 def is_stored_as_it_is(data: bytes, image: Image.Image) -> bool:
@@ -204,11 +227,11 @@ def stored_form(data: bytes, image: Image.Image) -> bytes:
     """
     if is_stored_as_it_is(data, image):
         return data
-    image = decode_image(data)
+    stored = decode_image(data)
     exif = Image.Exif()
-    if (noted := orientation(image)) != 1:
-        exif[ExifTags.Base.Orientation] = noted
-    return encode_png(eight_bits(image), exif=exif)
+    if stored.orientation != 1:
+        exif[ExifTags.Base.Orientation] = stored.orientation
+    return encode_png(eight_bits(stored.pixels), exif=exif)
 
 
 def encode_png(image: Image.Image, **options: object) -> bytes:

@@ -16,7 +16,7 @@ from nvidia.dali import fn, math, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
-from megatron_kosmosg.data.image_headers import dali_form, noted_orientation
+from megatron_kosmosg.data.image_headers import dali_form, stored_layout
 from megatron_kosmosg.data.image_reading import fitted_mask
 from megatron_kosmosg.data.image_types import Backend, Encoded, ImageTransform
 from megatron_kosmosg.data.samples import EntityImage
@@ -82,10 +82,10 @@ def _feed(encoded: Encoded) -> Feed | None:
     image = np.frombuffer(data, np.uint8)
     if not is_entity or encoded.mask is None:
         return (image,)
-    size, noted = noted_orientation(data)
+    size, orientation = stored_layout(data)
     if size[0] * size[1] > MAX_PAINTED_PIXELS:
         return None
-    mask = fitted_mask(encoded.mask, size, noted)
+    mask = fitted_mask(encoded.mask, size, orientation)
     return image, np.asarray(mask)[..., None]
 
 

@@ -150,7 +150,7 @@ def _compositional(record: Record, pictures: PictureCheck) -> Iterator[Record]:
     entities = []
     for number, entity in tag_entities(caption, tags):
         crop, on_white = (_base64(columns[3 + 2 * number + i]) for i in (0, 1))
-        shown = [pictures.open(data, "image", decode=True) for data in (crop, on_white)]
+        shown = [pictures.decoded(data, "image") for data in (crop, on_white)]
         mask = mask_between(*shown)
         entities.append(entity | {"image": crop, "mask": mask})
     yield record.with_fields(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
-from megatron_kosmosg.data.image_headers import noted_orientation
+from megatron_kosmosg.data.image_headers import stored_layout
 from megatron_kosmosg.data.image_masks import as_mask
 from megatron_kosmosg.data.image_reading import (
     decode_image,
@@ -25,6 +25,7 @@ from megatron_kosmosg.data.image_reading import (
     encode_png,
     fitted_mask,
     is_stored_as_it_is,
+    load,
     open_image,
     stored_form,
 )
@@ -73,26 +74,32 @@ class PictureCheck:
         data = self._bytes(record, fields[name], name)
         mask = self.open(data, name)
         with rejecting(name):
-            size, noted = noted_orientation(image)
+            size, orientation = stored_layout(image)
             is_kept = mask.mode == "L" and is_stored_as_it_is(data, mask)
             if is_kept and mask.size == size and self._options.verify_images == "header":
                 return data
-            upright = fitted_mask(data, size, noted)
+            upright = fitted_mask(data, size, orientation)
             if is_kept and as_mask(mask).tobytes() == mask.tobytes():
                 return data
             exif = Image.Exif()
-            if noted != 1:
+            if orientation != 1:
                 exif[ExifTags.Base.Orientation] = 1  # upright, unlike its picture
             return encode_png(upright, exif=exif)
 
-    def open(self, data: bytes, name: str, decode: bool = False) -> Image.Image:
-        """The picture, decoded if the caller or the options ask for it. Raises Rejected."""
+    def decoded(self, data: bytes, name: str) -> Image.Image:
+        """The pixels as stored, not turned. Raises Rejected."""
+        self.open(data, name)
+        with rejecting(name):
+            return decode_image(data).pixels
+
+    def open(self, data: bytes, name: str) -> Image.Image:
+        """The picture, decoded if the options ask for it. Raises Rejected."""
         started = time.process_time()
         try:
             with rejecting(name):
                 image = self._header(data, name)
-                if decode or self._options.verify_images == "decode":
-                    image = decode_image(data)
+                if self._options.verify_images == "decode":
+                    load(image, data)
             return image
         finally:
             self.seconds += time.process_time() - started
@@ -109,7 +116,7 @@ class PictureCheck:
             image = open_image(data)
             if not image.has_transparency_data:
                 raise Rejected(f"no {name} and no alpha channel")
-            alpha = eight_bits(decode_image(data)).getchannel("A")
+            alpha = eight_bits(decode_image(data).pixels).getchannel("A")
         lowest, highest = alpha.getextrema()
         if highest == 0:
             raise Rejected(f"{name} is empty")

@@ -8,7 +8,6 @@ from PIL import Image
 
 from tests.support.data_helpers import encode_image, write_jsonl
 from tests.support.data_inputs import Preprocessed, preprocess
-from tests.support.marks import not_mended_yet
 from tests.support.model_view import model_views
 
 INSIDE = np.zeros((64, 64), np.uint8)
@@ -65,18 +64,7 @@ def is_shown_on_white(by_mask: tuple[Preprocessed, dict], name: str) -> bool:
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=not_mended_yet("taken as nearly transparent: the entity becomes blank white")
-            if name in ("0 and 1", "class 38")
-            else (),
-        )
-        for name in masks()
-    ],
-)
+@pytest.mark.parametrize("name", masks())
 def test_no_mask_erases_the_entity(by_mask, name):
     assert reason(by_mask, name) is not None or is_shown_on_white(by_mask, name)
 
@@ -86,12 +74,10 @@ def test_masks_as_documented_are_taken(by_mask, name):
     assert reason(by_mask, name) is None
 
 
-@not_mended_yet("refused, although each can mean one thing only")
 @pytest.mark.parametrize("name", ["three equal channels", "opaque alpha", "16 bits"])
 def test_masks_that_can_mean_one_thing_only_are_taken(by_mask, name):
     assert reason(by_mask, name) is None
 
 
-@not_mended_yet("a palette has one channel, and the reason says that it has several")
 def test_a_palette_is_not_said_to_have_several_channels(by_mask):
     assert reason(by_mask, "palette") != "mask has more than one channel"

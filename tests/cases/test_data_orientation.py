@@ -10,7 +10,6 @@ from PIL import Image
 
 from tests.support.data_helpers import encode_image, write_jsonl
 from tests.support.data_inputs import preprocess, webp_with_exif
-from tests.support.marks import not_mended_yet
 from tests.support.model_view import difference, model_view
 
 STORED_AS = {
@@ -55,13 +54,7 @@ def photos(tmp_path_factory, commands, model) -> Path:
     return preprocess(commands, "edit", model, folder / "edits", source).must_succeed().prefix
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param("pillow", marks=not_mended_yet("Pillow's backend reads the stored pixels")),
-        "dali",
-    ],
-)
+@pytest.mark.parametrize("backend", ["pillow", "dali"])
 def test_prompts_and_targets_are_upright(photos, commands, model, backend):
     shown = model_view(commands, photos, model, backend)
     upright = shown[UPRIGHT]
@@ -74,7 +67,6 @@ def test_prompts_and_targets_are_upright(photos, commands, model, backend):
     ] == []
 
 
-@not_mended_yet("the page shows the stored pixels beside what the model sees")
 def test_the_page_shows_what_is_stored_upright(photos, commands, model):
     shown = model_view(commands, photos, model, "pillow")
     upright = shown[UPRIGHT].stored[0]
@@ -117,16 +109,7 @@ def is_entity_kept(image: np.ndarray) -> bool:
     return red.mean() > 0.12 and grey.mean() < 0.03
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [
-        "pillow",
-        pytest.param(
-            "dali",
-            marks=not_mended_yet("DALI turns the photo and not its mask: the background is kept"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("backend", ["pillow", "dali"])
 def test_the_mask_of_the_stored_pixels_keeps_the_entity(tmp_path, commands, model, backend):
     source = entity_records(tmp_path, 3, {"stored": False})
     done = preprocess(
@@ -136,18 +119,7 @@ def test_the_mask_of_the_stored_pixels_keeps_the_entity(tmp_path, commands, mode
     assert is_entity_kept(image)
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        pytest.param(
-            "stored", marks=not_mended_yet("accepted; DALI fails on it when training reads it")
-        ),
-        pytest.param(
-            "upright",
-            marks=not_mended_yet("refused for its size; nothing names the camera's orientation"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("key", ["stored", "upright"])
 def test_either_mask_of_a_photo_on_its_side_is_usable_or_refused_by_name(
     tmp_path, commands, model, key
 ):

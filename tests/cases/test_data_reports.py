@@ -65,7 +65,6 @@ def test_a_cache_without_half_of_the_images_says_so(commands, past, half_lost):
     assert re.search(rf"\b{NUM_BAD}\b[^\n]*cannot be decoded", done.out), done.out
 
 
-@not_mended_yet("the decoder is no part of what a cache is made from, though it changes moments")
 def test_a_cache_of_another_decoder_is_another_cache(commands, past, half_lost):
     cache_latents(commands, past, half_lost, "decoders", "pillow").must_succeed()
     made_from = json.loads(Path(f"{half_lost}.decoders.json").read_text())["source"]
@@ -76,7 +75,6 @@ def test_a_cache_of_another_decoder_is_another_cache(commands, past, half_lost):
     assert is_made_again or (done.code == 2 and "decoder" in done.err)
 
 
-@not_mended_yet("the first line of DALI's message says only that there was an error")
 def test_the_cause_is_said_of_an_image_that_cannot_be_decoded(commands, past, half_lost):
     done = cache_latents(commands, past, half_lost, "causes", "dali").must_succeed()
     assert "Critical error in pipeline:" not in done.text, done.text

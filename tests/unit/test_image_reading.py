@@ -9,15 +9,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_kosmosg.data.bad_images import TooManyBadImages
 from megatron_kosmosg.data.image_headers import dali_form
-from megatron_kosmosg.data.image_reading import fitted_mask, read_image
+from megatron_kosmosg.data.image_reading import fitted_mask, read_image, stored_form
 from megatron_kosmosg.data.image_types import ImageTransform, UnreadableImage
-from megatron_kosmosg.data.images import PillowBackend
+from megatron_kosmosg.data.images import ImageDecoder, PillowBackend
 from megatron_kosmosg.data.samples import EntityImage
 from megatron_kosmosg.data.store import SampleStore
+from megatron_kosmosg.data.streams import instruct_stream
 from megatron_kosmosg.hf.pipeline_kosmosg import resize_and_crop
 from tests.support import image_readers
-from tests.support.data_helpers import build_dataset, encode_image
+from tests.support.data_helpers import (
+    build_dataset,
+    encode_image,
+    overwrite_image,
+    run_config,
+    write_clip_tokenizer,
+)
 from tests.support.image_files import ORIENTATION, STORED_AS, image_files
 
 
@@ -138,23 +146,27 @@ def test_soft_masks_stay_as_they_are():
     assert np.array_equal(fitted_mask(encode_image(whole), (40, 30), 1), whole)
 
 
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", STORED_AS)
-def test_a_mask_follows_its_picture(orientation):
+def test_a_mask_follows_its_picture(orientation, image_format):
     pixels = np.full((30, 40, 3), 128, np.uint8)
     pixels[INSIDE > 0] = (200, 0, 0)
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     stored = Image.fromarray(pixels).transpose(STORED_AS[orientation])
-    photo = encode_image(stored, exif=exif)
+    photo = encode_image(stored, image_format, exif=exif, lossless=True)
+    kept = stored_form(photo, Image.open(io.BytesIO(photo)))
     mask = Image.fromarray(MASK).transpose(STORED_AS[orientation])
     masks = {"stored": encode_image(mask), "with its note": encode_image(mask, exif=exif)}
+    masks["TIFF with its note"] = encode_image(mask, "TIFF", exif=exif)
     exif[ORIENTATION] = 1
     masks["upright by its note"] = encode_image(MASK, exif=exif)
     if orientation in (5, 6, 7, 8):
         masks["upright by its size"] = encode_image(MASK)
     pixels[INSIDE == 0] = 255
     for name, data in masks.items():
-        assert np.array_equal(read_image(EntityImage(photo, data)), pixels), name
+        for image in (photo, kept):
+            assert np.array_equal(read_image(EntityImage(image, data)), pixels), name
 
 
 SQUARE = ImageTransform(24, "bicubic", (0.0,) * 3, (1.0,) * 3)
@@ -191,3 +203,53 @@ def test_parts_of_a_sample_outlive_their_store(tmp_path):
     gc.collect()
     assert part.tobytes() == expected[0]
     assert SampleStore(prefix)[0].images() == first
+
+
+def test_a_dataset_without_a_decodable_prompt_image_ends_by_name(tmp_path):
+    prefix = build_dataset(tmp_path, "edit", 4)
+    for sample in range(4):
+        overwrite_image(prefix, sample, 0)
+    write_clip_tokenizer(tmp_path)
+    stream = instruct_stream(run_config(tmp_path, "instruct", {"broken": (prefix, 1.0)}), "train")
+    sample = stream[0]
+    with pytest.raises(TooManyBadImages, match="dataset broken: .* is not a known picture format"):
+        stream.collate([sample], stream.pad_to([sample], [0]))
+
+
+class Failing:
+    """A library that fails in its own words, but for the small images that tell whether it works."""
+
+    def decode(self, images, transform):
+        if len(images[0]) > 1500:
+            raise RuntimeError(DALI_SAYS)
+        return PillowBackend().decode(images, transform)
+
+
+DALI_SAYS = """Critical error in pipeline:
+Error in CPU operator `nvidia.dali.fn.decoders.image`,
+which was used in the pipeline definition with the following traceback:
+
+  File "images_dali.py", line 99, in _build
+    image = fn.decoders.image(encoded, device=device)
+
+encountered:
+
+Error when decoding sample #0:
+[codec.cc:12] Image is incomplete
+Current pipeline object is no longer valid."""
+
+
+def test_what_pillow_reads_is_read_and_the_library_is_quoted_whole(caplog):
+    decoder = ImageDecoder("pillow")
+    decoder._backend = Failing()
+    images = [image_files()["JPEG"].data, image_files()["JPEG, cut"].data]
+    with caplog.at_level("WARNING"):
+        pixels, bad = decoder.try_decode([*images, images[0]], SQUARE)
+    (line,) = caplog.messages
+    assert line.endswith(
+        "Critical error in pipeline: Error in CPU operator `nvidia.dali.fn.decoders.image`, "
+        "Error when decoding sample #0: [codec.cc:12] Image is incomplete"
+    )
+    assert [error.index for error in bad] == [1]
+    assert bad[0].reason.startswith("the image is truncated: ")
+    assert np.array_equal(pixels[0], PillowBackend().decode(images[:1], SQUARE)[0])

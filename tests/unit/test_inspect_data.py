@@ -76,8 +76,7 @@ def test_token_use_counts_words_of_the_text(folder, tokenizer):
 
 def test_check_names_the_sample_of_each_kind_of_damage(folder, tokenizer):
     found = problems(break_image(folder, "edit", "-picture", 3, 1), tokenizer)
-    # Pillow's words, without the address of the buffer that it read.
-    assert found == ["edit-3: picture 1: cannot identify image file"]
+    assert found == ["edit-3: picture 1: the image is not a known picture format"]
     found = problems(break_image(folder, "compositional", "-mask", 2, 2), tokenizer)
     assert [line.split(":")[0] for line in found] == ["compositional-2"]
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.config.schema import ScoreConfig
 from megatron_kosmosg.data.bad_images import TooManyBadImages
 from megatron_kosmosg.data.images import ImageDecoder, target_pixels
@@ -26,8 +28,17 @@ from megatron_kosmosg.models.diffusion import (
 )
 from megatron_kosmosg.parallel.layout import lone_layout
 from megatron_kosmosg.preprocess.latent_moments import LatentJob, cache_latents
+from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
 from megatron_kosmosg.score.loss import ColocatedScore
-from tests.support.data_helpers import break_image, build_dataset, overwrite_image, run_config
+from tests.support.data_helpers import (
+    break_image,
+    build_dataset,
+    encode_image,
+    overwrite_image,
+    run_config,
+    write_jsonl,
+    write_tokenizer,
+)
 from tests.support.tiny_models import (
     CONDITION_WIDTH,
     NUM_QUERIES,
@@ -129,6 +140,38 @@ def test_other_vae_transform_or_dataset_is_refused(folder, vae, tmp_path):
         LatentCache(changed, "latents", mark, TRANSFORM)
     with pytest.raises(ValueError, match="only caption, edit, compositional"):
         encode(SampleStore(build_dataset(tmp_path, "text", 2)), vae)
+
+
+def without_decoder(prefix: str) -> None:
+    """As a cache was written before decoders were noted."""
+    path = Path(f"{prefix}.latents.json")
+    stated = json.loads(path.read_text())
+    assert stated["source"].pop("decoder") == DECODER.description
+    path.write_text(json.dumps(stated))
+
+
+def test_a_cache_of_before_opens_with_a_note_unless_targets_are_transparent(tmp_path, vae, caplog):
+    mark = vae_fingerprint(vae)
+    prefix = build_dataset(tmp_path, "caption", 3)
+    assert encode(SampleStore(prefix), vae)
+    without_decoder(prefix)
+    with caplog.at_level("WARNING"):
+        cache = LatentCache(SampleStore(prefix), "latents", mark, TRANSFORM)
+    assert "does not say what decoded its targets" in caplog.text
+    assert cache.moments(2).shape == (2, 4, 8, 8)
+    with pytest.raises(ValueError, match="another decoder"):
+        encode(SampleStore(prefix), vae)
+    clear = Image.new("RGBA", (12, 12), (200, 30, 30, 255))
+    clear.putpixel((3, 3), (0, 0, 0, 0))
+    (tmp_path / "clear.png").write_bytes(encode_image(clear))
+    source = write_jsonl(tmp_path / "c.jsonl", [{"image": "clear.png", "caption": "a dog"}])
+    model, prefix = str(write_tokenizer(tmp_path)), str(tmp_path / "clear")
+    preprocess(PreprocessJob("caption", (str(source),), model, prefix), lambda *_: None)
+    assert encode(SampleStore(prefix), vae)
+    LatentCache(SampleStore(prefix), "latents", mark, TRANSFORM)
+    without_decoder(prefix)
+    with pytest.raises(InputError, match="made before transparent pixels .* became white"):
+        LatentCache(SampleStore(prefix), "latents", mark, TRANSFORM)
 
 
 def test_the_decoders_of_the_vae_do_not_matter_to_its_fingerprint(vae):
