@@ -115,7 +115,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("the image is animated")
     image.load()
     try:
-        turn = TURNS.get(image.getexif().get(0x112))
+        turn = TURNS.get(image.getexif().get(0x112, 1))
     except Exception:  # noqa: BLE001 - Pillow raises anything on a damaged note
         turn = None
     image = image if turn is None else image.transpose(turn)

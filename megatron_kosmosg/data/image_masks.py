@@ -25,7 +25,7 @@ def as_mask(image: Image.Image) -> Image.Image:
 def _one_channel(image: Image.Image) -> Image.Image:
     """ "L": the levels or labels as the file has them."""
     if image.has_transparency_data:
-        if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        if np.asarray(image.convert("RGBA").getchannel("A")).min() < 255:
             raise UnreadableImage("has transparency of its own", image.mode)
         if image.mode in ("RGBA", "LA"):
             image = image.convert(image.mode[:-1])

@@ -137,7 +137,7 @@ def turned(image: Image.Image, orientation: int) -> Image.Image:
 
 def turned_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
     """Of an image of `size` stored with this orientation, made upright."""
-    return size[::-1] if orientation in ON_ITS_SIDE else size
+    return (size[1], size[0]) if orientation in ON_ITS_SIDE else size
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

@@ -139,9 +139,11 @@ def _require_opaque(store: SampleStore, prefix: str, advice: str) -> None:
 
     Raises InputError where a target has such pixels, of up to NUM_LOOKED_AT spread evenly.
     """
+    prompts = store.sample_kind.instruct
+    assert prompts is not None, "a kind without targets has no cache"
     for index in range(0, len(store), -(-len(store) // NUM_LOOKED_AT)):
         raw = store[index]
-        if may_be_transparent(bytes(store.sample_kind.instruct.target(raw))):
+        if may_be_transparent(bytes(prompts.target(raw))):
             raise InputError(
                 f"{prefix} was made before transparent pixels of targets became white, and the "
                 f"target of sample {raw.info['key']} has some; delete {prefix}.json and {advice}"

@@ -217,7 +217,7 @@ def test_a_dataset_without_a_decodable_prompt_image_ends_by_name(tmp_path):
 
 
 class Failing:
-    """A library that fails in its own words, but for the small images that tell whether it works."""
+    """A library that fails in its words, but for the small images that tell whether it works."""
 
     def decode(self, images, transform):
         if len(images[0]) > 1500:
