@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from megatron_kosmosg import exit_codes
-from megatron_kosmosg.command_line import CommandParser
+from megatron_kosmosg.command_line import CommandParser, file_path
 from quickstart.progress import clock
 from quickstart.runner import Interrupted, Runner, StepFailed
 from quickstart.steps import plan
@@ -25,7 +25,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog="examples/quickstart.sh")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=file_path,
         default=REPOSITORY / "runs" / "quickstart",
         metavar="FOLDER",
         help="for everything that is made (runs/quickstart)",
