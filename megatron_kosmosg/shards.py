@@ -46,8 +46,9 @@ class ShardFolder:
             write_json(self._settings, settings)
             return
         before = json.loads(self._settings.read_text(encoding="utf-8"))
+        names = names or {}
         changed = [
-            _change((names or {}).get(name, name), before.get(name), settings.get(name))
+            _change(names[name] if name in names else name, before.get(name), settings.get(name))
             for name in sorted(before.keys() | settings.keys())
             if before.get(name) != settings.get(name)
         ]

@@ -34,7 +34,7 @@ class Counts:
     @staticmethod
     def of(stored: dict[str, Any]) -> Counts:
         """Of the fields as they come from JSON."""
-        reasons = {name: Counter(stored[name]) for name in ("rejects", "left_out")}
+        reasons: dict[str, Any] = {name: Counter(stored[name]) for name in ("rejects", "left_out")}
         return Counts(**(stored | reasons))
 
 

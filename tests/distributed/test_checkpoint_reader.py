@@ -90,7 +90,8 @@ def test_what_is_written_loads_like_any_checkpoint(tmp_path: Path, wanted) -> No
     )
     assert path.name == "iter_0000000" and checkpoint_folder.is_valid(path)
     total = sum(value.nbytes for value in wanted.values())
-    assert len(told) == len(wanted) and told[-1] == (total, total)
+    assert told[0] == (0, total) and told[-1] == (total, total)
+    assert len(told) == 1 + len(wanted)
     changed = dataclasses.replace(
         config, training=dataclasses.replace(config.training, seed=99)
     )  # other initial weights
