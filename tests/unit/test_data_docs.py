@@ -124,6 +124,8 @@ def test_reasons_of_the_page_are_reasons_of_the_tool():
         for path in sorted(folder.glob("*.py")):
             source.write(path.read_text(encoding="utf-8"))
     said = re.sub(r"\{\w+\}", "FIELD", source.getvalue())
+    # What is wrong with a file is said without its field's name.
+    of_images = "".join(path.read_text() for path in package.glob("data/image_*.py"))
     table = PAGE.split("## Bad records", 1)[1].split("\n## ", 1)[0]
     rows = [line for line in table.splitlines() if line.startswith("| ") and "`" in line]
     reasons = [reason for row in rows for reason in re.findall(r"`([^`]+)`", row.split(" | ")[1])]
@@ -133,4 +135,5 @@ def test_reasons_of_the_page_are_reasons_of_the_tool():
         if reason.startswith("--"):
             continue
         forms = {re.sub(rf"\b{field}\b", "FIELD", reason) for field in fields} | {reason}
-        assert any(form in said for form in forms), reason
+        is_of_an_image = f'"{reason.partition(" ")[2]}"' in of_images
+        assert is_of_an_image or any(form in said for form in forms), reason
