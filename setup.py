@@ -29,6 +29,8 @@ CORE = [
     "tensorboard",
     "tqdm",
     "filelock",
+    # Pages. torch needs it, too.
+    "jinja2>=3.1",
     "pillow>=12,<13",
     "einops",
     # megatron-core saves checkpoints with it and does not declare it.
@@ -80,8 +82,8 @@ setup(
     package_data={
         "megatron_kosmosg": ["configs/*.yaml", "py.typed"],
         "megatron_kosmosg.toy": ["assets/**"],
-        "megatron_kosmosg.inspection": ["page.css"],
-        "megatron_kosmosg.toy.report": ["page.css"],
+        "megatron_kosmosg.inspection": ["page.css", "page.html"],
+        "megatron_kosmosg.toy.report": ["page.css", "page.html"],
     },
     entry_points={"console_scripts": ["kosmosg = megatron_kosmosg.cli.main:start"]},
     install_requires=CORE,

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.launcher import as_typed, is_first_rank
+from megatron_kosmosg.terminal_text import printable_lines
 
 DTYPES = ("fp32", "bf16", "fp16")
 MAX_SEED = 2**64 - 1
@@ -101,12 +102,12 @@ def run(work: Callable[[], int], interrupted: str = "interrupted") -> int:
 def note(message: str) -> None:
     """On stderr, of one rank: all read the same arguments and settings."""
     if is_first_rank():
-        print(f"note: {message}", file=sys.stderr, flush=True)
+        print(f"note: {printable_lines(message)}", file=sys.stderr, flush=True)
 
 
 def report(message: str, code: int = exit_codes.BAD_INPUT) -> int:
     """Says on stderr what is wrong, in one line where the message is not a list; the code."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {printable_lines(message)}", file=sys.stderr, flush=True)
     return code
 
 

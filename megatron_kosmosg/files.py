@@ -18,6 +18,8 @@ from typing import IO, Any
 
 from filelock import FileLock
 
+from megatron_kosmosg.foreign_files import files_below
+
 logger = logging.getLogger(__name__)
 
 
@@ -180,11 +182,13 @@ def fingerprint(*paths: Path) -> str:
 
     Of every file the name, the size and samples of its bytes count, which takes a moment even for
     large models; training changes all weights, so that samples notice it. The location does not
-    count.
+    count. Raises ValueError for what is no file, and for more files than a model can have.
     """
     digest = hashlib.blake2b(digest_size=8)
     for path in paths:
-        for file in [path] if path.is_file() else _files(path):
+        for file in [path] if path.is_file() else sorted(files_below(path)):
+            if not file.is_file():
+                raise ValueError(f"{file} is no regular file")
             size = file.stat().st_size
             # A file given by itself may be renamed.
             name = "" if file == path else file.relative_to(path).as_posix()
@@ -192,14 +196,6 @@ def fingerprint(*paths: Path) -> str:
             _add_samples(file, size, digest)
         digest.update(b"|next|")
     return digest.hexdigest()
-
-
-def _files(folder: Path) -> list[Path]:
-    found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
-        found += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted(found)
 
 
 def _add_samples(path: Path, size: int, digest: hashlib.blake2b) -> None:

@@ -13,6 +13,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from megatron_kosmosg.terminal_text import printable_lines
+
 TERMINAL_SECONDS, LOG_SECONDS = 0.2, 30.0
 """Least time between two states of the bar, and between two lines."""
 
@@ -69,7 +71,8 @@ class Progress:
             self.close()
 
     def say(self, text: str) -> None:
-        """A line on stdout, above the bar."""
+        """Lines on stdout, above the bar; control characters in them are spelt out."""
+        text = printable_lines(text)
         if isinstance(self._display, _Bar):
             _QuietBar.write(text, file=sys.stdout)
         else:

@@ -29,6 +29,7 @@ from megatron_kosmosg.evaluation.registry import build_evaluators, check_evaluat
 from megatron_kosmosg.launcher import find_place, is_first_rank
 from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
 from megatron_kosmosg.stages import build_stage, stage_facts
+from megatron_kosmosg.terminal_text import printable_lines
 
 DESCRIPTION = """\
 Trains one stage (pretrain, align or instruct) of KOSMOS-G. Start it with `kosmosg launch` or srun,
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.dry_run:
             from megatron_kosmosg.planning.dry_run import describe
 
-            print(describe(config))
+            print(printable_lines(describe(config)))
             return exit_codes.DONE
         if parsed.config is not None:
             refuse_to_overwrite(

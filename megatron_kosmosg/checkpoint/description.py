@@ -126,18 +126,14 @@ core_strategies._get_filesystem_reader = lambda checkpoint_dir, cache_metadata=F
 core_strategies.MCoreLoadPlanner = DataPlanner
 
 
-# Megatron-Core makes its reader and planner itself and has no place to hand in others.
-core_strategies._get_filesystem_reader = lambda checkpoint_dir, cache_metadata=False: (
-    DescriptionReader(checkpoint_dir)
-)
-core_strategies.MCoreLoadPlanner = DataPlanner
-
-
 class _NotData(Exception):
     """Says what a pickle named."""
 
 
-_DAMAGE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, MemoryError)
+_DAMAGE = (
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError),
+    *(MemoryError, RecursionError),
+)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.files import begin_folder, finish_folder, remove, remove_folder
+from megatron_kosmosg.foreign_files import inside, read_json
 
 COMPLETE_FILE = "complete.json"
 CONFIG_FILE = "config.yaml"
@@ -63,14 +64,16 @@ def damage(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint, None if they are those that `complete.json`
     lists. Checkpoints of before there were digests are whole by their sizes."""
     try:
-        listing = json.loads((folder / COMPLETE_FILE).read_text())
-        sizes, digests = listing["files"], listing.get("digests", {})
-    except (OSError, ValueError, KeyError):
+        listing = read_json(folder / COMPLETE_FILE)
+        sizes, digests = dict(listing["files"]), dict(listing.get("digests", {}))
+        paths = {name: inside(folder, name) for name in sizes}
+        missing = [name for name, path in paths.items() if not path.is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{COMPLETE_FILE} is missing or damaged"
+    if missing:
+        return f"{missing[0]} is missing"
     for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
+        path = paths[name]
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes of {size}"
         if name in digests and _digest(path) != digests[name]:

@@ -31,6 +31,13 @@ _ARRAYS = [
 ]
 
 
+_DAMAGE = (
+    *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile),
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError),
+)
+"""What torch raises for a file that is cut short or changed."""
+
+
 def read_common(folder: Path) -> dict[str, Any]:
     """The state that all ranks share. Raises ConfigError if it is not plain data."""
     path = folder / COMMON_FILE
@@ -38,7 +45,7 @@ def read_common(folder: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             check_archive(file, path.stat().st_size)
             found = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise ConfigError(f"{path} cannot be read as plain data: {_short(error)}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds a {type(found).__name__}, not the state of a run")

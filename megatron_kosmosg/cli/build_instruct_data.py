@@ -22,6 +22,7 @@ from megatron_kosmosg.command_line import (
     share,
     some_text,
 )
+from megatron_kosmosg.terminal_text import printable_lines
 
 if TYPE_CHECKING:
     from megatron_kosmosg.construction.rows import StepFolder
@@ -162,7 +163,7 @@ def _build(args: argparse.Namespace) -> int:
     if built.report is None:
         print("this process's share is done, others still work")
         return exit_codes.DONE
-    print(built.report.text())
+    print(printable_lines(built.report.text()))
     if built.records is None:
         print(f"stopped before the next step as asked; {args.output} can be looked at")
         return exit_codes.DONE

@@ -18,6 +18,7 @@ from megatron_kosmosg.command_line import (
     report,
     run,
 )
+from megatron_kosmosg.terminal_text import printable
 
 EPILOG = """\
 `instruct` then takes the moments instead of decoding and encoding the images each time:
@@ -123,7 +124,8 @@ def _cache(args: argparse.Namespace) -> int:
         state = "this rank's share is done, others still work"
         if cached.is_complete:
             state = "complete"
-        print(f"{prefix}.{args.name}: {state}; {cached.bad.text(len(job.store))}", flush=True)
+        said = f"{prefix}.{args.name}: {state}; {cached.bad.text(len(job.store))}"
+        print(printable(said), flush=True)
     return exit_codes.DONE
 
 

@@ -25,6 +25,7 @@ from megatron_kosmosg.command_line import (
     number_from_zero,
     run,
 )
+from megatron_kosmosg.terminal_text import printable_lines
 
 if TYPE_CHECKING:
     import torch
@@ -150,9 +151,9 @@ def _convert(args: argparse.Namespace) -> int:
     try:
         lines = args.work(args)
     except Different as error:
-        print(error)
+        print(printable_lines(error))
         return exit_codes.MISSED
-    print("\n".join(lines))
+    print(printable_lines("\n".join(lines)))
     return exit_codes.DONE
 
 

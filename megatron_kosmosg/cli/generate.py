@@ -6,7 +6,6 @@ Long because it is a help page, and what its options say in the terms of inferen
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,9 @@ from megatron_kosmosg.command_line import (
     positive_int,
     report,
     run,
+    some_text,
 )
+from megatron_kosmosg.foreign_files import parse_json
 from megatron_kosmosg.inference.noise_schedules import SAVED, SCHEDULERS
 
 if TYPE_CHECKING:
@@ -46,9 +47,10 @@ examples:
       --prompts prompts.jsonl --scheduler dpm++ --steps 100 --guidance-scale 7.5 --output pictures
 
 A JSONL record is {"prompt": "<image> in snow", "images": ["cat.png"]} or {"content": [{"text": ..}
-or {"image": ..}, ...]}, pictures named relative to the file. Optional fields: id (names the
-pictures ID-0.png, ID-1.png, ..; the line's number if absent), negative_prompt, seed, num_images,
-steps, guidance, height, width, control_image. Drawing options are the defaults of all records.
+or {"image": ..}, ...]}, pictures named relative to the file, in its folder or --image-root.
+Optional fields: id (names the pictures ID-0.png, ID-1.png, ..; the line's number if absent),
+negative_prompt, seed, num_images, steps, guidance, height, width, control_image. Drawing options
+are the defaults of all records.
 
 The same command continues an interrupted run. A picture is drawn again only if something that
 decides how it looks has changed. Ranks (launch or srun) share the records; the pictures are the
@@ -81,6 +83,12 @@ def build_parser() -> CommandParser:
         default=[],
         metavar="FILE",
         help="of --prompt; repeatable",
+    )
+    parser.add_argument(
+        "--image-root",
+        type=some_text,
+        metavar="DIR",
+        help="where pictures of --prompts may lie besides the folder of that file",
     )
     parser.add_argument(
         "--output", type=file_path, required=True, metavar="FOLDER", help="for pictures"
@@ -153,6 +161,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--image belongs to --prompt; --content and --prompts name their pictures")
     if args.lora_scale and len(args.lora_scale) != len(args.lora):
         parser.error(f"{len(args.lora_scale)} --lora-scale for {len(args.lora)} --lora")
+    if args.image_root and args.prompts is None:
+        parser.error("--image-root belongs to --prompts, whose pictures it allows")
     if args.control_image and not args.controlnet:
         parser.error("--control-image needs --controlnet")
     return args
@@ -209,13 +219,16 @@ def _records(args: argparse.Namespace) -> list[PromptRecord]:
     )
 
     if args.prompts is not None:
-        return read_records(args.prompts)
+        if args.image_root is not None and not Path(args.image_root).is_dir():
+            raise PromptError(f"--image-root {args.image_root} is not a folder")
+        root = None if args.image_root is None else Path(args.image_root)
+        return read_records(args.prompts, root)
     if args.prompt is not None:
         content = split_prompt(args.prompt, args.image, "--prompt")
     else:
         try:
-            listed = json.loads(args.content)
-        except json.JSONDecodeError as error:
+            listed = parse_json(args.content)
+        except ValueError as error:
             raise PromptError(f"--content is not JSON: {error}") from error
         content = interleaved_content(listed, Path(), "--content")
     return [PromptRecord(None, content, DrawingOptions(seed=args.seed))]

@@ -20,6 +20,7 @@ from megatron_kosmosg.command_line import (
     positive_int,
     run,
 )
+from megatron_kosmosg.terminal_text import printable, printable_lines
 
 EPILOG = """\
 Prints the manifest, length distributions and token statistics, and writes one self-contained HTML
@@ -84,7 +85,7 @@ def _inspect(args: argparse.Namespace) -> int:
         config = inspection_config(args.prefix, args.config, model, args.seed, scratch)
         store, tokenizer = SampleStore(args.prefix), Tokenizer(config.data.tokenizer_model)
         store.check_tokenizer(tokenizer)
-        print(summary_text(store, tokenizer, args.seed))
+        print(printable_lines(summary_text(store, tokenizer, args.seed)))
         if not args.no_page:
             path = args.output or Path(f"{args.prefix}.html")
             files = [] if args.config is None else config_files(args.config)
@@ -98,7 +99,7 @@ def _inspect(args: argparse.Namespace) -> int:
             problems += 1
             if problems <= args.max_shown:
                 at = "dataset" if problem.index is None else f"{problem.index} ({problem.key})"
-                progress.say(f"{at}: {problem.reason}")
+                progress.say(printable(f"{at}: {problem.reason}"))
     print(f"check: {len(store):,} samples, {problems:,} problems")
     return exit_codes.FAILURE if problems else exit_codes.DONE
 

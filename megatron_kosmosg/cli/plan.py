@@ -19,6 +19,7 @@ from megatron_kosmosg.command_line import (
 )
 from megatron_kosmosg.files import write_text
 from megatron_kosmosg.planning.gpus import GPUS
+from megatron_kosmosg.terminal_text import printable_lines
 
 EPILOG = """\
 One model shard of every kind of rank is built for real, on torch's meta device. Times are a model:
@@ -96,10 +97,10 @@ def _plan(args: argparse.Namespace) -> int:
         plan, found, facts["search"] = search_plan(
             config, world_size, gpu, efficiency, notes, args.top
         )
-        print(found + "\n")
+        print(printable_lines(found) + "\n")
     else:
         plan = make_plan(config, world_size, gpu, efficiency, notes)
-    print(to_text(plan))
+    print(printable_lines(to_text(plan)))
     if args.json is not None:
         write_text(args.json, json.dumps(to_json(plan) | facts, indent=2) + "\n")
     if args.svg is not None:

@@ -27,6 +27,7 @@ from megatron_kosmosg.preprocess.options import (
     VERIFICATIONS,
     Options,
 )
+from megatron_kosmosg.terminal_text import printable_lines
 
 if TYPE_CHECKING:
     from megatron_kosmosg.preprocess.run import PreprocessJob
@@ -180,7 +181,7 @@ def _preprocess(args: argparse.Namespace) -> int:
     except TooManyRejects as error:
         return report(str(error), exit_codes.MISSED)
     if workers.is_leader:
-        print(summary(made.counts))
+        print(printable_lines(summary(made.counts)))
         if made.counts.verified:
             print(f"{verification(made.counts)}: --verify-images {args.verify_images}")
         print(f"{args.output_prefix}: {args.kind}, {made.seconds:.1f} s")

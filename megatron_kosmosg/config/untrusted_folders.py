@@ -8,12 +8,12 @@ library opens the folder.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_kosmosg.config.errors import ConversionError
+from megatron_kosmosg.foreign_files import read_json
 
 INDEX_FILE = "model_index.json"
 
@@ -101,8 +101,8 @@ def _items(content: Any) -> Iterator[tuple[str, Any]]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise ConversionError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a {type(content).__name__}, not a JSON object")

@@ -8,12 +8,18 @@ needs: `caption`; `entities` with `text` and perhaps `span`, or plain strings; t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_kosmosg.construction.sources import plain_key
 from megatron_kosmosg.data.kinds.record import Rejected
+from megatron_kosmosg.foreign_files import (
+    MAX_JSON_BYTES,
+    OutsideFolder,
+    inside,
+    parse_json,
+    read_file,
+)
 
 KEY_NAMES = ("key", "image_id")
 
@@ -21,13 +27,18 @@ KEY_NAMES = ("key", "image_id")
 class Annotations:
     """A file of annotations, indexed by key; of several lines for a picture the first counts."""
 
-    def __init__(self, path: Path) -> None:
-        """Reads the file once. Raises ValueError, naming the line, where it cannot be used."""
+    def __init__(self, path: Path, image_root: str | None = None) -> None:
+        """Reads the file once. Raises ValueError, naming the line, where it cannot be used.
+
+        image_root: where masks may lie besides the folder of the file.
+        """
         self.path = path
+        self._also = None if image_root is None else Path(image_root)
         self._offsets: dict[str, int] = {}
         offset = 0
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            lines = iter(lambda: file.readline(MAX_JSON_BYTES + 1), b"")
+            for number, line in enumerate(lines, start=1):
                 if line.strip():
                     key = plain_key(_key(_parse(line, f"{path}:{number}"), f"{path}:{number}"))
                     self._offsets.setdefault(key, offset)
@@ -42,19 +53,22 @@ class Annotations:
             raise Rejected(f"not in {self.path.name}", f"a key there is {example!r}")
         with self.path.open("rb") as file:
             file.seek(self._offsets[key])
-            return _parse(file.readline(), str(self.path))
+            return _parse(file.readline(MAX_JSON_BYTES + 1), str(self.path))
 
     def file(self, name: str) -> bytes:
-        """A file that an annotation names. Raises Rejected."""
+        """A file that an annotation names. Raises Rejected, also where it lies elsewhere."""
         try:
-            return (self.path.parent / name).read_bytes()
-        except (OSError, ValueError) as error:
+            return read_file(inside(self.path.parent, name, self._also))
+        except OutsideFolder as error:
+            detail = f"{error}; --image-root FOLDER allows one more"
+            raise Rejected("mask lies outside the folder of the annotations", detail) from None
+        except (OSError, ValueError, TypeError) as error:
             raise Rejected("mask cannot be read", f"{name}: {error}") from error
 
 
 def _parse(line: bytes, place: str) -> dict[str, Any]:
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
     except ValueError as error:
         raise ValueError(f"{place} is not JSON: {error}") from error
     if not isinstance(fields, dict):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_kosmosg.config.untrusted_folders import check_model_config
+from megatron_kosmosg.foreign_files import read_json
 
 Loaded = TypeVar("Loaded")
 CONFIG_FILE = "config.json"
@@ -16,7 +16,7 @@ CONFIG_FILE = "config.json"
 def model_type(folder: Path) -> str:
     """What config.json calls the model. Raises ValueError where the folder is no model's."""
     try:
-        return str(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_type"])
+        return str(read_json(folder / CONFIG_FILE)["model_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} is not a model folder of transformers: {CONFIG_FILE}: {error}"

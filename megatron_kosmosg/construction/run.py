@@ -233,7 +233,7 @@ class _Origins:
     def _annotations(self, given: str) -> Annotations:
         path = Path(given).resolve()
         if path not in self._files:
-            self._files[path] = Annotations(path)
+            self._files[path] = Annotations(path, self._job.options.image_root)
         return self._files[path]
 
     def _open_captioner(self) -> Captioner:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_kosmosg import foreign_files
 from megatron_kosmosg.config.errors import ConversionError
 
 
@@ -14,8 +15,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConversionError(f"no {path}; is this the folder of an exported model?")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = foreign_files.read_json(path)
+    except (OSError, ValueError) as error:
         raise ConversionError(f"{path} is no JSON file: {error}") from None
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a {type(content).__name__}, not a JSON object")

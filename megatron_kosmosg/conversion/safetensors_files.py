@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion.tensors import TensorInfo, TensorSource, in_files, num_bytes
+from megatron_kosmosg.foreign_files import inside, read_json
 from megatron_kosmosg.progress import ProgressCallback
 
 MAX_SHARD_BYTES = 2_000_000_000
@@ -122,11 +123,11 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
             raise ConversionError(f"{folder} has no {single.name} and no {index.name}")
         return [single]
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    except (ValueError, KeyError, AttributeError) as error:
+        names = read_json(index)["weight_map"].values()
+        files = [inside(folder, name) for name in dict.fromkeys(names)]
+        missing = [path.name for path in files if not path.is_file()]
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         raise ConversionError(f"{index} is no index of shards: {error!r}") from None
-    files = [folder / name for name in dict.fromkeys(names)]
-    missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise ConversionError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
     return files

@@ -10,11 +10,13 @@ from __future__ import annotations
 import collections
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_kosmosg.checkpoint.plain_data import check_archive
 from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion.tensors import TensorInfo
 
@@ -73,14 +75,25 @@ def load_lazily(path: Path, *, trust: bool = False) -> Any:
     trust: also rebuild Python objects other than tensors and plain containers.
     Raises ConversionError for a file that is not whole, is of another kind, or needs `trust`.
     """
-    _check_kind(path)
     try:
-        archive = zipfile.ZipFile(path)
-        (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl")
-    except (zipfile.BadZipFile, ValueError) as error:
+        _check_kind(path)
+        return _load(path, trust)
+    except ConversionError:
+        raise
+    except _DAMAGE as error:
         raise ConversionError(
-            f"{path} is a zip archive, but not one of torch.save: {error}"
+            f"{path} is a zip archive, but not one of torch.save, or a damaged one: {error}"
         ) from None
+
+
+def _load(path: Path, trust: bool) -> Any:
+    try:
+        with path.open("rb") as file:
+            check_archive(file, path.stat().st_size)
+    except pickle.UnpicklingError as error:
+        raise ConversionError(f"{path} is packed, and torch.save does not pack: {error}") from None
+    archive = zipfile.ZipFile(path)
+    (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl")
     root = name.removesuffix("data.pkl")
     if f"{root}constants.pkl" in archive.namelist():
         raise ConversionError(
@@ -119,6 +132,11 @@ def _check_kind(path: Path) -> None:
     raise ConversionError(f"{path} is not a file of torch.save: it begins with {start!r}")
 
 
+_DAMAGE = (KeyError, EOFError, OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What reading a record of a damaged archive raises."""
+_BYTE_ARRAY = pickle.BYTEARRAY8[0]
+
+
 class _Storage:
     """A flat block of numbers in the archive."""
 
@@ -132,7 +150,7 @@ class _Storage:
             with self._archive.open(self._record) as stream:
                 if stream.readinto(flat.view(torch.uint8).numpy()) != size:
                     raise EOFError("the record is shorter than the index says")
-        except (KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+        except _DAMAGE as error:
             raise self.damaged(error) from None
         return flat
 
@@ -144,7 +162,13 @@ class _Storage:
 
 
 def _rebuild_tensor(storage, offset, size, stride, *unused) -> LazyTensor:
+    if not (isinstance(storage, _Storage) and _are_counts([offset, *size, *stride])):
+        raise pickle.UnpicklingError("a tensor is described as none can be")
     return LazyTensor(storage, offset, size, stride)
+
+
+def _are_counts(values: list[Any]) -> bool:
+    return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
 def _rebuild_parameter(data, *unused) -> LazyTensor:
@@ -174,8 +198,16 @@ _DTYPES = {
 """What each storage class holds."""
 
 
-class _Unpickler(pickle.Unpickler):
-    """Rebuilds tensors lazily; refuses every other class unless trusted."""
+class _Unpickler(pickle._Unpickler):
+    """Rebuilds tensors lazily; refuses every other class unless trusted.
+
+    Python's own, which takes memory as the pickle grows; the one in C takes, for an entry of a few
+    bytes, as much as that asks for. So would BYTEARRAY8, which torch.save does not write.
+    """
+
+    dispatch = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != _BYTE_ARRAY
+    }
 
     def __init__(
         self, stream: Any, path: Path, archive: zipfile.ZipFile, root: str, trust: bool
@@ -185,7 +217,7 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, saved_id: tuple) -> _Storage:
         kind, storage_type, key = saved_id[:3]
-        if kind != "storage":
+        if kind != "storage" or not isinstance(storage_type, torch.dtype):
             raise ConversionError(f"{self._path} refers to {kind!r}, which is not a tensor")
         return _Storage(self._path, self._archive, f"{self._root}data/{key}", storage_type)
 

@@ -8,7 +8,6 @@ from; anything else is refused.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import asdict, dataclass, field
@@ -20,9 +19,11 @@ from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.data.image_headers import may_be_transparent
 from megatron_kosmosg.data.image_types import ImageTransform
 from megatron_kosmosg.data.index_file import write_index
+from megatron_kosmosg.data.manifest import check_fields
 from megatron_kosmosg.data.mapped_sequences import MappedSequences
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.files import open_itself, replacing, write_json
+from megatron_kosmosg.foreign_files import read_json
 
 MOMENTS, NO_MOMENTS = 3, 4
 """Modes of a part: moments, or filling for a target that could not be decoded."""
@@ -32,6 +33,8 @@ NUM_LOOKED_AT = 4096
 """Targets of a dataset whose headers are read to tell whether an old cache may be used."""
 
 logger = logging.getLogger(__name__)
+MAX_SIDE = 1 << 12
+"""Of moments, in any direction."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,20 @@ class LatentManifest:
     def read(path: Path) -> LatentManifest:
         """The manifest at `path`. Raises InputError for another version or a broken file."""
         try:
-            fields = json.loads(path.read_text())
+            fields = read_json(path)
             if fields["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format version {fields['format_version']}")
+            check_fields(fields, LatentManifest)
+            check_fields(fields["source"], LatentSource)
+            shape = fields["shape"]
+            if [type(side) for side in shape] != [int] * 4 or not all(
+                0 < side <= MAX_SIDE for side in shape
+            ):
+                raise ValueError(f"shape {str(shape)[:80]} is none of moments")
+            if not all(isinstance(text, str) for text in fields.get("first_bad", [])):
+                raise ValueError("first_bad is no list of texts")
             return LatentManifest(**(fields | {"source": LatentSource(**fields["source"])}))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise InputError(f"{path} is not a readable manifest: {error}") from error
 
 

@@ -5,16 +5,20 @@ Read without torch, as plans are made where the data may be but no accelerator i
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_kosmosg.config.errors import ConfigError, InputError
 from megatron_kosmosg.config.schema import BlendEntry
 from megatron_kosmosg.data.kinds.text import TEXT
 from megatron_kosmosg.files import write_json
+from megatron_kosmosg.foreign_files import parse_json, read_file, read_json
 
 FORMAT_VERSION = 1
+LONGEST = 1000
+"""Characters of a text in a manifest."""
 LARGEST = 1 << 20
 """Bytes; manifests are far smaller, corpora of one JSON value are not read whole."""
 
@@ -42,19 +46,30 @@ class Manifest:
     def read(path: Path) -> Manifest:
         """The manifest at `path`. Raises InputError for another format version or broken file."""
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = read_json(path)
             version = fields["format_version"]
             if version != FORMAT_VERSION:
                 raise ValueError(f"format version {version}, this code reads {FORMAT_VERSION}")
+            check_fields(fields, Manifest)
             return Manifest(**fields)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise InputError(f"{path} is not a readable manifest: {error}") from error
+
+
+def check_fields(fields: dict[str, Any], manifest: type) -> None:
+    """Raises ValueError where a text or a count of a manifest is something else, or impossible."""
+    for field in dataclasses.fields(manifest):
+        value = fields.get(field.name, "" if field.type == "str" else 0)
+        if field.type == "str" and not (isinstance(value, str) and len(value) <= LONGEST):
+            raise ValueError(f"{field.name} is no text of up to {LONGEST} characters")
+        if field.type == "int" and (type(value) is not int or not 0 <= value < 1 << 63):
+            raise ValueError(f"{field.name} is no count: {str(value)[:40]}")
 
 
 def is_manifest(path: Path) -> bool:
     """Whether that is the manifest of a dataset, or of a cache beside one, of any version."""
     try:
-        fields = json.loads(path.read_bytes()) if path.stat().st_size <= LARGEST else None
+        fields = parse_json(read_file(path, LARGEST))
     except (OSError, ValueError):
         return False
     return isinstance(fields, dict) and {"format_version", "num_samples"} <= fields.keys()

@@ -11,6 +11,7 @@ PREFIX.sentences.npy, PREFIX.sentence_offsets.npy  see sentences.py (kinds that 
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,9 @@ from megatron_kosmosg.data.stored_sample import (
     strip_document_end,
 )
 from megatron_kosmosg.data.tokenizer import Tokenizer
+
+_DAMAGE = (AssertionError, ValueError, KeyError, TypeError, OverflowError, struct.error)
+"""What Megatron raises for an index that it cannot read."""
 
 
 class SampleStore:
@@ -56,7 +60,13 @@ class SampleStore:
             self.sample_kind = find_kind(self.manifest.kind) if self.manifest else TEXT
         except InputError as error:
             raise InputError(f"{manifest_path(prefix)}: {error}") from None
-        self._data = MappedSequences(self.prefix, not self.sample_kind.is_plain_text)
+        try:
+            self._data = MappedSequences(self.prefix, not self.sample_kind.is_plain_text)
+        except _DAMAGE as error:
+            raise InputError(
+                f"{prefix}.idx is no whole index of a Megatron dataset ({error!r}); preprocess the "
+                "dataset again"
+            ) from None
         self._documents = self._data.document_indices
         self._fingerprint: str | None = None
         self._check()
@@ -141,7 +151,18 @@ class SampleStore:
         return np.concatenate([np.zeros((0, 2), np.int32), *tables]), offsets
 
     def _check(self) -> None:
-        index = self._data.index
+        index, documents = self._data.index, self._documents
+        is_in_order = (
+            len(documents) > 0
+            and documents[0] == 0
+            and documents[-1] == len(index)
+            and bool((documents[1:] >= documents[:-1]).all())
+            and index.sequence_lengths.min(initial=0) >= 0
+        )
+        if not is_in_order:
+            raise InputError(
+                f"{self.prefix}.idx is damaged: its documents do not follow each other"
+            )
         item = np.dtype(index.dtype).itemsize
         needed = int(index.sequence_lengths.astype(np.int64).sum()) * item
         stored = Path(f"{self.prefix}.bin").stat().st_size

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_kosmosg.foreign_files import parse_json
+
 if TYPE_CHECKING:  # help texts list the kinds of samples, without numpy
     import numpy as np
 
@@ -54,12 +56,17 @@ class RawSample:
 
     @staticmethod
     def of_bytes(stored: Iterable[tuple[np.ndarray, int]]) -> RawSample:
-        """The sample whose parts are `stored`: uint8 bytes and mode of each, in order."""
+        """The sample whose parts are `stored`: uint8 bytes and mode of each, in order.
+
+        Raises ValueError for parts that are damaged.
+        """
         info: dict[str, Any] = {}
         parts, modes = [], []
         for data, mode in stored:
             if mode == JSON:
-                info = json.loads(data.tobytes())
+                info = parse_json(data.tobytes())
+                if not isinstance(info, dict):
+                    raise ValueError("its JSON part is no object")
             else:
                 parts.append(data.view(TOKEN_TYPE) if mode == TOKENS else data)
                 modes.append(int(mode))

@@ -1,7 +1,7 @@
 """What is asked for: words and pictures in order, with settings of their own; one or a JSONL file.
 
 A JSONL record is an object with these fields, all but the prompt optional; pictures are named
-relative to the folder of the file:
+relative to the folder of the file, and lie in it:
   prompt           words, with `<image>` where a picture goes; needs as many `images`
   images           list of files
   content          instead of the two: [{"text": ..} or {"image": file}, ...], where words are
@@ -22,16 +22,24 @@ from typing import Any
 
 from PIL import Image
 
+from megatron_kosmosg.command_line import MAX_SEED
 from megatron_kosmosg.data.image_reading import read_image
 from megatron_kosmosg.data.image_types import UnreadableImage
 from megatron_kosmosg.data.tokenizer import IMAGE as PLACEHOLDER
+from megatron_kosmosg.foreign_files import OutsideFolder, inside, parse_json, read_file
 
 Part = str | Path
 """Words, or the file of a picture."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
-_WHOLE_NUMBERS = {"seed": 0, "num_images": 1, "steps": 1, "height": 1, "width": 1}
-"""Fields that hold a whole number, and the smallest."""
+_WHOLE_NUMBERS = {
+    "seed": (0, MAX_SEED),
+    "num_images": (1, 10_000),
+    "steps": (1, 10_000),
+    "height": (1, 16_384),
+    "width": (1, 16_384),
+}
+"""Fields that hold a whole number, the smallest and the largest."""
 _PROMPT_FIELDS = ("prompt", "images", "content")
 
 
@@ -80,10 +88,13 @@ OPTION_FIELDS = tuple(option.name for option in fields(DrawingOptions))
 RECORD_FIELDS = ("id", *_PROMPT_FIELDS, *OPTION_FIELDS)
 
 
-def read_records(path: Path) -> list[PromptRecord]:
-    """The records of a JSONL file. Raises PromptError for the first bad one, naming its line."""
+def read_records(path: Path, image_root: Path | None = None) -> list[PromptRecord]:
+    """The records of a JSONL file. Raises PromptError for the first bad one, naming its line.
+
+    image_root: where pictures may lie besides the folder of the file.
+    """
     try:
-        lines = path.read_bytes().decode("utf-8").splitlines()
+        lines = read_file(path).decode("utf-8").splitlines()
     except FileNotFoundError:
         raise PromptError(f"no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -95,10 +106,10 @@ def read_records(path: Path) -> list[PromptRecord]:
             continue
         place = f"{path.name}:{number}"
         try:
-            given = json.loads(line)
-        except json.JSONDecodeError as error:
+            given = parse_json(line)
+        except ValueError as error:
             raise PromptError(f"{place}: not JSON ({error})") from error
-        record = parse_record(given, path.parent, place, f"{number:06d}")
+        record = parse_record(given, path.parent, place, f"{number:06d}", image_root)
         # Some file systems take "Cat" and "cat" for the same name.
         earlier = seen.setdefault(record.id.casefold(), number)
         if earlier != number:
@@ -109,8 +120,11 @@ def read_records(path: Path) -> list[PromptRecord]:
     return records
 
 
-def parse_record(given: Any, folder: Path, place: str, default_id: str) -> PromptRecord:
-    """The record of a JSON object; `place` names it in errors."""
+def parse_record(
+    given: Any, folder: Path, place: str, default_id: str, image_root: Path | None = None
+) -> PromptRecord:
+    """The record of a JSON object; `place` names it in errors. Its pictures lie in `folder`, by
+    their names relative to it, or in `image_root`."""
     if not isinstance(given, dict):
         raise PromptError(f"{place}: a record is a JSON object, not {_short(given)}")
     for name in given:
@@ -131,7 +145,22 @@ def parse_record(given: Any, folder: Path, place: str, default_id: str) -> Promp
         content = interleaved_content(given["content"], folder, place)
     else:
         content = _placeholder_content(given["prompt"], given.get("images", []), folder, place)
-    return PromptRecord(name, content, _options(given, folder, place))
+    record = PromptRecord(name, content, _options(given, folder, place))
+    for picture in (*record.images, record.options.control_image):
+        if picture is not None:
+            _check_place(picture, folder, place, image_root)
+    return record
+
+
+def _check_place(picture: Path, folder: Path, place: str, image_root: Path | None) -> None:
+    named = picture.relative_to(folder) if picture.is_relative_to(folder) else picture
+    try:
+        inside(folder, str(named), image_root)
+    except OutsideFolder:
+        raise PromptError(
+            f"{place}: {picture} lies outside the folder of the file; --image-root "
+            f"{picture.resolve().parent} allows that one, too"
+        ) from None
 
 
 def interleaved_content(given: Any, folder: Path, place: str) -> tuple[Part, ...]:
@@ -179,11 +208,12 @@ def split_prompt(prompt: str, images: Sequence[Path], place: str) -> tuple[Part,
 
 def _options(given: Mapping[str, Any], folder: Path, place: str) -> DrawingOptions:
     values = {name: given[name] for name in OPTION_FIELDS if given.get(name) is not None}
-    for name, smallest in _WHOLE_NUMBERS.items():
+    for name, (smallest, largest) in _WHOLE_NUMBERS.items():
         value = values.get(name, smallest)
-        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+        if type(value) is not int or not smallest <= value <= largest:
             raise PromptError(
-                f"{place}: {name} is a whole number from {smallest} up, not {_short(value)}"
+                f"{place}: {name} is a whole number from {smallest} to {largest}, not "
+                f"{_short(value)}"
             )
     guidance = values.get("guidance", 1.0)
     if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or guidance < 0:
@@ -199,7 +229,7 @@ def _options(given: Mapping[str, Any], folder: Path, place: str) -> DrawingOptio
 def open_picture(path: Path) -> Image.Image:
     """The RGB picture of a file, upright. Raises PromptError if it cannot be decoded."""
     try:
-        return read_image(path.read_bytes())
+        return read_image(read_file(path))
     except FileNotFoundError:
         raise PromptError(f"no picture {path}") from None
     except (OSError, UnreadableImage) as error:

@@ -6,7 +6,6 @@ given, or it is not on this machine, Stable Diffusion v1.5's sizes stand in for 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,9 @@ from typing import NamedTuple
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_kosmosg.config.errors import InputError
+from megatron_kosmosg.foreign_files import read_json
 
 SD_V1_5_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SD_V1_5_VAE = {
@@ -65,14 +67,17 @@ def clip_text_shape(path: str | None) -> TextShape:
     config_file = Path(path or "") / "text_encoder" / "config.json"
     if path is None or not config_file.is_file():
         return CLIP_VIT_L_TEXT
-    sizes = json.loads(config_file.read_text())
-    return TextShape(
-        num_layers=sizes["num_hidden_layers"],
-        width=sizes["hidden_size"],
-        ffn_width=sizes["intermediate_size"],
-        positions=sizes["max_position_embeddings"],
-        vocab_size=sizes["vocab_size"],
-    )
+    try:
+        sizes = read_json(config_file)
+        return TextShape(
+            num_layers=int(sizes["num_hidden_layers"]),
+            width=int(sizes["hidden_size"]),
+            ffn_width=int(sizes["intermediate_size"]),
+            positions=int(sizes["max_position_embeddings"]),
+            vocab_size=int(sizes["vocab_size"]),
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{config_file} is no text encoder's: {error!r}") from error
 
 
 def score_flops(

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.config.errors import ConfigError, InputError
 from megatron_kosmosg.data.bad_images import TooManyBadImages
+from megatron_kosmosg.terminal_text import printable_lines
 
 FAILURE_FILE = "failure.txt"
 
@@ -45,6 +46,7 @@ def report_failure(folder: Path, rank: int, error: BaseException, started: float
     forget_failure(folder, started)  # the rank that does so at the start may not have come to it
     full = f"rank {rank} failed:\n" + "".join(traceback.format_exception(error))
     shown = f"error: {str(error) or type(error).__name__}" if _explains_itself(error) else full
+    shown = printable_lines(shown)
     path = folder / FAILURE_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_kosmosg.data.kinds.kind import SampleKind
+from megatron_kosmosg.foreign_files import OutsideFolder, inside, read_json
 from megatron_kosmosg.preprocess.jsonl import JsonlReader
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.parquet import ParquetReader
@@ -162,16 +163,22 @@ def _open_listing(path: Path, format_: str) -> list[Input]:
         )
     root = path.parent.parent
     folder = root / "data" if (root / "data").is_dir() else root
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"--input {path} lists {missing[0]}, which is not in {folder}")
-    return [Input(folder / name, "tsv") for name in names]
+    files = [_listed(folder, name, path) for name in names]
+    return [Input(file, "tsv") for file in files]
+
+
+def _listed(folder: Path, name: Any, listing: Path) -> Path:
+    with suppress(OutsideFolder):
+        file = inside(folder, str(name))
+        if file.is_file():
+            return file
+    raise ValueError(f"--input {listing} lists {name}, which is not in {folder}")
 
 
 def _list_of_objects(path: Path) -> list[dict[str, Any]]:
     try:
-        entries = json.loads(path.read_bytes())
-    except ValueError as error:
+        entries = read_json(path)
+    except (ValueError, OSError) as error:
         raise ValueError(f"--input {path} begins like a JSON list and is none: {error}") from error
     if not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_kosmosg.data.kinds.record import Record, Rejected
+from megatron_kosmosg.foreign_files import parse_json
 from megatron_kosmosg.preprocess.lines import decode_utf8, line_shards, read_lines
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.records import BadRecord, Shard, ShardSize
@@ -32,9 +32,8 @@ class JsonlReader:
 def parse_object(data: bytes) -> dict[str, Any]:
     """A JSON object. Raises Rejected."""
     try:
-        fields = json.loads(decode_utf8(data))
-    except (ValueError, RecursionError) as error:
-        # Not only JSONDecodeError: Python refuses to read numbers of thousands of digits.
+        fields = parse_json(decode_utf8(data))
+    except ValueError as error:
         raise Rejected("not JSON", str(error)) from error
     if not isinstance(fields, dict):
         raise Rejected("not a JSON object")

@@ -13,6 +13,10 @@ from typing import IO
 from megatron_kosmosg.data.kinds.record import Rejected
 from megatron_kosmosg.preprocess.records import Shard
 
+MAX_TEXT_BYTES = 128 << 20
+"""Of a line or a document; lines of TSV hold pictures."""
+_PIECE = 1 << 20
+
 
 def line_shards(path: Path, limit: int | None, max_records: int, max_bytes: int) -> list[Shard]:
     """Shards of at most `max_records` lines or about `max_bytes`; a gzip file is one shard."""
@@ -23,13 +27,13 @@ def line_shards(path: Path, limit: int | None, max_records: int, max_bytes: int)
     shards: list[Shard] = []
     offset = start = first = lines = 0
     with opened(path) as file:
-        for line in file:
+        for length, _ in bounded_lines(file):
             if limit is not None and lines == limit:
                 break
             if lines - first == max_records or offset - start >= max_bytes:
                 shards.append(Shard(path, start, first, lines - first))
                 start, first = offset, lines
-            offset += len(line)
+            offset += length
             lines += 1
     if lines > first:
         shards.append(Shard(path, start, first, lines - first))
@@ -43,9 +47,9 @@ def read_lines(shard: Shard) -> Iterator[tuple[str, bytes]]:
     """
     with opened(shard.path) as file:
         file.seek(shard.offset)
-        number = shard.first_record
+        number, lines = shard.first_record, bounded_lines(file)
         while shard.num_records is None or number < shard.first_record + shard.num_records:
-            line = file.readline()
+            _, line = next(lines, (0, b""))
             if not line:
                 return
             if number == 0:
@@ -53,6 +57,16 @@ def read_lines(shard: Shard) -> Iterator[tuple[str, bytes]]:
             number += 1
             if line.strip():
                 yield f"{shard.path.name}:{number}", line.rstrip(b"\r\n")
+
+
+def bounded_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(length, line) from the file's position on; of a line longer than MAX_TEXT_BYTES only its
+    beginning, which `decode_utf8` refuses."""
+    while line := file.readline(MAX_TEXT_BYTES + 1):
+        length, end = len(line), line[-1:]
+        while length > MAX_TEXT_BYTES and end != b"\n" and (piece := file.readline(_PIECE)):
+            length, end = length + len(piece), piece[-1:]
+        yield length, line
 
 
 @contextmanager
@@ -67,6 +81,8 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 def decode_utf8(data: bytes) -> str:
     """Text. Raises Rejected."""
+    if len(data) > MAX_TEXT_BYTES:
+        raise Rejected("text is too long", f"more than {MAX_TEXT_BYTES >> 20} MiB")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -31,6 +31,7 @@ from megatron_kosmosg.data.image_reading import (
 )
 from megatron_kosmosg.data.image_types import UnreadableImage
 from megatron_kosmosg.data.kinds.record import Record, Rejected
+from megatron_kosmosg.foreign_files import OutsideFolder, inside, read_file
 from megatron_kosmosg.preprocess.options import Options
 
 
@@ -137,8 +138,12 @@ class PictureCheck:
             return record.files[value]
         if value.startswith(("http://", "https://")):
             raise Rejected(f"{name} is a web address, not a file", value)
+        folder = Path(self._options.image_root or record.folder)
         try:
-            return (Path(self._options.image_root or record.folder) / value).read_bytes()
+            return read_file(inside(folder, value, record.folder))
+        except OutsideFolder as error:
+            detail = f"{error}; --image-root {(folder / value).resolve().parent} allows its folder"
+            raise Rejected(f"{name} lies outside the folder of the input", detail) from None
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise Rejected(f"{name} cannot be read", f"{value}: {reason}") from error

@@ -7,13 +7,13 @@ ROOT/seeds.json                          [[folder, [seed, ...]], ...], if there:
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from megatron_kosmosg.data.kinds.record import Record, Rejected
+from megatron_kosmosg.foreign_files import MAX_JSON_BYTES, inside, read_file, read_json
 from megatron_kosmosg.preprocess.jsonl import parse_object
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.records import BadRecord, Folder, Shard, ShardSize
@@ -44,9 +44,9 @@ def _prompts(root: Path) -> Iterator[Folder]:
     listing = root / SEEDS_FILE
     if listing.is_file():
         try:
-            for name, seeds in json.loads(listing.read_bytes()):
+            for name, seeds in read_json(listing):
                 yield str(name), tuple(str(seed) for seed in seeds)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"{listing} is no list of [folder, [seed, ...]]: {error}") from error
         return
     for folder, subfolders, files in os.walk(root):
@@ -57,9 +57,12 @@ def _prompts(root: Path) -> Iterator[Folder]:
 
 
 def _pairs(root: Path, name: str, seeds: tuple[str, ...] | None) -> Iterator[Record]:
-    folder = root / name
     try:
-        prompt = parse_object((folder / PROMPT_FILE).read_bytes())
+        folder = inside(root, name)
+    except ValueError as error:
+        raise Rejected("prompt folder lies outside the input", str(error)) from error
+    try:
+        prompt = parse_object(read_file(folder / PROMPT_FILE, MAX_JSON_BYTES))
     except OSError as error:
         raise Rejected("prompt.json cannot be read", f"{name}: {error.strerror}") from error
     if seeds is None:

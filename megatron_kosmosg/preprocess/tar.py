@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_kosmosg.data.kinds.record import Record, Rejected
+from megatron_kosmosg.foreign_files import MAX_FILE_BYTES
 from megatron_kosmosg.preprocess.jsonl import parse_object
 from megatron_kosmosg.preprocess.lines import decode_utf8
 from megatron_kosmosg.preprocess.options import Options
@@ -122,6 +123,8 @@ def _record(
             raise Rejected("tar member is a link or a device", member.name)
         if extension in files:
             raise Rejected("tar member stands there twice", member.name)
+        if member.size > MAX_FILE_BYTES:
+            raise Rejected("tar member is too large", f"{member.name}: {member.size:,} bytes")
         file.seek(member.offset_data)
         files[extension] = file.read(member.size)
     fields = parse_object(files["json"]) if "json" in files else {}

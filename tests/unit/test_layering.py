@@ -18,8 +18,11 @@ PACKAGE = REPOSITORY / "megatron_kosmosg"
 NAME = "megatron_kosmosg"
 
 LAYERS = (
+    "foreign_files",
     "files",
     "shards",
+    "terminal_text",
+    "pages",
     "progress",
     "exit_codes",
     "config",

@@ -5,59 +5,15 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from megatron_kosmosg.toy.report.charts import stage_chart
 from megatron_kosmosg.toy.report.history import read_history, smooth
 from megatron_kosmosg.toy.report.inputs import read_inputs
 from megatron_kosmosg.toy.report.page import write_report
 from megatron_kosmosg.toy.report.sections import duration, verdict
-
-ROW = {
-    "group": "instruct",
-    "name": "hue <median>",
-    "value": 6.25,
-    "unit": "deg",
-    "threshold": 9.0,
-    "direction": "<=",
-    "n": 64,
-    "seed": 0,
-    "chance": 90.0,
-    "ceiling": 0.6,
-    "passed": True,
-}
-
-
-def write_metrics(folder: Path, count: int = 30) -> None:
-    folder.mkdir(parents=True)
-    lines = []
-    for i in range(1, count + 1):
-        record = {"iteration": i, "loss": 3.0 / i, "lr": 1e-3, "grad_norm": 1.0}
-        record |= {"samples_per_sec": 40.0, "tokens_per_sec": 900.0, "tflops": 0.01, "cosine": 0.5}
-        if i % 10 == 0:
-            record |= {"heldout_loss": 4.0 / i, "heldout_accuracy": 0.5}
-        lines.append(json.dumps(record))
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def write_run(out: Path, rows: list[dict], mode: str = "full") -> None:
-    for stage in ("pretrain", "align", "instruct"):
-        write_metrics(out / stage)
-    evaluation = out / "evaluation"
-    evaluation.mkdir()
-    (evaluation / "metrics.json").write_text(json.dumps({"rows": rows}))
-    Image.new("RGB", (8, 8), "red").save(evaluation / "sheet.png")
-    picture = {"file": "sheet.png", "title": "One subject", "caption": "shown & drawn"}
-    picture |= {"columns": ["prompt", "result"], "rows": ["a <image> on red"]}
-    (evaluation / "images.json").write_text(json.dumps([picture]))
-    step = {"name": "pretrain", "title": "pretrain", "command": "python -m x 'a b'"}
-    step |= {"seconds": 75.0, "cpu_seconds": 140.0}
-    machine = {"processor": "cpu", "cores": 2, "system": "Linux", "python": "3.11"}
-    record = {"mode": mode, "machine": machine, "steps": [step]}
-    (out / "quickstart.json").write_text(json.dumps(record))
+from tests.support.report_files import ROW, write_metrics, write_run
 
 
 def test_the_page_needs_no_other_file(tmp_path):
@@ -74,8 +30,66 @@ def test_the_page_shows_values_labels_commands_and_escapes_them(tmp_path):
     page = write_report(tmp_path).read_text()
     for text in ("6.25", "hue &lt;median&gt;", "a &lt;image&gt; on red", "shown &amp; drawn"):
         assert text in page
-    assert "python -m x &#x27;a b&#x27;" in page
+    assert "python -m x &#39;a b&#39;" in page
     assert "1 min 15 s" in page
+
+
+SCRIPT = "<script>alert(1)</script>"
+
+
+def marked(value: object) -> object:
+    """The same, with an HTML element behind every text but names of files and of the mode."""
+    if isinstance(value, dict):
+        kept = {"file", "mode", "direction"}
+        return {name: v if name in kept else marked(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [marked(v) for v in value]
+    return value + SCRIPT if isinstance(value, str) else value
+
+
+def test_no_text_of_the_files_is_markup(tmp_path):
+    # c9c3073 put `machine.system` on the page as it stood.
+    write_run(tmp_path, [ROW, ROW | {"passed": False}])
+    files = ("quickstart.json", "evaluation/images.json", "evaluation/metrics.json")
+    for path in (tmp_path / name for name in files):
+        path.write_text(json.dumps(marked(json.loads(path.read_text()))))
+    page = write_report(tmp_path).read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") > 15
+
+
+def test_a_page_holds_no_file_from_elsewhere(tmp_path):
+    # c9c3073 embedded whatever images.json named, and whatever a link led to.
+    secret = tmp_path / "secret"
+    secret.write_text("a private key")
+    out = tmp_path / "out"
+    write_run(out, [ROW])
+    listing = out / "evaluation" / "images.json"
+    (out / "evaluation" / "link.png").symlink_to(secret)
+    (out / "evaluation" / "text.png").write_text("no picture")
+    for name in (str(secret), "../../secret", "link.png", "text.png"):
+        listing.write_text(json.dumps([{"file": name, "title": "a", "caption": "b"}]))
+        with pytest.raises(ValueError, match="lies outside|is no PNG"):
+            write_report(out)
+    assert not (out / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("quickstart.json", {"steps": [{"name": "pretrain"}]}),
+        ("quickstart.json", {"machine": {"system": ["Linux"]}}),
+        ("quickstart.json", []),
+        ("evaluation/metrics.json", {"rows": [{"group": "a"}]}),
+        ("evaluation/metrics.json", {"rows": [3]}),
+        ("evaluation/images.json", [{"file": 3}]),
+    ],
+)
+def test_files_that_no_quickstart_writes_are_refused(tmp_path, file, content):
+    write_run(tmp_path, [ROW])
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="no quickstart writes"):
+        write_report(tmp_path)
 
 
 def test_the_bar_runs_from_chance_to_ceiling(tmp_path):
@@ -96,7 +110,7 @@ def test_the_bar_runs_from_chance_to_ceiling(tmp_path):
 )
 def test_the_banner_says_what_was_reached(tmp_path, passed, mode, expected, unexpected):
     write_run(tmp_path, [ROW | {"passed": passed}], mode)
-    banner = verdict(read_inputs(tmp_path))
+    _, banner = verdict(read_inputs(tmp_path))
     assert expected in banner
     assert unexpected not in banner
 

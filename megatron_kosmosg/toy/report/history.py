@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_kosmosg.foreign_files import parse_json, read_file
 
 _PROGRESS = {"iteration", "consumed_train_samples"}
 _SPEED = {"samples_per_sec", "tokens_per_sec", "tflops", "mfu", "data_wait"}
@@ -54,10 +55,12 @@ def read_history(metrics: Path) -> History:
     """History of one metrics.jsonl. An iteration that was repeated after a restart counts once,
     as it went the last time; a half-written last line is left out."""
     records: dict[int, dict] = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in read_file(metrics).decode("utf-8", "replace").splitlines():
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = parse_json(line)
+        except ValueError:
+            continue
+        if not isinstance(record, dict) or type(record.get("iteration")) is not int:
             continue
         records[record["iteration"]] = records.get(record["iteration"], {}) | record
     series: dict[str, Points] = {}
