@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_kosmosg.data.image_reading import read_image
 from megatron_kosmosg.data.image_types import UnreadableImage
+from megatron_kosmosg.data.kinds.kind import ImageSize
 from megatron_kosmosg.data.samples import EntityImage
 from megatron_kosmosg.data.sentences import sentence_table
 from megatron_kosmosg.data.store import SampleStore
@@ -106,13 +107,15 @@ class _Checker:
             yield from self._tokens(ids)
         images = raw.images()
         masked = kind.masks(raw)
+        sizes: list[ImageSize] = []
         for i, data in enumerate(images):
             read = data if i not in masked else EntityImage(images[masked[i]], data)
             try:
-                read_image(read)
+                sizes.append(read_image(read).size)
             except UnreadableImage as error:
+                sizes.append(None)
                 yield f"picture {i}: {error}"
-        yield from kind.check(raw)
+        yield from kind.check(raw, sizes)
         if self._sentences is not None:
             yield from self._table(index, raw)
 

@@ -8,7 +8,7 @@ tokens of the tail. Both readings are stored because each run of text is tokenis
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_kosmosg.config.schema import DataConfig
@@ -16,6 +16,7 @@ from megatron_kosmosg.data.kinds.entities import order_entities
 from megatron_kosmosg.data.kinds.kind import (
     Conversion,
     Converted,
+    ImageSize,
     Prompts,
     SampleKind,
     UsualSize,
@@ -124,7 +125,7 @@ def masks(raw: RawSample) -> dict[int, int]:
     return found
 
 
-def check(raw: RawSample) -> Iterator[str]:
+def check(raw: RawSample, sizes: Sequence[ImageSize]) -> Iterator[str]:
     """What is wrong with the caption's spans."""
     caption, entities = raw.info["caption"], raw.info["entities"]
     expected = [IMAGE]

@@ -181,7 +181,11 @@ class Prompts:
         return self.usual.within(seq_length)
 
 
-def nothing_more(raw: RawSample) -> Iterator[str]:
+ImageSize = tuple[int, int] | None
+"""(width, height) of a picture as it is shown, None where it cannot be read."""
+
+
+def nothing_more(raw: RawSample, sizes: Sequence[ImageSize]) -> Iterator[str]:
     """A kind without a check of its own."""
     return iter(())
 
@@ -214,7 +218,7 @@ class SampleKind:
     """Modes of the parts but the JSON one, where all samples have the same."""
     masks: Callable[[RawSample], dict[int, int]] = no_masks
     """{number of a mask: number of its picture} among the pictures of a stored sample."""
-    check: Callable[[RawSample], Iterator[str]] = nothing_more
+    check: Callable[[RawSample, Sequence[ImageSize]], Iterator[str]] = nothing_more
     """What is wrong with a stored sample beyond unreadable tokens and pictures, one line each."""
     pretrain: PackedDocuments | None = None
     align: Captions | None = None
