@@ -37,7 +37,7 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 # The cheap tests first, so that a plain mistake shows before the spawned ranks start.
 if [ ${#arguments[@]} -eq 0 ]; then
-    for folder in unit cases parity distributed integration gpu; do
+    for folder in unit cases parity rehearsal distributed integration gpu; do
         if [ -d "tests/$folder" ]; then arguments+=("tests/$folder"); fi
     done
 fi

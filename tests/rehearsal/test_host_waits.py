@@ -1,0 +1,66 @@
+"""The host stays ahead of the device: no wait inside a micro-batch, and hardly any in an update."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.fake_cuda.case import Case
+from tests.support.marks import not_mended_yet
+from tests.support.rehearsals import Rehearsals
+
+MOST_AN_UPDATE = 3
+TODAY = {
+    "pretrain": (2, 100),
+    "align": (2, 261),
+    "instruct": (8, 227),
+    "dedicated": (8, 230),
+    "pipeline": (12, 66),
+}
+"""{case: (waits a micro-batch, waits an update beside them)}; they may only fall."""
+
+
+def not_yet(index: int) -> list:
+    """The cases, as parameters of tests that are expected to fail."""
+    return [
+        pytest.param(
+            name,
+            marks=not_mended_yet(f"{counts[index]} waits"),
+        )
+        for name, counts in TODAY.items()
+    ]
+
+
+def case(rehearse: Rehearsals, name: str) -> Case:
+    if name == "dedicated":
+        return rehearse.repeated("instruct", "score.placement=dedicated", world_size=2)
+    return rehearse.tiny("pretrain", pp=2) if name == "pipeline" else rehearse.repeated(name)
+
+
+@pytest.mark.parametrize("name", not_yet(0))
+def test_the_host_never_waits_inside_a_micro_batch(rehearse, name):
+    assert rehearse.report(case(rehearse, name)).of_a_micro_batch("waits") == {}
+
+
+@pytest.mark.parametrize("name", not_yet(1))
+def test_the_host_waits_three_times_an_update_at_most(rehearse, name):
+    waits = rehearse.report(case(rehearse, name)).phase("update")["waits"]
+    assert sum(waits.values()) <= MOST_AN_UPDATE
+
+
+@not_mended_yet("one item() a trained tensor for the gradient norm")
+def test_no_line_waits_once_for_every_trained_tensor(rehearse):
+    waits = rehearse.report(rehearse.repeated("instruct")).phase("update")["waits"]
+    assert max(waits.values()) == 1
+
+
+@pytest.mark.parametrize("name", TODAY)
+def test_waits_do_not_become_more(rehearse, name):
+    report = rehearse.report(case(rehearse, name))
+    a_micro_batch, an_update = TODAY[name]
+    assert sum(report.of_a_micro_batch("waits").values()) <= a_micro_batch
+    assert sum(report.phase("update")["waits"].values()) <= an_update
+
+
+def test_a_wait_is_named_by_the_line_that_waits(rehearse):
+    waits = rehearse.report(rehearse.repeated("instruct")).of_a_micro_batch("waits")
+    assert all(" at megatron_kosmosg/" in wait for wait in waits), waits

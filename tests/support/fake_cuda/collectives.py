@@ -1,0 +1,227 @@
+"""Process groups of a run of which this process is one rank: they check, count and send nothing.
+
+Checked is what NCCL checks: device, memory layout, dtypes and sizes. A pipeline neighbour's tensor
+has the shape that was sent to it, or that the caller knows from the neighbour's own rehearsal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tests.support.fake_cuda.record import Recorder, Traffic
+from tests.support.fake_cuda.tensors import Numbers
+
+_NUM_DIMENSIONS = 3
+"""Of what pipeline stages send each other; its shape travels before it, as so many integers."""
+
+
+class _Done:
+    """Of an operation that is over at once."""
+
+    def wait(self, *_: Any) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+class _Store(dist.Store):
+    """A store that keeps what it is told, and knows at once what others would tell it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: dict[str, str] = {}
+
+    def set(self, key: str, value: bytes) -> None:
+        self.said[key] = bytes(value).decode()
+
+    def get(self, key: str) -> bytes:
+        return self.said[key].encode()
+
+    def deleteKey(self, key: str) -> bool:  # the name under which C++ asks
+        return self.said.pop(key, None) is not None
+
+
+class Collectives:
+    """`torch.distributed` of one rank."""
+
+    def __init__(self, recorder: Recorder, numbers: Numbers) -> None:
+        self._recorder, self._numbers = recorder, numbers
+        self._names: dict[dist.ProcessGroup, str] = {}
+        self.sent: dict[int, tuple[int, ...]] = {}
+        """{global rank: shape of the last tensor sent to it}, shapes themselves left out."""
+        self.announced: dict[int, tuple[int, ...]] = {}
+        """{global rank: shape of what it sends}, where nothing was sent to it before."""
+        self.store = _Store()
+        """What pipeline stages tell each other beside the tensors."""
+        self.others_say: Any = None
+        """What the other ranks give `all_gather_object` where this rank has nothing to say."""
+
+    def install(self) -> None:
+        """Before anything takes names out of `torch.distributed`; for the rest of the process."""
+        real_group, real_start = dist.new_group, dist.init_process_group
+
+        def new_group(ranks: Sequence[int] | None = None, *_: Any, **named: Any):
+            group = real_group(ranks, backend="fake")
+            if isinstance(group, dist.ProcessGroup):
+                self._names[group] = named.get("group_desc") or "unnamed"
+            return group
+
+        def init_process_group(backend: str, *, rank: int, world_size: int, **_: Any) -> None:
+            if backend != "nccl":
+                raise RuntimeError(f"backend {backend} has no collectives on CUDA tensors")
+            real_start("fake", store=FakeStore(), rank=rank, world_size=world_size)
+
+        def rendezvous(_: str, rank: int, world_size: int, **__: Any):
+            return iter([(dist.HashStore(), rank, world_size)])
+
+        gather = self._many("all_gather", is_gather=True)
+        scatter = self._many("reduce_scatter", is_gather=False)
+        answers: dict[str, Callable] = {
+            "new_group": new_group,
+            "init_process_group": init_process_group,
+            "rendezvous": rendezvous,
+            "TCPStore": lambda *_, **__: self.store,
+            "all_reduce": self._one("all_reduce"),
+            "reduce": self._one("reduce"),
+            "broadcast": self._one("broadcast"),
+            "all_gather_into_tensor": gather,
+            "_all_gather_base": gather,
+            "reduce_scatter_tensor": scatter,
+            "_reduce_scatter_base": scatter,
+            "all_gather": self._all_gather,
+            "all_gather_object": self._all_gather_object,
+            "broadcast_object_list": lambda *_, **__: None,
+            "barrier": lambda *_, **__: None,
+            "isend": self._send,
+            "send": self._send,
+            "irecv": self._receive,
+            "recv": self._receive,
+            "batch_isend_irecv": self._batch,
+            "_coalescing_manager": _Coalesced,
+        }
+        for name, answer in answers.items():
+            setattr(dist, name, answer)
+            setattr(c10d, name, answer)
+        dist.ProcessGroupNCCL = self._two_ranks()
+
+    def _one(self, kind: str) -> Callable:
+        def call(tensor: torch.Tensor, *args: Any, group=None, async_op=False, **_: Any):
+            self._count(kind, _group(args, group), tensor)
+            return _Done() if async_op else None
+
+        return call
+
+    def _many(self, kind: str, *, is_gather: bool) -> Callable:
+        def call(output: torch.Tensor, given: torch.Tensor, *args: Any, **named: Any):
+            group = _group(args, named.get("group"))
+            self._count(kind, group, output, given)
+            whole, part = (output, given) if is_gather else (given, output)
+            if whole.numel() != dist.get_world_size(group) * part.numel():
+                raise RuntimeError(
+                    f"{kind} over {dist.get_world_size(group)} ranks from {tuple(given.shape)} "
+                    f"to {tuple(output.shape)}"
+                )
+            return _Done() if named.get("async_op") else None
+
+        return call
+
+    def _all_gather(self, outputs: list, given: torch.Tensor, group=None, async_op=False):
+        self._count("all_gather", group, given, *outputs)
+        if len(outputs) != dist.get_world_size(group):
+            raise RuntimeError(
+                f"all_gather over {dist.get_world_size(group)} ranks into {len(outputs)} tensors"
+            )
+        return _Done() if async_op else None
+
+    def _all_gather_object(self, objects: list, value: Any, group=None) -> None:
+        objects[:] = [value or self.others_say] * len(objects)
+
+    def _send(self, tensor: torch.Tensor, dst: int | None = None, group=None, **_: Any) -> _Done:
+        self._count("send", group, tensor)
+        if not _is_shape(tensor):
+            self.sent[dst] = tuple(tensor.shape)
+        return _Done()
+
+    def _receive(self, tensor: torch.Tensor, src: int | None = None, group=None, **_: Any) -> _Done:
+        self._count("receive", group, tensor)
+        if _is_shape(tensor):
+            known = self.announced.get(src) or self.sent.get(src)
+            if known is None:
+                raise RuntimeError(f"nobody said what rank {src} sends")
+            self._numbers.set_list(tensor, list(known))
+        return _Done()
+
+    def _batch(self, operations: list[dist.P2POp]) -> list[_Done]:
+        return [each.op(each.tensor, each.peer, group=each.group) for each in operations]
+
+    def _two_ranks(self) -> type:
+        """Stands for ProcessGroupNCCL where a program makes such a group itself, of two ranks."""
+        count, done = self._count, _Done
+
+        class Pair:
+            Options = SimpleNamespace
+
+            def __init__(self, *_: Any) -> None: ...
+
+            def send(self, tensors: list[torch.Tensor], *_: Any) -> _Done:
+                count("send", "pair", *tensors)
+                return done()
+
+            def recv(self, tensors: list[torch.Tensor], *_: Any) -> _Done:
+                count("receive", "pair", *tensors)
+                return done()
+
+        return Pair
+
+    def _count(self, kind: str, group: dist.ProcessGroup | str | None, *tensors: torch.Tensor):
+        for tensor in tensors:
+            if tensor.device.type != "cuda":
+                raise RuntimeError(f"{kind}: NCCL has no tensors on {tensor.device.type}")
+            if not tensor.is_contiguous():
+                raise RuntimeError(
+                    f"{kind}: NCCL wants contiguous tensors, not {tuple(tensor.shape)} with "
+                    f"strides {tensor.stride()}"
+                )
+            if tensor.dtype is torch.bool and "reduce" in kind:
+                raise RuntimeError(f"{kind}: NCCL does not reduce {tensor.dtype}")
+        if len({tensor.dtype for tensor in tensors}) > 1:
+            raise RuntimeError(f"{kind} between {' and '.join(str(x.dtype) for x in tensors)}")
+        name = f"{kind} over {self._name(group)}"
+        traffic = self._recorder.now.collectives.setdefault(name, Traffic())
+        traffic.calls += 1
+        traffic.num_bytes += sum(tensor.nbytes for tensor in tensors)
+
+    def _name(self, group: dist.ProcessGroup | str | None) -> str:
+        if isinstance(group, str):
+            return group
+        if group is None or group is dist.group.WORLD:
+            return f"WORLD of {dist.get_world_size()}"
+        return f"{self._names.get(group, 'unnamed')} of {group.size()}"
+
+
+class _Coalesced:
+    """Context manager that groups collectives into one launch."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> _Done:
+        return _Done()
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _group(args: tuple, named: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The group among positional arguments, else the one given by name."""
+    return next((arg for arg in args if isinstance(arg, dist.ProcessGroup)), named)
+
+
+def _is_shape(tensor: torch.Tensor) -> bool:
+    return tensor.dtype is torch.int64 and tuple(tensor.shape) == (_NUM_DIMENSIONS,)

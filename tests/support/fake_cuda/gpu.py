@@ -1,0 +1,120 @@
+"""`torch.cuda` as it answers on a node of H100s. The properties are that card's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from tests.support.fake_cuda.guard import NUM_DEVICES
+from tests.support.fake_cuda.record import Recorder
+
+CAPABILITY = (9, 0)
+DEVICE_BYTES = 80 * 2**30
+_NAME = "NVIDIA H100 80GB HBM3"
+
+
+def answer_for_a_gpu(recorder: Recorder) -> None:
+    """Puts the answers into `torch.cuda`, for the rest of this process."""
+    device = torch.device("cuda", 0)
+
+    class Event:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def record(self, *_: Any) -> None: ...
+
+        def wait(self, *_: Any) -> None: ...
+
+        def query(self) -> bool:
+            return True
+
+        def synchronize(self) -> None:
+            recorder.wait("cuda.Event.synchronize")
+
+        def elapsed_time(self, _: Any) -> float:
+            return 1.0
+
+    class Stream:
+        cuda_stream = 0
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.device = device
+
+        def __enter__(self) -> Stream:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def wait_stream(self, _: Any) -> None: ...
+
+        def wait_event(self, _: Any) -> None: ...
+
+        def record_event(self, *_: Any) -> Event:
+            return Event()
+
+        def synchronize(self) -> None:
+            recorder.wait("cuda.Stream.synchronize")
+
+    class Generator:
+        """State of the device's random numbers, of which there are none."""
+
+        def __init__(self) -> None:
+            self.device = device
+
+        def get_state(self) -> torch.Tensor:
+            return torch.zeros(16, dtype=torch.uint8)
+
+        def set_state(self, _: torch.Tensor) -> None: ...
+
+        def clone_state(self) -> Generator:
+            return self
+
+        def graphsafe_get_state(self) -> Generator:
+            return self
+
+        def graphsafe_set_state(self, _: Any) -> None: ...
+
+    generators = tuple(Generator() for _ in range(NUM_DEVICES))
+    properties = SimpleNamespace(
+        name=_NAME,
+        major=CAPABILITY[0],
+        minor=CAPABILITY[1],
+        total_memory=DEVICE_BYTES,
+        multi_processor_count=132,
+    )
+    answers = {
+        "Event": Event,
+        "Stream": Stream,
+        "default_generators": generators,
+        "is_available": lambda: True,
+        "device_count": lambda: NUM_DEVICES,
+        "current_device": lambda: 0,
+        "set_device": lambda _: None,
+        "device": lambda *_: Stream(),
+        "stream": lambda stream: stream,
+        "current_stream": lambda *_: Stream(),
+        "default_stream": lambda *_: Stream(),
+        "is_current_stream_capturing": lambda: False,
+        "synchronize": lambda *_: recorder.wait("torch.cuda.synchronize"),
+        # Yes would make FakeTensorMode ask the driver for a context.
+        "is_initialized": lambda: False,
+        "init": lambda: None,
+        "_lazy_init": lambda: None,
+        "_lazy_call": lambda function, **_: function(),
+        "manual_seed": lambda _: None,
+        "manual_seed_all": lambda _: None,
+        "get_rng_state": lambda *_, **__: generators[0].get_state(),
+        "set_rng_state": lambda *_, **__: None,
+        "get_device_capability": lambda *_: CAPABILITY,
+        "get_device_name": lambda *_: _NAME,
+        "get_device_properties": lambda *_: properties,
+        "memory_allocated": lambda *_: recorder.memory.now,
+        "memory_reserved": lambda *_: recorder.memory.now,
+        "max_memory_allocated": lambda *_: recorder.memory.peak,
+        "empty_cache": lambda: None,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    torch.cuda.random.set_rng_state = torch.cuda.set_rng_state

@@ -1,0 +1,56 @@
+"""Names the phases of an update where they begin and end.
+
+forward, backward: a micro-batch's, without those of the U-Net. exchange: between pipeline stages.
+Everything else keeps the name that the caller gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import megatron.core.pipeline_parallel.schedules as schedules
+import torch
+from diffusers import UNet2DConditionModel
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+from tests.support.fake_cuda.record import Recorder
+
+FORWARD, BACKWARD, EXCHANGE = "forward", "backward", "exchange"
+UNET_FORWARD, UNET_BACKWARD = "forward of the U-Net", "backward of the U-Net"
+MICRO_BATCH = (FORWARD, UNET_FORWARD, BACKWARD, UNET_BACKWARD, EXCHANGE)
+"""Phases that come once a micro-batch."""
+
+
+def name_phases(recorder: Recorder) -> None:
+    """Before anything takes names out of Megatron-Core's schedules; for the rest of the process."""
+    schedules.forward_step = _named(recorder, FORWARD, schedules.forward_step)
+    schedules.backward_step = _named(recorder, BACKWARD, schedules.backward_step)
+    P2PCommunicator._communicate = _named(recorder, EXCHANGE, P2PCommunicator._communicate)
+    UNet2DConditionModel.forward = _watched(recorder, UNet2DConditionModel.forward)
+
+
+def _named(recorder: Recorder, name: str, function: Callable) -> Callable:
+    @wraps(function)
+    def call(*args: Any, **named: Any) -> Any:
+        with recorder.phase(name):
+            return function(*args, **named)
+
+    return call
+
+
+def _watched(recorder: Recorder, forward: Callable) -> Callable:
+    """The U-Net's forward pass, whose backward begins at its output and ends at its condition."""
+
+    @wraps(forward)
+    def call(self, sample, timestep, encoder_hidden_states, *args: Any, **named: Any) -> Any:
+        with recorder.phase(UNET_FORWARD):
+            condition = encoder_hidden_states
+            output = forward(self, sample, timestep, condition, *args, **named)
+        if torch.is_grad_enabled() and condition.requires_grad:
+            output.sample.register_hook(lambda _: recorder.enter(UNET_BACKWARD))
+            condition.register_hook(lambda _: recorder.leave())
+        return output
+
+    return call

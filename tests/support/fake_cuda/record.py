@@ -1,0 +1,149 @@
+"""What one update did, by phase of the program, and which line of it did so."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from tests.support.fake_cuda.memory import DeviceMemory
+
+_HERE = str(Path(__file__).parent)
+_LIBRARIES = "site-packages/"
+_UNSEEN = (_HERE, f"{Path(torch.__file__).parent}/", "<")
+"""Frames that say nothing about the program: this package, torch, code made at run time."""
+
+
+@dataclass
+class Traffic:
+    """What passed through one kind of collective on one group."""
+
+    calls: int = 0
+    num_bytes: int = 0
+    """In this rank's buffers, inputs and outputs."""
+
+
+@dataclass
+class Phase:
+    """Counts of one phase. A "place" is file:line of the program, with the library's line."""
+
+    kernels: Counter[str] = field(default_factory=Counter)
+    """Operators that launch something, by name; views, allocations and copies to or from the host
+    are none."""
+    empty: Counter[str] = field(default_factory=Counter)
+    """Operators on tensors without elements, by name and place: nothing is launched."""
+    without_effect: Counter[str] = field(default_factory=Counter)
+    """Operators among the kernels that return what they got, e.g. a division by 1."""
+    flops: int = 0
+    """Multiply-add = 2; matrix products, convolutions and attention."""
+    waits: Counter[str] = field(default_factory=Counter)
+    """The host stands still until the device is done, by what makes it wait and place."""
+    pageable: Counter[str] = field(default_factory=Counter)
+    """Bytes copied between the device and memory that is not pinned, without waiting, by place."""
+    uploaded: int = 0
+    """Bytes copied to the device, from any memory."""
+    collectives: dict[str, Traffic] = field(default_factory=dict)
+    """By kind and group."""
+    attention: dict[str, Counter[str]] = field(default_factory=dict)
+    """Calls by kernel that torch would take, and by shape."""
+    peak: int = 0
+    """Bytes of tensors on the device."""
+    largest: dict = field(default_factory=lambda: {"bytes": 0})
+    """The largest tensor that came into being: bytes, shape, dtype, place."""
+
+    def as_dict(self) -> dict:
+        """What JSON can hold."""
+        collectives = {name: vars(traffic) for name, traffic in self.collectives.items()}
+        return vars(self) | {"collectives": collectives}
+
+
+class Recorder:
+    """Counts go to the phase that the program is in."""
+
+    def __init__(self) -> None:
+        self.memory = DeviceMemory()
+        self.phases: dict[str, Phase] = {}
+        self._names = ["setup"]
+        self.now = self._open()
+
+    def enter(self, name: str) -> None:
+        """Until `leave`, counts go to the phase `name`."""
+        self._close()
+        self._names.append(name)
+        self.now = self._open()
+
+    def leave(self) -> None:
+        """Back to the phase before."""
+        self._close()
+        self._names.pop()
+        self.now = self._open()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """`enter` and `leave`; the phase stays where an error ends it, for whoever reports it."""
+        self.enter(name)
+        yield
+        self.leave()
+
+    @property
+    def name(self) -> str:
+        """Of the present phase."""
+        return self._names[-1]
+
+    def forget(self) -> None:
+        """Starts anew, e.g. after a first update that is not to count."""
+        self.phases = {}
+        self.now = self._open()
+
+    def wait(self, what: str, where: str | None = None) -> None:
+        """The host waits for the device. where: place, if it is not the present one."""
+        self.now.waits[f"{what} at {where or place()}"] += 1
+
+    def see(self, value: torch.Tensor) -> None:
+        """A tensor that an operator returned."""
+        size = self.memory.see(value)
+        if size > self.now.largest["bytes"]:
+            shape, dtype = tuple(value.shape), str(value.dtype)
+            self.now.largest = {"bytes": size, "shape": shape, "dtype": dtype, "place": place()}
+
+    def as_dict(self) -> dict[str, dict]:
+        """Counts of every phase, for JSON."""
+        self._close()
+        return {name: phase.as_dict() for name, phase in self.phases.items()}
+
+    def _open(self) -> Phase:
+        self.memory.restart_peak()
+        return self.phases.setdefault(self._names[-1], Phase())
+
+    def _close(self) -> None:
+        self.now.peak = max(self.now.peak, self.memory.peak)
+
+
+def place() -> str:
+    """The innermost line of the program being run, and of the library that it called, if any.
+
+    In a backward pass there is no such line: then "autograd".
+    """
+    library = None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not path.startswith(_UNSEEN):
+            _, is_library, short = path.rpartition(_LIBRARIES)
+            where = f"{short if is_library else _relative(path)}:{frame.f_lineno}"
+            if not is_library:
+                return where if library is None else f"{where} ({library})"
+            library = library or where
+        frame = frame.f_back
+    return library or "autograd"
+
+
+def _relative(path: str) -> str:
+    """The path from the working directory, which is the repository's."""
+    return path.removeprefix(f"{Path.cwd()}/")

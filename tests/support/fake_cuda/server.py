@@ -1,0 +1,85 @@
+"""A process that is a GPU rank: `python -m tests.support.fake_cuda.server`.
+
+Reads a case a line, as JSON, and answers each with a line. Every case runs in a child of its own,
+because the program and its libraries keep state; what takes long, importing, happens once.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+from tests.support.fake_cuda.case import Case
+from tests.support.fake_cuda.guard import load_guard
+
+if TYPE_CHECKING:
+    from tests.support.fake_cuda.stand_ins import StandIns
+
+
+def main() -> None:
+    """Serves until its input ends. Standard output carries the answers alone."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    load_guard()
+    from tests.support.fake_cuda.stand_ins import install
+
+    stand_ins = install()
+    gc.collect()
+    gc.freeze()  # no case frees anything of what was imported, and each would search it
+    for line in sys.stdin:
+        answers.write(_in_child(Case(**_tuples(json.loads(line))), stand_ins))
+        answers.flush()
+
+
+def _in_child(case: Case, stand_ins: StandIns) -> str:
+    """The answer's line."""
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(receive)
+        try:
+            with os.fdopen(send, "w") as answer:
+                answer.write(json.dumps(_run(case, stand_ins)) + "\n")
+        finally:
+            os._exit(0)
+    os.close(send)
+    with os.fdopen(receive) as answer:
+        line = answer.read()
+    os.waitpid(child, 0)
+    return line or json.dumps({"error": {"message": "the process died", "phase": "?"}}) + "\n"
+
+
+def _run(case: Case, stand_ins: StandIns) -> dict:
+    module, _, function = case.do.partition(":")
+    try:
+        answer = getattr(importlib.import_module(module), function)(case, stand_ins)
+    except Exception as error:  # whatever the program raises is what the case is run for
+        frames = traceback.extract_tb(error.__traceback__)
+        program = [frame for frame in frames if "/torch/" not in frame.filename]
+        return {
+            "error": {
+                "message": f"{type(error).__name__}: {error}",
+                "phase": stand_ins.recorder.name,
+                "lines": [f"{x.filename}:{x.lineno} {x.name}: {x.line}" for x in program[-12:]],
+            }
+        }
+    times = os.times()
+    return answer | {"cpu_seconds": times.user + times.system}
+
+
+def _tuples(fields: dict) -> dict:
+    """JSON knows lists only."""
+
+    def restored(value: object) -> object:
+        return tuple(map(restored, value)) if isinstance(value, list) else value
+
+    return {key: restored(value) for key, value in fields.items()}
+
+
+if __name__ == "__main__":
+    main()

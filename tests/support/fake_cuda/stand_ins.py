@@ -1,0 +1,62 @@
+"""Everything that stands in for a GPU and for the other ranks, in one process, once and for all."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.support.fake_cuda.attention import answer_for_attention
+from tests.support.fake_cuda.collectives import Collectives
+from tests.support.fake_cuda.gpu import answer_for_a_gpu
+from tests.support.fake_cuda.operators import OperatorWatch
+from tests.support.fake_cuda.record import Recorder
+from tests.support.fake_cuda.tensors import Numbers, answer_for_tensors
+
+
+@dataclass(frozen=True)
+class StandIns:
+    recorder: Recorder
+    numbers: Numbers
+    collectives: Collectives
+
+    def device(self) -> FakeDevice:
+        """Inside it tensors have no memory, and operators are counted."""
+        return FakeDevice(self.recorder, self.numbers)
+
+
+class FakeDevice:
+    """FakeTensorMode and the watch over it, as one context manager."""
+
+    def __init__(self, recorder: Recorder, numbers: Numbers) -> None:
+        # Tensors made before, such as the scheduler's tables, may be used inside.
+        self._modes = FakeTensorMode(allow_non_fake_inputs=True), OperatorWatch(recorder, numbers)
+
+    def __enter__(self) -> None:
+        for mode in self._modes:
+            mode.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*error)
+
+
+def install() -> StandIns:
+    """Puts the answers into torch and the libraries, then imports the program on top of them.
+
+    The order matters: each takes names out of those before it.
+    """
+    recorder, numbers = Recorder(), Numbers()
+    collectives = Collectives(recorder, numbers)
+    FakeTensorMode.avoid_device_init = True  # although torch.cuda says that there is a device
+    answer_for_a_gpu(recorder)
+    answer_for_tensors(recorder, numbers)
+    answer_for_attention(recorder)
+    collectives.install()
+    files = importlib.import_module("tests.support.fake_cuda.frozen_files")
+    files.answer_for_files()
+    phases = importlib.import_module("tests.support.fake_cuda.phases")
+    phases.name_phases(recorder)
+    importlib.import_module("tests.support.product_names")
+    return StandIns(recorder, numbers, collectives)

@@ -1,0 +1,140 @@
+"""One training update of one rank, by the program's own start-up and step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from tests.support.fake_cuda.case import Case
+from tests.support.fake_cuda.made_up import MadeUpStream
+from tests.support.fake_cuda.stand_ins import StandIns
+from tests.support.product_names import (
+    BatchFeed,
+    Layout,
+    Reporter,
+    RunConfig,
+    Stage,
+    Trained,
+    build_stage,
+    build_trained,
+    forward_losses,
+    load_config,
+    num_microbatches,
+    open_remote_score,
+    platform,
+    train_step,
+    with_default_layout,
+)
+
+UPDATE = "update"
+"""Phase of everything between the micro-batches and around them."""
+
+
+def resolved_config(case: Case) -> RunConfig:
+    """The run's config; data are read in the thread that the stand-ins know."""
+    overrides = [*case.overrides, f"parallel.world_size={case.world_size}", "data.num_workers=0"]
+    return with_default_layout(load_config(case.config, overrides))
+
+
+def take_place(case: Case, config: RunConfig, stand_ins: StandIns) -> None:
+    """Makes this process the case's rank, as torchrun would; says what other ranks would."""
+    os.environ.update(
+        RANK=str(case.rank),
+        WORLD_SIZE=str(case.world_size),
+        LOCAL_RANK="0",
+        MASTER_ADDR="the-first-node",  # a name: for an address of its own, rank 0 would listen
+        MASTER_PORT="1",
+    )
+    collectives = stand_ins.collectives
+    stand_ins.numbers.flag = case.upstream_trains
+    collectives.store.said.update(case.told)
+    if case.received is not None:
+        ranks_of_a_stage = case.world_size // config.parallel.pipeline_model_parallel_size
+        collectives.announced[case.rank - ranks_of_a_stage] = case.received
+
+
+def run_update(case: Case, stand_ins: StandIns) -> dict:
+    """{"phases": counts of the last update, "num_micro_batches": in it, "held": bytes between
+    updates, "trains": whether anything does on this rank, "sent": shapes by rank, "told": through
+    the store}."""
+    config, recorder = resolved_config(case), stand_ins.recorder
+    take_place(case, config, stand_ins)
+    with stand_ins.device():
+        rank = start(config, case, stand_ins)
+        for number in range(case.num_updates):
+            if number:
+                recorder.forget()
+            with recorder.phase(UPDATE):
+                rank.update()
+    return {
+        "phases": recorder.as_dict(),
+        "num_micro_batches": num_microbatches(config, rank.layout.dp_size),
+        "held": rank.held,
+        "trains": rank.held["optimizer"] > 0,
+        "sent": stand_ins.collectives.sent,
+        "told": stand_ins.collectives.store.said,
+    }
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A rank that has started and can train."""
+
+    stage: Stage
+    config: RunConfig
+    layout: Layout
+    trained: Trained
+    feed: BatchFeed
+    iterators: list[Iterator]
+    reporter: Reporter
+    held: dict[str, int]
+    """Bytes between updates: `frozen_helpers` (U-Net and VAE, or the text encoder), `model`
+    (parameters and gradients), `optimizer`, and the `total`."""
+
+    def update(self) -> None:
+        """One update, as the training loop makes it."""
+        for chunk in self.trained.chunks:
+            chunk.train()
+        parts = self.stage, self.config, self.layout, self.trained.chunks, self.trained.optimizer
+        train_step(*parts, self.feed, self.iterators, self.reporter)
+
+    def evaluate(self) -> None:
+        """The forward passes of one global batch, as an evaluation makes them."""
+        for chunk in self.trained.chunks:
+            chunk.eval()
+        parts = self.stage, self.config, self.layout, self.trained.chunks
+        with torch.no_grad():
+            forward_losses(*parts, self.feed, self.iterators, self.reporter)
+
+
+def start(config: RunConfig, case: Case, stand_ins: StandIns) -> Rank:
+    """The rank before its first update."""
+    memory, collectives = stand_ins.recorder.memory, stand_ins.collectives
+    layout = platform.initialize(config)
+    remote_score = open_remote_score(config, layout)
+    stage = build_stage(config, layout, remote_score)
+    helpers = memory.now
+    # Megatron-Core gives all ranks the parameter groups of all; where something trains it is one.
+    collectives.others_say = [(None, False)]
+    trained = build_trained(stage, config, layout, takes_initial_weights=False)
+    parameters = [parameter for chunk in trained.chunks for parameter in chunk.parameters()]
+    memory.see_all(parameters)
+    gradients = [parameter.main_grad for parameter in parameters if parameter.requires_grad]
+    model = memory.size([*parameters, *gradients])
+    held = {"frozen_helpers": helpers, "model": model, "total": memory.now}
+    held["optimizer"] = memory.now - helpers - model
+    stream = MadeUpStream(
+        config,
+        case.length,
+        case.images,
+        reads="all" if remote_score is None else "prompts",
+        decodes=layout.is_first_stage,
+    )
+    feed = BatchFeed(stream, config, layout, start_sample=0)
+    iterators = feed.chunk_iterators(len(trained.chunks))
+    collectives.others_say = ["loss"]  # the names of the losses, which the last stage knows
+    reporter = Reporter(layout, remote_score)
+    return Rank(stage, config, layout, trained, feed, iterators, reporter, held)

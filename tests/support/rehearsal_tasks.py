@@ -1,0 +1,181 @@
+"""What is rehearsed besides a training update: functions for `Case.do`, run by the fake device."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from tests.support.fake_cuda.case import Case
+from tests.support.fake_cuda.made_up import MadeUpStream
+from tests.support.fake_cuda.stand_ins import StandIns
+from tests.support.fake_cuda.update import resolved_config, run_update, take_place
+from tests.support.product_names import (
+    DenoisingLoss,
+    Efficiency,
+    Kind,
+    MicroBatch,
+    Request,
+    RunConfig,
+    ScoreRank,
+    count_model,
+    decoder_memory,
+    draw_pictures,
+    load_diffusion,
+    norms,
+    open_remote_score,
+    platform,
+    serve,
+    world_layout,
+)
+from tests.support.stage_gradients import stage_gradients
+from tests.support.tiny_models import tiny_config, write_stable_diffusion
+
+_APEX = {
+    "__init__.py": "",
+    "normalization/__init__.py": "",
+    "normalization/fused_layer_norm.py": """
+def fused_layer_norm_affine(*_):
+    import fused_layer_norm_cuda
+""",
+}
+"""NVIDIA's apex installed without its CUDA extensions: it imports, and fails when it is used."""
+
+
+def plan(case: Case, _: StandIns) -> dict:
+    """What the planner reckons for the case's rank and micro-batches, in bytes, and the number of
+    trained parameters."""
+    config = resolved_config(case)
+    rows = config.training.micro_batch_size
+    decoder_rows = rows + (config.stage == "instruct")  # the null condition's
+    batch = MicroBatch(rows, decoder_rows, case.length, case.images)
+    counts = count_model(config)
+    world = world_layout(config, case.world_size)
+    pp_rank = case.rank // (case.world_size // world.pp_size)
+    piece, count = counts.shares.pieces[pp_rank], counts.shares.counts[pp_rank]
+    one_each = [batch] * (config.training.global_batch_size // rows // world.num_replicas)
+    memory = decoder_memory(config, world, piece, pp_rank, count, one_each, Efficiency())
+    return vars(memory) | {"tensors": memory.tensors, "trainable": counts.trainable}
+
+
+def start(case: Case, stand_ins: StandIns) -> dict:
+    """Settings of torch after the start-up of a rank."""
+    config = resolved_config(case)
+    take_place(case, config, stand_ins)
+    with stand_ins.device():
+        platform.initialize(config)
+    return {"cudnn_benchmark": torch.backends.cudnn.benchmark}
+
+
+def links(case: Case, stand_ins: StandIns) -> dict:
+    """{"phases": of a decoder rank with score ranks, "opening" and "closing"}."""
+    config, recorder = resolved_config(case), stand_ins.recorder
+    take_place(case, config, stand_ins)
+    with stand_ins.device():
+        layout = platform.initialize(config)
+        with recorder.phase("opening"):
+            remote_score = open_remote_score(config, layout)
+        with recorder.phase("closing"):
+            remote_score.close(is_done=True)
+    return {"phases": recorder.as_dict()}
+
+
+def gradients_of_a_stage(case: Case, stand_ins: StandIns) -> dict:
+    """What tests/gpu runs on the device: {"loss": of one global batch, "gradients": their names}.
+
+    On the tiny models of that test; of the case only the stage counts.
+    """
+    folder = Path(tempfile.mkdtemp())
+    config = tiny_config(resolved_config(case).stage, write_stable_diffusion(folder), folder)
+    with stand_ins.device():
+        loss, share = stage_gradients(config)
+    return {"loss": loss, "gradients": sorted(share.tensors)}
+
+
+def pictures(case: Case, stand_ins: StandIns) -> dict:
+    """{"shape", "device": of held-out pictures, "phases": "draw"}."""
+    config, recorder = resolved_config(case), stand_ins.recorder
+    take_place(case, config, stand_ins)
+    with stand_ins.device():
+        layout = platform.initialize(config)
+        diffusion = load_diffusion(config, layout.device)
+        aligner = config.model.aligner
+        shape = (config.logging.num_images + 1, aligner.num_queries, aligner.hidden_size)
+        condition = torch.zeros(shape, device=layout.device)
+        positions = torch.arange(config.logging.num_images)
+        recorder.forget()
+        with recorder.phase("draw"):
+            drawn = draw_pictures(
+                config, diffusion, condition, positions, config.data.target_image_size
+            )
+    return {
+        "shape": tuple(drawn.shape),
+        "device": drawn.device.type,
+        "phases": recorder.as_dict(),
+    }
+
+
+def update_with_bare_apex(case: Case, stand_ins: StandIns) -> dict:
+    """`run_update` where apex is installed without its CUDA extensions."""
+    folder = Path(tempfile.mkdtemp())
+    for name, text in _APEX.items():
+        path = folder / "apex" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    importlib.reload(norms)
+    return run_update(case, stand_ins)
+
+
+def score_rank_order(case: Case, _: StandIns) -> dict:
+    """{"events": in the order in which a score rank on the CPU does things for two micro-batches}.
+
+    "encode": the VAE turns target images into moments; "request": a condition has arrived.
+    """
+    config = resolved_config(case)
+    cpu = torch.device("cpu")
+    diffusion = load_diffusion(config, cpu)
+    events: list[str] = []
+    encode = diffusion.vae.encode
+
+    def noted(*args, **named):
+        events.append("encode")
+        return encode(*args, **named)
+
+    diffusion.vae.encode = noted
+    world = world_layout(config, case.world_size)
+    rank = ScoreRank(cpu, world, world.place(case.rank), (_Asks(config, events),))
+    serve(
+        config,
+        rank,
+        DenoisingLoss(diffusion, config.score, config.training.seed),
+        draw=None,
+        open_stream=lambda _: MadeUpStream(config, case.length, case.images, reads="targets"),
+        dtype=torch.float32,
+    )
+    return {"events": events}
+
+
+class _Asks:
+    """The link of a decoder rank that asks for the gradients of two micro-batches and ends."""
+
+    def __init__(self, config: RunConfig, events: list[str]) -> None:
+        self._rows, self._events, self._number = config.training.micro_batch_size, events, 0
+
+    def take_request(self, shape: tuple[int, int], dtype: torch.dtype) -> Request:
+        first, kind = self._number * self._rows, Kind.GRADIENT if self._number < 2 else Kind.END
+        self._number += 1
+        self._events.append("request" if kind is Kind.GRADIENT else "end")
+        rows = self._rows if kind is Kind.GRADIENT else 0
+        positions = torch.arange(first, first + rows)
+        condition = torch.zeros(rows, *shape, dtype=dtype)
+        nothing_yet = torch.zeros_like(positions)
+        return Request(kind, condition, torch.ones(()), positions, nothing_yet)
+
+    def reply(self, _: object) -> None: ...
+
+    def finish(self) -> None: ...

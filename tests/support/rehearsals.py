@@ -1,0 +1,293 @@
+"""What the tests rehearse on fake devices, at tiny and at full size, and how they read the answers.
+
+Imports no torch: the rehearsal runs in a process of its own, which changes torch for good. Long
+because it writes out the sizes of two sets of models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+from tests.support.fake_cuda.case import Case
+
+REPOSITORY = Path(__file__).parents[2]
+
+_TINY_MODEL = (
+    "model.vocab_size=101",
+    "model.decoder.num_layers=2",
+    "model.decoder.hidden_size=32",
+    "model.decoder.ffn_hidden_size=48",
+    "model.decoder.num_attention_heads=4",
+    "model.vision.num_layers=2",
+    "model.vision.hidden_size=16",
+    "model.vision.ffn_hidden_size=32",
+    "model.vision.num_attention_heads=2",
+    "model.vision.image_size=28",
+    "model.resampler.num_latent_queries=5",
+    "model.resampler.num_attention_heads=4",
+    "model.aligner.num_layers=1",
+    "model.aligner.hidden_size=32",
+    "model.aligner.ffn_hidden_size=40",
+    "model.aligner.num_attention_heads=4",
+    "model.aligner.num_queries=7",
+    "model.aligner.max_positions=64",
+    "data.seq_length=13",
+    "data.target_image_size=16",
+)
+"""Awkward where the real model is even; heads of 8, so that every attention kernel can take them.
+"""
+
+_TINY_FOLDER = {
+    "unet/config.json": {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 8,
+        "block_out_channels": [16, 32],
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    },
+    "vae/config.json": {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "latent_channels": 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "sample_size": 16,
+    },
+    "text_encoder/config.json": {
+        "vocab_size": 53,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 7,
+        "projection_dim": 16,
+        "bos_token_id": 51,
+        "eos_token_id": 52,
+    },
+}
+_FULL_FOLDER = {  # Stable Diffusion v1.5's
+    "unet/config.json": {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 64,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    },
+    "vae/config.json": {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "sample_size": 512,
+    },
+    "text_encoder/config.json": {
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "projection_dim": 768,
+    },
+}
+_SCHEDULER = {
+    "_class_name": "DDPMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "steps_offset": 1,
+}
+
+MICRO_BATCH_PHASES = (
+    "forward",
+    "forward of the U-Net",
+    "backward",
+    "backward of the U-Net",
+    "exchange",
+)
+"""Those of `fake_cuda.phases` that come once a micro-batch."""
+
+
+class RehearsalError(RuntimeError):
+    """The rehearsed program raised an error: not an AssertionError, which a test may expect."""
+
+
+class Report:
+    """What a rehearsed update did."""
+
+    def __init__(self, answer: dict) -> None:
+        self.answer, self._num_micro_batches = answer, answer["num_micro_batches"]
+
+    def phase(self, name: str) -> dict:
+        """Counts of one phase (`record.Phase`), over all micro-batches."""
+        return self.answer["phases"][name]
+
+    def kernels(self, *phases: str) -> float:
+        """A micro-batch's launches in these phases."""
+        found = [self.phase(name) for name in phases if name in self.answer["phases"]]
+        return sum(sum(x["kernels"].values()) for x in found) / self._num_micro_batches
+
+    def of_a_micro_batch(self, what: str) -> dict[str, float]:
+        """{name or place: count} of one micro-batch, with its U-Net and its exchanges."""
+        total: Counter[str] = Counter()
+        for name in MICRO_BATCH_PHASES:
+            total.update(self.answer["phases"].get(name, {}).get(what, {}))
+        return {key: count / self._num_micro_batches for key, count in total.most_common()}
+
+    def attention(self) -> dict[str, Counter[str]]:
+        """{kernel: calls by shape} of one update."""
+        found: dict[str, Counter[str]] = {}
+        for phase in self.answer["phases"].values():
+            for kernel, shapes in phase["attention"].items():
+                found.setdefault(kernel, Counter()).update(shapes)
+        return found
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return max(phase["peak"] for phase in self.answer["phases"].values())
+
+
+class Rehearsals:
+    """Context manager around the process with the fake device; answers are kept."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: for the configurations of the frozen models."""
+        self._folder = folder
+        for size, files in (("tiny", _TINY_FOLDER), ("full", _FULL_FOLDER)):
+            for name, content in (files | {"scheduler/scheduler_config.json": _SCHEDULER}).items():
+                path = folder / size / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(content))
+        self._answers: dict[Case, dict] = {}
+        self._server: subprocess.Popen | None = None
+
+    def __enter__(self) -> Rehearsals:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._server is not None:
+            self._server.stdin.close()
+            self._server.wait()
+
+    def tiny(
+        self,
+        stage: str,
+        *overrides: str,
+        tp: int = 1,
+        pp: int = 1,
+        world_size: int | None = None,
+        micro_batches: int | None = None,
+        images: int | None = None,
+        **fields: object,
+    ) -> Case:
+        """Two rows a micro-batch, one prompt image a row but in `align`; one micro-batch an update
+        for every pipeline stage."""
+        world_size, micro_batches = world_size or tp * pp, micro_batches or pp
+        return Case(
+            config=None,
+            overrides=(
+                f"stage={stage}",
+                *_TINY_MODEL,
+                *self._settings("tiny", tp, pp, 2, 2 * micro_batches * (world_size // tp // pp)),
+                *overrides,
+            ),
+            length=13,
+            images=(0 if stage == "align" else 2) if images is None else images,
+            world_size=world_size,
+            **fields,
+        )
+
+    def repeated(self, stage: str, *overrides: str, **fields: object) -> Case:
+        """`tiny`, in its second update: without what a run does once."""
+        return self.tiny(stage, *overrides, num_updates=2, **fields)
+
+    def full(
+        self,
+        stage: str,
+        *overrides: str,
+        micro_batch: int,
+        length: int,
+        images: int,
+        **fields: object,
+    ) -> Case:
+        """The paper's sizes on eight replicas, one micro-batch an update."""
+        return Case(
+            config=f"{stage}_256gpu",
+            overrides=(
+                *self._settings("full", 1, 1, micro_batch, 8 * micro_batch),
+                "score.placement=colocated",
+                "model.vision.path=null",
+                *overrides,
+            ),
+            length=length,
+            images=images,
+            world_size=8,
+            **fields,
+        )
+
+    def _settings(self, size: str, tp: int, pp: int, rows: int, samples: int) -> list[str]:
+        frozen = self._folder / size
+        return [
+            f"parallel.tensor_model_parallel_size={tp}",
+            f"parallel.pipeline_model_parallel_size={pp}",
+            f"parallel.sequence_parallel={str(tp > 1).lower()}",
+            f"training.micro_batch_size={rows}",
+            f"training.global_batch_size={samples}",
+            "training.precision=bf16",
+            f"model.diffusion.path={frozen}",
+            f"model.clip_text.path={frozen}",
+            f"logging.output_dir={self._folder / 'run'}",
+        ]
+
+    def answer(self, case: Case) -> dict:
+        """What the case's function returned. Raises RehearsalError with its error, if any."""
+        if case not in self._answers:
+            self._answers[case] = self._ask(case)
+        answer = self._answers[case]
+        if "error" in answer:
+            error = answer["error"]
+            lines = "\n  ".join(error.get("lines", ()))
+            raise RehearsalError(f"in phase {error['phase']}: {error['message']}\n  {lines}")
+        return answer
+
+    def report(self, case: Case) -> Report:
+        """Of an update."""
+        return Report(self.answer(case))
+
+    def behind(self, case: Case, first: Case) -> Case:
+        """`case` on the second pipeline stage, which gets what `first`, on the first one, sends."""
+        (shape,) = self.answer(first)["sent"].values()
+        return dataclasses.replace(
+            case,
+            rank=case.world_size // 2,
+            received=tuple(shape),
+            told=tuple(self.answer(first)["told"].items()),
+            upstream_trains=self.answer(first)["trains"],
+        )
+
+    def _ask(self, case: Case) -> dict:
+        if self._server is None:
+            self._server = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", "tests.support.fake_cuda.server"],
+                cwd=REPOSITORY,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        self._server.stdin.write(json.dumps(dataclasses.asdict(case)) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
