@@ -19,13 +19,15 @@ EMBEDDING_CHANNELS = (16, 32, 96, 256)
 def draw(args):
     pipeline = load(args).to(args.device)
     if args.controlnet:
-        control = ControlNetModel.from_pretrained(args.controlnet).to(args.device)
+        control = ControlNetModel.from_pretrained(args.controlnet)
     else:
         halvings = len(pipeline.vae.config.block_out_channels) - 1
         control = ControlNetModel.from_unet(
             pipeline.unet, conditioning_embedding_out_channels=EMBEDDING_CHANNELS[: 1 + halvings]
         )
-    controlled = StableDiffusionControlNetPipeline.from_pipe(pipeline, controlnet=control)
+    controlled = StableDiffusionControlNetPipeline.from_pipe(
+        pipeline, controlnet=control.to(args.device)
+    )
     image = open_image(args.control_image)
     if args.image_size:
         image = image.resize((args.image_size, args.image_size))

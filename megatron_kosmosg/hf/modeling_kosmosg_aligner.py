@@ -27,6 +27,7 @@ class KosmosGAligner(ModelMixin, ConfigMixin):
     """
 
     _no_split_modules = ["AlignerLayer"]
+    _skip_layerwise_casting_patterns = ["positions", "norm"]
 
     @register_to_config
     def __init__(
@@ -72,8 +73,9 @@ class KosmosGAligner(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"a prompt of {length} positions; this aligner has {self.longest_prompt}"
             )
-        rows = self.positions.weight[POSITION_OFFSET : POSITION_OFFSET + length]
-        states = self.input_projection(hidden) + rows
+        # Through the module, not its weight: offloading and casting act when a module is called.
+        rows = torch.arange(length, device=hidden.device) + POSITION_OFFSET
+        states = self.input_projection(hidden) + self.positions(rows)
         states = states.masked_fill(padding_mask.unsqueeze(-1), 0)
         if self.encoder is not None:
             states = self.encoder(states, hidden_keys=padding_mask)

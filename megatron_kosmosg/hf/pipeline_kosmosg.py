@@ -2,8 +2,9 @@
 
 A language model (stock Kosmos-2) and an aligner take the place of CLIP's text encoder; U-Net, VAE
 and scheduler are untouched. Long because the file travels with every exported model, so it stands
-alone: it imports torch, diffusers, transformers and Pillow only. Its annotations are evaluated (no
-`from __future__ import annotations`): diffusers before 0.37 reads the types of `__init__`.
+alone: it imports numpy, torch, diffusers, transformers and Pillow only. It is one file because
+diffusers fetches one from a hub. Its annotations are evaluated (no `from __future__ import
+annotations`): diffusers before 0.37 reads the types of `__init__`.
 """
 
 import importlib
@@ -11,13 +12,17 @@ import inspect
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import transformers
 from diffusers import AutoencoderKL, ModelMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import logging
+from diffusers.utils import load_image, logging
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Kosmos2ForConditionalGeneration, PreTrainedTokenizerBase
@@ -28,6 +33,8 @@ PLACEHOLDER = "<image>"
 """A copy, like all that this file shares with the package: it must stand alone."""
 PIPELINE_MODULE = "pipeline_kosmosg"
 ALIGNER_MODULE = "modeling_kosmosg_aligner"
+SENTENCEPIECE_FILE = "sentencepiece.bpe.model"
+"""In the tokenizer's folder; transformers itself does not write it."""
 PORTABLE = {
     "TokenizersBackend": "PreTrainedTokenizerFast",
     "CLIPImageProcessorPil": "CLIPImageProcessor",
@@ -46,6 +53,8 @@ TURNS = {
 """What makes an image upright, by EXIF's orientation."""
 
 Parts = list[str | Image.Image]
+FORMS_OF_IMAGES = (Image.Image, os.PathLike, np.ndarray, torch.Tensor)
+"""In a prompt; a string is an image (its path or address) only among `images`."""
 
 
 class KosmosGPipeline(StableDiffusionPipeline):
@@ -53,11 +62,15 @@ class KosmosGPipeline(StableDiffusionPipeline):
 
     A prompt is a string with an `<image>` for each of `images`, or a list of texts and images,
     `["A", dog, "on a beach"]`, in whose texts `<image>` means nothing. A list without any image in
-    it is a batch, of either form. Everything else is as in StableDiffusionPipeline.
+    it is a batch, of either form. Everything else is as in StableDiffusionPipeline. Without its
+    language model, aligner and tokenizer (None) it draws from `prompt_embeds`.
     """
 
     model_cpu_offload_seq = "mllm->aligner->image_encoder->unet->vae"
-    _optional_components = [*StableDiffusionPipeline._optional_components, "text_encoder"]
+    _optional_components = [
+        *StableDiffusionPipeline._optional_components,
+        *("text_encoder", "tokenizer", "mllm", "aligner", "mllm_image_processor"),
+    ]
 
     def __init__(
         self,
@@ -85,29 +98,47 @@ class KosmosGPipeline(StableDiffusionPipeline):
         if mllm is not None:
             # transformers before 5.23 takes the resampler's queries for text, without an error.
             mllm.image_to_text_projection.x_attn.is_causal = False
+            check_resampler(mllm.image_to_text_projection)
+        if tokenizer is not None and os.path.isdir(tokenizer.name_or_path):
+            # To be found when the pipeline is saved, from whatever folder.
+            tokenizer.name_or_path = os.path.abspath(tokenizer.name_or_path)
         self._check_parts()
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list | None = None,
-        images: Image.Image | list | None = None,
+        images: Any = None,
         *,
-        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
         guidance_scale: float = 7.5,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int | None = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        **settings: Any,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
     ):
         """StableDiffusionPipelineOutput, or a tuple with return_dict=False.
 
-        images belong to the `<image>` of a string; a batch has a list of them for each prompt.
-        settings: all other arguments of StableDiffusionPipeline (num_inference_steps, generator,
-        num_images_per_prompt, height, width, output_type, callback_on_step_end, ...).
+        images belong to the `<image>` of a string; a batch has a list of them for each prompt. Each
+        is a PIL image, a path, an address, an array [h, w, c] or a tensor [c, h, w] (uint8, or 0 to
+        1). All other arguments are StableDiffusionPipeline's.
         """
-        known = inspect.signature(StableDiffusionPipeline.__call__).parameters
-        for name in settings.keys() - known.keys():
-            raise TypeError(f"unexpected argument {name!r}; a prompt's images are `images`")
         self._guidance_scale = guidance_scale
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt,
@@ -117,11 +148,19 @@ class KosmosGPipeline(StableDiffusionPipeline):
             negative_prompt_embeds=negative_prompt_embeds,
             images=images,
         )
+        settings: dict[str, Any] = dict(
+            height=height, width=width, num_inference_steps=num_inference_steps,
+            timesteps=timesteps, sigmas=sigmas, guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt, eta=eta, generator=generator,
+            latents=latents, ip_adapter_image=ip_adapter_image,
+            ip_adapter_image_embeds=ip_adapter_image_embeds, output_type=output_type,
+            return_dict=return_dict, cross_attention_kwargs=cross_attention_kwargs,
+            guidance_rescale=guidance_rescale, clip_skip=clip_skip,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
         return super().__call__(
-            guidance_scale=guidance_scale,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            **settings,
+            prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, **settings
         )
 
     @torch.no_grad()
@@ -136,7 +175,7 @@ class KosmosGPipeline(StableDiffusionPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         lora_scale: float | None = None,
         clip_skip: int | None = None,
-        images: Image.Image | list | None = None,
+        images: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(prompt_embeds, negative_prompt_embeds), each [b * num_images_per_prompt, c, d].
 
@@ -165,12 +204,24 @@ class KosmosGPipeline(StableDiffusionPipeline):
             negative = negative.to(device, dtype).repeat_interleave(num_images_per_prompt, 0)
         return prompt_embeds, negative
 
+    @property
+    def _execution_device(self) -> torch.device:
+        """As diffusers' own, also where only some models are offloaded by accelerate."""
+        device = super()._execution_device
+        if device.type == "meta":  # of a weight that its hook brings when it is needed
+            parts = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+            hooks = (getattr(m, "_hf_hook", None) for part in parts for m in part.modules())
+            found = (getattr(hook, "execution_device", None) for hook in hooks)
+            device = torch.device(next(where for where in found if where is not None))
+        return device
+
     def _conditions(self, prompts: list[Parts], device: torch.device) -> torch.Tensor:
         """[b, c, d] of interleaved prompts."""
-        if self.mllm is None or self.aligner is None:
+        needed = ("mllm", "aligner", "tokenizer", "mllm_image_processor")
+        if missing := [name for name in needed if getattr(self, name) is None]:
             raise ValueError(
-                "this pipeline was loaded without its language model or aligner; give "
-                "`prompt_embeds` and `negative_prompt_embeds`"
+                f"this pipeline has no {' and no '.join(missing)}; give `prompt_embeds` and "
+                "`negative_prompt_embeds`"
             )
         pad = self.tokenizer.pad_token_id
         rows = [self.prompt_tokens(parts, number) for number, parts in enumerate(prompts, start=1)]
@@ -179,7 +230,8 @@ class KosmosGPipeline(StableDiffusionPipeline):
             for side, padding in zip(zip(*rows, strict=True), (pad, False), strict=True)
         )
         states = language_states(self.mllm, tokens, slots, self._pixels(prompts, device))
-        return self.aligner(states.to(self.aligner.dtype), padding_mask=tokens == pad)
+        states = states.to(get_parameter_dtype(self.aligner))
+        return self.aligner(states, padding_mask=tokens == pad)
 
     def prompt_tokens(self, parts: Parts, number: int = 1) -> tuple[list[int], list[bool]]:
         """(ids, whether each is an image slot); ValueError when the model has fewer positions."""
@@ -217,7 +269,7 @@ class KosmosGPipeline(StableDiffusionPipeline):
         inputs = self.mllm_image_processor(
             pictures, do_resize=False, do_center_crop=False, return_tensors="pt"
         )
-        return inputs.pixel_values.to(device, self.mllm.dtype)
+        return inputs.pixel_values.to(device, get_parameter_dtype(self.mllm))
 
     def _check_parts(self) -> None:
         """ValueError for components that do not fit together."""
@@ -256,6 +308,13 @@ class KosmosGPipeline(StableDiffusionPipeline):
         logger.warning("textual inversion is ignored: CLIP's text encoder is not used here")
 
     @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any):
+        """As diffusers', which leaves the aligner behind: a class that it does not know."""
+        if getattr(pipeline, "aligner", None) is not None:
+            kwargs.setdefault("aligner", pipeline.aligner)
+        return super().from_pipe(pipeline, **kwargs)
+
+    @classmethod
     def load_config(cls, *args: Any, **kwargs: Any):
         """The folder's model_index.json; an installed package's own classes need no trust flag."""
         loaded = super().load_config(*args, **kwargs)
@@ -266,7 +325,8 @@ class KosmosGPipeline(StableDiffusionPipeline):
         # diffusers takes classes of modules that are imported already.
         aligner = importlib.import_module(f"{package}.{ALIGNER_MODULE}")
         index["_class_name"] = cls.__name__
-        index["aligner"] = [aligner.__name__, aligner.KosmosGAligner.__name__]
+        if index.get("aligner", [None])[0] is not None:
+            index["aligner"] = [aligner.__name__, aligner.KosmosGAligner.__name__]
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -276,15 +336,31 @@ class KosmosGPipeline(StableDiffusionPipeline):
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
         shutil.copyfile(__file__, folder / f"{PIPELINE_MODULE}.py")
-        if self.aligner is not None:
-            source = inspect.getfile(type(self.aligner))
+        if self.aligner is not None:  # torch.compile wraps it in a class of torch's
+            source = inspect.getfile(type(getattr(self.aligner, "_orig_mod", self.aligner)))
             shutil.copyfile(source, folder / "aligner" / f"{ALIGNER_MODULE}.py")
-        source = Path(self.tokenizer.name_or_path)
-        if (source / "tokenizer.json").is_file() and not source.samefile(folder / "tokenizer"):
-            shutil.copytree(source, folder / "tokenizer", dirs_exist_ok=True)
+        if self.tokenizer is not None:
+            complete_tokenizer(Path(self.tokenizer.name_or_path), folder / "tokenizer")
         path = folder / self.config_name
         index = portable_index(json.loads(path.read_text(encoding="utf-8")))
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def check_resampler(resampler: torch.nn.Module) -> None:
+    """RuntimeError unless its first query sees the last patch: nothing else would tell."""
+    like = resampler.latent_query
+    if like.is_meta or like.dtype.itemsize == 1:  # offloaded, or in a form that only hooks read
+        return
+    pair = torch.zeros(2, 2, resampler.dense.in_features, dtype=like.dtype, device=like.device)
+    pair[1, 1] = 1  # two images, which differ in their last patch
+    with torch.no_grad():
+        first, second = resampler(pair)[0][:, 0]
+    if torch.equal(first, second):
+        raise RuntimeError(
+            f"transformers {transformers.__version__} hides patches of an image from the language "
+            "model: its conditions would be those of other images. Install a version that the "
+            "model's README.md lists"
+        )
 
 
 def language_states(
@@ -302,7 +378,8 @@ def language_states(
     if pixel_values is None:  # stock Kosmos-2 asks for images: give it none
         text: Any = mllm.config.text_config  # an object, whatever may be given to make it
         shape = (0, mllm.config.latent_query_num, text.embed_dim)
-        images = {"image_embeds": torch.zeros(shape, dtype=mllm.dtype, device=tokens.device)}
+        dtype = get_parameter_dtype(mllm)
+        images = {"image_embeds": torch.zeros(shape, dtype=dtype, device=tokens.device)}
     # No attention mask: a causal model does not see padding at the end.
     return mllm(
         **images,
@@ -314,29 +391,56 @@ def language_states(
     ).hidden_states[-1]
 
 
+def complete_tokenizer(source: Path, saved: Path) -> None:
+    """Adds the SentencePiece model to a saved tokenizer, and writes names for transformers 4.
+
+    source: the folder it was loaded from. A link is followed only inside it and into the `blobs` of
+    a hub's cache: what else it may point at is not for others to have.
+    """
+    path, home = (source / SENTENCEPIECE_FILE).resolve(), source.resolve()
+    if path.is_file() and (
+        path.parent == home or path.parent in [p / "blobs" for p in home.parents]
+    ):
+        target = saved / SENTENCEPIECE_FILE
+        if not (target.exists() and target.samefile(path)):
+            shutil.copyfile(path, target)
+    file = saved / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for installed in ("is_local", "local_files_only"):
+        settings.pop(installed, None)
+    name = settings["tokenizer_class"]
+    if name in PORTABLE:
+        settings["tokenizer_class"] = PORTABLE[name]
+        if "extra_special_tokens" in settings:
+            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
 def portable_index(index: dict) -> dict:
     """A model_index.json that names the two files in the folder instead of this installation."""
     parts = {name: value for name, value in index.items() if isinstance(value, (list, tuple))}
     parts = {name: [value[0], PORTABLE.get(value[1], value[1])] for name, value in parts.items()}
-    if parts["aligner"][0] is not None:
+    if parts.get("aligner", [None])[0] is not None:
         parts["aligner"][0] = ALIGNER_MODULE
     index = {**index, **parts, "_class_name": [PIPELINE_MODULE, KosmosGPipeline.__name__]}
     index.pop("_name_or_path", None)
     return index
 
 
-def as_batch(prompt: str | list | None, images: Image.Image | list | None) -> list[Parts]:
+def as_batch(prompt: str | list | None, images: Any) -> list[Parts]:
     """The prompts as interleaved lists, images in their places.
 
     Raises ValueError when placeholders and images differ in number, TypeError for other things.
     """
-    if isinstance(images, Image.Image):
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        images = list(images)
+    elif images is not None and not isinstance(images, (list, tuple)):
         images = [images]
     if isinstance(prompt, str):
         return [interleave(prompt, images or [], 1)]
     if not isinstance(prompt, (list, tuple)) or not prompt:
         raise TypeError(f"a prompt is a string or a list, not {prompt!r}")
-    if any(isinstance(item, Image.Image) for item in prompt):
+    if any(isinstance(item, FORMS_OF_IMAGES) for item in prompt):
         prompt = [prompt]
     images = images or [None] * len(prompt)
     if len(images) != len(prompt):
@@ -351,9 +455,8 @@ def as_batch(prompt: str | list | None, images: Image.Image | list | None) -> li
         elif own:
             raise ValueError(f"prompt {number} is a list and holds its images; leave out `images`")
         else:
-            parts = list(item) if isinstance(item, (list, tuple)) else [item]
-            check_pictures([part for part in parts if not isinstance(part, str)], number)
-            batch.append(parts)
+            parts = item if isinstance(item, (list, tuple)) else [item]
+            batch.append([p if isinstance(p, str) else as_picture(p, number) for p in parts])
     return batch
 
 
@@ -366,21 +469,44 @@ def interleave(text: str, images: list, number: int) -> Parts:
             f"{len(images)} images were given: write {PLACEHOLDER} where each image goes (in a "
             'list, [["..."]], it is text)'
         )
-    check_pictures(images, number)
     parts: Parts = [pieces[0]]
     for image, piece in zip(images, pieces[1:], strict=True):
-        parts += [image, piece]
+        parts += [as_picture(image, number), piece]
     return parts
 
 
-def check_pictures(images: list, number: int) -> None:
-    """TypeError for the first that is no PIL image."""
-    for image in images:
-        if not isinstance(image, Image.Image):
-            raise TypeError(
-                f"prompt {number}: {image!r} is no PIL image (diffusers.utils.load_image opens "
-                "files and addresses)"
-            )
+def as_picture(image: Any, number: int) -> Image.Image:
+    """The PIL image of whatever diffusers takes for one; ValueError or TypeError for the rest."""
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, (str, os.PathLike)):
+        place = os.fspath(image)
+        try:
+            if place.startswith(("http://", "https://")):
+                return load_image(place, lambda picture: picture)
+            return Image.open(place)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"prompt {number}: {place!r} cannot be read: {error}") from error
+    if isinstance(image, torch.Tensor):
+        image = image.detach().float() if image.is_floating_point() else image
+        image = (image.movedim(0, -1) if image.ndim == 3 else image).cpu().numpy()
+    if not isinstance(image, np.ndarray):
+        raise TypeError(
+            f"prompt {number}: {image!r} is no image: give a PIL image, a path, an address, an "
+            "array [h, w, c] or a tensor [c, h, w]"
+        )
+    found = f"prompt {number}: an image is an array of shape {list(image.shape)} and {image.dtype}"
+    if np.issubdtype(image.dtype, np.floating):
+        if not (image.min(initial=0) >= 0 and image.max(initial=0) <= 1):  # NaN is neither
+            raise ValueError(f"{found} with values outside of 0 to 1")
+        image = (image * 255).round().astype(np.uint8)
+    channels = image.shape[2] if image.ndim == 3 else 1
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4):
+        raise ValueError(
+            f"{found}: needed are [h, w], [h, w, 1], [h, w, 3] or [h, w, 4] as uint8 "
+            "or 0 to 1 (tensors: channels first)"
+        )
+    return Image.fromarray(image if channels > 1 else image.reshape(image.shape[:2]))
 
 
 def negative_batch(negative_prompt: str | list[str] | None, batch_size: int) -> list[Parts]:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support.marks import not_mended_yet
 from tests.support.public import KosmosGPipeline
 from tests.support.tiny_pipeline import picture
 
@@ -85,21 +84,9 @@ def tensor(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("form", "names"),
     [
-        pytest.param(
-            path,
-            ("dog.png", "path", "str"),
-            marks=not_mended_yet("every letter of the path is counted as an image"),
-        ),
-        pytest.param(
-            array,
-            ("ndarray", "array of"),
-            marks=not_mended_yet("the message is numpy's, on the truth value of an array"),
-        ),
-        pytest.param(
-            tensor,
-            ("Tensor",),
-            marks=not_mended_yet("the message is torch's, on the truth value of a tensor"),
-        ),
+        (path, ("dog.png", "path", "str")),
+        (array, ("ndarray", "array of")),
+        (tensor, ("Tensor",)),
     ],
 )
 def test_an_image_in_another_form_is_taken_or_named(pipeline, tmp_path, form, names):

@@ -54,7 +54,7 @@ LAYERS = (
 """Each may import itself and what stands before it."""
 
 MAX_LINES, LONG = 400, 250
-MOST_LINES_OF = {"hf/pipeline_kosmosg.py": 450}
+MOST_LINES_OF = {"hf/pipeline_kosmosg.py": 580}
 """That file travels with exported models, and one file is what diffusers takes along."""
 
 FOLDERS = (NAME, "tools", "examples", "benchmarks", "tests")
