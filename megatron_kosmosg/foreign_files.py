@@ -72,8 +72,7 @@ def parse_json(data: bytes | str) -> Any:
         raise ValueError(f"nested more than {MAX_JSON_DEPTH} deep") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(str(error)) from None
-    brackets = ("[", "{") if isinstance(data, str) else (b"[", b"{")
-    if sum(map(data.count, brackets)) > MAX_JSON_DEPTH:  # else it cannot be that deep
+    if _count_brackets(data) > MAX_JSON_DEPTH:  # else it cannot be that deep
         _check_depth(value)
     return value
 
@@ -87,6 +86,12 @@ def _whole_number(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"a number of {len(digits):,} digits, more than {MAX_DIGITS}")
     return int(digits)
+
+
+def _count_brackets(data: bytes | str) -> int:
+    if isinstance(data, str):
+        return data.count("[") + data.count("{")
+    return data.count(b"[") + data.count(b"{")
 
 
 def _check_depth(value: Any) -> None:
