@@ -15,7 +15,12 @@ from PIL import Image
 
 from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline, Parts
 from megatron_kosmosg.inference.picture_plan import SIZE_UNIT, Picture
-from megatron_kosmosg.inference.prompt_records import PromptError, PromptRecord, open_picture
+from megatron_kosmosg.inference.prompt_records import (
+    DrawingOptions,
+    PromptError,
+    PromptRecord,
+    open_picture,
+)
 
 
 class PipelineDrawer:
@@ -88,13 +93,26 @@ class PipelineDrawer:
             negative_prompt_embeds=negative_embeds,
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,
-            height=options.height,
-            width=options.width,
+            **self._size(options),
             num_images_per_prompt=options.num_images,
             generator=[torch.Generator("cpu").manual_seed(p.options.seed) for p in pictures],
             **control,
             **self._extra,
         ).images
+
+    def _size(self, options: DrawingOptions) -> dict[str, int]:
+        """height and width, none where the model's own size is meant. diffusers takes one alone for
+        none, so the other side is the model's."""
+        sides = {"height": options.height, "width": options.width}
+        if None not in sides.values() or not any(sides.values()):
+            return {name: side for name, side in sides.items() if side is not None}
+        latent = self._pipeline.unet.config.sample_size
+        own = latent if isinstance(latent, (list, tuple)) else (latent, latent)
+        scale = self._pipeline.vae_scale_factor
+        return {
+            name: side or int(size) * scale
+            for (name, side), size in zip(sides.items(), own, strict=True)
+        }
 
 
 def _opened(record: PromptRecord) -> Parts:

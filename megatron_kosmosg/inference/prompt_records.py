@@ -94,7 +94,8 @@ def read_records(path: Path, image_root: Path | None = None) -> list[PromptRecor
     image_root: where pictures may lie besides the folder of the file.
     """
     try:
-        lines = read_file(path).decode("utf-8").splitlines()
+        # Not splitlines: JSON allows U+2028, which it takes for a line's end, inside strings.
+        lines = read_file(path).decode("utf-8-sig").split("\n")
     except FileNotFoundError:
         raise PromptError(f"no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -37,7 +37,10 @@ from megatron_kosmosg.inspection.statistics import (
 NAME = "dataset"
 """Of the inspected dataset in the mixture of one that its samples are drawn from."""
 TOKEN_SAMPLES = 2000
-PICTURE_PIXELS = 112
+STORED_PIXELS, PROMPT_PIXELS, TARGET_PIXELS = 96, 168, 300
+"""Longer side of what is shown: twice the heights of page.css."""
+PNG_BYTES, JPEG_QUALITY = 16 << 10, 85
+"""Pictures that are larger as PNG are shown as JPEG: photos, not masks and drawings."""
 _STYLE = Path(__file__).with_name("page.css")
 _LEGEND = {
     "pretrain": "Rows of packed documents. Green text counts as a label in the loss; grey marks, "
@@ -170,11 +173,16 @@ class _SampleDrawer:
             counts = [False] * length
             facts += f", sample {html.escape(sample.key)}"
             pixels = batch["target_pixel_values"][0]
-            target = f'<figure class="target">{_picture(pixels / 2 + 0.5)}target</figure>'
+            target = (
+                f'<figure class="target">{_picture(pixels / 2 + 0.5, TARGET_PIXELS)}target</figure>'
+            )
             stored = self._stored(sample.index)
         if int(batch["bad_samples"]):
             facts += f", {int(batch['bad_samples'])} bad pictures"
-        pictures = [_picture(image * self._std + self._mean) for image in batch["pixel_values"]]
+        pictures = [
+            _picture(image * self._std + self._mean, PROMPT_PIXELS)
+            for image in batch["pixel_values"]
+        ]
         tokens = batch["tokens"][0, :length].tolist()
         prompt = self._tokens(tokens, counts, pictures)
         return (
@@ -240,10 +248,12 @@ def _histogram(lengths: Lengths) -> str:
     return f"<table><caption>{lengths.name} per sample</caption>{rows}</table>"
 
 
-def _picture(pixels: torch.Tensor) -> str:
-    """pixels: [3, height, width] in [0, 1]."""
+def _picture(pixels: torch.Tensor, side: int) -> str:
+    """pixels: [3, height, width] in [0, 1]; side: of the picture on the page, at most."""
     array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    return _image_tag(Image.fromarray(array))
+    image = Image.fromarray(array)
+    image.thumbnail((side, side))
+    return _image_tag(image)
 
 
 def _encoded(data: bytes) -> str:
@@ -251,12 +261,15 @@ def _encoded(data: bytes) -> str:
         image = read_image(data)
     except UnreadableImage:
         return '<span class="bad">cannot be decoded</span>'
-    image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
+    image.thumbnail((STORED_PIXELS, STORED_PIXELS))
     return _image_tag(image)
 
 
 def _image_tag(image: Image.Image) -> str:
-    out = io.BytesIO()
+    out, kind = io.BytesIO(), "png"
     image.save(out, "PNG")
+    if out.tell() > PNG_BYTES:
+        out, kind = io.BytesIO(), "jpeg"
+        image.convert("RGB").save(out, "JPEG", quality=JPEG_QUALITY)
     data = base64.b64encode(out.getvalue()).decode()
-    return f'<img alt="picture" src="data:image/png;base64,{data}">'
+    return f'<img alt="picture" src="data:image/{kind};base64,{data}">'

@@ -117,7 +117,7 @@ def test_the_page_shows_samples_as_the_streams_give_them(folder, tokenizer, kind
     text = summary_text(store, tokenizer, 1)
     assert f"{len(store):,} samples" in text and "text tokens" in text
     if kind != "text":
-        assert page.count("data:image/png") >= 3
+        assert page.count("data:image/") >= 3
     if kind == "compositional":
         assert page.count("<figure") == 3 and "red circle" in page
 

@@ -34,3 +34,14 @@ def test_true_pictures_are_right_and_exchanged_ones_are_not(true_pictures):
     assert right["toy_all"] == 1.0 and right["toy_hue_mean"] == 0.0
     wrong = judged(torch.roll(pictures, 2, dims=0), pictures)
     assert wrong["toy_all"] < 0.2 and wrong["toy_hue_median"] > 45
+
+
+def test_other_images_are_not_measured(true_pictures, caplog):
+    photos = torch.rand((4, 3, 32, 32), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    assert judged(true_pictures[:4], photos) == {}
+    assert "evaluation.grid" in caplog.text
+    larger = torch.nn.functional.interpolate(true_pictures[:4], scale_factor=2)
+    assert judged(larger, larger) == {}
+    on_white = true_pictures[:4].clone()
+    on_white[:, :, :2], on_white[:, :, -2:], on_white[..., :2], on_white[..., -2:] = 1, 1, 1, 1
+    assert judged(on_white, on_white) == {}
