@@ -172,6 +172,7 @@ def _build(args: argparse.Namespace) -> int:
     _write_sheet(built.records, built.num_shards, args)
     shown = f"   look at: {args.output}/{SHEET_FILE}" if args.sheet_rows else ""
     print(f"records: {built.records.path}/*.tar{shown}")
+    print(f"{args.output}: {built.report.last_line()}")
     return exit_codes.DONE
 
 

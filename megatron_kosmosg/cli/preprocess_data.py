@@ -164,9 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _preprocess(args: argparse.Namespace) -> int:
-    from megatron_kosmosg.preprocess.counts import Counts, rates, summary, verification
+    from megatron_kosmosg.preprocess.counts import Counts, last_line, rates, summary, verification
     from megatron_kosmosg.preprocess.mpi_workers import choose_workers
     from megatron_kosmosg.preprocess.run import TooManyRejects, preprocess
+    from megatron_kosmosg.preprocess.txt import CUT
     from megatron_kosmosg.progress import Progress
 
     workers = choose_workers(args.workers)
@@ -184,7 +185,9 @@ def _preprocess(args: argparse.Namespace) -> int:
         print(printable_lines(summary(made.counts)))
         if made.counts.verified:
             print(f"{verification(made.counts)}: --verify-images {args.verify_images}")
-        print(f"{args.output_prefix}: {args.kind}, {made.seconds:.1f} s")
+        if CUT in made.counts.notes:
+            print("hint: --text-documents line makes a document of each line of a .txt file")
+        print(f"{args.output_prefix}: {args.kind}, {made.seconds:.1f} s, {last_line(made.counts)}")
     return exit_codes.DONE
 
 

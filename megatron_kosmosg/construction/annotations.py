@@ -78,6 +78,6 @@ def _parse(line: bytes, place: str) -> dict[str, Any]:
 
 def _key(fields: dict[str, Any], place: str) -> str:
     for name in KEY_NAMES:
-        if name in fields:
+        if fields.get(name) is not None:
             return str(fields[name])
     raise ValueError(f"{place} has neither of the fields {' and '.join(KEY_NAMES)}")

@@ -19,6 +19,7 @@ from megatron_kosmosg.construction.read_ahead import in_batches
 from megatron_kosmosg.construction.rows import Row, StepFolder, rejected_row
 from megatron_kosmosg.data.kinds.entities import order_entities
 from megatron_kosmosg.data.kinds.record import Rejected, list_field, text_field
+from megatron_kosmosg.data.scripts import find_words
 from megatron_kosmosg.preprocess.tags import tag_entities
 
 MAX_NAME_WORDS = 6
@@ -26,6 +27,8 @@ ABSENT = "entity is not in the caption"
 UNFIT = "entity is a colour, or its words belong to another one"
 LONG = f"entity of more than {MAX_NAME_WORDS} words"
 BEYOND = "more than --max-entities"
+_COMMAS = re.compile("[,\uff0c\u3001]")
+"""ASCII's, and those of Chinese and Japanese."""
 _ARTICLES = re.compile(r"(?:a|an|the)\s+", re.IGNORECASE)
 
 
@@ -94,7 +97,7 @@ def parse_answer(answer: str) -> list[str]:
         lines = [line.strip() for line in answer.splitlines() if line.strip()]
         if not lines or "#" in lines[0] or "{" in lines[0]:
             raise Rejected("answer is not a list", answer[:200])
-        names = lines[0].split(",")
+        names = _COMMAS.split(lines[0])
     return [_ARTICLES.sub("", name.strip(" \t\"'.;:"), count=1) for name in names]
 
 
@@ -102,7 +105,7 @@ def named_entities(caption: str, names: Sequence[str]) -> tuple[list[dict[str, A
     """The entities among `names` with spans, in the caption's order, and why others are not."""
     different = list({name.lower(): name for name in names if name.strip()}.values())
     short = [name for name in different if len(name.split()) <= MAX_NAME_WORDS]
-    present = [name for name in short if _stands_in(name, caption)]
+    present = [name for name in short if find_words(name, caption)]
     entities = [entity for _, entity in tag_entities(caption, present)]
     left_out = [LONG] * (len(different) - len(short))
     left_out += [ABSENT] * (len(short) - len(present))
@@ -128,7 +131,3 @@ def given_entities(caption: str, given: Sequence[Any]) -> tuple[list[dict[str, A
         else:
             raise Rejected("entity is neither text nor an object", repr(entity)[:80])
     return named_entities(caption, names)
-
-
-def _stands_in(name: str, caption: str) -> bool:
-    return re.search(rf"\b{re.escape(name)}\b", caption, re.IGNORECASE) is not None

@@ -44,12 +44,15 @@ class Plan:
         """The pictures of a shard; keys are unique in it."""
         stored = json.loads(_shard_file(self.output, number).read_text(encoding="utf-8"))
         source = Source(Path(stored["path"]), stored["format"])
+        # An output that an earlier version began has no labels.
+        label = stored.get("label", "")
         shard = Shard(
             source.path,
             stored["offset"],
             stored["first_record"],
             stored["num_records"],
             tuple((name, None) for name in stored["names"]),
+            label,
         )
         seen: set[str] = set()
         for found in source.reader(self._options).read(shard, self._options):
@@ -120,6 +123,7 @@ def _stored(source: Source, shard: Shard) -> dict[str, Any]:
         "first_record": shard.first_record,
         "num_records": shard.num_records,
         "names": [name for name, _ in shard.folders],
+        "label": source.label,
     }
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from megatron_kosmosg.construction.rows import Row, StepFolder
 from megatron_kosmosg.data.image_reading import read_image
 from megatron_kosmosg.data.samples import EntityImage
+from megatron_kosmosg.preprocess.counts import said_reasons
 
 AREA_EDGES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.9)
 
@@ -80,6 +81,14 @@ class Report:
         width = max(len(name) for name, _ in rows)
         table = "\n".join(f"{name:<{width}}  {number:>12,}" for name, number in rows)
         return table + (f"\nmost frequent: {frequent}" if frequent else "")
+
+    def last_line(self) -> str:
+        """What was taken and left out, with the reasons of all steps."""
+        pictures = sum((step.rejected for step in self.steps), Counter())
+        entities = sum((step.left_out for step in self.steps), Counter())
+        said = [said_reasons("pictures left out", pictures)]
+        said += [said_reasons("entities left out", entities)] if entities else []
+        return ", ".join([f"{self.num_records:,} records made", *said])
 
 
 def make_report(folders: Sequence[StepFolder], num_shards: int) -> Report:

@@ -7,20 +7,21 @@ that what is wrong with a picture has one name everywhere.
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_kosmosg.data.kinds.caption import CAPTION
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess import inputs
+from megatron_kosmosg.preprocess.folders import arrow_files, walk
 from megatron_kosmosg.preprocess.lines import decode_utf8, line_shards, read_lines
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.records import BadRecord, Reader, Shard, ShardSize
-from megatron_kosmosg.preprocess.tar import PICTURE_EXTENSIONS
+from megatron_kosmosg.preprocess.tar import OTHER_EXTENSIONS, PICTURE_EXTENSIONS
 
 FOLDER, OPEN_IMAGES = "folder", "openimages"
+ENDINGS = (*PICTURE_EXTENSIONS, *OTHER_EXTENSIONS)
 ID_COLUMN, SUBSET_COLUMN, ROTATION_COLUMN = "ImageID", "Subset", "Rotation"
 
 
@@ -30,6 +31,8 @@ class Source:
 
     path: Path
     format: str
+    label: str = ""
+    """See preprocess.inputs.Input."""
 
     def reader(self, options: Options) -> Reader:
         """The reader of the format."""
@@ -45,7 +48,10 @@ def find_sources(patterns: Sequence[str]) -> list[Source]:
     sources: list[Source] = []
     for pattern in patterns:
         path = Path(pattern)
-        if path.is_dir():
+        if path.exists():
+            inputs.refuse_streams(path)
+        saved = arrow_files(path) if path.is_dir() else None
+        if path.is_dir() and saved is None:
             found = [Source(path, FOLDER)]
         elif path.is_file() and path.suffix.lower() == ".csv":
             found = [Source(path, OPEN_IMAGES)]
@@ -55,13 +61,15 @@ def find_sources(patterns: Sequence[str]) -> list[Source]:
     repeated = {source.path for source in sources if sources.count(source) > 1}
     if repeated:
         raise ValueError(f"--input names {min(repeated)} twice")
-    return sources
+    folders = [source.path for source in sources if source.format == FOLDER]
+    named = inputs.labels([source.path for source in sources], folders)
+    return [replace(source, label=named.get(source.path, "")) for source in sources]
 
 
 def plain_key(name: str) -> str:
     """A picture's key: its name without the ending of a picture file."""
     stem, dot, ending = name.rpartition(".")
-    return stem if dot and ending.lower() in PICTURE_EXTENSIONS else name
+    return stem if dot and ending.lower() in ENDINGS else name
 
 
 class FolderReader:
@@ -80,7 +88,8 @@ class FolderReader:
     def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
         """Records {"key", "image"}."""
         for name, _ in shard.folders:
-            yield Record(name, {"key": plain_key(name), "image": name}, shard.path)
+            fields = {"key": plain_key(name), "image": name}
+            yield Record(shard.within(name), fields, shard.path)
 
 
 class OpenImagesReader:
@@ -91,14 +100,15 @@ class OpenImagesReader:
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
         """See Reader. Raises ValueError where the first line is not that of such a list."""
+        with_header = None if limit is None else limit + 1
+        shards = line_shards(path, with_header, size.records, size.text_bytes)
         columns = _columns(path)
         if ID_COLUMN not in columns:
             raise ValueError(
                 f"--input {path}: a CSV file must be Open Images' list of pictures with a column "
                 f"{ID_COLUMN}; its columns are {', '.join(columns)[:200]}"
             )
-        with_header = None if limit is None else limit + 1
-        return line_shards(path, with_header, size.records, size.text_bytes)
+        return shards
 
     def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
         """Records {"key", "image", "rotation"}."""
@@ -132,14 +142,14 @@ class OpenImagesReader:
 
 
 def _columns(path: Path) -> list[str]:
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         return next(csv.reader(file), [])
 
 
 def _picture_names(folder: Path) -> Iterator[str]:
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
+    for place, folders, names in walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
             ending = name.rpartition(".")[2].lower()
-            if ending in PICTURE_EXTENSIONS and not name.startswith("."):
-                yield Path(place, name).relative_to(folder).as_posix()
+            if ending in ENDINGS and not name.startswith("."):
+                yield (place / name).relative_to(folder).as_posix()

@@ -28,6 +28,7 @@ from megatron_kosmosg.data.packing_index import (
 from megatron_kosmosg.data.samples import PackedRow, RowImage
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
 from megatron_kosmosg.data.store import SampleStore
+from megatron_kosmosg.data.stored_sample import strip_document_end
 
 EPOCHS_KEPT = 2
 """Indices that stay in memory or mapped."""
@@ -93,6 +94,12 @@ class PackedDataset:
         for place in range(first, last):
             sample = int(index.documents[place])
             offset = int(index.document_starts[place])
+            if self._store.sample_kind.is_plain_text:
+                text = self._text(sample, max(start - offset, 0), stop - offset)
+                tokens.append(text.tokens)
+                image_mask.append(text.image_mask)
+                label_mask.append(text.label_mask)
+                continue
             key, document = self._document(sample)
             begin, end = max(start - offset, 0), min(stop - offset, document.length)
             tokens.append(document.tokens[begin:end])
@@ -207,6 +214,18 @@ class PackedDataset:
             inside = atoms[(atoms > start) & (atoms <= stop)] - start
             extra.append(pack_rows(inside, self._capacity)[1:-1] + start)
         return np.sort(np.concatenate([ends, *extra])) if extra else ends
+
+    def _text(self, sample: int, begin: int, end: int) -> SequenceBuilder:
+        """Positions [begin, end) of <s> text </s>: a row costs the same however long its document
+        is. `end` may lie behind the document."""
+        ids = strip_document_end(self._store.text(sample), self._format.tokenizer)
+        builder = SequenceBuilder(self._format)
+        if begin == 0:
+            builder.add_start()
+        builder.add_text(ids[max(begin - 1, 0) : max(end - 1, 0)])
+        if end >= len(ids) + 2:
+            builder.add_end()
+        return builder
 
     def _document(self, sample: int) -> tuple[str, SequenceBuilder]:
         raw = self._store[sample]

@@ -7,22 +7,19 @@ Ids: <s> 0, <pad> 1, </s> 2, <unk> 3, SentencePiece id p >= 3 at p + 1, then six
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
 from megatron_kosmosg.config.errors import InputError
+from megatron_kosmosg.data import scripts
 
 IMAGE, END_IMAGE = "<image>", "</image>"
 """Bracket a picture; <image> also fills its slots and, in texts of users, stands for one."""
 TRAILING_SPECIALS = ("<mask>", "</doc>", IMAGE, END_IMAGE, "</chunk>", "</line>")
 WORD_START = "\u2581"
-TERMINATORS = (".", "!", "?")
-UNSPACED_TERMINATORS = ("\u3002", "\uff01", "\uff1f")
-"""Sentence ends that no space follows (Chinese, Japanese)."""
-CLOSERS = "\"')]}\u201d\u2019\u00bb"
 
 
 class Tokenizer:
@@ -99,26 +96,43 @@ class Tokenizer:
     def sentence_ends(self, ids: np.ndarray) -> np.ndarray:
         """bool, same length: True where a sentence ends with this token (text ids only).
 
-        A sentence ends at . ! ? (and closing quotes or brackets after it) before a new word, at the
-        ideographic terminators, and nowhere else; the end of a fragment is the caller's to mark.
+        A sentence ends at a mark such as . ! ? (and closing quotes or brackets after it) before a
+        new word; without a quote after it also at the marks of scripts that have no other use for
+        them, and at ? ! (or a point between letters) before a letter of a script without spaces.
+        Nowhere else; the end of a fragment is the caller's to mark.
         """
         ends = self._terminates[ids]
         closers = self._closes[ids]
         for _ in range(2):
             ends[1:] |= closers[1:] & ends[:-1]
-        followed = np.ones(len(ids), bool)
-        followed[:-1] = self._starts_word[ids[1:]]
-        return (ends & followed) | self._terminates_unspaced[ids]
+        before, here, after = ids[:-1], ids, ids[1:]
+        ends[:-1] &= self._starts_word[after]
+        alone = self._is_sure_end[here]
+        alone[:-1] &= ~self._goes_on[after]
+        tight = self._asks[here]
+        tight[1:] |= self._is_point[ids[1:]] & self._ends_unspaced[before]
+        tight[:-1] &= self._starts_unspaced[after]
+        tight[-1:] = False
+        return ends | alone | tight
 
     def _build_sentence_tables(self) -> None:
         pieces = [""] * self.vocab_size
         for i in range(3, self.num_pieces):
             pieces[i + 1] = self._processor.id_to_piece(i)
-        bare = [piece.rstrip(CLOSERS) for piece in pieces]
-        self._terminates = np.array([p.endswith(TERMINATORS) for p in bare])
-        self._terminates_unspaced = np.array([p.endswith(UNSPACED_TERMINATORS) for p in bare])
-        self._closes = np.array([p != "" and p.strip(CLOSERS) == "" for p in pieces])
-        self._starts_word = np.array([p.startswith(WORD_START) for p in pieces])
+
+        def table(holds: Callable[[str], bool]) -> np.ndarray:
+            return np.array([p != "" and holds(p) for p in pieces])
+
+        marks = scripts.TERMINATORS + scripts.SURE_TERMINATORS
+        self._terminates = table(lambda p: p.rstrip(scripts.CLOSERS).endswith(tuple(marks)))
+        self._is_sure_end = table(lambda p: p[-1] in scripts.SURE_TERMINATORS)
+        self._asks = table(lambda p: p.endswith(scripts.ASKS))
+        self._is_point = table(lambda p: p in scripts.POINTS)
+        self._closes = table(lambda p: p.strip(scripts.CLOSERS) == "")
+        self._goes_on = table(lambda p: p.strip(scripts.CLOSERS + marks) == "")
+        self._starts_unspaced = table(lambda p: scripts.is_unspaced(p) or p[0] in scripts.OPENERS)
+        self._ends_unspaced = table(lambda p: scripts.is_unspaced(p[-1]))
+        self._starts_word = table(lambda p: p.startswith(WORD_START))
         # A special token (a document's end, a picture) also follows a finished sentence.
         self._starts_word[: self.unk_id] = True
         self._starts_word[self.num_pieces + 1 :] = True

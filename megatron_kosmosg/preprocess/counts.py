@@ -6,6 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+NUM_SAID = 4
+"""Reasons in the last line; the table above it and the rejects file have all."""
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -19,7 +22,9 @@ class Counts:
     rejects: Counter[str] = field(default_factory=Counter)
     """Records left out, by reason."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """Pictures left out of documents that were kept, by reason."""
+    """Parts that samples which were kept lack, such as "pictures: image is truncated"."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What else users should know of the records, see Record.note."""
     verified: int = 0
     """Pictures that were checked."""
     verify_seconds: float = 0.0
@@ -34,7 +39,8 @@ class Counts:
     @staticmethod
     def of(stored: dict[str, Any]) -> Counts:
         """Of the fields as they come from JSON."""
-        reasons: dict[str, Any] = {name: Counter(stored[name]) for name in ("rejects", "left_out")}
+        names = ("rejects", "left_out", "notes")
+        reasons: dict[str, Any] = {name: Counter(stored[name]) for name in names}
         return Counts(**(stored | reasons))
 
 
@@ -48,8 +54,9 @@ def summary(counts: Counts) -> str:
         ("rejected", counts.rejects.total()),
         *_by_reason(counts.rejects),
     ]
-    if counts.left_out:
-        rows += [("pictures left out", counts.left_out.total()), *_by_reason(counts.left_out)]
+    for what, reasons in _by_part(counts.left_out).items():
+        rows += [(f"{what} left out", reasons.total()), *_by_reason(reasons)]
+    rows += sorted(counts.notes.items())
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {number:>15,}" for name, number in rows)
 
@@ -63,6 +70,20 @@ def rates(counts: Counts, seconds: float) -> str:
     )
 
 
+def last_line(counts: Counts) -> str:
+    """What was taken, left out and lost from what was kept, with the reasons."""
+    parts = [f"{counts.samples:,} taken", said_reasons("rejected", counts.rejects)]
+    parts += [said_reasons(f"{what} left out", r) for what, r in _by_part(counts.left_out).items()]
+    return ", ".join(parts)
+
+
+def said_reasons(what: str, reasons: Counter[str]) -> str:
+    """The number, and its largest reasons."""
+    named = [f"{reason} {number:,}" for reason, number in reasons.most_common(NUM_SAID)]
+    named += ["..."] if len(reasons) > NUM_SAID else []
+    return f"{reasons.total():,} {what}" + (f" ({', '.join(named)})" if named else "")
+
+
 def verification(counts: Counts) -> str:
     """One line on what checking the pictures took."""
     share = 100 * counts.verify_seconds / max(counts.work_seconds, 1e-9)
@@ -71,6 +92,15 @@ def verification(counts: Counts) -> str:
         f"{counts.verified:,} pictures checked in {counts.verify_seconds:.1f} s of CPU time "
         f"({rate:,.0f}/s, {share:.0f} % of the work)"
     )
+
+
+def _by_part(left_out: Counter[str]) -> dict[str, Counter[str]]:
+    """{"pictures": {"image is truncated": ..}, ..} of {"pictures: image is truncated": ..}."""
+    parts: dict[str, Counter[str]] = {}
+    for name, number in sorted(left_out.items()):
+        what, _, reason = name.partition(": ")
+        parts.setdefault(what, Counter())[reason] += number
+    return parts
 
 
 def _by_reason(reasons: Counter[str]) -> list[tuple[str, int]]:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
+import stat
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_kosmosg.data.kinds.kind import SampleKind
 from megatron_kosmosg.foreign_files import OutsideFolder, inside, read_json
-from megatron_kosmosg.preprocess.jsonl import JsonlReader
+from megatron_kosmosg.preprocess.arrow import ArrowReader
+from megatron_kosmosg.preprocess.folders import PROMPTS, SAMPLES, arrow_files, folder_format
+from megatron_kosmosg.preprocess.jsonl import JsonlReader, refuse_array
+from megatron_kosmosg.preprocess.lines import PACKED_ENDINGS
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.parquet import ParquetReader
 from megatron_kosmosg.preprocess.prompt_folders import PromptFolderReader
 from megatron_kosmosg.preprocess.records import Reader, Shard, ShardSize
 from megatron_kosmosg.preprocess.rejects import is_product
+from megatron_kosmosg.preprocess.sample_folders import SampleFolderReader
 from megatron_kosmosg.preprocess.tar import TarReader
 from megatron_kosmosg.preprocess.tsv import TsvReader
 from megatron_kosmosg.preprocess.txt import TxtReader
-
-FOLDER = "folder"
-"""The published form of InstructPix2Pix: no file, so no format to ask for."""
 
 _ENDINGS = {
     ".jsonl": "jsonl",
@@ -30,10 +33,13 @@ _ENDINGS = {
     ".json": "jsonl",
     ".tar": "tar",
     ".parquet": "parquet",
+    ".arrow": "arrow",
     ".tsv": "tsv",
     ".txt": "txt",
 }
-_GZIPPED = ("jsonl", "tsv", "txt")
+_PACKED = ("jsonl", "tsv", "txt")
+LISTING_BYTES = 64 << 10
+"""Of the start of a JSON file, in which a listing says `source` if it is one."""
 MAX_RECORDS, MAX_TEXT_BYTES, MAX_IMAGE_BYTES = 1000, 4 << 20, 64 << 20
 LARGE_INPUT = 16 << 30
 """Bytes of input; beyond it shards grow, so that their number stays in the thousands."""
@@ -45,6 +51,8 @@ class Input:
 
     path: Path
     format: str
+    label: str = ""
+    """What its records call it, where its name alone does not tell it from another input."""
 
     def reader(self, options: Options) -> Reader:
         """The reader of the format."""
@@ -54,8 +62,10 @@ class Input:
             "jsonl": JsonlReader,
             "tar": TarReader,
             "parquet": ParquetReader,
+            "arrow": ArrowReader,
             "tsv": TsvReader,
-            FOLDER: PromptFolderReader,
+            PROMPTS: PromptFolderReader,
+            SAMPLES: SampleFolderReader,
         }[self.format]()
 
 
@@ -71,7 +81,7 @@ def find_inputs(patterns: Sequence[str], kind: SampleKind, asked: str = "auto") 
         paths = [Path(pattern)] if Path(pattern).exists() else []
         paths = paths or _matches(pattern)
         for path in paths:
-            inputs.extend(_open_listing(path, _format(path, asked)))
+            inputs.extend(_open(path, kind, asked))
     seen: set[Path] = set()
     for given in inputs:
         if given.format not in kind.formats:
@@ -82,7 +92,9 @@ def find_inputs(patterns: Sequence[str], kind: SampleKind, asked: str = "auto") 
         if given.path in seen:
             raise ValueError(f"--input names {given.path} twice")
         seen.add(given.path)
-    return inputs
+    folders = [given.path for given in inputs if given.format in (PROMPTS, SAMPLES)]
+    named = labels([given.path for given in inputs], folders)
+    return [replace(given, label=named.get(given.path, "")) for given in inputs]
 
 
 def shard_size(inputs: Iterable[Input]) -> ShardSize:
@@ -111,7 +123,54 @@ def limited(per_input: Sequence[list[Shard]], limit: int | None) -> list[list[Sh
 def _shortened(shard: Shard, records: int) -> Shard:
     assert shard.num_records is not None
     records = min(records, shard.num_records)
-    return Shard(shard.path, shard.offset, shard.first_record, records, shard.folders[:records])
+    return replace(shard, num_records=records, folders=shard.folders[:records])
+
+
+def refuse_streams(path: Path) -> None:
+    """Raises ValueError for what can be read only once, or nowhere but in this process."""
+    mode = path.stat().st_mode
+    is_own = not str(path).startswith(("/dev/stdin", "/dev/fd/", "/proc/"))
+    if is_own and (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        return
+    what = "a pipe (FIFO)" if stat.S_ISFIFO(mode) else "an open file or device"
+    raise ValueError(
+        f"--input {path} is {what}, not a regular file under its own name; it is read at several "
+        "places by several processes: write it to a file first"
+    )
+
+
+def labels(paths: Sequence[Path], folders: Sequence[Path]) -> dict[Path, str]:
+    """What records call those of `paths` that their names alone do not tell apart: as much of their
+    paths as does. Of several `folders` among them, whose records are named by their places in them,
+    the name at least."""
+    by_name: dict[str, list[Path]] = {}
+    for path in paths:
+        by_name.setdefault(path.name, []).append(path)
+    found = {path: path.name for path in folders if len(folders) > 1}
+    for alike in by_name.values():
+        if len(alike) > 1:
+            found |= dict(zip(alike, _tails(alike), strict=True))
+    return found
+
+
+def _tails(paths: list[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    parts = [path.absolute().parts for path in paths]
+    longest = max(map(len, parts))
+    tails = ([each[-number:] for each in parts] for number in range(2, longest + 1))
+    apart = next((tail for tail in tails if len(set(tail)) == len(tail)), parts)
+    return ["/".join(tail) for tail in apart]
+
+
+def _open(path: Path, kind: SampleKind, asked: str) -> list[Input]:
+    """What a name stands for: a file, a folder, the files that a folder or a listing names."""
+    refuse_streams(path)
+    if path.is_dir():
+        saved = arrow_files(path)
+        if saved is not None:
+            return [Input(file, "arrow") for file in saved]
+        return [Input(path, folder_format(path, kind))]
+    return _open_listing(path, _format(path, asked))
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -121,26 +180,25 @@ def _matches(pattern: str) -> list[Path]:
     found = [path for path in matches if path.is_dir() or not is_product(path)]
     if not found:
         products = f" but {matches[0]}, which preprocessing wrote" if matches else ""
-        raise ValueError(f"--input {pattern} matches no file{products}")
+        stream = "; standard input is not read" if pattern == "-" else ""
+        raise ValueError(f"--input {pattern} matches no file{products}{stream}")
     return found
 
 
 def _format(path: Path, asked: str) -> str:
-    if path.is_dir():
-        return FOLDER
     if asked != "auto":
         return asked
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    is_packed = bool(suffixes) and suffixes[-1] == ".gz"
+    is_packed = bool(suffixes) and suffixes[-1] in PACKED_ENDINGS
     if is_packed:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in _ENDINGS:
         raise ValueError(f"--input {path}: the name does not tell the format; give --format")
     found = _ENDINGS[suffixes[-1]]
-    if is_packed and found not in _GZIPPED:
+    if is_packed and found not in _PACKED:
         raise ValueError(
-            f"--input {path}: {found} is not read from gzip files, which cannot be entered in the "
-            "middle; unpack it first"
+            f"--input {path}: {found} is not read from compressed files, which cannot be entered "
+            "in the middle; unpack it first"
         )
     return found
 
@@ -150,12 +208,12 @@ def _open_listing(path: Path, format_: str) -> list[Input]:
 
     They lie in data/ beside json/, or (LAION) directly in the folder that holds json/.
     """
-    if path.suffix != ".json" or format_ not in ("jsonl", "tsv") or not _is_list(path):
+    if path.suffix.lower() != ".json" or format_ not in ("jsonl", "tsv") or not _is_list(path):
         return [Input(path, format_)]
     entries = _list_of_objects(path)
     names = [name for entry in entries for name in entry.get("source", [])]
     if not names:
-        raise ValueError(f"--input {path}: a JSON list whose objects have no `source` files")
+        refuse_array(path)
     if len({str(entry.get("weight")) for entry in entries}) > 1:
         raise ValueError(
             f"--input {path} gives its parts different weights; make a dataset of each part (name "
@@ -181,13 +239,11 @@ def _list_of_objects(path: Path) -> list[dict[str, Any]]:
     except (ValueError, OSError) as error:
         raise ValueError(f"--input {path} begins like a JSON list and is none: {error}") from error
     if not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(
-            f"--input {path}: a JSON list that is not one of TSV files; records must stand one "
-            "JSON object a line"
-        )
+        refuse_array(path)
     return entries
 
 
 def _is_list(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(4096).lstrip().startswith(b"[")
+        start = file.read(LISTING_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+    return start.startswith(b"[") and b'"source"' in start

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.foreign_files import parse_json
-from megatron_kosmosg.preprocess.lines import decode_utf8, line_shards, read_lines
+from megatron_kosmosg.preprocess.lines import decode_utf8, line_shards, opened, read_lines
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.records import BadRecord, Shard, ShardSize
+
+PEEK_BYTES = 4096
 
 
 class JsonlReader:
@@ -18,6 +22,8 @@ class JsonlReader:
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
         """See Reader."""
+        with suppress(Rejected):  # where the file is damaged, its lines are read up to there
+            refuse_array(path)
         return line_shards(path, limit, size.records, size.text_bytes)
 
     def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
@@ -27,6 +33,17 @@ class JsonlReader:
                 yield Record(source, parse_object(line), shard.path.parent)
             except Rejected as rejected:
                 yield BadRecord(source, rejected)
+
+
+def refuse_array(path: Path) -> None:
+    """Raises ValueError for a file that is one JSON array and not a record a line."""
+    with opened(path) as file:
+        start = file.read(PEEK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"["):
+        raise ValueError(
+            f"--input {path} begins like a JSON list; records must stand one JSON object a line: "
+            f"jq -c '.[]' {path.name} > {path.stem}.jsonl"
+        )
 
 
 def parse_object(data: bytes) -> dict[str, Any]:

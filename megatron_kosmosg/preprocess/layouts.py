@@ -13,19 +13,32 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
-from megatron_kosmosg.data.kinds.record import Record, Rejected, list_field, text_field
+from megatron_kosmosg.data.kinds.record import (
+    Record,
+    Rejected,
+    is_filled,
+    list_field,
+    text_field,
+)
+from megatron_kosmosg.foreign_files import parse_json
+from megatron_kosmosg.preprocess.lines import decode_utf8
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.pictures import PictureCheck
 from megatron_kosmosg.preprocess.tags import mask_between, tag_entities
 
 Layout = Callable[[Record, PictureCheck], Iterator[Record]]
 
+UNUSED_TAG = "entities: tag is a colour, in no word or in those of two tags"
 _CAPTION_NAMES = {
     "caption": ("text", "TEXT"),
     "image": ("file_name", "jpg", "png", "webp", "image_path"),
 }
+_TEXT_FIELDS = ("key", "text", "caption", "instruction")
+_LIST_FIELDS = ("entities", "content", "text_list", "image_info", "texts", "images")
+"""Fields for which a file that --field names holds text, and JSON; for others a picture."""
 _EDIT_NAMES = {
     "caption": ("original_prompt",),
     "image": ("original_image",),
@@ -39,14 +52,36 @@ def canonical_records(
 ) -> Iterator[Record]:
     """The records (several for a row with several pairs) that `record` stands for.
 
-    Raises Rejected.
+    One column may serve several fields, so what `options.fields` names is taken away last. A field
+    that says nothing leaves its place to the one that the layout would take. Raises Rejected.
     """
-    fields = dict(record.fields)
-    for ours, theirs in options.fields:
-        if theirs in fields:
-            fields[ours] = fields.pop(theirs)
-    renamed = Record(record.source, fields, record.folder, record.files)
-    return _LAYOUTS.get(kind, _as_it_is)(renamed, pictures)
+    layout = _LAYOUTS.get(kind, _as_it_is)
+    if not options.fields:
+        yield from layout(record, pictures)
+        return
+    named = {ours: _named(record, ours, theirs) for ours, theirs in options.fields}
+    fields = record.fields | {ours: value for ours, value in named.items() if is_filled(value)}
+    used = {theirs for _, theirs in options.fields} - named.keys()
+    for found in layout(replace(record, fields=fields), pictures):
+        rest = {name: value for name, value in found.fields.items() if name not in used}
+        yield replace(found, fields=rest)
+
+
+def _named(record: Record, ours: str, theirs: str) -> object:
+    """What the input calls `theirs`: a field, or a file that came with the record."""
+    if is_filled(record.fields.get(theirs)):
+        return record.fields[theirs]
+    member = theirs.lower()
+    if member not in record.files:
+        return None
+    if ours in _TEXT_FIELDS:
+        return decode_utf8(record.files[member])
+    if ours in _LIST_FIELDS:
+        try:
+            return parse_json(decode_utf8(record.files[member]))
+        except ValueError as error:
+            raise Rejected(f"{ours} is not JSON", str(error)) from error
+    return member
 
 
 def _as_it_is(record: Record, pictures: PictureCheck) -> Iterator[Record]:
@@ -153,9 +188,9 @@ def _compositional(record: Record, pictures: PictureCheck) -> Iterator[Record]:
         shown = [pictures.decoded(data, "image") for data in (crop, on_white)]
         mask = mask_between(*shown)
         entities.append(entity | {"image": crop, "mask": mask})
-    yield record.with_fields(
-        {"caption": caption, "image": _base64(columns[2]), "entities": entities}
-    )
+    fields = {"caption": caption, "image": _base64(columns[2]), "entities": entities}
+    unused = (UNUSED_TAG,) * (len(tags) - len(entities))
+    yield replace(record.with_fields(fields), left_out=unused)
 
 
 _LAYOUTS: dict[str, Layout] = {
@@ -168,10 +203,11 @@ _LAYOUTS: dict[str, Layout] = {
 
 
 def _renamed(record: Record, names: dict[str, tuple[str, ...]]) -> Record:
+    """The first name that says anything gives a field its value."""
     fields = dict(record.fields)
     for ours, others in names.items():
         for theirs in others:
-            if ours not in fields and theirs in fields:
+            if not is_filled(fields.get(ours)) and theirs in fields:
                 fields[ours] = fields.pop(theirs)
     return record.with_fields(fields)
 

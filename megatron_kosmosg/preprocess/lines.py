@@ -1,26 +1,43 @@
-"""Files of lines, also gzipped: cut into shards at line ends, and read back with line numbers."""
+"""Files of lines, also compressed: cut into shards at line ends, read back with line numbers.
+
+What a file is compressed with is told by its first bytes: names often say otherwise, as servers and
+browsers pack and unpack on the way.
+"""
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
+import lzma
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from megatron_kosmosg.data.kinds.record import Rejected
+from megatron_kosmosg.preprocess.arrow import open_zstandard
 from megatron_kosmosg.preprocess.records import Shard
 
 MAX_TEXT_BYTES = 128 << 20
 """Of a line or a document; lines of TSV hold pictures."""
 _PIECE = 1 << 20
+PACKED_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zstd")
+_BEGINNINGS = {
+    "gzip": re.compile(rb"\x1f\x8b\x08"),
+    "bzip2": re.compile(rb"BZh[1-9]1AY&SY"),
+    "xz": re.compile(rb"\xfd7zXZ\x00"),
+    "Zstandard": re.compile(rb"\x28\xb5\x2f\xfd"),
+}
+"""Of compressed files; texts begin with none of them."""
+_BEGINNING_BYTES = 10
 
 
 def line_shards(path: Path, limit: int | None, max_records: int, max_bytes: int) -> list[Shard]:
-    """Shards of at most `max_records` lines or about `max_bytes`; a gzip file is one shard."""
-    if path.suffix == ".gz":
+    """Shards of at most `max_records` lines or about `max_bytes`; a compressed file is one."""
+    if packing(path) is not None:
         if limit is None:
             return [Shard(path, 0, 0, None)]
         max_records = max_bytes = 1 << 62
@@ -46,7 +63,7 @@ def read_lines(shard: Shard) -> Iterator[tuple[str, bytes]]:
     A byte order mark, which editors of Windows put before a file, is no part of its first line.
     """
     with opened(shard.path) as file:
-        file.seek(shard.offset)
+        seek(file, shard.offset)
         number, lines = shard.first_record, bounded_lines(file)
         while shard.num_records is None or number < shard.first_record + shard.num_records:
             _, line = next(lines, (0, b""))
@@ -56,7 +73,7 @@ def read_lines(shard: Shard) -> Iterator[tuple[str, bytes]]:
                 line = line.removeprefix(codecs.BOM_UTF8)
             number += 1
             if line.strip():
-                yield f"{shard.path.name}:{number}", line.rstrip(b"\r\n")
+                yield f"{shard.name}:{number}", line.rstrip(b"\r\n")
 
 
 def bounded_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -71,12 +88,61 @@ def bounded_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, uncompressed. Raises Rejected where a gzip file turns out to be damaged."""
+    """The file's bytes, uncompressed.
+
+    Raises Rejected where a compressed file turns out to be damaged, and ValueError for UTF-16.
+    """
+    packed = packing(path)
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        with _open(path, packed) as file:
+            _refuse_utf16(file.peek(4)[:4], path)
             yield file
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise Rejected("gzip file is damaged", str(error)) from error
+    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+        raise _damaged(packed, error) from error
+    except OSError as error:
+        if packed is None or error.errno is not None:
+            raise  # of the file system
+        raise _damaged(packed, error) from error
+
+
+def packing(path: Path) -> str | None:
+    """What the file is compressed with, None where it is not."""
+    with path.open("rb") as file:
+        start = file.read(_BEGINNING_BYTES)
+    return next((name for name, begins in _BEGINNINGS.items() if begins.match(start)), None)
+
+
+def seek(file: IO[bytes], offset: int) -> None:
+    """Goes to where a shard starts; compressed files are one shard, and some cannot seek."""
+    if offset:
+        file.seek(offset)
+
+
+def _damaged(packed: str | None, error: Exception) -> Rejected:
+    if packed == "gzip":
+        return Rejected("gzip file is damaged", str(error))
+    return Rejected("compressed file is damaged", f"{packed}: {error}")
+
+
+def _open(path: Path, packed: str | None) -> Any:
+    """A binary file that can peek, which no common type of the library says."""
+    openers: dict[str | None, Callable[[Path], Any]] = {
+        "gzip": gzip.open,
+        "bzip2": bz2.open,
+        "xz": lzma.open,
+        "Zstandard": open_zstandard,
+    }
+    return openers[packed](path) if packed else path.open("rb")
+
+
+def _refuse_utf16(start: bytes, path: Path) -> None:
+    has_mark = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
+    zeros = [byte == 0 for byte in start]
+    if has_mark or zeros in ([False, True, False, True], [True, False, True, False]):
+        raise ValueError(
+            f"--input {path} is UTF-16 or UTF-32, text must be UTF-8: iconv -f UTF-16 -t UTF-8 "
+            f"{path.name} > utf8-{path.name}"
+        )
 
 
 def decode_utf8(data: bytes) -> str:

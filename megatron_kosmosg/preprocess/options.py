@@ -9,7 +9,8 @@ from typing import Literal, get_args
 from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.kinds.kind import SampleKind
 
-FORMATS = ("auto", "jsonl", "tar", "parquet", "tsv", "txt")
+FORMATS = ("auto", "jsonl", "tar", "parquet", "arrow", "tsv", "txt")
+"""What may be asked for; a folder tells its format itself."""
 Verification = Literal["decode", "header"]
 DocumentBreak = Literal["blank", "line", "file"]
 VERIFICATIONS: tuple[Verification, ...] = get_args(Verification)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from megatron_kosmosg.data.kinds.record import Record, Rejected
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 64
 """Rows in memory at a time; a row can hold several pictures."""
+BUFFER_BYTES = 1 << 20
+"""Of each column that are read at a time."""
 
 
 class ParquetReader:
@@ -51,11 +54,11 @@ class ParquetReader:
         try:
             with _open(shard.path) as file:
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=[shard.offset]):
-                    for row in _rows(batch):
+                    for row in python_rows(batch):
                         if shard.num_records == number - shard.first_record:
                             return
                         number += 1
-                        source = f"{shard.path.name}:{number}"
+                        source = f"{shard.name}:{number}"
                         if isinstance(row, Rejected):
                             yield BadRecord(source, row)
                         else:
@@ -65,27 +68,36 @@ class ParquetReader:
             raise Rejected("Parquet file is damaged", detail) from error
 
 
-def _rows(batch: RecordBatch) -> list[dict[str, Any] | Rejected]:
+def python_rows(batch: RecordBatch) -> list[dict[str, Any] | Rejected]:
     """The rows as Python values; one that holds what Python cannot hold is a Rejected."""
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError) as error:
         if batch.num_rows > 1:
-            return [row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1))]
+            return [row for i in range(batch.num_rows) for row in python_rows(batch.slice(i, 1))]
         if isinstance(error, UnicodeDecodeError):
             return [Rejected("invalid UTF-8", str(error))]
         return [Rejected("row cannot be read", str(error))]
 
 
-def _open(path: Path) -> ParquetFile:
+def import_pyarrow(path: Path, what: str) -> ModuleType:
+    """pyarrow. Raises ValueError where it is not installed."""
     try:
         import pyarrow
-        from pyarrow.parquet import ParquetFile
+        import pyarrow.ipc
+        import pyarrow.parquet
     except ImportError as error:
         raise ValueError(
-            f"{path}: reading Parquet needs pyarrow; pip install 'megatron-kosmosg[data]'"
+            f"{path}: reading {what} needs pyarrow; pip install 'megatron-kosmosg[data]'"
         ) from error
+    return pyarrow
+
+
+def _open(path: Path) -> ParquetFile:
+    pyarrow = import_pyarrow(path, "Parquet")
     try:
-        return ParquetFile(path)
+        # A column of a row group is read a page at a time (1,024 rows as pyarrow writes them), not
+        # as a whole and ahead of need: tables that pandas wrote are one row group, however large.
+        return pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise Rejected("not a Parquet file", str(error).splitlines()[0]) from error

@@ -7,18 +7,21 @@ ROOT/seeds.json                          [[folder, [seed, ...]], ...], if there:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from megatron_kosmosg.data.kinds.record import Record, Rejected
+from megatron_kosmosg.data.kinds.record import Record, Rejected, is_filled
 from megatron_kosmosg.foreign_files import MAX_JSON_BYTES, inside, read_file, read_json
+from megatron_kosmosg.preprocess.folders import PROMPT_FILE, SEEDS_FILE, walk
 from megatron_kosmosg.preprocess.jsonl import parse_object
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.records import BadRecord, Folder, Shard, ShardSize
 
-SEEDS_FILE, PROMPT_FILE = "seeds.json", "prompt.json"
+_TEXTS = {"caption": ("input", "caption"), "instruction": ("edit",), "output": ("output",)}
+"""{our name: names in prompt.json}; the first that says anything is taken."""
+PICTURE_ENDS = ("_0.jpg", "_1.jpg")
 
 
 class PromptFolderReader:
@@ -35,9 +38,10 @@ class PromptFolderReader:
         """Records named `folder/SEED`."""
         for name, seeds in shard.folders:
             try:
-                yield from _pairs(shard.path, name, seeds)
+                for record in _pairs(shard.path, name, seeds):
+                    yield replace(record, source=shard.within(record.source))
             except Rejected as rejected:
-                yield BadRecord(name, rejected)
+                yield BadRecord(shard.within(name), rejected)
 
 
 def _prompts(root: Path) -> Iterator[Folder]:
@@ -49,11 +53,17 @@ def _prompts(root: Path) -> Iterator[Folder]:
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"{listing} is no list of [folder, [seed, ...]]: {error}") from error
         return
-    for folder, subfolders, files in os.walk(root):
-        subfolders.sort()
+    for folder, subfolders, files in walk(root):
+        name = folder.relative_to(root).as_posix()
         if PROMPT_FILE in files:
             subfolders.clear()
-            yield os.path.relpath(folder, root), None
+            yield name, None
+            continue
+        if any(file.endswith(PICTURE_ENDS) for file in files):
+            yield name, None  # its pairs have no prompt: that is for the rejects file to say
+        for file in files:
+            if not (folder / file).exists():
+                yield (folder / file).relative_to(root).as_posix(), None  # a link to nowhere
 
 
 def _pairs(root: Path, name: str, seeds: tuple[str, ...] | None) -> Iterator[Record]:
@@ -64,21 +74,18 @@ def _pairs(root: Path, name: str, seeds: tuple[str, ...] | None) -> Iterator[Rec
     try:
         prompt = parse_object(read_file(folder / PROMPT_FILE, MAX_JSON_BYTES))
     except OSError as error:
+        if not folder.is_dir():
+            raise Rejected("prompt folder is missing", name) from error
         raise Rejected("prompt.json cannot be read", f"{name}: {error.strerror}") from error
     if seeds is None:
         found = (file.name.rpartition("_") for file in folder.iterdir())
-        seeds = tuple(sorted({seed for seed, _, end in found if end in ("0.jpg", "1.jpg")}))
+        seeds = tuple(sorted({seed for seed, _, end in found if f"_{end}" in PICTURE_ENDS}))
     if not seeds:
         raise Rejected("prompt without pictures", name)
     texts = {
-        ours: prompt[theirs]
-        for ours, theirs in (
-            ("caption", "caption"),
-            ("caption", "input"),
-            ("instruction", "edit"),
-            ("output", "output"),
-        )
-        if theirs in prompt
+        ours: next(filter(is_filled, (prompt.get(name) for name in theirs)), None)
+        for ours, theirs in _TEXTS.items()
+        if any(name in prompt for name in theirs)
     }
     for seed in seeds:
         fields = {"key": f"{name}/{seed}"} | texts

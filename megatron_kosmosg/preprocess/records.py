@@ -10,6 +10,9 @@ from typing import Protocol
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.options import Options
 
+READING_VERSION = 2
+"""Of the rules by which an input becomes shards and records: work of another is not resumed."""
+
 
 @dataclass(frozen=True)
 class BadRecord:
@@ -20,7 +23,8 @@ class BadRecord:
 
 
 Folder = tuple[str, tuple[str, ...] | None]
-"""A folder below the input, and its seeds if they are listed (prompt_folders.py)."""
+"""A folder below the input, and its seeds if they are listed (prompt_folders.py); or a sample, and
+the endings of its files (sample_folders.py)."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,17 @@ class Shard:
     """None: all up to the end of the input."""
     folders: tuple[Folder, ...] = ()
     """What an input that is a folder holds."""
+    label: str = ""
+    """What records call the input, where the file's name alone does not tell which it is."""
+
+    @property
+    def name(self) -> str:
+        """The file's name, or more of its path where another input has the same name."""
+        return self.label or self.path.name
+
+    def within(self, name: str) -> str:
+        """What a record inside a folder is called: by its place there, and the folder's label."""
+        return f"{self.label}/{name}" if self.label else name
 
 
 @dataclass(frozen=True)

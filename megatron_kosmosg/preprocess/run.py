@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from megatron_kosmosg.data.kinds.record import Rejected
 from megatron_kosmosg.data.manifest import FORMAT_VERSION, Manifest, manifest_path
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.preprocess.counts import Counts, summary
-from megatron_kosmosg.preprocess.inputs import FOLDER, Input, find_inputs, limited, shard_size
+from megatron_kosmosg.preprocess.folders import PROMPT_FILE, PROMPTS, SEEDS_FILE
+from megatron_kosmosg.preprocess.inputs import Input, find_inputs, limited, shard_size
 from megatron_kosmosg.preprocess.join import (
     CopyJob,
     JoinPlan,
@@ -34,8 +35,7 @@ from megatron_kosmosg.preprocess.join import (
     write_tables,
 )
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.prompt_folders import PROMPT_FILE, SEEDS_FILE
-from megatron_kosmosg.preprocess.records import Shard, ShardSize
+from megatron_kosmosg.preprocess.records import READING_VERSION, Shard, ShardSize
 from megatron_kosmosg.preprocess.rejects import rejects_path
 from megatron_kosmosg.preprocess.shard_work import ShardJob, encoders, work_on_shard
 from megatron_kosmosg.preprocess.work_folder import WorkFolder
@@ -112,9 +112,7 @@ def preprocess(job: PreprocessJob, progress: Progress, workers: Workers | None =
     try:
         jobs = [
             ShardJob(
-                *(job.kind, given, shard, job.options, job.tokenizer_model),
-                folder.shards,
-                number,
+                *(job.kind, given, shard, job.options, job.tokenizer_model), folder.shards, number
             )
             for number, (given, shard) in enumerate(shards)
         ]
@@ -131,7 +129,7 @@ def _refuse_to_overwrite(job: PreprocessJob, inputs: list[Input], folder: WorkFo
     # A listing is read, too, besides the files that it names.
     reads = [Path(job.tokenizer_model), *map(Path, job.inputs), *(given.path for given in inputs)]
     for given in inputs:
-        if given.format == FOLDER:
+        if given.format == PROMPTS:
             reads += [given.path / SEEDS_FILE, prefix.parent / PROMPT_FILE]
     refuse_to_overwrite([*output_paths(prefix), folder.path], reads, "--output-prefix")
 
@@ -145,7 +143,7 @@ def _identity(job: PreprocessJob, inputs: list[Input], tokenizer: Tokenizer) -> 
         "tokenizer model": tokenizer.fingerprint,
         "limit": job.limit,
         "options": asdict(job.options),
-        "format version": FORMAT_VERSION,
+        "format version": [FORMAT_VERSION, READING_VERSION],
     }
 
 
@@ -163,10 +161,11 @@ def _plan(job: PreprocessJob, inputs: list[Input], workers: Workers) -> list[tup
 
 def _shards(given: Input, options: Options, limit: int | None, size: ShardSize) -> list[Shard]:
     try:
-        return given.reader(options).shards(given.path, limit, size)
+        shards = given.reader(options).shards(given.path, limit, size)
     except Rejected:
         # Damaged: the shard's reader meets the same place and says so in the rejects file.
-        return [Shard(given.path, 0, 0, limit)]
+        shards = [Shard(given.path, 0, 0, limit)]
+    return [replace(shard, label=given.label) for shard in shards]
 
 
 def _work(

@@ -75,6 +75,7 @@ class _ShardWork:
         self._texts = TextBatches(self._kind, tokenizer, words, self._writer)
         self._rejects: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()
+        self._notes: Counter[str] = Counter()
 
     def run(self) -> None:
         job = self._job
@@ -87,7 +88,7 @@ class _ShardWork:
                         self._take(record)
             except Rejected as rejected:
                 # The rest of the shard cannot be read.
-                self._reject(job.shard.path.name, job.shard.path.name, rejected)
+                self._reject(job.shard.name, job.shard.name, rejected)
             self._flush_texts()
         self._writer.finish()
 
@@ -100,6 +101,7 @@ class _ShardWork:
             writer.num_bytes,
             self._rejects,
             self._left_out,
+            self._notes,
             pictures.num_verified,
             pictures.seconds,
             seconds,
@@ -107,6 +109,8 @@ class _ShardWork:
 
     def _take(self, record: Record) -> None:
         job = self._job
+        if record.note is not None:
+            self._notes[record.note] += 1
         try:
             for found in canonical_records(job.kind, record, job.options, self._use.pictures):
                 if self._kind.is_plain_text:
@@ -118,11 +122,11 @@ class _ShardWork:
         except UnicodeEncodeError as error:
             self._reject(record.source, record.key, Rejected("text is not Unicode", str(error)))
         except Rejected as rejected:
-            self._reject(record.source, record.key, rejected)
+            self._reject(record.source, record.key, _with_members(rejected, record))
 
     def _write(self, record: Record) -> None:
         converted = self._kind.convert(record, self._use)
-        self._left_out.update(converted.left_out)
+        self._left_out.update(record.left_out + converted.left_out)
         self._writer.add(
             converted.parts,
             self._use.sentences(self._kind, converted),
@@ -138,6 +142,15 @@ class _ShardWork:
     def _reject(self, source: str, key: str, rejected: Rejected) -> None:
         self._rejects[rejected.reason] += 1
         self._file.write(reject_line(source, key, rejected))
+
+
+def _with_members(rejected: Rejected, record: Record) -> Rejected:
+    """Says of a missing field what the record came with instead."""
+    if not record.files or not rejected.reason.startswith("no field "):
+        return rejected
+    name = rejected.reason.removeprefix("no field ")
+    members = ", ".join(record.files)[:200]
+    return Rejected(rejected.reason, f"it has {members}; --field {name}=MEMBER names one")
 
 
 @lru_cache(maxsize=1)

@@ -8,7 +8,6 @@ stored and the background is decided when the sample is read.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 
 from megatron_kosmosg.data.image_reading import over_white
 from megatron_kosmosg.data.kinds.record import Rejected
+from megatron_kosmosg.data.scripts import find_words
 from megatron_kosmosg.preprocess.pictures import encode_mask
 
 COLOURS = frozenset(
@@ -30,12 +30,12 @@ def tag_entities(caption: str, tags: list[str]) -> list[tuple[int, dict[str, Any
     for number, tag in enumerate(tags):
         if not tag or tag.lower() in COLOURS:
             continue
-        first = _find(tag, caption)
-        if first is not None and sum(_find(tag, other) is not None for other in tags) == 1:
+        first = find_words(tag, caption)
+        if first is not None and sum(find_words(tag, other) is not None for other in tags) == 1:
             found.append((first.end(), number, tag))
     entities, done = [], 0
     for _, number, tag in sorted(found):
-        place = _find(tag, caption[done:])
+        place = find_words(tag, caption[done:])
         if place is not None:
             span = [done + place.start(), done + place.end()]
             entities.append((number, {"text": caption[slice(*span)], "span": span}))
@@ -55,7 +55,3 @@ def mask_between(image: Image.Image, on_white: Image.Image) -> bytes:
     mask[strength == 0] = 1.0
     rounded = np.rint(255.0 * np.clip(mask, 0.0, 1.0)).astype(np.uint8)
     return encode_mask(rounded)
-
-
-def _find(tag: str, text: str) -> re.Match[str] | None:
-    return re.search(rf"\b{re.escape(tag)}\b", text, re.IGNORECASE)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from megatron_kosmosg.data.kinds.record import Record, Rejected
+from megatron_kosmosg.data.kinds.record import Record, Rejected, is_filled
 from megatron_kosmosg.foreign_files import MAX_FILE_BYTES
 from megatron_kosmosg.preprocess.jsonl import parse_object
 from megatron_kosmosg.preprocess.lines import decode_utf8
@@ -23,6 +23,10 @@ from megatron_kosmosg.preprocess.records import BadRecord, Shard, ShardSize
 Group = tuple[str, list[tarfile.TarInfo]]
 BLOCK = 512
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+OTHER_EXTENSIONS = tuple(
+    "jfif jpe avif heic heif jxl jp2 ico tga pcx dds ppm pgm pnm psd svg dng cr2 nef arw".split()
+)
+"""Of pictures, too, most of which are refused: by their content and counted, not by their name."""
 
 
 class TarReader:
@@ -52,7 +56,7 @@ class TarReader:
         with shard.path.open("rb") as file:
             file.seek(shard.offset)
             for key, members in islice(_groups(file), shard.num_records):
-                source = f"{shard.path.name}/{key}"
+                source = f"{shard.name}/{key}"
                 try:
                     yield _record(file, key, members, shard.path, source)
                 except Rejected as rejected:
@@ -66,11 +70,17 @@ def _groups(file: IO[bytes]) -> Iterator[Group]:
     members = _members(file)
     while True:
         try:
-            member = next(members, None)
-        except Rejected as rejected:
-            member, damage = None, rejected
-        if member is None:
+            member = next(members)
+        except StopIteration:
             break
+        except Rejected as rejected:
+            damage = rejected
+            break
+        if member is None:
+            if group is not None:
+                yield group
+            group = None
+            continue
         folder, _, name = member.name.rpartition("/")
         stem = name.split(".", 1)[0]
         if member.isdir() or not stem:
@@ -87,10 +97,22 @@ def _groups(file: IO[bytes]) -> Iterator[Group]:
         raise damage
 
 
-def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo | None]:
+    """Members of all archives that stand in the file one after the other, None after each
+    (`cat a.tar b.tar` gives such files)."""
     end = os.fstat(file.fileno()).st_size
     if end == 0:
         raise Rejected("tar is an empty file")
+    start: int | None = file.tell()
+    while start is not None:
+        file.seek(start)
+        yield from _members_of_archive(file, end)
+        start = _next_archive(file)
+        yield None
+
+
+def _members_of_archive(file: IO[bytes], end: int) -> Iterator[tarfile.TarInfo]:
+    """At the end the file stands behind the block that marks it."""
     try:
         with tarfile.TarFile(fileobj=file) as archive:
             while (member := archive.next()) is not None:
@@ -110,6 +132,16 @@ def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
         raise Rejected("tar is damaged", f"no header at byte {archive.offset}")
 
 
+def _next_archive(file: IO[bytes]) -> int | None:
+    """Where the first block that is not all zeros begins; None where there is none."""
+    at = file.tell()
+    while block := file.read(BLOCK):
+        if block.strip(b"\0"):
+            return at
+        at += len(block)
+    return None
+
+
 def _record(
     file: IO[bytes], key: str, members: list[tarfile.TarInfo], path: Path, source: str
 ) -> Record:
@@ -127,11 +159,25 @@ def _record(
             raise Rejected("tar member is too large", f"{member.name}: {member.size:,} bytes")
         file.seek(member.offset_data)
         files[extension] = file.read(member.size)
+    return Record(source, member_fields(key, files), path.parent, files)
+
+
+def member_fields(key: str, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The fields of a sample whose parts are files; {what follows KEY and the dot: content}.
+
+    The only picture is `image`, and the .txt `caption`, unless the JSON calls another member so or
+    has a caption: img2dataset writes null for one that it did not find, and addresses for pictures.
+    Raises Rejected.
+    """
     fields = parse_object(files["json"]) if "json" in files else {}
     fields["key"] = key
-    pictures = [extension for extension in files if extension in PICTURE_EXTENSIONS]
-    if "image" not in fields and len(pictures) == 1:
+    others = {v for name, v in fields.items() if name != "image" and isinstance(v, str)}
+    free = [end for end in files if end not in others]
+    pictures = [end for end in free if end in PICTURE_EXTENSIONS]
+    pictures = pictures or [end for end in free if end in OTHER_EXTENSIONS]
+    image = fields.get("image")
+    if len(pictures) == 1 and not (isinstance(image, str) and image in files):
         fields["image"] = pictures[0]
-    if "caption" not in fields and "txt" in files:
+    if "txt" in files and not is_filled(fields.get("caption")):
         fields["caption"] = decode_utf8(files["txt"])
-    return Record(source, fields, path.parent, files)
+    return fields

@@ -8,6 +8,7 @@ Whatever else SentencePiece takes for a blank stays inside a word, for SentenceP
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from megatron_kosmosg.data.tokenizer import Tokenizer
 
 MAX_WORDS = 500_000
 """Words that are remembered; later ones are encoded each time."""
+MAX_CHARACTERS = 2 << 20
+"""Of a text whose words are found together."""
 _CONTROL = re.compile(r"[^\x20-\x7e\n]")
 
 
@@ -32,6 +35,13 @@ class WordCache:
         """The same as Tokenizer.encode_batch."""
         if not (texts and self._is_usable):
             return self._tokenizer.encode_batch(texts)
+        if max(map(len, texts)) <= MAX_CHARACTERS:
+            return self._encode(texts)
+        # A long text's words all at once would take some 30 bytes a character.
+        pieces = ([self._encode([piece])[0] for piece in _pieces(text)] for text in texts)
+        return [np.concatenate(encoded) for encoded in pieces]
+
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
         split = [_words(text) for text in texts]
         words = [word for mine in split for word in mine]
         numbers = list(map(self._numbers.get, words))
@@ -64,6 +74,18 @@ class WordCache:
     def _forget(self) -> None:
         self._numbers = {}
         self._pool, self._starts, self._lengths = np.zeros(0, np.int32), *np.zeros((2, 0), np.int64)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in stretches of whole words."""
+    start = 0
+    while len(text) - start > MAX_CHARACTERS:
+        end = text.rfind(" ", start, start + MAX_CHARACTERS) + 1
+        if end <= start:
+            break
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _words(text: str) -> list[str]:

@@ -65,6 +65,7 @@ def test_noun_phrases_of_toy_captions_name_every_shape():
         ('["dog", "red sofa"]', ["dog", "red sofa"]),
         (' Sure: ["a dog", "The cat."]\n["boat"]', ["dog", "cat"]),
         ("a dog, cat, lamp.\nSentence: more", ["dog", "cat", "lamp"]),
+        ("猫，狗、沙发", ["猫", "狗", "沙发"]),
         ("[]", []),
     ],
 )
@@ -87,6 +88,22 @@ def test_named_entities_stand_in_the_caption():
         {"text": "ball", "span": [41, 45]},
     ]
     assert sorted(left_out) == sorted([LONG, ABSENT, UNFIT, UNFIT])
+
+
+@pytest.mark.parametrize(
+    ("caption", "names"),
+    [
+        ("一只猫，坐在红色沙发上，旁边有一只狗。", ["猫", "沙发", "狗"]),
+        ("ソファの上に猫がいて、犬もいます。", ["ソファ", "猫", "犬"]),
+        ("แมวนั่งบนโซฟา", ["แมว", "โซฟา"]),
+        ("一件T恤和cat", ["T恤", "cat"]),
+        ("고양이 와 개", ["고양이", "개"]),
+    ],
+)
+def test_names_are_found_in_scripts_without_spaces(caption, names):
+    entities, left_out = named_entities(caption, names)
+    assert [entity["text"] for entity in entities] == names and left_out == []
+    assert named_entities("a catalogue", ["cat"]) == ([], [ABSENT])
 
 
 def test_given_spans_are_checked():

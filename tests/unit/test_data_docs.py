@@ -79,7 +79,8 @@ def write_public_layouts(folder: Path) -> None:
     (prompt / "prompt.json").write_text(json.dumps(texts))
     for end in "01":
         (prompt / f"77_{end}.jpg").write_bytes(small)
-    seeds = [["shard-00/0000001", ["77"]]]
+    # As published: the list names folders that the release does not hold.
+    seeds = [["shard-00/0000001", ["77"]]] + [[f"shard-01/{i}", ["1"]] for i in range(10_434)]
     (folder / "clip-filtered-dataset/seeds.json").write_text(json.dumps(seeds))
     row = {"original_prompt": "red dog", "original_image": {"bytes": small, "path": None}}
     row |= {"edit_prompt": "make it blue", "edited_image": {"bytes": small, "path": None}}

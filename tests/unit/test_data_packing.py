@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_kosmosg.data import packing
+from megatron_kosmosg.data.index_file import write_index
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.packing import PackedDataset
 from megatron_kosmosg.data.packing_index import RowPacker
@@ -119,6 +121,24 @@ def test_rows_equal_a_token_by_token_packer(stores, tokenizer, kind, capacity):
         assert row.tokens.tolist() == tokens
         assert row.label_mask.tolist() == counts
         assert len(row.tokens) <= capacity
+
+
+def test_the_work_on_a_row_does_not_grow_with_its_document(tmp_path, tokenizer):
+    """A corpus in one document, as Megatron's own tool makes of a file of one record."""
+    sentence = np.array([*tokenizer.encode("the dog ran ."), *tokenizer.encode("a red house .")])
+    ids = np.concatenate([np.tile(sentence, 100_000), [tokenizer.eos_id]]).astype(np.int32)
+    (tmp_path / "long.bin").write_bytes(ids.tobytes())
+    write_index(
+        tmp_path / "long.idx", np.dtype(np.int32), np.array([len(ids)], np.int32), None, [1]
+    )
+    dataset, _ = packed(SampleStore(tmp_path / "long"), tokenizer, 65)
+    dataset.row(0, 0)  # makes the index
+    tracemalloc.start()
+    row = dataset.row(1000, 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(row.tokens) == len(row.label_mask) > 50
+    assert peak < len(ids) / 8, "bytes"
 
 
 def test_pictures_are_whole_and_in_their_slots(stores, tokenizer):

@@ -193,6 +193,11 @@ def test_entities_are_ordered_extended_and_freed_of_overlaps():
         (" (dots", " ("),
         (")", ")"),
     ]
+    assert runs("a cat's, a man-eater, a “cat”", ("cat", 2), ("man", 11)) == [
+        ("a cat's", "a "),
+        (", a man-eater", ", a "),
+        (", a “cat”", ", a “cat”"),
+    ]
     assert runs("red dog", ("red dog", 0), ("dog", 4)) == [("red dog", ""), ("", "")]
 
 

@@ -67,6 +67,36 @@ def test_sentence_ends_need_a_mark_and_a_new_word(tokenizer):
     assert ends("red circle") == ["red circle"]
 
 
+def test_sentences_of_every_script_end_where_their_marks_stand(tmp_path):
+    texts = ["走吧。”他 是吗？好！！「行」です．天３．５", "है।कु ہے۔کت نعم؟هل!لا"]
+    with (tmp_path / "spm.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts * 20),
+            model_writer=file,
+            vocab_size=60,
+            model_type="char",
+            character_coverage=1.0,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    tokenizer = Tokenizer(tmp_path / "spm.model")
+
+    def ends(text: str) -> list[str]:
+        ids = np.array(tokenizer.encode(text))
+        places = np.flatnonzero(tokenizer.sentence_ends(ids)) + 1
+        return [tokenizer.decode(part) for part in np.split(ids, places) if len(part)]
+
+    assert ends("走吧。他好！是吗？好") == ["走吧。", "他好!", "是吗?", "好"]
+    # A quotation goes on; two marks are one end; a bracket may begin.
+    assert ends("走吧。”他是。天") == ["走吧。”他是。", "天"]
+    assert ends("走吧。” 他") == ["走吧。”", "他"]
+    assert ends("好！！「行」") == ["好!!", "「行」"]
+    assert ends("です．天３．５") == ["です.", "天3.5"]
+    assert ends("है।कु") == ["है।", "कु"]
+    assert ends("ہے۔کت") == ["ہے۔", "کت"]
+    assert ends("نعم؟هل!لا") == ["نعم؟", "هل!لا"]
+
+
 def test_fingerprint_and_errors(tokenizer, tmp_path):
     assert tokenizer.fingerprint == Tokenizer(write_tokenizer(tmp_path)).fingerprint
     with pytest.raises(FileNotFoundError, match="data.tokenizer_model"):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.tokenizer import Tokenizer
+from megatron_kosmosg.preprocess.counts import last_line
 from megatron_kosmosg.preprocess.inputs import find_inputs
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
@@ -240,6 +241,19 @@ def test_the_authors_open_images_rows(tmp_path, model, tokenizer):
     )
     difference = np.asarray(painted).astype(int) - np.asarray(Image.open(io.BytesIO(dog_white)))
     assert np.abs(difference).max() <= 40 and np.abs(difference).mean() < 2
+
+
+def test_tags_that_become_no_entity_are_counted(tmp_path, model):
+    columns = [
+        "a dog",
+        "dog,red,hill",
+        *[b64(data) for data in [noise_image(9), *crops(1)[:2] * 3]],
+    ]
+    listing = authors_listing(tmp_path, "c.tsv", [columns])
+    job = PreprocessJob("compositional", (str(listing),), str(model), str(tmp_path / "out"))
+    report = preprocess(job, lambda *_: None)
+    assert report.counts.left_out.total() == 2
+    assert "2 entities left out" in last_line(report.counts)
 
 
 def test_a_white_background_gives_back_a_hard_mask_exactly():

@@ -377,7 +377,7 @@ def test_instruct_pix2pix_folders(tmp_path, model):
         if prompt is not None:
             (root / name / "prompt.json").write_bytes(prompt)
     (root / "b" / "1_0.jpg").write_bytes(noise_image(1))
-    (root / "seeds.json").write_text(json.dumps([["a", []], ["b", [1]], ["c", [2]]]))
+    (root / "seeds.json").write_text(json.dumps([["a", []], ["b", [1]], ["c", [2]], ["d", [3]]]))
     with pytest.raises(ValueError, match="no usable record"):
         run(model, "edit", root)
     lines = (tmp_path / "out.rejects.jsonl").read_text().splitlines()
@@ -385,4 +385,5 @@ def test_instruct_pix2pix_folders(tmp_path, model):
         "not JSON",
         "target cannot be read",
         "prompt.json cannot be read",
+        "prompt folder is missing",
     ]

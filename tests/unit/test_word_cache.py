@@ -44,6 +44,12 @@ def test_ids_are_sentencepieces_for_any_text(tokenizer):
     assert words.encode_batch([]) == []
 
 
+def test_a_long_text_is_encoded_in_pieces(tokenizer, monkeypatch):
+    monkeypatch.setattr(word_cache, "MAX_CHARACTERS", 20)
+    texts = random_texts(100) + ["x" * 50 + " red dog", "red dog " * 20, ""]
+    check(WordCache(tokenizer), tokenizer, texts)
+
+
 def test_a_full_cache_starts_anew(tokenizer, monkeypatch):
     monkeypatch.setattr(word_cache, "MAX_WORDS", 5)
     words = WordCache(tokenizer)

@@ -66,7 +66,7 @@ CAPTION = SampleKind(
     record='{"key", "image", "caption"}',
     fields=("caption", "image"),
     convert=convert,
-    formats=("jsonl", "tar", "parquet", "tsv"),
+    formats=("jsonl", "tar", "parquet", "arrow", "tsv", "files"),
     part_modes=(TOKENS, IMAGE),
     # The picture is stored last and read first.
     pretrain=PackedDocuments(images_per_row=20.0, reading_order=lambda modes: (1, 0)),

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from megatron_kosmosg.data.keyed import Draws
+OVERLAP = "entities: words overlap the entity before"
 
 
 def convert(record: Record, use: Conversion) -> Converted:
@@ -55,7 +56,8 @@ def convert(record: Record, use: Conversion) -> Converted:
     parts.append(Part.tokens(use.encode(tail)))
     info = {"key": record.key, "caption": caption, "entities": described}
     info |= extra_fields(fields, ("key", "caption", "entities", "image"))
-    return Converted([Part.json(info), *parts])
+    num_overlaps = len(fields["entities"]) - len(placed)
+    return Converted([Part.json(info), *parts], (OVERLAP,) * num_overlaps)
 
 
 def target_picture(raw: RawSample) -> memoryview:
@@ -160,7 +162,7 @@ COMPOSITIONAL = SampleKind(
     {"text", "span": [start, end), "image", "mask": file or null}, ...]}""",
     fields=("caption", "image", "entities"),
     convert=convert,
-    formats=("jsonl", "tar", "parquet", "tsv"),
+    formats=("jsonl", "tar", "parquet", "arrow", "tsv", "files"),
     masks=masks,
     check=check,
     instruct=Prompts(_maker, target_picture, UsualSize(length=215, images=2.0)),

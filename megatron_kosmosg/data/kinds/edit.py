@@ -1,7 +1,8 @@
 """Kind `edit`: a picture, an instruction, and the picture after it (InstructPix2Pix).
 
 Stored parts: JSON {key, caption, instruction, ...}, tokens of the caption, tokens of the
-instruction, picture before, picture after.
+instruction, picture before, picture after. Where the picture before has no caption, its text is
+empty and its tokens are none: the prompt is the one of a dropped caption.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from megatron_kosmosg.data.kinds.kind import (
     SampleKind,
     UsualSize,
 )
-from megatron_kosmosg.data.kinds.record import Record, extra_fields
+from megatron_kosmosg.data.kinds.record import Record, extra_fields, is_filled
 from megatron_kosmosg.data.samples import Prompt
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
 from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part, PartSizes, RawSample
@@ -27,13 +28,16 @@ if TYPE_CHECKING:
 def convert(record: Record, use: Conversion) -> Converted:
     """{"key", "caption", "image", "instruction", "target"}."""
     fields = record.fields
-    caption, caption_ids = use.text_field(fields, "caption")
+    caption, caption_ids = "", use.encode("")
+    if is_filled(fields.get("caption")):
+        caption, caption_ids = use.text_field(fields, "caption")
     instruction, instruction_ids = use.text_field(fields, "instruction")
     images = [use.image(record, fields, name) for name in ("image", "target")]
     info = {"key": record.key, "caption": caption, "instruction": instruction}
     info |= extra_fields(fields, ("key", "caption", "instruction", "image", "target"))
     parts = [Part.json(info), Part.tokens(caption_ids), Part.tokens(instruction_ids)]
-    return Converted(parts + [Part(IMAGE, data) for data in images])
+    parts += [Part(IMAGE, data) for data in images]
+    return Converted(parts, () if caption else ("captions: the record has none",))
 
 
 def target_picture(raw: RawSample) -> memoryview:
@@ -70,10 +74,10 @@ class EditPrompts:
 
 EDIT = SampleKind(
     name="edit",
-    record='{"key", "caption", "image", "instruction", "target"}',
+    record='{"key", "image", "instruction", "target", "caption" (may be left out)}',
     fields=("caption", "image", "instruction", "target"),
     convert=convert,
-    formats=("jsonl", "tar", "parquet", "tsv", "folder"),
+    formats=("jsonl", "tar", "parquet", "arrow", "tsv", "folder"),
     part_modes=(TOKENS, TOKENS, IMAGE, IMAGE),
     instruct=Prompts(
         maker=lambda layout, data: EditPrompts(layout, data.caption_drop_prob),

@@ -40,7 +40,8 @@ class Converted:
     parts: list[Part]
     """The JSON part first."""
     left_out: tuple[str, ...] = ()
-    """Why pictures were left out of a document that was kept; one reason each."""
+    """What the sample lacks although it is kept, such as "pictures: image is truncated"; one entry
+    each."""
 
     @property
     def num_tokens(self) -> int:
@@ -210,7 +211,7 @@ class SampleKind:
     plain_text: Callable[[Record], str] | None = None
     """Record -> document, for a kind that is stored as an ordinary Megatron token dataset: one
     sequence of ids a document, closed by </s>. Raises Rejected."""
-    formats: tuple[str, ...] = ("jsonl", "tar", "parquet")
+    formats: tuple[str, ...] = ("jsonl", "tar", "parquet", "arrow", "files")
     """Input formats that hold such records."""
     options: tuple[str, ...] = ()
     """Fields of ConversionOptions that `convert` heeds."""

@@ -32,6 +32,10 @@ class Record:
     """Folder that relative file names refer to."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Contents that came with the record, by the name a field may call them (a tar's members)."""
+    left_out: tuple[str, ...] = ()
+    """What its layout had and it has not, as Converted.left_out."""
+    note: str | None = None
+    """What its reader did to it that its user should know; it is counted."""
 
     @property
     def key(self) -> str:
@@ -47,6 +51,13 @@ class Record:
         """The same record with other fields; it keeps its key."""
         own = {"key": self.fields["key"]} if self.has_own_key else {}
         return replace(self, fields=own | fields)
+
+
+def is_filled(value: object) -> bool:
+    """Whether a field says anything: not null, blanks, or Parquet's picture without both parts."""
+    if isinstance(value, dict):
+        return value.keys() != {"bytes", "path"} or any(map(is_filled, value.values()))
+    return value is not None and not (isinstance(value, str) and not value.strip())
 
 
 def text_field(fields: dict[str, Any], name: str) -> str:

@@ -15,7 +15,7 @@ TEXT = SampleKind(
     record='{"text"}',
     fields=("text",),
     plain_text=lambda record: text_field(record.fields, "text"),
-    formats=("jsonl", "txt", "parquet"),
+    formats=("jsonl", "txt", "parquet", "arrow"),
     part_modes=(TOKENS,),
     pretrain=PackedDocuments(images_per_row=0.0),
 )
