@@ -64,6 +64,15 @@ def test_the_specification_is_what_people_see(name):
     assert np.abs(found - seen).mean() <= file.tolerance + 0.1
 
 
+def test_what_is_stored_of_other_formats_is_decoded_by_dali(datasets):
+    turned = {"TIFF, EXIF 6"}
+    clear = {name for name in datasets.stored if "alpha" in name or "RGBA" in name}
+    clear |= {name for name in datasets.stored if "transparent" in name}
+    for name in set(datasets.stored) - clear - turned:
+        if image_readers.stored_as(name, datasets) == "PNG":
+            assert dali_form(datasets.stored[name]) is datasets.stored[name], name
+
+
 def test_dali_is_given_three_formats_only():
     given = {name: dali_form(file.data) for name, file in image_files().items()}
     fed = {name for name, data in given.items() if data is not None}

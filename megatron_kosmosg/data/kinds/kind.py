@@ -83,11 +83,12 @@ class Conversion(Protocol):
         ...
 
     def image(self, record: Record, fields: dict[str, Any], name: str) -> bytes:
-        """The encoded picture of a field, byte for byte, after it was verified."""
+        """What is stored of the picture of a field, after it was verified."""
         ...
 
     def mask(self, record: Record, fields: dict[str, Any], name: str, image: bytes) -> bytes | None:
-        """The encoded mask of `image`, 255 = entity; None where the field is null."""
+        """What is stored of the mask of `image`, a stored picture, 255 = entity; None where the
+        field is null."""
         ...
 
 
