@@ -83,7 +83,10 @@ class Captioner:
             if i:
                 ids += [start] * (1 + slots) + [end]
                 is_slot += [False] + [True] * slots + [False]
-            words = self.tokenizer.encode(fragment, add_special_tokens=False)
+            # Names of special tokens in a text are text like any other.
+            words = self.tokenizer.encode(
+                fragment, add_special_tokens=False, split_special_tokens=True
+            )
             ids += words
             is_slot += [False] * len(words)
         embeds = model.text_model.get_input_embeddings()(torch.tensor(ids, device=model.device))

@@ -65,7 +65,7 @@ def export_mllm(
 ) -> list[str]:
     """Writes the language model of any checkpoint with its tokenizer and image processor.
 
-    One folder for `AutoModelForImageTextToText`, `AutoTokenizer` and `AutoImageProcessor`.
+    One folder for `AutoModelForImageTextToText`, `AutoProcessor` and the pipeline of that task.
     Returns notes; the other arguments are `export_hf`'s.
     """
     source = CheckpointTensors(checkpoint)
@@ -76,6 +76,7 @@ def export_mllm(
         written = hf_folder.write_mllm(folder, source, dtype, progress)
         hf_folder.write_tokenizer_files(folder, model_file, config)
         hf_folder.write_image_processor(folder, config)
+        hf_folder.write_processor(folder, config)
     return [
         written,
         *_dropped_notes(dropped, "AlignerNet, which is no part of the language model"),

@@ -25,7 +25,7 @@ from megatron_kosmosg.conversion.exported_folder import (
 )
 from megatron_kosmosg.conversion.hf_aligner import aligner_arguments, aligner_weights
 from megatron_kosmosg.conversion.hf_tokenizer import checked_vocabulary, write_tokenizer
-from megatron_kosmosg.conversion.json_files import write_json
+from megatron_kosmosg.conversion.json_files import read_json, write_json
 from megatron_kosmosg.conversion.kosmos2 import kosmos2_config, kosmos2_weights
 from megatron_kosmosg.conversion.safetensors_files import (
     DIFFUSERS,
@@ -36,6 +36,9 @@ from megatron_kosmosg.conversion.tensors import InDtype
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.hf import modeling_kosmosg_aligner, pipeline_kosmosg
 from megatron_kosmosg.progress import ProgressCallback
+
+KOSMOS2_SLOTS = 64
+"""Of an image, in stock Kosmos-2."""
 
 
 def write_mllm(
@@ -99,6 +102,22 @@ def write_image_processor(folder: Path, config: RunConfig) -> None:
         "image_std": list(config.data.image_std),
     }
     write_json(folder / "preprocessor_config.json", settings)
+
+
+def write_processor(folder: Path, config: RunConfig) -> None:
+    """Makes tokenizer and image processor, which lie in `folder`, the parts of a stock processor.
+
+    Kosmos2Processor writes an image's place in special tokens and reads them as such, so that this
+    folder's tokenizer has to. Of its own tokens the model has no rows: it gets none for places.
+    """
+    processor = {"processor_class": "Kosmos2Processor"}
+    write_json(folder / "processor_config.json", {**processor, "num_patch_index_tokens": 0})
+    tokenizer = {"split_special_tokens": False}
+    slots = config.model.resampler.num_latent_queries
+    if slots != KOSMOS2_SLOTS:  # taken for the processor's default
+        tokenizer["num_image_tokens"] = slots
+    for name, more in (("tokenizer_config.json", tokenizer), ("preprocessor_config.json", {})):
+        write_json(folder / name, {**read_json(folder / name), **processor, **more})
 
 
 def write_index(folder: Path, stable_diffusion: dict[str, list[str]]) -> None:

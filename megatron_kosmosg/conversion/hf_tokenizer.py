@@ -13,7 +13,7 @@ from pathlib import Path
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
-from tokenizers.models import Unigram
+from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
 from megatron_kosmosg.config.errors import ConversionError
@@ -21,7 +21,7 @@ from megatron_kosmosg.conversion.json_files import read_json, write_json
 from megatron_kosmosg.data.tokenizer import TRAILING_SPECIALS, WORD_START, Tokenizer
 
 MODEL_FILE = "sentencepiece.bpe.model"
-"""Copied beside tokenizer.json; the name is XLM-R's and Kosmos-2's, the model is unigram."""
+"""Copied beside tokenizer.json; the name is XLM-R's and Kosmos-2's, whose model is unigram."""
 HEAD = ("<s>", "<pad>", "</s>", "<unk>")
 PROBES = (
     "a photo of a dog in the garden.",
@@ -134,10 +134,16 @@ def _tokens_of_folder(folder: Path) -> dict[int, str]:
     if described.is_file():
         content = read_json(described)
         try:
-            found = dict(enumerate(token for token, _ in content["model"]["vocab"]))
+            vocabulary = content["model"]["vocab"]
+            if isinstance(vocabulary, dict):  # a BPE model's
+                found = {index: token for token, index in vocabulary.items()}
+            else:
+                found = dict(enumerate(token for token, _ in vocabulary))
             added = {entry["id"]: entry["content"] for entry in content["added_tokens"]}
         except (ValueError, KeyError, TypeError) as error:
-            raise ConversionError(f"{described} is no unigram tokenizer: {error!r}") from None
+            raise ConversionError(
+                f"{described} is no unigram or BPE tokenizer: {error!r}"
+            ) from None
         return {**found, **added}
     found = dict(enumerate(token_list(folder_model(folder))[: -len(TRAILING_SPECIALS) + 1]))
     added = folder / "added_tokens.json"
@@ -153,7 +159,9 @@ def _model(path: Path) -> sentencepiece_model_pb2.ModelProto:
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     plain = {model.SentencePiece.NORMAL, model.SentencePiece.CONTROL, model.SentencePiece.UNKNOWN}
     expected = {
-        "a unigram model": trainer.model_type == trainer.UNIGRAM,
+        "a unigram or BPE model": trainer.model_type in (trainer.UNIGRAM, trainer.BPE),
+        "no piece of several words": trainer.model_type != trainer.BPE
+        or not any(WORD_START in piece.piece[1:] for piece in model.pieces[3:]),
         "no byte fallback": not trainer.byte_fallback,
         "no word-start marks at word ends": not trainer.treat_whitespace_as_suffix,
         "a blank before the first word": normalizer.add_dummy_prefix,
@@ -173,23 +181,25 @@ def _model(path: Path) -> sentencepiece_model_pb2.ModelProto:
 
 def _backend(path: Path) -> Backend:
     model = _model(path)
-    pieces = [(piece.piece, piece.score) for piece in model.pieces[3:]]
     specials = [(token, 0.0) for token in (*HEAD, *TRAILING_SPECIALS)]
-    vocabulary = [*specials[: len(HEAD)], *pieces, *specials[len(HEAD) :]]
-    backend = Backend(Unigram(vocabulary, unk_id=Tokenizer.unk_id, byte_fallback=False))
+    splits = [
+        pre_tokenizers.Split(" ", "removed"),
+        pre_tokenizers.Metaspace(replacement=WORD_START, prepend_scheme="always"),
+    ]
+    if model.trainer_spec.model_type == model.trainer_spec.BPE:
+        backend = Backend(_bpe(token_list(path), [piece.piece for piece in model.pieces[3:]]))
+    else:
+        pieces = [(piece.piece, piece.score) for piece in model.pieces[3:]]
+        vocabulary = [*specials[: len(HEAD)], *pieces, *specials[len(HEAD) :]]
+        backend = Backend(Unigram(vocabulary, unk_id=Tokenizer.unk_id, byte_fallback=False))
+        # The unigram table holds the control tokens, so a text must not offer one in one piece: it
+        # is cut before the closing bracket.
+        stems = "|".join(token[:-1] for token in (*HEAD, *TRAILING_SPECIALS))
+        splits.append(pre_tokenizers.Split(Regex(f"(?<={stems})>"), "merged_with_next"))
     charsmap = model.normalizer_spec.precompiled_charsmap
     if charsmap:
         backend.normalizer = normalizers.Precompiled(charsmap)
-    # The unigram table holds the control tokens, so a text must not offer one in one piece: it is
-    # cut before the closing bracket.
-    stems = "|".join(token[:-1] for token in (*HEAD, *TRAILING_SPECIALS))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(" ", "removed"),
-            pre_tokenizers.Metaspace(replacement=WORD_START, prepend_scheme="always"),
-            pre_tokenizers.Split(Regex(f"(?<={stems})>"), "merged_with_next"),
-        ]
-    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
     backend.decoder = decoders.Metaspace(replacement=WORD_START, prepend_scheme="always")
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", Tokenizer.bos_id)]
@@ -199,3 +209,17 @@ def _backend(path: Path) -> Backend:
     )
     backend.encode_special_tokens = True
     return backend
+
+
+def _bpe(tokens: list[str], pieces: list[str]) -> BPE:
+    """SentencePiece joins the pair whose joint piece stands first; here each pair has a rank."""
+    known = set(pieces)
+    pairs = [
+        (piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    ]
+    ids = {token: index for index, token in enumerate(tokens)}
+    # Neighbouring unknown characters are one <unk>.
+    return BPE(ids, pairs, unk_token=HEAD[Tokenizer.unk_id], fuse_unk=True)

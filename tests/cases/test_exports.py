@@ -13,7 +13,6 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 from transformers import pipeline as transformers_pipeline
 
 from tests.support.commands import REPOSITORY, CommandFailed
-from tests.support.marks import not_mended_yet
 from tests.support.tiny_pipeline import picture
 
 DOG = picture(1)
@@ -28,13 +27,11 @@ def mllm(tmp_path_factory, commands, past) -> Path:
     return folder
 
 
-@not_mended_yet("it is a tokenizer, which drops images without a word")
 def test_the_folders_processor_takes_images(mllm):
     inputs = AutoProcessor.from_pretrained(mllm)(text="a dog", images=DOG, return_tensors="pt")
     assert "pixel_values" in inputs
 
 
-@not_mended_yet("there is no processor", TypeError)
 def test_the_folder_works_in_transformers_pipeline(mllm):
     describe = transformers_pipeline("image-text-to-text", model=str(mllm))
     (found,) = describe(images=DOG, text="a", max_new_tokens=2)
@@ -49,7 +46,6 @@ TEXTS = (
 )
 
 
-@not_mended_yet("only unigram models are exported")
 def test_a_bpe_tokenizer_is_exported_with_equal_ids(tmp_path, commands, past):
     lines = [text for text in TEXTS for _ in range(20)]
     lines += [f"{a}{b}{c}ing the {c}{a}y" for a in "bcdfgl" for b in "aeiou" for c in "mnprst"]

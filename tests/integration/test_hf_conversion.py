@@ -9,15 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from megatron_kosmosg.conversion.export_hf import export_hf
 from megatron_kosmosg.conversion.import_hf import import_hf, import_kosmos2
 from megatron_kosmosg.conversion.safetensors_files import SafetensorsFolder, write_safetensors
+from megatron_kosmosg.data.sequence import SequenceFormat
+from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.hf.modeling_kosmosg_aligner import KosmosGAligner
+from megatron_kosmosg.inference.prompt import build_prompt
 from tests.support.conversion_models import (
+    TOKENIZER,
     VOCAB_SIZE,
     ConversionWorld,
     conversion_config,
@@ -25,6 +34,7 @@ from tests.support.conversion_models import (
     same_weights,
     write_random,
 )
+from tests.support.tiny_pipeline import picture
 
 GROUNDING_TOKENS = 13
 OF_TRANSFORMERS_4 = {
@@ -116,6 +126,29 @@ def test_the_language_model_alone_there_and_back(converted, tmp_path) -> None:
     import_hf(converted.mllm, tmp_path / "back")
     same_weights(tmp_path / "back", converted.language, torch.float32)
     assert CheckpointTensors(tmp_path / "back").stage == "pretrain"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("texts", [["a red dog"], ["a red dog", "a"]])
+def test_the_stock_processor_says_what_training_says(converted, texts) -> None:
+    """Its ids in an image's place are others, but no one reads them: the logits are equal."""
+    dog = picture(1)
+    processor = AutoProcessor.from_pretrained(converted.mllm)
+    inputs = processor(text=texts, images=[dog] * len(texts), return_tensors="pt", padding=True)
+    model = AutoModelForImageTextToText.from_pretrained(converted.mllm)
+    slots = converted.config.model.resampler.num_latent_queries
+    found = model(**inputs).logits
+    for row, text in enumerate(texts):
+        prompt = build_prompt([dog, text], SequenceFormat(Tokenizer(TOKENIZER), slots))
+        length = len(prompt.tokens)
+        mask = torch.from_numpy(prompt.image_mask)[None]
+        assert inputs["image_embeds_position_mask"][row, :length].bool().equal(mask[0])
+        expected = model(
+            pixel_values=inputs["pixel_values"][row : row + 1],
+            input_ids=torch.from_numpy(prompt.tokens)[None].long(),
+            image_embeds_position_mask=mask,
+        ).logits[0]
+        torch.testing.assert_close(found[row, :length], expected, rtol=0, atol=1e-5)
 
 
 def test_align_checkpoints_lose_n_and_say_so(converted, tmp_path) -> None:

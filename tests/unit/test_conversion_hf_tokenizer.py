@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import shutil
@@ -16,7 +15,6 @@ from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion import hf_tokenizer
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.toy import assets
-from tests.support.data_helpers import spm_model_bytes
 
 TOY = assets.path() / "sentencepiece.model"
 GOLDEN = {  # ids of the toy's model, so that a change of library or model is seen
@@ -54,19 +52,9 @@ def toy(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def html_model(tmp_path_factory) -> Path:
     """A unigram model of text with brackets, whose pieces hold `<`, `</` and the like."""
-    out = io.BytesIO()
     words = "image line doc s pad mask chunk unk red a photo in the snow".split()
     lines = [f"<{w}> {v} </{w}> <b>{v}{w}</b> a<{v} {w}>2" for w in words for v in words]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=out,
-        vocab_size=100,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    path = tmp_path_factory.mktemp("html") / "m.model"
-    path.write_bytes(out.getvalue())
-    return path
+    return trained(tmp_path_factory.mktemp("html") / "m.model", lines, vocab_size=100)
 
 
 def test_golden_ids(toy) -> None:
@@ -146,9 +134,53 @@ def test_kosmos_2_folders_without_tokenizer_json(toy, tmp_path) -> None:
     hf_tokenizer.check_same_tokens(TOY, tmp_path)
 
 
-def test_models_that_the_form_cannot_express_are_refused(tmp_path) -> None:
-    path = tmp_path / "bpe.model"
-    path.write_bytes(spm_model_bytes())
-    with pytest.raises(ConversionError, match="needs a unigram model"):
-        hf_tokenizer.write_tokenizer(path, tmp_path / "out", 99)
+ALPHABET = "abcdeéßñ'-.,!?<>sxo   \t\nＡ①日🚀\u200b/"
+"""Of the BPE models' letters, and some that they do not know."""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"normalization_rule_name": "identity"}, {"max_sentencepiece_length": 3}],
+)
+def test_a_bpe_model_gives_sentencepieces_ids(tmp_path, settings: dict) -> None:
+    """On thousands of texts: random ones, those it was trained on, long runs of one letter."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices(ALPHABET[:19], k=draw.randint(1, 9))) for _ in range(400)]
+    lines = [" ".join(draw.choices(words, k=8)) for _ in range(800)]
+    model = trained(tmp_path / "bpe.model", lines, vocab_size=400, model_type="bpe", **settings)
+    hf_tokenizer.write_tokenizer(model, tmp_path / "tokenizer", 99)
+    hf_tokenizer.check_same_tokens(model, tmp_path / "tokenizer")
+    ours, exported = Tokenizer(model), AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    texts = ["".join(draw.choices(ALPHABET, k=draw.randint(0, 40))) for _ in range(1500)]
+    texts += [*lines, *(letter * count for letter in "aes.日" for count in range(30))]
+    found = exported(texts, add_special_tokens=False).input_ids
+    wanted = [ids.tolist() for ids in ours.encode_batch(texts)]
+    assert [t for t, one, other in zip(texts, found, wanted, strict=True) if one != other] == []
+    assert exported.convert_ids_to_tokens(range(len(exported))) == hf_tokenizer.token_list(model)
+    assert exported.decode(exported.encode("abc dé"), skip_special_tokens=True) == "abc dé"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "char"}, "needs a unigram or BPE model"),
+        ({"model_type": "bpe", "split_by_whitespace": False}, "needs no piece of several words"),
+        ({"model_type": "bpe", "byte_fallback": True}, "needs no byte fallback"),
+    ],
+)
+def test_models_that_the_form_cannot_express_are_refused(tmp_path, settings, message) -> None:
+    lines = ["a red dog in the snow and a red cat"] * 30
+    model = trained(tmp_path / "m.model", lines, vocab_size=300, **settings)
+    with pytest.raises(ConversionError, match=message):
+        hf_tokenizer.write_tokenizer(model, tmp_path / "out", 99)
     assert not (tmp_path / "out").exists()
+
+
+def trained(path: Path, lines: list[str], **settings) -> Path:
+    """A SentencePiece model of as many pieces as the lines give."""
+    settings = {"hard_vocab_limit": False, "minloglevel": 2, **settings}
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=file, **settings
+        )
+    return path
