@@ -51,6 +51,8 @@ class ArrowReader:
             for place, batch in enumerate(batches):
                 if place < shard.offset:
                     continue
+                # Else a changed offset is followed to wherever in memory it points.
+                batch.validate(full=True)
                 for begin in range(0, batch.num_rows, BATCH_ROWS):
                     for row in python_rows(batch.slice(begin, BATCH_ROWS)):
                         if shard.num_records == number - shard.first_record:

@@ -43,7 +43,8 @@ def arrow_files(folder: Path) -> list[Path] | None:
     splits = folder / SPLITS_FILE
     if splits.is_file():
         names = _json(splits).get("splits", [])
-        given = " or ".join(f"--input {folder / name}" for name in names)
+        names = names if isinstance(names, list) else []
+        given = " or ".join(f"--input {folder / str(name)}" for name in names)
         raise ValueError(f"--input {folder} holds the splits of a dataset; give {given}")
     state = folder / STATE_FILE
     if not state.is_file():

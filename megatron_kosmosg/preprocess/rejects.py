@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_kosmosg.data.dataset_files import dataset_files
 from megatron_kosmosg.data.kinds.record import Rejected
 from megatron_kosmosg.data.manifest import is_manifest, manifest_path
+from megatron_kosmosg.foreign_files import parse_json
 from megatron_kosmosg.preprocess.work_folder import is_work_folder
 
 ENDING = ".rejects.jsonl"
@@ -50,7 +51,7 @@ def _holds_rejects(path: Path) -> bool:
     if not line:
         return True  # nothing was left out
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
     except ValueError:
         return False
     return isinstance(fields, dict) and _NEEDED <= fields.keys() <= _NEEDED | _OPTIONAL

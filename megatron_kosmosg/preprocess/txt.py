@@ -14,6 +14,7 @@ from typing import IO
 
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.lines import (
+    MAX_TEXT_BYTES,
     decode_utf8,
     line_shards,
     opened,
@@ -57,7 +58,8 @@ class TxtReader:
                 yield source, line, None
         elif self._documents == "file":
             with opened(shard.path) as file:
-                yield shard.name, file.read().removeprefix(codecs.BOM_UTF8), None
+                content = file.read(MAX_TEXT_BYTES + 1)  # one too long is refused by its length
+                yield shard.name, content.removeprefix(codecs.BOM_UTF8), None
         else:
             yield from _read_paragraphs(shard)
 

@@ -5,6 +5,7 @@ Long because every reader is in its one table.
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import zipfile
@@ -31,6 +32,7 @@ from megatron_kosmosg.data.kinds.record import Rejected
 from megatron_kosmosg.data.latent_cache import LatentManifest, LatentSource
 from megatron_kosmosg.data.manifest import Manifest, kind_on_disk
 from megatron_kosmosg.data.store import SampleStore
+from megatron_kosmosg.foreign_files import OutsideFolder
 from megatron_kosmosg.inference.prompt_records import PromptError, open_picture, read_records
 from megatron_kosmosg.preprocess.inputs import find_inputs, shard_size
 from megatron_kosmosg.preprocess.options import Options
@@ -100,6 +102,29 @@ def members(path: Path) -> None:
 
 def rows(path: Path) -> None:
     write_parquet(path, [{"image": noise_image(i), "caption": f"red {i}"} for i in range(3)])
+
+
+def arrow(path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"image": [noise_image(1)] * 2, "caption": ["red", "blue"]})
+    with pyarrow.ipc.new_stream(str(path), table.schema) as stream:
+        stream.write_table(table)
+
+
+def packed(path: Path) -> None:
+    path.write_bytes(gzip.compress(write_jsonl(path, text_records(4)).read_bytes()))
+
+
+def saved_dataset(folder: Path) -> Reader:
+    (folder / "set").mkdir()
+    arrow(folder / "set" / "data.arrow")
+    path = folder / "set" / "state.json"
+    path.write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+    return Reader(
+        path,
+        lambda: find_inputs([str(folder / "set")], KINDS["caption"]),
+        (ValueError, OutsideFolder, FileNotFoundError),
+    )
 
 
 def picture_file(form: str) -> Callable[[Path], Reader]:
@@ -286,6 +311,9 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "plain text": preprocessing("text", "t.txt", lambda path: path.write_text("a b.\n\nc d.\n")),
     "tar": preprocessing("caption", "s.tar", members),
     "Parquet": preprocessing("caption", "r.parquet", rows),
+    "Arrow": preprocessing("caption", "r.arrow", arrow),
+    "compressed": preprocessing("text", "t.jsonl.gz", packed),
+    "saved dataset": saved_dataset,
     "prompt folders": seeds,
     "PNG": picture_file("PNG"),
     "JPEG": picture_file("JPEG"),

@@ -53,7 +53,10 @@ class Picture:
 
     def uri(self) -> str:
         """The picture itself, for the page. Raises ValueError for any other file."""
-        content = read_file(self.path)
+        try:
+            content = read_file(self.path)
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be put on the page: {error}") from error
         if not content.startswith(_PNG):
             raise ValueError(f"{self.path} is no PNG; nothing else is shown on the page")
         return data_uri(content, "image/png")
