@@ -7,6 +7,7 @@ ROOT/seeds.json                          [[folder, [seed, ...]], ...], if there:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -74,7 +75,7 @@ def _pairs(root: Path, name: str, seeds: tuple[str, ...] | None) -> Iterator[Rec
     try:
         prompt = parse_object(read_file(folder / PROMPT_FILE, MAX_JSON_BYTES))
     except OSError as error:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # also False where a name is too long to be one
             raise Rejected("prompt folder is missing", name) from error
         raise Rejected("prompt.json cannot be read", f"{name}: {error.strerror}") from error
     if seeds is None:
