@@ -1,7 +1,8 @@
 """What is installed and needed: core, and the extras test, data, diffusers, demo, gpu and mpi.
 
 `constraints.txt` holds the versions that were tested together; the bounds here are only those
-that are known to matter.
+that are known to matter. Those of transformers, diffusers, accelerate and Pillow are the oldest
+that `tests/oldest_versions.sh` runs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CORE = [
     "transformers>=5.23",
     "safetensors",
     # With it diffusers maps weights from their files, which the ranks of a node then share.
-    "accelerate",
+    "accelerate>=1.1",
     # Batched encoding into numpy arrays.
     "sentencepiece>=0.2.3",
     # The exporter reads the normaliser out of SentencePiece models.

@@ -11,6 +11,7 @@ from megatron_kosmosg.conversion import hf_folder
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from megatron_kosmosg.conversion.exported_folder import ALIGNER, IMAGE_PROCESSOR, MLLM, TOKENIZER
 from megatron_kosmosg.conversion.hf_aligner import NOT_EXPORTED, OURS
+from megatron_kosmosg.conversion.model_card import write_model_card
 from megatron_kosmosg.conversion.output_folder import new_folder
 from megatron_kosmosg.conversion.rules import summary
 from megatron_kosmosg.conversion.stable_diffusion import StableDiffusion
@@ -50,6 +51,7 @@ def export_hf(
             **stable_diffusion.write(folder, dtype, progress),
         }
         hf_folder.write_index(folder, stable_diffusion.index)
+        write_model_card(folder, is_pipeline=True)
     return [
         *(f"{part + ':':8} {amount}" for part, amount in written.items()),
         *_dropped_notes(dropped, "AlignerNet N, which only `align` trains with"),
@@ -77,6 +79,7 @@ def export_mllm(
         hf_folder.write_tokenizer_files(folder, model_file, config)
         hf_folder.write_image_processor(folder, config)
         hf_folder.write_processor(folder, config)
+        write_model_card(folder, is_pipeline=False)
     return [
         written,
         *_dropped_notes(dropped, "AlignerNet, which is no part of the language model"),

@@ -340,7 +340,11 @@ class KosmosGPipeline(StableDiffusionPipeline):
             source = inspect.getfile(type(getattr(self.aligner, "_orig_mod", self.aligner)))
             shutil.copyfile(source, folder / "aligner" / f"{ALIGNER_MODULE}.py")
         if self.tokenizer is not None:
-            complete_tokenizer(Path(self.tokenizer.name_or_path), folder / "tokenizer")
+            source, saved = Path(self.tokenizer.name_or_path), folder / "tokenizer"
+            complete_tokenizer(saved)
+            copy_own_file(source / SENTENCEPIECE_FILE, saved / SENTENCEPIECE_FILE)
+            if (source.parent / self.config_name).is_file():  # a pipeline's: it has a model card
+                copy_own_file(source.parent / "README.md", folder / "README.md")
         path = folder / self.config_name
         index = portable_index(json.loads(path.read_text(encoding="utf-8")))
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -391,19 +395,18 @@ def language_states(
     ).hidden_states[-1]
 
 
-def complete_tokenizer(source: Path, saved: Path) -> None:
-    """Adds the SentencePiece model to a saved tokenizer, and writes names for transformers 4.
-
-    source: the folder it was loaded from. A link is followed only inside it and into the `blobs` of
-    a hub's cache: what else it may point at is not for others to have.
-    """
-    path, home = (source / SENTENCEPIECE_FILE).resolve(), source.resolve()
-    if path.is_file() and (
-        path.parent == home or path.parent in [p / "blobs" for p in home.parents]
-    ):
-        target = saved / SENTENCEPIECE_FILE
+def copy_own_file(source: Path, target: Path) -> None:
+    """Copies a file if it is there. A link is followed only inside its folder and into the `blobs`
+    of a hub's cache: what else it may point at is not for others to have."""
+    path, home = source.resolve(), source.parent.resolve()
+    blobs = [parent / "blobs" for parent in home.parents]
+    if path.is_file() and path.parent in [home, *blobs]:
         if not (target.exists() and target.samefile(path)):
             shutil.copyfile(path, target)
+
+
+def complete_tokenizer(saved: Path) -> None:
+    """Writes a saved tokenizer's settings as `export-hf` does, with names for transformers 4."""
     file = saved / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     for installed in ("is_local", "local_files_only"):

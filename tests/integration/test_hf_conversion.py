@@ -20,6 +20,7 @@ from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from megatron_kosmosg.conversion.export_hf import export_hf
 from megatron_kosmosg.conversion.import_hf import import_hf, import_kosmos2
+from megatron_kosmosg.conversion.model_card import TESTED
 from megatron_kosmosg.conversion.safetensors_files import SafetensorsFolder, write_safetensors
 from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.tokenizer import Tokenizer
@@ -85,6 +86,15 @@ def test_the_folder_names_stock_classes_and_two_files_of_its_own(converted) -> N
         copied, original = load_file(converted.exported / file), load_file(converted.sd / file)
         assert copied.keys() == original.keys()
         assert all(torch.equal(copied[name], original[name]) for name in original)
+
+
+def test_the_folders_say_which_versions_read_them(converted) -> None:
+    for folder in (converted.exported, converted.mllm):
+        card = (folder / "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: ") and "{" not in card
+        for name, (oldest, newest) in TESTED.items():
+            assert f"| {name} | {oldest} | {newest} |" in card
+        assert "x_attn.is_causal = False" in card
 
 
 def test_there_and_back_is_bit_equal(converted, tmp_path) -> None:

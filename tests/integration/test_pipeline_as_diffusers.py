@@ -20,6 +20,7 @@ from diffusers import (
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.hooks import apply_layerwise_casting
 
+from tests.support.marks import skip_without_group_offload
 from tests.support.public import KosmosGPipeline
 from tests.support.tiny_pipeline import draw, picture, tiny_pipeline
 
@@ -218,7 +219,8 @@ def test_an_array_of_images_is_one_for_each_placeholder(shared) -> None:
 def test_gray_and_transparent_arrays_are_what_their_pictures_are(shared) -> None:
     for mode in ("L", "RGBA"):
         image = DOG.convert(mode)
-        assert torch.equal(condition(shared, ["a", np.array(image)]), condition(shared, [image]))
+        found = condition(shared, ["a", np.array(image)])
+        assert torch.equal(found, condition(shared, ["a", image]))
 
 
 @pytest.mark.parametrize(
@@ -285,6 +287,7 @@ def test_sequential_offload(shared, drawn, parts: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
 def test_group_offload(shared, drawn, tmp_path, kind: str, on_disk: bool) -> None:
+    skip_without_group_offload()
     pipeline = copied(shared)
     blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
     disk = {"offload_to_disk_path": str(tmp_path)} if on_disk else {}
@@ -377,6 +380,20 @@ def test_a_tokenizer_is_saved_as_it_is_exported(shared, folder) -> None:
     assert names_in(folder / "tokenizer") == names_in(exported)
     for name in names_in(exported):
         assert (folder / "tokenizer" / name).read_bytes() == (exported / name).read_bytes(), name
+
+
+def test_the_model_card_stays(folder, tmp_path) -> None:
+    """Of a pipeline's folder; a README.md elsewhere beside a tokenizer is another thing."""
+    KosmosGPipeline.from_pretrained(folder).save_pretrained(tmp_path / "first")
+    assert not (tmp_path / "first" / "README.md").exists()
+    (tmp_path / "first" / "README.md").write_text("what it is")
+    KosmosGPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert (tmp_path / "second" / "README.md").read_text() == "what it is"
+    tokenizer = KosmosGPipeline.from_pretrained(tmp_path / "first").tokenizer
+    (tmp_path / "first" / "model_index.json").unlink()
+    parts = KosmosGPipeline.from_pretrained(folder).components
+    KosmosGPipeline(**{**parts, "tokenizer": tokenizer}).save_pretrained(tmp_path / "third")
+    assert not (tmp_path / "third" / "README.md").exists()
 
 
 def names_in(folder: Path) -> set[str]:

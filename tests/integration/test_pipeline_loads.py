@@ -59,13 +59,14 @@ def out(tmp_path_factory) -> Path:
 
 def load(way: str, out: Path, package: bool = False) -> dict[str, torch.Tensor]:
     """What a fresh process gets; the package is importable only if `package`."""
+    overlay = [os.environ["KOSMOSG_OVERLAY"]] if "KOSMOSG_OVERLAY" in os.environ else []
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(out / f"modules-{way}"),
         "HF_HOME": str(out / "empty-hub-cache"),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY) if package else "",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY)] * package + overlay),
     }
     command = [sys.executable, fresh_loads.__file__, way, str(out / "exported"), str(out)]
     done = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True)

@@ -283,7 +283,14 @@ def test_the_script_refuses_bad_arguments_before_installing(arguments, code, mes
 
 
 @pytest.mark.parametrize(
-    "path", ["examples/environment.sh", "examples/quickstart.sh", "tests/run.sh", ".ci/run"]
+    "path",
+    [
+        "examples/environment.sh",
+        "examples/quickstart.sh",
+        "tests/run.sh",
+        "tests/oldest_versions.sh",
+        ".ci/run",
+    ],
 )
 def test_shell_scripts_parse(path):
     subprocess.run(["bash", "-n", str(REPOSITORY / path)], check=True)
