@@ -14,7 +14,9 @@ from setuptools import find_packages, setup
 
 CORE = [
     "torch>=2.6",
-    "megatron-core==0.16.1",
+    # 0.16.1 is the last for Python 3.11; newer ones need 3.12. What differs between them stands in
+    # parallel/core_versions.py.
+    "megatron-core>=0.16.1,<0.20",
     "numpy",
     "omegaconf>=2.4,<3",
     "diffusers>=0.37",
@@ -60,8 +62,12 @@ EXTRAS = {
     ],
     "demo": ["matplotlib"],
     # Without extras it is an empty package that cannot be imported. The bounds are those of
-    # megatron-core 0.16.1; the CUDA version is that of DALI above and of torch's default wheel.
-    "gpu": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
+    # megatron-core 0.16.1, 0.19.2 has none; the CUDA version is that of DALI above and of torch's
+    # default wheel.
+    "gpu": [
+        "transformer-engine[pytorch,core_cu13]>=2.9,<2.12; python_version < '3.12'",
+        "transformer-engine[pytorch,core_cu13]>=2.9; python_version >= '3.12'",
+    ],
     "mpi": MPI,
 }
 

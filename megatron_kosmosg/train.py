@@ -137,6 +137,9 @@ def _quieten_libraries() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    from megatron_kosmosg.parallel import core_versions
+
+    core_versions.quieten()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"megatron\.core")

@@ -120,9 +120,7 @@ class DescriptionReader(FileSystemReader):
 
 
 # Megatron-Core makes its reader and planner itself and has no place to hand in others.
-core_strategies._get_filesystem_reader = lambda checkpoint_dir, cache_metadata=False: (
-    DescriptionReader(checkpoint_dir)
-)
+core_strategies._get_filesystem_reader = lambda folder, *_, **__: DescriptionReader(folder)
 core_strategies.MCoreLoadPlanner = DataPlanner
 
 

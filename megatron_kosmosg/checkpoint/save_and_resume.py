@@ -36,6 +36,7 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_saved_config, to_yaml
 from megatron_kosmosg.config.paths import save_folder
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel.core_versions import adopt_learning_rates
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.seeds import set_seeds
 
@@ -123,6 +124,8 @@ class Checkpointer:
         loaded = load_state(path, wanted, strategy)
         set_model_state(self._chunks, loaded)
         progress = Progress(**loaded["progress"])
+        settings = self._config.optimizer
+        adopt_learning_rates(loaded["optimizer"], settings.lr, settings.min_lr)
         with torch.no_grad():  # Megatron-Core copies into fp32 parameters in place
             self._optimizer.load_state_dict(loaded["optimizer"])
         restore_settings(self._config, self._optimizer, progress.updates)

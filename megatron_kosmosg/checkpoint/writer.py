@@ -1,7 +1,8 @@
 """How a rank's share of a checkpoint reaches the disk: from threads of this process, never forks.
 
-Megatron-Core 0.16.1 forks a writer for each file. A fork copies only the calling thread, so a lock
-that a data, image or TensorBoard thread holds at that moment stays locked in the child for ever.
+Megatron-Core 0.16 forks a writer for each file, 0.19 one for each save in the background. A fork
+copies only the calling thread, so a lock that a data, image or TensorBoard thread holds at that
+moment stays locked in the child for ever.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
     save_state_dict_async_finalize,
 )
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_kosmosg.checkpoint import folder as checkpoint_folder
+from megatron_kosmosg.parallel.core_versions import SaveStrategy
 
 # Results travel between threads; Megatron-Core would start a server process for its own queue.
 filesystem_async._results_queue = queue.Queue()
 
 
-class ThreadSaveStrategy(TorchDistSaveShardedStrategy):
+class ThreadSaveStrategy(SaveStrategy):
     """Megatron-Core's format and plan; each rank writes one file in the thread that runs it.
 
     in_background: tensors are copied first, so that training may change them while they are
@@ -38,7 +39,7 @@ class ThreadSaveStrategy(TorchDistSaveShardedStrategy):
         self._in_background = in_background
 
     def _get_save_and_finalize_callbacks(
-        self, writer: FileSystemWriterAsync, save_state_dict_ret: tuple
+        self, writer: FileSystemWriterAsync, save_state_dict_ret: tuple, *_: str
     ) -> AsyncRequest:
         buckets = [self._on_cpu(bucket) for bucket in writer.write_buckets]
 

@@ -7,6 +7,8 @@ imported when it is asked for, and imports what is heavy after it has parsed its
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,10 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not rest or rest[0] in ("-h", "--help"):
         return run(lambda: _show(offered, group)) if rest else _unknown(None, offered, group)
     if not group and rest[0] in ("-V", "--version"):
-        from megatron_kosmosg import __version__
-
-        print(f"megatron-kosmosg {__version__}")
-        return exit_codes.DONE
+        return run(_show_versions)
     name = group + rest[0]
     if name not in COMMANDS:
         return _unknown(rest[0], offered, group)
@@ -82,6 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def start() -> None:
     """`kosmosg` and `python -m megatron_kosmosg`: ends the process."""
     exit_codes.leave(main())
+
+
+def _show_versions() -> int:
+    """Also of what runs depend on: Python decides which megatron-core is installed."""
+    from megatron_kosmosg import __version__
+
+    print(f"megatron-kosmosg {__version__}, Python {platform.python_version()}")
+    for package in ("megatron-core", "torch"):
+        print(f"{package} {importlib.metadata.version(package)}")
+    return exit_codes.DONE
 
 
 def _show(offered: list[str], group: str) -> int:

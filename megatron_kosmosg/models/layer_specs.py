@@ -18,13 +18,14 @@ from megatron.core.transformer.attention import (
     SelfAttentionSubmodules,
 )
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_kosmosg.models.core_attention import CoreAttention
 from megatron_kosmosg.models.norms import LayerNorm, SubLN, SubLNRowParallelLinear
+from megatron_kosmosg.parallel.core_versions import mlp_submodule
 from megatron_kosmosg.parallel.platform import transformer_impl
 
 
@@ -123,11 +124,8 @@ def _layer(mask: AttnMaskType, with_cross_attention: bool = False) -> ModuleSpec
             linear_proj=parts.sub_norm_row_parallel,
         ),
     )
-    feed_forward = ModuleSpec(
-        module=MLP,
-        submodules=MLPSubmodules(
-            linear_fc1=parts.column_parallel, linear_fc2=parts.sub_norm_row_parallel
-        ),
+    feed_forward = mlp_submodule(
+        MLPSubmodules(linear_fc1=parts.column_parallel, linear_fc2=parts.sub_norm_row_parallel)
     )
     cross = {}
     if with_cross_attention:

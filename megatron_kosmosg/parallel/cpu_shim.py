@@ -1,6 +1,6 @@
 """Lets Megatron-Core run on a CPU: its modules see a `torch` in which "cuda" means the CPU.
 
-megatron-core 0.16.1 hard-codes CUDA in its schedules, mappings, optimizers and RNG tracker. Instead
+megatron-core hard-codes CUDA in its schedules, mappings, optimizers and RNG tracker. Instead
 of changing torch for everybody, each `megatron.core` module gets a view of torch in which creation
 functions map a CUDA device to the CPU and `torch.cuda` answers for the CPU. Everything else in the
 process sees the real torch, and no call costs anything extra. Only two Tensor methods (`cuda`,
@@ -63,15 +63,42 @@ def install() -> None:
 
 def _cpu_view() -> types.ModuleType:
     overrides = {name: _on_cpu(getattr(torch, name)) for name in CREATION_FUNCTIONS}
-    cuda = _view_of(
-        torch.cuda,
-        current_device=lambda: _CPU,
-        synchronize=lambda device=None: None,
-        get_rng_state=lambda device=None: torch.get_rng_state(),
-        set_rng_state=lambda state, device=None: torch.set_rng_state(state),
-        manual_seed=torch.default_generator.manual_seed,
-    )
+    cuda = _view_of(torch.cuda, **{answer.__name__: answer for answer in CUDA_FUNCTIONS})
     return _view_of(torch, cuda=cuda, **overrides)
+
+
+def current_device() -> torch.device:
+    """What torch.cuda.current_device says there; the next ones likewise."""
+    return _CPU
+
+
+def synchronize(device: Any = None) -> None:
+    """Nothing to wait for."""
+
+
+def get_rng_state(device: Any = None) -> torch.Tensor:
+    """Of the one generator."""
+    return torch.get_rng_state()
+
+
+def set_rng_state(state: torch.Tensor, device: Any = None) -> None:
+    """Of the one generator."""
+    torch.set_rng_state(state)
+
+
+def manual_seed(seed: int) -> None:
+    """Of the one generator."""
+    torch.default_generator.manual_seed(seed)
+
+
+def current_stream(device: Any = None) -> torch.cpu.Stream:
+    """The only one. 0.19 asks for it before every reduction, should a CUDA graph be in flight."""
+    return torch.cpu.current_stream()
+
+
+CUDA_FUNCTIONS = (
+    current_device, current_stream, synchronize, get_rng_state, set_rng_state, manual_seed,
+)  # fmt: skip
 
 
 def _view_of(module: types.ModuleType, **overrides: Any) -> types.ModuleType:

@@ -1,4 +1,4 @@
-"""Checks every place of Megatron-Core that the CPU shim covers, by running it.
+"""Checks every place of Megatron-Core that needs the CPU shim in training, by asking from there.
 
 A megatron-core upgrade that moves one of them stops the run at its start with the name of the
 place, instead of an obscure CUDA error (or none) later.
@@ -6,6 +6,8 @@ place, instead of an obscure CUDA error (or none) later.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 
 import megatron.core
@@ -14,9 +16,14 @@ import torch
 
 def run_self_test() -> list[str]:
     """The names of the places checked. Raises RuntimeError naming the first that fails."""
+    checks = CHECKS | {
+        f"{module}: {question}": functools.partial(_answers, module, question)
+        for module, questions in SITES.items()
+        for question in questions
+    }
     state = torch.get_rng_state()
     try:
-        for name, check in CHECKS.items():
+        for name, check in checks.items():
             try:
                 fits = check()
             except Exception as error:
@@ -25,7 +32,7 @@ def run_self_test() -> list[str]:
                 raise RuntimeError(_message(name, "wrong answer"))
     finally:
         torch.set_rng_state(state)
-    return list(CHECKS)
+    return list(checks)
 
 
 def _message(name: str, problem: str) -> str:
@@ -35,36 +42,51 @@ def _message(name: str, problem: str) -> str:
     )
 
 
-def _schedules() -> bool:
-    from megatron.core.pipeline_parallel import schedules
+SITES: dict[str, tuple[str, ...]] = {
+    "dist_checkpointing.exchange_utils": ("Tensor.cuda", "empty_like"),
+    "dist_checkpointing.strategies.fully_parallel": ("synchronize",),
+    "dist_checkpointing.strategies.state_dict_saver": ("current_device",),
+    "distributed.param_and_grad_buffer": ("current_device", "current_stream"),
+    "models.common.language_module.language_module": ("Tensor.cuda",),
+    "optimizer.clip_grads": ("Tensor.type", "zeros"),
+    "optimizer.distrib_optimizer": ("Tensor.cuda", "Tensor.type", "current_device"),
+    "optimizer.grad_scaler": ("Tensor.cuda", "current_device", "tensor"),
+    "optimizer.optimizer": ("tensor",),
+    "pipeline_parallel.p2p_communication": ("current_device", "synchronize"),
+    "pipeline_parallel.schedules": ("zeros",),
+    "tensor_parallel.layers": ("current_device",),
+    "tensor_parallel.mappings": ("current_device",),
+    "tensor_parallel.random": ("get_rng_state", "manual_seed"),
+    "timers": ("synchronize",),
+    "utils": ("current_device", "tensor"),
+}
+"""What training asks each module of megatron.core for, on any supported release, as the trace of
+`tests/support/shim_sites.py` found it."""
 
-    return schedules.torch.zeros([], dtype=torch.int, device="cuda").is_cpu
+_QUESTIONS = {
+    "current_device": "torch.cuda.current_device() == torch.device('cpu')",
+    "current_stream": "torch.cuda.current_stream().wait_stream is not None",
+    "synchronize": "torch.cuda.synchronize() is None",
+    "get_rng_state": "torch.equal(torch.cuda.get_rng_state(), torch.cuda.get_rng_state())",
+    "manual_seed": "torch.cuda.manual_seed(1) is None",
+    "empty_like": "torch.empty_like(torch.ones(1), device='cuda').is_cpu",
+    "tensor": "torch.tensor([1.0], device='cuda').is_cpu",
+    "zeros": "torch.zeros(1, device='cuda').is_cpu",
+    "Tensor.cuda": "torch.ones(1).cuda().is_cpu",
+    "Tensor.type": "torch.ones(1).type() == 'torch.cuda.FloatTensor'",
+}
+"""Each as the code in a module would ask it, and what must come out."""
 
 
-def _p2p() -> bool:
-    from megatron.core.pipeline_parallel import p2p_communication
-
-    p2p_communication.torch.cuda.synchronize()
-    return p2p_communication.torch.cuda.current_device() == torch.device("cpu")
-
-
-def _mappings() -> bool:
-    from megatron.core.tensor_parallel import mappings
-
-    return mappings.torch.empty(1, device=mappings.torch.cuda.current_device()).is_cpu
+def _answers(module: str, question: str) -> bool:
+    scope = vars(importlib.import_module(f"megatron.core.{module}"))
+    return bool(eval(_QUESTIONS[question], scope))
 
 
 def _memory_buffer() -> bool:
     from megatron.core.utils import GlobalMemoryBuffer
 
     return GlobalMemoryBuffer().get_tensor([2, 2], torch.float32, "self-test").is_cpu
-
-
-def _grad_buffer() -> bool:
-    from megatron.core.distributed import param_and_grad_buffer
-
-    device = param_and_grad_buffer.torch.cuda.current_device()
-    return param_and_grad_buffer.torch.zeros(1, device=device).is_cpu
 
 
 def _grad_scaler() -> bool:
@@ -82,19 +104,6 @@ def _clip_by_norm() -> bool:
     parameter.grad = torch.tensor([3.0, 4.0])
     clip_grad_by_total_norm_fp32([parameter], max_norm=1.0, total_norm=5.0)
     return torch.allclose(parameter.grad, torch.tensor([0.6, 0.8]))
-
-
-def _gradient_norm() -> bool:
-    from megatron.core.optimizer import clip_grads
-
-    return clip_grads.torch.tensor([1.0], dtype=torch.float, device="cuda").is_cpu
-
-
-def _dtype_strings() -> bool:
-    # As in distrib_optimizer and optimizer, which ask for the dtype through Tensor.type().
-    scope = {"__name__": "megatron.core.self_test", "tensor": torch.zeros(1, dtype=torch.bfloat16)}
-    inside = eval("tensor.type()", scope)
-    return inside == "torch.cuda.BFloat16Tensor" and torch.zeros(1).type() == "torch.FloatTensor"
 
 
 def _tracker() -> bool:
@@ -125,20 +134,6 @@ def _recompute() -> bool:
     return len(seen) == 2 and torch.equal(*seen) and torch.equal(x.grad, seen[0])
 
 
-def _checkpoint_exchange() -> bool:
-    from megatron.core.dist_checkpointing import exchange_utils
-
-    return exchange_utils.torch.empty(0, device="cuda").is_cpu
-
-
-def _checkpoint_saver() -> bool:
-    from megatron.core.dist_checkpointing.strategies import async_utils, state_dict_saver
-
-    async_utils.torch.cuda.synchronize()
-    device = state_dict_saver.torch.cuda.current_device()
-    return state_dict_saver.torch.tensor([1], dtype=torch.int, device=device).is_cpu
-
-
 def _timers() -> bool:
     from megatron.core.timers import Timers
 
@@ -149,18 +144,10 @@ def _timers() -> bool:
 
 
 CHECKS: dict[str, Callable[[], bool]] = {
-    "pipeline_parallel.schedules: token counter": _schedules,
-    "pipeline_parallel.p2p_communication: receive buffers": _p2p,
-    "tensor_parallel.mappings: gather buffers": _mappings,
     "utils.GlobalMemoryBuffer": _memory_buffer,
-    "distributed.param_and_grad_buffer": _grad_buffer,
     "optimizer.grad_scaler": _grad_scaler,
     "optimizer.clip_grads: clipping": _clip_by_norm,
-    "optimizer.clip_grads: norm": _gradient_norm,
-    "optimizer.distrib_optimizer: dtype strings": _dtype_strings,
     "tensor_parallel.random: tracker": _tracker,
     "tensor_parallel.random: recompute": _recompute,
-    "dist_checkpointing.exchange_utils": _checkpoint_exchange,
-    "dist_checkpointing.strategies.state_dict_saver": _checkpoint_saver,
     "timers": _timers,
 }

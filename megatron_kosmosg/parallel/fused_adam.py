@@ -1,6 +1,6 @@
 """AdamW in the state layout of the fused GPU optimizers, for machines that have none.
 
-Megatron-Core 0.16.1 takes TransformerEngine's FusedAdam, else NVIDIA apex's, else torch's AdamW,
+Megatron-Core takes TransformerEngine's FusedAdam, else NVIDIA apex's, else torch's AdamW,
 whose per-parameter `step` its distributed optimizer cannot save and load exactly. Where neither is
 installed, this class takes their place: `step` sits in the parameter group.
 """
@@ -48,7 +48,10 @@ class FusedLayoutAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
+        if capturable:
+            raise ValueError("an update in a CUDA graph (capturable=True) needs a fused optimizer")
         if not adam_w_mode:
             raise ValueError("only decoupled weight decay (adam_w_mode=True) is implemented")
         super().__init__(

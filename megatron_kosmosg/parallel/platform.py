@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass
 from datetime import timedelta
 
+import megatron.core
 import torch
 from torch.distributed import Store
 
@@ -80,7 +81,7 @@ def initialize(config: RunConfig) -> Layout:
     if layout.rank == 0:
         logger.info(
             "%d ranks on %s (tensor %d x pipeline %d x data %d, %d score ranks), %s layers, "
-            "%s Adam",
+            "%s Adam, megatron-core %s",
             layout.num_devices,
             chosen.type,
             layout.tp_size,
@@ -89,6 +90,7 @@ def initialize(config: RunConfig) -> Layout:
             layout.num_score_ranks,
             transformer_impl(),
             fused_adam.install(),
+            megatron.core.__version__,
         )
     return layout
 

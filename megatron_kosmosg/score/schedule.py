@@ -17,14 +17,14 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
-    backward_step,
     deallocate_output_tensor,
     forward_step,
     get_tensor_shapes,
 )
-from megatron.core.utils import get_model_config, get_model_type
+from megatron.core.utils import get_model_config
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel.core_versions import backward_step
 from megatron_kosmosg.parallel.layout import Layout
 
 
@@ -98,7 +98,7 @@ def _one_forward_one_backward(
 
     def backward(gradient: Any) -> Any:
         received, output = kept.popleft()
-        return backward_step(received, output, gradient, get_model_type(model), config)
+        return backward_step(received, output, gradient, model, config)
 
     # Gradients of replicas are reduced in the backward pass of the last micro-batch.
     quiet = contextlib.ExitStack()

@@ -36,7 +36,7 @@ def wrap_model(chunks: list[torch.nn.Module], config: RunConfig) -> list[Distrib
 def _count_padding(chunk: DistributedDataParallel) -> None:
     """Makes saved optimizer states right where gradients lie in several buckets.
 
-    Megatron-Core 0.16.1 leaves the padding behind each bucket out of what it saves, yet finds a
+    Megatron-Core leaves the padding behind each bucket out of what it saves, yet finds a
     parameter in it by a place that counts the padding: main parameters and moments of all but the
     first bucket would be saved shifted. Padding that counts as content leaves nothing out.
     """

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import inspect
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -236,7 +238,10 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback():
 
 def test_the_version_is_the_package_s(capsys):
     assert answer(["--version"]) == 0
-    assert capsys.readouterr().out == f"megatron-kosmosg {__version__}\n"
+    first, core, torch = capsys.readouterr().out.splitlines()
+    assert first == f"megatron-kosmosg {__version__}, Python {platform.python_version()}"
+    assert core == f"megatron-core {importlib.metadata.version('megatron-core')}"
+    assert torch.startswith("torch ")
 
 
 @pytest.mark.parametrize(

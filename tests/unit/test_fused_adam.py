@@ -47,6 +47,13 @@ def test_parameters_without_gradient_are_left_alone() -> None:
     assert torch.equal(parameter, torch.ones(2)) and not optimizer.state
 
 
+def test_what_megatron_hands_over_is_taken_and_a_cuda_graph_refused() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    FusedLayoutAdamW([parameter], **SETTINGS, adam_w_mode=True, capturable=False)
+    with pytest.raises(ValueError, match="capturable"):
+        FusedLayoutAdamW([parameter], **SETTINGS, capturable=True)
+
+
 def test_megatron_takes_it_where_nothing_fused_is_installed() -> None:
     if importlib.util.find_spec("transformer_engine") or importlib.util.find_spec("apex"):
         pytest.skip("a fused optimizer is installed")
