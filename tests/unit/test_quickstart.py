@@ -289,6 +289,7 @@ def test_the_script_refuses_bad_arguments_before_installing(arguments, code, mes
         "examples/quickstart.sh",
         "tests/run.sh",
         "tests/oldest_versions.sh",
+        "tests/second_environment.sh",
         ".ci/run",
     ],
 )
