@@ -15,7 +15,6 @@ from diffusers.utils import dynamic_modules_utils
 from PIL import Image
 
 from tests.support.commands import REPOSITORY, CommandFailed
-from tests.support.marks import not_mended_yet
 from tests.support.public import KosmosGPipeline
 from tests.support.tiny_pipeline import picture
 
@@ -98,7 +97,6 @@ def test_a_captioned_image_is_cropped_as_in_training(caption, exported, tmp_path
     torch.testing.assert_close(caption(tmp_path / "image.png"), trained, rtol=0, atol=0.05)
 
 
-@not_mended_yet("its own ControlNet stays on the CPU")
 def test_the_controlnet_goes_to_the_device(monkeypatch, exported, tmp_path):
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     picture(1, 16, 16).save(tmp_path / "pose.png")
