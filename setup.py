@@ -19,7 +19,8 @@ CORE = [
     "megatron-core>=0.16.1,<0.20",
     "numpy",
     "omegaconf>=2.4,<3",
-    "diffusers>=0.37",
+    # Before 0.38 it runs the .py files of a local folder without `trust_remote_code`.
+    "diffusers>=0.38",
     # Before 5.23 Kosmos-2's resampler attends as if patches were words: other numbers, no error.
     "transformers>=5.23",
     "safetensors",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 TESTED = {
     "transformers": ("5.23.0", "5.23.0"),
-    "diffusers": ("0.37.0", "0.42.1"),
+    "diffusers": ("0.38.0", "0.42.1"),
     "accelerate": ("1.1.0", "1.15.0"),
     "pillow": ("12.0.0", "12.3.0"),
 }

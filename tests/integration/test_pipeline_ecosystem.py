@@ -211,7 +211,7 @@ def test_low_precision(pipeline, tmp_path, dtype, tolerance: float) -> None:
     """Relative to the largest value; loaded in that dtype and cast to it give the same."""
     expected, _ = pipeline.encode_prompt(*PROMPT)
     pipeline.save_pretrained(tmp_path)
-    loaded = KosmosGPipeline.from_pretrained(tmp_path, dtype=dtype)
+    loaded = KosmosGPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
     loaded.set_progress_bar_config(disable=True)
     cast = KosmosGPipeline(**copy.deepcopy(pipeline.components)).to(dtype)
     found, negative = loaded.encode_prompt(*PROMPT)

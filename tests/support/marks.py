@@ -17,7 +17,7 @@ def not_mended_yet(
 
 
 def skip_without_group_offload() -> None:
-    """Skips where diffusers offloads groups with an accelerator only (0.37), and there is none."""
+    """Skips where diffusers offloads groups with an accelerator only (0.38), and there is none."""
     import torch
     from diffusers.hooks import apply_group_offloading
 
