@@ -51,6 +51,9 @@ _CLASSES = (
 )
 
 
+_ENUMERATIONS = (planner.WriteItemType, metadata._MEM_FORMAT_ENCODING)
+
+
 def _allowed_names() -> dict[tuple[str, str], Any]:
     """What a description may name. Only objects that cannot be changed from within a pickle, and
     classes whose changes `_unpickle` notices."""
@@ -58,12 +61,20 @@ def _allowed_names() -> dict[tuple[str, str], Any]:
         str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)
     }
     dtypes = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+    def member(found: Any, name: str) -> Any:
+        if found not in _ENUMERATIONS:
+            raise _NotData("builtins.getattr")
+        return found[name]
+
     return {
         **{(found.__module__, found.__qualname__): found for found in _CLASSES},
         **{("torch", name): value for name, value in dtypes.items()},
         ("torch", "Size"): torch.Size,
         ("torch.serialization", "_get_layout"): layouts.__getitem__,
         ("collections", "OrderedDict"): dict,
+        # How Python 3.11.0 to 3.11.3 pickle a member of an enumeration.
+        ("builtins", "getattr"): member,
         # Python 3.13 keeps the class in a module of its own.
         ("pathlib", "PosixPath"): PosixPath,
         ("pathlib._local", "PosixPath"): PosixPath,

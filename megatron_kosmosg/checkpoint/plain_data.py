@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+from numpy._core.multiarray import _reconstruct
 from torch.distributed.checkpoint import ReadItem
 
 from megatron_kosmosg.config.errors import ConfigError
@@ -23,8 +24,8 @@ COMMON_FILE = "common.pt"
 
 # Random state of numpy is an array; numpy 1 pickled it under the first of the two names.
 _ARRAYS = [
-    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
-    (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
+    (_reconstruct, "numpy.core.multiarray._reconstruct"),
+    (_reconstruct, "numpy._core.multiarray._reconstruct"),
     np.ndarray,
     np.dtype,
     np.dtypes.UInt32DType,
@@ -99,7 +100,7 @@ class FilePart(io.RawIOBase):
         return len(found)
 
 
-def check_archive(file: BinaryIO, length: int) -> None:
+def check_archive(file: BinaryIO | io.RawIOBase, length: int) -> None:
     """torch writes its archives uncompressed: what unpacks to more than it is long is no work of
     its, and may fill the memory. Leaves the position at the beginning."""
     with zipfile.ZipFile(file) as archive:

@@ -43,7 +43,7 @@ _PR_SET_PDEATHSIG = 1
 
 def build_parser() -> CommandParser:
     """The parser of this command."""
-    parser = command_parser("launch", __doc__.partition("\n\n")[0], EPILOG)
+    parser = command_parser("launch", "Starts a command on several ranks of this machine.", EPILOG)
     parser.add_argument("--ranks", type=positive_int, required=True, help="processes to start")
     parser.add_argument("command", help="a command of kosmosg, such as train")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own")

@@ -350,7 +350,7 @@ class KosmosGPipeline(StableDiffusionPipeline):
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def check_resampler(resampler: torch.nn.Module) -> None:
+def check_resampler(resampler: Any) -> None:
     """RuntimeError unless its first query sees the last patch: nothing else would tell."""
     like = resampler.latent_query
     if like.is_meta or like.dtype.itemsize == 1:  # offloaded, or in a form that only hooks read
@@ -440,7 +440,7 @@ def as_batch(prompt: str | list | None, images: Any) -> list[Parts]:
     elif images is not None and not isinstance(images, (list, tuple)):
         images = [images]
     if isinstance(prompt, str):
-        return [interleave(prompt, images or [], 1)]
+        return [interleave(prompt, list(images or []), 1)]
     if not isinstance(prompt, (list, tuple)) or not prompt:
         raise TypeError(f"a prompt is a string or a list, not {prompt!r}")
     if any(isinstance(item, FORMS_OF_IMAGES) for item in prompt):

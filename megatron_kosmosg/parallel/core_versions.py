@@ -38,9 +38,8 @@ def backward_step(
     received: Any, output: Any, gradient: Any, model: torch.nn.Module, config: Any
 ) -> Any:
     """Gradient of what a stage received. 0.17 took the model's type out of the arguments."""
-    if _ASKS_FOR_TYPE:
-        return schedules.backward_step(received, output, gradient, get_model_type(model), config)
-    return schedules.backward_step(received, output, gradient, config)
+    model_type = [get_model_type(model)] if _ASKS_FOR_TYPE else []
+    return schedules.backward_step(received, output, gradient, *model_type, config)
 
 
 _ASKS_FOR_TYPE = "model_type" in inspect.signature(schedules.backward_step).parameters
@@ -70,7 +69,7 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
             torch.save(common.data, Path(checkpoint_dir) / "common.pt")
         taken = inspect.signature(super().async_save).parameters
         own_writer = {"async_strategy": "mcore"} if "async_strategy" in taken else {}
-        return super().async_save(sharded_state_dict, checkpoint_dir, **own_writer)
+        return super().async_save(sharded_state_dict, Path(checkpoint_dir), **own_writer)
 
 
 def adopt_learning_rates(saved: Any, lr: float, min_lr: float) -> None:

@@ -14,6 +14,7 @@ from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import EvaluationConfig, RunConfig
 from megatron_kosmosg.evaluation.evaluator import DrawnImages, measure
 from megatron_kosmosg.evaluation.registry import EVALUATORS, build_evaluators
+from megatron_kosmosg.toy.world import render_batch, sample_scene
 
 
 class Brightness:
@@ -33,8 +34,10 @@ def config_of(*names: str) -> RunConfig:
 
 @pytest.mark.parametrize("name", EVALUATORS)
 def test_every_entry_measures_images(name):
-    noise = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    found = measure(build_evaluators(config_of(name)), DrawnImages(noise, noise))
+    scenes = render_batch(
+        [sample_scene((5, i), 1, heldout=False) for i in range(2)]
+    )  # all that `toy` measures
+    found = measure(build_evaluators(config_of(name)), DrawnImages(scenes, scenes))
     assert found and all(metric.startswith(f"{name}_") for metric in found)
     assert all(isinstance(value, float) for value in found.values())
 

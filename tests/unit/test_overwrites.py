@@ -288,10 +288,10 @@ def test_a_report_does_not_replace_a_picture_that_it_shows(tmp_path, capsys):
     (tmp_path / "report.html").write_text("a picture")
     listed = [{"file": "../report.html", "title": "", "caption": ""}]
     (tmp_path / "evaluation" / "images.json").write_text(json.dumps(listed))
-    (tmp_path / "evaluation" / "metrics.json").write_text('{"rows": [{}]}')
+    (tmp_path / "evaluation" / "metrics.json").write_text('{"rows": [{"group": "g", "name": "n"}]}')
     before = contents(tmp_path)
     said = refused_command(["toy", "make-report", "--output", str(tmp_path)], capsys)
-    assert "report.html would be written over" in said
+    assert "report.html lies outside" in said
     assert contents(tmp_path) == before
 
 

@@ -172,7 +172,6 @@ def test_the_order_of_passes_is_the_one_that_training_runs(monkeypatch, stages, 
     monkeypatch.setattr(score_schedule, "backward_step", backward_step)
     monkeypatch.setattr(score_schedule, "deallocate_output_tensor", lambda *arguments: None)
     monkeypatch.setattr(score_schedule, "get_model_config", lambda model: options)
-    monkeypatch.setattr(score_schedule, "get_model_type", lambda model: None)
     monkeypatch.setattr(score_schedule, "get_tensor_shapes", lambda **named: [])
     for stage in range(stages):
         ran.clear()

@@ -100,6 +100,7 @@ def read_inputs(out: Path) -> ReportInputs:
     rows = _read_json(evaluation / "metrics.json", {}).get("rows", [])
     for row in rows:
         _check(row, _ROW, evaluation / "metrics.json")
+    rows = [{**dict.fromkeys(_ROW), **row} for row in rows]
     if not histories and not rows:
         raise ValueError(
             f"{out} holds no metrics.jsonl of a stage ({', '.join(STAGES)}) and no "
