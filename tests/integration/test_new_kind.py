@@ -144,7 +144,7 @@ def test_options_and_formats_of_other_kinds_are_refused(folder, table, capsys):
     for more, message in (
         ([*source, "--max-images", "2"], "--max-images is for --kind interleaved, not recolour"),
         ([*source, "--field", "caption=say"], "--kind recolour has no field caption; it has key, "),
-        (["--input", str(folder)], "is not read from folder; it is read from jsonl, tar, parquet"),
+        (["--input", str(folder)], "is a folder; give its files: --input "),
     ):
         assert main_of("tools/preprocess_data.py", [*arguments, *more], table) == 2
         assert message in capsys.readouterr().err
