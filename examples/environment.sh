@@ -112,6 +112,10 @@ prepare_environment() {
     fi
     log=$venv/install.log
     : >"$log" || die "cannot write to $venv; activate a virtual environment that you own"
+    if [ -n "${VIRTUAL_ENV:-}" ]; then
+        echo "The virtual environment $venv is active, so this installs into it; deactivate it to have"
+        echo "$REPOSITORY/.venv made instead (or the folder that KOSMOSG_VENV names)"
+    fi
     echo "Installing into $venv (a few minutes; log: $log)"
     install_torch "$log" || install_failed "$log"
     echo "  megatron-core, diffusers, transformers and the extras [$extras]"

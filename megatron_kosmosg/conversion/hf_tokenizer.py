@@ -104,11 +104,17 @@ def write_tokenizer(model_path: Path, folder: Path, model_max_length: int) -> No
     shutil.copyfile(model_path, folder / MODEL_FILE)
 
 
-def folder_model(folder: Path) -> Path:
-    """The SentencePiece model of a tokenizer folder. Raises ConversionError if it has none."""
+def folder_model(folder: Path, otherwise: str = "") -> Path:
+    """The SentencePiece model of a tokenizer folder. Raises ConversionError if it has none.
+
+    otherwise: what a user can do besides putting it there.
+    """
     path = folder / MODEL_FILE
     if not path.is_file():
-        raise ConversionError(f"{folder} has no {MODEL_FILE}; give --tokenizer-model")
+        raise ConversionError(
+            f"{folder} has no {MODEL_FILE}; copy the SentencePiece model that the weights were "
+            f"trained with there, under that name{otherwise}"
+        )
     return path
 
 

@@ -83,7 +83,7 @@ def import_kosmos2(
     folder's; either way every id must mean the same in the folder's tokenizer.
     """
     sizes, settings = _language_facts(folder, folder)
-    tokenizer = tokenizer or folder_model(folder)
+    tokenizer = tokenizer or folder_model(folder, ", or give --tokenizer-model")
     check_same_tokens(tokenizer, folder)
     rows = sizes["model.vocab_size"]
     sizes["model.vocab_size"] = checked_vocabulary(tokenizer, rows, or_fewer=True)

@@ -14,7 +14,6 @@ from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 
-from tests.support.marks import not_mended_yet
 from tests.support.public import KosmosGPipeline
 from tests.support.tiny_pipeline import picture
 
@@ -119,7 +118,6 @@ def names_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-@not_mended_yet("it advises --tokenizer-model, which import-hf does not have")
 def test_import_without_the_tokenizers_model_advises_what_there_is(commands, past, tmp_path):
     shutil.copytree(past / "export", tmp_path / "export")
     (tmp_path / "export" / "tokenizer" / "sentencepiece.bpe.model").unlink()

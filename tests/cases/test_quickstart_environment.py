@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 from tests.support.commands import REPOSITORY
-from tests.support.marks import not_mended_yet
 
 PYTHON = """\
 #!/bin/sh
@@ -18,7 +17,6 @@ exec {python} "$@"
 """Notes what it is asked for; installs nothing and makes no environment."""
 
 
-@not_mended_yet("it installs into the active environment; only --help says that it will")
 def test_the_active_environment_is_left_alone_or_named_first(tmp_path):
     other, log = tmp_path / "other-project", tmp_path / "log"
     (other / "bin").mkdir(parents=True)
