@@ -6,12 +6,12 @@ CUDA with NCCL where there is a GPU, otherwise the CPU with gloo and the shim of
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 from dataclasses import dataclass
 from datetime import timedelta
 
-import megatron.core
 import torch
 from torch.distributed import Store
 
@@ -90,7 +90,7 @@ def initialize(config: RunConfig) -> Layout:
             layout.num_score_ranks,
             transformer_impl(),
             fused_adam.install(),
-            megatron.core.__version__,
+            importlib.metadata.version("megatron-core"),  # without the commit of this folder
         )
     return layout
 
