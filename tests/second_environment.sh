@@ -83,8 +83,9 @@ if "$PYTHON" -c "import sys, torch; sys.exit(torch.version.cuda is not None)"; t
 else
     echo "not run: tests/rehearsal needs the CPU build of torch, which was not to be had"
 fi
-"$PYTHON" -m pytest -m "not slow" tests/unit/test_cpu_shim.py tests/unit/test_fused_adam.py \
-    "${folders[@]}" || failed+=("tests")
+# Of the table of layouts the stage with most parts; the first environment runs all three.
+"$PYTHON" -m pytest -m "not slow" -k "not (ten_iterations and (pretrain or align))" --durations=10 \
+    tests/unit/test_cpu_shim.py tests/unit/test_fused_adam.py "${folders[@]}" || failed+=("tests")
 
 KOSMOSG_OTHER_PYTHON=$first "$PYTHON" -m pytest tests/integration/test_core_crossing.py \
     tests/integration/test_fixtures_of_the_past.py || failed+=("checkpoints across cores")
