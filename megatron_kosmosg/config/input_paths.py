@@ -70,7 +70,7 @@ def shipped_configs() -> list[str]:
 
 def _exists(path: Path) -> bool:
     """Whether there is such a file or folder, or a dataset of that prefix."""
-    return path.exists() or path.with_name(path.name + ".idx").exists()
+    return os.path.exists(path) or os.path.exists(f"{path}.idx")
 
 
 def _leaves(section: dict[str, Any], prefix: str) -> Iterator[tuple[dict[str, Any], str, str]]:

@@ -18,8 +18,8 @@ def known_keys() -> list[str]:
 
 
 def refuse_unknown_keys(source: str, given: Any, schema: Any = RunConfig, prefix: str = "") -> None:
-    if not isinstance(given, dict):
-        return
+    """Raises ConfigError for a name in `given` that the schema does not have, and for one value
+    where settings belong. source: where `given` stands. prefix: dotted name of what holds it."""
     hints = typing.get_type_hints(schema)
     for name, value in given.items():
         key = f"{prefix}{name}"
@@ -27,10 +27,23 @@ def refuse_unknown_keys(source: str, given: Any, schema: Any = RunConfig, prefix
             raise ConfigError(f"{source}: unknown key {key}{_suggest(key)}")
         section = mapped_section(hints[name])
         if dataclasses.is_dataclass(hints[name]):
+            _refuse_no_settings(source, key, value, hints[name])
             refuse_unknown_keys(source, value, hints[name], f"{key}.")
-        elif section is not None and isinstance(value, dict):
+        elif section is not None and value is not None:
+            _refuse_no_settings(source, key, value, None)
             for entry, content in value.items():
-                refuse_unknown_keys(source, content, section, f"{key}.{entry}.")
+                if content is not None:
+                    _refuse_no_settings(source, f"{key}.{entry}", content, section)
+                    refuse_unknown_keys(source, content, section, f"{key}.{entry}.")
+
+
+def _refuse_no_settings(source: str, key: str, value: Any, schema: Any) -> None:
+    """schema: of the settings that belong to `key`; None for entries of free names."""
+    if not isinstance(value, dict):
+        names = "NAME" if schema is None else next(iter(typing.get_type_hints(schema)))
+        raise ConfigError(
+            f"{source}: {key} is {value!r}, but holds settings of its own, such as {key}.{names}"
+        )
 
 
 def _suggest(key: str) -> str:

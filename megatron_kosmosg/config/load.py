@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 import typing
 from collections.abc import Iterator
@@ -145,10 +146,10 @@ def _layers(path: str | Path | None, overrides: list[str], note: Note) -> list[t
 
 def _find_config(path: Path) -> Path:
     """The file, or the shipped config of that name. Raises ConfigError if there is neither."""
-    if path.suffix or len(path.parts) != 1 or path.exists():
+    if path.suffix or len(path.parts) != 1 or os.path.exists(path):
         return path
     shipped = CONFIGS / f"{path}.yaml"
-    if not shipped.is_file():
+    if not os.path.isfile(shipped):
         near = difflib.get_close_matches(str(path), shipped_configs(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
@@ -201,8 +202,12 @@ def _file_layers(path: Path, including: tuple[Path, ...]) -> list[tuple[str, Lay
     included = content.pop("include", None)
     if included is None:
         return [(str(path), content, path)]
+    if not isinstance(included, str):
+        raise ConfigError(
+            f"{path}: include is {included!r}; it has to be the name of one config file"
+        )
     beside = path.parent / included
-    found = beside if beside.is_file() else _find_config(Path(included))
+    found = beside if os.path.isfile(beside) else _find_config(Path(included))
     base = _file_layers(found, (*including, path.resolve()))
     return [*base, (str(path), content, path)]
 

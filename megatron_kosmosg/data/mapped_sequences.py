@@ -17,7 +17,7 @@ class MappedSequences:
 
     def __init__(self, prefix: str | Path, multimodal: bool) -> None:
         """`multimodal`: whether sequences have modes. Raises what Megatron raises."""
-        self._dataset = IndexedDataset(str(prefix), multimodal=multimodal)
+        self._dataset = _Indexed(str(prefix), multimodal=multimodal)
         self.index = self._dataset.index
         """Megatron's: sequence_lengths, sequence_modes, dtype; a view of the open file."""
         self._bytes = np.asarray(np.memmap(f"{prefix}.bin", np.uint8, "r"))
@@ -36,3 +36,12 @@ class MappedSequences:
         dtype = np.dtype(self.index.dtype)
         stored = self._bytes[int(start) : int(start) + int(length) * dtype.itemsize]
         return stored.view(dtype), int(mode or 0)
+
+
+class _Indexed(IndexedDataset):
+    """One that can also be collected where its files could not be opened: Megatron's then prints
+    an AttributeError of its own after the error that says what is wrong."""
+
+    def __del__(self) -> None:
+        for name in ("bin_reader", "index"):
+            self.__dict__.pop(name, None)

@@ -77,6 +77,20 @@ def test_bad_setting_is_named_with_a_way_out(override, words):
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize("value", ["foo", "5", "[1]", "true"])
+@pytest.mark.parametrize("key", ["data", "model.vision", "data.blend", "data.blend.a"])
+def test_one_value_where_settings_belong_is_refused(key, value):
+    text = refusal(load_config, None, [*BASE, f"{key}={value}"])
+    assert f"{key} is " in text and f"such as {key}." in text
+
+
+@pytest.mark.parametrize("name", ["5", "[a, b]", "{a: b}", "x" * 5000, '"a\\0b"'])
+def test_an_include_that_is_no_name_is_refused(tmp_path, name):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"include: {name}\n")
+    assert "include is" in (text := refusal(load_config, path, [])) or "neither a file" in text
+
+
 def test_unknown_key_in_yaml_names_the_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("stage: align\nparalel: {tensor_model_parallel_size: 2}\n")

@@ -344,6 +344,7 @@ def test_a_table_of_objects_runs_nothing(tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_counts_beyond_the_file_are_one_message(tmp_path):
     prefix = build_dataset(tmp_path, "caption", 3)
     index = Path(f"{prefix}.idx")
