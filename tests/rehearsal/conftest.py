@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fake_cuda.guard import why_not
+from megatron_kosmosg.rehearsal.cuda_guard import why_not
 from tests.support.rehearsals import Rehearsals
 
 _SECONDS = 900

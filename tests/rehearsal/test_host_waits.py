@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.fake_cuda.case import Case
+from megatron_kosmosg.rehearsal.case import Case
 from tests.support.marks import not_mended_yet
 from tests.support.rehearsals import Rehearsals
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.fake_cuda.case import Case
+from megatron_kosmosg.rehearsal.case import Case
 
-DO = "tests.support.fake_cuda.selftest:"
+DO = "tests.support.fake_device_programs:"
 
 
 @pytest.fixture(scope="module")

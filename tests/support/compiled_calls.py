@@ -14,9 +14,9 @@ from typing import Any
 import megatron.core.fusions.fused_bias_dropout as fusions
 import torch
 
-from tests.support.fake_cuda.case import Case
-from tests.support.fake_cuda.stand_ins import StandIns
-from tests.support.fake_cuda.update import resolved_config, start, take_place
+from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.rank_update import resolved_config, start, take_place
+from megatron_kosmosg.rehearsal.stand_ins import StandIns
 
 FUNCTIONS = {
     "training": "bias_dropout_add_fused_train",

@@ -9,28 +9,24 @@ from pathlib import Path
 
 import torch
 
-from tests.support.fake_cuda.case import Case
-from tests.support.fake_cuda.made_up import MadeUpStream
-from tests.support.fake_cuda.stand_ins import StandIns
-from tests.support.fake_cuda.update import resolved_config, run_update, take_place
-from tests.support.product_names import (
-    DenoisingLoss,
-    Efficiency,
-    Kind,
-    MicroBatch,
-    Request,
-    RunConfig,
-    ScoreRank,
-    count_model,
-    decoder_memory,
-    draw_pictures,
-    load_diffusion,
-    norms,
-    open_remote_score,
-    platform,
-    serve,
-    world_layout,
-)
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.world import world_layout
+from megatron_kosmosg.models import norms
+from megatron_kosmosg.models.diffusion import load_diffusion
+from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.planning.gpus import Efficiency
+from megatron_kosmosg.planning.memory import decoder_memory
+from megatron_kosmosg.planning.model_counts import count_model
+from megatron_kosmosg.planning.workload import MicroBatch
+from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.made_up_stream import MadeUpStream
+from megatron_kosmosg.rehearsal.rank_update import resolved_config, run_update, take_place
+from megatron_kosmosg.rehearsal.stand_ins import StandIns
+from megatron_kosmosg.score.connect import ScoreRank, open_remote_score
+from megatron_kosmosg.score.drawing import draw_pictures
+from megatron_kosmosg.score.loss import DenoisingLoss
+from megatron_kosmosg.score.messages import Kind, Request
+from megatron_kosmosg.score.service import serve
 from tests.support.stage_gradients import stage_gradients
 from tests.support.tiny_models import tiny_config, write_stable_diffusion
 

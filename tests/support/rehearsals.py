@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from tests.support.fake_cuda.case import Case
+from megatron_kosmosg.rehearsal.case import Case
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -118,7 +118,7 @@ MICRO_BATCH_PHASES = (
     "backward of the U-Net",
     "exchange",
 )
-"""Those of `fake_cuda.phases` that come once a micro-batch."""
+"""Those of `rehearsal.phases` that come once a micro-batch."""
 
 
 class RehearsalError(RuntimeError):
@@ -282,7 +282,7 @@ class Rehearsals:
     def _ask(self, case: Case) -> dict:
         if self._server is None:
             self._server = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "tests.support.fake_cuda.server"],
+                [sys.executable, "-W", "ignore", "-m", "megatron_kosmosg.rehearsal.server"],
                 cwd=REPOSITORY,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

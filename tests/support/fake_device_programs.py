@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from tests.support.fake_cuda.case import Case
-from tests.support.fake_cuda.stand_ins import StandIns
+from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.stand_ins import StandIns
 
 CUDA = "cuda"
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tests.support.fake_cuda.record import Recorder, place
-from tests.support.fake_cuda.tensors import Numbers
+from megatron_kosmosg.rehearsal.fake_numbers import Numbers
+from megatron_kosmosg.rehearsal.recorder import Recorder, place
 
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""A process that is a GPU rank: `python -m tests.support.fake_cuda.server`.
+"""A process that is a GPU rank: `python -m megatron_kosmosg.rehearsal.server`.
 
 Reads a case a line, as JSON, and answers each with a line. Every case runs in a child of its own,
 because the program and its libraries keep state; what takes long, importing, happens once.
@@ -14,11 +14,11 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
-from tests.support.fake_cuda.case import Case
-from tests.support.fake_cuda.guard import load_guard
+from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.cuda_guard import load_guard
 
 if TYPE_CHECKING:
-    from tests.support.fake_cuda.stand_ins import StandIns
+    from megatron_kosmosg.rehearsal.stand_ins import StandIns
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     load_guard()
-    from tests.support.fake_cuda.stand_ins import install
+    from megatron_kosmosg.rehearsal.stand_ins import install
 
     stand_ins = install()
     gc.collect()

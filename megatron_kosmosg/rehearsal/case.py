@@ -25,6 +25,6 @@ class Case:
     """Whether anything trains on the pipeline stages before."""
     num_updates: int = 1
     """The last one is recorded; the first also does what is done once."""
-    do: str = "tests.support.fake_cuda.update:run_update"
+    do: str = "megatron_kosmosg.rehearsal.rank_update:run_update"
     """What runs: module:function, called with the case and the stand-ins; returns what JSON can
     hold."""

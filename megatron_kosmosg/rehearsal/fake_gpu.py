@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from tests.support.fake_cuda.guard import NUM_DEVICES
-from tests.support.fake_cuda.record import Recorder
+from megatron_kosmosg.rehearsal.cuda_guard import NUM_DEVICES
+from megatron_kosmosg.rehearsal.recorder import Recorder
 
 CAPABILITY = (9, 0)
 DEVICE_BYTES = 80 * 2**30

@@ -7,12 +7,20 @@ from dataclasses import dataclass
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.support.fake_cuda.attention import answer_for_attention
-from tests.support.fake_cuda.collectives import Collectives
-from tests.support.fake_cuda.gpu import answer_for_a_gpu
-from tests.support.fake_cuda.operators import OperatorWatch
-from tests.support.fake_cuda.record import Recorder
-from tests.support.fake_cuda.tensors import Numbers, answer_for_tensors
+from megatron_kosmosg.rehearsal.attention_choice import answer_for_attention
+from megatron_kosmosg.rehearsal.fake_collectives import Collectives
+from megatron_kosmosg.rehearsal.fake_gpu import answer_for_a_gpu
+from megatron_kosmosg.rehearsal.fake_numbers import Numbers, answer_for_tensors
+from megatron_kosmosg.rehearsal.operator_watch import OperatorWatch
+from megatron_kosmosg.rehearsal.recorder import Recorder
+
+_PROGRAM = (
+    "rehearsal.rank_update",
+    "stages.pretrain",
+    "stages.align",
+    "stages.instruct",
+)
+"""What is rehearsed, imported once and not again in the process of every case."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,10 @@ def install() -> StandIns:
     answer_for_tensors(recorder, numbers)
     answer_for_attention(recorder)
     collectives.install()
-    files = importlib.import_module("tests.support.fake_cuda.frozen_files")
+    files = importlib.import_module("megatron_kosmosg.rehearsal.frozen_files")
     files.answer_for_files()
-    phases = importlib.import_module("tests.support.fake_cuda.phases")
+    phases = importlib.import_module("megatron_kosmosg.rehearsal.phases")
     phases.name_phases(recorder)
-    importlib.import_module("tests.support.product_names")
+    for name in _PROGRAM:
+        importlib.import_module(f"megatron_kosmosg.{name}")
     return StandIns(recorder, numbers, collectives)

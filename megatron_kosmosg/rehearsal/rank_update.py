@@ -8,26 +8,21 @@ from dataclasses import dataclass
 
 import torch
 
-from tests.support.fake_cuda.case import Case
-from tests.support.fake_cuda.made_up import MadeUpStream
-from tests.support.fake_cuda.stand_ins import StandIns
-from tests.support.product_names import (
-    BatchFeed,
-    Layout,
-    Reporter,
-    RunConfig,
-    Stage,
-    Trained,
-    build_stage,
-    build_trained,
-    forward_losses,
-    load_config,
-    num_microbatches,
-    open_remote_score,
-    platform,
-    train_step,
-    with_default_layout,
-)
+from megatron_kosmosg.config.batching import num_microbatches
+from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.planning.pipeline_balance import with_default_layout
+from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.made_up_stream import MadeUpStream
+from megatron_kosmosg.rehearsal.stand_ins import StandIns
+from megatron_kosmosg.score.connect import open_remote_score
+from megatron_kosmosg.stages import build_stage
+from megatron_kosmosg.training.batches import BatchFeed
+from megatron_kosmosg.training.setup import Trained, build_trained
+from megatron_kosmosg.training.stage import Stage
+from megatron_kosmosg.training.step import Reporter, forward_losses, train_step
 
 UPDATE = "update"
 """Phase of everything between the micro-batches and around them."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tests.support.product_names import RunConfig
+from megatron_kosmosg.config.schema import RunConfig
 
 LATENT_CHANNELS, PIXELS_PER_LATENT = 4, 8
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from tests.support.fake_cuda.record import Recorder
+from megatron_kosmosg.rehearsal.recorder import Recorder
 
 aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)

@@ -12,9 +12,11 @@ from types import FrameType
 
 import torch
 
-from tests.support.fake_cuda.memory import DeviceMemory
+from megatron_kosmosg.rehearsal.device_memory import DeviceMemory
 
 _HERE = str(Path(__file__).parent)
+_PACKAGE = f"{Path(__file__).parents[1]}/"
+_BESIDE_THE_PACKAGE = f"{Path(__file__).parents[2]}/"
 _LIBRARIES = "site-packages/"
 _UNSEEN = (_HERE, f"{Path(torch.__file__).parent}/", "<")
 """Frames that say nothing about the program: this package, torch, code made at run time."""
@@ -136,14 +138,11 @@ def place() -> str:
         path = frame.f_code.co_filename
         if not path.startswith(_UNSEEN):
             _, is_library, short = path.rpartition(_LIBRARIES)
-            where = f"{short if is_library else _relative(path)}:{frame.f_lineno}"
-            if not is_library:
+            is_program = path.startswith(_PACKAGE) or not is_library
+            short = path.removeprefix(_BESIDE_THE_PACKAGE) if is_program else short
+            where = f"{short}:{frame.f_lineno}"
+            if is_program:
                 return where if library is None else f"{where} ({library})"
             library = library or where
         frame = frame.f_back
     return library or "autograd"
-
-
-def _relative(path: str) -> str:
-    """The path from the working directory, which is the repository's."""
-    return path.removeprefix(f"{Path.cwd()}/")

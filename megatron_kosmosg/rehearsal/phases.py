@@ -15,7 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-from tests.support.fake_cuda.record import Recorder
+from megatron_kosmosg.rehearsal.recorder import Recorder
 
 FORWARD, BACKWARD, EXCHANGE = "forward", "backward", "exchange"
 UNET_FORWARD, UNET_BACKWARD = "forward of the U-Net", "backward of the U-Net"

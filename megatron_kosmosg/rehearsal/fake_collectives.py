@@ -15,8 +15,8 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.support.fake_cuda.record import Recorder, Traffic
-from tests.support.fake_cuda.tensors import Numbers
+from megatron_kosmosg.rehearsal.fake_numbers import Numbers
+from megatron_kosmosg.rehearsal.recorder import Recorder, Traffic
 
 _NUM_DIMENSIONS = 3
 """Of what pipeline stages send each other; its shape travels before it, as so many integers."""

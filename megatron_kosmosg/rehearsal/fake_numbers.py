@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from tests.support.fake_cuda.record import Recorder
+from megatron_kosmosg.rehearsal.recorder import Recorder
 
 
 class Numbers:
