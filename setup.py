@@ -90,7 +90,7 @@ setup(
     package_data={
         "megatron_kosmosg": ["configs/*.yaml", "py.typed"],
         "megatron_kosmosg.toy": ["assets/**"],
-        "megatron_kosmosg.inspection": ["page.css"],
+        "megatron_kosmosg.inspection": ["page.css", "page.html"],
         "megatron_kosmosg.toy.report": ["page.css", "page.html"],
     },
     entry_points={"console_scripts": ["kosmosg = megatron_kosmosg.cli.main:start"]},
