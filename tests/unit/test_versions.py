@@ -38,7 +38,8 @@ def table(required: dict[str, Requirement]) -> list[str]:
     for name in sorted(required):
         newest = [versions[canonicalize_name(name)] for versions in tested]
         bounds = str(required[name].specifier) or "any"
-        lines.append(f"| {name} | {bounds} | {oldest.get(name, newest[0])} | {' | '.join(newest)} |")
+        cells = [name, bounds, oldest.get(name, newest[0]), *newest]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
