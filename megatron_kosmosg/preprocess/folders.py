@@ -6,6 +6,7 @@ or samples as img2dataset's `files` output lays them out.
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +78,24 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
                 kept.append(name)
         folders[:] = kept
         yield Path(place), folders, sorted(names)
+
+
+def expand_glob(pattern: str) -> Iterator[str]:
+    """glob with `**`, but into every folder once: a link to a folder above would otherwise give
+    each file some forty names."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        yield from glob.iglob(pattern)
+        return
+    at = parts.index("**")
+    while parts[at + 1 : at + 2] == ["**"]:
+        del parts[at]
+    above, below = "/".join(parts[:at]), "/".join(parts[at + 1 :]) or "*"
+    for top in glob.glob(above + "/") if above or at else ["."]:
+        for place, folders, _ in walk(Path(top)):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            prefix = "" if top == "." and place == Path() else f"{glob.escape(str(place))}/"
+            yield from expand_glob(prefix + below)
 
 
 def _json(path: Path) -> dict[str, Any]:

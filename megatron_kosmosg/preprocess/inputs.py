@@ -1,9 +1,12 @@
-"""Which files are read, in which format, and in which shards: a function of the input alone."""
+"""Which files are read, in which format, and in which shards: a function of the input alone.
+
+Long because everything that --input may stand for is told apart here.
+"""
 
 from __future__ import annotations
 
 import codecs
-import glob
+import os
 import stat
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -14,7 +17,13 @@ from typing import Any
 from megatron_kosmosg.data.kinds.kind import SampleKind
 from megatron_kosmosg.foreign_files import OutsideFolder, inside, read_json
 from megatron_kosmosg.preprocess.arrow import ArrowReader
-from megatron_kosmosg.preprocess.folders import PROMPTS, SAMPLES, arrow_files, folder_format
+from megatron_kosmosg.preprocess.folders import (
+    PROMPTS,
+    SAMPLES,
+    arrow_files,
+    expand_glob,
+    folder_format,
+)
 from megatron_kosmosg.preprocess.jsonl import JsonlReader, refuse_array
 from megatron_kosmosg.preprocess.lines import PACKED_ENDINGS
 from megatron_kosmosg.preprocess.options import Options
@@ -82,16 +91,17 @@ def find_inputs(patterns: Sequence[str], kind: SampleKind, asked: str = "auto") 
         paths = paths or _matches(pattern)
         for path in paths:
             inputs.extend(_open(path, kind, asked))
-    seen: set[Path] = set()
+    seen: dict[str, Path] = {}
     for given in inputs:
         if given.format not in kind.formats:
             raise ValueError(
                 f"--input {given.path}: --kind {kind.name} is not read from {given.format}; it is "
                 f"read from {', '.join(kind.formats)}"
             )
-        if given.path in seen:
-            raise ValueError(f"--input names {given.path} twice")
-        seen.add(given.path)
+        other = seen.setdefault(os.path.realpath(given.path), given.path)
+        if other is not given.path:
+            link = "" if other == given.path else f"; {other} is the same"
+            raise ValueError(f"--input names {given.path} twice{link}")
     folders = [given.path for given in inputs if given.format in (PROMPTS, SAMPLES)]
     named = labels([given.path for given in inputs], folders)
     return [replace(given, label=named.get(given.path, "")) for given in inputs]
@@ -176,7 +186,7 @@ def _open(path: Path, kind: SampleKind, asked: str) -> list[Input]:
 def _matches(pattern: str) -> list[Path]:
     """What a glob stands for, without what preprocessing itself wrote: whoever wants that read
     names it."""
-    matches = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    matches = [Path(name) for name in sorted(set(expand_glob(pattern)))]
     found = [path for path in matches if path.is_dir() or not is_product(path)]
     if not found:
         products = f" but {matches[0]}, which preprocessing wrote" if matches else ""

@@ -344,6 +344,22 @@ def test_a_table_of_objects_runs_nothing(tmp_path):
     assert not mark.exists()
 
 
+def test_a_glob_enters_a_ring_of_links_once(tmp_path, monkeypatch):
+    # c9c3073 named each file once a turn of the ring, 40 of them; two links were 2^40.
+    for name in ("a/b/1.jsonl", "a/2.jsonl", "a/.hidden/3.jsonl", "a/x[1]/4.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    for name in ("one", "two"):
+        (tmp_path / "a" / name).symlink_to(tmp_path, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    wanted = ["a/2.jsonl", "a/b/1.jsonl", "a/x[1]/4.jsonl"]
+    text = KINDS["text"]
+    for pattern in ("**/*.jsonl", "a/**/*.jsonl", f"{tmp_path}/a/**/*.jsonl", "a/**/**/*.jsonl"):
+        found = [str(given.path) for given in find_inputs([pattern], text)]
+        assert [name.removeprefix(f"{tmp_path}/") for name in found] == wanted, pattern
+    assert [str(given.path) for given in find_inputs(["a/**/b/*.jsonl"], text)] == wanted[1:2]
+
+
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_counts_beyond_the_file_are_one_message(tmp_path):
     prefix = build_dataset(tmp_path, "caption", 3)

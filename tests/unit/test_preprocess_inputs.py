@@ -107,10 +107,13 @@ def test_inputs_that_cannot_be_meant_are_refused(tmp_path, model):
     prefix = str(tmp_path / "o")
     (tmp_path / "a.xyz").write_text("x")
     (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "newest").mkdir()
+    (tmp_path / "newest" / "a.txt").symlink_to(tmp_path / "a.txt")
     for kind, names, message in (
         ("text", ["a.xyz"], "does not tell the format"),
         ("caption", ["a.txt"], "--kind caption is not read from txt"),
         ("text", ["a.txt", "*.txt"], "twice"),
+        ("text", ["**/*.txt"], r"newest/a.txt twice; \S+/a.txt is the same"),
         ("text", ["*.nothing"], "matches no file"),
     ):
         job = PreprocessJob(
