@@ -42,15 +42,25 @@ _DAMAGE = (
 def read_common(folder: Path) -> dict[str, Any]:
     """The state that all ranks share. Raises ConfigError if it is not plain data."""
     path = folder / COMMON_FILE
-    try:
-        with path.open("rb") as file:
-            check_archive(file, path.stat().st_size)
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except _DAMAGE as error:
-        raise ConfigError(f"{path} cannot be read as plain data: {_short(error)}") from error
+    found = read_plain(path)
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds a {type(found).__name__}, not the state of a run")
     return found
+
+
+def read_plain(path: Path) -> Any:
+    """What torch.save was given, if it is plain data. Raises ConfigError otherwise.
+
+    Also of a file from before torch 1.6, which is no archive.
+    """
+    try:
+        with path.open("rb") as file:
+            if zipfile.is_zipfile(file):
+                check_archive(file, path.stat().st_size)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except _DAMAGE as error:
+        raise ConfigError(f"{path} cannot be read as plain data: {_short(error)}") from error
 
 
 class DataPlanner(MCoreLoadPlanner):
