@@ -13,6 +13,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 CORE = [
+    # No newer bound: 2.10 is more than the 2.10.0a0+... of NVIDIA's images; pip would replace it.
+    # What was tested is said by `kosmosg doctor`.
     "torch>=2.6",
     # 0.16.1 is the last for Python 3.11; newer ones need 3.12. What differs between them stands in
     # parallel/core_versions.py.

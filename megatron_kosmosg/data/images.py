@@ -30,6 +30,7 @@ from megatron_kosmosg.data.image_types import (
     decoding_reason,
 )
 from megatron_kosmosg.data.samples import EntityImage
+from megatron_kosmosg.launcher import find_place
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,15 @@ def _resize_and_crop(image: Image.Image, transform: ImageTransform) -> np.ndarra
 class BrokenDecoder(ConfigError):
     """A library that cannot decode even the package's own pictures, for any reason of its own."""
 
+    def __init__(self, backend: str, device_id: int | None, reason: str) -> None:
+        other = "pillow" if backend == "dali" else "dali"
+        place = "the CPU" if device_id is None else f"CUDA device {device_id}"
+        self.reason = f"it fails on {place} on a picture known to be good: {reason}"
+        super().__init__(
+            f"data.image_backend={backend} does not work on {place}, it fails on a picture known "
+            f"to be good: {reason}; repair its installation or set data.image_backend={other}"
+        )
+
 
 class ImageDecoder:
     """Decodes lists of pictures; may be called from several threads.
@@ -83,25 +93,39 @@ class ImageDecoder:
         """`device_id`: CUDA device on which DALI decodes; None decodes on the CPU."""
         self._pillow: Backend = PillowBackend()
         self._has_told = False
+        self._device_id = device_id
         has_dali = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+        if backend == "dali" and not has_dali:
+            raise ConfigError(
+                "data.image_backend=dali, but nvidia-dali is not installed; install the "
+                "`data` extra or set data.image_backend=pillow"
+            )
         if backend == "auto":
-            backend = "dali" if has_dali else "pillow"
+            if has_dali and self._could_take_dali():
+                return
+            backend = "pillow"
+        self._take(backend)
+
+    def _could_take_dali(self) -> bool:
+        """False, and one line a node, for a DALI that is installed and cannot start."""
+        try:
+            self._take("dali")
+        except BrokenDecoder as error:
+            if find_place().local_rank == 0:
+                _warn_once("DALI is installed and not used, Pillow decodes: %s", error.reason)
+            return False
+        return True
+
+    def _take(self, backend: Literal["dali", "pillow"]) -> None:
+        self.name = backend
+        self._backend: Backend = self._pillow
         if backend == "dali":
-            if not has_dali:
-                raise ConfigError(
-                    "data.image_backend=dali, but nvidia-dali is not installed; install the "
-                    "`data` extra or set data.image_backend=pillow"
-                )
             try:
                 from megatron_kosmosg.data.images_dali import DaliBackend
             except (ImportError, OSError) as error:
-                raise BrokenDecoder(_broken("dali", device_id, _reason(error))) from error
+                raise BrokenDecoder(backend, self._device_id, _reason(error)) from error
 
-            self._backend: Backend = DaliBackend(device_id, self._pillow)
-        else:
-            self._backend = self._pillow
-        self.name = backend
-        self._device_id = device_id
+            self._backend = DaliBackend(self._device_id, self._pillow)
         self._require_working(ImageTransform(_KNOWN_SIZE, "bilinear", (0.0,) * 3, (1.0,) * 3))
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> Tensor:
@@ -158,12 +182,11 @@ class ImageDecoder:
         try:
             pixels = self._backend.decode(_known_good(), transform)
         except Exception as error:  # noqa: BLE001 - libraries raise what they like
-            message = _broken(self.name, self._device_id, _reason(error))
-            raise BrokenDecoder(message) from error
+            raise BrokenDecoder(self.name, self._device_id, _reason(error)) from error
         colour = (np.array(_KNOWN_COLOUR) / 255 - transform.mean) / transform.std
         wrong = np.abs(pixels - colour[:, None, None]).max(axis=(1, 2, 3), initial=0)
         if not (wrong * np.max(transform.std) * 255 <= TOLERANCE[1]).all():
-            raise BrokenDecoder(_broken(self.name, self._device_id, "its pixels are wrong"))
+            raise BrokenDecoder(self.name, self._device_id, "its pixels are wrong")
 
 
 _KNOWN_SIZE, _KNOWN_COLOUR = 16, (200, 100, 50)
@@ -182,13 +205,10 @@ def _known_good() -> tuple[Encoded, ...]:
     return jpeg.getvalue(), png.getvalue(), masked
 
 
-def _broken(backend: str, device_id: int | None, reason: str) -> str:
-    place = "the CPU" if device_id is None else f"CUDA device {device_id}"
-    other = "pillow" if backend == "dali" else "dali"
-    return (
-        f"data.image_backend={backend} does not work on {place}, it fails on a picture known to be "
-        f"good: {reason}; repair its installation or set data.image_backend={other}"
-    )
+@cache
+def _warn_once(message: str, *values: str) -> None:
+    """A process opens several decoders, and each thread of a stream asks them."""
+    logger.warning(message, *values)
 
 
 def _reason(error: Exception) -> str:

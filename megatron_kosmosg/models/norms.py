@@ -6,8 +6,6 @@ tensor parallelism that is the split axis, so the statistics span the ranks of t
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
@@ -16,10 +14,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_pg_size
 
-# The function imports its kernel when it is called: an apex built without CUDA has the one only.
-if all(map(importlib.util.find_spec, ("apex", "apex.normalization", "fused_layer_norm_cuda"))):
+try:
+    # The function imports its kernel when it is called: an apex built without CUDA has no more.
+    import fused_layer_norm_cuda  # noqa: F401
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine  # untested: no GPU
-else:
+except ImportError:
     fused_layer_norm_affine = None
 
 

@@ -7,16 +7,11 @@ installed, this class takes their place: `step` sits in the parameter group.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import logging
 from collections.abc import Iterable
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.optimizer import distrib_optimizer
-
-logger = logging.getLogger(__name__)
 
 
 def install() -> str:
@@ -25,11 +20,6 @@ def install() -> str:
         megatron_optimizer.USING_PYTORCH_OPTIMIZER
     ):
         return "transformer_engine" if distrib_optimizer.USING_TE_OPTIMIZER else "apex"
-    if importlib.util.find_spec("apex") and not importlib.util.find_spec("apex.optimizers"):
-        logger.warning(
-            "The installed 'apex' is not NVIDIA's (it has no apex.optimizers) and is ignored; "
-            "`pip uninstall apex` removes it."
-        )
     megatron_optimizer.Adam = distrib_optimizer.Adam = FusedLayoutAdamW
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True

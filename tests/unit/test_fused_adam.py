@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import types
 
 import megatron.core.optimizer as megatron_optimizer
 import pytest
@@ -61,16 +60,3 @@ def test_megatron_takes_it_where_nothing_fused_is_installed() -> None:
     assert fused_adam.install() == "own"
     assert megatron_optimizer.Adam is FusedLayoutAdamW
     assert not megatron_optimizer.USING_PYTORCH_OPTIMIZER
-
-
-def test_the_other_apex_is_named(monkeypatch, caplog) -> None:
-    found = {"apex": types.SimpleNamespace(), "apex.optimizers": None}
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        fused_adam.importlib.util,
-        "find_spec",
-        lambda name: found[name] if name in found else real(name),
-    )
-    monkeypatch.setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", True)
-    assert fused_adam.install() == "own"
-    assert "not NVIDIA's" in caplog.text

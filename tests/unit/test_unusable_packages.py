@@ -1,4 +1,4 @@
-"""Commands with a TransformerEngine that is installed and does not work."""
+"""Commands where packages with GPU kernels are installed and do not work; what `doctor` says."""
 
 from __future__ import annotations
 
@@ -13,17 +13,47 @@ REPOSITORY = Path(__file__).parents[2]
 
 TOKENIZER = REPOSITORY / "megatron_kosmosg/toy/assets/sentencepiece.model"
 
-EMPTY = {"__init__.py": "raise RuntimeError('Found empty `transformer-engine` meta package')"}
+EMPTY = {
+    "transformer_engine/__init__.py": (
+        "raise RuntimeError('Found empty `transformer-engine` meta package')"
+    )
+}
 """As PyPI's wheel of 2.11.0 does, which `pip install transformer-engine` installs."""
-WITHOUT_TORCH = {"__init__.py": "", "pytorch/__init__.py": "raise OSError('libcudart.so.13')"}
+WITHOUT_TORCH = {
+    "transformer_engine/__init__.py": "",
+    "transformer_engine/pytorch/__init__.py": "raise OSError('libcudart.so.13')",
+}
 """The part for torch is there, what it loads is not."""
-WORKING = {"__init__.py": "__version__ = '2.11.0'", "pytorch/__init__.py": ""}
+WORKING = {
+    "transformer_engine/__init__.py": "__version__ = '2.11.0'",
+    "transformer_engine/pytorch/__init__.py": "",
+}
+OTHER_APEX = {"apex/__init__.py": "from pyramid.config import Configurator"}
+"""PyPI's package of that name, a web service."""
+PYTHON_APEX = {
+    "apex/__init__.py": "",
+    "apex/optimizers/__init__.py": "class FusedAdam: ...\nclass FusedSGD: ...",
+    "apex/multi_tensor_apply.py": "multi_tensor_applier = None",
+    "apex/normalization/__init__.py": "",
+    "apex/normalization/fused_layer_norm.py": "def fused_layer_norm_affine(*_): ...",
+}
+"""NVIDIA's, built without its CUDA extensions."""
+FOR_ANOTHER_TORCH = {
+    "fused_weight_gradient_mlp_cuda.py": "raise ImportError('undefined symbol: _ZN2at4_ops')"
+}
+OLD_DRIVER = {
+    "nvidia/__init__.py": "__path__ = __import__('pkgutil').extend_path(__path__, __name__)",
+    "nvidia/dali/__init__.py": "raise OSError('CUDA driver version is insufficient\\nfor 13.0')",
+}
+
+
+SECOND_RANK = dict.fromkeys(("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"), "1")
 
 
 def run(folder: Path, files: dict[str, str], *command: str, **environment: str):
-    """The finished command, which finds `files` as the package transformer_engine."""
+    """The finished command, which finds `files` as installed packages."""
     for name, text in files.items():
-        path = folder / "transformer_engine" / name
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     information = folder / "transformer_engine-2.11.0.dist-info"
@@ -72,10 +102,49 @@ def test_a_working_one_is_left_in_place_and_not_looked_at_early(tmp_path):
     code = (
         "import sys, megatron_kosmosg.config.schema\n"
         "print('transformer_engine' in sys.modules, 'torch' in sys.modules)\n"
-        "from megatron_kosmosg.unusable_packages import _hide_unusable_transformer_engine\n"
-        "_hide_unusable_transformer_engine()\n"
+        "from megatron_kosmosg.unusable_packages import hide_unusable\n"
+        "assert hide_unusable() == ()\n"
         "import transformer_engine.pytorch as found\n"
         "print(found.__name__)"
     )
     done = run(tmp_path, WORKING, "-c", code)
     assert done.stdout.split() == ["False", "False", "transformer_engine.pytorch"], done.stderr
+
+
+def diagnosis(folder: Path, files: dict[str, str]) -> dict[str, str]:
+    """{part: what `doctor` says of it}; no other line, on stderr neither."""
+    done = run(folder, files, "tools/doctor.py")
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len({line.partition(": ")[0] for line in lines}) == len(lines) >= 15
+    return {part: rest for part, _, rest in (line.partition(": ") for line in lines)}
+
+
+def test_doctor_says_what_a_run_takes_and_why_not_what_is_broken(tmp_path):
+    said = diagnosis(tmp_path, EMPTY | OTHER_APEX | FOR_ANOTHER_TORCH | OLD_DRIVER)
+    assert said["image decoder"].startswith("Pillow; not DALI: ")
+    assert "CUDA driver version is insufficient" in said["image decoder"]
+    assert said["optimizer"].startswith("our own AdamW")
+    assert "Found empty `transformer-engine` meta package" in said["optimizer"]
+    assert "it is not NVIDIA's (No module named 'pyramid')" in said["optimizer"]
+    assert "not apex: undefined symbol: _ZN2at4_ops" in said["weight gradients"]
+    assert said["layer norm"].startswith("torch's kernel; not apex: ")
+
+
+def test_doctor_sees_an_apex_that_imports_and_has_no_kernels(tmp_path):
+    said = diagnosis(tmp_path, PYTHON_APEX)
+    assert said["optimizer"].startswith("our own AdamW")
+    assert "built without its CUDA extensions" in said["optimizer"]
+    assert "not installed" in said["layer norm"] and "not installed" in said["weight gradients"]
+
+
+def test_an_image_decoder_that_cannot_start_is_said_once_and_pillow_decodes(tmp_path):
+    code = (
+        "from megatron_kosmosg.data.images import ImageDecoder\n"
+        "print(*(ImageDecoder('auto').name for _ in range(3)))"
+    )
+    done = run(tmp_path, OLD_DRIVER, "-c", code)
+    assert done.stdout.split() == ["pillow"] * 3
+    assert done.stderr.count("DALI is installed and not used") == 1
+    second = run(tmp_path / "b", OLD_DRIVER, "-c", code, **SECOND_RANK)
+    assert second.stdout.split() == ["pillow"] * 3 and second.stderr == ""

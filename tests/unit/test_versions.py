@@ -1,8 +1,11 @@
-"""Versions: what is installed, what the tests run with, what exported folders say."""
+"""Versions: what is installed, what the tests run with, what exported folders and `doctor` say."""
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from megatron_kosmosg.cli import doctor
 from megatron_kosmosg.conversion.model_card import TESTED
 
 REPOSITORY = Path(__file__).parents[2]
@@ -44,13 +48,19 @@ def table(required: dict[str, Requirement]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def required() -> dict[str, Requirement]:
-    """setup.py's requirements, by name."""
+def package() -> dict:
+    """What setup.py tells setuptools."""
     taken = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setuptools, "setup", lambda **named: taken.update(named))
         runpy.run_path(str(REPOSITORY / "setup.py"))
-    return {found.name: found for found in map(Requirement, taken["install_requires"])}
+    return taken
+
+
+@pytest.fixture(scope="module")
+def required(package) -> dict[str, Requirement]:
+    """setup.py's requirements, by name."""
+    return {found.name: found for found in map(Requirement, package["install_requires"])}
 
 
 @pytest.mark.parametrize("name", sorted(TESTED))
@@ -71,3 +81,66 @@ def test_the_table_of_the_docs_is_of_these_versions(required) -> None:
 
 def test_ci_runs_the_oldest_versions() -> None:
     assert "tests/oldest_versions.sh" in (REPOSITORY / ".ci" / "run").read_text()
+
+
+def test_doctor_names_the_versions_of_the_constraints() -> None:
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    found = {
+        name: [line for line in lines if line.startswith(f"{name}==")] for name in doctor.TESTED
+    }
+    for name, span in doctor.TESTED.items():
+        assert {line.partition(";")[0].partition("==")[2] for line in found[name]} == set(span)
+
+
+def test_doctor_warns_of_versions_that_no_test_ran_with(monkeypatch) -> None:
+    of_the_image = "2.10.0a0+b558c986e8.nv25.11"
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: of_the_image)
+    said = dict.fromkeys(doctor._versions())
+    assert f"torch {of_the_image}; warning: tested is 2.13.0, others are not refused" in said
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "2.13.1+cpu")
+    assert "torch 2.13.1+cpu" in doctor._versions()
+
+
+OF_THE_IMAGE = {
+    "torch": "2.10.0a0+b558c986e8.nv25.11",
+    "transformer_engine": "2.9.0+70f53666",
+    "apex": "0.1",
+    "nvidia_dali_cuda130": "2.0.0",
+}
+"""Built by the makers of a container, which PyPI's wheels must not replace."""
+
+
+def planned(folder: Path, requirements: list[str]) -> subprocess.CompletedProcess:
+    """pip's plan for an environment like this one with the packages of an image, without an index:
+    what it would replace it cannot find."""
+    for name, version in OF_THE_IMAGE.items():
+        information = folder / "image" / f"{name}-{version}.dist-info"
+        information.mkdir(parents=True, exist_ok=True)
+        (information / "METADATA").write_text(
+            f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n"
+        )
+        (information / "INSTALLER").write_text("pip\n")
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", *requirements]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
+    return subprocess.run(
+        command,
+        env=environment | {"PYTHONPATH": str(folder / "image")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_container_keeps_its_torch_and_its_kernels(package, tmp_path) -> None:
+    """The command of slurm/README.md: core and the extra `data`, without the constraints."""
+    assert "pip install -e .[data]" in (REPOSITORY / "slurm" / "README.md").read_text()
+    wanted = [*package["install_requires"], *package["extras_require"]["data"]]
+    done = planned(tmp_path, [*wanted, "transformer-engine", "apex"])
+    assert done.returncode == 0, done.stderr
+    assert "Would install" not in done.stdout
+    assert f"Requirement already satisfied: torch>=2.6 in {tmp_path}" in done.stdout
+
+
+def test_a_bound_at_the_version_of_an_image_would_replace_it(tmp_path) -> None:
+    done = planned(tmp_path, ["torch>=2.10"])
+    assert "Would install torch-" in done.stdout or "No matching distribution" in done.stderr

@@ -1,0 +1,118 @@
+"""Which implementation of each part a process of this machine takes, and why not the others.
+
+It asks the functions that training asks; only the words are its own.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+from megatron_kosmosg.parallel import fused_adam, platform
+from megatron_kosmosg.parallel.devices import collective_backend
+from megatron_kosmosg.unusable_packages import Unusable
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One part of a run."""
+
+    part: str
+    taken: str
+    others: tuple[str, ...] = ()
+    """"NAME: why it is not taken"."""
+
+
+def device_choices() -> list[Choice]:
+    """The device and what carries collectives on it."""
+    device = platform.device()
+    if device.type == "cpu":
+        chosen = Choice("device", "CPU", (f"a GPU: {_why_no_gpu()}",))
+    else:
+        facts = torch.cuda.get_device_properties(device)
+        chosen = Choice(
+            "device",
+            f"{torch.cuda.device_count()} GPUs, the first {facts.name} with "
+            f"{facts.total_memory / 2**30:.0f} GiB, capability {facts.major}.{facts.minor}, "
+            f"CUDA {torch.version.cuda}",
+        )
+    return [chosen, Choice("collectives", collective_backend(device))]
+
+
+def kernel_choices(unusable: Mapping[str, Unusable]) -> list[Choice]:
+    """Layers, optimizer and fusions. unusable: what was hidden, by module."""
+    on_gpu = platform.device().type != "cpu"
+    engine = _why_not("transformer_engine", unusable) or "" if on_gpu else "it needs a GPU"
+    apex = _why_not("apex", unusable)
+    layers = {
+        "transformer_engine": "TransformerEngine's linears and causal attention",
+        "local": "Megatron-Core's linears and torch's attention",
+    }
+    adam = {
+        "transformer_engine": "TransformerEngine's FusedAdam",
+        "apex": "NVIDIA apex's FusedAdam",
+        "own": "our own AdamW of torch's multi-tensor operations",
+    }
+    flags = platform.transformer_flags()
+    norm_kernel = _why_not("fused_layer_norm_cuda", unusable) or apex
+    gradient_kernel = _why_not("fused_weight_gradient_mlp_cuda", unusable)
+    needs_gpu = None if on_gpu else "it needs a GPU"
+    return [
+        Choice(
+            "layers",
+            layers[platform.transformer_impl()],
+            _others(("TransformerEngine", engine)),
+        ),
+        Choice(
+            "optimizer",
+            adam[fused_adam.install()],
+            _others(
+                ("TransformerEngine", _why_not("transformer_engine", unusable)), ("apex", apex)
+            ),
+        ),
+        Choice(
+            "layer norm",
+            "apex's kernel" if on_gpu and norm_kernel is None else "torch's kernel",
+            _others(("apex", norm_kernel or needs_gpu)),
+        ),
+        Choice(
+            "weight gradients",
+            "added into their buffer by apex's kernel"
+            if flags["gradient_accumulation_fusion"]
+            else "added into their buffer by a kernel of their own",
+            _others(("apex", gradient_kernel or needs_gpu)),
+        ),
+        Choice(
+            "bias, dropout and sum",
+            "fused by torch's compiler" if flags["bias_dropout_fusion"] else "torch's kernels",
+            _others(("torch's compiler", needs_gpu)),
+        ),
+    ]
+
+
+def _others(*reasons: tuple[str, str | None]) -> tuple[str, ...]:
+    return tuple(f"{name}: {reason}" for name, reason in reasons if reason)
+
+
+def _why_not(module: str, unusable: Mapping[str, Unusable]) -> str | None:
+    """None for a package that works."""
+    if module in unusable:
+        found = unusable[module]
+        return f"{found.reason}; to repair: {found.repair}"
+    return None if find_spec(module) else "not installed"
+
+
+def _why_no_gpu() -> str:
+    """In torch's words, which names the driver where the driver is the reason."""
+    version = importlib.metadata.version("torch")
+    if torch.version.cuda is None:
+        return f"torch {version} is built without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split())[:200]
+    return f"torch {version} for CUDA {torch.version.cuda} sees none"
