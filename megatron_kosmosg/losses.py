@@ -32,13 +32,20 @@ def alignment_loss(condition: torch.Tensor, target: torch.Tensor) -> torch.Tenso
 
 
 def reconstruction_loss(
-    reconstruction: torch.Tensor, hidden: torch.Tensor, num_queries: int
+    reconstruction: torch.Tensor,
+    hidden: torch.Tensor,
+    num_queries: int,
+    padding_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(c / s) times the mean squared error per sample of N(M(hidden)), summed over samples.
 
     reconstruction, hidden: [b, s, h], where s includes padding: padded positions count, as in the
-    authors' code. num_queries: c, positions of the condition.
+    authors' code. num_queries: c, positions of the condition. padding_mask: bool [b, s], True =
+    padding, which then does not count: s is each sample's own number of positions.
     """
-    scale = num_queries / hidden.shape[1]
     error = (reconstruction.float() - hidden.float()).square()
-    return scale * error.mean(dim=(1, 2)).sum()
+    if padding_mask is None:
+        return num_queries / hidden.shape[1] * error.mean(dim=(1, 2)).sum()
+    own = (~padding_mask).sum(dim=1)
+    errors = error.mean(dim=2).masked_fill(padding_mask, 0).sum(dim=1) / own
+    return (num_queries / own * errors).sum()

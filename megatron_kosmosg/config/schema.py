@@ -125,6 +125,10 @@ class DataConfig:
     balance_tokens: bool = True
     """Deal the samples of a global batch to ranks and micro-batches by length (`instruct`; the rows
     of the other stages are equally long). The batch, its noise and its loss stay the same."""
+    pack_prompts: bool = False
+    """Lay the prompts of a micro-batch end to end in one row for the decoder, which then computes
+    no padding; each attends to itself and counts positions from its own start (`align`,
+    `instruct`). `instruct` learns the same; in `align` padding then does not count in the loss."""
     target_image_size: int = 512
     """Pixels per side of the image the U-Net learns to draw."""
     image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])

@@ -33,6 +33,7 @@ def validate_layout(config: RunConfig, world_size: int, facts: StageFacts) -> No
     _check_overlap(config)
     _check_score(config)
     _check_grid(config, facts)
+    _check_packing(config, facts)
     _check_schedule(config)
     _check_microbatches(config, data_parallel_size(config, world_size))
 
@@ -140,6 +141,14 @@ def _check_grid(config: RunConfig, facts: StageFacts) -> None:
         raise ConfigError(
             f"evaluation.grid=[{', '.join(config.evaluation.grid)}] means nothing to "
             f"stage={config.stage}: only instruct draws images; set evaluation.grid=[]"
+        )
+
+
+def _check_packing(config: RunConfig, facts: StageFacts) -> None:
+    if config.data.pack_prompts and facts.packs_rows:
+        raise ConfigError(
+            f"data.pack_prompts=true means nothing to stage={config.stage}: its rows are filled "
+            "with documents in any case; set data.pack_prompts=false"
         )
 
 

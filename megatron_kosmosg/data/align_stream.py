@@ -45,8 +45,10 @@ class AlignStream:
         num_queries: int,
         max_length: int,
         image_size: int,
+        packs: bool = False,
     ) -> None:
-        """`num_queries`: positions of the CLIP text encoder. `max_length`: tokens, with <s>."""
+        """`num_queries`: positions of the CLIP text encoder. `max_length`: tokens, with <s>.
+        `packs`: see padding.pad_rows."""
         self._blend, self._stores, self._orders = blend, stores, orders
         self._captions = captions
         self._tokenizer = tokenizer
@@ -55,6 +57,7 @@ class AlignStream:
         self._num_queries = num_queries
         self._max_tokens = min(num_queries + EXTRA_TOKENS, max_length - 1)
         self._image_size = image_size
+        self._packs = packs
 
     def __getitem__(self, position: int) -> CaptionSample:
         draw = self._blend[position]
@@ -81,7 +84,10 @@ class AlignStream:
         """None: all rows of a global batch are equally long."""
 
     def pad_to(self, samples: Sequence[CaptionSample], global_positions: Sequence[int]) -> int:
-        """The longest row of the global batch, before CLIP's limit replaces any."""
+        """The longest row of the global batch, before CLIP's limit replaces any; packed, where
+        padding does not count in the loss, that of `samples`."""
+        if self._packs:
+            return max(len(sample.tokens) for sample in samples)
         longest = 0
         which, ordinals = self._blend.take(np.asarray(global_positions))
         for i, name in enumerate(self._blend.names):
@@ -97,11 +103,16 @@ class AlignStream:
         return 1 + longest
 
     def collate(self, samples: Sequence[CaptionSample], pad_to: int) -> dict[str, Tensor]:
-        """tokens, image_mask (all False), padding_mask [b, s]; pixel_values [0, 3, H, W];
-        clip_tokens int64 [b, num_queries]; bad_samples int64 [], always 0."""
+        """tokens, image_mask (all False), padding_mask [b, s], and `packed` as of pad_rows;
+        pixel_values [0, 3, H, W]; clip_tokens int64 [b, num_queries]; bad_samples int64 [], always
+        0."""
         tokens = [sample.tokens for sample in samples]
         rows = pad_rows(
-            tokens, [np.zeros(len(row), bool) for row in tokens], pad_to, self._tokenizer.pad_id
+            tokens,
+            [np.zeros(len(row), bool) for row in tokens],
+            pad_to,
+            self._tokenizer.pad_id,
+            packs=self._packs,
         )
         clip_tokens = np.stack([sample.clip_tokens for sample in samples])
         return rows | {

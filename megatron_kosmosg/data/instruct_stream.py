@@ -71,11 +71,14 @@ class InstructStream:
         transforms: tuple[ImageTransform, ImageTransform],
         reads: Reads = "all",
         decodes_prompts: bool = True,
+        packs: bool = False,
     ) -> None:
         """`max_length`: tokens of the longest prompt. `transforms`: of prompt and target images.
-        `decodes_prompts`: False leaves prompt pictures undecoded; see samples.PictureStream."""
+        `decodes_prompts`: False leaves prompt pictures undecoded; see samples.PictureStream.
+        `packs`: see padding.pad_rows."""
         self._decodes_prompts = decodes_prompts
         self._reads = reads
+        self._packs = packs
         self._blend, self._sources = blend, sources
         self._seed, self._stage = seed, stage
         self._max_length, self._pad_id = max_length, pad_id
@@ -102,9 +105,10 @@ class InstructStream:
         pad_to: int,
         replacements: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        """tokens, image_mask, padding_mask [b, s]; pixel_values float32 [n, 3, H, W], n over (b,
-        position), n = 0 where prompt pictures are not decoded; stream_positions, replacements
-        int64 [b]; bad_samples int64 []. `replacements`: see samples.PictureStream.
+        """tokens, image_mask, padding_mask [b, s], and `packed` as of pad_rows; pixel_values
+        float32 [n, 3, H, W], n over (b, position), n = 0 where prompt pictures are not decoded;
+        stream_positions, replacements int64 [b]; bad_samples int64 []. `replacements`: see
+        samples.PictureStream.
 
         Targets: target_pixel_values float32 [b, 3, T, T] in [-1, 1], or, where they are cached,
         target_moments float16 [b, 2, channels, height, width] (mean and deviation); and
@@ -128,6 +132,7 @@ class InstructStream:
                 [sample.prompt.image_mask for sample in samples],
                 pad_to,
                 self._pad_id,
+                packs=self._packs,
             )
         numbers = {
             "stream_positions": [sample.position for sample in samples],

@@ -1,4 +1,5 @@
-"""Right padding of prompts to rows of one length (`align`, `instruct`)."""
+"""Right padding of prompts to rows of one length (`align`, `instruct`), and where they are packed
+without it."""
 
 from __future__ import annotations
 
@@ -10,11 +11,18 @@ from torch import Tensor
 
 
 def pad_rows(
-    tokens: Sequence[np.ndarray], image_masks: Sequence[np.ndarray], pad_to: int, pad_id: int
+    tokens: Sequence[np.ndarray],
+    image_masks: Sequence[np.ndarray],
+    pad_to: int,
+    pad_id: int,
+    *,
+    packs: bool = False,
 ) -> dict[str, Tensor]:
     """tokens int64, image_mask and padding_mask bool [b, s], s >= pad_to.
 
-    image_mask: True = picture slot. padding_mask: True = padding.
+    image_mask: True = picture slot. padding_mask: True = padding. With `packs` also `packed` int64
+    [t]: where each of the t tokens lies in the flattened [b, s], ascending. It is made here, on the
+    host, because its length is the length of the decoder's row.
     """
     width = max(pad_to, *(len(row) for row in tokens))
     shape = (len(tokens), width)
@@ -23,8 +31,7 @@ def pad_rows(
     for b, (row, mask) in enumerate(zip(tokens, image_masks, strict=True)):
         padded[b, : len(row)], slots[b, : len(row)] = row, mask
         padding[b, : len(row)] = False
-    return {
-        "tokens": torch.from_numpy(padded),
-        "image_mask": torch.from_numpy(slots),
-        "padding_mask": torch.from_numpy(padding),
-    }
+    rows = {"tokens": padded, "image_mask": slots, "padding_mask": padding}
+    if packs:
+        rows["packed"] = np.flatnonzero(~padding)
+    return {name: torch.from_numpy(values) for name, values in rows.items()}

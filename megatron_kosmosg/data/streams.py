@@ -76,6 +76,7 @@ def align_stream(config: RunConfig, split: Split) -> AlignStream:
         config.model.aligner.num_queries,
         config.data.seq_length,
         config.model.vision.image_size,
+        config.data.pack_prompts,
     )
 
 
@@ -119,6 +120,7 @@ def instruct_stream(
         (prompt_transform(config), target_transform(config)),
         reads,
         decodes_prompts,
+        data.pack_prompts,
     )
 
 

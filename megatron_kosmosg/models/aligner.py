@@ -34,7 +34,7 @@ def build_aligner_m(config: RunConfig, process_groups: ProcessGroupCollection) -
 
 
 def build_aligner_n(config: RunConfig, process_groups: ProcessGroupCollection) -> nn.Module:
-    """N of `model.aligner.kind`: forward(condition [b, c, d], s) -> [b, s, h]."""
+    """N of `model.aligner.kind`: forward(condition [b, c, d], s, padding_mask) -> [b, s, h]."""
     kind = config.model.aligner.kind
     return LinearN(config) if kind == "none" else AlignerN(config, process_groups)
 
@@ -88,15 +88,23 @@ class AlignerN(MegatronModule):
             self.positions = self.encoder = None
         self.output_projection = nn.Linear(aligner.hidden_size, config.model.decoder.hidden_size)
 
-    def forward(self, condition: torch.Tensor, seq_length: int) -> torch.Tensor:
-        """condition [b, c, d] -> [b, seq_length, h]; padded positions are rebuilt like others."""
+    def forward(
+        self, condition: torch.Tensor, seq_length: int, padding_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """condition [b, c, d] -> [b, seq_length, h]; padded positions are rebuilt like others.
+
+        padding_mask: bool [b, seq_length], True = a position without influence on the others.
+        """
+        hidden_keys = None if padding_mask is None else padding_mask[:, None, None, :]
         _check_length(seq_length, self.query.shape[0])
         queries = self.query[:seq_length, None].expand(-1, condition.shape[0], -1).contiguous()
         context = condition.transpose(0, 1).contiguous()
-        states = self.decoder(queries, attention_mask=None, context=context, context_mask=None)
+        states = self.decoder(
+            queries, attention_mask=hidden_keys, context=context, context_mask=None
+        )
         if self.encoder is not None:
             states = self.positions(states.transpose(0, 1)).transpose(0, 1).contiguous()
-            states = self.encoder(states, attention_mask=None)
+            states = self.encoder(states, attention_mask=hidden_keys)
         return self.output_projection(states.transpose(0, 1))
 
 
@@ -138,8 +146,11 @@ class LinearN(nn.Module):
         aligner = config.model.aligner
         self.projection = nn.Linear(aligner.hidden_size, config.model.decoder.hidden_size)
 
-    def forward(self, condition: torch.Tensor, seq_length: int) -> torch.Tensor:
-        """condition [b, c, d] -> [b, seq_length, h]."""
+    def forward(
+        self, condition: torch.Tensor, seq_length: int, padding_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """condition [b, c, d] -> [b, seq_length, h]. padding_mask: as of AlignerN; no position has
+        influence on another here."""
         missing = max(0, seq_length - condition.shape[1])
         return self.projection(F.pad(condition[:, :seq_length], (0, 0, 0, missing)))
 

@@ -11,6 +11,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_kosmosg.models.packed_prompts import PackedPrompts
+
 
 class CoreAttention(MegatronModule):
     """Attention of this rank's heads; flash kernels where torch has them."""
@@ -36,16 +38,22 @@ class CoreAttention(MegatronModule):
         *,
         attn_mask_type: AttnMaskType,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: object | None = None,
+        packed_seq_params: PackedPrompts | None = None,
     ) -> torch.Tensor:
         """query [sq, b, heads, hn], key and value [sk, b, heads, hn] -> [sq, b, heads*hn].
 
         attention_mask: bool, broadcastable to [b, heads, sq, sk], True = hidden (Megatron's
-        polarity); ignored by causal attention.
+        polarity); ignored by causal attention. packed_seq_params: query, key and value are
+        [t, heads, hn] and the result [t, heads*hn]; causal attention alone has it.
         """
-        if attention_bias is not None or packed_seq_params is not None:
-            raise NotImplementedError("this attention has neither a bias nor packed sequences")
+        if attention_bias is not None:
+            raise NotImplementedError("this attention has no bias")
         is_causal = attn_mask_type is AttnMaskType.causal
+        if packed_seq_params is not None:
+            length = len(query)
+            query, key, value = (
+                packed_seq_params.in_blocks(x).transpose(0, 1) for x in (query, key, value)
+            )
         hidden = None if is_causal else attention_mask
         dropout = self.config.attention_dropout if self.training else 0.0
         # Heads are split over ranks, so each rank drops with the tracker's own stream. Under
@@ -61,4 +69,6 @@ class CoreAttention(MegatronModule):
                 is_causal=is_causal,
                 scale=self.softmax_scale,
             )
+        if packed_seq_params is not None:
+            return packed_seq_params.in_a_row(context.transpose(1, 2).flatten(2), length)
         return context.permute(2, 0, 1, 3).flatten(2)

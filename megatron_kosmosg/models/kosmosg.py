@@ -21,6 +21,7 @@ from megatron_kosmosg.models.initialise import initialise, mark_tensor_parallel
 from megatron_kosmosg.models.layer_specs import block_spec, causal_layer
 from megatron_kosmosg.models.mcore_configs import decoder_config
 from megatron_kosmosg.models.multimodal_lm import MultimodalEmbedding, OutputHead
+from megatron_kosmosg.models.packed_prompts import pack_prompts
 from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
 from megatron_kosmosg.models.resampler import Resampler
 from megatron_kosmosg.models.vision_encoder import VisionEncoder, load_tower
@@ -130,31 +131,42 @@ class KosmosG(LanguageModule):
         image_mask: torch.Tensor,
         padding_mask: torch.Tensor,
         pixel_values: torch.Tensor,
+        packed: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor] | torch.Tensor:
         """On the last pipeline stage a dict, elsewhere the tensor for the next (boundary.py).
 
         tokens [b, s] int; image_mask [b, s] bool, True = image slot; padding_mask [b, s] bool,
-        True = padding; pixel_values [n, 3, H, W], n may be 0. The dict: "hidden" [b, s, h] after
-        the final LayerNorm; "logits" [s, b, v/tp] with an output head; "condition" [b, c, d] with
-        M; "reconstruction" [b, s, h] with N.
+        True = padding; pixel_values [n, 3, H, W], n may be 0. packed: int64 [t], where the tokens
+        lie in the flattened [b, s], which the decoder then computes as one row, without padding.
+
+        The dict: "hidden" [b, s, h] after the final LayerNorm; "logits" [s, b, v/tp] with an output
+        head; "condition" [b, c, d] with M; "reconstruction" [b, s, h] with N. Packed, padding is
+        zero in "hidden" and has no influence on the reconstruction of the rest.
         """
-        condition = None
+        condition = prompts = None
+        if packed is not None:
+            multiple = self.tp_group.size() if self.config.sequence_parallel else 1
+            prompts = pack_prompts(packed, padding_mask, multiple)
         if self.pre_process:
             images = self.resampler(self.vision_encoder(pixel_values))
-            hidden = self.embedding(tokens, image_mask, padding_mask, images)
+            hidden = self.embedding(tokens, image_mask, padding_mask, images, packed)
         else:
             hidden, condition = self._receive()
         if self.decoder is not None:
-            hidden = self.decoder(hidden, attention_mask=None)
+            hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=prompts)
             if self._pieces.ends_decoder:
-                hidden = self._whole_sequence(hidden, tokens.shape[1])
+                length = tokens.shape[1] if packed is None else len(packed)
+                hidden = self._whole_sequence(hidden, length)
+                if prompts is not None:
+                    hidden = prompts.unpacked(hidden)
         output = {"hidden": hidden.transpose(0, 1)}
         if self.aligner_m is not None:
             condition = self.aligner_m(output["hidden"], padding_mask)
         if condition is not None:
             output["condition"] = condition
         if self.aligner_n is not None:
-            output["reconstruction"] = self.aligner_n(condition, tokens.shape[1])
+            hidden_padding = None if packed is None else padding_mask
+            output["reconstruction"] = self.aligner_n(condition, tokens.shape[1], hidden_padding)
         if self.output_layer is not None:
             shared = self.embedding.word_embeddings.weight if self.pre_process else None
             output["logits"] = self.output_layer(hidden, shared)

@@ -53,12 +53,16 @@ class MultimodalEmbedding(MegatronModule):
         image_mask: torch.Tensor,
         padding_mask: torch.Tensor,
         image_embeddings: torch.Tensor,
+        packed: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """tokens, image_mask (True = image slot), padding_mask (True = padding): [b, s].
 
-        image_embeddings: [n, q, h], filling the slots in row-major order over (b, s). Raises
-        ValueError when their number is not that of the slots.
+        image_embeddings: [n, q, h], filling the slots in row-major order over (b, s). packed: int64
+        [t], where the tokens lie in the flattened [b, s]; they come out as one row, [t, 1, h].
+        Raises ValueError when the number of image embeddings is not that of the slots.
         """
+        if packed is not None:
+            tokens, image_mask = (x.flatten()[packed][None] for x in (tokens, image_mask))
         embeddings = self.word_embeddings(tokens)
         slots = image_mask.sum()
         count = image_embeddings.shape[0] * image_embeddings.shape[1]
@@ -72,7 +76,7 @@ class MultimodalEmbedding(MegatronModule):
         embeddings = embeddings.masked_scatter(
             image_mask.unsqueeze(-1), image_embeddings.to(embeddings.dtype)
         )
-        positions = self._positions(padding_mask).to(embeddings.dtype)
+        positions = self._positions(padding_mask, packed).to(embeddings.dtype)
         hidden = torch.add(positions, embeddings, alpha=math.sqrt(self.config.hidden_size))
         hidden = hidden.transpose(0, 1).contiguous()
         if not self.config.sequence_parallel:

@@ -49,8 +49,13 @@ class SinusoidalPositions:
         self._width = width
         self._table: torch.Tensor | None = None
 
-    def __call__(self, padding_mask: torch.Tensor) -> torch.Tensor:
-        """float32 [b, s, width] for padding_mask bool [b, s], True = padding."""
+    def __call__(
+        self, padding_mask: torch.Tensor, packed: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """float32 [b, s, width] for padding_mask bool [b, s], True = padding.
+
+        packed: int64 [t], places in the flattened [b, s]; then [1, t, width], of these alone.
+        """
         rows = padding_mask.shape[1] + PADDING_INDEX + 1
         table = self._table
         if table is None or len(table) < rows or table.device != padding_mask.device:
@@ -58,4 +63,7 @@ class SinusoidalPositions:
                 2 ** math.ceil(math.log2(rows)), self._width, padding_mask.device
             )
             self._table = table
-        return torch.nn.functional.embedding(position_indices(padding_mask), table)
+        indices = position_indices(padding_mask)
+        if packed is not None:
+            indices = indices.flatten()[packed][None]
+        return torch.nn.functional.embedding(indices, table)

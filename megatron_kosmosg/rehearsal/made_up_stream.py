@@ -67,7 +67,10 @@ class MadeUpStream:
     def _prompts(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         side = self._config.model.vision.image_size
         images = self._images if self._decodes else 0
-        return {
+        packed = {}
+        if self._config.data.pack_prompts:
+            packed["packed"] = torch.zeros(rows * length, dtype=torch.int64)
+        return packed | {
             "tokens": torch.zeros(rows, length, dtype=torch.int64),
             "image_mask": torch.zeros(rows, length, dtype=torch.bool),
             "padding_mask": torch.zeros(rows, length, dtype=torch.bool),

@@ -58,7 +58,11 @@ class AlignStage:
         """Alignment plus reconstruction loss of one micro-batch (mcore's contract)."""
         batch = next(data_iterator)
         output = model(
-            batch["tokens"], batch["image_mask"], batch["padding_mask"], batch["pixel_values"]
+            batch["tokens"],
+            batch["image_mask"],
+            batch["padding_mask"],
+            batch["pixel_values"],
+            batch.get("packed"),
         )
 
         def loss_func(output):
@@ -67,7 +71,10 @@ class AlignStage:
             condition = output["condition"]
             mse = alignment_loss(condition, target)
             reconstruction = reconstruction_loss(
-                output["reconstruction"], output["hidden"], condition.shape[1]
+                output["reconstruction"],
+                output["hidden"],
+                condition.shape[1],
+                batch["padding_mask"] if "packed" in batch else None,
             )
             loss, count = mse + reconstruction, len(condition)
             cosine = torch.cosine_similarity(condition.float(), target.float(), dim=-1)

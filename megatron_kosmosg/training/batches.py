@@ -27,7 +27,9 @@ class Work:
     """What went through the model on this replica."""
 
     tokens: int = 0
-    """Positions, padding included: the model computes them."""
+    """Positions, padding included where it is: the decoder computes them."""
+    padding: int = 0
+    """Those of them that are padding."""
     images: int = 0
     """Prompt images."""
     rows: int = 0
@@ -69,9 +71,13 @@ class BatchFeed:
         return self
 
     def __next__(self) -> Batch:
-        loaded = None if self._loader is None else self._agreed(next(self._loader))
+        loaded = None
+        if self._loader is not None:
+            loaded = self._agreed(next(self._loader))
+            if "packed" not in loaded:
+                self._work.padding += int(loaded["padding_mask"].sum())
         batch = broadcast_batch(loaded, self._layout)
-        self._work.tokens += batch["tokens"].numel()
+        self._work.tokens += batch["packed" if "packed" in batch else "tokens"].numel()
         self._work.images += batch["pixel_values"].shape[0]
         self._work.rows += batch["tokens"].shape[0]
         self._work.bad_samples += int(batch["bad_samples"])

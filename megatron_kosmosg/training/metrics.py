@@ -41,6 +41,7 @@ def iteration_record(
 
     tflops: TFLOP/s of one device, from the work actually done without recomputation; mfu: its
     share of logging.peak_tflops; data_wait: share of the iteration spent waiting for data;
+    padding: share of the decoder's positions that are padding (0 with data.pack_prompts);
     bad_samples: undecodable images since the first iteration, restarts included. With score ranks:
     decoder_idle and score_idle, shares of the iteration that a replica waited for the U-Net's
     answers and that a score rank waited for conditions (the latter also while the decoder updates,
@@ -59,6 +60,7 @@ def iteration_record(
         "tflops": tflops,
         "mfu": tflops / config.logging.peak_tflops,
         "data_wait": totals.data_wait / seconds,
+        "padding": totals.work.padding / totals.work.tokens,
         "consumed_train_samples": consumed_train_samples,
         "bad_samples": bad_samples,
     }

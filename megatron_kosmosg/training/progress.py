@@ -53,6 +53,7 @@ class ProgressDisplay:
             f" | grad norm {'not finite' if norm is None else f'{norm:.3g}'}"
             f" | {record['samples_per_sec']:.1f} samples/s, {record['tokens_per_sec']:.0f} tokens/s"
             f" | {record['tflops']:.3g} TFLOP/s | data wait {record['data_wait']:.1%}"
+            f" | padding {record['padding']:.1%}"
             f"{_score_part(record)} | {self._remaining(iteration)} left"
         )
 

@@ -96,6 +96,7 @@ class Reporter:
         speaks_for_loss = loads and layout.is_last_stage
         values = [0.0] * (2 * len(self._names)) + [
             float(work.tokens) if speaks_for_input else 0.0,
+            float(work.padding) if speaks_for_input else 0.0,
             float(work.images) if speaks_for_input else 0.0,
             float(work.rows) if speaks_for_input else 0.0,
             float((work.bad_samples if speaks_for_loss else 0) + score.bad_samples),

@@ -91,6 +91,15 @@ def test_dedicated_ranks_change_nothing(name, colocated, stable_diffusion):
         assert not result.unet_changed
 
 
+@pytest.mark.parametrize("name", ["colocated", "k1", "tp2_sp_k1", "tp2_k2", "pp2_k1"])
+def test_packed_prompts_change_nothing(name, colocated, stable_diffusion):
+    num_ranks, parallel, score = (1, {}, {}) if name == "colocated" else PLACEMENTS[name]
+    placement = "colocated" if name == "colocated" else "dedicated"
+    config = config_of(stable_diffusion, parallel, {"placement": placement, **score})
+    config = replace_section(config, "data", pack_prompts=True)
+    check_equal(run_ranks(num_ranks, placed_update, config), colocated)
+
+
 def test_rows_are_split_where_micro_batches_are_few(stable_diffusion):
     """One micro-batch of two rows over three score ranks: one of them gets none."""
     sizes = {"samples": 2, "rows": 2}

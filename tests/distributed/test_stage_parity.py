@@ -8,6 +8,7 @@ error of logic.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -42,7 +43,23 @@ def stable_diffusion(tmp_path_factory):
     return write_stable_diffusion(tmp_path_factory.mktemp("sd"))
 
 
-def gradients(stage, folder, output_dir, world_size, parallel, precision="fp32"):
+PACKED_LAYOUTS = {
+    "one_rank": (1, {}),
+    **{name: LAYOUTS[name] for name in ("tp2", "tp2_sp", "pp2", "dp2")},
+}
+
+
+def gradients(
+    stage,
+    folder,
+    output_dir,
+    world_size,
+    parallel,
+    precision="fp32",
+    packs=False,
+    recompute="none",
+    alone=False,
+):
     parallel = {
         key: value.format(tail=TAILS[stage]) if isinstance(value, str) else value
         for key, value in parallel.items()
@@ -50,9 +67,10 @@ def gradients(stage, folder, output_dir, world_size, parallel, precision="fp32")
     config = tiny_config(stage, folder, output_dir, **parallel)
     # Null rows must carry gradient in this comparison, so half the conditions are dropped.
     score = dataclasses.replace(config.score, condition_drop_prob=0.5)
-    training = dataclasses.replace(config.training, precision=precision)
-    config = dataclasses.replace(config, score=score, training=training)
-    results = run_ranks(world_size, stage_gradients, config)
+    training = dataclasses.replace(config.training, precision=precision, recompute=recompute)
+    data = dataclasses.replace(config.data, pack_prompts=packs)
+    config = dataclasses.replace(config, score=score, training=training, data=data)
+    results = run_ranks(world_size, partial(stage_gradients, alone=alone), config)
     tp = config.parallel.tensor_model_parallel_size
     loss = sum(total for total, _ in results) / tp
     return loss, whole([share for _, share in results], tolerance=1e-5)
@@ -76,8 +94,43 @@ def one_rank(stable_diffusion, tmp_path_factory):
 def test_loss_and_gradients_equal_those_of_one_rank(
     stage, layout, one_rank, stable_diffusion, tmp_path
 ):
-    expected_loss, expected = one_rank(stage)
-    loss, found = gradients(stage, stable_diffusion, tmp_path, *LAYOUTS[layout])
+    found = gradients(stage, stable_diffusion, tmp_path, *LAYOUTS[layout])
+    check_equal(found, one_rank(stage))
+
+
+@pytest.mark.parametrize("layout", PACKED_LAYOUTS)
+def test_packed_prompts_learn_the_same(layout, one_rank, stable_diffusion, tmp_path):
+    found = gradients("instruct", stable_diffusion, tmp_path, *PACKED_LAYOUTS[layout], packs=True)
+    check_equal(found, one_rank("instruct"))
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_packed_prompts_are_recomputed_packed(recompute, one_rank, stable_diffusion, tmp_path):
+    found = gradients(
+        "instruct", stable_diffusion, tmp_path, 1, {}, packs=True, recompute=recompute
+    )
+    check_equal(found, one_rank("instruct"))
+
+
+@pytest.mark.parametrize("layout", PACKED_LAYOUTS)
+def test_a_packed_caption_counts_as_it_does_alone(layout, alone, stable_diffusion, tmp_path):
+    """Padding counts in the loss of `align`, so without it the loss is that of captions alone."""
+    found = gradients("align", stable_diffusion, tmp_path, *PACKED_LAYOUTS[layout], packs=True)
+    check_equal(found, alone)
+
+
+@pytest.fixture(scope="module")
+def alone(stable_diffusion, tmp_path_factory, one_rank):
+    expected = gradients(
+        "align", stable_diffusion, tmp_path_factory.mktemp("alone"), 1, {}, alone=True
+    )
+    padded_loss, _ = one_rank("align")
+    assert expected[0] != pytest.approx(padded_loss, rel=1e-3), "padding makes no difference"
+    return expected
+
+
+def check_equal(result, reference):
+    (loss, found), (expected_loss, expected) = result, reference
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert found.keys() == expected.keys()
     largest = max(np.abs(gradient).max() for gradient in expected.values())

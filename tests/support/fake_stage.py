@@ -87,6 +87,7 @@ class FakeDataset:
         inputs = torch.stack(list(samples))
         return {
             "tokens": torch.zeros(len(samples), pad_to, dtype=torch.int64),
+            "padding_mask": torch.zeros(len(samples), pad_to, dtype=torch.bool),
             "pixel_values": torch.zeros(0, 3, 2, 2),
             "bad_samples": (inputs[:, 0] > BAD_ABOVE).sum(),
             "inputs": inputs,

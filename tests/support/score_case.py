@@ -94,7 +94,9 @@ def _train(config: RunConfig) -> Placed:
     layout = platform.initialize(config)
     stage = InstructStage(config, layout, open_remote_score(config, layout))
     reads = "prompts" if layout.num_score_ranks else "all"
-    feed = BatchFeed(TinyStream("instruct", reads=reads), config, layout, start_sample=0)
+    packs = config.data.pack_prompts
+    stream = TinyStream("instruct", reads=reads, packs=packs)
+    feed = BatchFeed(stream, config, layout, start_sample=0)
     reports, chunks, model = train_pass(stage, config, layout, iter(feed))
     share = gradients(model, layout)
     work = stage.remote_score.pop_work() if stage.remote_score is not None else None
@@ -104,7 +106,8 @@ def _train(config: RunConfig) -> Placed:
         heldout = forward_losses(
             stage, config, layout, chunks, feed, [iter(feed)], Reporter(layout, stage.remote_score)
         )
-        drawn = held_out_pictures(config, layout, stage._draw, TinyStream("instruct"), chunks)
+        pictured = TinyStream("instruct", packs=packs)
+        drawn = held_out_pictures(config, layout, stage._draw, pictured, chunks)
     feed.close()
     if stage.remote_score is not None:
         stage.remote_score.close(is_done=True)

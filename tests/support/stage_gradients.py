@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -30,15 +31,42 @@ def micro_batches(config: RunConfig, layout: Layout) -> Iterator[dict[str, torch
     for index in range(num_microbatches(config, layout.dp_size)):
         seed = index * layout.dp_size + layout.dp_rank
         batch = random_batch(config.stage, size, ROW_LENGTH, seed=seed)
+        if config.data.pack_prompts:
+            batch["packed"] = (~batch["padding_mask"]).flatten().nonzero().flatten()
         yield {name: value.to(layout.device) for name, value in batch.items()}
 
 
-def stage_gradients(config: RunConfig) -> tuple[float, Share]:
-    """(reported loss sum on the last stage else 0, this rank's gradients) of one global batch."""
+def prompts_alone(config: RunConfig, layout: Layout) -> Iterator[dict[str, torch.Tensor]]:
+    """The rows of `micro_batches` of one rank, each a micro-batch of its own without padding."""
+    for batch in micro_batches(config, layout):
+        for row, mask in enumerate(batch["padding_mask"]):
+            length = int((~mask).sum())
+            yield {
+                name: value
+                if name == "pixel_values"
+                else value[row : row + 1, :length]
+                if name in ("tokens", "image_mask", "padding_mask")
+                else value[row : row + 1]
+                for name, value in batch.items()
+            }
+
+
+def stage_gradients(config: RunConfig, *, alone: bool = False) -> tuple[float, Share]:
+    """(reported loss sum on the last stage else 0, this rank's gradients) of one global batch.
+
+    alone: of `align` on one rank, every prompt in a micro-batch of its own.
+    """
     layout = platform.initialize(config)
     try:
         stage = build_stage(config, layout)
-        reports, model = run_step(stage, config, layout, micro_batches(config, layout))
+        batches = micro_batches(config, layout)
+        if alone:
+            batches = prompts_alone(config, layout)
+            rows = config.training.global_batch_size
+            training = dataclasses.replace(config.training, micro_batch_size=1)
+            config = dataclasses.replace(config, training=training)
+            assert num_microbatches(config, layout.dp_size) == rows
+        reports, model = run_step(stage, config, layout, batches)
         return sum(float(report["loss"][0]) for report in reports), gradients(model, layout)
     finally:
         platform.teardown()

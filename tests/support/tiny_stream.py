@@ -20,8 +20,10 @@ _PADDING = {"tokens": 1, "padding_mask": True}
 class TinyStream:
     """Rows of 11 to 15 positions (pretrain: all 15), every second one with a picture."""
 
-    def __init__(self, stage: str, split: str = "train", reads: Reads = "all") -> None:
-        self._stage, self._reads = stage, reads
+    def __init__(
+        self, stage: str, split: str = "train", reads: Reads = "all", packs: bool = False
+    ) -> None:
+        self._stage, self._reads, self._packs = stage, reads, packs
         self._offset = {"train": 1000, "heldout": 500000}[split]
 
     def __getitem__(self, position: int) -> int:
@@ -46,6 +48,8 @@ class TinyStream:
             batch["stream_positions"] = torch.tensor(samples)
             batch["replacements"] = torch.zeros_like(batch["stream_positions"])
         batch["bad_samples"] = torch.tensor(0)
+        if self._packs:
+            batch["packed"] = (~batch["padding_mask"]).flatten().nonzero().flatten()
         if self._reads == "prompts":
             batch = {key: value for key, value in batch.items() if not key.startswith("target_")}
         if self._reads == "targets":

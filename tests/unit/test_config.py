@@ -233,6 +233,10 @@ def _interleaved(stages: int, chunks: int) -> list[str]:
             ["score.ranks_per_replica", "score.placement=colocated"],
         ),
         (["score.window=17"], ["score.window=17", "at most 16"]),
+        (
+            ["stage=pretrain", "data.pack_prompts=true"],
+            ["data.pack_prompts=true", "stage=pretrain", "data.pack_prompts=false"],
+        ),
         (["parallel.overlap_param_gather=true"], ["overlap_grad_reduce"]),
         (["training.micro_batch_size=0"], ["training.micro_batch_size=0"]),
         (["model.vision.patch_size=15"], ["patch_size=15"]),
@@ -325,6 +329,7 @@ def test_resume_notes_a_new_layout_and_refuses_new_maths():
         "training.seed=1",
         "training.global_batch_size=16",
         "model.decoder.num_layers=2",
+        "data.pack_prompts=true",
         "data.blend.more.path=x",
         "training.train_iters=300000",
     ):

@@ -244,6 +244,25 @@ def test_instruct_batch_has_the_agreed_keys_and_shapes(folder, tokenizer):
     assert counts == [4, 4, 2]
 
 
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+def test_packed_rows_name_their_tokens_in_order(folder, stage):
+    plain, stream = make_stream(folder, stage), make_stream(folder, stage, pack_prompts=True)
+    samples = [stream[p] for p in range(6)]
+    width = stream.pad_to(samples, range(12))
+    assert width <= plain.pad_to(samples, range(12))
+    batch, padded = stream.collate(samples, width), plain.collate(samples, width)
+    assert "packed" not in padded
+    assert batch["tokens"].flatten()[batch["packed"]].tolist() == [
+        int(token) for row in samples for token in row_tokens(row)
+    ]
+    for name, value in padded.items():
+        assert torch.equal(batch[name], value), name
+
+
+def row_tokens(sample) -> np.ndarray:
+    return sample.tokens if hasattr(sample, "tokens") else sample.prompt.tokens
+
+
 def test_pixel_values_follow_rows_then_positions(folder):
     stream = make_stream(folder, "instruct")
     samples = [stream[p] for p in range(6)]

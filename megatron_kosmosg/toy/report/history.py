@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_kosmosg.foreign_files import parse_json, read_file
 
 _PROGRESS = {"iteration", "consumed_train_samples"}
-_SPEED = {"samples_per_sec", "tokens_per_sec", "tflops", "mfu", "data_wait"}
+_SPEED = {"samples_per_sec", "tokens_per_sec", "tflops", "mfu", "data_wait", "padding"}
 _OPTIMIZER = {"lr", "grad_norm"}
 _HELD_OUT = "heldout_"
 
