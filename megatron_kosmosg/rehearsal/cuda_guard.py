@@ -11,7 +11,7 @@ import ctypes
 import hashlib
 import importlib.util
 import os
-import runpy
+import re
 import shutil
 import subprocess
 import sys
@@ -79,7 +79,8 @@ def _torch_folder() -> Path:
 
 
 def _is_cuda_build() -> bool:
-    return runpy.run_path(str(_torch_folder() / "version.py"))["cuda"] is not None
+    text = (_torch_folder() / "version.py").read_text(encoding="utf-8")
+    return re.search(r"^cuda\b[^=\n]*=\s*['\"]", text, re.MULTILINE) is not None
 
 
 def _compiled() -> Path:
@@ -87,8 +88,8 @@ def _compiled() -> Path:
     torch_folder = _torch_folder()
     version = (torch_folder / "version.py").read_bytes()
     made_from = hashlib.sha256(_SOURCE.encode() + version + str(torch_folder).encode())
-    folder = Path(tempfile.gettempdir())
-    library = folder / f"stand_in_for_cuda_{os.getuid()}_{made_from.hexdigest()[:16]}.so"
+    folder = _cache()
+    library = folder / f"stand_in_for_cuda_{made_from.hexdigest()[:16]}.so"
     if library.exists():
         return library
     with tempfile.TemporaryDirectory(dir=folder) as work:
@@ -104,3 +105,17 @@ def _compiled() -> Path:
         )  # fmt: skip
         made.rename(library)
     return library
+
+
+def _cache() -> Path:
+    """A folder that nobody else can write to: what lies in it is run.
+
+    Raises PermissionError for one that somebody else owns or may write to.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "megatron_kosmosg"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = os.stat(folder)
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{folder} must belong to you alone: others may write to it")
+    return folder
