@@ -27,7 +27,8 @@ class Stopwatch:
     def seconds(self) -> float:
         """Waits until the device has passed the `stop`."""
         if self._events:
-            self._events[1].synchronize()
+            if not self._events[1].query():
+                self._events[1].synchronize()
             return self._events[0].elapsed_time(self._events[1]) / 1000
         return self._times[1] - self._times[0]
 

@@ -20,17 +20,24 @@ def answer_for_a_gpu(recorder: Recorder) -> None:
     device = torch.device("cuda", 0)
 
     class Event:
-        def __init__(self, *_: Any, **__: Any) -> None: ...
+        num_recorded = num_passed = 0
+        """Of all events; the device has certainly passed the first `num_passed`."""
 
-        def record(self, *_: Any) -> None: ...
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self._number = 0
+
+        def record(self, *_: Any) -> None:
+            Event.num_recorded += 1
+            self._number = Event.num_recorded
 
         def wait(self, *_: Any) -> None: ...
 
         def query(self) -> bool:
-            return True
+            return self._number <= Event.num_passed
 
         def synchronize(self) -> None:
             recorder.wait("cuda.Event.synchronize")
+            Event.num_passed = max(Event.num_passed, self._number)
 
         def elapsed_time(self, _: Any) -> float:
             return 1.0

@@ -17,6 +17,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from megatron_kosmosg.data.balance import share
+from megatron_kosmosg.monitoring.signals import STOP_SIGNALS
 from megatron_kosmosg.monitoring.spans import SEND, WAIT, Record, no_record
 from megatron_kosmosg.monitoring.stopwatch import Stopwatch
 from megatron_kosmosg.score.link import MOST_IN_FLIGHT, Link
@@ -31,8 +32,6 @@ class ScoreWork:
     """Seconds that this decoder rank waited for answers."""
     idle: float = 0.0
     """Seconds that the score ranks waited for requests, summed over them."""
-    bad_samples: int = 0
-    """Target images that could not be decoded."""
     num_bytes: int = 0
 
 
@@ -123,27 +122,34 @@ class RemoteScore:
         return self._left_out
 
     def drain(self) -> None:
-        """Returns when all answers are here. A stop signal of a score rank is passed on."""
+        """Returns when all answers are here, or on their way into this rank's stream."""
         while self._pending:
             self._pending[0].wait()
         self._number = 0
         self._left_out = torch.zeros_like(self._left_out)
-        received = int(self._signal.item())
-        if received:
-            signal.raise_signal(received)  # as if this rank had got it: the ranks agree on it
-        self._signal.zero_()
 
     def pop_work(self) -> ScoreWork:
-        """What happened since the last call; zeros on ranks that do not talk."""
-        bad_samples, idle = self._sums.tolist()
-        waited = sum(watch.seconds() for watch in self._waits)
-        work = ScoreWork(waited, idle, int(bad_samples))
+        """What happened since the last call, as far as the host knows; zeros on ranks that do not
+        talk."""
+        # The last one first: when the device has passed it, it has passed the others.
+        work = ScoreWork(sum(watch.seconds() for watch in reversed(self._waits)))
         for link in self._links:
             work.num_bytes += link.num_bytes
             link.num_bytes = 0
         self._waits.clear()
-        self._sums.zero_()
         return work
+
+    def pop_answers(self) -> torch.Tensor:
+        """What the device knows of the same time, fp32 [3]: targets that could not be decoded,
+        seconds that score ranks were idle, and the number for `pass_on`."""
+        answers = torch.cat([self._sums, self._signal[None]])
+        self._sums, self._signal = torch.zeros_like(self._sums), torch.zeros_like(self._signal)
+        return answers
+
+    def pass_on(self, received: int) -> None:
+        """A score rank's stop signal, as if this rank had got it: the ranks agree on it."""
+        if received in STOP_SIGNALS:
+            signal.raise_signal(received)
 
     def close(self, *, is_done: bool) -> None:
         """Ends the score ranks' service. is_done: the run reached its last iteration."""

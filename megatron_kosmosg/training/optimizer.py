@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel.platform import torch_dtype
+
+_NORM_EPSILON = 1e-6
+"""Megatron-Core's, added to the norm before the division."""
 
 
 def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -70,20 +73,40 @@ def build_lr_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optim
     )
 
 
-def apply_update(optimizer: MegatronOptimizer, loss: float) -> tuple[bool, float]:
-    """(whether the update was made, global gradient norm); no update if anything is not finite.
+def squared_gradient_norm(optimizer: MegatronOptimizer, device: torch.device) -> torch.Tensor:
+    """Of the gradients of all ranks, as `apply_update` will find them; fp32 scalar on `device`,
+    infinite where fp16 gradients overflowed (their loss scale is then lowered).
 
-    loss: the global loss, equal on all ranks, so that all ranks decide alike.
+    Megatron-Core's own waits for the device once for every parameter where neither
+    TransformerEngine nor apex is installed.
     """
-    overflow = optimizer.prepare_grads()  # unscales fp16 gradients and lowers the loss scale
-    norm = math.inf if overflow else float(optimizer.get_grad_norm())
-    if overflow or not math.isfinite(norm) or not math.isfinite(loss):
-        return False, norm
+    if optimizer.prepare_grads():
+        return torch.full((), math.inf, device=device)
+    norms = torch._foreach_norm(
+        [g for part in optimizer.chained_optimizers for g in part.get_main_grads_for_grad_norm()]
+    )
+    if norms:
+        squared = torch.linalg.vector_norm(torch.stack(norms)).square()
+    else:
+        squared = torch.zeros((), device=device)
+    dist.all_reduce(squared, group=optimizer.get_grad_stats_parallel_group())
+    return squared
+
+
+def apply_update(optimizer: MegatronOptimizer, loss: float, norm: float) -> bool:
+    """Whether the update was made: not if anything is not finite.
+
+    loss: the global loss; norm: the root of `squared_gradient_norm`. Both are equal on all ranks,
+    so that all ranks decide alike.
+    """
+    if not math.isfinite(norm) or not math.isfinite(loss):
+        return False
     clip = optimizer.config.clip_grad
-    parameters = _parameters(optimizer)
-    if clip > 0 and parameters:
-        clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
-    return bool(optimizer.step_with_ready_grads()), norm
+    gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+    factor = clip / (norm + _NORM_EPSILON)
+    if 0 < factor < 1 and gradients:
+        torch._foreach_mul_(gradients, factor)
+    return bool(optimizer.step_with_ready_grads())
 
 
 def _parameters(optimizer: MegatronOptimizer) -> list[torch.nn.Parameter]:

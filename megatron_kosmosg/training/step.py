@@ -14,14 +14,16 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.transfers import upload_numbers
 from megatron_kosmosg.score.remote import RemoteScore, ScoreWork
 from megatron_kosmosg.score.schedule import forward_backward_function
 from megatron_kosmosg.training.batches import Batch, BatchFeed, Work
-from megatron_kosmosg.training.optimizer import apply_update
+from megatron_kosmosg.training.optimizer import apply_update, squared_gradient_norm
 from megatron_kosmosg.training.stage import Stage
 
 
@@ -56,10 +58,23 @@ def connect(
 
     remote_score: the stage's; images whose targets its ranks could not read do not count."""
 
-    def finish(model: list[torch.nn.Module], num_items: torch.Tensor, **named: Any) -> None:
+    def finish(
+        model: list[DistributedDataParallel],
+        num_items: torch.Tensor,
+        *,
+        pg_collection: ProcessGroupCollection,
+        **named: Any,
+    ) -> None:
         if remote_score is not None:
             num_items -= remote_score.left_out().to(num_items)
-        finalize_model_grads(model, num_items, **named)
+        finalize_model_grads(model, None, pg_collection=pg_collection, **named)
+        # Megatron-Core would divide, too; that of 0.16 asks the device whether there is anything.
+        stages = pg_collection.pp
+        dist.broadcast(num_items, dist.get_global_rank(stages, stages.size() - 1), group=stages)
+        dist.all_reduce(num_items, group=pg_collection.dp_cp)
+        scaling = 1.0 / num_items.clamp(min=1)
+        for chunk in model:
+            chunk.scale_gradients(scaling)
 
     for chunk in chunks:
         chunk.config.grad_scale_func = optimizer.scale_loss
@@ -78,10 +93,17 @@ class Reporter:
         self._layout, self._remote_score = layout, remote_score
         self._names: list[str] | None = None
 
-    def totals(self, losses: list[dict[str, torch.Tensor]], feed: BatchFeed) -> Totals:
-        """One collective. losses: what the micro-batches of the last stage reported, else empty.
+    def totals(
+        self,
+        losses: list[dict[str, torch.Tensor]],
+        feed: BatchFeed,
+        beside: torch.Tensor | None = None,
+    ) -> tuple[Totals, float]:
+        """(the totals, the number in `beside`, 0 for none). One collective, and one transfer to
+        the host of all that a pass tells it; a stop signal of a score rank is passed on.
 
-        A value is [sum, count]; equal on the tensor-parallel ranks of a replica.
+        losses: what the micro-batches of the last stage reported, else empty. A value is [sum,
+        count]; equal on the tensor-parallel ranks of a replica. beside: scalar on the device.
         """
         layout = self._layout
         if self._names is None:
@@ -99,28 +121,36 @@ class Reporter:
             float(work.padding) if speaks_for_input else 0.0,
             float(work.images) if speaks_for_input else 0.0,
             float(work.rows) if speaks_for_input else 0.0,
-            float((work.bad_samples if speaks_for_loss else 0) + score.bad_samples),
             wait,
             float(loads),
             score.waited,
-            score.idle,
             float(score.num_bytes),
+            float(work.bad_samples if speaks_for_loss else 0),
+            0.0,  # idle
         ]
-        vector = torch.tensor(values, dtype=torch.float64, device=layout.device)
+        vector = upload_numbers(values, torch.float64, layout.device)
         if layout.tp_rank == 0:
             for reported in losses:
                 pairs = torch.cat([reported[name].detach().view(2) for name in self._names])
                 vector[: pairs.numel()] += pairs.to(vector)
+        own = [vector.new_zeros(()) if beside is None else beside.to(vector)]
+        if remote is not None:
+            bad_samples, idle, signal = remote.pop_answers().to(vector).unbind()
+            vector[-2:] += torch.stack([bad_samples, idle])
+            own.append(signal)
         dist.all_reduce(vector)
-        numbers = vector.tolist()
+        numbers = torch.cat([vector, torch.stack(own)]).tolist()
+        if remote is not None:
+            remote.pass_on(int(numbers.pop()))
+        known = numbers.pop()
         means = {
             name: numbers[2 * i] / max(numbers[2 * i + 1], 1.0)
             for i, name in enumerate(self._names)
         }
-        rest = numbers[2 * len(self._names) :]
-        *done, waited, loaders = rest[:-3]
-        score = ScoreWork(rest[-3], rest[-2], 0, int(rest[-1]))
-        return Totals(means, Work(*map(int, done)), waited / loaders, score)
+        *done, wait, loaders, waited, num_bytes, bad_samples, idle = numbers[2 * len(means) :]
+        score = ScoreWork(waited, idle, int(num_bytes))
+        work = Work(*map(int, (*done, bad_samples)))
+        return Totals(means, work, wait / loaders, score), known
 
 
 def train_step(
@@ -138,9 +168,10 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     losses = _run_schedule(stage, config, layout, chunks, iterators, forward_only=False)
-    totals = reporter.totals(losses, feed)
-    made, grad_norm = apply_update(optimizer, totals.losses["loss"])
-    return Update(totals, grad_norm, made)
+    squares = squared_gradient_norm(optimizer, layout.device)
+    totals, squared_norm = reporter.totals(losses, feed, squares)
+    grad_norm = squared_norm**0.5
+    return Update(totals, grad_norm, apply_update(optimizer, totals.losses["loss"], grad_norm))
 
 
 def forward_losses(
@@ -154,7 +185,7 @@ def forward_losses(
 ) -> Totals:
     """The same pass over one global batch without gradients."""
     losses = _run_schedule(stage, config, layout, chunks, iterators, forward_only=True)
-    return reporter.totals(losses, feed)
+    return reporter.totals(losses, feed)[0]
 
 
 def _run_schedule(

@@ -9,24 +9,14 @@ from tests.support.marks import not_mended_yet
 from tests.support.rehearsals import Rehearsals
 
 MOST_AN_UPDATE = 3
-TODAY = {
-    "pretrain": (2, 100),
-    "align": (2, 261),
-    "instruct": (8, 227),
-    "dedicated": (8, 230),
-    "pipeline": (12, 66),
-}
-"""{case: (waits a micro-batch, waits an update beside them)}; they may only fall."""
+TODAY = {"pretrain": 2, "align": 2, "instruct": 8, "dedicated": 8, "pipeline": 12}
+"""{case: waits a micro-batch}; they may only fall."""
 
 
-def not_yet(index: int) -> list:
-    """The cases, as parameters of tests that are expected to fail."""
+def not_yet() -> list:
+    """The cases, as parameters of a test that is expected to fail."""
     return [
-        pytest.param(
-            name,
-            marks=not_mended_yet(f"{counts[index]} waits"),
-        )
-        for name, counts in TODAY.items()
+        pytest.param(name, marks=not_mended_yet(f"{count} waits")) for name, count in TODAY.items()
     ]
 
 
@@ -36,18 +26,19 @@ def case(rehearse: Rehearsals, name: str) -> Case:
     return rehearse.tiny("pretrain", pp=2) if name == "pipeline" else rehearse.repeated(name)
 
 
-@pytest.mark.parametrize("name", not_yet(0))
+@pytest.mark.parametrize("name", not_yet())
 def test_the_host_never_waits_inside_a_micro_batch(rehearse, name):
     assert rehearse.report(case(rehearse, name)).of_a_micro_batch("waits") == {}
 
 
-@pytest.mark.parametrize("name", not_yet(1))
+@pytest.mark.parametrize("name", TODAY)
 def test_the_host_waits_three_times_an_update_at_most(rehearse, name):
+    """What a pass tells the host comes in one transfer; a decoder rank with score ranks asks first
+    how long it has waited for them. The loop asks once more, whether to stop."""
     waits = rehearse.report(case(rehearse, name)).phase("update")["waits"]
-    assert sum(waits.values()) <= MOST_AN_UPDATE
+    assert sum(waits.values()) + 1 <= MOST_AN_UPDATE
 
 
-@not_mended_yet("one item() a trained tensor for the gradient norm")
 def test_no_line_waits_once_for_every_trained_tensor(rehearse):
     waits = rehearse.report(rehearse.repeated("instruct")).phase("update")["waits"]
     assert max(waits.values()) == 1
@@ -56,9 +47,7 @@ def test_no_line_waits_once_for_every_trained_tensor(rehearse):
 @pytest.mark.parametrize("name", TODAY)
 def test_waits_do_not_become_more(rehearse, name):
     report = rehearse.report(case(rehearse, name))
-    a_micro_batch, an_update = TODAY[name]
-    assert sum(report.of_a_micro_batch("waits").values()) <= a_micro_batch
-    assert sum(report.phase("update")["waits"].values()) <= an_update
+    assert sum(report.of_a_micro_batch("waits").values()) <= TODAY[name]
 
 
 def test_a_wait_is_named_by_the_line_that_waits(rehearse):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from functools import partial
@@ -23,7 +24,7 @@ from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.service import serve
 from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.training.batches import BatchFeed
-from megatron_kosmosg.training.optimizer import apply_update, build_optimizer
+from megatron_kosmosg.training.optimizer import apply_update, build_optimizer, squared_gradient_norm
 from megatron_kosmosg.training.step import _run_schedule, connect
 from megatron_kosmosg.training.wrapping import wrap_model
 from tests.support.tiny_models import random_batch
@@ -97,7 +98,9 @@ def measured_apart(config: RunConfig) -> dict[str, int]:
                 tracker.peak = kept = tracker.now
                 _run_schedule(stage, config, layout, chunks, [iter(feed)], forward_only=False)
                 peak = tracker.peak
-                apply_update(optimizer, 1.0)
+                apply_update(
+                    optimizer, 1.0, math.sqrt(squared_gradient_norm(optimizer, layout.device))
+                )
         feed.close()
         stage.remote_score.close(is_done=True)
         return {"kept": kept, "peak": peak, "parameters": sum(p.nbytes for p in parameters)}
@@ -165,7 +168,9 @@ def measured_bytes(config: RunConfig, rows: int, length: int) -> dict[str, int]:
                     forward_only=False,
                 )
                 peak = tracker.peak
-                apply_update(optimizer, 1.0)
+                apply_update(
+                    optimizer, 1.0, math.sqrt(squared_gradient_norm(optimizer, layout.device))
+                )
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         return {
             "kept": kept,
