@@ -1,8 +1,8 @@
 """What autograd's engine asks torch's C++ part before it works on device "cuda".
 
-A CPU build of torch has no guard for the device, no hooks and no accelerator. Forty lines of C++
-answer: compiled once per installation of torch (10 seconds), loaded before torch. A build with CUDA
-has all of them and needs none of this.
+A CPU build of torch has no guard for the device, no hooks and no accelerator; those of a build with
+CUDA ask the driver, which is not there. Forty lines of C++ answer instead: compiled once per
+installation of torch (10 seconds), loaded before torch.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ _SOURCE = r"""
 #include <c10/core/impl/FakeGuardImpl.h>
 
 C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::FakeGuardImpl<c10::DeviceType::CUDA>)
+extern "C" void register_guard() {
+  static c10::impl::FakeGuardImpl<c10::DeviceType::CUDA> guard;
+  c10::impl::device_guard_impl_registry[static_cast<size_t>(c10::DeviceType::CUDA)].store(&guard);
+}
 
 struct CUDAHooks final : at::CUDAHooksInterface {  // the name is the registry's key
   explicit CUDAHooks(at::CUDAHooksArgs) {}
@@ -46,7 +50,8 @@ struct CUDAHooks final : at::CUDAHooksInterface {  // the name is the registry's
 };
 using at::CUDAHooksRegistry;
 using at::RegistererCUDAHooksRegistry;
-REGISTER_CUDA_HOOKS(CUDAHooks)
+// Before those of a build with CUDA, which ask the driver.
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
 
 // Found before libtorch_cpu's own, because this library is loaded first, and globally.
 namespace at::accelerator {
@@ -57,18 +62,20 @@ TORCH_API std::optional<c10::DeviceType> getAccelerator(bool) { return c10::kCUD
 
 def why_not() -> str | None:
     """Why this machine cannot pretend to have a GPU; None where it can. Does not import torch."""
-    if _is_cuda_build() or shutil.which("g++") is not None:
+    if shutil.which("g++") is not None:
         return None
-    return "this torch is built without CUDA, and there is no g++ to compile a stand-in with"
+    return "there is no g++ to compile the stand-in for a CUDA driver with"
 
 
 def load_guard() -> None:
     """Call it before anything imports torch. Raises CalledProcessError when g++ fails."""
-    if _is_cuda_build():
-        return
     if "torch" in sys.modules:
         raise RuntimeError("the stand-in for CUDA must be loaded before torch, which is imported")
-    ctypes.CDLL(str(_compiled()), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(_compiled()), mode=ctypes.RTLD_GLOBAL)
+    if _is_cuda_build():
+        import torch  # noqa: F401 - registers its own guard, which asks the driver
+
+        library.register_guard()
 
 
 def _torch_folder() -> Path:
