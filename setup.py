@@ -93,6 +93,7 @@ setup(
         "megatron_kosmosg": ["configs/*.yaml", "py.typed"],
         "megatron_kosmosg.toy": ["assets/**"],
         "megatron_kosmosg.inspection": ["page.css", "page.html"],
+        "megatron_kosmosg.rehearsal": ["page.css", "page.html"],
         "megatron_kosmosg.toy.report": ["page.css", "page.html"],
     },
     entry_points={"console_scripts": ["kosmosg = megatron_kosmosg.cli.main:start"]},

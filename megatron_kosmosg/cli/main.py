@@ -39,6 +39,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
     "training": (
         Command("plan", "cli.plan", "memory, traffic and time of a layout, without its GPUs"),
         Command("doctor", "cli.doctor", "which kernels and versions a run here uses, and why"),
+        Command("rehearse", "cli.rehearse", "an update of every kind of rank on fake GPUs"),
         Command("preflight", "cli.preflight", "whether the nodes of a job are fit"),
         Command("launch", "cli.launch", "a command on several ranks of this machine"),
         Command("train", "train", "one stage: pretrain, align or instruct"),

@@ -29,6 +29,8 @@ class Gpu:
     """GB/s to the other GPUs of the node, one direction."""
     network_gb_s: float
     """GB/s to other nodes, one direction, this GPU's share of the node's adapters."""
+    capability: tuple[int, int]
+    """Compute capability, which decides about kernels."""
     per_node: int = 8
 
     def peak_flops(self, precision: str) -> float:
@@ -44,10 +46,10 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("v100-32", 31.7, 0, 125, 15.7, 900, 150, 6.25),
-        Gpu("a100-80", 79.1, 312, 312, 19.5, 2039, 300, 25),
-        Gpu("h100-80", 79.1, 989, 989, 67, 3350, 450, 50),
-        Gpu("h200-141", 139.8, 989, 989, 67, 4800, 450, 50),
+        Gpu("v100-32", 31.7, 0, 125, 15.7, 900, 150, 6.25, (7, 0)),
+        Gpu("a100-80", 79.1, 312, 312, 19.5, 2039, 300, 25, (8, 0)),
+        Gpu("h100-80", 79.1, 989, 989, 67, 3350, 450, 50, (9, 0)),
+        Gpu("h200-141", 139.8, 989, 989, 67, 4800, 450, 50, (9, 0)),
     )
 }
 

@@ -1,6 +1,6 @@
 """Which kernel `scaled_dot_product_attention` takes on the GPU, and what that kernel allocates.
 
-As torch 2.13 chooses on compute capability 9.0: flash for half precision without a mask, then
+As torch 2.13 chooses: flash for half precision without a mask from compute capability 8.0 on, then
 memory-efficient, then the one that writes the matrix of weights out.
 """
 
@@ -17,6 +17,8 @@ from megatron_kosmosg.rehearsal.recorder import Recorder
 aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
 _WIDEST_FLASH_HEAD = 256
+_AMPERE = (8, 0)
+"""The first compute capability with flash attention, and with attention in bfloat16."""
 
 
 def answer_for_attention(recorder: Recorder) -> None:
@@ -68,9 +70,10 @@ def _check(query, key, value, mask) -> None:
 
 def _choose(query: torch.Tensor, mask: torch.Tensor | None):
     half, width = query.dtype in _HALF, query.shape[-1]
-    if half and mask is None and width <= _WIDEST_FLASH_HEAD:
+    is_recent = torch.cuda.get_device_capability() >= _AMPERE
+    if half and mask is None and width <= _WIDEST_FLASH_HEAD and is_recent:
         return _flash
-    if width % (8 if half else 4) == 0:
+    if width % (8 if half else 4) == 0 and (is_recent or query.dtype is not torch.bfloat16):
         return _efficient
     return _matrix
 

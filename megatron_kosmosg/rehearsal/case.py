@@ -23,6 +23,8 @@ class Case:
     """{key: value} that the stage before put into the store; its own rehearsal says it, too."""
     upstream_trains: bool = True
     """Whether anything trains on the pipeline stages before."""
+    gpu: str = "h100-80"
+    """Kind of the cards: a name in `planning.gpus.GPUS`."""
     num_updates: int = 1
     """The last one is recorded; the first also does what is done once."""
     do: str = "megatron_kosmosg.rehearsal.rank_update:run_update"

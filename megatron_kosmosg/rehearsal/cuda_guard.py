@@ -64,7 +64,7 @@ def why_not() -> str | None:
     """Why this machine cannot pretend to have a GPU; None where it can. Does not import torch."""
     if shutil.which("g++") is not None:
         return None
-    return "there is no g++ to compile the stand-in for a CUDA driver with"
+    return "there is no g++ to compile the stand-in for a CUDA driver with; install it"
 
 
 def load_guard() -> None:

@@ -17,6 +17,7 @@ class DeviceMemory:
     def __init__(self) -> None:
         self.now = self.peak = 0
         """Bytes; `peak` since the last `restart_peak`."""
+        self._highest = 0
         self._alive: dict[int, weakref.ref] = {}
         self._pinned: dict[int, weakref.ref] = {}
 
@@ -36,6 +37,7 @@ class DeviceMemory:
         self._alive[key] = weakref.ref(storage, freed)
         self.now += size
         self.peak = max(self.peak, self.now)
+        self._highest = max(self._highest, self.now)
         return size
 
     def see_all(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -50,6 +52,11 @@ class DeviceMemory:
 
     def restart_peak(self) -> None:
         self.peak = self.now
+
+    def take_highest(self) -> int:
+        """Most bytes at once since the last call."""
+        highest, self._highest = self._highest, self.now
+        return highest
 
     def pin(self, value: torch.Tensor) -> None:
         """Notes that a tensor on the host lies in pinned memory."""

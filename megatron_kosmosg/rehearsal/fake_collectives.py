@@ -6,6 +6,7 @@ has the shape that was sent to it, or that the caller knows from the neighbour's
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -55,10 +56,12 @@ class Collectives:
     def __init__(self, recorder: Recorder, numbers: Numbers) -> None:
         self._recorder, self._numbers = recorder, numbers
         self._names: dict[dist.ProcessGroup, str] = {}
-        self.sent: dict[int, tuple[int, ...]] = {}
+        self.sent: dict[int | None, tuple[int, ...]] = {}
         """{global rank: shape of the last tensor sent to it}, shapes themselves left out."""
-        self.announced: dict[int, tuple[int, ...]] = {}
-        """{global rank: shape of what it sends}, where nothing was sent to it before."""
+        self.announced: tuple[int, ...] | None = None
+        """Shape of what the pipeline stage before sends, where nothing was sent to it yet."""
+        self.letters: deque[list[float]] = deque()
+        """Numbers of the next float64 tensors that come from the other end of a pair."""
         self.store = _Store()
         """What pipeline stages tell each other beside the tensors."""
         self.others_say: Any = None
@@ -153,7 +156,8 @@ class Collectives:
     def _receive(self, tensor: torch.Tensor, src: int | None = None, group=None, **_: Any) -> _Done:
         self._count("receive", group, tensor)
         if _is_shape(tensor):
-            known = self.announced.get(src) or self.sent.get(src)
+            # What comes back has the shape of what was sent; all chunks of a pipeline alike.
+            known = self.sent.get(src) or self.announced or next(iter(self.sent.values()), None)
             if known is None:
                 raise RuntimeError(f"nobody said what rank {src} sends")
             self._numbers.set_list(tensor, list(known))
@@ -164,7 +168,7 @@ class Collectives:
 
     def _two_ranks(self) -> type:
         """Stands for ProcessGroupNCCL where a program makes such a group itself, of two ranks."""
-        count, done = self._count, _Done
+        count, done, numbers, letters = self._count, _Done, self._numbers, self.letters
 
         class Pair:
             Options = SimpleNamespace
@@ -177,6 +181,9 @@ class Collectives:
 
             def recv(self, tensors: list[torch.Tensor], *_: Any) -> _Done:
                 count("receive", "pair", *tensors)
+                for tensor in tensors:
+                    if tensor.dtype is torch.float64:
+                        numbers.set_list(tensor, letters.popleft())
                 return done()
 
         return Pair

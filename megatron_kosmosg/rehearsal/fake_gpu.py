@@ -1,23 +1,39 @@
-"""`torch.cuda` as it answers on a node of H100s. The properties are that card's."""
+"""`torch.cuda` as it answers on a node of eight cards of one kind."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from megatron_kosmosg.planning.gpus import GPUS, Gpu
 from megatron_kosmosg.rehearsal.cuda_guard import NUM_DEVICES
 from megatron_kosmosg.rehearsal.recorder import Recorder
 
-CAPABILITY = (9, 0)
-DEVICE_BYTES = 80 * 2**30
-_NAME = "NVIDIA H100 80GB HBM3"
+
+@dataclass
+class Card:
+    """The kind of GPU; another one may take its place before a program starts."""
+
+    kind: Gpu
+
+    def properties(self, *_: Any) -> SimpleNamespace:
+        """What `torch.cuda.get_device_properties` gives."""
+        major, minor = self.kind.capability
+        return SimpleNamespace(
+            name=f"NVIDIA {self.kind.name}",
+            major=major,
+            minor=minor,
+            total_memory=int(self.kind.memory_gib * 2**30),
+            multi_processor_count=132,
+        )
 
 
-def answer_for_a_gpu(recorder: Recorder) -> None:
+def answer_for_a_gpu(recorder: Recorder) -> Card:
     """Puts the answers into `torch.cuda`, for the rest of this process."""
-    device = torch.device("cuda", 0)
+    device, card = torch.device("cuda", 0), Card(GPUS["h100-80"])
 
     class Event:
         num_recorded = num_passed = 0
@@ -83,13 +99,6 @@ def answer_for_a_gpu(recorder: Recorder) -> None:
         def graphsafe_set_state(self, _: Any) -> None: ...
 
     generators = tuple(Generator() for _ in range(NUM_DEVICES))
-    properties = SimpleNamespace(
-        name=_NAME,
-        major=CAPABILITY[0],
-        minor=CAPABILITY[1],
-        total_memory=DEVICE_BYTES,
-        multi_processor_count=132,
-    )
     answers = {
         "Event": Event,
         "Stream": Stream,
@@ -113,9 +122,9 @@ def answer_for_a_gpu(recorder: Recorder) -> None:
         "manual_seed_all": lambda _: None,
         "get_rng_state": lambda *_, **__: generators[0].get_state(),
         "set_rng_state": lambda *_, **__: None,
-        "get_device_capability": lambda *_: CAPABILITY,
-        "get_device_name": lambda *_: _NAME,
-        "get_device_properties": lambda *_: properties,
+        "get_device_capability": lambda *_: card.kind.capability,
+        "get_device_name": lambda *_: card.properties().name,
+        "get_device_properties": card.properties,
         "memory_allocated": lambda *_: recorder.memory.now,
         "memory_reserved": lambda *_: recorder.memory.now,
         "max_memory_allocated": lambda *_: recorder.memory.peak,
@@ -125,3 +134,4 @@ def answer_for_a_gpu(recorder: Recorder) -> None:
         setattr(torch.cuda, name, answer)
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
+    return card

@@ -11,6 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from megatron_kosmosg.rehearsal.recorder import Recorder
 
+_KNOWN = "rehearsed_list"
+"""Attribute of a tensor without numbers: the numbers it would have."""
+
 
 class Numbers:
     """What a program reads out of tensors that hold nothing."""
@@ -27,14 +30,27 @@ class Numbers:
 
     def tolist(self, tensor: torch.Tensor) -> Any:
         """What `set_list` said, else ones (counts that are divided by), and zeros for integers."""
-        known = getattr(tensor, "rehearsed_list", None)
+        known = getattr(tensor, _KNOWN, None)
         if known is not None:
             return known
         return _nested(tuple(tensor.shape), 1.0 if tensor.is_floating_point() else 0)
 
     def set_list(self, tensor: torch.Tensor, numbers: list) -> None:
         """What `tensor.tolist()` is to give."""
-        tensor.rehearsed_list = numbers
+        setattr(tensor, _KNOWN, numbers)
+
+    def follow(self, name: str, args: tuple, results: list[torch.Tensor]) -> None:
+        """What is known of a list of numbers holds for its copies and its slices."""
+        known = getattr(args[0], _KNOWN, None) if args else None
+        if known is None or name not in ("_to_copy", "clone", "detach", "alias", "slice"):
+            return
+        if name == "slice":
+            dim, start, end, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
+            known = known[slice(start, end, step)] if dim == 0 else None
+        if known is not None:
+            (result,) = results
+            number = float if result.is_floating_point() else int
+            self.set_list(result, [number(x) for x in known])
 
 
 def answer_for_tensors(recorder: Recorder, numbers: Numbers) -> None:
@@ -63,13 +79,18 @@ def answer_for_tensors(recorder: Recorder, numbers: Numbers) -> None:
         recorder.memory.pin(pinned)
         return pinned
 
-    torch.Tensor.tolist = FakeTensor.tolist = tolist
-    torch.Tensor.numpy = numpy
-    torch.tensor = tensor
-    torch.Tensor.pin_memory = pin_memory
-    torch.Tensor.is_pinned = lambda self, *_: recorder.memory.is_pinned(self)
-    torch.Tensor.record_stream = lambda self, _: None
-    torch.nn.Module._apply = _apply
+    answers: tuple[tuple[Any, str, Callable], ...] = (
+        (torch, "tensor", tensor),
+        (torch.Tensor, "tolist", tolist),
+        (FakeTensor, "tolist", tolist),
+        (torch.Tensor, "numpy", numpy),
+        (torch.Tensor, "pin_memory", pin_memory),
+        (torch.Tensor, "is_pinned", lambda self, *_: recorder.memory.is_pinned(self)),
+        (torch.Tensor, "record_stream", lambda self, _: None),
+        (torch.nn.Module, "_apply", _apply),
+    )
+    for owner, name, answer in answers:
+        setattr(owner, name, answer)
 
 
 def _nested(shape: tuple[int, ...], filling: Any) -> Any:

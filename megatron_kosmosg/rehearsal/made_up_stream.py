@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.rehearsal.fake_numbers import Numbers
 
 LATENT_CHANNELS, PIXELS_PER_LATENT = 4, 8
 
@@ -89,5 +90,5 @@ class MadeUpStream:
 def _positions(samples: list[int]) -> torch.Tensor:
     """int64 [rows]; pipeline stages tell each other by these numbers of which rows they speak."""
     positions = torch.tensor(samples)
-    positions.rehearsed_list = list(samples)  # what `Numbers.tolist` gives
+    Numbers().set_list(positions, list(samples))
     return positions

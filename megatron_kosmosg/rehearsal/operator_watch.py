@@ -65,6 +65,7 @@ class OperatorWatch(TorchDispatchMode):
             self._recorder.see(result)
             if pinned:
                 self._recorder.memory.pin(result)
+        self._numbers.follow(name, args, results)
         return out
 
     def _answer(self, name: str, args: tuple) -> Any:
@@ -83,6 +84,8 @@ class OperatorWatch(TorchDispatchMode):
         if name == "nonzero" and args[0].device.type == "cuda":
             self._recorder.wait("nonzero()")
             return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+        if name == "nonzero" and isinstance(args[0], FakeTensor):  # nothing is out of order
+            return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)
         if name == "masked_scatter":
             self._scattered_at = place()
         if name == "masked_scatter_backward":  # selects by mask: the host waits for the size
@@ -126,7 +129,7 @@ class OperatorWatch(TorchDispatchMode):
         if all(tensor.numel() == 0 for tensor in touched):
             phase.empty[f"{name} at {place()}"] += 1
             return
-        phase.kernels[name] += 1
+        self._recorder.launch(name)
         if name in ("div", "mul") and len(args) > 1 and _is_one(args[1]):
             phase.without_effect[f"{name} by 1 at {place()}"] += 1
         formula = flop_registry.get(func.overloadpacket)

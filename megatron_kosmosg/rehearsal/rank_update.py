@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,8 +14,10 @@ from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.planning.gpus import GPUS
 from megatron_kosmosg.planning.pipeline_balance import with_default_layout
 from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.frozen_files import with_frozen_folders
 from megatron_kosmosg.rehearsal.made_up_stream import MadeUpStream
 from megatron_kosmosg.rehearsal.stand_ins import StandIns
 from megatron_kosmosg.score.connect import open_remote_score
@@ -28,13 +31,18 @@ UPDATE = "update"
 """Phase of everything between the micro-batches and around them."""
 
 
-def resolved_config(case: Case) -> RunConfig:
+def run_config(case: Case) -> RunConfig:
     """The run's config; data are read in the thread that the stand-ins know."""
     overrides = [*case.overrides, f"parallel.world_size={case.world_size}", "data.num_workers=0"]
     return with_default_layout(load_config(case.config, overrides))
 
 
-def take_place(case: Case, config: RunConfig, stand_ins: StandIns) -> None:
+def resolved_config(case: Case, stand_ins: StandIns) -> RunConfig:
+    """`run_config` with frozen models whose sizes are on this machine."""
+    return with_frozen_folders(run_config(case), stand_ins.folder)
+
+
+def take_place(case: Case, stand_ins: StandIns) -> None:
     """Makes this process the case's rank, as torchrun would; says what other ranks would."""
     os.environ.update(
         RANK=str(case.rank),
@@ -46,29 +54,31 @@ def take_place(case: Case, config: RunConfig, stand_ins: StandIns) -> None:
     collectives = stand_ins.collectives
     stand_ins.numbers.flag = case.upstream_trains
     collectives.store.said.update(case.told)
-    if case.received is not None:
-        ranks_of_a_stage = case.world_size // config.parallel.pipeline_model_parallel_size
-        collectives.announced[case.rank - ranks_of_a_stage] = case.received
+    collectives.announced = case.received
+    stand_ins.card.kind = GPUS[case.gpu]
 
 
 def run_update(case: Case, stand_ins: StandIns) -> dict:
-    """{"phases": counts of the last update, "num_micro_batches": in it, "held": bytes between
-    updates, "trains": whether anything does on this rank, "sent": shapes by rank, "told": through
-    the store}."""
-    config, recorder = resolved_config(case), stand_ins.recorder
-    take_place(case, config, stand_ins)
+    """{"phases": counts of the last update, "timeline": its memory, "num_micro_batches": in it,
+    "held": bytes between updates, "trains": whether anything does on this rank or before it,
+    "sent": shapes by rank, "told": through the store}."""
+    config, recorder = resolved_config(case, stand_ins), stand_ins.recorder
+    take_place(case, stand_ins)
     with stand_ins.device():
         rank = start(config, case, stand_ins)
         for number in range(case.num_updates):
             if number:
                 recorder.forget()
+            recorder.restart_timeline()
             with recorder.phase(UPDATE):
                 rank.update()
+    behind_others = rank.layout.pp_rank > 0
     return {
         "phases": recorder.as_dict(),
+        "timeline": recorder.timeline(),
         "num_micro_batches": num_microbatches(config, rank.layout.dp_size),
         "held": rank.held,
-        "trains": rank.held["optimizer"] > 0,
+        "trains": rank.held["optimizer"] > 0 or (behind_others and case.upstream_trains),
         "sent": stand_ins.collectives.sent,
         "told": stand_ins.collectives.store.said,
     }
@@ -115,13 +125,15 @@ def start(config: RunConfig, case: Case, stand_ins: StandIns) -> Rank:
     # Megatron-Core gives all ranks the parameter groups of all; where something trains it is one.
     collectives.others_say = [(None, False)]
     trained = build_trained(stage, config, layout, takes_initial_weights=False)
-    parameters = [parameter for chunk in trained.chunks for parameter in chunk.parameters()]
+    parameters: list[Any] = [
+        parameter for chunk in trained.chunks for parameter in chunk.parameters()
+    ]
     memory.see_all(parameters)
     gradients = [parameter.main_grad for parameter in parameters if parameter.requires_grad]
     model = memory.size([*parameters, *gradients])
     held = {"frozen_helpers": helpers, "model": model, "total": memory.now}
     held["optimizer"] = memory.now - helpers - model
-    stream = MadeUpStream(
+    stream: Any = MadeUpStream(
         config,
         case.length,
         case.images,

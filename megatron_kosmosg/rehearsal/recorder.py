@@ -55,7 +55,9 @@ class Phase:
     attention: dict[str, Counter[str]] = field(default_factory=dict)
     """Calls by kernel that torch would take, and by shape."""
     peak: int = 0
-    """Bytes of tensors on the device."""
+    """Bytes of tensors on the device, at most."""
+    alive: int = 0
+    """The same when the phase ended for the last time."""
     largest: dict = field(default_factory=lambda: {"bytes": 0})
     """The largest tensor that came into being: bytes, shape, dtype, place."""
 
@@ -72,6 +74,8 @@ class Recorder:
         self.memory = DeviceMemory()
         self.phases: dict[str, Phase] = {}
         self._names = ["setup"]
+        self._heights: list[int] = []
+        self._spans: list[tuple[str, int]] = []
         self.now = self._open()
 
     def enter(self, name: str) -> None:
@@ -101,7 +105,20 @@ class Recorder:
     def forget(self) -> None:
         """Starts anew, e.g. after a first update that is not to count."""
         self.phases = {}
+        self.restart_timeline()
+
+    def restart_timeline(self) -> None:
+        """The picture of the memory begins here; counts go on."""
+        self._close()
+        self._heights.clear()
+        self._spans.clear()
+        self.memory.take_highest()
         self.now = self._open()
+
+    def launch(self, name: str) -> None:
+        """A kernel."""
+        self.now.kernels[name] += 1
+        self._heights.append(self.memory.take_highest())
 
     def wait(self, what: str, where: str | None = None) -> None:
         """The host waits for the device. where: place, if it is not the present one."""
@@ -119,12 +136,25 @@ class Recorder:
         self._close()
         return {name: phase.as_dict() for name, phase in self.phases.items()}
 
+    def timeline(self, most: int = 600) -> dict:
+        """{"kernels", "bytes": most alive at each of up to `most` points, "spans": [phase, from
+        which kernel on]}: memory over the order in which kernels are launched."""
+        step = max(1, -(-len(self._heights) // most))
+        starts = range(0, len(self._heights), step)
+        return {
+            "kernels": len(self._heights),
+            "bytes": [max(self._heights[start : start + step]) for start in starts],
+            "spans": self._spans,
+        }
+
     def _open(self) -> Phase:
         self.memory.restart_peak()
+        self._spans.append((self._names[-1], len(self._heights)))
         return self.phases.setdefault(self._names[-1], Phase())
 
     def _close(self) -> None:
         self.now.peak = max(self.now.peak, self.memory.peak)
+        self.now.alive = self.memory.now
 
 
 def place() -> str:

@@ -1,4 +1,4 @@
-"""A process that is a GPU rank: `python -m megatron_kosmosg.rehearsal.server`.
+"""A process that is a GPU rank: `python -m megatron_kosmosg.rehearsal.server FOLDER`.
 
 Reads a case a line, as JSON, and answers each with a line. Every case runs in a child of its own,
 because the program and its libraries keep state; what takes long, importing, happens once.
@@ -10,8 +10,10 @@ import gc
 import importlib
 import json
 import os
+import resource
 import sys
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_kosmosg.rehearsal.case import Case
@@ -21,14 +23,17 @@ if TYPE_CHECKING:
     from megatron_kosmosg.rehearsal.stand_ins import StandIns
 
 
-def main() -> None:
-    """Serves until its input ends. Standard output carries the answers alone."""
+def main(folder: str) -> None:
+    """Serves until its input ends. folder: for files, an empty one.
+
+    Standard output carries the answers alone.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     load_guard()
     from megatron_kosmosg.rehearsal.stand_ins import install
 
-    stand_ins = install()
+    stand_ins = install(Path(folder))
     gc.collect()
     gc.freeze()  # no case frees anything of what was imported, and each would search it
     for line in sys.stdin:
@@ -65,11 +70,23 @@ def _run(case: Case, stand_ins: StandIns) -> dict:
             "error": {
                 "message": f"{type(error).__name__}: {error}",
                 "phase": stand_ins.recorder.name,
+                "place": _place(frames),
                 "lines": [f"{x.filename}:{x.lineno} {x.name}: {x.line}" for x in program[-12:]],
             }
         }
     times = os.times()
-    return answer | {"cpu_seconds": times.user + times.system}
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return answer | {"cpu_seconds": times.user + times.system, "resident_bytes": largest}
+
+
+def _place(frames: traceback.StackSummary) -> str:
+    """file:line of the program, where it went wrong."""
+    package, here = Path(__file__).parents[1], Path(__file__).parent
+    own = [x for x in frames if package in Path(x.filename).parents]
+    program = [x for x in own if here not in Path(x.filename).parents] or own or list(frames)
+    file = Path(program[-1].filename)
+    shown = file.relative_to(package.parent) if package in file.parents else file
+    return f"{shown}:{program[-1].lineno}"
 
 
 def _tuples(fields: dict) -> dict:
@@ -82,4 +99,4 @@ def _tuples(fields: dict) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_kosmosg.rehearsal.attention_choice import answer_for_attention
 from megatron_kosmosg.rehearsal.fake_collectives import Collectives
-from megatron_kosmosg.rehearsal.fake_gpu import answer_for_a_gpu
+from megatron_kosmosg.rehearsal.fake_gpu import Card, answer_for_a_gpu
 from megatron_kosmosg.rehearsal.fake_numbers import Numbers, answer_for_tensors
 from megatron_kosmosg.rehearsal.operator_watch import OperatorWatch
 from megatron_kosmosg.rehearsal.recorder import Recorder
 
+_NO_DRIVER = "avoid_device_init"
 _PROGRAM = (
     "rehearsal.rank_update",
+    "rehearsal.score_rank",
+    "rehearsal.rehearsed_ranks",
     "stages.pretrain",
     "stages.align",
     "stages.instruct",
@@ -28,6 +33,9 @@ class StandIns:
     recorder: Recorder
     numbers: Numbers
     collectives: Collectives
+    card: Card
+    folder: Path
+    """For sizes of frozen models that are not on this machine."""
 
     def device(self) -> FakeDevice:
         """Inside it tensors have no memory, and operators are counted."""
@@ -45,20 +53,21 @@ class FakeDevice:
         for mode in self._modes:
             mode.__enter__()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         for mode in reversed(self._modes):
             mode.__exit__(*error)
 
 
-def install() -> StandIns:
+def install(folder: Path) -> StandIns:
     """Puts the answers into torch and the libraries, then imports the program on top of them.
 
-    The order matters: each takes names out of those before it.
+    folder: for files, an empty one. The order matters: each takes names out of those before it.
     """
     recorder, numbers = Recorder(), Numbers()
     collectives = Collectives(recorder, numbers)
-    FakeTensorMode.avoid_device_init = True  # although torch.cuda says that there is a device
-    answer_for_a_gpu(recorder)
+    # Although torch.cuda says that there is a device.
+    setattr(FakeTensorMode, _NO_DRIVER, True)
+    card = answer_for_a_gpu(recorder)
     answer_for_tensors(recorder, numbers)
     answer_for_attention(recorder)
     collectives.install()
@@ -68,4 +77,4 @@ def install() -> StandIns:
     phases.name_phases(recorder)
     for name in _PROGRAM:
         importlib.import_module(f"megatron_kosmosg.{name}")
-    return StandIns(recorder, numbers, collectives)
+    return StandIns(recorder, numbers, collectives, card, folder)

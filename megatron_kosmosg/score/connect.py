@@ -61,7 +61,7 @@ def open_links(
     """This rank's links. A decoder rank's: to its score ranks, in the order of micro-batches; none
     unless it is tensor rank 0 of the last stage. A score rank's: to the replicas it serves."""
     timeout = timedelta(seconds=config.parallel.timeout_seconds)
-    most_rows = max(config.training.micro_batch_size, config.logging.num_images)
+    most = most_rows(config)
 
     def link(replica: int, score_index: int, end: int) -> Link:
         name = f"score link {replica}-{score_index}"
@@ -73,7 +73,7 @@ def open_links(
         score_rank = world.score_ranks(replica)[score_index]
         decoder_rank = world.decoder_rank(replica, world.pp_size - 1, 0)
         peer = f"score rank {score_rank}" if end == DECODER else f"decoder rank {decoder_rank}"
-        opened = Link(requests, answers, device, most_rows, peer)
+        opened = Link(requests, answers, device, most, peer)
         opened.greet(end)
         return opened
 
@@ -83,6 +83,11 @@ def open_links(
     if place.tp_rank != 0 or place.pp_rank != world.pp_size - 1:
         return []
     return [link(place.replica, index, DECODER) for index in range(world.score_ranks_per_unit)]
+
+
+def most_rows(config: RunConfig) -> int:
+    """Upper bound of the positions in a request, which both ends of a link reckon with."""
+    return max(config.training.micro_batch_size, config.logging.num_images)
 
 
 def _pair(store: Store, rank: int, device: torch.device, timeout: timedelta) -> ProcessGroup:

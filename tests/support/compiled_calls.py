@@ -28,12 +28,12 @@ OTHER_LENGTHS = (2, -2, 4)
 
 def count_graphs(case: Case, stand_ins: StandIns) -> dict:
     """{"training", "evaluation": number of graphs, "limit": after which torch compiles no more}."""
-    config, calls = resolved_config(case), {}
+    config, calls = resolved_config(case, stand_ins), {}
     originals = {name: _plain(getattr(fusions, name)) for name in FUNCTIONS.values()}
     for name, function in originals.items():
         calls[name] = []
         setattr(fusions, name, _noting(function, calls[name]))
-    take_place(case, config, stand_ins)
+    take_place(case, stand_ins)
     with stand_ins.device():
         rank = start(config, case, stand_ins)
         rank.update()

@@ -41,10 +41,10 @@ def fused_layer_norm_affine(*_):
 """NVIDIA's apex installed without its CUDA extensions: it imports, and fails when it is used."""
 
 
-def plan(case: Case, _: StandIns) -> dict:
+def plan(case: Case, stand_ins: StandIns) -> dict:
     """What the planner reckons for the case's rank and micro-batches, in bytes, and the number of
     trained parameters."""
-    config = resolved_config(case)
+    config = resolved_config(case, stand_ins)
     rows = config.training.micro_batch_size
     decoder_rows = rows + (config.stage == "instruct")  # the null condition's
     batch = MicroBatch(rows, decoder_rows, case.length, case.images)
@@ -59,8 +59,8 @@ def plan(case: Case, _: StandIns) -> dict:
 
 def start(case: Case, stand_ins: StandIns) -> dict:
     """Settings of torch after the start-up of a rank."""
-    config = resolved_config(case)
-    take_place(case, config, stand_ins)
+    config = resolved_config(case, stand_ins)
+    take_place(case, stand_ins)
     with stand_ins.device():
         platform.initialize(config)
     return {"cudnn_benchmark": torch.backends.cudnn.benchmark}
@@ -68,8 +68,8 @@ def start(case: Case, stand_ins: StandIns) -> dict:
 
 def links(case: Case, stand_ins: StandIns) -> dict:
     """{"phases": of a decoder rank with score ranks, "opening" and "closing"}."""
-    config, recorder = resolved_config(case), stand_ins.recorder
-    take_place(case, config, stand_ins)
+    config, recorder = resolved_config(case, stand_ins), stand_ins.recorder
+    take_place(case, stand_ins)
     with stand_ins.device():
         layout = platform.initialize(config)
         with recorder.phase("opening"):
@@ -85,7 +85,9 @@ def gradients_of_a_stage(case: Case, stand_ins: StandIns) -> dict:
     On the tiny models of that test; of the case only the stage counts.
     """
     folder = Path(tempfile.mkdtemp())
-    config = tiny_config(resolved_config(case).stage, write_stable_diffusion(folder), folder)
+    config = tiny_config(
+        resolved_config(case, stand_ins).stage, write_stable_diffusion(folder), folder
+    )
     with stand_ins.device():
         loss, share = stage_gradients(config)
     return {"loss": loss, "gradients": sorted(share.tensors)}
@@ -93,8 +95,8 @@ def gradients_of_a_stage(case: Case, stand_ins: StandIns) -> dict:
 
 def pictures(case: Case, stand_ins: StandIns) -> dict:
     """{"shape", "device": of held-out pictures, "phases": "draw"}."""
-    config, recorder = resolved_config(case), stand_ins.recorder
-    take_place(case, config, stand_ins)
+    config, recorder = resolved_config(case, stand_ins), stand_ins.recorder
+    take_place(case, stand_ins)
     with stand_ins.device():
         layout = platform.initialize(config)
         diffusion = load_diffusion(config, layout.device)
@@ -127,12 +129,12 @@ def update_with_bare_apex(case: Case, stand_ins: StandIns) -> dict:
     return run_update(case, stand_ins)
 
 
-def score_rank_order(case: Case, _: StandIns) -> dict:
+def score_rank_order(case: Case, stand_ins: StandIns) -> dict:
     """{"events": in the order in which a score rank on the CPU does things for two micro-batches}.
 
     "encode": the VAE turns target images into moments; "request": a condition has arrived.
     """
-    config = resolved_config(case)
+    config = resolved_config(case, stand_ins)
     cpu = torch.device("cpu")
     diffusion = load_diffusion(config, cpu)
     events: list[str] = []

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 from megatron_kosmosg.rehearsal.case import Case
-
-REPOSITORY = Path(__file__).parents[2]
+from megatron_kosmosg.rehearsal.fake_device import FakeDevice
+from megatron_kosmosg.rehearsal.rehearse import behind, rehearse
+from megatron_kosmosg.rehearsal.report import MICRO_BATCH_PHASES, attention, peak
 
 _TINY_MODEL = (
     "model.vocab_size=101",
@@ -76,32 +75,6 @@ _TINY_FOLDER = {
         "eos_token_id": 52,
     },
 }
-_FULL_FOLDER = {  # Stable Diffusion v1.5's
-    "unet/config.json": {
-        "_class_name": "UNet2DConditionModel",
-        "sample_size": 64,
-        "cross_attention_dim": 768,
-        "attention_head_dim": 8,
-    },
-    "vae/config.json": {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "latent_channels": 4,
-        "sample_size": 512,
-    },
-    "text_encoder/config.json": {
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 77,
-        "projection_dim": 768,
-    },
-}
 _SCHEDULER = {
     "_class_name": "DDPMScheduler",
     "beta_start": 0.00085,
@@ -110,15 +83,6 @@ _SCHEDULER = {
     "clip_sample": False,
     "steps_offset": 1,
 }
-
-MICRO_BATCH_PHASES = (
-    "forward",
-    "forward of the U-Net",
-    "backward",
-    "backward of the U-Net",
-    "exchange",
-)
-"""Those of `rehearsal.phases` that come once a micro-batch."""
 
 
 class RehearsalError(RuntimeError):
@@ -149,16 +113,12 @@ class Report:
 
     def attention(self) -> dict[str, Counter[str]]:
         """{kernel: calls by shape} of one update."""
-        found: dict[str, Counter[str]] = {}
-        for phase in self.answer["phases"].values():
-            for kernel, shapes in phase["attention"].items():
-                found.setdefault(kernel, Counter()).update(shapes)
-        return found
+        return attention(self.answer)
 
     @property
     def peak(self) -> int:
         """Bytes."""
-        return max(phase["peak"] for phase in self.answer["phases"].values())
+        return peak(self.answer)
 
 
 class Rehearsals:
@@ -167,21 +127,19 @@ class Rehearsals:
     def __init__(self, folder: Path) -> None:
         """folder: for the configurations of the frozen models."""
         self._folder = folder
-        for size, files in (("tiny", _TINY_FOLDER), ("full", _FULL_FOLDER)):
-            for name, content in (files | {"scheduler/scheduler_config.json": _SCHEDULER}).items():
-                path = folder / size / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(content))
+        files = _TINY_FOLDER | {"scheduler/scheduler_config.json": _SCHEDULER}
+        for name, content in files.items():
+            path = folder / "tiny" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content))
         self._answers: dict[Case, dict] = {}
-        self._server: subprocess.Popen | None = None
+        self._device = FakeDevice()
 
     def __enter__(self) -> Rehearsals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._server is not None:
-            self._server.stdin.close()
-            self._server.wait()
+        self._device.__exit__()
 
     def tiny(
         self,
@@ -215,6 +173,14 @@ class Rehearsals:
         """`tiny`, in its second update: without what a run does once."""
         return self.tiny(stage, *overrides, num_updates=2, **fields)
 
+    def run(self, stage: str, *overrides: str, num_gpus: int) -> dict:
+        """What `kosmosg rehearse` finds of a run at tiny size."""
+        settings = [*_TINY_MODEL, *self._settings("tiny", 1, 1, 2, 2)]
+        return rehearse(
+            self._device, None, [f"stage={stage}", *settings, *overrides], num_gpus, "h100-80",
+            lambda *_: None,
+        )  # fmt: skip
+
     def full(
         self,
         stage: str,
@@ -240,7 +206,7 @@ class Rehearsals:
         )
 
     def _settings(self, size: str, tp: int, pp: int, rows: int, samples: int) -> list[str]:
-        frozen = self._folder / size
+        frozen = self._folder / size  # at full size there is none: Stable Diffusion v1.5's sizes
         return [
             f"parallel.tensor_model_parallel_size={tp}",
             f"parallel.pipeline_model_parallel_size={pp}",
@@ -256,7 +222,7 @@ class Rehearsals:
     def answer(self, case: Case) -> dict:
         """What the case's function returned. Raises RehearsalError with its error, if any."""
         if case not in self._answers:
-            self._answers[case] = self._ask(case)
+            self._answers[case] = self._device.ask(case)
         answer = self._answers[case]
         if "error" in answer:
             error = answer["error"]
@@ -270,24 +236,5 @@ class Rehearsals:
 
     def behind(self, case: Case, first: Case) -> Case:
         """`case` on the second pipeline stage, which gets what `first`, on the first one, sends."""
-        (shape,) = self.answer(first)["sent"].values()
-        return dataclasses.replace(
-            case,
-            rank=case.world_size // 2,
-            received=tuple(shape),
-            told=tuple(self.answer(first)["told"].items()),
-            upstream_trains=self.answer(first)["trains"],
-        )
-
-    def _ask(self, case: Case) -> dict:
-        if self._server is None:
-            self._server = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "megatron_kosmosg.rehearsal.server"],
-                cwd=REPOSITORY,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        self._server.stdin.write(json.dumps(dataclasses.asdict(case)) + "\n")
-        self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
+        rank = case.world_size // 2
+        return dataclasses.replace(behind(case, self.answer(first)), rank=rank)

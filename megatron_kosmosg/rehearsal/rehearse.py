@@ -1,0 +1,73 @@
+"""Rehearses every kind of rank of a run, one after another, and gathers what they did.
+
+Imports no torch: the ranks run in the process of `FakeDevice`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_kosmosg.progress import ProgressCallback
+from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.fake_device import FakeDevice, FakeDeviceError
+
+_DESCRIBE = "megatron_kosmosg.rehearsal.rehearsed_ranks:describe"
+_SERVE = "megatron_kosmosg.rehearsal.score_rank:run_service"
+SCORE = "score"
+
+
+def rehearse(
+    device: FakeDevice,
+    config: str | None,
+    overrides: Sequence[str],
+    num_gpus: int,
+    gpu: str,
+    on_progress: ProgressCallback,
+) -> dict[str, Any]:
+    """What `rehearsed_ranks.describe` says of the run, "gpu" and "num_gpus", and for each of its
+    "kinds" besides "rehearsed": what `run_update` or `run_service` returns, or {"error": ...}.
+
+    A pipeline stage behind one with an error is not rehearsed: {"skipped": why}. config, overrides:
+    of the run, checked. Raises FakeDeviceError when the device ends, or cannot describe the run.
+    """
+    plain = Case(config, tuple(overrides), 0, 0, world_size=num_gpus, gpu=gpu)
+    described = device.ask(dataclasses.replace(plain, do=_DESCRIBE))
+    if "error" in described:
+        error = described["error"]
+        raise FakeDeviceError(f"{error['message']} (at {error['place']})")
+    kinds = described["kinds"]
+    batch = f"training.global_batch_size={described['global_batch_size']}"
+    case = dataclasses.replace(
+        plain,
+        overrides=(*overrides, batch),
+        length=described["length"],
+        images=described["images"],
+    )
+    on_progress(0, len(kinds))
+    before: dict[str, Any] | None = None
+    for number, kind in enumerate(kinds, start=1):
+        own = dataclasses.replace(case, rank=kind["rank"])
+        if kind["name"] == SCORE:
+            kind["rehearsed"] = device.ask(dataclasses.replace(own, do=_SERVE))
+        elif before is not None and "sent" not in before:
+            kind["rehearsed"] = {"skipped": "the pipeline stage before it did not end"}
+        else:
+            own = own if before is None else behind(own, before)
+            kind["rehearsed"] = before = device.ask(own)
+        on_progress(number, len(kinds))
+    described.pop("cpu_seconds")
+    described.pop("resident_bytes")
+    return {"gpu": gpu, "num_gpus": num_gpus} | described
+
+
+def behind(case: Case, before: dict[str, Any]) -> Case:
+    """`case`, whose rank is on the pipeline stage behind the one that did `before`."""
+    sent = list(before["sent"].values())  # the first went to the stage behind, others back
+    return dataclasses.replace(
+        case,
+        received=tuple(sent[0]) if sent else None,
+        told=tuple(before["told"].items()),
+        upstream_trains=before["trains"],
+    )
