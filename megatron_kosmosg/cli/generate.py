@@ -31,8 +31,6 @@ from megatron_kosmosg.foreign_files import parse_json
 from megatron_kosmosg.inference.noise_schedules import SAVED, SCHEDULERS
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron_kosmosg.inference.generation_run import Request
     from megatron_kosmosg.inference.prompt_records import PromptRecord
     from megatron_kosmosg.launcher import Place
@@ -174,11 +172,12 @@ def request_of(args: argparse.Namespace, place: Place) -> Request:
     from megatron_kosmosg.inference.generation_run import Request
     from megatron_kosmosg.inference.model_source import find_model
     from megatron_kosmosg.inference.prompt_records import DrawingOptions
+    from megatron_kosmosg.parallel.devices import named_device
 
     if args.output.exists() and not args.output.is_dir():
         raise ConfigError(f"--output {args.output} is a file; give a folder")
     strengths = args.lora_scale or [1.0] * len(args.lora)
-    device = _device(args.device, place)
+    device = named_device(args.device, place)
     return Request(
         records=_records(args),
         is_list=args.prompts is not None,
@@ -232,20 +231,6 @@ def _records(args: argparse.Namespace) -> list[PromptRecord]:
             raise PromptError(f"--content is not JSON: {error}") from error
         content = interleaved_content(listed, Path(), "--content")
     return [PromptRecord(None, content, DrawingOptions(seed=args.seed))]
-
-
-def _device(name: str | None, place: Place) -> torch.device:
-    import torch
-
-    from megatron_kosmosg.config.errors import ConfigError
-    from megatron_kosmosg.parallel.devices import choose_device
-
-    if name is None:
-        return choose_device(place)
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

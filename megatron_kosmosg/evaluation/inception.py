@@ -123,16 +123,16 @@ class _BlockB(nn.Module):
 class _BlockC(nn.Module):
     def __init__(self, inputs: int, inner: int) -> None:
         super().__init__()
-        wide, high = dict(padding=(0, 3)), dict(padding=(3, 0))
+        wide, high = (0, 3), (3, 0)
         self.branch1x1 = _Conv(inputs, 192, 1)
         self.branch7x7_1 = _Conv(inputs, inner, 1)
-        self.branch7x7_2 = _Conv(inner, inner, (1, 7), **wide)
-        self.branch7x7_3 = _Conv(inner, 192, (7, 1), **high)
+        self.branch7x7_2 = _Conv(inner, inner, (1, 7), padding=wide)
+        self.branch7x7_3 = _Conv(inner, 192, (7, 1), padding=high)
         self.branch7x7dbl_1 = _Conv(inputs, inner, 1)
-        self.branch7x7dbl_2 = _Conv(inner, inner, (7, 1), **high)
-        self.branch7x7dbl_3 = _Conv(inner, inner, (1, 7), **wide)
-        self.branch7x7dbl_4 = _Conv(inner, inner, (7, 1), **high)
-        self.branch7x7dbl_5 = _Conv(inner, 192, (1, 7), **wide)
+        self.branch7x7dbl_2 = _Conv(inner, inner, (7, 1), padding=high)
+        self.branch7x7dbl_3 = _Conv(inner, inner, (1, 7), padding=wide)
+        self.branch7x7dbl_4 = _Conv(inner, inner, (7, 1), padding=high)
+        self.branch7x7dbl_5 = _Conv(inner, 192, (1, 7), padding=wide)
         self.branch_pool = _Conv(inputs, 192, 1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

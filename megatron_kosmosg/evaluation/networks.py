@@ -138,8 +138,8 @@ class ClipNetwork:
         logging.disable_progress_bar()
         folder, self._device = weights.path.parent, device
         try:
-            model = CLIPModel.from_pretrained(folder, local_files_only=True)
-            self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
+            self._tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(f"--clip {folder} cannot be opened: {reason[0]}") from error

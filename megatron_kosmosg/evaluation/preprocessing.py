@@ -144,7 +144,11 @@ def _smooth_256(image: Image.Image) -> torch.Tensor:
 def _clean(image: Image.Image) -> torch.Tensor:
     """Pillow's bicubic resize of each channel as floats: the image is not cut, nothing rounded."""
     planes = [
-        np.asarray(Image.fromarray(plane).resize((INCEPTION_SIDE,) * 2, Image.Resampling.BICUBIC))
+        np.asarray(
+            Image.fromarray(plane).resize(
+                (INCEPTION_SIDE, INCEPTION_SIDE), Image.Resampling.BICUBIC
+            )
+        )
         for plane in np.asarray(image, dtype=np.float32).transpose(2, 0, 1).copy()
     ]
     return (torch.from_numpy(np.stack(planes)) - 128) / 128

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.launcher import Place
 
 
@@ -16,6 +17,17 @@ def choose_device(place: Place) -> torch.device:
     chosen = torch.device("cuda", place.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(chosen)
     return chosen
+
+
+def named_device(name: str | None, place: Place) -> torch.device:
+    """The device of --device, `choose_device` without one. Raises ConfigError for one that is not
+    there."""
+    if name is None:
+        return choose_device(place)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def collective_backend(device: torch.device) -> str:

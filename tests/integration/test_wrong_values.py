@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from megatron_kosmosg.cli.main import COMMANDS
+from tests.support.judging_networks import write_dino
 
 SECONDS = 200
 """A wrong value is found before any work begins; the libraries may have to be imported."""
@@ -30,6 +32,7 @@ WRONG_BY_TYPE = {
     "share": ["nan", "-0.1", "1.1", "x", ""],
     "number_from_zero": ["nan", "inf", "-1", "x", ""],
     "positive_number": ["nan", "0", "-1", "inf", ""],
+    "existing_folder": ["missing", "", "text-file"],
     "existing_file": ["missing", "", "folder", "b\u00ecld-\u732b"],
 }
 INPUTS = {
@@ -48,6 +51,10 @@ INPUTS = {
     "--masks": ["missing", "folder", "text-file"],
     "--a": ["missing", "folder", "text-file"],
     "--b": ["missing", "folder", "text-file"],
+    "--pairs": ["missing", "folder", "text-file", "binary-file", ""],
+    "--dino": ["missing", "folder", "text-file", ""],
+    "--clip": ["missing", "folder", "text-file", ""],
+    "--inception": ["missing", "folder", "text-file", ""],
     "--run": ["missing", "folder", "text-file", ""],
     "--vision": ["missing", "folder"],
     "prefix": ["missing", "folder", "text-file", ""],
@@ -121,6 +128,9 @@ def files(past, tmp_path_factory) -> Path:
     (folder / "binary-file").write_bytes(bytes(range(256)) * 4)
     (folder / "records.jsonl").write_text(json.dumps({"text": "a text. and one more"}) + "\n")
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "a dog"}) + "\n")
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "pictures" / "a.png")
+    write_dino(folder / "dino.pth")
     return folder
 
 
@@ -144,6 +154,7 @@ BASES = {
     ("convert", "import-hf"): "--input export --output o/run",
     ("convert", "verify"): "--a text-file --b export",
     ("generate",): "--model export --prompt dog --output o/pictures --steps 1",
+    ("evaluate", "pairs"): "--generated pictures --reference pictures --dino dino.pth --output o/x",
     ("evaluate", "toy"): "--run name=runs/instruct --output o/evaluated --fast",
     ("toy", "make-world"): "--output o/world --size 8",
     ("toy", "make-report"): "--output folder",

@@ -49,7 +49,8 @@ SYNONYMS = {
 }
 """Names that must not come back beside the one that the commands agreed on."""
 
-OF_PROCESSES, OF_THREADS = {"preprocess"}, {"inspect", "cache-latents", "build-data"}
+OF_PROCESSES = {"preprocess"}
+OF_THREADS = {"inspect", "cache-latents", "build-data", "evaluate pairs"}
 """Commands with --workers, and with --threads."""
 
 TWO_MEANINGS = {

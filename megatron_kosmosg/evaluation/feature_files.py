@@ -1,0 +1,202 @@
+"""Features of images and texts in files, a shard each, made once by any number of processes.
+
+A shard's file carries a digest of all that its features depend on. One that is there and says the
+same is kept, so a run that was killed goes on, and what changed meanwhile is scored anew. Batches
+are shards, whoever computes them: the bytes do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_kosmosg import __version__
+from megatron_kosmosg.config.errors import InputError
+from megatron_kosmosg.evaluation.networks import (
+    ClipNetwork,
+    ImageNetwork,
+    Weights,
+    open_network,
+)
+from megatron_kosmosg.evaluation.preprocessing import PixelRule, read_rgb
+from megatron_kosmosg.files import replacing
+from megatron_kosmosg.launcher import Place
+from megatron_kosmosg.progress import ProgressCallback
+
+SHARD_ITEMS = 32
+"""Images that are scored in one batch."""
+
+
+@dataclass(frozen=True)
+class ImageGroup:
+    """Images that the same networks see in the same way."""
+
+    name: str
+    paths: tuple[Path, ...]
+    rules: Mapping[str, PixelRule]
+    """{network: what it sees of an image}."""
+
+
+@dataclass(frozen=True)
+class TextGroup:
+    """Texts, which CLIP reads."""
+
+    name: str
+    texts: tuple[str, ...]
+
+
+Group = ImageGroup | TextGroup
+
+
+@dataclass(frozen=True)
+class _Shard:
+    group: Group
+    number: int
+    """Within the group."""
+
+    @property
+    def span(self) -> slice:
+        return slice(self.number * SHARD_ITEMS, (self.number + 1) * SHARD_ITEMS)
+
+
+class FeatureFiles:
+    """The features of some groups, in a folder that is made with its first file."""
+
+    def __init__(
+        self, folder: Path, groups: Sequence[Group], weights: Mapping[str, Weights]
+    ) -> None:
+        """weights: of every network that a group names, and of `clip` for texts."""
+        self._folder, self._weights = folder, weights
+        self._groups = {group.name: group for group in groups}
+        self._shards = [_Shard(group, i) for group in groups for i in range(_num_shards(group))]
+
+    def extract(
+        self, place: Place, device: torch.device, threads: int, progress: ProgressCallback
+    ) -> None:
+        """Makes what is missing of this rank's share. Raises InputError that names a file which is
+        no image, and ConfigError for weights of another network."""
+        own = [self._shards[i] for i in place.share(len(self._shards))]
+        missing = [shard for shard in own if not self._is_done(shard)]
+        total, left = sum(map(_length, own)), sum(map(_length, missing))
+        done = total - left
+        progress(done, total)
+        if not missing:
+            return
+        names = {name for shard in missing for name in _networks_of(shard.group)}
+        networks = {name: open_network(self._weights[name], device) for name in sorted(names)}
+        with ThreadPoolExecutor(threads) as readers:
+            waiting: list[list[Future[dict[str, torch.Tensor]]]] = []
+            try:
+                # One shard is read while another is computed, and no more: memory stays flat.
+                for i, shard in enumerate(missing):
+                    while len(waiting) <= 1 and i + len(waiting) < len(missing):
+                        waiting.append(self._begin(missing[i + len(waiting)], readers))
+                    digest = self._digest(shard)
+                    seen = [reading.result() for reading in waiting.pop(0)]
+                    self._write(shard, digest, _computed(shard, seen, networks))
+                    done += _length(shard)
+                    progress(done, total)
+            except BaseException:
+                readers.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def is_whole(self) -> bool:
+        """Whether all ranks' features are there."""
+        return all(self._is_done(shard) for shard in self._shards)
+
+    def blocks(self, group: str, network: str) -> Iterator[torch.Tensor]:
+        """float32 [n, d] of the group's items in order, shard by shard."""
+        for i in range(_num_shards(self._groups[group])):
+            with safe_open(self._path(_Shard(self._groups[group], i)), "pt") as file:
+                yield file.get_tensor(network)
+
+    def features(self, group: str, network: str) -> torch.Tensor:
+        """float32 [n, d] of all items of the group."""
+        return torch.cat(list(self.blocks(group, network)))
+
+    def _begin(
+        self, shard: _Shard, readers: ThreadPoolExecutor
+    ) -> list[Future[dict[str, torch.Tensor]]]:
+        if isinstance(shard.group, TextGroup):
+            return []
+        rules = shard.group.rules
+        return [readers.submit(_seen, path, rules) for path in shard.group.paths[shard.span]]
+
+    def _write(self, shard: _Shard, digest: str, features: dict[str, torch.Tensor]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self._path(shard)) as temporary:
+            save_file(features, temporary, {"digest": digest})
+
+    def _path(self, shard: _Shard) -> Path:
+        return self._folder / f"{shard.group.name}-{shard.number:06d}.safetensors"
+
+    def _is_done(self, shard: _Shard) -> bool:
+        try:
+            with safe_open(self._path(shard), "pt") as file:
+                found = (file.metadata() or {}).get("digest")
+        except (OSError, SafetensorError):
+            return False
+        return found == self._digest(shard)
+
+    def _digest(self, shard: _Shard) -> str:
+        group = shard.group
+        if isinstance(group, TextGroup):
+            items: list[object] = list(group.texts[shard.span])
+            rules = {"clip": "text"}
+        else:
+            items = [_state_of(path) for path in group.paths[shard.span]]
+            rules = {name: rule.__name__ for name, rule in group.rules.items()}
+        hashes = {name: self._weights[name].sha256 for name in rules}
+        said = json.dumps([__version__, items, rules, hashes], sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _state_of(path: Path) -> list[object]:
+    """What changes with the content of a file, without reading it."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read as an image: {error.strerror}") from error
+    return [str(path), found.st_size, found.st_mtime_ns]
+
+
+def _seen(path: Path, rules: Mapping[str, PixelRule]) -> dict[str, torch.Tensor]:
+    image = read_rgb(path)
+    return {name: rule(image) for name, rule in rules.items()}
+
+
+def _computed(
+    shard: _Shard, seen: list[dict[str, torch.Tensor]], networks: Mapping[str, ImageNetwork]
+) -> dict[str, torch.Tensor]:
+    if isinstance(shard.group, TextGroup):
+        clip = cast(ClipNetwork, networks["clip"])
+        return {"clip": clip.text_features(shard.group.texts[shard.span]).contiguous()}
+    return {
+        name: networks[name].features(torch.stack([each[name] for each in seen])).contiguous()
+        for name in shard.group.rules
+    }
+
+
+def _networks_of(group: Group) -> list[str]:
+    return ["clip"] if isinstance(group, TextGroup) else list(group.rules)
+
+
+def _size(group: Group) -> int:
+    return len(group.texts if isinstance(group, TextGroup) else group.paths)
+
+
+def _num_shards(group: Group) -> int:
+    return -(-_size(group) // SHARD_ITEMS)
+
+
+def _length(shard: _Shard) -> int:
+    return min(SHARD_ITEMS, _size(shard.group) - shard.number * SHARD_ITEMS)

@@ -1,0 +1,67 @@
+"""From items to the two files: features by all ranks, the report by whoever finds them whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_kosmosg.evaluation.feature_files import FeatureFiles, Group
+from megatron_kosmosg.evaluation.networks import (
+    Weights,
+    find_clip,
+    find_dino,
+    find_inception,
+)
+from megatron_kosmosg.evaluation.result import Judgement, write_judgement
+from megatron_kosmosg.launcher import Place
+from megatron_kosmosg.progress import Progress
+
+FEATURES = "features"
+"""Folder of them below the output."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What one rank scores, and with what."""
+
+    groups: Sequence[Group]
+    weights: Mapping[str, Weights]
+    output: Path
+    place: Place
+    device: torch.device
+    threads: int
+
+
+def find_networks(
+    dino: Path | None = None, clip: Path | None = None, inception: Path | None = None
+) -> dict[str, Weights]:
+    """Those that were given. Raises ConfigError for what is not there."""
+    finders = {"dino": (find_dino, dino), "clip": (find_clip, clip)}
+    finders["inception"] = (find_inception, inception)
+    return {name: find(path) for name, (find, path) in finders.items() if path is not None}
+
+
+def score(scoring: Scoring) -> FeatureFiles:
+    """This rank's share of the features; what is there already stays. Raises InputError for a file
+    that is no image, and ConfigError for weights of another network."""
+    files = features_of(scoring)
+    with Progress("score", "image", is_shown=scoring.place.rank == 0) as progress:
+        files.extract(scoring.place, scoring.device, scoring.threads, progress)
+    return files
+
+
+def features_of(scoring: Scoring) -> FeatureFiles:
+    """As they are now."""
+    return FeatureFiles(scoring.output / FEATURES, scoring.groups, scoring.weights)
+
+
+def report(
+    scoring: Scoring, judge: Callable[[FeatureFiles], Judgement]
+) -> tuple[Path, Path] | None:
+    """The JSON file and the page; None where another rank has not finished, which writes them when
+    it has. Two ranks that finish together write the same bytes."""
+    files = features_of(scoring)
+    return write_judgement(scoring.output, judge(files)) if files.is_whole() else None

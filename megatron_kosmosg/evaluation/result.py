@@ -1,0 +1,203 @@
+"""What a judgement leaves: one JSON file with everything it depends on, and one page.
+
+Nothing in either depends on when, where and by how many processes they were made.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from megatron_kosmosg import __version__
+from megatron_kosmosg.evaluation.networks import Weights
+from megatron_kosmosg.evaluation.preprocessing import read_rgb
+from megatron_kosmosg.evaluation.similarity import (
+    BOOTSTRAP_DRAWS,
+    BOOTSTRAP_SEED,
+    METRICS,
+    Item,
+    summarise,
+)
+from megatron_kosmosg.files import write_json, write_text
+from megatron_kosmosg.pages import data_uri, render_page
+
+RESULT_FILE, PAGE_FILE = "result.json", "report.html"
+SHOWN = 4
+"""Best, median and worst images of a metric on the page, each."""
+THUMBNAIL, JPEG_QUALITY = 160, 85
+LIBRARIES = ("torch", "transformers", "pillow", "numpy")
+_TEMPLATE = Path(__file__).with_name("page.html")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Scores by a property of the items."""
+
+    title: str
+    rows: Sequence[tuple[str, Sequence[float | None]]]
+    """(name, one value a column); None where there is none."""
+    columns: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Items with their scores, and what is said about them."""
+
+    title: str
+    protocol: Mapping[str, Any]
+    """What distinguishes these numbers from others, by name."""
+    items: Sequence[Item]
+    scores: Mapping[str, list[list[float]]]
+    """Of similarity.similarities."""
+    weights: Mapping[str, Weights]
+    fid: Mapping[str, Any] | None = None
+    published: Sequence[tuple[str, Mapping[str, float]]] = ()
+    """Rows of published tables: (what, {metric: value})."""
+    warnings: Sequence[str] = ()
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """{property: its value of each item}, of which tables are made."""
+
+
+def result_of(judgement: Judgement) -> dict[str, Any]:
+    """The JSON value."""
+    metrics: dict[str, Any] = {
+        name: summarise(judgement.items, scores).to_json()
+        for name, scores in judgement.scores.items()
+    }
+    if judgement.fid is not None:
+        metrics["fid"] = dict(judgement.fid)
+    return {
+        "title": judgement.title,
+        "protocol": dict(judgement.protocol),
+        "metrics": metrics,
+        "warnings": list(judgement.warnings),
+        "intervals": {
+            "share": 0.95,
+            "draws": BOOTSTRAP_DRAWS,
+            "seed": BOOTSTRAP_SEED,
+            "clusters": len({item.cluster or item.name for item in judgement.items}),
+        },
+        "weights": {name: found.described() for name, found in sorted(judgement.weights.items())},
+        "versions": {"megatron-kosmosg": __version__}
+        | {library: version(library) for library in LIBRARIES},
+        "tables": {
+            table.title: {name: _named(table, values) for name, values in table.rows}
+            for table in tables_of(judgement)
+        },
+        "items": [_described(judgement, i) for i in range(len(judgement.items))],
+    }
+
+
+def tables_of(judgement: Judgement) -> list[Table]:
+    """Means by each property."""
+    return [
+        Table(name, _means(judgement, values), list(judgement.scores))
+        for name, values in judgement.groups.items()
+    ]
+
+
+def write_judgement(folder: Path, judgement: Judgement) -> tuple[Path, Path]:
+    """The two files, each whole or not at all."""
+    result = result_of(judgement)
+    page = render_page(
+        _TEMPLATE,
+        result=result,
+        names=METRICS,
+        tables=tables_of(judgement),
+        published=judgement.published,
+        grids=list(_grids(judgement)),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RESULT_FILE, result)
+    write_text(folder / PAGE_FILE, page)
+    return folder / RESULT_FILE, folder / PAGE_FILE
+
+
+def summary_lines(result: Mapping[str, Any]) -> list[str]:
+    """The numbers for a terminal."""
+    lines = []
+    for name, found in result["metrics"].items():
+        if name == "fid":
+            counts = f"{found['n_generated']:,} generated, {found['n_real']:,} real"
+            lines.append(f"FID     {found['value']:.4f}  ({found['protocol']}; {counts})")
+        else:
+            span = f"{found['low']:.4f} to {found['high']:.4f}"
+            lines.append(f"{METRICS[name]:7} {found['value']:.4f}  ({span}; n = {found['n']:,})")
+    return lines + [f"warning: {text}" for text in result["warnings"]]
+
+
+def _named(table: Table, values: Sequence[float | None]) -> dict[str, float | None]:
+    return dict(zip(table.columns, values, strict=True))
+
+
+def _means(judgement: Judgement, values: Sequence[str]) -> list[tuple[str, Sequence[float | None]]]:
+    rows = []
+    for value in dict.fromkeys(values):
+        found: list[float | None] = []
+        for scores in judgement.scores.values():
+            own = [
+                sum(each) / len(each)
+                for each, named in zip(scores, values, strict=True)
+                if named == value and each
+            ]
+            found.append(round(sum(own) / len(own), 6) if own else None)
+        rows.append((value, found))
+    return rows
+
+
+def _described(judgement: Judgement, index: int) -> dict[str, Any]:
+    item = judgement.items[index]
+    found: dict[str, Any] = {"name": item.name, "generated": item.generated.name}
+    if item.references:
+        found["references"] = [path.name for path in item.references]
+    if item.text is not None:
+        found["text"] = item.text
+    for name, scores in judgement.scores.items():
+        own = [round(value, 6) for value in scores[index]]
+        if own:
+            found[name] = own[0] if len(own) == 1 else own
+    return found
+
+
+def _grids(judgement: Judgement) -> list[dict[str, Any]]:
+    """For each metric its best, median and worst images."""
+    grids = []
+    for name, scores in judgement.scores.items():
+        means = [(sum(own) / len(own), i) for i, own in enumerate(scores) if own]
+        ranked = [i for _, i in sorted(means, key=lambda mean: (-mean[0], mean[1]))]
+        middle = max(0, (len(ranked) - SHOWN) // 2)
+        spans = {
+            "best": ranked[:SHOWN],
+            "median": ranked[middle : middle + SHOWN],
+            "worst": ranked[-SHOWN:],
+        }
+        values = {i: mean for mean, i in means}
+        rows = [
+            {"title": title, "cards": [_card(judgement.items[i], values[i]) for i in chosen]}
+            for title, chosen in spans.items()
+        ]
+        grids.append({"metric": METRICS[name], "rows": rows})
+    return grids
+
+
+def _card(item: Item, value: float) -> dict[str, Any]:
+    shown = [item.generated, *item.references[:2]]
+    return {
+        "images": [_thumbnail(path) for path in shown],
+        "text": item.text or item.name,
+        "value": value,
+    }
+
+
+def _thumbnail(path: Path) -> str:
+    image = read_rgb(path)
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=JPEG_QUALITY)
+    return data_uri(out.getvalue(), "image/jpeg")

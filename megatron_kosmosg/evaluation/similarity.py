@@ -1,0 +1,137 @@
+"""Scores of generated images against reference images and texts, each with its interval.
+
+DINO and CLIP-I compare an image with what it should resemble, CLIP-T with the text it should
+follow: cosines of features, averaged, and floored at 0 as in the published scripts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from megatron_kosmosg.data.keyed import numpy_generator
+from megatron_kosmosg.evaluation.feature_files import (
+    FeatureFiles,
+    Group,
+    ImageGroup,
+    TextGroup,
+)
+from megatron_kosmosg.evaluation.networks import IMAGE_RULES, Weights
+
+METRICS = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T"}
+"""By the name in the result: the name for people."""
+BOOTSTRAP_DRAWS, BOOTSTRAP_SEED, BOOTSTRAP_ROWS = 1000, 0, 50
+"""Rows: draws that are made at once."""
+PERCENTILES = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A generated image and what it is compared with."""
+
+    name: str
+    generated: Path
+    references: tuple[Path, ...] = ()
+    """Scores are averaged over them."""
+    text: str | None = None
+    cluster: str = ""
+    """Items of one cluster resemble each other; intervals come from drawing clusters. Empty: the
+    item stands for itself."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A mean over items, with the middle 95 % of it when clusters are drawn with replacement."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def to_json(self) -> dict[str, float | int]:
+        return {
+            "value": round(self.value, 6),
+            "low": round(self.low, 6),
+            "high": round(self.high, 6),
+            "n": self.count,
+        }
+
+
+def similarity_groups(items: Sequence[Item], weights: Mapping[str, Weights]) -> list[Group]:
+    """What has to be scored for the metrics that the weights allow."""
+    rules = {name: rule for name, rule in IMAGE_RULES.items() if name in weights}
+    groups: list[Group] = []
+    if rules:
+        groups.append(ImageGroup("generated", tuple(item.generated for item in items), rules))
+        references = _distinct([path for item in items for path in item.references])
+        if references:
+            groups.append(ImageGroup("references", tuple(references), rules))
+    texts = _distinct([item.text for item in items if item.text is not None])
+    if "clip" in weights and texts:
+        groups.append(TextGroup("texts", tuple(texts)))
+    return groups
+
+
+def similarities(
+    items: Sequence[Item], weights: Mapping[str, Weights], files: FeatureFiles
+) -> dict[str, list[list[float]]]:
+    """{metric: for each item its scores, one a reference}; none of an item that has no reference
+    or text, and no metric that no item has."""
+    found: dict[str, list[list[float]]] = {}
+    for network, metric in (("dino", "dino"), ("clip", "clip_i")):
+        paths = _distinct([path for item in items for path in item.references])
+        if network in weights and paths:
+            rows = {path: i for i, path in enumerate(paths)}
+            wanted = [[rows[path] for path in item.references] for item in items]
+            found[metric] = _cosines(files, network, "references", wanted)
+    texts = _distinct([item.text for item in items if item.text is not None])
+    if "clip" in weights and texts:
+        places = {text: i for i, text in enumerate(texts)}
+        wanted = [[] if item.text is None else [places[item.text]] for item in items]
+        found["clip_t"] = _cosines(files, "clip", "texts", wanted)
+    return found
+
+
+def _cosines(
+    files: FeatureFiles, network: str, other: str, wanted: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """Of each generated image with the rows of another group that it is compared with."""
+    generated = F.normalize(files.features("generated", network).double(), dim=1)
+    others = F.normalize(files.features(other, network).double(), dim=1)
+    return [
+        (others[torch.tensor(rows, dtype=torch.long)] @ image).tolist()
+        for image, rows in zip(generated, wanted, strict=True)
+    ]
+
+
+def summarise(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> Summary:
+    """scores: of each item one a reference; items without any do not count."""
+    kept = [
+        (item.cluster or f"{i}", sum(own) / len(own))
+        for i, (item, own) in enumerate(zip(items, scores, strict=True))
+        if own
+    ]
+    names = {name: i for i, name in enumerate(_distinct([name for name, _ in kept]))}
+    clusters = np.array([names[name] for name, _ in kept])
+    values = np.array([value for _, value in kept])
+    sums = np.bincount(clusters, weights=values)
+    counts = np.bincount(clusters)
+    random = numpy_generator(BOOTSTRAP_SEED, "evaluation", 0, "bootstrap")
+    means = []
+    for start in range(0, BOOTSTRAP_DRAWS, BOOTSTRAP_ROWS):
+        rows = min(BOOTSTRAP_ROWS, BOOTSTRAP_DRAWS - start)
+        drawn = random.integers(0, len(sums), size=(rows, len(sums)))
+        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    low, high = np.percentile(np.concatenate(means), PERCENTILES)
+    floored = [max(0.0, float(value)) for value in (values.mean(), low, high)]
+    return Summary(floored[0], floored[1], floored[2], len(values))
+
+
+def _distinct(things: Sequence) -> list:
+    """In the order of their first places."""
+    return list(dict.fromkeys(things))
