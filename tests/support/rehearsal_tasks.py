@@ -27,7 +27,6 @@ from megatron_kosmosg.score.drawing import draw_pictures
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.messages import Kind, Request
 from megatron_kosmosg.score.service import serve
-from tests.support.stage_gradients import stage_gradients
 from tests.support.tiny_models import tiny_config, write_stable_diffusion
 
 _APEX = {
@@ -89,7 +88,8 @@ def gradients_of_a_stage(case: Case, stand_ins: StandIns) -> dict:
         resolved_config(case, stand_ins).stage, write_stable_diffusion(folder), folder
     )
     with stand_ins.device():
-        loss, share = stage_gradients(config)
+        gpu_test = importlib.import_module("tests.gpu.test_stages_on_gpu")
+        loss, share = gpu_test.gradients_on_gpu(config, "local")
     return {"loss": loss, "gradients": sorted(share.tensors)}
 
 

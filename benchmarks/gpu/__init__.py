@@ -1,0 +1,1 @@
+"""`bash benchmarks/gpu.sh`: the speed of training's parts and of whole updates on one GPU."""

@@ -1,0 +1,71 @@
+"""Measures the sections that it is told, in one process, and writes each row as a line.
+
+python -m benchmarks.gpu.worker --sizes smoke --folder DIR --rows FILE SECTION...
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+from benchmarks.gpu.rows import failed, not_run
+
+SECTIONS = {
+    "U-Net": ("parts", "unet_rows"),
+    "instruct": ("steps", "instruct_rows"),
+    "plain loop": ("plain_loop", "plain_rows"),
+    "steps": ("steps", "step_rows"),
+    "data": ("parts", "data_rows"),
+}
+"""{section: (module, function)}, the most important first."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", choices=("full", "smoke"), required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("sections", nargs="+")
+    args = parser.parse_args()
+    with args.rows.open("a") as out:
+
+        def write(row) -> None:
+            out.write(row.line() + "\n")
+            out.flush()
+
+        try:
+            sizes, device = _prepare(args.sizes, args.folder)
+        except ImportError as error:
+            for section in args.sections:
+                write(not_run(section, "all of it", f"{error} (see `kosmosg doctor`)"))
+            return
+        for section in args.sections:
+            module, function = SECTIONS[section]
+            try:
+                rows = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
+                for row in rows(sizes, args.folder, device):
+                    write(row)
+            except ImportError as error:
+                write(not_run(section, "all of it", str(error)))
+            except Exception as error:  # noqa: BLE001 - the other sections have rows of their own
+                write(failed(section, "the rest of it", error))
+
+
+def _prepare(name: str, folder: Path):
+    import torch
+
+    import megatron_kosmosg  # noqa: F401 - hides what does not work before Megatron-Core looks
+    from benchmarks.gpu.sizes import SIZES, write_frozen_models
+    from megatron_kosmosg.launcher import ALONE
+    from megatron_kosmosg.parallel.devices import choose_device
+    from megatron_kosmosg.parallel.platform import prepare_megatron
+
+    device = torch.device("cpu") if name == "smoke" else choose_device(ALONE)
+    prepare_megatron(device)
+    write_frozen_models(SIZES[name], folder / "models", device)
+    return SIZES[name], device
+
+
+if __name__ == "__main__":
+    main()
