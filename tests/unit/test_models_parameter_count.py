@@ -8,6 +8,7 @@ import pytest
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion.authors import authors_table
+from megatron_kosmosg.models import layer_specs
 from megatron_kosmosg.models.parameter_count import count_parameters, meta_model
 
 
@@ -52,6 +53,23 @@ def test_pieces_of_the_full_size_model() -> None:
     assert _count(encoder_m) == 111_887_616
     assert _count(encoder_n) == 111_888_896
     assert len(model.decoder.layers) == 24
+
+
+def test_a_model_that_is_only_counted_takes_the_local_layers(monkeypatch) -> None:
+    """Also where TransformerEngine works: on the meta device its linears cannot be built."""
+
+    class Taken(Exception):
+        pass
+
+    def take() -> None:
+        raise Taken
+
+    monkeypatch.setattr(layer_specs, "transformer_impl", lambda: "transformer_engine")
+    monkeypatch.setattr(layer_specs, "transformer_engine_provider", take)
+    model = meta_model(RunConfig(stage="align"), False, ("M", "N"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    with pytest.raises(Taken):
+        layer_specs.provider()
 
 
 def _count(modules) -> int:
