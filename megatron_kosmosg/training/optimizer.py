@@ -82,10 +82,13 @@ def squared_gradient_norm(optimizer: MegatronOptimizer, device: torch.device) ->
     """
     if optimizer.prepare_grads():
         return torch.full((), math.inf, device=device)
-    norms = torch._foreach_norm(
-        [g for part in optimizer.chained_optimizers for g in part.get_main_grads_for_grad_norm()]
-    )
-    if norms:
+    gradients = [
+        gradient
+        for part in optimizer.chained_optimizers
+        for gradient in part.get_main_grads_for_grad_norm()
+    ]
+    if gradients:  # a rank may hold frozen parts alone
+        norms = torch._foreach_norm(gradients)
         squared = torch.linalg.vector_norm(torch.stack(norms)).square()
     else:
         squared = torch.zeros((), device=device)
