@@ -125,6 +125,13 @@ def find_tasks(environment: Environment | None = None) -> tuple[int, str]:
     return counts.get(most, 1), most
 
 
+def find_job(environment: Environment | None = None) -> tuple[str, int]:
+    """Slurm's number of the job, "" without one, and how often Slurm had started it before."""
+    environment = os.environ if environment is None else environment
+    restarts = environment.get("SLURM_RESTART_COUNT", "0")
+    return environment.get("SLURM_JOB_ID", ""), int(restarts) if restarts.isdecimal() else 0
+
+
 def is_first_rank(environment: Environment | None = None) -> bool:
     """Whether this process speaks for all, also where the variables are not whole."""
     environment = os.environ if environment is None else environment

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE
@@ -19,17 +21,20 @@ from megatron_kosmosg.command_line import (
     note,
     report,
 )
-from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.errors import ConfigError, InputError
 from megatron_kosmosg.config.load import config_files, is_saved_config, load_config
 from megatron_kosmosg.config.overwrites import refuse_to_overwrite, refuse_to_run_over_inputs
 from megatron_kosmosg.config.paths import output_folder
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.validate import validate_files, validate_layout
+from megatron_kosmosg.config.validate import check_writable, validate_files, validate_layout
 from megatron_kosmosg.evaluation.registry import build_evaluators, check_evaluators
 from megatron_kosmosg.launcher import find_place, is_first_rank
 from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
 from megatron_kosmosg.stages import build_stage, stage_facts
 from megatron_kosmosg.terminal_text import printable_lines
+
+if TYPE_CHECKING:
+    from megatron_kosmosg.monitoring.run_owner import RunOwner
 
 DESCRIPTION = """\
 Trains one stage (pretrain, align or instruct) of KOSMOS-G. Start it with `kosmosg launch` or srun,
@@ -87,19 +92,44 @@ def run(config: RunConfig) -> int:
     started = time.time()
     _quieten_libraries()
     from megatron_kosmosg.monitoring.failure import exit_code_of, report_failure
+    from megatron_kosmosg.monitoring.run_owner import RunFolderTaken
     from megatron_kosmosg.parallel import platform
 
     try:
-        return _train(config, started)
-    except (Exception, KeyboardInterrupt) as error:
-        # Before the groups are left: the others then fail, and this rank's error is the cause.
-        report_failure(output_folder(config), find_place().rank, error, started)
-        return exit_code_of(error)
+        with _owner(config) as owner:
+            try:
+                return _train(config, started, owner)
+            except RunFolderTaken:
+                raise  # the folder is another's: nothing is written there
+            except (Exception, KeyboardInterrupt) as error:
+                # Before the groups are left: the others then fail, and this error is the cause.
+                report_failure(output_folder(config), find_place().rank, error, started)
+                return exit_code_of(error)
+    except InputError as error:  # of rank 0 alone; its launcher ends the others
+        return report(str(error))
+    except OSError as error:
+        return report(f"logging.output_dir={output_folder(config)}: {error}", exit_codes.FAILURE)
+    except KeyboardInterrupt:
+        return exit_codes.INTERRUPTED
     finally:
         platform.teardown()
 
 
-def _train(config: RunConfig, started: float) -> int:
+@contextmanager
+def _owner(config: RunConfig) -> Iterator[RunOwner | None]:
+    """The claim on the run's folder, which rank 0 holds; None on the others."""
+    from megatron_kosmosg.monitoring.run_owner import RunOwner
+
+    if find_place().rank != 0:
+        yield None
+        return
+    folder = output_folder(config)
+    check_writable("logging.output_dir", folder)
+    with RunOwner(folder, note) as owner:
+        yield owner
+
+
+def _train(config: RunConfig, started: float, owner: RunOwner | None) -> int:
     from megatron_kosmosg.monitoring.failure import forget_failure, raise_together
     from megatron_kosmosg.parallel import platform
     from megatron_kosmosg.planning.pipeline_balance import with_default_layout
@@ -117,7 +147,7 @@ def _train(config: RunConfig, started: float) -> int:
         raise_together(lambda: check_files(config))
         remote_score = open_remote_score(config, layout)
         stage = build_stage(config, layout, remote_score, build_evaluators(config))
-        finished = fit(stage, config, layout)
+        finished = fit(stage, config, layout, owner)
         if remote_score is not None:
             remote_score.close(is_done=finished)
     return exit_codes.DONE if finished else exit_codes.STOPPED

@@ -58,8 +58,8 @@ def validate_files(config: RunConfig, facts: StageFacts) -> None:
         _check_folder(key, _value(config, key))
     if not any(save_folder(config).glob("iter_*")):  # a resumed run reads its own checkpoints
         _check_folder("checkpoint.load", config.checkpoint.load)
-    _check_writable("logging.output_dir", output_folder(config))
-    _check_writable("checkpoint.save", save_folder(config))
+    check_writable("logging.output_dir", output_folder(config))
+    check_writable("checkpoint.save", save_folder(config))
 
 
 def _check_numbers(config: RunConfig) -> None:
@@ -84,6 +84,7 @@ def _check_numbers(config: RunConfig) -> None:
     zero_or_more = {
         "training.eval_interval": config.training.eval_interval,
         "checkpoint.keep_last": config.checkpoint.keep_last,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
         "logging.image_interval": config.logging.image_interval,
         "data.num_workers": config.data.num_workers,
         "data.max_bad_images": config.data.max_bad_images,
@@ -319,7 +320,7 @@ def _check_folder(key: str, path: str | None) -> None:
         raise ConfigError(f"{key}={path}: no such folder")
 
 
-def _check_writable(key: str, folder: Path) -> None:
+def check_writable(key: str, folder: Path) -> None:
     existing = folder
     while not existing.exists():
         existing = existing.parent

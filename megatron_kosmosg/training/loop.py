@@ -21,6 +21,7 @@ from megatron_kosmosg.files import write_text
 from megatron_kosmosg.launcher import find_place
 from megatron_kosmosg.monitoring.heartbeat import Heartbeat
 from megatron_kosmosg.monitoring.iteration_trace import DecoderTrace
+from megatron_kosmosg.monitoring.run_owner import RunOwner
 from megatron_kosmosg.monitoring.signals import StopRequest
 from megatron_kosmosg.monitoring.stragglers import Stragglers
 from megatron_kosmosg.parallel.layout import Layout
@@ -35,18 +36,26 @@ from megatron_kosmosg.training.step import Reporter, Update, train_step
 from megatron_kosmosg.training.wrapping import whole_parameters
 
 
-def fit(stage: Stage, config: RunConfig, layout: Layout) -> bool:
-    """True when all iterations are done, False when a signal asked to stop and state is saved."""
+def fit(stage: Stage, config: RunConfig, layout: Layout, owner: RunOwner | None = None) -> bool:
+    """True when all iterations are done, False when a signal asked to stop and state is saved.
+
+    owner: of rank 0, its claim on the run's folder; it raises RunFolderTaken when that is lost.
+    """
     place, stall_seconds = find_place(), config.parallel.stall_seconds
     with (
         StopRequest() as stop,
         Heartbeat(place, stall_seconds, heartbeat_file(config)) as heart,
     ):
-        return _fit(stage, config, layout, stop, heart)
+        return _fit(stage, config, layout, stop, heart, owner)
 
 
 def _fit(
-    stage: Stage, config: RunConfig, layout: Layout, stop: StopRequest, heart: Heartbeat
+    stage: Stage,
+    config: RunConfig,
+    layout: Layout,
+    stop: StopRequest,
+    heart: Heartbeat,
+    owner: RunOwner | None,
 ) -> bool:
     # What is read. An index may take long to build: a stop does not wait for it.
     heart.at(0, "data")
@@ -111,6 +120,8 @@ def _fit(
                 )
             seconds = time.perf_counter() - started
             _advance(progress, config, update)
+            if owner is not None:
+                owner.check()  # before anything of this iteration is written
 
             record = iteration_record(
                 stage,

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from megatron_kosmosg.monitoring.run_owner import OWNER_FILE, RunOwner
 from tests.support.fake_stage import fake_config
 from tests.support.ranks import run_ranks
 from tests.support.run_metrics import curve, lines
@@ -55,6 +57,42 @@ def test_a_rank_that_raises_ends_all_and_its_error_alone_is_shown(tmp_path):
     )
     codes = [code for code, *_ in run_ranks(2, run_program, config)]
     assert codes == [0, 0] and not (tmp_path / "failure.txt").exists()
+
+
+def test_a_run_in_another_runs_folder_is_refused_and_leaves_it_as_it_is(tmp_path):
+    config = fake_config(str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text("of the first\n")
+    with RunOwner(tmp_path, print) as owner:
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        ((code, error, _),) = run_ranks(1, run_program, config)
+        assert code == 2 and error.count("error:") == 1
+        assert "belongs to a run that is alive: process" in error and "logging.output_dir" in error
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        owner.check()
+
+
+@dataclass(frozen=True)
+class TakeFolderAt:
+    """Puts another owner's name into the folder of the run at forward pass `call` of rank 0."""
+
+    call: int
+    folder: Path
+
+    def __call__(self, call: int) -> None:
+        if call == self.call and int(os.environ["RANK"]) == 0:
+            content = json.loads((self.folder / OWNER_FILE).read_text())
+            content |= {"token": "other", "node": "gpu07"}
+            (self.folder / OWNER_FILE).write_text(json.dumps(content))
+
+
+def test_a_run_whose_folder_was_taken_over_writes_nothing_more(tmp_path):
+    config = fake_config(str(tmp_path))
+    ((code, error, _),) = run_ranks(1, run_program, config, {"hook": TakeFolderAt(4, tmp_path)})
+    assert code == 2 and "was taken over" in error and "gpu07" in error
+    written = {path.name for path in tmp_path.rglob("*")}
+    assert json.loads((tmp_path / OWNER_FILE).read_text())["token"] == "other"
+    assert "failure.txt" not in written and "iter_0000004" not in written
+    assert max(line["iteration"] for line in lines(tmp_path)) < 4
 
 
 def test_exit_code_85_asks_to_be_started_again(tmp_path):
