@@ -24,7 +24,7 @@ MAX_STALLED_STARTS=$(digits "${KOSMOSG_MAX_STALLED_STARTS:-3}" 3)
 # shellcheck source=slurm/checks.sh
 source "$home/slurm/checks.sh"
 
-say() { printf '%(%H:%M:%S)T slurm: %s\n' -1 "$*"; }
+say() { printf '%(%Y-%m-%d %H:%M:%S)T slurm: %s\n' -1 "$*"; }
 die() {
     printf 'error: %s\n' "$*" >&2
     exit "$EXIT_BAD_INPUT"

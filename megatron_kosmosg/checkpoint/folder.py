@@ -154,12 +154,15 @@ def damaged_tensors(folder: Path, share: int, num_shares: int) -> list[str]:
     return found
 
 
-def prune(save: Path, keep_last: int) -> None:
-    """Removes all but the newest `keep_last` whole checkpoints (0 keeps all)."""
+def prune(save: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Removes all whole checkpoints but the newest `keep_last` (0 keeps all) and those of
+    iterations that are multiples of `keep_every` (0 for none)."""
     if keep_last == 0:
         return
     whole = [folder for folder in _iteration_folders(save) if is_valid(folder)]
     for folder in whole[:-keep_last]:
+        if keep_every and _iteration(folder) % keep_every == 0:
+            continue
         remove_folder(folder, only_writer=True)
 
 

@@ -182,5 +182,6 @@ class Checkpointer:
     def _complete(self, temporary: Path) -> None:
         if self._layout.rank == 0:
             checkpoint_folder.finish(temporary, to_yaml(self._config))
-            checkpoint_folder.prune(self._folder, self._config.checkpoint.keep_last)
+            kept = self._config.checkpoint
+            checkpoint_folder.prune(self._folder, kept.keep_last, kept.keep_every)
         dist.barrier()

@@ -256,7 +256,9 @@ class CheckpointConfig:
     """Iterations between checkpoints; the last iteration is always saved."""
     async_save: bool = False
     keep_last: int = 2
-    """Finished checkpoints kept; 0 keeps all."""
+    """Newest finished checkpoints kept; 0 keeps all."""
+    keep_every: int = 0
+    """Beside those, every checkpoint whose iteration is a multiple of this is kept; 0 for none."""
     accept_changes: list[str] = field(default_factory=list)
     """Settings (or whole sections) that may differ from the resumed checkpoint although they
     change what is learnt, e.g. `[optimizer.lr, data.blend]`."""

@@ -102,7 +102,7 @@ class Heartbeat:
             awake, before = awake + min(now - before, 2 * self._interval), now
             report = self._watch.report(self._beats, awake)
             if report is not None and not self._ended.is_set():
-                print(f"{time.strftime('%H:%M:%S')} {report}", file=sys.stderr, flush=True)
+                print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {report}", file=sys.stderr, flush=True)
             if self._place.rank == 0:
                 self._write(report)
 

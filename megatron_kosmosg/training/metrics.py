@@ -1,7 +1,8 @@
 """Numbers of a run: throughput per iteration, `metrics.jsonl`, TensorBoard.
 
-One JSON line per iteration, one more for each evaluation (names start with `heldout_`). A number
-that is not finite is written as null. A resumed run cuts the file back to its checkpoint first.
+One JSON line per iteration, one more for each evaluation (names start with `heldout_`), each with
+`time` (seconds since 1970) and `wall_time` (since this start began to train). A number that is not
+finite is written as null. A resumed run cuts the file back to its checkpoint first.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,7 @@ class MetricsWriter:
     """Writer of one rank; `enabled=False` makes every method do nothing."""
 
     def __init__(self, config: RunConfig, start_iteration: int, *, enabled: bool) -> None:
+        self._began = time.perf_counter()
         self._file = None
         self._board: SummaryWriter | None = None
         if not enabled:
@@ -140,7 +143,11 @@ class MetricsWriter:
 
     def _write(self, record: dict[str, float | None], group: str) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        now = {
+            "time": round(time.time(), 3),
+            "wall_time": round(time.perf_counter() - self._began, 3),
+        }
+        self._file.write(json.dumps(record | now, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in record.items():

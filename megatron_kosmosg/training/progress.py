@@ -28,7 +28,7 @@ class ProgressDisplay:
     def say(self, text: str) -> None:
         """Prints one line above the bar."""
         if self._enabled:
-            self._bar.say(f"{time.strftime('%H:%M:%S')} {text}")
+            self._bar.say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def step(
         self,

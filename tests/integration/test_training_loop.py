@@ -25,7 +25,7 @@ def test_metrics_lines_have_the_documented_fields(tmp_path):
     assert set(first) == {
         "iteration", "loss", "largest_loss", "lr", "grad_norm", "samples_per_sec",
         "tokens_per_sec", "tflops", "mfu", "data_wait", "padding", "consumed_train_samples",
-            "bad_samples",
+            "bad_samples", "time", "wall_time",
     }  # fmt: skip
     assert [line["consumed_train_samples"] for line in train_lines(tmp_path)] == [8, 16, 24]
     assert first["tokens_per_sec"] == pytest.approx(3 * first["samples_per_sec"])

@@ -81,6 +81,13 @@ def test_pruning_keeps_the_newest_whole_ones(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_pruning_keeps_every_so_many_iterations(tmp_path):
+    for iteration in range(1, 10):
+        save(tmp_path, iteration)
+    folders.prune(tmp_path, keep_last=1, keep_every=4)
+    assert {path.name for path in tmp_path.iterdir()} == {f"iter_000000{i}" for i in (4, 8, 9)}
+
+
 def test_a_run_folder_a_checkpoint_folder_and_an_iteration_all_name_the_same(tmp_path):
     wanted = save(tmp_path / "checkpoints", 7)
     for path in (tmp_path, tmp_path / "checkpoints", wanted):
