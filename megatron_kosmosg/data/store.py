@@ -32,7 +32,7 @@ from megatron_kosmosg.data.stored_sample import (
 )
 from megatron_kosmosg.data.tokenizer import Tokenizer
 
-_DAMAGE = (AssertionError, ValueError, KeyError, TypeError, OverflowError, struct.error)
+_DAMAGE = (IndexError, AssertionError, ValueError, KeyError, TypeError, OverflowError, struct.error)
 """What Megatron raises for an index that it cannot read."""
 
 

@@ -364,11 +364,13 @@ def test_a_glob_enters_a_ring_of_links_once(tmp_path, monkeypatch):
 def test_counts_beyond_the_file_are_one_message(tmp_path):
     prefix = build_dataset(tmp_path, "caption", 3)
     index = Path(f"{prefix}.idx")
-    content = bytearray(index.read_bytes())
-    content[18:26] = (1 << 60).to_bytes(8, "little")
-    index.write_bytes(content)
-    with pytest.raises(InputError, match="no whole index"):
-        SampleStore(prefix)
+    whole = index.read_bytes()
+    for place, count in ((18, 1 << 60), (26, 1 << 60), (26, 0)):  # of sequences, of documents
+        content = bytearray(whole)
+        content[place : place + 8] = count.to_bytes(8, "little")
+        index.write_bytes(content)
+        with pytest.raises(InputError, match="no whole index"):
+            SampleStore(prefix)
     path = tmp_path / "model.safetensors"
     path.write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
     with pytest.raises(ConversionError, match="no whole safetensors file"):
