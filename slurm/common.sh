@@ -49,10 +49,23 @@ slurm/README.md has the rest: first steps, requeueing, containers, environment v
 END
 }
 
+# read_sweep FILE NUMBER: `sweep` from that line, words as a shell reads them, nothing expanded.
+read_sweep() {
+    local line
+    line=$(sed -n "$2p" "$1")
+    mapfile -d '' sweep < <(xargs -r printf '%s\0' <<<"$line" 2>/dev/null)
+    [ ${#sweep[@]} -gt 0 ] ||
+        die "$1 has no line $2, or one whose quotes do not end"
+}
+
 check='' options=() rest=() sweep=()
 read_arguments() {
     while [ $# -gt 0 ]; do
         case $1 in
+            --config=* | --sweep=*)
+                set -- "${1%%=*}" "${1#*=}" "${@:2}"
+                continue
+                ;;
             --check) check=yes ;;
             -h | --help)
                 usage
@@ -65,8 +78,7 @@ read_arguments() {
                 ;;
             --sweep) # line N of FILE: further settings of task N of a job array
                 [ -f "${2-}" ] || die "--sweep needs a file, one line of settings per array task"
-                read -ra sweep <<<"$(sed -n "${SLURM_ARRAY_TASK_ID:-1}p" "$2")"
-                [ ${#sweep[@]} -gt 0 ] || die "$2 has no line ${SLURM_ARRAY_TASK_ID:-1}"
+                read_sweep "$2" "$(digits "${SLURM_ARRAY_TASK_ID:-1}" 1)"
                 shift
                 ;;
             --)

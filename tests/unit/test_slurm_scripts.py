@@ -125,6 +125,24 @@ def test_one_task_per_gpu_with_the_jobs_sizes_and_the_users_settings(cluster):
     assert "torchrun" not in train and not cluster.was_requeued()
 
 
+def test_values_of_a_sweep_may_be_quoted_and_nothing_in_them_runs(cluster):
+    path = cluster.folder / "sweep"
+    path.write_text(
+        """logging.output_dir="a b" data.blend='{x: {path: "y z"}}' training.seed=$(touch MARK)\n"""
+        "optimizer.lr='1\n"
+    )
+    cluster.run(f"--sweep={path}", f"--config={STAGES[0].parents[1]}/README.md")
+    lines = cluster.calls.read_text().splitlines()
+    trained = [line for line in lines if "train --config" in line][-1]
+    assert "/README.md parallel" in trained and trained.endswith(
+        """logging.output_dir=a b data.blend={x: {path: "y z"}} """
+        "training.seed=$(touch MARK)"
+    )
+    assert not list(cluster.folder.rglob("MARK")) and not (REPOSITORY / "MARK").exists()
+    ended = cluster.run("--sweep", str(path), SLURM_ARRAY_TASK_ID="2")
+    assert ended.returncode == 2 and "quotes do not end" in ended.stderr
+
+
 def test_an_array_task_takes_its_line_of_a_sweep(cluster):
     (cluster.folder / "sweep").write_text("optimizer.lr=1\noptimizer.lr=2 training.seed=5\n")
     sweep = ("--sweep", str(cluster.folder / "sweep"), "--", "training.train_iters=9")
