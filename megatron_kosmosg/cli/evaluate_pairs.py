@@ -62,7 +62,7 @@ def build_parser() -> CommandParser:
         metavar="DIR",
         help="where images of --pairs may lie besides the folder of that file",
     )
-    add_networks(parser)
+    add_networks(parser, "clean-fid")
     add_scoring(parser)
     return parser
 

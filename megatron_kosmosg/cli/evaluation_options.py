@@ -21,8 +21,11 @@ FID_PROTOCOL_NAMES = ("kosmosg-first-run", "kosmosg-rerun", "metaquery", "clean-
 """Of evaluation/preprocessing.py, which loads torch."""
 
 
-def add_networks(parser: CommandParser) -> None:
-    """Weight files; nothing is downloaded."""
+def add_networks(parser: CommandParser, protocol: str | None = None) -> None:
+    """Weight files; nothing is downloaded.
+
+    protocol: of FID where another one is not asked for; None leaves FID out.
+    """
     group = parser.add_argument_group("networks", "files that you have; nothing is downloaded")
     group.add_argument(
         "--dino", type=file_path, metavar="FILE", help="dino_deitsmall16_pretrain.pth"
@@ -30,6 +33,8 @@ def add_networks(parser: CommandParser) -> None:
     group.add_argument(
         "--clip", type=file_path, metavar="FOLDER", help="openai/clip-vit-base-patch32"
     )
+    if protocol is None:
+        return
     group.add_argument(
         "--inception",
         type=file_path,
@@ -39,8 +44,8 @@ def add_networks(parser: CommandParser) -> None:
     group.add_argument(
         "--fid-protocol",
         choices=FID_PROTOCOL_NAMES,
-        default="clean-fid",
-        help="what Inception sees (clean-fid)",
+        default=protocol,
+        help=f"what Inception sees ({protocol})",
     )
 
 

@@ -1,5 +1,7 @@
 """DreamBench as KOSMOS-G and UNO use it: 30 subjects, 25 texts each, and 30 pairs of subjects.
 
+Long because its texts and hashes stand here.
+
 The images are google/dreambooth's; one of each subject is the model's input. Two kinds of text
 belong together: what the model is given, which begins with the image and no article, and what
 CLIP-T compares with, google's prompt without its unique token.
@@ -7,9 +9,15 @@ CLIP-T compares with, google's prompt without its unique token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from megatron_kosmosg.config.errors import InputError
+from megatron_kosmosg.evaluation.similarity import Item, summarise
+from megatron_kosmosg.foreign_files import read_file
 
 Kind = Literal["object", "live"]
 
@@ -148,6 +156,8 @@ AUTHORS_BATCH, AUTHORS_IMAGES = 5, 4
 REAL_REAL_DINO = 0.774
 """DINO of two real images of one subject (DreamBooth, table 1): more says that the input image was
 copied."""
+PUBLISHED = {"dino": 0.694, "clip_i": 0.847, "clip_t": 0.287}
+"""KOSMOS-G's own scores on single subjects (arXiv 2310.02992, table 1)."""
 
 
 @dataclass(frozen=True)
@@ -228,3 +238,43 @@ def authors_noise_row(prompt: int, image: int) -> int:
     """Row of the authors' draw of 20 that image `image` (0 to 3) of a prompt starts from: they set
     the seed anew before each batch, and repeat its 5 prompts four times."""
     return image * AUTHORS_BATCH + prompt % AUTHORS_BATCH
+
+
+def find_images(folder: Path) -> dict[str, Path]:
+    """{subject: the image that the model is shown} in a checkout of google/dreambooth, or in its
+    dataset/. Raises InputError that names the first that is not there."""
+    root = folder / "dataset" if (folder / "dataset").is_dir() else folder
+    found = {subject.name: root / subject.name / subject.file for subject in SUBJECTS}
+    missing = [path for path in found.values() if not path.is_file()]
+    if missing:
+        raise InputError(
+            f"--dreambooth {folder}: no {missing[0]} ({len(missing)} of {len(found)} images are "
+            "not there); give a checkout of google/dreambooth"
+        )
+    return found
+
+
+def real_images(shown: Path) -> list[Path]:
+    """All real ones of the subject that `shown` is of."""
+    return sorted(shown.parent.glob("*.jpg"))
+
+
+def warnings_of(
+    items: Sequence[Item], scores: Mapping[str, Sequence[Sequence[float]]], data: Mapping[str, Path]
+) -> list[str]:
+    """What a reader of the numbers should know."""
+    found = []
+    digests = {s.name: hashlib.sha256(read_file(data[s.name])).hexdigest() for s in SUBJECTS}
+    others = [s.name for s in SUBJECTS if digests[s.name] != s.sha256]
+    if others:
+        found.append(
+            f"{len(others)} of {len(SUBJECTS)} input images are not those of "
+            f"google/dreambooth@4f887af, among them {others[0]}'s: values compare with no others"
+        )
+    dino = summarise(items, scores["dino"]).value if "dino" in scores else 0.0
+    if dino > REAL_REAL_DINO:
+        found.append(
+            f"DINO {dino:.3f} is above {REAL_REAL_DINO}, that of two real images of one subject: "
+            "the input images may have been copied"
+        )
+    return found

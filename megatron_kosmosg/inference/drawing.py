@@ -96,9 +96,41 @@ class PipelineDrawer:
             **self._size(options),
             num_images_per_prompt=options.num_images,
             generator=[torch.Generator("cpu").manual_seed(p.options.seed) for p in pictures],
+            **self._shared_noise(pictures),
             **control,
             **self._extra,
         ).images
+
+    def _shared_noise(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
+        """latents [n, 4, h, w] of pictures that start from rows of one draw; none of others.
+
+        Generators of a CPU and of a GPU draw different numbers from one seed.
+        """
+        rows = [p.record.noise[p.index] for p in pictures if p.record.noise]
+        if not rows:
+            return {}
+        unet, size = self._pipeline.unet, self._size(pictures[0].options)
+        default = self._own_size()
+        sides = [
+            size.get(name, own) for name, own in zip(("height", "width"), default, strict=True)
+        ]
+        scale = self._pipeline.vae_scale_factor
+        shape = (unet.config.in_channels, *(side // scale for side in sides))
+        found = []
+        for noise in rows:
+            generator = torch.Generator(unet.device).manual_seed(0)
+            drawn = torch.randn(
+                (noise.num_rows, *shape), generator=generator, device=unet.device, dtype=unet.dtype
+            )
+            found.append(drawn[noise.row])
+        return {"latents": torch.stack(found)}
+
+    def _own_size(self) -> tuple[int, int]:
+        """(height, width) of the model."""
+        latent = self._pipeline.unet.config.sample_size
+        own = latent if isinstance(latent, (list, tuple)) else (latent, latent)
+        scale = self._pipeline.vae_scale_factor
+        return int(own[0]) * scale, int(own[1]) * scale
 
     def _size(self, options: DrawingOptions) -> dict[str, int]:
         """height and width, none where the model's own size is meant. diffusers takes one alone for
@@ -106,13 +138,8 @@ class PipelineDrawer:
         sides = {"height": options.height, "width": options.width}
         if None not in sides.values() or not any(sides.values()):
             return {name: side for name, side in sides.items() if side is not None}
-        latent = self._pipeline.unet.config.sample_size
-        own = latent if isinstance(latent, (list, tuple)) else (latent, latent)
-        scale = self._pipeline.vae_scale_factor
-        return {
-            name: side or int(size) * scale
-            for (name, side), size in zip(sides.items(), own, strict=True)
-        }
+        own = self._own_size()
+        return {name: side or size for (name, side), size in zip(sides.items(), own, strict=True)}
 
 
 def _opened(record: PromptRecord) -> Parts:

@@ -42,9 +42,12 @@ def save_atomically(image: Image.Image, path: Path, **options: object) -> None:
 
 
 def is_finished(picture: Picture, folder: Path) -> bool:
-    """True if `folder` holds this picture, made with exactly these settings."""
+    """True if `folder` holds this picture, whole and made with exactly these settings."""
     try:
         with Image.open(folder / picture.file_name) as image:
-            return image.info.get("settings_hash") == picture.settings_hash
+            if image.info.get("settings_hash") != picture.settings_hash:
+                return False
+            image.verify()  # the checksums of its chunks
+            return True
     except (OSError, SyntaxError, ValueError):
         return False

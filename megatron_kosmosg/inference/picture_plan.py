@@ -90,12 +90,13 @@ class PicturePlan:
             shared = self._shared_settings(record, options)
         except PromptError as error:
             raise PromptError(f"{record.id or '--prompt'}: {error}") from error
+        assert len(record.noise) in (0, options.num_images), "a row for each picture"
         return [
             Picture(
                 record,
                 index,
                 dataclasses.replace(options, seed=first + index),
-                shared | {"seed": first + index},
+                shared | _start_settings(record, index, first + index),
             )
             for index in range(options.num_images)
         ]
@@ -154,6 +155,14 @@ class PicturePlan:
         return dataclasses.replace(
             options, height=options.height or height, width=options.width or width
         )
+
+
+def _start_settings(record: PromptRecord, index: int, seed: int) -> dict[str, Any]:
+    """What a picture starts from."""
+    if not record.noise:
+        return {"seed": seed}
+    noise = record.noise[index]
+    return {"seed": 0, "noise": [noise.row, noise.num_rows]}
 
 
 def _filled(options: DrawingOptions, defaults: DrawingOptions) -> DrawingOptions:

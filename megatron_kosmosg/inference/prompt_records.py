@@ -8,6 +8,7 @@ relative to the folder of the file, and lie in it:
                    words, also "<image>"
   id               names the pictures ID-0.png, ID-1.png, ..; the line's number if absent
   negative_prompt, seed, num_images, steps, guidance, height, width, control_image
+Long because each field is checked, and each fault said, here.
 """
 
 from __future__ import annotations
@@ -65,6 +66,14 @@ class DrawingOptions:
 
 
 @dataclass(frozen=True)
+class NoiseRow:
+    """A row of one draw, made with seed 0 on the device and in the type of the U-Net."""
+
+    row: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
 class PromptRecord:
     """One prompt."""
 
@@ -72,6 +81,8 @@ class PromptRecord:
     """Names its pictures; None until its settings are known."""
     content: tuple[Part, ...]
     options: DrawingOptions = field(default_factory=DrawingOptions)
+    noise: tuple[NoiseRow, ...] = ()
+    """Start noise of each of its pictures in place of what their seeds give."""
 
     @property
     def images(self) -> list[Path]:

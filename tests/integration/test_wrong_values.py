@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from megatron_kosmosg.cli.main import COMMANDS
-from tests.support.judging_networks import write_dino
+from tests.support.judging_networks import write_dino, write_dreambooth
 
 SECONDS = 200
 """A wrong value is found before any work begins; the libraries may have to be imported."""
@@ -128,6 +128,7 @@ def files(past, tmp_path_factory) -> Path:
     (folder / "binary-file").write_bytes(bytes(range(256)) * 4)
     (folder / "records.jsonl").write_text(json.dumps({"text": "a text. and one more"}) + "\n")
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "a dog"}) + "\n")
+    write_dreambooth(folder / "dreambooth")
     (folder / "pictures").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "pictures" / "a.png")
     write_dino(folder / "dino.pth")
@@ -154,6 +155,11 @@ BASES = {
     ("convert", "import-hf"): "--input export --output o/run",
     ("convert", "verify"): "--a text-file --b export",
     ("generate",): "--model export --prompt dog --output o/pictures --steps 1",
+    (
+        "evaluate",
+        "dreambench",
+    ): "--dreambooth dreambooth --model export --dino dino.pth --output o/x"
+    " --num-prompts 1 --num-images 1 --steps 1",
     ("evaluate", "pairs"): "--generated pictures --reference pictures --dino dino.pth --output o/x",
     ("evaluate", "toy"): "--run name=runs/instruct --output o/evaluated --fast",
     ("toy", "make-world"): "--output o/world --size 8",

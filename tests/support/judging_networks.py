@@ -1,4 +1,5 @@
-"""Files of the networks that score images, with random weights under the published names."""
+"""Files of the networks that score images, with random weights under the published names, and
+stand-ins for the images that they score."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 from megatron_kosmosg.evaluation.dino import DinoViTS16
+from megatron_kosmosg.evaluation.dreambench import SUBJECTS
 from megatron_kosmosg.evaluation.inception import FidInception
 from megatron_kosmosg.toy import assets
 
@@ -62,6 +64,17 @@ def write_clip(folder: Path, seed: int = 3) -> Path:
         projection_dim=24,
     )
     CLIPModel(config).save_pretrained(folder)
+    return folder
+
+
+def write_dreambooth(folder: Path) -> Path:
+    """A folder as google/dreambooth's checkout, with noise: two images a subject."""
+    images = odd_images(6, seed=5)
+    for i, subject in enumerate(SUBJECTS):
+        place = folder / "dataset" / subject.name
+        place.mkdir(parents=True)
+        images[i % 6].resize((40, 40)).save(place / subject.file)
+        images[(i + 1) % 6].resize((40, 44)).save(place / "99.jpg")
     return folder
 
 

@@ -50,7 +50,7 @@ SYNONYMS = {
 """Names that must not come back beside the one that the commands agreed on."""
 
 OF_PROCESSES = {"preprocess"}
-OF_THREADS = {"inspect", "cache-latents", "build-data", "evaluate pairs"}
+OF_THREADS = {"inspect", "cache-latents", "build-data", "evaluate pairs", "evaluate dreambench"}
 """Commands with --workers, and with --threads."""
 
 TWO_MEANINGS = {
