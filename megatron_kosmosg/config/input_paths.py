@@ -20,6 +20,8 @@ INPUT_PATHS = (
     "data.blend.*.path",
     "data.heldout.*.path",
     "checkpoint.load",
+    "evaluation.dino",
+    "evaluation.clip",
 )
 """Settings that name what a run reads; datasets by their prefix, without a suffix."""
 

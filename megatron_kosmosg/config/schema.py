@@ -268,7 +268,12 @@ class CheckpointConfig:
 class EvaluationConfig:
     grid: list[str] = field(default_factory=list)
     """Evaluators that measure the images of the grid (`instruct`) against their targets, by their
-    names in evaluation/registry.py: `toy` reads shapes and hues of the toy world."""
+    names in evaluation/registry.py: `toy` reads shapes and hues of the toy world, `dino` and `clip`
+    take the cosine of features."""
+    dino: str | None = None
+    """Weight file of the evaluator `dino` (dino_deitsmall16_pretrain.pth)."""
+    clip: str | None = None
+    """Folder of the evaluator `clip` (openai/clip-vit-base-patch32)."""
 
 
 @dataclass(frozen=True)

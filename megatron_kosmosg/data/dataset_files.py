@@ -16,16 +16,16 @@ def dataset_files(prefix: str | Path) -> list[Path]:
 
 
 def files_read(config: RunConfig) -> list[Path]:
-    """Files that a run of `config` opens: its datasets and the tokenizer model. Model folders and
-    the checkpoint that it starts from are `folders_read`."""
+    """Files that a run of `config` opens: its datasets, the tokenizer model and weights of an
+    evaluator. Model folders and the checkpoint that it starts from are `folders_read`."""
     entries = [*config.data.blend.values(), *config.data.heldout.values()]
     files = [file for entry in entries for file in dataset_files(entry.path)]
-    tokenizer = config.data.tokenizer_model
-    return [*files, *([] if tokenizer is None else [Path(tokenizer)])]
+    named = (config.data.tokenizer_model, config.evaluation.dino)
+    return [*files, *(Path(path) for path in named if path is not None)]
 
 
 def folders_read(config: RunConfig) -> list[Path]:
     """Folders of models that a run of `config` may open."""
     model = config.model
-    given = (model.vision.path, model.clip_text.path, model.diffusion.path)
+    given = [model.vision.path, model.clip_text.path, model.diffusion.path, config.evaluation.clip]
     return [Path(path) for path in given if path is not None]

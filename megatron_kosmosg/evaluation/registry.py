@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_kosmosg.config.errors import ConfigError
@@ -16,12 +17,18 @@ from megatron_kosmosg.config.schema import RunConfig
 if TYPE_CHECKING:
     from megatron_kosmosg.evaluation.evaluator import Evaluator
 
-EVALUATORS = {"toy": "megatron_kosmosg.toy.judging.toy_picture_judge:ToyEvaluator"}
+EVALUATORS = {
+    "toy": "megatron_kosmosg.toy.judging.toy_picture_judge:ToyEvaluator",
+    "dino": "megatron_kosmosg.evaluation.target_evaluators:DinoEvaluator",
+    "clip": "megatron_kosmosg.evaluation.target_evaluators:ClipEvaluator",
+}
 """{name in `evaluation.grid`: module:class}."""
 
 
 def check_evaluators(config: RunConfig) -> None:
-    """Raises ConfigError for a name in `evaluation.grid` that no evaluator has."""
+    """Raises ConfigError for a name in `evaluation.grid` that no evaluator has, and for one whose
+    files are not there: the first evaluation may be hours away."""
+    needed = {"dino": config.evaluation.dino, "clip": config.evaluation.clip}
     for name in config.evaluation.grid:
         if name not in EVALUATORS:
             near = difflib.get_close_matches(name, EVALUATORS, n=1, cutoff=0.5)
@@ -29,6 +36,12 @@ def check_evaluators(config: RunConfig) -> None:
             raise ConfigError(
                 f"evaluation.grid names {name!r}, which is no evaluator; {hint}there are "
                 f"{', '.join(EVALUATORS)}"
+            )
+        path = needed.get(name, "")
+        if path is None or not Path(path).exists():
+            raise ConfigError(
+                f"evaluation.grid names {name}, and evaluation.{name}={path} is not there; give "
+                "its weights"
             )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,8 +15,11 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import EvaluationConfig, RunConfig
 from megatron_kosmosg.evaluation.evaluator import DrawnImages, measure
+from megatron_kosmosg.evaluation.networks import find_clip, find_dino, open_network
+from megatron_kosmosg.evaluation.preprocessing import clip_pixels, dino_pixels
 from megatron_kosmosg.evaluation.registry import EVALUATORS, build_evaluators
 from megatron_kosmosg.toy.world import render_batch, sample_scene
+from tests.support.judging_networks import odd_images, write_clip, write_dino
 
 
 class Brightness:
@@ -28,18 +33,45 @@ class Brightness:
         yield "targets", self._scale * images.targets.mean().item()
 
 
-def config_of(*names: str) -> RunConfig:
-    return RunConfig(evaluation=EvaluationConfig(grid=list(names)))
+def config_of(*names: str, **files: str) -> RunConfig:
+    return RunConfig(evaluation=EvaluationConfig(grid=list(names), **files))
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("networks")
+    return {"dino": str(write_dino(folder / "x.pth")), "clip": str(write_clip(folder / "clip"))}
 
 
 @pytest.mark.parametrize("name", EVALUATORS)
-def test_every_entry_measures_images(name):
+def test_every_entry_measures_images(name, networks):
     scenes = render_batch(
         [sample_scene((5, i), 1, heldout=False) for i in range(2)]
     )  # all that `toy` measures
-    found = measure(build_evaluators(config_of(name)), DrawnImages(scenes, scenes))
+    found = measure(build_evaluators(config_of(name, **networks)), DrawnImages(scenes, scenes))
     assert found and all(metric.startswith(f"{name}_") for metric in found)
     assert all(isinstance(value, float) for value in found.values())
+
+
+@pytest.mark.parametrize("name", ["dino", "clip"])
+def test_resemblance_is_that_of_the_commands(name, networks):
+    (find, rule) = {"dino": (find_dino, dino_pixels), "clip": (find_clip, clip_pixels)}[name]
+    images = odd_images(6)[5].resize((64, 48)), odd_images(6, seed=9)[5].resize((64, 48))
+    pixels = [
+        torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1 for image in images
+    ]
+    found = measure(build_evaluators(config_of(name, **networks)), DrawnImages(*pixels))
+    network = open_network(find(Path(networks[name])), torch.device("cpu"))
+    features = network.features(torch.stack([rule(image) for image in images]))
+    wanted = torch.cosine_similarity(features[0], features[1], dim=0)
+    assert found == {f"{name}_similarity": pytest.approx(float(wanted), abs=1e-6)}
+    assert wanted < 0.999
+
+
+@pytest.mark.parametrize("files", [{}, {"dino": "/nowhere/x.pth"}])
+def test_an_evaluator_without_its_weights_is_refused_at_once(files):
+    with pytest.raises(ConfigError, match=r"names dino, and evaluation.dino=.* is not there"):
+        build_evaluators(config_of("dino", **files))
 
 
 def test_a_new_evaluator_is_an_entry_and_nothing_else(monkeypatch):
@@ -58,7 +90,8 @@ def test_a_name_that_is_in_no_table_is_answered_with_the_nearest(tmp_path, capsy
     assert train.main([*settings, "--dry-run"]) == exit_codes.BAD_INPUT
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "error: evaluation.grid names 'quite_other', which is no evaluator; there are toy"
+        "error: evaluation.grid names 'quite_other', which is no evaluator; "
+        "there are toy, dino, clip"
     )
 
 
