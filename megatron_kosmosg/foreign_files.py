@@ -61,11 +61,11 @@ def read_file(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     return content
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(data: bytes | str, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """The value. Raises ValueError, also for one that is too long, too deep or has endless numbers:
     other code, ours or a library's, would fail on it in its own way."""
-    if len(data) > MAX_JSON_BYTES:
-        raise ValueError(f"more than {MAX_JSON_BYTES >> 20} MiB of JSON")
+    if len(data) > max_bytes:
+        raise ValueError(f"more than {max_bytes >> 20} MiB of JSON")
     try:
         value = json.loads(data, parse_int=_whole_number)
     except RecursionError:
@@ -77,9 +77,9 @@ def parse_json(data: bytes | str) -> Any:
     return value
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """The value in a file. Raises ValueError and OSError."""
-    return parse_json(read_file(path, MAX_JSON_BYTES))
+    return parse_json(read_file(path, max_bytes), max_bytes)
 
 
 def _whole_number(digits: str) -> int:

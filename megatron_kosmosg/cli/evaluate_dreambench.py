@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from megatron_kosmosg.config.overwrites import refuse_to_write_into
     from megatron_kosmosg.evaluation import dreambench
-    from megatron_kosmosg.evaluation.judging import find_networks, report, score
+    from megatron_kosmosg.evaluation.judging import check_networks, find_networks, report, score
     from megatron_kosmosg.evaluation.result import Judgement
     from megatron_kosmosg.evaluation.similarity import Item, similarities, similarity_groups
     from megatron_kosmosg.launcher import find_worker
@@ -113,6 +113,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     cases = [case for case in listed(with_class=args.with_class) if case.prompt < args.num_prompts]
     data = dreambench.find_images(args.dreambooth)
     refuse_to_write_into(args.output, [args.dreambooth, args.model], "--output")
+    check_networks(weights)
     if takes(args, "generate"):
         draw(args, [_record(case, data, args) for case in cases], place)
     if args.only == "generate":

@@ -76,13 +76,20 @@ def scoring_of(
             "these networks have nothing to compare: --clip scores texts and references, --dino "
             "references alone"
         )
-    output = args.output.absolute()
-    above = next(path for path in (output, *output.parents) if path.exists())
-    if not above.is_dir():
-        raise ConfigError(f"--output {args.output}: {above} is a file; give a folder")
+    check_place(args.output, "--output")
     place = find_worker()
     device = named_device(args.device, place)
     return Scoring(groups, weights, args.output, place, device, args.threads)
+
+
+def check_place(folder: Path, option: str) -> None:
+    """Raises ConfigError where a folder cannot be made because a file is in its way."""
+    from megatron_kosmosg.config.errors import ConfigError
+
+    place = folder.absolute()
+    above = next(path for path in (place, *place.parents) if path.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{option} {folder}: {above} is a file; give a folder")
 
 
 def finish(written: tuple[Path, Path] | None, place: Place) -> int:

@@ -47,6 +47,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
     "models": (
         Command("convert", "cli.convert_checkpoint", "other projects' checkpoints in, folders out"),
         Command("generate", "cli.generate", "images for prompts of text and images"),
+        Command("evaluate coco", "cli.evaluate_coco", "captions of val2014 as images: FID, CLIP-T"),
         Command("evaluate dreambench", "cli.evaluate_dreambench", "30 subjects in new scenes"),
         Command("evaluate pairs", "cli.evaluate_pairs", "any images: DINO, CLIP-I, CLIP-T, FID"),
         Command("evaluate toy", "toy.cli.evaluate_toy", "held-out prompts of the toy world"),

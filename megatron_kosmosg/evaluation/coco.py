@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_kosmosg.config.errors import InputError
-from megatron_kosmosg.foreign_files import read_json
+from megatron_kosmosg.foreign_files import OutsideFolder, inside, read_json
 
 NUM_CAPTIONS = 30_000
+CAPTIONS_FILE, IMAGES_FOLDER = "annotations/captions_val2014.json", "val2014"
+MAX_CAPTIONS_BYTES = 128 << 20
+"""val2014's file is about as large as what other JSON may be."""
+PUBLISHED = {"FID": 10.99}
+"""KOSMOS-G's own (arXiv 2310.02992, table 2)."""
 AUTHORS_BATCH = 16
 """Captions that the authors draw together, with the seed set anew before each batch."""
 
@@ -40,16 +46,16 @@ def caption_indices(num_captions: int, count: int = NUM_CAPTIONS) -> list[int]:
 def read_captions(path: Path) -> CocoCaptions:
     """Raises InputError for what is not a captions file of COCO."""
     try:
-        found = read_json(path)
+        found = read_json(path, MAX_CAPTIONS_BYTES)
     except (OSError, ValueError) as error:
-        raise InputError(f"--captions {path} cannot be read: {error}") from error
+        raise InputError(f"{path} cannot be read: {error}") from error
     captions, images = (
         _column(found, "annotations", "caption"),
         _column(found, "images", "file_name"),
     )
     if not captions or not images:
         raise InputError(
-            f"--captions {path} has no `annotations` with a `caption` and `images` with a "
+            f"{path} has no `annotations` with a `caption` and `images` with a "
             "`file_name`; give COCO's annotations/captions_val2014.json"
         )
     return CocoCaptions(tuple(captions), tuple(images))
@@ -58,6 +64,24 @@ def read_captions(path: Path) -> CocoCaptions:
 def authors_noise_row(index: int) -> int:
     """Row of the authors' draw of 16 that image `index` starts from."""
     return index % AUTHORS_BATCH
+
+
+def real_images(folder: Path, listed: CocoCaptions) -> list[Path]:
+    """All images of val2014 in the captions file's order. Raises InputError that names the first
+    that is not there."""
+    root = folder / IMAGES_FOLDER
+    try:
+        found = [inside(root, name) for name in listed.images]
+    except OutsideFolder as error:
+        raise InputError(f"{folder / CAPTIONS_FILE}: {error}") from error
+    there = {entry.name for entry in os.scandir(root)} if root.is_dir() else set()
+    missing = [path for path in found if path.name not in there]
+    if missing:
+        raise InputError(
+            f"no {missing[0]} ({len(missing):,} of {len(found):,} images of {CAPTIONS_FILE} are "
+            "not there); --coco is the folder of COCO 2014"
+        )
+    return found
 
 
 def _column(found: Any, table: str, field: str) -> list[str]:

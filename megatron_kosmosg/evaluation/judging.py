@@ -14,6 +14,7 @@ from megatron_kosmosg.evaluation.networks import (
     find_clip,
     find_dino,
     find_inception,
+    open_network,
 )
 from megatron_kosmosg.evaluation.result import Judgement, write_judgement
 from megatron_kosmosg.launcher import Place
@@ -42,6 +43,12 @@ def find_networks(
     finders = {"dino": (find_dino, dino), "clip": (find_clip, clip)}
     finders["inception"] = (find_inception, inception)
     return {name: find(path) for name, (find, path) in finders.items() if path is not None}
+
+
+def check_networks(weights: Mapping[str, Weights]) -> None:
+    """Opens each once, before hours go into images. Raises ConfigError for what cannot be used."""
+    for found in weights.values():
+        open_network(found, torch.device("cpu"))
 
 
 def score(scoring: Scoring) -> FeatureFiles:

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from megatron_kosmosg.cli.main import COMMANDS
-from tests.support.judging_networks import write_dino, write_dreambooth
+from tests.support.judging_networks import write_coco, write_dino, write_dreambooth, write_inception
 
 SECONDS = 200
 """A wrong value is found before any work begins; the libraries may have to be imported."""
@@ -54,6 +54,7 @@ INPUTS = {
     "--pairs": ["missing", "folder", "text-file", "binary-file", ""],
     "--dino": ["missing", "folder", "text-file", ""],
     "--clip": ["missing", "folder", "text-file", ""],
+    "--real-statistics": ["folder", "text-file", "text-file/below", ""],
     "--inception": ["missing", "folder", "text-file", ""],
     "--run": ["missing", "folder", "text-file", ""],
     "--vision": ["missing", "folder"],
@@ -129,6 +130,8 @@ def files(past, tmp_path_factory) -> Path:
     (folder / "records.jsonl").write_text(json.dumps({"text": "a text. and one more"}) + "\n")
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "a dog"}) + "\n")
     write_dreambooth(folder / "dreambooth")
+    write_coco(folder / "coco")
+    write_inception(folder / "inception.pth")
     (folder / "pictures").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "pictures" / "a.png")
     write_dino(folder / "dino.pth")

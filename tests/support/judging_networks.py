@@ -3,6 +3,7 @@ stand-ins for the images that they score."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -75,6 +76,21 @@ def write_dreambooth(folder: Path) -> Path:
         place.mkdir(parents=True)
         images[i % 6].resize((40, 40)).save(place / subject.file)
         images[(i + 1) % 6].resize((40, 44)).save(place / "99.jpg")
+    return folder
+
+
+def write_coco(folder: Path) -> Path:
+    """A folder as COCO 2014's, with noise: three images and four captions."""
+    (folder / "val2014").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    names = [f"COCO_val2014_{i:012d}.jpg" for i in range(3)]
+    for name, image in zip(names, odd_images(3, seed=6), strict=True):
+        image.resize((60, 50)).save(folder / "val2014" / name)
+    said = {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+        "annotations": [{"image_id": i % 3, "caption": f"a red circle {i}"} for i in range(4)],
+    }
+    (folder / "annotations" / "captions_val2014.json").write_text(json.dumps(said))
     return folder
 
 

@@ -50,7 +50,9 @@ SYNONYMS = {
 """Names that must not come back beside the one that the commands agreed on."""
 
 OF_PROCESSES = {"preprocess"}
-OF_THREADS = {"inspect", "cache-latents", "build-data", "evaluate pairs", "evaluate dreambench"}
+OF_THREADS = {"inspect", "cache-latents", "build-data"} | {
+    f"evaluate {what}" for what in ("coco", "dreambench", "pairs")
+}
 """Commands with --workers, and with --threads."""
 
 TWO_MEANINGS = {
