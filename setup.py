@@ -92,6 +92,7 @@ setup(
     package_data={
         "megatron_kosmosg": ["configs/*.yaml", "py.typed"],
         "megatron_kosmosg.toy": ["assets/**"],
+        "megatron_kosmosg.evaluation": ["page.css", "page.html"],
         "megatron_kosmosg.inspection": ["page.css", "page.html"],
         "megatron_kosmosg.rehearsal": ["page.css", "page.html"],
         "megatron_kosmosg.toy.report": ["page.css", "page.html"],

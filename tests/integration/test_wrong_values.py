@@ -163,6 +163,11 @@ BASES = {
         "dreambench",
     ): "--dreambooth dreambooth --model export --dino dino.pth --output o/x"
     " --num-prompts 1 --num-images 1 --steps 1",
+    (
+        "evaluate",
+        "coco",
+    ): "--coco coco --model export --inception inception.pth --output o/x"
+    " --num-captions 2 --steps 1",
     ("evaluate", "pairs"): "--generated pictures --reference pictures --dino dino.pth --output o/x",
     ("evaluate", "toy"): "--run name=runs/instruct --output o/evaluated --fast",
     ("toy", "make-world"): "--output o/world --size 8",

@@ -255,7 +255,7 @@ def test_the_version_is_the_package_s(capsys):
         (["xyz"], "no command xyz; kosmosg --help lists them"),
         (["toy"], "kosmosg toy needs a command: make-world"),
         (["toy", "make-wolrd"], "kosmosg toy has no command make-wolrd; did you mean toy make-w"),
-        (["evaluate", "coco"], "kosmosg evaluate has no command coco"),
+        (["evaluate", "mars"], "kosmosg evaluate has no command mars"),
         (["generate", "--modle", "m"], "required: --model"),
         (["plan", "--gpu", "h100-80", "--config", "c", "--serach"], "did you mean --search?"),
         (["plan", "--gpu", "h100-80", "--config", "c", "--num-gpus", "0"], "0 is not a whole"),
