@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
@@ -33,7 +34,9 @@ class PipelineDrawer:
         control_scale: float = 1.0,
     ) -> None:
         self._pipeline = pipeline
-        self._painter, self._extra = pipeline, {}
+        # Any: what diffusers says of its pipelines' arguments leaves out half of what they take.
+        self._painter: Any = pipeline
+        self._extra: dict[str, Any] = {}
         if controlnet is not None:
             # Not from_pipe, which casts all parts to float32 unless told otherwise.
             self._painter = StableDiffusionControlNetPipeline(
