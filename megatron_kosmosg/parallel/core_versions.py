@@ -45,6 +45,13 @@ def backward_step(
 _ASKS_FOR_TYPE = "model_type" in inspect.signature(schedules.backward_step).parameters
 
 
+def gradients_for_norm(optimizer: Any) -> list[torch.Tensor]:
+    """Those of one optimizer that this rank counts; shared and copied parameters once. Since 0.19
+    parameters may be in groups with norms of their own, and the method has another name."""
+    named = ("get_grads_for_grad_norm", "get_main_grads_for_grad_norm")
+    return next(getattr(optimizer, name) for name in named if hasattr(optimizer, name))()
+
+
 def mlp_submodule(submodules: MLPSubmodules) -> Any:
     """What a layer builds its MLP from. Since 0.18 a builder; a spec draws a warning."""
     build = getattr(MLP, "as_mlp_submodule", None)

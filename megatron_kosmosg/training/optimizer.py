@@ -15,6 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel import core_versions
 from megatron_kosmosg.parallel.platform import torch_dtype
 
 _NORM_EPSILON = 1e-6
@@ -85,7 +86,7 @@ def squared_gradient_norm(optimizer: MegatronOptimizer, device: torch.device) ->
     gradients = [
         gradient
         for part in optimizer.chained_optimizers
-        for gradient in part.get_main_grads_for_grad_norm()
+        for gradient in core_versions.gradients_for_norm(part)
     ]
     if gradients:  # a rank may hold frozen parts alone
         norms = torch._foreach_norm(gradients)
