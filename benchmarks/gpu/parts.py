@@ -22,7 +22,7 @@ from benchmarks.gpu.timing import Speed, best_batch, free_memory, speed
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from megatron_kosmosg.data.image_types import ImageTransform
-from megatron_kosmosg.data.images import ImageDecoder, prompt_transform, target_pixels
+from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.instruct_stream import InstructStream
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.streams import instruct_stream
@@ -32,6 +32,8 @@ from megatron_kosmosg.preprocess.latent_moments import LatentJob, cache_latents
 from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
 from megatron_kosmosg.toy import assets
 
+_HALF = ((0.5,) * 3,) * 2
+"""Mean and deviation of targets."""
 DECODED_AT_ONCE, CACHE = 16, "benchmark"
 DATA_PATH = "data path, cached moments"
 
@@ -136,7 +138,8 @@ def data_rows(sizes: Sizes, folder: Path, device: torch.device) -> Iterator[Row]
     blend = {"edits": BlendEntry(prefix)}
     config = replace(base, data=replace(base.data, blend=blend, heldout={}))
     pictures = [path.read_bytes() for path in sorted(folder.glob("pictures/*.jpg"))]
-    transform = prompt_transform(config)
+    mean, std = tuple(config.data.image_mean), tuple(config.data.image_std)
+    transform = ImageTransform(config.model.vision.image_size, "bicubic", mean, std)
     for backend, title, place in (("pillow", "Pillow", None), ("dali", "DALI", device.index)):
         name = f"decoding, {title} on the {'CPU' if place is None else 'GPU'}"
         try:
@@ -188,7 +191,9 @@ def _caching(
     for batch in sizes.batches["vae"]:
         name = f"{CACHE}-{batch}"
         job = LatentJob(
-            *(store, name, target_pixels(size), "bf16"), batch_size=batch, num_workers=threads
+            *(store, name, ImageTransform(size, "bilinear", *_HALF), "bf16"),
+            batch_size=batch,
+            num_workers=threads,
         )
         started = time.perf_counter()
         said = (fingerprint, decoder, 0, 1, lambda done, total: None)

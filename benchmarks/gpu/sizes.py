@@ -58,6 +58,8 @@ class Sizes:
     """How many encoded pictures, their width and their height."""
     compiler: str
     """torch.compile's backend."""
+    readers: int
+    """Threads that hand over the random batches; 0: the one that trains."""
 
 
 FULL = Sizes(
@@ -99,6 +101,7 @@ FULL = Sizes(
     seconds=3,
     pictures=(512, 640, 512),
     compiler="inductor",
+    readers=1,
 )
 SMOKE = Sizes(
     model=_TINY_MODEL,
@@ -139,6 +142,7 @@ SMOKE = Sizes(
     seconds=0,
     pictures=(8, 48, 40),
     compiler="eager",
+    readers=0,
 )
 SIZES = {"full": FULL, "smoke": SMOKE}
 _SCHEDULER = {
@@ -190,7 +194,7 @@ def run_config(
             "training.precision=bf16",
             "training.micro_batch_size=1",
             "training.global_batch_size=1",
-            "data.num_workers=1",
+            f"data.num_workers={sizes.readers}",
             "logging.tensorboard=false",
             f"logging.output_dir={folder / 'run'}",
             *overrides,

@@ -104,27 +104,38 @@ def step_rows(sizes: Sizes, folder: Path, device: torch.device) -> Iterator[Row]
 
 
 def instruct_rows(sizes: Sizes, folder: Path, device: torch.device) -> Iterator[Row]:
-    """`instruct` with cached moments and with images, and what compiling and graphs give."""
+    """`instruct` with cached moments and with images, and what compiling and graphs give at the
+    best batch of the former."""
     images = sizes.rows["instruct"][1]
-    variants = {
-        INSTRUCT: ("data.latent_cache=latents",),
-        "instruct, VAE in the step": (),
-    }
+    cached = ("data.latent_cache=latents",)
+    best = None
+    for name, overrides in ((INSTRUCT, cached), ("instruct, VAE in the step", ())):
+        config = run_config(sizes, "instruct", folder, *overrides)
+        target = 134 if overrides else None
+        try:
+            for row in _measured(
+                sizes, "instruct", name, config, images, "images/s", target, device
+            ):
+                yield row
+                best = best or int(row.details["batch"])
+        except Exception as error:  # noqa: BLE001 - a row of its own; the next one goes on
+            yield failed("steps", name, error)
+        free_memory()
     for mode in ("regional", "cudagraph"):
         name = f"{INSTRUCT}, performance.compile={mode}"
         if not any(field.name == "performance" for field in dataclasses.fields(RunConfig)):
             yield not_run("steps", name, "this version has no performance.compile")
-        elif device.type == "cpu":
-            yield not_run("steps", name, "no GPU")
-        else:
-            variants[name] = ("data.latent_cache=latents", f"performance.compile={mode}")
-    for name, overrides in variants.items():
-        config = run_config(sizes, "instruct", folder, *overrides)
-        target = 134 if name == INSTRUCT else None
+            continue
+        if device.type == "cpu" or best is None:
+            yield not_run("steps", name, "no GPU" if best else "the eager step has no figure")
+            continue
+        # Passes are recorded for the rows that the settings name.
+        rows = [f"training.{key}_batch_size={best}" for key in ("micro", "global")]
+        faster = f"performance.compile={mode}"
+        config = run_config(sizes, "instruct", folder, *cached, faster, *rows)
+        alone = dataclasses.replace(sizes, batches={"instruct": (best,)})
         try:
-            yield from _measured(
-                sizes, "instruct", name, config, images, "images/s", target, device
-            )
+            yield from _measured(alone, "instruct", name, config, images, "images/s", None, device)
         except Exception as error:  # noqa: BLE001 - a row of its own; the next one goes on
             yield failed("steps", name, error)
         free_memory()
