@@ -26,7 +26,8 @@ class StageActivations:
     saved: float
     """Of each micro-batch between its forward and its backward."""
     passing: float
-    """Largest that comes and goes in its backward: gradients, and a layer's recomputed tensors."""
+    """Largest that comes and goes with one micro-batch: the output head's logits, or a layer's
+    gradients and recomputed tensors; the head's backward is over when the layers' begins."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,8 @@ def stage_activations(
     if is_last and facts.has_output_head:
         tp = config.parallel.tensor_model_parallel_size
         logits = batch.positions * padded_vocab_size(config.model.vocab_size, tp) / tp
-        half = element < _FP32
-        saved += logits * (_FP32 + (element if half else 0))
-        passing = max(passing, logits * (element if half else _FP32))
+        # In float32 for the loss, beside what they were computed in and, later, their gradient.
+        passing = max(passing, logits * (_FP32 + element))
     return StageActivations(saved, passing)
 
 

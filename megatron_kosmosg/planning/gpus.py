@@ -77,10 +77,22 @@ class Efficiency:
     """Microseconds that a collective takes whatever its size."""
     iteration_ms: float = 15
     """Milliseconds per update for what does not scale: batches, loss totals, launches."""
-    overhead_gib: float = 2.5
-    """GiB of the CUDA context, NCCL's buffers and workspaces on every rank."""
+    context_gib: float = 1.3
+    """GiB of the CUDA context with its kernels: what "Model training anatomy" in the documentation
+    of transformers measures for a process with one element on the GPU."""
+    nccl_gib: float = 0.7
+    """GiB of NCCL's buffers: 4 MiB (NCCL_BUFFSIZE) a channel and direction of a communicator; about
+    six communicators of up to 16 channels are reckoned with."""
+    workspace_gib: float = 0.5
+    """GiB: cuBLAS's 32 MiB on Hopper (8 before) a handle and stream, as PyTorch's notes say,
+    and cuDNN's for convolutions, which are an assumption."""
     fragmentation: float = 0.08
-    """Share of the tensors' bytes that the allocator holds besides."""
+    """Share of the tensors' bytes that the allocator holds besides: an assumption, until a GPU has
+    shown `reserved` beside `allocated`."""
+
+
+_OLD_NAMES = {"overhead_gib": ("context_gib", "nccl_gib", "workspace_gib")}
+"""What was one assumption once: the first takes its number, the others are in it."""
 
 
 def efficiency_with(settings: list[str]) -> Efficiency:
@@ -88,10 +100,12 @@ def efficiency_with(settings: list[str]) -> Efficiency:
     names = [field.name for field in fields(Efficiency)]
     changes = {}
     for setting in settings:
-        name, _, text = setting.partition("=")
+        given, _, text = setting.partition("=")
+        name = _OLD_NAMES.get(given, (given,))[0]
         if name not in names:
             raise ConfigError(f"--assume {setting}: {name!r} is none of {', '.join(names)}")
         try:
+            changes |= dict.fromkeys(_OLD_NAMES.get(given, ())[1:], 0.0)
             changes[name] = float(text)
         except ValueError:
             raise ConfigError(f"--assume {setting}: {text!r} is not a number") from None

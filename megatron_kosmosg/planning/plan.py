@@ -190,7 +190,11 @@ def to_json(plan: Plan) -> dict:
                 "frozen_parameters": built[kind.name].frozen,
                 "parameter_bytes": built[kind.name].parameter_bytes,
                 "memory_gib": {name: value / GIB for name, value in asdict(kind.memory).items()}
-                | {"total": kind.memory.total / GIB, "of": plan.gpu.memory_gib},
+                | {
+                    "overhead": kind.memory.overhead / GIB,
+                    "total": kind.memory.total / GIB,
+                    "of": plan.gpu.memory_gib,
+                },
             }
             for kind in planned.kinds
         },

@@ -15,7 +15,7 @@ from megatron_kosmosg.models import norms
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.planning.gpus import Efficiency
-from megatron_kosmosg.planning.memory import decoder_memory
+from megatron_kosmosg.planning.memory import decoder_memory, score_memory
 from megatron_kosmosg.planning.model_counts import count_model
 from megatron_kosmosg.planning.workload import MicroBatch
 from megatron_kosmosg.rehearsal.case import Case
@@ -49,7 +49,11 @@ def plan(case: Case, stand_ins: StandIns) -> dict:
     batch = MicroBatch(rows, decoder_rows, case.length, case.images)
     counts = count_model(config)
     world = world_layout(config, case.world_size)
-    pp_rank = case.rank // (case.world_size // world.pp_size)
+    place = world.place(case.rank)
+    if place.role == "score":
+        memory = score_memory(config, rows, Efficiency())
+        return vars(memory) | {"tensors": memory.tensors}
+    pp_rank = place.pp_rank
     piece, count = counts.shares.pieces[pp_rank], counts.shares.counts[pp_rank]
     one_each = [batch] * (config.training.global_batch_size // rows // world.num_replicas)
     memory = decoder_memory(config, world, piece, pp_rank, count, one_each, Efficiency())
