@@ -3,8 +3,9 @@ bytes that each holds: parameters, gradients, optimizer, activations, U-Net, ove
 
 What the frozen U-Net keeps for its condition's gradient is counted on the real class: its forward
 pass runs on the meta device under hooks that see every tensor saved; attention is replaced by one
-that keeps what fused kernels keep, instead of its matrix. Long because the kinds of rank, their sums
-and the table of them are one subject.
+that keeps what fused kernels keep, instead of its matrix.
+
+Long because the kinds of rank, their sums and the table of them are one subject.
 """
 
 from __future__ import annotations
