@@ -141,7 +141,7 @@ class _NotData(Exception):
 
 _DAMAGE = (
     *(ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError),
-    *(MemoryError, RecursionError),
+    *(MemoryError, RuntimeError, SystemError),
 )
 
 
