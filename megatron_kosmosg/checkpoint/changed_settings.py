@@ -19,6 +19,7 @@ FREE_TO_CHANGE = (
     "checkpoint",
     "evaluation",
     "logging",
+    "performance",  # the same passes up to rounding, which is checked at the start
     "data.heldout",
     "data.num_workers",
     "data.balance_tokens",  # the same samples, added up in another order

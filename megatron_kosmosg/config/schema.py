@@ -222,6 +222,23 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class PerformanceConfig:
+    """How the frozen networks run. What is asked for is compared at the start, on one batch, with
+    the plain passes, and left aside with one line where it does not give the same."""
+
+    compile: Literal["none", "regional", "cudagraph"] = "none"
+    """`regional`: torch.compile of the U-Net's transformer blocks, of the residual blocks of the
+    VAE's encoder and of the image tower's frozen blocks. `cudagraph`: the U-Net's passes and the
+    VAE's encoder recorded at the size of a micro-batch and replayed (a GPU; has not run on one)."""
+    fuse_qkv: bool = False
+    """One matrix product for queries, keys and values in the U-Net's attention, at the cost of a
+    second copy of these weights."""
+    nhwc_group_norm: bool = False
+    """NVIDIA apex's group norm for channels-last images in the U-Net (a GPU; has not run on one).
+    """
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW; decoupled weight decay hits every trainable tensor, as in the authors' code."""
 
@@ -304,6 +321,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    performance: PerformanceConfig = field(default_factory=PerformanceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

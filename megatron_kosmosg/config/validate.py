@@ -34,6 +34,7 @@ def validate_layout(config: RunConfig, world_size: int, facts: StageFacts) -> No
     _check_score(config)
     _check_grid(config, facts)
     _check_packing(config, facts)
+    _check_performance(config)
     _check_schedule(config)
     _check_microbatches(config, data_parallel_size(config, world_size))
 
@@ -150,6 +151,14 @@ def _check_packing(config: RunConfig, facts: StageFacts) -> None:
         raise ConfigError(
             f"data.pack_prompts=true means nothing to stage={config.stage}: its rows are filled "
             "with documents in any case; set data.pack_prompts=false"
+        )
+
+
+def _check_performance(config: RunConfig) -> None:
+    if config.performance.compile == "cudagraph" and config.score.recompute:
+        raise ConfigError(
+            "performance.compile=cudagraph cannot record a U-Net that recomputes its activations; "
+            "set score.recompute=false or performance.compile=regional"
         )
 
 

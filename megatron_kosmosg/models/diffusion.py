@@ -7,14 +7,61 @@ Nothing in here is ever trained or changed; gradients pass through the U-Net to 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import Timesteps
+from diffusers.models.resnet import ResnetBlock2D
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel.platform import torch_dtype
+
+
+class _One:
+    """1.0 as a factor or divisor: what it is applied to stays as it is, and nothing is launched."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> torch.Tensor:
+        if function not in _SCALING or kwargs:
+            raise TypeError(f"this factor is made for products and quotients, not for {function}")
+        return next(arg for arg in args if isinstance(arg, torch.Tensor))
+
+
+_SCALING = (torch.Tensor.div, torch.Tensor.mul, torch.mul)
+_FACTORS = {
+    Attention: "rescale_output_factor",
+    ResnetBlock2D: "output_scale_factor",
+    Timesteps: "scale",
+}
+"""{module of diffusers: its factor, 1 unless configured otherwise}"""
+
+
+def skip_scaling_by_one(network: UNet2DConditionModel | AutoencoderKL) -> None:
+    """Has the blocks of a frozen network launch nothing for a factor of 1."""
+    for module in network.modules():
+        name = next((_FACTORS[kind] for kind in _FACTORS if isinstance(module, kind)), None)
+        if name is not None and getattr(module, name) == 1:
+            setattr(module, name, _One())
+
+
+UNetPass = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(noisy latents [b, channels, h, w], timesteps [b], condition [b, c, d]) -> like latents."""
+
+
+def unet_pass(
+    unet: UNet2DConditionModel,
+    noisy_latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    condition: torch.Tensor,
+) -> torch.Tensor:
+    """A UNetPass of `unet`, in its dtype."""
+    return unet(noisy_latents, timesteps, encoder_hidden_states=condition).sample
 
 
 @torch.no_grad()
@@ -55,6 +102,10 @@ class FrozenDiffusion:
         self.unet = unet.eval().requires_grad_(False)
         self.vae = vae.eval().requires_grad_(False)
         self.noise_scheduler = noise_scheduler
+        self.faster_unet: UNetPass | None = None
+        """The pass of `predict` where a gradient is wanted; faster_passes.py sets it."""
+        self.faster_moments: Callable[[torch.Tensor], torch.Tensor] | None = None
+        """The same of `moments`."""
 
     @classmethod
     def from_folder(
@@ -86,6 +137,8 @@ class FrozenDiffusion:
         noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
         if recompute:
             unet.enable_gradient_checkpointing()
+        skip_scaling_by_one(unet)
+        skip_scaling_by_one(vae)
         # Convolutions read channels-last faster on every device we measured.
         unet.to(device, memory_format=torch.channels_last)
         return cls(unet, vae.to(device), noise_scheduler)
@@ -111,6 +164,8 @@ class FrozenDiffusion:
 
     def moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Mean and standard deviation of the VAE's posterior, float32; see `vae_moments`."""
+        if self.faster_moments is not None:
+            return self.faster_moments(pixel_values)
         return vae_moments(self.vae, pixel_values)
 
     def sample_latents(self, moments: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:
@@ -137,8 +192,10 @@ class FrozenDiffusion:
         """
         dtype = self.unet.dtype
         noisy_latents = noisy_latents.to(dtype, memory_format=torch.channels_last)
-        output = self.unet(noisy_latents, timesteps, encoder_hidden_states=condition.to(dtype))
-        return output.sample.float()
+        condition = condition.to(dtype)
+        if self.faster_unet is not None and torch.is_grad_enabled() and condition.requires_grad:
+            return self.faster_unet(noisy_latents, timesteps, condition).float()
+        return unet_pass(self.unet, noisy_latents, timesteps, condition).float()
 
     def target(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor

@@ -112,6 +112,8 @@ def answer_for_a_gpu(recorder: Recorder) -> Card:
         "current_stream": lambda *_: Stream(),
         "default_stream": lambda *_: Stream(),
         "is_current_stream_capturing": lambda: False,
+        # What is recorded runs as it is: a graph's kernels are counted, not its one launch.
+        "make_graphed_callables": lambda run, inputs: run,
         "synchronize": lambda *_: recorder.wait("torch.cuda.synchronize"),
         # Yes would make FakeTensorMode ask the driver for a context.
         "is_initialized": lambda: False,

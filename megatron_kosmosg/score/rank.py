@@ -6,11 +6,14 @@ from functools import partial
 
 import torch
 
+from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.paths import heartbeat_file
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.balance import share
 from megatron_kosmosg.data.keyed import StreamName
 from megatron_kosmosg.launcher import find_place
 from megatron_kosmosg.models.diffusion import load_diffusion
+from megatron_kosmosg.models.faster_passes import take_faster_passes
 from megatron_kosmosg.monitoring.heartbeat import Heartbeat
 from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.score.connect import ScoreRank
@@ -26,6 +29,7 @@ def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:
     The rank holds the U-Net and the VAE, and reads nothing but target images.
     """
     diffusion = load_diffusion(config, rank.device)
+    take_faster_passes(diffusion, config, _rows_at_once(config, rank))
     denoising = DenoisingLoss(diffusion, config.score, config.training.seed)
     trained = StreamName("instruct", "train").noise_key
     with Heartbeat(find_place(), config.parallel.stall_seconds, heartbeat_file(config)) as heart:
@@ -47,3 +51,12 @@ def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:
             lambda split: open_stream(config, rank.device, split, "targets", False),
             torch_dtype(config.training.precision),
         )
+
+
+def _rows_at_once(config: RunConfig, rank: ScoreRank) -> int:
+    """Of the requests for a gradient: a whole micro-batch, or where these are few a part of one."""
+    rows, ranks = config.training.micro_batch_size, rank.world.score_ranks_per_unit
+    if num_microbatches(config, rank.world.num_replicas) >= ranks:
+        return rows
+    part = share(rows, rank.place.score_index, ranks)
+    return part.stop - part.start

@@ -9,6 +9,7 @@ from torch import nn
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.stage_facts import StageFacts
 from megatron_kosmosg.models.chunks import agree_on_freezing, build_chunks
+from megatron_kosmosg.models.faster_passes import compile_frozen_blocks
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel.layout import Layout
 
@@ -21,7 +22,12 @@ def build_frozen(facts: StageFacts, config: RunConfig, layout: Layout) -> list[K
     chunks = build_chunks(
         config, layout, output_head=facts.has_output_head, aligner_parts=facts.aligner_parts
     )
-    return train_only(chunks, facts.trained, layout)
+    train_only(chunks, facts.trained, layout)
+    if config.performance.compile == "regional" and "vision_encoder" in facts.trained:
+        for chunk in chunks:
+            if chunk.vision_encoder is not None:
+                compile_frozen_blocks(chunk.vision_encoder, config)
+    return chunks
 
 
 def train_only(chunks: list[KosmosG], names: Iterable[str], layout: Layout) -> list[KosmosG]:

@@ -18,12 +18,14 @@ from megatron_kosmosg.data.keyed import StreamName
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.evaluation.evaluator import Evaluator
 from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_diffusion
+from megatron_kosmosg.models.faster_passes import take_faster_passes
 from megatron_kosmosg.models.flops import instruct_flops
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.score.drawing import draw_pictures
 from megatron_kosmosg.score.loss import ColocatedScore, ScoreKey, drop_condition
 from megatron_kosmosg.score.remote import RemoteScore
+from megatron_kosmosg.score.rows import row_range
 from megatron_kosmosg.score.stream import open_stream
 from megatron_kosmosg.stages.freezing import build_frozen
 from megatron_kosmosg.stages.held_out_pictures import held_out_pictures
@@ -50,6 +52,8 @@ class InstructStage:
         self._score: ColocatedScore | None = None
         if layout.is_last_stage and remote_score is None:
             self._diffusion = load_diffusion(config, layout.device)
+            rows = row_range(config.training.micro_batch_size, layout)
+            take_faster_passes(self._diffusion, config, rows.stop - rows.start)
             self._score = ColocatedScore(
                 self._diffusion, layout, config.score, config.training.seed
             )

@@ -234,6 +234,10 @@ def _interleaved(stages: int, chunks: int) -> list[str]:
         ),
         (["score.window=17"], ["score.window=17", "at most 16"]),
         (
+            ["performance.compile=cudagraph", "score.recompute=true"],
+            ["performance.compile=cudagraph", "score.recompute=false"],
+        ),
+        (
             ["stage=pretrain", "data.pack_prompts=true"],
             ["data.pack_prompts=true", "stage=pretrain", "data.pack_prompts=false"],
         ),
