@@ -54,7 +54,8 @@ if [ ${#arguments[@]} -gt 0 ]; then
 else
     # The cheap tests first, so that a plain mistake shows before the spawned ranks start, and
     # several at a time: the ranks of the others take all cores themselves.
-    workers=$(nproc 2>/dev/null || echo 1)
+    # nproc counts threads where OMP_NUM_THREADS is set.
+    workers=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1)
     run_pytest "pytest tests/unit tests/cases" -n "$((workers > 4 ? 4 : workers))" --dist loadfile \
         tests/unit tests/cases
     run_pytest "pytest, the other folders" \
