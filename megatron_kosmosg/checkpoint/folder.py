@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.other_folders import how_to_import
 from megatron_kosmosg.files import begin_folder, finish_folder, remove, remove_folder
 from megatron_kosmosg.foreign_files import inside, read_json
 
@@ -130,9 +131,10 @@ def find_checkpoint(path: Path, given_as: str = "checkpoint.load=") -> Path:
         found = latest_valid(save)
         if found is not None:
             return found
+    advice = how_to_import(path)
     raise ConfigError(
         f"{given_as}{path}: no finished checkpoint (iter_*/{COMPLETE_FILE}) there or in "
-        f"{path / 'checkpoints'}"
+        f"{path / 'checkpoints'}" + (f"; {advice}" if advice else "")
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
 from megatron_kosmosg.config.divisors import divisors, neighbours
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.other_folders import how_to_import
 from megatron_kosmosg.config.paths import output_folder, save_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.stage_facts import StageFacts
@@ -58,7 +59,7 @@ def validate_files(config: RunConfig, facts: StageFacts) -> None:
     for key in facts.folders:
         _check_folder(key, _value(config, key))
     if not any(save_folder(config).glob("iter_*")):  # a resumed run reads its own checkpoints
-        _check_folder("checkpoint.load", config.checkpoint.load)
+        _check_initial_weights(config.checkpoint.load)
     check_writable("logging.output_dir", output_folder(config))
     check_writable("checkpoint.save", save_folder(config))
 
@@ -327,6 +328,13 @@ def _check_file(key: str, path: str | None) -> None:
 def _check_folder(key: str, path: str | None) -> None:
     if path is not None and not Path(path).is_dir():
         raise ConfigError(f"{key}={path}: no such folder")
+
+
+def _check_initial_weights(path: str | None) -> None:
+    advice = None if path is None else how_to_import(Path(path))
+    if advice is not None:
+        raise ConfigError(f"checkpoint.load={path} is no checkpoint; {advice}")
+    _check_folder("checkpoint.load", path)
 
 
 def check_writable(key: str, folder: Path) -> None:

@@ -97,3 +97,37 @@ def test_a_run_folder_a_checkpoint_folder_and_an_iteration_all_name_the_same(tmp
     os.truncate(wanted / "part" / "a.bin", 0)
     with pytest.raises(ConfigError, match="damaged"):
         folders.find_checkpoint(wanted)
+
+
+@pytest.mark.parametrize(
+    ("files", "advice"),
+    [
+        ({"config.json": '{"model_type": "kosmos-2"}'}, "convert import-kosmos2 --input"),
+        ({"model_index.json": "{}", "mllm/config.json": "{}"}, "convert import-hf --input"),
+        ({"model_index.json": "{}", "unet/config.json": "{}"}, "model.diffusion.path takes it"),
+    ],
+)
+def test_a_folder_of_another_format_is_answered_with_the_command_that_imports_it(
+    tmp_path, files, advice
+):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match="no finished checkpoint") as caught:
+        folders.find_checkpoint(tmp_path)
+    assert advice in str(caught.value)
+
+
+def test_a_file_of_the_authors_is_answered_with_its_import(tmp_path):
+    (tmp_path / "final.pt").touch()
+    with pytest.raises(ConfigError, match="convert import-fairseq --input"):
+        folders.find_checkpoint(tmp_path / "final.pt")
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "llama"}', "[1]", "{", None])
+def test_a_folder_that_no_command_imports_gets_no_advice(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        folders.find_checkpoint(tmp_path)
+    assert "kosmosg convert" not in str(caught.value)
