@@ -7,7 +7,7 @@ not read targets. Lengths come from the index, without reading a sample.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +31,8 @@ from megatron_kosmosg.data.store import SampleStore
 MAX_REPLACEMENTS = 100
 """Samples in a row that may be too long, or have undecodable prompt images."""
 
+Draw = Callable[[Tensor], dict[str, Tensor]]
+"""Random draws of samples, by name: one row for each of these stream positions."""
 Reads = Literal["all", "prompts", "targets"]
 """What a batch holds: ranks without the U-Net need no targets, ranks of the U-Net no prompts."""
 
@@ -72,13 +74,14 @@ class InstructStream:
         reads: Reads = "all",
         decodes_prompts: bool = True,
         packs: bool = False,
+        draw: Draw | None = None,
     ) -> None:
         """`max_length`: tokens of the longest prompt. `transforms`: of prompt and target images.
         `decodes_prompts`: False leaves prompt pictures undecoded; see samples.PictureStream.
-        `packs`: see padding.pad_rows."""
+        `packs`: see padding.pad_rows. `draw`: gives what the batch also has for its samples."""
         self._decodes_prompts = decodes_prompts
         self._reads = reads
-        self._packs = packs
+        self._packs, self._draw = packs, draw
         self._blend, self._sources = blend, sources
         self._seed, self._stage = seed, stage
         self._max_length, self._pad_id = max_length, pad_id
@@ -113,6 +116,7 @@ class InstructStream:
         Targets: target_pixel_values float32 [b, 3, T, T] in [-1, 1], or, where they are cached,
         target_moments float16 [b, 2, channels, height, width] (mean and deviation); and
         target_weights float32 [b], 0 where the target is bad and its values are zeros, else 1.
+        And what `draw` draws.
         """
         if replacements is None:
             samples, num_bad, images = self._pictures(list(samples))
@@ -135,16 +139,15 @@ class InstructStream:
                 packs=self._packs,
             )
         numbers = {
-            "stream_positions": [sample.position for sample in samples],
-            "replacements": [sample.replacement for sample in samples],
+            name: torch.tensor(values, dtype=torch.int64)
+            for name, values in (
+                ("stream_positions", [sample.position for sample in samples]),
+                ("replacements", [sample.replacement for sample in samples]),
+            )
         }
-        return (
-            rows
-            | images
-            | targets
-            | {name: torch.tensor(values, dtype=torch.int64) for name, values in numbers.items()}
-            | {"bad_samples": torch.tensor(num_bad + len(bad_targets))}
-        )
+        drawn = {} if self._draw is None else self._draw(numbers["stream_positions"])
+        bad_samples = torch.tensor(num_bad + len(bad_targets))
+        return rows | images | targets | drawn | numbers | {"bad_samples": bad_samples}
 
     def _choose(self, position: int, first: int) -> _Choice:
         """The first sample that fits, from replacement index `first` on."""

@@ -11,7 +11,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -39,12 +39,14 @@ class MicroBatchIterator(Iterator[Batch]):
         balance_tokens: bool,
         part: int = 0,
         num_parts: int = 1,
+        finish: Callable[[Batch], Batch] | None = None,
     ) -> None:
         """`start_sample`: samples consumed so far by all ranks. `num_workers`: threads, or 0 to
         read in the caller's. `balance_tokens`: deal the samples by length where it matters.
 
         `part` of `num_parts`: only every num_parts-th micro-batch of each global batch, from `part`
-        on; or, where it has fewer micro-batches, part of the rows of each."""
+        on; or, where it has fewer micro-batches, part of the rows of each. `finish`: makes of a
+        batch what comes out, in the thread that read it."""
         if global_batch_size % (micro_batch_size * dp_size):
             raise ConfigError(
                 f"training.global_batch_size={global_batch_size} must be a multiple of "
@@ -55,7 +57,7 @@ class MicroBatchIterator(Iterator[Batch]):
                 f"{start_sample} consumed samples are not whole global batches of "
                 f"{global_batch_size}; training.global_batch_size changed between save and resume"
             )
-        self._dataset = dataset
+        self._dataset, self._finish = dataset, finish
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._start_sample = start_sample
@@ -139,4 +141,5 @@ class MicroBatchIterator(Iterator[Batch]):
     def _read(self, number: int) -> Batch:
         own, whole = self.positions(number)
         samples = [self._dataset[position] for position in own[self._rows]]
-        return self._dataset.collate(samples, self._dataset.pad_to(samples, whole))
+        batch = self._dataset.collate(samples, self._dataset.pad_to(samples, whole))
+        return batch if self._finish is None else self._finish(batch)

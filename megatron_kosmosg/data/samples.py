@@ -94,6 +94,10 @@ class PackedRow:
 Sample = PromptSample | CaptionSample | PackedRow
 
 
+FOR_THE_HOST = frozenset({"stream_positions", "replacements", "bad_samples"})
+"""What only the program reads of a batch: it stays in the host's memory."""
+
+
 class StreamDataset(Protocol):
     """An endless stream of samples; everything is a pure function of the position.
 

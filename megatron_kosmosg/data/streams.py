@@ -14,7 +14,7 @@ from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from megatron_kosmosg.data.align_stream import AlignStream, load_clip_tokenizer
 from megatron_kosmosg.data.blend import Blend
 from megatron_kosmosg.data.images import ImageDecoder, prompt_transform, target_transform
-from megatron_kosmosg.data.instruct_stream import InstructStream, PromptSource, Reads
+from megatron_kosmosg.data.instruct_stream import Draw, InstructStream, PromptSource, Reads
 from megatron_kosmosg.data.keyed import StreamName
 from megatron_kosmosg.data.kinds import names_read_by
 from megatron_kosmosg.data.latent_cache import LatentCache
@@ -87,12 +87,14 @@ def instruct_stream(
     vae: str | None = None,
     reads: Reads = "all",
     decodes_prompts: bool = True,
+    draw: Draw | None = None,
 ) -> InstructStream:
     """Prompts and targets; `device_id` is the CUDA device that decodes pictures, None the CPU.
 
     `decodes_prompts`: False leaves prompt pictures undecoded, for ranks without the image tower.
     `vae`: fingerprint of the run's VAE where data.latent_cache is set and targets are read; the
-    held-out stream decodes its targets all the same, because its pictures are shown.
+    held-out stream decodes its targets all the same, because its pictures are shown. `draw`: see
+    InstructStream.
     """
     parts = _StreamParts(config, "instruct", split)
     data = config.data
@@ -121,6 +123,7 @@ def instruct_stream(
         reads,
         decodes_prompts,
         data.pack_prompts,
+        draw,
     )
 
 

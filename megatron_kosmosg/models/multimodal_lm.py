@@ -73,9 +73,10 @@ class MultimodalEmbedding(MegatronModule):
                 f"the batch has {int(slots)} image slots, but {image_embeddings.shape[0]} images "
                 f"of {image_embeddings.shape[1]} slots each"
             )
-        embeddings = embeddings.masked_scatter(
-            image_mask.unsqueeze(-1), image_embeddings.to(embeddings.dtype)
-        )
+        # By place: the backward pass of a mask asks the device how many there are.
+        places = image_mask.flatten().byte().sort(descending=True, stable=True).indices[:count]
+        images = image_embeddings.to(embeddings.dtype).flatten(0, 1)
+        embeddings = embeddings.flatten(0, 1).index_copy(0, places, images).view_as(embeddings)
         positions = self._positions(padding_mask, packed).to(embeddings.dtype)
         hidden = torch.add(positions, embeddings, alpha=math.sqrt(self.config.hidden_size))
         hidden = hidden.transpose(0, 1).contiguous()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from megatron_kosmosg.data.samples import FOR_THE_HOST
 from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.transfers import upload
 
 
 def broadcast_batch(
@@ -12,19 +14,24 @@ def broadcast_batch(
 ) -> dict[str, torch.Tensor]:
     """The batch of tp_rank 0 on every rank of its tensor-parallel group, on their devices.
 
-    batch: CPU tensors of any dtype and shape on tp_rank 0, None elsewhere.
+    batch: CPU tensors of any dtype and shape on tp_rank 0, None elsewhere. What is for the host
+    (samples.FOR_THE_HOST) stays on the CPU.
     """
     if layout.tp_size == 1:
-        return {key: _to(value, layout.device) for key, value in batch.items()}
+        return {key: _placed(key, value, layout.device) for key, value in batch.items()}
     source = torch.distributed.get_global_rank(layout.tp_group, 0)
-    description = [
-        None if batch is None else [(key, v.dtype, tuple(v.shape)) for key, v in batch.items()]
-    ]
+    description: list = [None]
+    if batch is not None:
+        host = {key: value.clone() for key, value in batch.items() if key in FOR_THE_HOST}
+        shapes = [
+            (key, v.dtype, tuple(v.shape)) for key, v in batch.items() if key not in FOR_THE_HOST
+        ]
+        description = [(host, shapes)]
     torch.distributed.broadcast_object_list(description, source, group=layout.tp_group)
-    received = {}
-    for key, dtype, shape in description[0]:
+    received, shapes = description[0]
+    for key, dtype, shape in shapes:
         if layout.tp_rank == 0:
-            value = _to(batch[key], layout.device).contiguous()
+            value = upload(batch[key], layout.device).contiguous()
         else:
             value = torch.empty(shape, dtype=dtype, device=layout.device)
         if value.numel():
@@ -35,5 +42,5 @@ def broadcast_batch(
     return received
 
 
-def _to(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return value.to(device, non_blocking=True)
+def _placed(key: str, value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return value if key in FOR_THE_HOST else upload(value, device)

@@ -13,14 +13,18 @@ import torch
 from megatron_kosmosg.parallel.devices import has_stream
 
 
-def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The CPU tensor where `device` can read it by itself."""
-    return tensor.pin_memory() if has_stream(device) else tensor
+def pinned(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """CPU tensors where `device` can read them by itself; for the threads that read."""
+    if not has_stream(device):
+        return batch
+    return {name: values.pin_memory() for name, values in batch.items()}
 
 
-def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The CPU tensor on `device`; what comes after it there finds it whole."""
-    return pinned(tensor, device).to(device, non_blocking=True)
+def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`; what comes after it there finds it whole."""
+    if has_stream(device) and values.device.type == "cpu" and not values.is_pinned():
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def upload_numbers(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ import torch
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.rehearsal.fake_numbers import Numbers
 
-LATENT_CHANNELS, PIXELS_PER_LATENT = 4, 8
+LATENT_CHANNELS = 4
 
 
 class MadeUpStream:
@@ -60,6 +62,7 @@ class MadeUpStream:
             batch["clip_tokens"] = torch.zeros(rows, queries, dtype=torch.int64)
         if stage == "instruct":
             batch["stream_positions"] = _positions(samples)
+            batch["condition_drop"] = torch.zeros(rows, dtype=torch.bool)
             batch["replacements"] = torch.zeros(rows, dtype=torch.int64)
             if self._reads != "prompts":
                 batch |= self._targets(rows)
@@ -80,11 +83,18 @@ class MadeUpStream:
 
     def _targets(self, rows: int) -> dict[str, torch.Tensor]:
         side = self._config.data.target_image_size
-        batch = {"target_weights": torch.zeros(rows)}
+        vae = json.loads((Path(self._config.model.diffusion.path) / "vae/config.json").read_text())
+        pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
+        latents = (LATENT_CHANNELS, *[side // pixels_per_latent] * 2)
+        batch = {
+            "target_weights": torch.zeros(rows),
+            "timesteps": torch.zeros(rows, dtype=torch.int64),
+            "posterior_noise": torch.zeros(rows, *latents),
+            "noise": torch.zeros(rows, *latents),
+        }
         if self._config.data.latent_cache is None:
             return batch | {"target_pixel_values": torch.zeros(rows, 3, side, side)}
-        shape = (rows, 2, LATENT_CHANNELS, *[side // PIXELS_PER_LATENT] * 2)
-        return batch | {"target_moments": torch.zeros(shape, dtype=torch.float16)}
+        return batch | {"target_moments": torch.zeros(rows, 2, *latents, dtype=torch.float16)}
 
 
 def _positions(samples: list[int]) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
 from megatron_kosmosg.models.sampler import generate
-from megatron_kosmosg.score.loss import ScoreKey
+from megatron_kosmosg.score.draws import ScoreKey
 
 
 def draw_pictures(

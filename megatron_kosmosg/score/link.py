@@ -15,6 +15,7 @@ import torch
 from torch.distributed import ProcessGroup, Work
 
 from megatron_kosmosg.parallel.devices import wait_for_device
+from megatron_kosmosg.parallel.transfers import upload
 from megatron_kosmosg.score.messages import HEAD, Answer, Kind, Request
 
 DECODER, SCORE = 0, 1
@@ -76,13 +77,12 @@ class Link:
         if n > most:
             raise ValueError(f"{n} positions in a request, {most} at most")
         words = (request.kind, request.is_heldout, request.image_size, request.is_done, n, rows)
-        header = torch.zeros(_HEADER + 2 * most, dtype=torch.float64, device=self._device)
-        header[: len(words)] = torch.tensor(words, dtype=torch.float64).to(
-            self._device, non_blocking=True
-        )
+        written = torch.zeros(_HEADER + 2 * most, dtype=torch.float64)
+        written[: len(words)] = torch.tensor(words, dtype=torch.float64)
+        written[_HEADER : _HEADER + n] = request.positions
+        written[_HEADER + most : _HEADER + most + n] = request.replacements
+        header = upload(written, self._device)
         header[len(words)] = request.scale
-        header[_HEADER : _HEADER + n] = request.positions
-        header[_HEADER + most : _HEADER + most + n] = request.replacements
         self._send(self._requests, header, SCORE)
         if rows:
             self._send(self._requests, request.condition.contiguous(), SCORE)

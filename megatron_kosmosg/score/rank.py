@@ -18,6 +18,7 @@ from megatron_kosmosg.monitoring.heartbeat import Heartbeat
 from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.drawing import draw_pictures
+from megatron_kosmosg.score.draws import Drawn
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.service import serve
 from megatron_kosmosg.score.stream import open_stream
@@ -35,12 +36,16 @@ def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:
     with Heartbeat(find_place(), config.parallel.stall_seconds, heartbeat_file(config)) as heart:
 
         def denoise(
-            condition: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, stream: str
+            condition: torch.Tensor,
+            targets: torch.Tensor,
+            positions: torch.Tensor,
+            stream: str,
+            drawn: Drawn | None,
         ) -> torch.Tensor:
             if stream == trained:
                 size = config.training.global_batch_size
                 heart.at(int(positions.min()) // size + 1, "scoring")
-            return denoising(condition, targets, positions, stream)
+            return denoising(condition, targets, positions, stream, drawn)
 
         heart.at(0, "first condition")
         return serve(
@@ -48,7 +53,7 @@ def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:
             rank,
             denoise,
             partial(draw_pictures, config, diffusion),
-            lambda split: open_stream(config, rank.device, split, "targets", False),
+            lambda split: open_stream(config, rank.device, split, "targets", False, diffusion),
             torch_dtype(config.training.precision),
         )
 

@@ -92,7 +92,7 @@ class RemoteScore:
                 with self.record(SEND, micro_batch=number, sample=request.positions):
                     self._links[index].ask(request)
         reported = torch.zeros(2, device=condition.device)
-        reported[1] = len(condition)
+        reported[1:].fill_(len(condition))
         pending = _Pending(
             self, number, split, positions, condition.shape, wants_gradient, reported
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -19,12 +20,15 @@ from megatron_kosmosg.data.loader import MicroBatchIterator
 from megatron_kosmosg.monitoring.signals import StopRequest
 from megatron_kosmosg.monitoring.spans import IDLE, REPLY, UNET
 from megatron_kosmosg.monitoring.stopwatch import Stopwatch
+from megatron_kosmosg.parallel.transfers import pinned, upload
 from megatron_kosmosg.score.connect import ScoreRank
+from megatron_kosmosg.score.draws import Drawn, drawn_before
 from megatron_kosmosg.score.messages import Answer, Kind, Request
 from megatron_kosmosg.score.trace import ScoreTrace
 
-Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], torch.Tensor]
-"""Loss of each image by (conditions, targets, positions, noise key of their stream)."""
+Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str, Drawn | None], torch.Tensor]
+"""Loss of each image by (conditions, targets, positions, noise key of their stream, noise where it
+was drawn with the targets)."""
 OpenStream = Callable[[str], InstructStream]
 """The stream of a split (train | heldout), reading targets."""
 Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -100,13 +104,14 @@ def _score(
     request: Request, reader: _TargetReader, denoise: Denoise, noise_key: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(sum of losses, number of bad targets, gradient of the unscaled sum: fp32, flat)."""
-    targets, weights = reader.targets(request)
+    targets, weights, drawn = reader.targets(request)
     wants_gradient = request.kind is Kind.GRADIENT
     condition = request.condition.float().requires_grad_(wants_gradient)
     device, scale = condition.device, request.scale.float()
     with torch.set_grad_enabled(wants_gradient):
-        losses = denoise(condition, targets.to(device), request.positions, noise_key)
-        loss = (losses * weights.to(device)).sum()
+        about = request.positions, noise_key, drawn
+        losses = denoise(condition, upload(targets, device), *about)
+        loss = (losses * upload(weights, device)).sum()
     bad_samples = (weights == 0).sum()
     if not wants_gradient:
         return loss, bad_samples, torch.zeros(0, device=device)
@@ -142,8 +147,8 @@ class _TargetReader:
         index = rank.place.score_index
         self._per_global_batch = len(range(index, total, parts)) if total >= parts else total
 
-    def targets(self, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
-        """(targets of the request's rows, their weights in the sum of losses)."""
+    def targets(self, request: Request) -> tuple[torch.Tensor, torch.Tensor, Drawn | None]:
+        """(targets of the request's rows, their weights in the sum of losses, their noise)."""
         split = _split(request)
         batch = self._next(split, int(request.positions.min()))
         if not torch.equal(batch["stream_positions"], request.positions):
@@ -162,7 +167,10 @@ class _TargetReader:
             stream = self._streams[split]
             other = stream.collate([stream[position]], 0, [replacement])
             targets[row], weights[row] = other[key][0], other["target_weights"][0]
-        return targets, weights
+        drawn = drawn_before(batch)
+        if drawn is not None:
+            drawn = {name: upload(values, self._rank.device) for name, values in drawn.items()}
+        return targets, weights, drawn
 
     def close(self) -> None:
         """Ends reading ahead."""
@@ -198,5 +206,6 @@ class _TargetReader:
             balance_tokens=config.data.balance_tokens,
             part=rank.place.score_index,
             num_parts=rank.world.score_ranks_per_unit,
+            finish=partial(pinned, device=rank.device),
         )
         self._places[split] = _Place(start, self._per_global_batch)

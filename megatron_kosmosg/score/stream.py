@@ -7,15 +7,36 @@ import torch
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import InstructStream, Reads
+from megatron_kosmosg.data.keyed import StreamName
 from megatron_kosmosg.data.streams import instruct_stream
-from megatron_kosmosg.models.diffusion import load_vae, vae_fingerprint
+from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_vae, vae_fingerprint
+from megatron_kosmosg.score.draws import Drawn, ScoreDraws
 
 
 def open_stream(
-    config: RunConfig, device: torch.device, split: str, reads: Reads, decodes_prompts: bool
+    config: RunConfig,
+    device: torch.device,
+    split: str,
+    reads: Reads,
+    decodes_prompts: bool,
+    diffusion: FrozenDiffusion | None = None,
 ) -> InstructStream:
-    """The samples of `split`; cached moments must be those of this run's VAE."""
+    """The samples of `split`, with what the score draws for them: noise for `diffusion`, and in
+    training which conditions are dropped. Cached moments must be those of this run's VAE."""
     vae = None
     if config.data.latent_cache is not None and split == "train" and reads != "prompts":
         vae = vae_fingerprint(load_vae(config.model.diffusion.path, torch.float32))
-    return instruct_stream(config, split, device.index, vae, reads, decodes_prompts)
+    draws = ScoreDraws(config.score, config.training.seed)
+    stream = StreamName(config.stage, split).noise_key
+    size = config.data.target_image_size
+
+    def draw(positions: torch.Tensor) -> Drawn:
+        drawn: Drawn = {}
+        if reads != "targets" and split == "train":
+            drawn |= draws.condition_drop(positions, stream)
+        if diffusion is not None:
+            shape = diffusion.latent_shape((size, size))
+            drawn |= draws.noise(positions, stream, shape, diffusion.num_timesteps)
+        return drawn
+
+    return instruct_stream(config, split, device.index, vae, reads, decodes_prompts, draw)

@@ -84,7 +84,7 @@ class AlignStage:
                 "reconstruction_loss": reconstruction,
                 "cosine": cosine.mean(dim=1).sum(),
             }
-            counted = torch.tensor(count, dtype=torch.int, device=loss.device)
+            counted = torch.full((), count, dtype=torch.int, device=loss.device)
             report = {
                 k: torch.stack([v.detach().float(), counted.float()]) for k, v in parts.items()
             }

@@ -23,7 +23,8 @@ from megatron_kosmosg.models.flops import instruct_flops
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.score.drawing import draw_pictures
-from megatron_kosmosg.score.loss import ColocatedScore, ScoreKey, drop_condition
+from megatron_kosmosg.score.draws import CONDITION_DROP, ScoreDraws, drawn_before
+from megatron_kosmosg.score.loss import ColocatedScore, drop_condition
 from megatron_kosmosg.score.remote import RemoteScore
 from megatron_kosmosg.score.rows import row_range
 from megatron_kosmosg.score.stream import open_stream
@@ -66,7 +67,9 @@ class InstructStage:
         """Prompts that mix text and pictures, on the U-Net's ranks with the image to be drawn."""
         reads = "prompts" if self._score is None else "all"
         layout = self._layout
-        return open_stream(self.config, layout.device, split, reads, layout.is_first_stage)
+        return open_stream(
+            self.config, layout.device, split, reads, layout.is_first_stage, self._diffusion
+        )
 
     def forward_step(self, data_iterator: Iterator[dict[str, torch.Tensor]], model: nn.Module):
         """Denoising loss of one micro-batch (mcore's contract)."""
@@ -78,9 +81,7 @@ class InstructStage:
             stream = StreamName(self.name, "train" if training else "heldout").noise_key
             condition, null_condition = output["condition"][:-1], output["condition"][-1:]
             if training:
-                key = ScoreKey(self.config.training.seed, stream)
-                chance = key.uniform(batch["stream_positions"], "condition_drop")
-                drop = chance < self.config.score.condition_drop_prob
+                drop = self._condition_drop(batch, stream)
                 condition = drop_condition(condition, null_condition, drop)
             if self.remote_score is not None:
                 return self._ask_score_ranks(condition, batch, model, training)
@@ -88,10 +89,17 @@ class InstructStage:
             targets = batch["target_moments" if cached else "target_pixel_values"]
             weights = batch["target_weights"]
             count = weights.sum().int()
-            loss = self._score(condition, targets, weights, batch["stream_positions"], stream)
+            about = batch["stream_positions"], stream, drawn_before(batch)
+            loss = self._score(condition, targets, weights, *about)
             return loss, count, {"loss": torch.stack([loss.detach(), count.float()])}
 
         return output, loss_func
+
+    def _condition_drop(self, batch: dict[str, torch.Tensor], stream: str) -> torch.Tensor:
+        if CONDITION_DROP in batch:
+            return batch[CONDITION_DROP]
+        draws = ScoreDraws(self.config.score, self.config.training.seed)
+        return draws.condition_drop(batch["stream_positions"], stream)[CONDITION_DROP]
 
     def _ask_score_ranks(
         self,
@@ -102,7 +110,7 @@ class InstructStage:
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """What `loss_func` returns, where the U-Net has ranks of its own; they answer later."""
         # Bad targets come off it when the score ranks have answered.
-        count = torch.tensor(len(condition), dtype=torch.int, device=condition.device)
+        count = torch.full((), len(condition), dtype=torch.int, device=condition.device)
         loss, reported = self.remote_score.loss(
             condition,
             batch["stream_positions"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -18,6 +19,7 @@ from megatron_kosmosg.data.samples import PictureStream, StreamDataset
 from megatron_kosmosg.parallel.broadcast import broadcast_batch
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.replacements import ReplacementExchange
+from megatron_kosmosg.parallel.transfers import pinned
 
 Batch = dict[str, torch.Tensor]
 
@@ -65,6 +67,7 @@ class BatchFeed:
                 start_sample=start_sample,
                 num_workers=config.data.num_workers,
                 balance_tokens=config.data.balance_tokens,
+                finish=partial(pinned, device=layout.device),
             )
 
     def __iter__(self) -> Iterator[Batch]:

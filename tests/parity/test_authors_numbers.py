@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.score.loss import ScoreKey
+from megatron_kosmosg.score.draws import ScoreKey
 from tests.support.authors_files import load_golden
 from tests.support.denoising_reference import denoising_errors
 from tests.support.float64_reference import UNUSED, Reference

@@ -11,7 +11,6 @@ VALUES = 3 * (2 * 28**2 + 2 * 16**2)
 """Of the pixels of a tiny micro-batch: two prompt images, two targets."""
 
 
-@not_mended_yet("nothing is pinned")
 @pytest.mark.parametrize("stage", ["pretrain", "align", "instruct"])
 def test_no_copy_to_the_device_is_from_pageable_memory(rehearse, stage):
     assert rehearse.report(rehearse.repeated(stage)).of_a_micro_batch("pageable") == {}

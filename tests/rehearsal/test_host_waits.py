@@ -9,15 +9,9 @@ from tests.support.marks import not_mended_yet
 from tests.support.rehearsals import Rehearsals
 
 MOST_AN_UPDATE = 3
-TODAY = {"pretrain": 2, "align": 2, "instruct": 8, "dedicated": 8, "pipeline": 12}
-"""{case: waits a micro-batch}; they may only fall."""
-
-
-def not_yet() -> list:
-    """The cases, as parameters of a test that is expected to fail."""
-    return [
-        pytest.param(name, marks=not_mended_yet(f"{count} waits")) for name, count in TODAY.items()
-    ]
+CASES = ("pretrain", "align", "instruct", "dedicated", "pipeline")
+MOST_OF_A_PIPELINE = 10
+"""A micro-batch's, while Megatron-Core's stages tell each other the shapes on the device."""
 
 
 def case(rehearse: Rehearsals, name: str) -> Case:
@@ -26,12 +20,14 @@ def case(rehearse: Rehearsals, name: str) -> Case:
     return rehearse.tiny("pretrain", pp=2) if name == "pipeline" else rehearse.repeated(name)
 
 
-@pytest.mark.parametrize("name", not_yet())
+@pytest.mark.parametrize(
+    "name", [*CASES[:-1], pytest.param(CASES[-1], marks=not_mended_yet("shapes travel first"))]
+)
 def test_the_host_never_waits_inside_a_micro_batch(rehearse, name):
     assert rehearse.report(case(rehearse, name)).of_a_micro_batch("waits") == {}
 
 
-@pytest.mark.parametrize("name", TODAY)
+@pytest.mark.parametrize("name", CASES)
 def test_the_host_waits_three_times_an_update_at_most(rehearse, name):
     """What a pass tells the host comes in one transfer; a decoder rank with score ranks asks first
     how long it has waited for them. The loop asks once more, whether to stop."""
@@ -44,12 +40,11 @@ def test_no_line_waits_once_for_every_trained_tensor(rehearse):
     assert max(waits.values()) == 1
 
 
-@pytest.mark.parametrize("name", TODAY)
-def test_waits_do_not_become_more(rehearse, name):
-    report = rehearse.report(case(rehearse, name))
-    assert sum(report.of_a_micro_batch("waits").values()) <= TODAY[name]
+def test_waits_between_pipeline_stages_do_not_become_more(rehearse):
+    waits = rehearse.report(case(rehearse, "pipeline")).of_a_micro_batch("waits")
+    assert sum(waits.values()) <= MOST_OF_A_PIPELINE
 
 
 def test_a_wait_is_named_by_the_line_that_waits(rehearse):
-    waits = rehearse.report(rehearse.repeated("instruct")).of_a_micro_batch("waits")
-    assert all(" at megatron_kosmosg/" in wait for wait in waits), waits
+    waits = rehearse.report(rehearse.repeated("instruct")).phase("update")["waits"]
+    assert waits and all(" at megatron_kosmosg/" in wait for wait in waits), waits

@@ -11,7 +11,8 @@ from megatron_kosmosg.config.schema import ScoreConfig
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
 from megatron_kosmosg.models.sampler import generate
 from megatron_kosmosg.parallel.layout import lone_layout
-from megatron_kosmosg.score.loss import ColocatedScore, ScoreKey, drop_condition
+from megatron_kosmosg.score.draws import ScoreDraws, ScoreKey
+from megatron_kosmosg.score.loss import ColocatedScore, drop_condition
 from tests.support.denoising_reference import denoising_errors
 from tests.support.tiny_models import (
     CONDITION_WIDTH,
@@ -92,13 +93,23 @@ def test_draws_depend_on_position_and_purpose_only():
     assert not torch.equal(both, heldout)
 
 
-def test_timestep_sampling_power_favours_high_noise(tmp_path):
-    folder = write_stable_diffusion(tmp_path)
+def test_noise_that_was_drawn_before_gives_the_same_loss(folder):
+    condition, pixels, positions = inputs()
+    colocated = score(folder)
+    arguments = (condition, pixels, torch.ones(3), positions, "instruct")
+    diffusion = colocated._denoising._diffusion
+    shape = diffusion.latent_shape((TARGET_SIZE, TARGET_SIZE))
+    drawn = ScoreDraws(ScoreConfig(), SEED).noise(positions, "instruct", shape, 1000)
+    assert torch.equal(colocated(*arguments, drawn), colocated(*arguments))
+    drawn["noise"] = -drawn["noise"]
+    assert not torch.equal(colocated(*arguments, drawn), colocated(*arguments))
+
+
+def test_timestep_sampling_power_favours_high_noise():
     uniform = (torch.arange(1000) + 0.5) / 1000
-    plain = score(folder)._denoising._timesteps(uniform)
-    power = score(folder, timestep_sampling="power", timestep_power=0.5)._denoising._timesteps(
-        uniform
-    )
+    sampled = ScoreConfig(timestep_sampling="power", timestep_power=0.5)
+    plain = ScoreDraws(ScoreConfig(), SEED).timesteps(uniform, 1000)
+    power = ScoreDraws(sampled, SEED).timesteps(uniform, 1000)
     assert plain.tolist() == list(range(1000))
     assert power.float().mean() == pytest.approx(1000 * 2 / 3, rel=0.01)
 

@@ -1,0 +1,82 @@
+"""What the score draws for a sample, keyed by its stream position: any layout and any resume draws
+the same. Streams draw it in the threads that read; what was not drawn there is drawn by the loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_kosmosg.config.schema import ScoreConfig
+from megatron_kosmosg.data.keyed import torch_generator
+
+Drawn = dict[str, torch.Tensor]
+"""By name, with one row a sample, as a batch has them."""
+CONDITION_DROP = "condition_drop"
+NOISE = ("timesteps", "posterior_noise", "noise")
+
+
+@dataclass(frozen=True)
+class ScoreKey:
+    """Where keyed random draws come from: every draw also takes a stream position and a tag."""
+
+    seed: int
+    stream: str
+    """Name of the sample stream, e.g. `instruct` or `instruct-heldout`."""
+
+    def uniform(self, positions: torch.Tensor, tag: str) -> torch.Tensor:
+        """One float32 number in [0, 1) per stream position; CPU tensor [b]."""
+        return torch.stack(
+            [torch.rand((), generator=self._generator(p, tag)) for p in positions.tolist()]
+        )
+
+    def normal(self, positions: torch.Tensor, tag: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Standard normal noise [b, *shape], float32 on the CPU, one generator per position."""
+        rows = [torch.randn(shape, generator=self._generator(p, tag)) for p in positions.tolist()]
+        return torch.stack(rows) if rows else torch.empty(0, *shape)
+
+    def _generator(self, position: int, tag: str) -> torch.Generator:
+        return torch_generator(self.seed, self.stream, position, tag)
+
+
+def drawn_before(batch: dict[str, torch.Tensor]) -> Drawn | None:
+    """The noise that a batch came with."""
+    return {name: batch[name] for name in NOISE} if NOISE[0] in batch else None
+
+
+@dataclass(frozen=True)
+class ScoreDraws:
+    """The draws of a run."""
+
+    config: ScoreConfig
+    seed: int
+
+    def condition_drop(self, positions: torch.Tensor, stream: str) -> Drawn:
+        """condition_drop: bool [b], True = the sample trains on the null condition. On the CPU."""
+        chance = ScoreKey(self.seed, stream).uniform(positions, CONDITION_DROP)
+        return {CONDITION_DROP: chance < self.config.condition_drop_prob}
+
+    def noise(
+        self,
+        positions: torch.Tensor,
+        stream: str,
+        shape: tuple[int, ...],
+        num_timesteps: int,
+    ) -> Drawn:
+        """timesteps: int64 [b]; posterior_noise, noise: float32 [b, *shape]. On the CPU.
+
+        shape: of an image's latents; num_timesteps: of the noise schedule.
+        """
+        key = ScoreKey(self.seed, stream)
+        return {
+            "timesteps": self.timesteps(key.uniform(positions, "timestep"), num_timesteps),
+            "posterior_noise": key.normal(positions, "posterior", shape),
+            "noise": key.normal(positions, "noise", shape),
+        }
+
+    def timesteps(self, uniform: torch.Tensor, num_timesteps: int) -> torch.Tensor:
+        """int64 [b] by `score.timestep_sampling`; uniform: [b] in [0, 1)."""
+        if self.config.timestep_sampling == "power":
+            uniform = uniform**self.config.timestep_power
+        return (uniform * num_timesteps).long().clamp(max=num_timesteps - 1)
