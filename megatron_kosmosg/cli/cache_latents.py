@@ -90,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _cache(args: argparse.Namespace) -> int:
     from megatron_kosmosg.data.bad_images import TooManyBadImages
-    from megatron_kosmosg.data.images import ImageDecoder, target_pixels
+    from megatron_kosmosg.data.images import ImageDecoder
+    from megatron_kosmosg.data.normalise import target_pixels
     from megatron_kosmosg.data.store import SampleStore
     from megatron_kosmosg.launcher import find_place
     from megatron_kosmosg.models.diffusion import load_vae, vae_fingerprint

@@ -116,7 +116,7 @@ class AlignStream:
         )
         clip_tokens = np.stack([sample.clip_tokens for sample in samples])
         return rows | {
-            "pixel_values": torch.zeros(0, 3, self._image_size, self._image_size),
+            "pixel_values": torch.zeros(0, 3, *[self._image_size] * 2, dtype=torch.uint8),
             "clip_tokens": torch.from_numpy(clip_tokens),
             "bad_samples": torch.tensor(0),
         }

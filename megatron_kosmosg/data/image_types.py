@@ -34,7 +34,8 @@ def decoding_reason(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """How a picture becomes a tensor; `mean` and `std` in units of [0, 1] pixel values."""
+    """How a picture becomes a tensor; `mean` and `std` in units of [0, 1] pixel values, which
+    `images.normalise` applies to the levels that are read."""
 
     size: int
     """Pixels per side of the result."""
@@ -66,5 +67,6 @@ class Backend(Protocol):
     """Decodes pictures of one of the libraries."""
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> np.ndarray:
-        """float32 [n, 3, size, size], n >= 1; raises any exception when one cannot be decoded."""
+        """uint8 [n, 3, size, size], 0 to 255, n >= 1; raises any exception when one cannot be
+        decoded."""
         ...

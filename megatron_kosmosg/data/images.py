@@ -1,7 +1,8 @@
-"""Encoded pictures -> normalised tensors, with DALI or, where it has no wheel, with Pillow.
+"""Encoded pictures -> tensors of bytes, with DALI or, where it has no wheel, with Pillow.
 
-Shorter side to `size` (antialiased), centre crop, /255, normalise, as the authors' torchvision
-transforms do (rounding of sizes and offsets included). Pixels are those of image_reading.py, for
+Shorter side to `size` (antialiased), centre crop, then /255 and normalise, as the authors'
+torchvision transforms do (rounding of sizes and offsets included). Batches carry the bytes and are
+normalised on the device that computes with them. Pixels are those of image_reading.py, for
 both backends within TOLERANCE.
 """
 
@@ -20,7 +21,6 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.image_reading import SPECIFICATION, read_image
 from megatron_kosmosg.data.image_types import (
     Backend,
@@ -29,6 +29,7 @@ from megatron_kosmosg.data.image_types import (
     ImageTransform,
     decoding_reason,
 )
+from megatron_kosmosg.data.normalise import normalise
 from megatron_kosmosg.data.samples import EntityImage
 from megatron_kosmosg.launcher import find_place
 
@@ -46,14 +47,13 @@ class PillowBackend:
     """One picture after the other, on the CPU; step by step what the authors' torchvision does."""
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> np.ndarray:
-        """float32 [n, 3, size, size]; raises what Pillow raises."""
+        """uint8 [n, 3, size, size]; raises what Pillow raises."""
         pixels = np.stack([_resize_and_crop(read_image(image), transform) for image in images])
-        mean, std = (np.array(v, np.float32) * 255 for v in (transform.mean, transform.std))
-        return np.ascontiguousarray(((pixels - mean) / std).transpose(0, 3, 1, 2))
+        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
 def _resize_and_crop(image: Image.Image, transform: ImageTransform) -> np.ndarray:
-    """float32 [size, size, 3], 0 to 255."""
+    """uint8 [size, size, 3]."""
     size, method = transform.size, _FILTERS[transform.interpolation]
     width, height = (int(size * side / min(image.size)) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -62,9 +62,9 @@ def _resize_and_crop(image: Image.Image, transform: ImageTransform) -> np.ndarra
         # rounding: the box has single precision.
         across, down = image.width / width, image.height / height
         box = (left * across, top * down, (left + size) * across, (top + size) * down)
-        return np.asarray(image.resize((size, size), method, box), np.float32)
+        return np.asarray(image.resize((size, size), method, box))
     image = image.resize((width, height), method)
-    return np.asarray(image.crop((left, top, left + size, top + size)), np.float32)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 class BrokenDecoder(ConfigError):
@@ -129,7 +129,8 @@ class ImageDecoder:
         self._require_working(ImageTransform(_KNOWN_SIZE, "bilinear", (0.0,) * 3, (1.0,) * 3))
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> Tensor:
-        """float32 [n, 3, size, size]; n may be 0. Raises BadImage for the first bad picture."""
+        """float32 [n, 3, size, size], normalised; n may be 0. Raises BadImage for the first bad
+        picture."""
         pixels, bad = self.try_decode(images, transform)
         if bad:
             raise bad[0]
@@ -138,14 +139,26 @@ class ImageDecoder:
     def try_decode(
         self, images: Sequence[Encoded], transform: ImageTransform
     ) -> tuple[Tensor, list[BadImage]]:
-        """float32 [n, 3, size, size], zeros where a picture is bad, and the bad pictures."""
+        """float32 [n, 3, size, size], normalised, zeros where a picture is bad, and the bad
+        pictures."""
+        levels, bad = self.try_levels(images, transform)
+        pixels = normalise(levels, transform)
+        pixels[[error.index for error in bad]] = 0
+        return pixels, bad
+
+    def try_levels(
+        self, images: Sequence[Encoded], transform: ImageTransform
+    ) -> tuple[Tensor, list[BadImage]]:
+        """uint8 [n, 3, size, size], not normalised, n may be 0, and the bad pictures, which are
+        blank: of the levels next to `transform.mean`."""
         shape = (len(images), 3, transform.size, transform.size)
         if not images:
-            return torch.zeros(shape), []
+            return torch.zeros(shape, dtype=torch.uint8), []
         try:
             return torch.from_numpy(self._backend.decode(images, transform)), []
         except Exception:  # noqa: BLE001 - the library fails a whole batch; found one by one below
-            pixels, bad = np.zeros(shape, np.float32), []
+            blank = (np.array(transform.mean) * 255).round().astype(np.uint8)
+            pixels, bad = np.broadcast_to(blank[:, None, None], shape).copy(), []
             for i, image in enumerate(images):
                 try:
                     pixels[i] = self._decode_one(image, transform)
@@ -183,9 +196,8 @@ class ImageDecoder:
             pixels = self._backend.decode(_known_good(), transform)
         except Exception as error:  # noqa: BLE001 - libraries raise what they like
             raise BrokenDecoder(self.name, self._device_id, _reason(error)) from error
-        colour = (np.array(_KNOWN_COLOUR) / 255 - transform.mean) / transform.std
-        wrong = np.abs(pixels - colour[:, None, None]).max(axis=(1, 2, 3), initial=0)
-        if not (wrong * np.max(transform.std) * 255 <= TOLERANCE[1]).all():
+        colour = np.array(_KNOWN_COLOUR, np.float32)[:, None, None]
+        if not (np.abs(pixels - colour) <= TOLERANCE[1]).all():
             raise BrokenDecoder(self.name, self._device_id, "its pixels are wrong")
 
 
@@ -214,22 +226,3 @@ def _warn_once(message: str, *values: str) -> None:
 def _reason(error: Exception) -> str:
     """One line of what a library said."""
     return decoding_reason(error)
-
-
-def prompt_transform(config: RunConfig) -> ImageTransform:
-    """What the vision tower sees: bicubic, normalised with CLIP's mean and deviation."""
-    mean, std = tuple(config.data.image_mean), tuple(config.data.image_std)
-    if len(mean) != 3 or len(std) != 3:
-        raise ConfigError("data.image_mean and data.image_std need three values each")
-    return ImageTransform(config.model.vision.image_size, "bicubic", mean, std)
-
-
-def target_transform(config: RunConfig) -> ImageTransform:
-    """What the VAE encodes."""
-    return target_pixels(config.data.target_image_size)
-
-
-def target_pixels(size: int) -> ImageTransform:
-    """`size` pixels a side, bilinear, in [-1, 1]."""
-    half = (0.5, 0.5, 0.5)
-    return ImageTransform(size, "bilinear", half, half)

@@ -109,13 +109,13 @@ class InstructStream:
         replacements: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
         """tokens, image_mask, padding_mask [b, s], and `packed` as of pad_rows; pixel_values
-        float32 [n, 3, H, W], n over (b, position), n = 0 where prompt pictures are not decoded;
+        uint8 [n, 3, H, W], n over (b, position), n = 0 where prompt pictures are not decoded;
         stream_positions, replacements int64 [b]; bad_samples int64 []. `replacements`: see
         samples.PictureStream.
 
-        Targets: target_pixel_values float32 [b, 3, T, T] in [-1, 1], or, where they are cached,
+        Targets: target_pixel_values uint8 [b, 3, T, T], or, where they are cached,
         target_moments float16 [b, 2, channels, height, width] (mean and deviation); and
-        target_weights float32 [b], 0 where the target is bad and its values are zeros, else 1.
+        target_weights float32 [b], 0 where the target is bad and stands for nothing, else 1.
         And what `draw` draws.
         """
         if replacements is None:
@@ -182,7 +182,7 @@ class InstructStream:
         while True:
             owners = [i for i, s in enumerate(samples) for _ in s.prompt.images]
             images: list[Encoded] = [image for s in samples for image in s.prompt.images]
-            pixels, errors = self._decoder.try_decode(images, self._prompt_transform)
+            pixels, errors = self._decoder.try_levels(images, self._prompt_transform)
             bad = {owners[error.index]: error for error in errors}
             if not bad:
                 return samples, num_bad, {"pixel_values": pixels}
@@ -220,7 +220,7 @@ class InstructStream:
     def _no_pictures(self) -> dict[str, Tensor]:
         if self._reads == "targets":
             return {}
-        return {"pixel_values": self._decoder.try_decode([], self._prompt_transform)[0]}
+        return {"pixel_values": self._decoder.try_levels([], self._prompt_transform)[0]}
 
     def _targets(self, samples: list[PromptSample]) -> tuple[dict[str, Tensor], list[BadImage]]:
         if self._reads == "prompts":
@@ -228,7 +228,7 @@ class InstructStream:
         caches = [self._sources[sample.dataset].latents for sample in samples]
         if any(cache is None for cache in caches):
             encoded = [bytes(s.prompt.target or b"") for s in samples]
-            pixels, bad = self._decoder.try_decode(encoded, self._target_transform)
+            pixels, bad = self._decoder.try_levels(encoded, self._target_transform)
             targets = {"target_pixel_values": pixels}
         else:
             stored = [

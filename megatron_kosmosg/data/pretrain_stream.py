@@ -57,13 +57,13 @@ class PretrainStream:
         self, samples: Sequence[PackedRow], pad_to: int, replacements: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
         """tokens, labels int64 [b, s]; loss_mask float32 [b, s]; image_mask, padding_mask bool
-        [b, s] (True = picture slot, True = padding); pixel_values float32 [n, 3, H, W], n = 0
+        [b, s] (True = picture slot, True = padding); pixel_values uint8 [n, 3, H, W], n = 0
         where pictures are not decoded; stream_positions int64 [b]; bad_samples int64 [];
         replacements int64 [pictures of the rows]: 1 where a blank one stands for a bad one.
         `replacements`: see samples.PictureStream."""
         images = [(b, image) for b, row in enumerate(samples) for image in row.images]
         decodes = self._decodes and replacements is None
-        pixels, errors = self._decoder.try_decode(
+        pixels, errors = self._decoder.try_levels(
             [image.image for _, image in images] if decodes else [], self._transform
         )
         for error in errors:

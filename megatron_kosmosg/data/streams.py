@@ -13,12 +13,13 @@ from megatron_kosmosg.config.paths import packing_folder
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from megatron_kosmosg.data.align_stream import AlignStream, load_clip_tokenizer
 from megatron_kosmosg.data.blend import Blend
-from megatron_kosmosg.data.images import ImageDecoder, prompt_transform, target_transform
+from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.instruct_stream import Draw, InstructStream, PromptSource, Reads
 from megatron_kosmosg.data.keyed import StreamName
 from megatron_kosmosg.data.kinds import names_read_by
 from megatron_kosmosg.data.latent_cache import LatentCache
 from megatron_kosmosg.data.manifest import dataset_kind
+from megatron_kosmosg.data.normalise import prompt_transform, target_transform
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.packing import PackedDataset
 from megatron_kosmosg.data.pretrain_stream import PretrainStream

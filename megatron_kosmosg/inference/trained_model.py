@@ -18,7 +18,8 @@ from megatron_kosmosg.checkpoint.weights import load_weights
 from megatron_kosmosg.config.load import load_saved_config
 from megatron_kosmosg.config.one_rank import on_one_rank
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.data.images import ImageDecoder, prompt_transform
+from megatron_kosmosg.data.images import ImageDecoder
+from megatron_kosmosg.data.normalise import prompt_transform
 from megatron_kosmosg.data.padding import pad_rows
 from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.tokenizer import Tokenizer

@@ -12,6 +12,7 @@ from PIL import Image
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.image_reading import read_image
 from megatron_kosmosg.data.image_types import UnreadableImage
+from megatron_kosmosg.data.normalise import normalise_batch
 from megatron_kosmosg.data.samples import PackedRow, StreamDataset
 from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.store import SampleStore
@@ -61,6 +62,7 @@ class SampleCards:
     ) -> None:
         self._stream, self._store, self._tokenizer = stream, store, tokenizer
         self._format = SequenceFormat(tokenizer, config.model.resampler.num_latent_queries)
+        self._config = config
         self._mean = torch.tensor(config.data.image_mean)[:, None, None]
         self._std = torch.tensor(config.data.image_std)[:, None, None]
 
@@ -68,6 +70,7 @@ class SampleCards:
         """The sample at that position of the stream."""
         sample = self._stream[position]
         batch = self._stream.collate([sample], self._stream.pad_to([sample], [position]))
+        batch = normalise_batch(batch, self._config)
         length = int((~batch["padding_mask"][0]).sum())
         slots = int(batch["image_mask"].sum())
         facts = f"position {position}, {length} tokens, {slots} of them picture slots"

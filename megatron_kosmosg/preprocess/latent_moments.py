@@ -35,6 +35,7 @@ from megatron_kosmosg.data.latent_cache import (
     describe_transform,
     latent_prefix,
 )
+from megatron_kosmosg.data.normalise import normalise
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.files import exclusive, own_folder
 from megatron_kosmosg.models.diffusion import vae_moments
@@ -205,7 +206,7 @@ def _encode_shard(
     for first, pixels, errors in _decoded(job, samples, decoder, pool):
         bad += [[first + error.index, error.reason] for error in errors]
         _check(job, _with_more(job, bad_before, bad))
-        moments = vae_moments(vae, pixels.to(vae.device))
+        moments = vae_moments(vae, normalise(pixels.to(vae.device), job.transform))
         encoded.append(moments.cpu().numpy().astype(MOMENTS_TYPE))
     moments = np.concatenate(encoded)
     LatentWriter(prefix, moments.shape[1:], len(job.store)).write(samples.start, moments)
@@ -216,13 +217,14 @@ def _encode_shard(
 def _decoded(
     job: LatentJob, samples: range, decoder: ImageDecoder, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[int, torch.Tensor, list[BadImage]]]:
-    """(first sample, pixels, bad ones among them) of one batch after the other, read ahead."""
+    """(first sample, pixels uint8, bad ones among them) of one batch after the other, read
+    ahead."""
     target = job.store.sample_kind.instruct.target
 
     def read(first: int) -> tuple[torch.Tensor, list[BadImage]]:
         batch = range(first, min(first + job.batch_size, samples.stop))
         pictures = [bytes(target(job.store[i])) for i in batch]
-        return decoder.try_decode(pictures, job.transform)
+        return decoder.try_levels(pictures, job.transform)
 
     ahead: deque[tuple[int, Future]] = deque()
     starts = iter(range(samples.start, samples.stop, job.batch_size))

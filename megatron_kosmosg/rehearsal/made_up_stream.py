@@ -78,7 +78,7 @@ class MadeUpStream:
             "tokens": torch.zeros(rows, length, dtype=torch.int64),
             "image_mask": torch.zeros(rows, length, dtype=torch.bool),
             "padding_mask": torch.zeros(rows, length, dtype=torch.bool),
-            "pixel_values": torch.zeros(images, 3, side, side),
+            "pixel_values": torch.zeros(images, 3, side, side, dtype=torch.uint8),
         }
 
     def _targets(self, rows: int) -> dict[str, torch.Tensor]:
@@ -93,7 +93,8 @@ class MadeUpStream:
             "noise": torch.zeros(rows, *latents),
         }
         if self._config.data.latent_cache is None:
-            return batch | {"target_pixel_values": torch.zeros(rows, 3, side, side)}
+            pixels = torch.zeros(rows, 3, side, side, dtype=torch.uint8)
+            return batch | {"target_pixel_values": pixels}
         return batch | {"target_moments": torch.zeros(rows, 2, *latents, dtype=torch.float16)}
 
 

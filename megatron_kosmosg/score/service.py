@@ -17,6 +17,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import InstructStream
 from megatron_kosmosg.data.keyed import StreamName
 from megatron_kosmosg.data.loader import MicroBatchIterator
+from megatron_kosmosg.data.normalise import normalise, target_transform
 from megatron_kosmosg.monitoring.signals import StopRequest
 from megatron_kosmosg.monitoring.spans import IDLE, REPLY, UNET
 from megatron_kosmosg.monitoring.stopwatch import Stopwatch
@@ -110,7 +111,7 @@ def _score(
     device, scale = condition.device, request.scale.float()
     with torch.set_grad_enabled(wants_gradient):
         about = request.positions, noise_key, drawn
-        losses = denoise(condition, upload(targets, device), *about)
+        losses = denoise(condition, reader.on_device(targets), *about)
         loss = (losses * upload(weights, device)).sum()
     bad_samples = (weights == 0).sum()
     if not wants_gradient:
@@ -171,6 +172,13 @@ class _TargetReader:
         if drawn is not None:
             drawn = {name: upload(values, self._rank.device) for name, values in drawn.items()}
         return targets, weights, drawn
+
+    def on_device(self, targets: torch.Tensor) -> torch.Tensor:
+        """The targets as the VAE takes them, or their moments."""
+        targets = upload(targets, self._rank.device)
+        if targets.dtype is not torch.uint8:
+            return targets
+        return normalise(targets, target_transform(self._config))
 
     def close(self) -> None:
         """Ends reading ahead."""

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.normalise import normalise_batch
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.evaluation.evaluator import DrawnImages, Evaluator, measure
 from megatron_kosmosg.parallel.layout import Layout
@@ -42,6 +43,7 @@ def held_out_pictures(
     samples = [dataset[position] for position in positions]
     batch = dataset.collate(samples, dataset.pad_to(samples, positions))
     batch = {name: value.to(layout.device) for name, value in batch.items()}
+    batch = normalise_batch(batch, config)
     outputs = collect_outputs(forward_with_null_row, model, iter([batch]), 1)
     if not outputs or layout.tp_rank != 0 or layout.dp_rank != 0:
         return Probe()

@@ -15,6 +15,7 @@ import torch
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.loader import MicroBatchIterator
+from megatron_kosmosg.data.normalise import normalise_batch
 from megatron_kosmosg.data.samples import PictureStream, StreamDataset
 from megatron_kosmosg.parallel.broadcast import broadcast_batch
 from megatron_kosmosg.parallel.layout import Layout
@@ -79,7 +80,7 @@ class BatchFeed:
             loaded = self._agreed(next(self._loader))
             if "packed" not in loaded:
                 self._work.padding += int(loaded["padding_mask"].sum())
-        batch = broadcast_batch(loaded, self._layout)
+        batch = normalise_batch(broadcast_batch(loaded, self._layout), self._config)
         self._work.tokens += batch["packed" if "packed" in batch else "tokens"].numel()
         self._work.images += batch["pixel_values"].shape[0]
         self._work.rows += batch["tokens"].shape[0]

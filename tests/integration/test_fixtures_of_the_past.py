@@ -19,8 +19,8 @@ import torch
 
 from megatron_kosmosg.config.load import flatten, load_config
 from megatron_kosmosg.config.renamed_keys import RENAMED_KEYS
-from megatron_kosmosg.data.images import target_pixels
 from megatron_kosmosg.data.latent_cache import LatentCache
+from megatron_kosmosg.data.normalise import target_pixels
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.models.diffusion import load_vae, vae_fingerprint
 from tests.support import export_embeds, option_table

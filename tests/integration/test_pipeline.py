@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import Kosmos2ForConditionalGeneration
 
 from megatron_kosmosg.data.image_types import ImageTransform
-from megatron_kosmosg.data.images import PillowBackend
+from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
@@ -88,7 +88,7 @@ def test_pictures_have_the_pixels_of_training(pipeline) -> None:
     )
     grey = DOG.convert("L")
     encoded = [p.images[0] for p in (build_prompt([d], format_of()) for d in (DOG, CAT, HAT, grey))]
-    expected = PillowBackend().decode(encoded, transform)
+    expected = ImageDecoder("pillow").decode(encoded, transform).numpy()
     found = pipeline._pixels([["x", DOG, CAT], [], [HAT, grey]], torch.device("cpu"))
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-6)
 

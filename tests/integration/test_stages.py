@@ -16,7 +16,8 @@ import torch
 
 from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.data.images import ImageDecoder, target_pixels
+from megatron_kosmosg.data.images import ImageDecoder
+from megatron_kosmosg.data.normalise import target_pixels
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.models.diffusion import load_vae, vae_fingerprint
 from megatron_kosmosg.parallel import platform

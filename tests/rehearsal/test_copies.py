@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.marks import not_mended_yet
-
 TOKEN_BYTES = 8
 VALUES = 3 * (2 * 28**2 + 2 * 16**2)
 """Of the pixels of a tiny micro-batch: two prompt images, two targets."""
@@ -16,7 +14,6 @@ def test_no_copy_to_the_device_is_from_pageable_memory(rehearse, stage):
     assert rehearse.report(rehearse.repeated(stage)).of_a_micro_batch("pageable") == {}
 
 
-@not_mended_yet("pixels travel as float32")
 def test_a_pixel_travels_as_one_byte(rehearse):
     report = rehearse.report(rehearse.repeated("instruct"))
     uploaded = report.phase("forward")["uploaded"] / report.answer["num_micro_batches"]

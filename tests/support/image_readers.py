@@ -21,7 +21,7 @@ from examples.inference import shared as other_examples
 from megatron_kosmosg.construction.pictures import SquarePictures
 from megatron_kosmosg.data.image_reading import read_image
 from megatron_kosmosg.data.image_types import BadImage, ImageTransform, UnreadableImage
-from megatron_kosmosg.data.images import ImageDecoder, PillowBackend
+from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.data.latent_cache import LatentCache
 from megatron_kosmosg.data.store import SampleStore
@@ -56,7 +56,7 @@ def cropped(image: Image.Image) -> np.ndarray:
     """The middle square of what is seen, as training cuts it; a PNG decodes to itself."""
     out = io.BytesIO()
     image.save(out, "PNG")
-    return levels(PillowBackend().decode([out.getvalue()], SQUARE)[0])
+    return levels(decoder("pillow").decode([out.getvalue()], SQUARE)[0])
 
 
 class Datasets:

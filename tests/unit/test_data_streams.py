@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 
 from megatron_kosmosg.data import manifest as manifest_module
 from megatron_kosmosg.data.loader import MicroBatchIterator
+from megatron_kosmosg.data.normalise import normalise, normalise_batch, target_pixels
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.streams import align_stream, instruct_stream, pretrain_stream
@@ -224,8 +225,8 @@ def test_instruct_batch_has_the_agreed_keys_and_shapes(folder, tokenizer):
         "tokens": ((10, width), torch.int64),
         "image_mask": ((10, width), torch.bool),
         "padding_mask": ((10, width), torch.bool),
-        "pixel_values": ((images, 3, 8, 8), torch.float32),
-        "target_pixel_values": ((10, 3, 16, 16), torch.float32),
+        "pixel_values": ((images, 3, 8, 8), torch.uint8),
+        "target_pixel_values": ((10, 3, 16, 16), torch.uint8),
         "target_weights": ((10,), torch.float32),
         "stream_positions": ((10,), torch.int64),
         "replacements": ((10,), torch.int64),
@@ -237,8 +238,8 @@ def test_instruct_batch_has_the_agreed_keys_and_shapes(folder, tokenizer):
     assert (batch["tokens"][:, 0] == tokenizer.bos_id).all()
     assert ((batch["tokens"] == tokenizer.pad_id) == batch["padding_mask"]).all()
     assert not (batch["tokens"] == tokenizer.eos_id).any()
-    assert -1 <= batch["target_pixel_values"].min() < -0.5
-    assert 0.5 < batch["target_pixel_values"].max() <= 1
+    targets = normalise(batch["target_pixel_values"], target_pixels(16))
+    assert -1 <= targets.min() < -0.5 and 0.5 < targets.max() <= 1
     names = [sample.dataset for sample in samples]
     counts = [names.count(name) for name in ("compositional", "edit", "caption")]
     assert counts == [4, 4, 2]
@@ -359,7 +360,7 @@ def test_bad_target_is_reported_and_counts_for_nothing(folder, caplog):
     assert batch["bad_samples"] == 1
     weights = [float(sample.key != "edit-3") for sample in samples]
     assert batch["target_weights"].tolist() == weights and sum(weights) == 7
-    expected["target_pixel_values"][weights.index(0.0)] = 0.0
+    expected["target_pixel_values"][weights.index(0.0)] = 128  # the level next to the mean
     for key in ("tokens", "pixel_values", "target_pixel_values"):
         assert torch.equal(batch[key], expected[key]), key
 
@@ -379,7 +380,9 @@ def test_bad_picture_in_a_row_silences_its_document_only(folder, tokenizer):
     assert batch["loss_mask"][0, :n].tolist() == expected.tolist()
     assert expected.sum() < row.label_mask[1:].sum()
     place = row.images.index(image)
-    assert not batch["pixel_values"][place].any()
+    blank = normalise_batch(batch, config)["pixel_values"][place]
+    std = torch.tensor(config.data.image_std)[:, None, None]
+    assert (blank * std).abs().max() * 255 <= 0.5, "the mean colour, as near as bytes come to it"
     assert batch["bad_samples"] == 1
 
 

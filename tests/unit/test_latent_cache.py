@@ -16,8 +16,9 @@ from PIL import Image
 from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.config.schema import ScoreConfig
 from megatron_kosmosg.data.bad_images import TooManyBadImages
-from megatron_kosmosg.data.images import ImageDecoder, target_pixels
+from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.latent_cache import LatentCache, LatentManifest
+from megatron_kosmosg.data.normalise import normalise_batch, target_pixels
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.streams import instruct_stream
 from megatron_kosmosg.models.diffusion import (
@@ -198,6 +199,7 @@ def test_loss_with_and_without_the_cache_differs_by_storage_error(
     score = ColocatedScore(diffusion, lone_layout(CPU), ScoreConfig(), 7)
     condition = torch.randn(32, NUM_QUERIES, CONDITION_WIDTH)
     batches = [s.collate([s[p] for p in range(32)], 1) for s in (plain, cached)]
+    batches = [normalise_batch(batch, config) for batch in batches]
     assert "target_pixel_values" not in batches[1]
     assert batches[1]["target_moments"].dtype == torch.float16
     assert batches[0]["bad_samples"] == batches[1]["bad_samples"] == 1

@@ -20,8 +20,8 @@ from megatron_kosmosg.config.overwrites import refuse_to_overwrite, refuse_to_ru
 from megatron_kosmosg.config.schema import BlendEntry, DataConfig, RunConfig
 from megatron_kosmosg.conversion.output_folder import new_folder
 from megatron_kosmosg.data.dataset_files import dataset_files, files_read
-from megatron_kosmosg.data.images import target_pixels
 from megatron_kosmosg.data.kinds import KINDS
+from megatron_kosmosg.data.normalise import target_pixels
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.inference.generate import Job, generate
 from megatron_kosmosg.inference.picture_plan import PicturePlan, RunSettings
