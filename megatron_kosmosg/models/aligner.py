@@ -16,6 +16,7 @@ from torch import nn
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.models.core_attention import additive
 from megatron_kosmosg.models.layer_specs import (
     bidirectional_layer,
     block_spec,
@@ -62,7 +63,7 @@ class AlignerM(MegatronModule):
         """
         states = self.positions(self.input_projection(hidden))
         states = states.masked_fill(padding_mask.unsqueeze(-1), 0).transpose(0, 1).contiguous()
-        hidden_keys = padding_mask[:, None, None, :]
+        hidden_keys = additive(padding_mask[:, None, None, :], states.dtype)
         if self.encoder is not None:
             states = self.encoder(states, attention_mask=hidden_keys)
         queries = self.query[:, None].expand(-1, hidden.shape[0], -1).contiguous()
@@ -95,7 +96,9 @@ class AlignerN(MegatronModule):
 
         padding_mask: bool [b, seq_length], True = a position without influence on the others.
         """
-        hidden_keys = None if padding_mask is None else padding_mask[:, None, None, :]
+        hidden_keys = None
+        if padding_mask is not None:
+            hidden_keys = additive(padding_mask[:, None, None, :], condition.dtype)
         _check_length(seq_length, self.query.shape[0])
         queries = self.query[:seq_length, None].expand(-1, condition.shape[0], -1).contiguous()
         context = condition.transpose(0, 1).contiguous()

@@ -14,6 +14,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_kosmosg.models.packed_prompts import PackedPrompts
 
 
+def additive(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the scores, made once for all layers of a stack: minus infinity where
+    `hidden`, a bool tensor, is True. dtype: of the queries."""
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, float("-inf"))
+
+
 class CoreAttention(MegatronModule):
     """Attention of this rank's heads; flash kernels where torch has them."""
 
@@ -42,8 +48,8 @@ class CoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """query [sq, b, heads, hn], key and value [sk, b, heads, hn] -> [sq, b, heads*hn].
 
-        attention_mask: bool, broadcastable to [b, heads, sq, sk], True = hidden (Megatron's
-        polarity); ignored by causal attention. packed_seq_params: query, key and value are
+        attention_mask: broadcastable to [b, heads, sq, sk], as `additive` gives it; ignored by
+        causal attention. packed_seq_params: query, key and value are
         [t, heads, hn] and the result [t, heads*hn]; causal attention alone has it.
         """
         if attention_bias is not None:
@@ -64,7 +70,7 @@ class CoreAttention(MegatronModule):
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
                 value.permute(1, 2, 0, 3),
-                attn_mask=None if hidden is None else ~hidden,
+                attn_mask=hidden,
                 dropout_p=dropout,
                 is_causal=is_causal,
                 scale=self.softmax_scale,
