@@ -11,10 +11,11 @@ from megatron_kosmosg.launcher import Place
 
 def choose_device(place: Place) -> torch.device:
     """The GPU of this rank (made current) or the CPU."""
-    if not torch.cuda.is_available():
+    found = torch.cuda.device_count()
+    if not found:
         return torch.device("cpu")
     # Slurm may show each task one GPU only, which is then number 0.
-    chosen = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+    chosen = torch.device("cuda", place.local_rank % found)
     torch.cuda.set_device(chosen)
     return chosen
 

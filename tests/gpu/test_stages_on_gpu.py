@@ -8,7 +8,6 @@ of summation. Without a GPU these tests are skipped.
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 
 import numpy as np
@@ -24,9 +23,11 @@ from tests.support.tiny_models import tiny_config, write_stable_diffusion
 pytestmark = pytest.mark.gpu
 
 
-def gradients_on_cpu(config):
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    return stage_gradients(config)
+def gradients_on_cpu(config, monkeypatch):
+    with monkeypatch.context() as changed:
+        changed.setenv("CUDA_VISIBLE_DEVICES", "")  # before the rank asks CUDA for the first time
+        ((loss, gradients),) = run_ranks(1, stage_gradients, config, start_method="spawn")
+    return loss, gradients
 
 
 def gradients_on_gpu(config, provider):
@@ -39,12 +40,13 @@ def gradients_on_gpu(config, provider):
 
 @pytest.mark.parametrize("provider", ["local", "transformer_engine"])
 @pytest.mark.parametrize("stage", ["pretrain", "align", "instruct"])
-def test_gpu_gives_the_losses_and_gradients_of_the_cpu(stage, provider, tmp_path):
+def test_gpu_gives_the_losses_and_gradients_of_the_cpu(stage, provider, tmp_path, monkeypatch):
     if provider != "local" and importlib.util.find_spec(provider) is None:
         pytest.skip(f"{provider} is not installed, or does not work (kosmosg doctor)")
     config = tiny_config(stage, write_stable_diffusion(tmp_path / "sd"), tmp_path)
-    ((expected_loss, expected),) = run_ranks(1, gradients_on_cpu, config)
-    ((loss, found),) = run_ranks(1, gradients_on_gpu, config, provider)
+    expected_loss, expected = gradients_on_cpu(config, monkeypatch)
+    parts = (config, provider)
+    ((loss, found),) = run_ranks(1, gradients_on_gpu, *parts, start_method="spawn")
     assert loss == pytest.approx(expected_loss, rel=1e-4)
     expected, found = whole([expected], tolerance=0), whole([found], tolerance=0)
     largest = max(np.abs(gradient).max() for gradient in expected.values())

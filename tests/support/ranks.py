@@ -1,7 +1,7 @@
 """Runs a function on several gloo ranks of this machine.
 
-The ranks are forked from one server process that has already imported torch and Megatron-Core:
-starting an interpreter for each would cost some 15 CPU-seconds a rank.
+Unless told otherwise the ranks are forked from one server process that has already imported torch
+and Megatron-Core: starting an interpreter for each would cost some 15 CPU-seconds a rank.
 """
 
 from __future__ import annotations
@@ -41,15 +41,22 @@ _SYSTEM_RANDOM = random.SystemRandom()
 
 
 def run_ranks(
-    num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 240
+    num_ranks: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 240,
+    start_method: str = "forkserver",
 ) -> list:
     """What `function(*args)` returns on every rank, in rank order.
 
     Each rank has torchrun's environment variables, so the product's own start-up code runs. Both
     the function and its results must pickle. The first error of any rank is raised here, with its
     traceback, and the other ranks are ended; so they are after `timeout` seconds.
+
+    start_method: "spawn" for ranks that use a GPU, or see none because of the environment: a
+    process that was forked from one that has asked CUDA anything cannot use it.
     """
-    processes, pipes = _start(num_ranks, function, args)
+    processes, pipes = _start(num_ranks, function, args, start_method)
     try:
         return _collect(pipes, num_ranks, timeout)
     finally:
@@ -102,11 +109,12 @@ def run_ranks_until_they_end(
 
 
 def _start(
-    num_ranks: int, function: Callable[..., Any], args: tuple
+    num_ranks: int, function: Callable[..., Any], args: tuple, start_method: str = "forkserver"
 ) -> tuple[list[BaseProcess], dict[Connection, int]]:
     """(the ranks' processes, the rank at the other end of each pipe)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = multiprocessing.get_context(start_method)
+    if start_method == "forkserver":
+        context.set_forkserver_preload(_PRELOAD)
     port = free_port()
     processes, pipes = [], {}
     for rank in range(num_ranks):

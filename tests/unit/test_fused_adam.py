@@ -32,6 +32,15 @@ def test_steps_are_those_of_torch() -> None:
         torch.testing.assert_close(mine, wanted, rtol=1e-6, atol=1e-7)
 
 
+def test_the_fused_kernel_updates_as_the_multi_tensor_operations_do(monkeypatch) -> None:
+    expected, _ = _train(FusedLayoutAdamW, 7)
+    monkeypatch.setattr(fused_adam, "has_stream", lambda device: True)
+    found, optimizer = _train(FusedLayoutAdamW, 7)
+    assert optimizer.param_groups[0]["step"] == 7
+    for mine, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-6, atol=1e-7)
+
+
 def test_step_is_in_the_group_and_state_has_two_moments() -> None:
     _, optimizer = _train(FusedLayoutAdamW, 3)
     assert optimizer.param_groups[0]["step"] == 3
