@@ -18,6 +18,7 @@ from diffusers.models.resnet import ResnetBlock2D
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel.devices import convolution_format
 from megatron_kosmosg.parallel.platform import torch_dtype
 
 
@@ -139,8 +140,7 @@ class FrozenDiffusion:
             unet.enable_gradient_checkpointing()
         skip_scaling_by_one(unet)
         skip_scaling_by_one(vae)
-        # Convolutions read channels-last faster on every device we measured.
-        unet.to(device, memory_format=torch.channels_last)
+        unet.to(device, memory_format=convolution_format(device))
         return cls(unet, vae.to(device), noise_scheduler)
 
     @property
@@ -191,7 +191,9 @@ class FrozenDiffusion:
         noisy_latents: [b, channels, h, w]; timesteps: [b]; condition: [b, c, d].
         """
         dtype = self.unet.dtype
-        noisy_latents = noisy_latents.to(dtype, memory_format=torch.channels_last)
+        noisy_latents = noisy_latents.to(
+            dtype, memory_format=convolution_format(noisy_latents.device)
+        )
         condition = condition.to(dtype)
         if self.faster_unet is not None and torch.is_grad_enabled() and condition.requires_grad:
             return self.faster_unet(noisy_latents, timesteps, condition).float()

@@ -31,6 +31,7 @@ from megatron_kosmosg.models.diffusion import (
 from megatron_kosmosg.models.same_result import fixed_normal, tried
 from megatron_kosmosg.models.vision_encoder import VisionEncoder
 from megatron_kosmosg.parallel.cuda_graphs import record_passes
+from megatron_kosmosg.parallel.devices import convolution_format
 from megatron_kosmosg.parallel.platform import torch_dtype
 
 _OF_THE_TOWER = {"fullgraph": True, "dynamic": True}
@@ -161,7 +162,8 @@ def _unet_batch(
 ) -> list[torch.Tensor]:
     """A UNetPass's arguments; the condition wants a gradient."""
     device, dtype = diffusion.unet.device, diffusion.unet.dtype
-    latents = fixed_normal(shape).to(device, dtype).to(memory_format=torch.channels_last)
+    latents = fixed_normal(shape).to(device, dtype)
+    latents = latents.contiguous(memory_format=convolution_format(device))
     steps = torch.linspace(0, diffusion.num_timesteps - 1, shape[0] + 2)[1:-1].long().to(device)
     condition = fixed_normal(condition_shape).to(device, dtype).requires_grad_()
     return [latents, steps, condition]
@@ -201,6 +203,7 @@ def _compile_unet(unet: UNet2DConditionModel) -> None:
 def _use_nhwc_group_norm(unet: UNet2DConditionModel) -> None:
     """apex's module reads weight and bias of torch's; ImportError where apex has it not."""
     group_norm = importlib.import_module("apex.contrib.group_norm").GroupNorm
+    unet.to(memory_format=torch.channels_last)
     for module in list(unet.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.GroupNorm):
