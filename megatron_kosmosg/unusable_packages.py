@@ -4,7 +4,8 @@ this package see them, each with one line that says why and how to repair it.
 Whether one works is found by importing it. `pip install transformer-engine` without extras brings a
 package whose import raises RuntimeError; Megatron-Core expects nothing but ImportError, so that
 every command would end in a traceback. PyPI's `apex` is another project, and NVIDIA's can be built
-without its CUDA extensions, or for another torch: it imports and fails at the first call.
+without its CUDA extensions, or for another torch: it imports and fails at the first call. Where no
+GPU is visible all of them are hidden, those that work, too: their optimizers cannot run there.
 """
 
 from __future__ import annotations
@@ -66,13 +67,14 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Unusable:
-    """A package that is installed, does not work and is hidden from now on."""
+    """A package that is installed, does not work here and is hidden from now on."""
 
     name: str
     """Of its module."""
     title: str
     reason: str
-    repair: str
+    repair: str = ""
+    """"" for one that works where there is a GPU."""
 
 
 def hide_unusable_before_megatron() -> None:
@@ -89,10 +91,13 @@ def hide_unusable() -> tuple[Unusable, ...]:
     for package in _PACKAGES:
         if find_spec(package.name) is None:
             continue
-        reason = _why_not(package)
-        if reason is not None:
-            _hide(package.name)
-            found.append(Unusable(package.name, package.title, reason, package.repair))
+        reason, repair = _why_not(package), package.repair
+        if reason is None:
+            if _is_gpu_visible():
+                continue
+            reason, repair = "it needs a GPU", ""
+        _hide(package.name)
+        found.append(Unusable(package.name, package.title, reason, repair))
     return tuple(found)
 
 
@@ -103,7 +108,8 @@ class _BeforeMegatron(MetaPathFinder):
         if fullname == _MEGATRON and self in sys.meta_path:
             sys.meta_path.remove(self)
             for unusable in hide_unusable():
-                _say(unusable)
+                if unusable.repair:
+                    _say(unusable)
 
 
 def _why_not(package: _Package) -> str | None:
@@ -115,6 +121,10 @@ def _why_not(package: _Package) -> str | None:
             said = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             return f"{meaning} ({said})" if meaning else said
     return None
+
+
+def _is_gpu_visible() -> bool:
+    return importlib.import_module("torch").cuda.device_count() > 0
 
 
 def _hide(name: str) -> None:

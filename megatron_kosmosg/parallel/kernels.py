@@ -103,7 +103,7 @@ def _why_not(module: str, unusable: Mapping[str, Unusable]) -> str | None:
     """None for a package that works."""
     if module in unusable:
         found = unusable[module]
-        return f"{found.reason}; to repair: {found.repair}"
+        return f"{found.reason}; to repair: {found.repair}" if found.repair else found.reason
     return None if find_spec(module) else "not installed"
 
 

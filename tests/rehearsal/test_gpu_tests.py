@@ -61,7 +61,7 @@ def test_the_body_of_a_gpu_test_passes_on_the_cpu(module, name, monkeypatch, tmp
     function = getattr(loaded, name)
     todo = cases(function)
     if "tmp_path" in inspect.signature(function).parameters:  # it trains: one case
-        todo = [todo[0] | {"tmp_path": tmp_path}]
+        todo = [todo[0] | {"tmp_path": tmp_path, "monkeypatch": monkeypatch}]
     for case in todo:
         function(**case)
     assert todo

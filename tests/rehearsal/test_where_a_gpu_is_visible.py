@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from megatron_kosmosg.rehearsal.case import Case
-from tests.support.marks import not_mended_yet
 from tests.support.rehearsals import Rehearsals
 
 
@@ -35,8 +34,3 @@ def test_held_out_images_are_drawn_on_the_device(rehearse):
 def test_apex_without_its_cuda_extensions_is_not_used(rehearse):
     report = rehearse.report(task(rehearse, "pretrain", "update_with_bare_apex"))
     assert report.kernels("forward") > 0 and report.kernels("backward") > 0
-
-
-@not_mended_yet("torch's default stays")
-def test_convolutions_are_tried_out(rehearse):
-    assert rehearse.answer(task(rehearse, "instruct", "start"))["cudnn_benchmark"]

@@ -60,15 +60,6 @@ def plan(case: Case, stand_ins: StandIns) -> dict:
     return vars(memory) | {"tensors": memory.tensors, "trainable": counts.trainable}
 
 
-def start(case: Case, stand_ins: StandIns) -> dict:
-    """Settings of torch after the start-up of a rank."""
-    config = resolved_config(case, stand_ins)
-    take_place(case, stand_ins)
-    with stand_ins.device():
-        platform.initialize(config)
-    return {"cudnn_benchmark": torch.backends.cudnn.benchmark}
-
-
 def links(case: Case, stand_ins: StandIns) -> dict:
     """{"phases": of a decoder rank with score ranks, "opening" and "closing"}."""
     config, recorder = resolved_config(case, stand_ins), stand_ins.recorder

@@ -102,6 +102,7 @@ def test_a_working_one_is_left_in_place_and_not_looked_at_early(tmp_path):
     code = (
         "import sys, megatron_kosmosg.config.schema\n"
         "print('transformer_engine' in sys.modules, 'torch' in sys.modules)\n"
+        "import torch; torch.cuda.device_count = lambda: 1\n"
         "from megatron_kosmosg.unusable_packages import hide_unusable\n"
         "assert hide_unusable() == ()\n"
         "import transformer_engine.pytorch as found\n"
@@ -109,6 +110,22 @@ def test_a_working_one_is_left_in_place_and_not_looked_at_early(tmp_path):
     )
     done = run(tmp_path, WORKING, "-c", code)
     assert done.stdout.split() == ["False", "False", "transformer_engine.pytorch"], done.stderr
+
+
+def test_a_working_one_is_hidden_without_a_word_where_no_gpu_is_visible(tmp_path):
+    """TransformerEngine's FusedAdam and its norms cannot run on a CPU."""
+    code = (
+        "from megatron_kosmosg.parallel import platform, fused_adam\n"
+        "print(platform.transformer_impl(), fused_adam.install())"
+    )
+    done = run(tmp_path, WORKING, "-c", code, CUDA_VISIBLE_DEVICES="")
+    assert done.stdout.split() == ["local", "own"], done.stderr
+    assert "transformer" not in done.stderr
+
+
+def test_doctor_says_that_it_needs_a_gpu(tmp_path):
+    said = diagnosis(tmp_path, WORKING)
+    assert "not TransformerEngine: it needs a GPU" in said["optimizer"]
 
 
 def diagnosis(folder: Path, files: dict[str, str]) -> dict[str, str]:
