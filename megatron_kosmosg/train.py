@@ -30,10 +30,12 @@ from megatron_kosmosg.config.validate import check_writable, validate_files, val
 from megatron_kosmosg.evaluation.registry import build_evaluators, check_evaluators
 from megatron_kosmosg.launcher import find_place, is_first_rank
 from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
+from megatron_kosmosg.planning.gpus import gpu_named
 from megatron_kosmosg.stages import build_stage, stage_facts
 from megatron_kosmosg.terminal_text import printable_lines
 
 if TYPE_CHECKING:
+    from megatron_kosmosg.monitoring.notice import Notices
     from megatron_kosmosg.monitoring.run_owner import RunOwner
 
 DESCRIPTION = """\
@@ -44,7 +46,8 @@ one process per device, or alone. A rerun continues from the newest checkpoint o
 EPILOG = """\
 exit codes: 0 all iterations done; 85 a signal (TERM, USR1, Ctrl-C) asked to stop, state is saved,
 start again to continue; 2 arguments, settings or inputs; 3 the limit of non-finite updates is
-reached, or that of bad images; 130 a second Ctrl-C; 1 any other error.
+reached, or that of bad images, or the last updates were not finite; 130 a second Ctrl-C; 1 any
+other error.
 """
 
 
@@ -82,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         facts = stage_facts(config.stage)
         validate_layout(config, find_place().world_size, facts)
         pipeline_pieces(config, facts.aligner_parts)
+        if config.logging.planned_gpu is not None:
+            gpu_named(config.logging.planned_gpu)  # raises for one that is nowhere
     except ConfigError as error:  # the same on every rank: one of them says it
         return report(str(error)) if is_first_rank() else exit_codes.BAD_INPUT
     return run(config)
@@ -97,14 +102,18 @@ def run(config: RunConfig) -> int:
 
     try:
         with _owner(config) as owner:
+            notices = _notices(config, owner)
+            notices.started()
             try:
-                return _train(config, started, owner)
+                code = _train(config, started, owner)
             except RunFolderTaken:
                 raise  # the folder is another's: nothing is written there
             except (Exception, KeyboardInterrupt) as error:
                 # Before the groups are left: the others then fail, and this error is the cause.
                 report_failure(output_folder(config), find_place().rank, error, started)
-                return exit_code_of(error)
+                code = exit_code_of(error)
+            notices.ended(code)
+            return code
     except InputError as error:  # of rank 0 alone; its launcher ends the others
         return report(str(error))
     except OSError as error:
@@ -113,6 +122,14 @@ def run(config: RunConfig) -> int:
         return exit_codes.INTERRUPTED
     finally:
         platform.teardown()
+
+
+def _notices(config: RunConfig, owner: RunOwner | None) -> Notices:
+    """Of rank 0; those of the others go nowhere."""
+    from megatron_kosmosg.monitoring.notice import Notices
+
+    target = config.logging.notify if owner is not None else None
+    return Notices(target, config.stage, output_folder(config), note)
 
 
 @contextmanager
@@ -133,13 +150,15 @@ def _train(config: RunConfig, started: float, owner: RunOwner | None) -> int:
     from megatron_kosmosg.monitoring.failure import forget_failure, raise_together
     from megatron_kosmosg.parallel import platform
     from megatron_kosmosg.planning.pipeline_balance import with_default_layout
+    from megatron_kosmosg.planning.run_plan import plan_the_run
     from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
     from megatron_kosmosg.score.rank import run_score_rank
     from megatron_kosmosg.training.loop import fit
 
-    config = with_default_layout(config)
+    config, planned = with_default_layout(config), None
     if find_place().rank == 0:
         forget_failure(output_folder(config), started)
+        planned = plan_the_run(config, find_place().world_size)
     if platform.holds_unet_alone(config):
         finished = run_score_rank(config, join_as_score_rank(config))
     else:
@@ -147,7 +166,7 @@ def _train(config: RunConfig, started: float, owner: RunOwner | None) -> int:
         raise_together(lambda: check_files(config))
         remote_score = open_remote_score(config, layout)
         stage = build_stage(config, layout, remote_score, build_evaluators(config))
-        finished = fit(stage, config, layout, owner)
+        finished = fit(stage, config, layout, owner, planned)
         if remote_score is not None:
             remote_score.close(is_done=finished)
     return exit_codes.DONE if finished else exit_codes.STOPPED

@@ -15,7 +15,7 @@ from benchmarks.gpu.timing import Speed, best_batch, free_memory, speed
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.parallel import platform
-from megatron_kosmosg.planning.gpus import GPUS
+from megatron_kosmosg.planning.gpus import recognised_gpu
 from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.setup import build_trained
@@ -177,6 +177,6 @@ def peak_tflops(device: torch.device) -> float | None:
     """Of bf16, as the maker states it; None for a device that no table has."""
     if device.type == "cpu":
         return None
-    name = torch.cuda.get_device_name(device).upper()
-    known = [gpu for key, gpu in GPUS.items() if key.partition("-")[0].upper() in name]
-    return known[0].bf16_tflops or None if known else None
+    found = torch.cuda.get_device_properties(device)
+    known = recognised_gpu(found.name, found.total_memory / 2**30)
+    return None if known is None else known.bf16_tflops or None

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.command_line import (
@@ -14,6 +15,7 @@ from megatron_kosmosg.command_line import (
     add_overrides,
     command_parser,
     file_path,
+    note,
     positive_int,
     run,
 )
@@ -25,6 +27,8 @@ EPILOG = """\
 One model shard of every kind of rank is built for real, on torch's meta device. Times are a model:
 the assumptions it rests on are printed and can be replaced with --assume.
 
+A layout fits when its memory, planned, leaves what the plan may be wrong by (memory_error).
+
 exit codes: 0 planned and fits; 1 planned, but too large for the GPU; 2 bad input or layout.
 
 examples:
@@ -32,6 +36,8 @@ examples:
   kosmosg plan --config instruct_256gpu --num-gpus 64 --gpu a100-80 \\
       --json plan.json score.placement=dedicated score.ranks_per_replica=2
   kosmosg plan --config pretrain_256gpu --num-gpus 256 --gpu v100-32 --search
+  kosmosg plan --config instruct_256gpu --num-gpus 24 --gpu my_card.yaml --search \\
+      --write-config mine.yaml
 """
 
 
@@ -42,7 +48,12 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--num-gpus", type=positive_int, metavar="N", help="of the run (parallel.world_size)"
     )
-    parser.add_argument("--gpu", required=True, choices=tuple(GPUS), help="what they are")
+    parser.add_argument(
+        "--gpu",
+        required=True,
+        metavar="GPU",
+        help=f"what they are: {', '.join(GPUS)}, or a YAML file with the figures of another one",
+    )
     parser.add_argument(
         "--search",
         action="store_true",
@@ -52,6 +63,11 @@ def build_parser() -> CommandParser:
         "--top", type=positive_int, default=10, metavar="N", help="layouts listed (10)"
     )
     parser.add_argument("--json", type=file_path, metavar="FILE", help="also write the plan there")
+    parser.add_argument(
+        "--write-config", type=file_path, metavar="FILE",
+        help="write the config of what is planned there, for training; with --search, of the "
+        "fastest layout that reads what the config reads",
+    )  # fmt: skip
     parser.add_argument("--svg", type=file_path, metavar="FILE", help="draw the rank map there")
     parser.add_argument(
         "--assume", action="append", default=[], metavar="NAME=NUMBER",
@@ -69,25 +85,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from megatron_kosmosg.config.errors import ConfigError
-    from megatron_kosmosg.config.load import config_files, load_config
+    from megatron_kosmosg.config.load import config_files, load_config, to_yaml
     from megatron_kosmosg.config.overwrites import refuse_to_overwrite, refuse_to_write_into
     from megatron_kosmosg.data.dataset_files import files_read, folders_read
-    from megatron_kosmosg.planning.gpus import efficiency_with
+    from megatron_kosmosg.planning.gpus import efficiency_with, gpu_named, name_from_anywhere
     from megatron_kosmosg.planning.plan import (
         make_plan,
         planned_config,
         search_plan,
         to_json,
         to_text,
+        written_config,
     )
 
-    gpu, efficiency = GPUS[args.gpu], efficiency_with(args.assume)
-    config = load_config(args.config, args.overrides)
+    gpu, efficiency = gpu_named(args.gpu), efficiency_with(args.assume)
+    given = config = load_config(args.config, args.overrides)
     world_size = args.num_gpus or config.parallel.world_size
     if world_size is None or world_size < 1:
         raise ConfigError("how many GPUs? give --num-gpus or parallel.world_size")
     reads = [*config_files(args.config), *files_read(config)]
-    for option, output in (("--json", args.json), ("--svg", args.svg)):
+    if args.gpu not in GPUS:
+        reads.append(Path(args.gpu))
+    outputs = {"--json": args.json, "--svg": args.svg, "--write-config": args.write_config}
+    for option, output in outputs.items():
         if output is not None:
             refuse_to_overwrite([output], reads, option)
             refuse_to_write_into(output, folders_read(config), option)
@@ -95,7 +115,13 @@ def _plan(args: argparse.Namespace) -> int:
     facts = {}
     if args.search:
         plan, found, facts["search"] = search_plan(
-            config, world_size, gpu, efficiency, notes, args.top
+            config,
+            world_size,
+            gpu,
+            efficiency,
+            notes,
+            args.top,
+            may_cache_latents=args.write_config is None,
         )
         print(printable_lines(found) + "\n")
     else:
@@ -107,7 +133,14 @@ def _plan(args: argparse.Namespace) -> int:
         from megatron_kosmosg.planning.rank_map import svg
 
         write_text(args.svg, svg(plan.estimate.world, gpu.per_node))
-    return exit_codes.DONE if plan.estimate.fits else exit_codes.FAILURE
+    if not plan.estimate.fits:
+        if args.write_config is not None:
+            note(f"{args.write_config} is not written: the layout does not fit; --search finds one")
+        return exit_codes.FAILURE
+    if args.write_config is not None:
+        written = written_config(given, plan, name_from_anywhere(args.gpu))
+        write_text(args.write_config, to_yaml(written))
+    return exit_codes.DONE
 
 
 if __name__ == "__main__":

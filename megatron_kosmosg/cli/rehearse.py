@@ -21,7 +21,7 @@ from megatron_kosmosg.command_line import (
 )
 from megatron_kosmosg.files import write_text
 from megatron_kosmosg.launcher import as_typed
-from megatron_kosmosg.planning.gpus import GPUS
+from megatron_kosmosg.planning.gpus import gpu_named, name_from_anywhere
 from megatron_kosmosg.terminal_text import printable_lines
 
 EPILOG = """\
@@ -48,7 +48,7 @@ def build_parser() -> CommandParser:
         "--num-gpus", type=positive_int, metavar="N", help="of the run (parallel.world_size)"
     )
     parser.add_argument(
-        "--gpu", default="h100-80", choices=tuple(GPUS), help="what they are (h100-80)"
+        "--gpu", default="h100-80", metavar="GPU", help="what they are, as for plan (h100-80)"
     )
     parser.add_argument(
         "--json", type=file_path, metavar="FILE", help="also write all counts there"
@@ -84,7 +84,9 @@ def _rehearse(args: argparse.Namespace, words: list[str]) -> int:
     num_gpus = args.num_gpus or config.parallel.world_size
     if num_gpus is None or num_gpus < 1:
         raise ConfigError("how many GPUs? give --num-gpus or parallel.world_size")
-    GPUS[args.gpu].peak_flops(config.training.precision)  # raises where it has no such arithmetic
+    # Raises for a GPU that is nowhere, or has no such arithmetic.
+    gpu_named(args.gpu).peak_flops(config.training.precision)
+    gpu = name_from_anywhere(args.gpu)
     validate_layout(config, num_gpus, stage_facts(config.stage))
     reads = [*config_files(args.config), *files_read(config)]
     for option, output in (("--json", args.json), ("--page", args.page)):
@@ -93,7 +95,7 @@ def _rehearse(args: argparse.Namespace, words: list[str]) -> int:
             refuse_to_write_into(output, folders_read(config), option)
     try:
         with FakeDevice() as device, Progress("rehearsing", "rank") as progress:
-            found = rehearse(device, args.config, args.overrides, num_gpus, args.gpu, progress)
+            found = rehearse(device, args.config, args.overrides, num_gpus, gpu, progress)
     except FakeDeviceError as error:
         return report(str(error), exit_codes.FAILURE)
     print(printable_lines(to_text(found)))

@@ -22,6 +22,7 @@ INPUT_PATHS = (
     "checkpoint.load",
     "evaluation.dino",
     "evaluation.clip",
+    "logging.planned_gpu",
 )
 """Settings that name what a run reads; datasets by their prefix, without a suffix."""
 

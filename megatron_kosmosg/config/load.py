@@ -72,7 +72,7 @@ def load_saved_config(path: str | Path) -> RunConfig:
     It may be of somebody else, and a run writes plain values alone. Raises ConfigError for one
     that would read other files or the environment (`include`, `${...}`), and like load_config.
     """
-    content = _read_yaml(Path(path))
+    content = read_yaml(Path(path), "--config")
     asking = [key for key, value in _flat_items(content, "") if _is_interpolation(value)]
     if "include" in content:
         asking.append("include")
@@ -198,7 +198,7 @@ def _file_layers(path: Path, including: tuple[Path, ...]) -> list[tuple[str, Lay
     """The file, after the one that its `include` names, if any."""
     if path.resolve() in including:
         raise ConfigError(f"--config {path} includes itself")
-    content = _read_yaml(path)
+    content = read_yaml(path, "--config")
     included = content.pop("include", None)
     if included is None:
         return [(str(path), content, path)]
@@ -212,24 +212,28 @@ def _file_layers(path: Path, including: tuple[Path, ...]) -> list[tuple[str, Lay
     return [*base, (str(path), content, path)]
 
 
-def _read_yaml(path: Path) -> Layer:
+def read_yaml(path: Path, what: str) -> Layer:
+    """The mapping that a file holds, its interpolations as they are written.
+
+    Raises ConfigError, which calls the file `what`, for one that cannot be read or is no mapping.
+    """
     try:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
-        raise ConfigError(f"--config {path}: no such file") from None
+        raise ConfigError(f"{what} {path}: no such file") from None
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
+        raise ConfigError(f"{what} {path}: {error.strerror}") from None
     except Exception as error:  # the YAML reader's own error types are not part of OmegaConf's API
-        raise ConfigError(f"--config {path} is not valid YAML: {error}") from None
+        raise ConfigError(f"{what} {path} is not valid YAML: {error}") from None
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"--config {path} must hold a mapping of sections")
+        raise ConfigError(f"{what} {path} must hold a mapping")
     return _plain(loaded)
 
 
 def _from_dotlist(override: str) -> Layer:
     try:
         return _plain(OmegaConf.from_dotlist([override]))
-    except Exception as error:  # as in _read_yaml: the value part is YAML
+    except Exception as error:  # as in read_yaml: the value part is YAML
         raise ConfigError(f"override {override!r} cannot be read: {error}") from None
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.paths import (
+    FAILURE_FILE,
+    METRICS_FILE,
     heartbeat_file,
     output_folder,
     packing_folder,
+    plan_file,
     save_folder,
     trace_file,
 )
@@ -81,8 +84,9 @@ def refuse_to_run_over_inputs(
             read.append(save)
     refuse_to_write_into(output, read, "logging.output_dir")
     refuse_to_write_into(save, read, "checkpoint.save")
-    written = [output / name for name in ("config.yaml", "metrics.jsonl", "failure.txt")]
+    written = [output / name for name in ("config.yaml", METRICS_FILE, FAILURE_FILE)]
     written += [heartbeat_file(config), trace_file(config), packing_folder(config)]
+    written.append(plan_file(config))
     refuse_to_overwrite(written, files, "logging.output_dir")
 
 

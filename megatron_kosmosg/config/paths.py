@@ -6,6 +6,10 @@ from pathlib import Path
 
 from megatron_kosmosg.config.schema import RunConfig
 
+METRICS_FILE, FAILURE_FILE = "metrics.jsonl", "failure.txt"
+COMPLETE_FILE = "complete.json"
+"""In a checkpoint folder: its files, written last."""
+
 
 def output_folder(config: RunConfig) -> Path:
     """The run's folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, packing/."""
@@ -20,6 +24,11 @@ def heartbeat_file(config: RunConfig) -> Path:
 def trace_file(config: RunConfig) -> Path:
     """What all ranks did in iteration `logging.trace_iteration`, for Perfetto or Chrome."""
     return output_folder(config) / "trace.json"
+
+
+def plan_file(config: RunConfig) -> Path:
+    """JSON: what was planned for the run when it started, where its GPU is known."""
+    return output_folder(config) / "plan.json"
 
 
 def packing_folder(config: RunConfig) -> Path:

@@ -309,6 +309,13 @@ class LoggingConfig:
     trace_iteration: int | None = None
     """Iteration, before the last one, of which all ranks leave their forward and backward passes,
     exchanges and waits in `trace.json`, for ui.perfetto.dev or chrome://tracing."""
+    notify: str | None = None
+    """Who is told when the run starts, is stopped, fails and ends: an address (http, https), which
+    gets JSON by POST, or a command line, which gets it on stdin."""
+    planned_gpu: str | None = None
+    """GPU that the run is planned for when it starts (`plan.json`, and after 50 iterations a line
+    of measured against planned): a name of `kosmosg plan --gpu` or a YAML file; null takes the GPU
+    that rank 0 has where that is one of them, and plans nothing else."""
     peak_tflops: float = 989.0
     """TFLOP/s of one device in the training precision; the denominator of `mfu`."""
 

@@ -1,12 +1,13 @@
 """Whose error is shown when a run fails: the first one, once.
 
 When one rank raises, its peers fail later with errors about lost connections. The first rank to
-claim `failure.txt` in the output folder writes its traceback there and to stderr; a rank that
-finds the file claimed names it in one line.
+claim `failure.txt` in the output folder writes its traceback there and to stderr; of those that
+find the file claimed, rank 0 alone names it in one line.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -19,10 +20,9 @@ import torch.distributed as dist
 
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.config.errors import ConfigError, InputError
+from megatron_kosmosg.config.paths import FAILURE_FILE
 from megatron_kosmosg.data.bad_images import TooManyBadImages
 from megatron_kosmosg.terminal_text import printable_lines
-
-FAILURE_FILE = "failure.txt"
 
 
 def forget_failure(folder: Path, started: float) -> None:
@@ -46,6 +46,12 @@ def report_failure(folder: Path, rank: int, error: BaseException, started: float
     forget_failure(folder, started)  # the rank that does so at the start may not have come to it
     full = f"rank {rank} failed:\n" + "".join(traceback.format_exception(error))
     shown = f"error: {str(error) or type(error).__name__}" if _explains_itself(error) else full
+    if _is_of_the_disk(error):
+        shown = (
+            f"error: the disk takes nothing more ({error}); what was saved before is whole: make "
+            "room or let the run write elsewhere (logging.output_dir, checkpoint.save), then "
+            "start again"
+        )
     shown = printable_lines(shown)
     path = folder / FAILURE_FILE
     try:
@@ -53,7 +59,8 @@ def report_failure(folder: Path, rank: int, error: BaseException, started: float
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except OSError as problem:
         if isinstance(problem, FileExistsError) and path.is_file():
-            print(f"rank {rank} ends because of the failure in {path}", file=sys.stderr, flush=True)
+            if rank == 0:
+                print(f"the run ends because of the failure in {path}", file=sys.stderr, flush=True)
             return False
         print(shown, file=sys.stderr, flush=True)  # no folder to agree in: every rank speaks
         return True
@@ -89,7 +96,13 @@ def exit_code_of(error: BaseException) -> int:
         return exit_codes.INTERRUPTED
     if isinstance(error, (FloatingPointError, TooManyBadImages)):
         return exit_codes.MISSED
-    return exit_codes.BAD_INPUT if isinstance(error, InputError) else exit_codes.FAILURE
+    of_the_input = isinstance(error, InputError) or _is_of_the_disk(error)
+    return exit_codes.BAD_INPUT if of_the_input else exit_codes.FAILURE
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    """Whether a disk is full, read-only or over its quota: no start changes that."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 
 
 def _explains_itself(error: BaseException) -> bool:

@@ -31,6 +31,24 @@ def named_device(name: str | None, place: Place) -> torch.device:
         raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
+def gpu_name_and_gib() -> tuple[str, float] | None:
+    """What the driver calls this process's first GPU, and its memory in GiB; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return properties.name, properties.total_memory / 2**30
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """GiB of the device that were taken at once, by PyTorch at its peak and by all else now; None
+    for the CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    beside = total - free - torch.cuda.memory_reserved(device)
+    return (beside + torch.cuda.max_memory_reserved(device)) / 2**30
+
+
 def collective_backend(device: torch.device) -> str:
     """Of torch.distributed, for tensors on this device."""
     return "nccl" if device.type == "cuda" else "gloo"

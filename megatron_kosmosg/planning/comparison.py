@@ -56,17 +56,26 @@ def faster_layouts(
     for candidate in first:
         if candidate is None:
             continue
-        times = planned.seconds / candidate.estimate.seconds
-        layout = in_words(candidate)
-        if times > WORTH_SAYING and layout not in [other.layout for other in found]:
-            changes = differences(config, candidate.config)
-            settings = [
-                f"{key}={_as_setting(new)}"
-                for key, (_, new) in changes.items()
-                if not (key.startswith("score.") and _is_idle(key, candidate))
-            ]
-            found.append(Faster(layout, times, candidate.samples_per_second, settings))
+        faster = beside(config, planned, candidate)
+        if faster.times > WORTH_SAYING and faster.layout not in [f.layout for f in found]:
+            found.append(faster)
     return found
+
+
+def beside(config: RunConfig, planned: Estimate, candidate: Candidate) -> Faster:
+    """A candidate, which may have another batch, beside the plan of `config`."""
+    speed = config.training.global_batch_size / planned.seconds
+    batch = candidate.config.training.global_batch_size
+    layout = in_words(candidate)
+    if batch != config.training.global_batch_size:
+        layout = f"{batch:,} samples an update: {layout}"
+    settings = [
+        f"{key}={_as_setting(new)}"
+        for key, (_, new) in differences(config, candidate.config).items()
+        if not (key.startswith("score.") and _is_idle(key, candidate))
+    ]
+    times = candidate.samples_per_second / speed
+    return Faster(layout, times, candidate.samples_per_second, settings)
 
 
 def _is_idle(key: str, candidate: Candidate) -> bool:

@@ -48,6 +48,7 @@ class Estimate:
     traffic: dict[str, float]
     """Bytes sent by a rank per update, by group; the largest over the kinds of rank."""
     fits: bool
+    """On the GPU, with `memory_error` to spare."""
 
     @property
     def total_flops(self) -> float:
@@ -108,7 +109,10 @@ def estimate(
         decoder_idle=1 - timeline.decoder_busy / seconds,
         score_idle=1 - timeline.score_busy * scored.used / seconds if dedicated else None,
         traffic={name: max(sent[name] for sent in traffic) for name in traffic[0]},
-        fits=all(kind.memory.total <= gpu.memory_gib * GIB for kind in kinds),
+        fits=all(
+            kind.memory.total * (1 + efficiency.memory_error) <= gpu.memory_gib * GIB
+            for kind in kinds
+        ),
     )
 
 

@@ -243,8 +243,13 @@ _COLUMNS = {
 }
 
 
-def memory_table(kinds: Sequence[RankKind], gpu_gib: float | None = None) -> str:
-    """GiB of each kind of rank; whether they fit, where the GPU's memory is given."""
+def memory_table(
+    kinds: Sequence[RankKind], gpu_gib: float | None = None, memory_error: float = 0.0
+) -> str:
+    """GiB of each kind of rank; whether they fit, where the GPU's memory is given.
+
+    memory_error: share of its memory that a rank may take beyond the plan.
+    """
     lines = [f"{'GiB a rank':<18}{'ranks':>6}" + "".join(f"{h:>11}" for h in _COLUMNS.values())]
     for kind in kinds:
         memory = kind.memory
@@ -252,7 +257,9 @@ def memory_table(kinds: Sequence[RankKind], gpu_gib: float | None = None) -> str
         values = {name: planned[name] / GIB for name in _COLUMNS}
         line = f"{kind.name:<18}{kind.count:>6}" + "".join(f"{v:>11.2f}" for v in values.values())
         if gpu_gib is not None:
-            verdict = "fits" if values["total"] <= gpu_gib else "TOO LARGE"
+            verdict = "fits" if values["total"] * (1 + memory_error) <= gpu_gib else "TOO LARGE"
+            if verdict != "fits" and values["total"] <= gpu_gib:
+                verdict = f"TOO TIGHT, the plan may be wrong by {memory_error:.0%}"
             line += f" of {gpu_gib:g}: {verdict}"
         lines.append(line)
     return "\n".join(lines)

@@ -26,9 +26,15 @@ from megatron_kosmosg.planning.model_counts import (
     model_shares,
     whole_model,
 )
+from megatron_kosmosg.planning.other_batches import (
+    faster_batches,
+    more_gpus,
+    nearest_batches,
+    other_batches,
+)
 from megatron_kosmosg.planning.pipeline_balance import with_default_layout
 from megatron_kosmosg.planning.rank_map import rank_table
-from megatron_kosmosg.planning.search import search
+from megatron_kosmosg.planning.search import NothingFits, SearchResult, search
 from megatron_kosmosg.planning.workload import assumed_kinds, mixture, with_kinds
 from megatron_kosmosg.stages import stage_facts
 
@@ -66,21 +72,25 @@ def make_plan(
 
     Raises ConfigError when it is not valid.
     """
-    validate_layout(config, world_size, stage_facts(config.stage))
-    if config.parallel.virtual_pipeline_model_parallel_size is not None:
+    try:
+        validate_layout(config, world_size, stage_facts(config.stage))
+    except ConfigError as error:
         raise ConfigError(
-            "times of interleaved stages are not planned; add "
-            "parallel.virtual_pipeline_model_parallel_size=null (train --dry-run shows who does "
-            "what with them)"
-        )
+            f"{error}; or add --search, which tries every layout of {world_size} GPUs"
+        ) from None
     config = with_default_layout(config)
     model = whole_model(config)
-    plan = _plan(config, world_size, gpu, efficiency, notes, model)
-    found = search(config, world_size, gpu, efficiency, model).candidates
-    return replace(plan, faster=faster_layouts(config, plan.estimate, found))
+    plan = plan_layout(config, world_size, gpu, efficiency, notes, model)
+    others = other_batches(config, world_size, gpu, efficiency, model)
+    faster = faster_batches(config, plan.estimate, others)
+    try:
+        found = search(config, world_size, gpu, efficiency, model).candidates
+    except NothingFits as nothing:
+        return replace(plan, notes=[*plan.notes, str(nothing)], faster=faster)
+    return replace(plan, faster=[*faster_layouts(config, plan.estimate, found), *faster])
 
 
-def _plan(
+def plan_layout(
     config: RunConfig,
     world_size: int,
     gpu: Gpu,
@@ -88,6 +98,16 @@ def _plan(
     notes: list[str],
     model: torch.nn.Module,
 ) -> Plan:
+    """The plan of the layout in `config` alone. model: `whole_model(config)`.
+
+    Raises ConfigError for interleaved stages.
+    """
+    if config.parallel.virtual_pipeline_model_parallel_size is not None:
+        raise ConfigError(
+            "times of interleaved stages are not planned; add "
+            "parallel.virtual_pipeline_model_parallel_size=null (train --dry-run shows who does "
+            "what with them)"
+        )
     world = world_layout(config, world_size)
     shares = model_shares(config, model)
     planned = estimate(config, world, gpu, efficiency, shares)
@@ -103,12 +123,26 @@ def search_plan(
     efficiency: Efficiency,
     notes: list[str],
     top: int,
+    *,
+    may_cache_latents: bool = True,
 ) -> tuple[Plan, str, dict]:
-    """The plan of the fastest layout, the list of the `top` fastest as text, both for the JSON."""
+    """The plan of the fastest layout, the list of the `top` fastest as text, both for the JSON.
+
+    may_cache_latents: whether the plan may ask for latents that `config` does not have.
+    Raises ConfigError, with the nearest batches and their speeds, where no layout is left.
+    """
     model = whole_model(config)
-    result = search(config, world_size, gpu, efficiency, model)
+    others = other_batches(config, world_size, gpu, efficiency, model)
+    try:
+        result = search(config, world_size, gpu, efficiency, model)
+        if not may_cache_latents:
+            result = _without_new_latents(config, result)
+    except NothingFits as nothing:
+        advice = nearest_batches(others) or more_gpus(config, world_size, gpu, efficiency, model)
+        raise ConfigError(f"{nothing}; {advice}") from None
     best = result.candidates[0]
-    plan = _plan(best.config, world_size, gpu, efficiency, notes, model)
+    plan = plan_layout(best.config, world_size, gpu, efficiency, notes, model)
+    plan = replace(plan, faster=faster_batches(best.config, plan.estimate, others))
     settings, why = best.choice.overrides(stage_facts(config.stage)), reasons(result)
     lines = [f"{len(result.candidates)} of {result.num_tried} layouts fit; the fastest:"]
     lines += [
@@ -125,6 +159,18 @@ def search_plan(
         "candidates": [as_dict(candidate) for candidate in result.candidates[:top]],
     }
     return plan, "\n".join(lines), facts
+
+
+def _without_new_latents(config: RunConfig, result: SearchResult) -> SearchResult:
+    """The candidates that read what `config` reads."""
+    cached = config.data.latent_cache is not None
+    kept = [c for c in result.candidates if c.choice.cached_latents == cached]
+    if not kept:
+        raise NothingFits(
+            f"no layout of stage={config.stage} that reads pictures fits; write latents with "
+            "`kosmosg cache-latents` and set data.latent_cache"
+        )
+    return replace(result, candidates=kept)
 
 
 def _idle_note(
@@ -146,6 +192,19 @@ def _idle_note(
     return (
         f"decoder ranks idle {planned.decoder_idle:.0%} even at {larger.global_batch_size:,} "
         "images an update"
+    )
+
+
+def written_config(config: RunConfig, plan: Plan, gpu: str) -> RunConfig:
+    """`config`, as the user gave it, with what the plan settled and which GPU it was made for."""
+    planned = plan.config
+    return replace(
+        config,
+        parallel=planned.parallel,
+        score=planned.score,
+        training=planned.training,
+        data=replace(config.data, latent_cache=planned.data.latent_cache),
+        logging=replace(config.logging, planned_gpu=gpu),
     )
 
 
@@ -259,12 +318,14 @@ def to_text(plan: Plan) -> str:
         f"{schedule['gpu_hours']:,.0f} GPU-hours",
         "",
         "assumed: " + ", ".join(f"{k} {v:g}" for k, v in asdict(plan.efficiency).items()),
+        f"{plan.gpu.name}: {plan.gpu.source or 'figures of your own'}",
     ]
     return "\n".join(lines)
 
 
 def _memory_lines(plan: Plan, facts: dict) -> list[str]:
-    lines = [memory_table(plan.estimate.kinds, plan.gpu.memory_gib)]
+    error = plan.efficiency.memory_error
+    lines = [memory_table(plan.estimate.kinds, plan.gpu.memory_gib, error)]
     for name, kind in facts["ranks"].items():
         lines.append(
             f"{name}: {kind['trainable_parameters']:,} trained and {kind['frozen_parameters']:,} "

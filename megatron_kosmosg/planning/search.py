@@ -34,6 +34,9 @@ WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16)
 """With dedicated score ranks; wider than a replica has micro-batches changes nothing."""
 LARGEST_MICRO_BATCH = 64
 MOST_MICRO_BATCHES = 64
+"""Of a replica in an update."""
+_SMALL_WORLD = 16
+"""On fewer GPUs a replica may have more: its share is larger, and memory may forbid larger ones."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,10 @@ class Candidate:
         return max(kind.memory.total for kind in self.estimate.kinds) / GIB
 
 
+class NothingFits(ConfigError):
+    """A search without a result."""
+
+
 @dataclass(frozen=True)
 class SearchResult:
     candidates: list[Candidate]
@@ -151,8 +158,8 @@ class SearchResult:
 def search(
     config: RunConfig, world_size: int, gpu: Gpu, efficiency: Efficiency, model: torch.nn.Module
 ) -> SearchResult:
-    """All valid layouts of `config` on `world_size` GPUs. Raises ConfigError when none fits."""
-    fitting, tried, too_large = [], 0, 0
+    """All valid layouts of `config` on `world_size` GPUs. Raises NothingFits when none is left."""
+    fitting, tried, too_large = [], 0, []
     estimator = _Estimator(world_size, gpu, efficiency, model)
     for choices in _choices(config, world_size):
         for choice in choices:  # with ever more recomputation
@@ -165,15 +172,31 @@ def search(
         if candidate.estimate.fits:
             fitting.append(candidate)
         else:
-            too_large += 1
+            too_large.append(candidate)
     if not fitting:
-        raise ConfigError(
-            f"no layout of stage={config.stage} fits {world_size} x {gpu.name} with "
-            f"training.global_batch_size={config.training.global_batch_size}; "
-            f"{too_large} are too large for {gpu.memory_gib:g} GiB; take more GPUs or another batch"
-        )
+        raise NothingFits(_nothing_fits(config, world_size, gpu, efficiency, too_large))
     fitting.sort(key=lambda c: (c.estimate.seconds, c.choice.tensor * c.choice.pipeline))
-    return SearchResult(fitting, tried, too_large)
+    return SearchResult(fitting, tried, len(too_large))
+
+
+def _nothing_fits(
+    config: RunConfig,
+    world_size: int,
+    gpu: Gpu,
+    efficiency: Efficiency,
+    too_large: list[Candidate],
+) -> str:
+    batch = config.training.global_batch_size
+    where = f"stage={config.stage} on {world_size} x {gpu.name}"
+    if not too_large:
+        return f"no layout of {where} divides training.global_batch_size={batch}"
+    least = min(too_large, key=lambda candidate: candidate.largest_memory_gib)
+    return (
+        f"no layout of {where} fits: the smallest of {len(too_large)} needs "
+        f"{least.largest_memory_gib:.1f} GiB a rank (tensor {least.choice.tensor}, pipeline "
+        f"{least.choice.pipeline}, micro-batch {least.choice.micro_batch_size}, all recomputed) of "
+        f"{gpu.memory_gib:g}, with {efficiency.memory_error:.0%} kept free"
+    )
 
 
 def _choices(config: RunConfig, world_size: int) -> Iterator[list[Choice]]:
@@ -190,7 +213,7 @@ def _choices(config: RunConfig, world_size: int) -> Iterator[list[Choice]]:
         except ConfigError:
             continue
         for size, cached in itertools.product(
-            _micro_batch_sizes(config, world.num_replicas), caches
+            _micro_batch_sizes(config, world.num_replicas, world_size), caches
         ):
             here = replace(base, micro_batch_size=size, cached_latents=cached)
             layout = balanced_layout(with_choice(config, here, world_size))
@@ -213,14 +236,14 @@ def _recomputations(has_unet: bool) -> list[tuple[str, bool]]:
     return [("none", False), ("none", True), ("full", False), ("full", True)]
 
 
-def _micro_batch_sizes(config: RunConfig, replicas: int) -> list[int]:
+def _micro_batch_sizes(config: RunConfig, replicas: int, world_size: int) -> list[int]:
     rows, rest = divmod(config.training.global_batch_size, replicas)
     if rest or not rows:
         return []
     largest = min(rows, LARGEST_MICRO_BATCH)
+    most = max(MOST_MICRO_BATCHES, _SMALL_WORLD * MOST_MICRO_BATCHES // world_size)
     return [
-        size for size in range(1, largest + 1)
-        if rows % size == 0 and rows // size <= MOST_MICRO_BATCHES
+        size for size in range(1, largest + 1) if rows % size == 0 and rows // size <= most
     ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ text encoder, input projections) it does whole. Recomputed forward passes count 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from megatron_kosmosg.config.schema import RunConfig
@@ -93,7 +94,7 @@ def needed_flops(
     out, padding and the null condition's row included."""
     total: dict[str, float] = {}
     once_more = config.training.recompute == "full"
-    for batch in batches:
+    for batch, times in Counter(batches).items():
         done = [
             (work, 1 if work.module in _WHOLE else world.tp_size, once_more * _recomputed(work))
             for stage, piece in enumerate(pieces)
@@ -106,7 +107,7 @@ def needed_flops(
                 for work in score_work(config, batch.images)
             ]
         for work, ranks, redone in done:
-            needed = (work.forward + work.backward - redone) * ranks * world.num_replicas
+            needed = (work.forward + work.backward - redone) * ranks * world.num_replicas * times
             total[work.module] = total.get(work.module, 0.0) + needed
     return total
 
@@ -183,27 +184,65 @@ def stage_cost(
     parts = dict.fromkeys(("forward", "backward", "score", "tensor", "pipeline"), 0.0)
     sent = dict.fromkeys(("tensor", "pipeline", "score_link"), 0.0)
     first_forward = last_backward = 0.0
+    known: dict[MicroBatch, _PassCost] = {}  # an update has few micro-batches that differ
     for index, batch in enumerate(batches):
-        work = stage_work(config, piece, is_last, batch)
-        scored = score_work(config, -(-batch.images // world.tp_size)) if scores_itself else []
-        exchanged = comm.tensor_traffic(config, piece, is_last, batch)
-        handed = comm.boundary_traffic(config, world, batch)
-        tensor = [traffic.seconds(tensor_wire, rates.efficiency) for traffic in exchanged]
-        boundary = handed.seconds(stage_wire, rates.efficiency)
-        ahead = sum(rates.seconds(w, w.forward) for w in work)
-        back = sum(rates.seconds(w, w.backward) for w in work)
-        score_ahead = sum(rates.seconds(w, w.forward) for w in scored)
-        score_back = sum(rates.seconds(w, w.backward) for w in scored)
-        forward.append(ahead + score_ahead + tensor[0] + boundary)
-        backward.append(back + score_back + tensor[1] + boundary)
-        first_forward, last_backward = (first_forward if index else ahead), back
-        parts["forward"] += ahead
-        parts["backward"] += back
-        parts["score"] += score_ahead + score_back
-        parts["tensor"] += sum(tensor)
-        parts["pipeline"] += 2 * boundary
-        sent["tensor"] += sum(traffic.sent for traffic in exchanged)
-        sent["pipeline"] += neighbours * handed.sent
+        if batch not in known:
+            known[batch] = _pass_cost(
+                config, world, piece, is_last, scores_itself, batch, tensor_wire, stage_wire, rates
+            )
+        cost = known[batch]
+        forward.append(cost.ahead + cost.score_ahead + cost.tensor[0] + cost.boundary)
+        backward.append(cost.back + cost.score_back + cost.tensor[1] + cost.boundary)
+        first_forward, last_backward = (first_forward if index else cost.ahead), cost.back
+        parts["forward"] += cost.ahead
+        parts["backward"] += cost.back
+        parts["score"] += cost.score_ahead + cost.score_back
+        parts["tensor"] += sum(cost.tensor)
+        parts["pipeline"] += 2 * cost.boundary
+        sent["tensor"] += cost.tensor_sent
+        sent["pipeline"] += neighbours * cost.boundary_sent
         if is_last and world.score_ranks_per_unit:
             sent["score_link"] += comm.score_link_traffic(config, batch.images).sent
     return StageCost(forward, backward, parts, sent, first_forward, last_backward)
+
+
+@dataclass(frozen=True)
+class _PassCost:
+    """One micro-batch: seconds forward and back, of the U-Net too where it is here, and of both
+    exchanges between tensor ranks and of one between pipeline stages; bytes sent."""
+
+    ahead: float
+    back: float
+    score_ahead: float
+    score_back: float
+    tensor: list[float]
+    boundary: float
+    tensor_sent: float
+    boundary_sent: float
+
+
+def _pass_cost(
+    config: RunConfig,
+    world: WorldLayout,
+    piece: StagePieces,
+    is_last: bool,
+    scores_itself: bool,
+    batch: MicroBatch,
+    tensor_wire: float,
+    stage_wire: float,
+    rates: Rates,
+) -> _PassCost:
+    work = stage_work(config, piece, is_last, batch)
+    scored = score_work(config, -(-batch.images // world.tp_size)) if scores_itself else []
+    exchanged = comm.tensor_traffic(config, piece, is_last, batch)
+    handed = comm.boundary_traffic(config, world, batch)
+    return _PassCost(
+        ahead=sum(rates.seconds(w, w.forward) for w in work),
+        back=sum(rates.seconds(w, w.backward) for w in work),
+        score_ahead=sum(rates.seconds(w, w.forward) for w in scored),
+        score_back=sum(rates.seconds(w, w.backward) for w in scored),
+        tensor=[traffic.seconds(tensor_wire, rates.efficiency) for traffic in exchanged],
+        boundary=handed.seconds(stage_wire, rates.efficiency),
+        tensor_sent=sum(traffic.sent for traffic in exchanged),
+        boundary_sent=handed.sent,
+    )

@@ -24,7 +24,7 @@ class Case:
     upstream_trains: bool = True
     """Whether anything trains on the pipeline stages before."""
     gpu: str = "h100-80"
-    """Kind of the cards: a name in `planning.gpus.GPUS`."""
+    """Kind of the cards: a name for `planning.gpus.gpu_named`."""
     num_updates: int = 1
     """The last one is recorded; the first also does what is done once."""
     do: str = "megatron_kosmosg.rehearsal.rank_update:run_update"

@@ -14,7 +14,7 @@ from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.layout import Layout
-from megatron_kosmosg.planning.gpus import GPUS
+from megatron_kosmosg.planning.gpus import gpu_named
 from megatron_kosmosg.planning.pipeline_balance import with_default_layout
 from megatron_kosmosg.rehearsal.case import Case
 from megatron_kosmosg.rehearsal.frozen_files import with_frozen_folders
@@ -55,7 +55,7 @@ def take_place(case: Case, stand_ins: StandIns) -> None:
     stand_ins.numbers.flag = case.upstream_trains
     collectives.store.said.update(case.told)
     collectives.announced = case.received
-    stand_ins.card.kind = GPUS[case.gpu]
+    stand_ins.card.kind = gpu_named(case.gpu)
 
 
 def run_update(case: Case, stand_ins: StandIns) -> dict:

@@ -25,28 +25,43 @@ from megatron_kosmosg.monitoring.run_owner import RunOwner
 from megatron_kosmosg.monitoring.signals import StopRequest
 from megatron_kosmosg.monitoring.stragglers import Stragglers
 from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.training.against_plan import AgainstPlan, PlannedRun
 from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.evaluation import Evaluations, is_due
 from megatron_kosmosg.training.metrics import MetricsWriter, iteration_record
 from megatron_kosmosg.training.progress import ProgressDisplay
-from megatron_kosmosg.training.run_notes import announce, note_skipped, note_straggler, note_trace
+from megatron_kosmosg.training.run_notes import (
+    announce,
+    note_skipped,
+    note_straggler,
+    note_trace,
+    refuse_nonfinite_end,
+)
 from megatron_kosmosg.training.setup import build_trained
 from megatron_kosmosg.training.stage import Stage
 from megatron_kosmosg.training.step import Reporter, Update, train_step
 from megatron_kosmosg.training.wrapping import whole_parameters
 
 
-def fit(stage: Stage, config: RunConfig, layout: Layout, owner: RunOwner | None = None) -> bool:
+def fit(
+    stage: Stage,
+    config: RunConfig,
+    layout: Layout,
+    owner: RunOwner | None = None,
+    planned: PlannedRun | None = None,
+) -> bool:
     """True when all iterations are done, False when a signal asked to stop and state is saved.
 
     owner: of rank 0, its claim on the run's folder; it raises RunFolderTaken when that is lost.
+    planned: of rank 0, what its speed and memory are compared with.
     """
     place, stall_seconds = find_place(), config.parallel.stall_seconds
     with (
         StopRequest() as stop,
         Heartbeat(place, stall_seconds, heartbeat_file(config)) as heart,
     ):
-        return _fit(stage, config, layout, stop, heart, owner)
+        against_plan = AgainstPlan(planned, config.training.global_batch_size, layout.device)
+        return _fit(stage, config, layout, stop, heart, owner, against_plan)
 
 
 def _fit(
@@ -56,6 +71,7 @@ def _fit(
     stop: StopRequest,
     heart: Heartbeat,
     owner: RunOwner | None,
+    against_plan: AgainstPlan,
 ) -> bool:
     # What is read. An index may take long to build: a stop does not wait for it.
     heart.at(0, "data")
@@ -138,6 +154,8 @@ def _fit(
             metrics.iteration(record)
             note_straggler(display, stragglers, record)
             display.step(progress.iteration, seconds, update.totals.losses, record)
+            if (compared := against_plan.after(seconds)) is not None:
+                display.say(compared)
             if not update.made:
                 note_skipped(display, progress, config)
             check_bad_images(progress.bad_samples, config.data.max_bad_images)
@@ -160,6 +178,8 @@ def _fit(
         note_trace(display, config, trace.write(only_all=False))
         if stopping:
             display.say(f"asked to stop: state of iteration {progress.iteration} is saved")
+        elif progress.iteration >= config.training.train_iters:
+            refuse_nonfinite_end(progress, config)
     finally:
         feed.close(wait=not stopping)
         metrics.close()

@@ -17,14 +17,15 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_kosmosg.config.paths import output_folder
+from megatron_kosmosg.config.paths import METRICS_FILE, output_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.files import open_itself, write_text
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.training.stage import Stage
 from megatron_kosmosg.training.step import Update
 
-METRICS_FILE = "metrics.jsonl"
+_CHARTS = {"loss": {"train and held out": ["Multiline", ["train/loss$", "heldout/heldout_loss$"]]}}
+"""For TensorBoard's Custom Scalars: {category: {chart: [kind, tags]}}."""
 
 
 def iteration_record(
@@ -102,6 +103,7 @@ class MetricsWriter:
         self._file = open_itself(folder / METRICS_FILE, "a")
         if config.logging.tensorboard:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_iteration + 1)
+            self._board.add_custom_scalars(_CHARTS)
 
     def iteration(self, record: dict[str, float | None]) -> None:
         """Appends the line of one iteration."""

@@ -29,6 +29,21 @@ def note_skipped(display: ProgressDisplay, progress: Progress, config: RunConfig
         )
 
 
+LAST_UPDATES = 5
+"""So many updates, or all of a shorter run, that are not finite are no end of a training."""
+
+
+def refuse_nonfinite_end(progress: Progress, config: RunConfig) -> None:
+    """Raises FloatingPointError for a finished run whose last updates were all left out."""
+    if progress.nonfinite_in_a_row >= min(LAST_UPDATES, config.training.train_iters):
+        raise FloatingPointError(
+            f"the last {progress.nonfinite_in_a_row} updates had a loss or gradient that is not "
+            "finite, so the run has not ended well; its last parameters are saved. Lower "
+            "optimizer.lr and go on from a checkpoint before iteration "
+            f"{progress.iteration - progress.nonfinite_in_a_row + 1}"
+        )
+
+
 def note_straggler(
     display: ProgressDisplay, stragglers: Stragglers, record: dict[str, float | None]
 ) -> None:

@@ -36,7 +36,8 @@ def test_metrics_lines_have_the_documented_fields(tmp_path):
     heldout = [line for line in lines(tmp_path) if "lr" not in line]
     assert [line["iteration"] for line in heldout] == [3]
     assert {"heldout_loss", "heldout_answer"} <= set(heldout[0])
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    (events,) = (tmp_path / "tensorboard").glob("events*")
+    assert b"train/loss$" in events.read_bytes() and b"heldout/heldout_loss$" in events.read_bytes()
     assert (tmp_path / "config.yaml").is_file()
 
 
@@ -102,6 +103,17 @@ def test_too_many_bad_losses_end_the_run(tmp_path):
     with pytest.raises(RuntimeError, match="FloatingPointError: 2 updates in a row"):
         run_ranks(1, train, config, {"poison": range(6)})
     assert latest_valid(tmp_path / "checkpoints") is None
+
+
+def test_a_run_whose_last_updates_are_not_finite_has_not_ended_well(tmp_path):
+    """Its last state is saved, and starting the finished run again says the same."""
+    config = fake_config(str(tmp_path), training={"train_iters": 8})
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="FloatingPointError: the last 5 updates .* before"):
+            run_ranks(1, train, config, {"poison": range(3, 8)})
+        assert latest_valid(tmp_path / "checkpoints").name == "iter_0000008"
+    other = fake_config(str(tmp_path / "other"), training={"train_iters": 8})
+    assert run_ranks(1, train, other, {"poison": range(4, 8)}) == [True]
 
 
 def test_too_many_bad_images_end_the_run(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -82,6 +83,8 @@ def test_only_the_first_failure_is_written_out(tmp_path, capsys):
     assert not report_failure(tmp_path, 0, raised("connection lost"), started)
     late = capsys.readouterr().err
     assert "connection lost" not in late and "failure.txt" in late
+    assert not report_failure(tmp_path, 5, raised("connection lost"), started)
+    assert capsys.readouterr().err == ""  # a line for the run, not one a rank
     assert "no memory" in (tmp_path / "failure.txt").read_text()
 
 
@@ -155,6 +158,15 @@ def test_a_mistake_of_our_own_code_may_be_tried_again_and_shows_where_it_was(tmp
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_disk_that_takes_nothing_more_is_said_as_that(tmp_path, capsys, code):
+    error = OSError(code, os.strerror(code), "/runs/a/metrics.jsonl")
+    report_failure(tmp_path, 0, error, time.time())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the disk takes nothing more")
+    assert os.strerror(code) in line and "/runs/a/metrics.jsonl" in line
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -163,7 +175,10 @@ def test_a_mistake_of_our_own_code_may_be_tried_again_and_shows_where_it_was(tmp
         (lambda: FloatingPointError("100 updates in a row"), exit_codes.MISSED),
         (KeyboardInterrupt, exit_codes.INTERRUPTED),
         (lambda: raised("of a library, or a mistake of ours"), exit_codes.FAILURE),
-        (lambda: OSError("stale file handle"), exit_codes.FAILURE),
+        (lambda: OSError(errno.ESTALE, "stale file handle"), exit_codes.FAILURE),
+        (lambda: OSError(errno.ENOSPC, "no space left"), exit_codes.BAD_INPUT),
+        (lambda: OSError(errno.EROFS, "read-only"), exit_codes.BAD_INPUT),
+        (lambda: OSError(errno.EDQUOT, "over the quota"), exit_codes.BAD_INPUT),
     ],
 )
 def test_each_kind_of_error_has_its_exit_code(error, code):

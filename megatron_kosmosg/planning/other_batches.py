@@ -1,0 +1,69 @@
+"""Another number of samples an update, where the GPUs do not divide the batch; more GPUs, where no
+layout fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.planning.comparison import WORTH_SAYING, Faster, beside, in_words
+from megatron_kosmosg.planning.estimate import Estimate
+from megatron_kosmosg.planning.gpus import Efficiency, Gpu
+from megatron_kosmosg.planning.search import Candidate, NothingFits, search
+
+
+def other_batches(
+    config: RunConfig, world_size: int, gpu: Gpu, efficiency: Efficiency, model: torch.nn.Module
+) -> list[Candidate]:
+    """The fastest layout of each multiple of the GPUs next to the batch; none where that is one.
+
+    A multiple is what lets every GPU hold a replica, usually the fastest layout there is.
+    """
+    batch, found = config.training.global_batch_size, []
+    lower = batch // world_size * world_size
+    for size in (lower, lower + world_size) if batch % world_size else ():
+        if not size:
+            continue
+        other = replace(config, training=replace(config.training, global_batch_size=size))
+        try:
+            result = search(other, world_size, gpu, efficiency, model)
+        except NothingFits:
+            continue
+        found.append(result.candidates[0])
+    return found
+
+
+def faster_batches(
+    config: RunConfig, planned: Estimate, candidates: list[Candidate]
+) -> list[Faster]:
+    """Those of `other_batches` that are much faster than the plan of `config`, fastest first."""
+    compared = [beside(config, planned, candidate) for candidate in candidates]
+    worth = [faster for faster in compared if faster.times > WORTH_SAYING]
+    return sorted(worth, key=lambda faster: -faster.times)
+
+
+def nearest_batches(candidates: list[Candidate]) -> str:
+    """Those of `other_batches` in words; empty without any."""
+    return "; ".join(
+        f"training.global_batch_size={candidate.config.training.global_batch_size}: "
+        f"{candidate.samples_per_second:,.0f} samples/s with {in_words(candidate)}"
+        for candidate in candidates
+    )
+
+
+def more_gpus(
+    config: RunConfig, world_size: int, gpu: Gpu, efficiency: Efficiency, model: torch.nn.Module
+) -> str:
+    """In words, how many GPUs of this sort are enough: two, four or eight times as many."""
+    for more in (2 * world_size, 4 * world_size, 8 * world_size):
+        try:
+            best = search(config, more, gpu, efficiency, model).candidates[0]
+        except NothingFits:
+            continue
+        return (
+            f"{more} x {gpu.name} are enough: {best.samples_per_second:,.0f} samples/s with "
+            f"{in_words(best)}"
+        )
+    return f"not even {more} are enough; take GPUs with more memory"
