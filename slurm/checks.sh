@@ -8,6 +8,12 @@ asked() {
         sed -n "s/^\(#SBATCH \)\{0,1\}--$1=\([0-9]*\).*/\2/p" | tail -n 1
 }
 
+# asked_text NAME: the same for what is no number.
+asked_text() {
+    { grep "^#SBATCH --$1=" "$script" && printf '%s\n' ${options[@]+"${options[@]}"}; } |
+        sed -n "s/^\(#SBATCH \)\{0,1\}--$1=\([^ ]*\).*/\2/p" | tail -n 1
+}
+
 # The dry run of this config on the job's number of ranks; sets run_folder and save_folder from it.
 dry_run() {
     local report status
@@ -33,6 +39,7 @@ check_before_sbatch() {
         "$python" tools/plan.py --config "$config" --num-gpus "$(num_tasks)" \
             --gpu "${KOSMOSG_GPU:-h100-80}" ${rest[@]+"${rest[@]}"} || exit
     fi
+    check_limit
     if command -v sbatch >/dev/null; then
         ask_sbatch "$script"
     else

@@ -23,6 +23,8 @@ MAX_STALLED_STARTS=$(digits "${KOSMOSG_MAX_STALLED_STARTS:-3}" 3)
 
 # shellcheck source=slurm/checks.sh
 source "$home/slurm/checks.sh"
+# shellcheck source=slurm/limits.sh
+source "$home/slurm/limits.sh"
 
 say() { printf '%(%Y-%m-%d %H:%M:%S)T slurm: %s\n' -1 "$*"; }
 die() {
@@ -58,7 +60,7 @@ read_sweep() {
         die "$1 has no line $2, or one whose quotes do not end"
 }
 
-check='' options=() rest=() sweep=()
+check='' early='' options=() rest=() sweep=()
 read_arguments() {
     while [ $# -gt 0 ]; do
         case $1 in
@@ -149,6 +151,8 @@ set_defaults() {
     # Of every rank, at import; this project needs neither.
     export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore:Transformer Engine and Apex are not installed}
     export PYTHONUNBUFFERED=1
+    # sbatch --export=NONE leaves a word for srun that would keep all of the above from the tasks.
+    export SLURM_EXPORT_ENV=ALL
 }
 
 # step SRUN_OPTIONS... COMMAND...: one job step; its exit code. It runs in the background, so that a
@@ -207,13 +211,18 @@ read_starts() {
 count_start() {
     local iteration before='' count=0
     iteration=$(newest_iteration)
-    mkdir -p "$run_folder" || return 1
+    mkdir -p "$run_folder" || cannot_write "$run_folder"
     if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then read_starts; fi
     if [ "$iteration" = "$before" ]; then count=$((count + 1)); else count=0; fi
-    printf '%s %s\n' "$iteration" "$count" >"$run_folder/slurm_starts"
+    printf '%s %s\n' "$iteration" "$count" >"$run_folder/slurm_starts" ||
+        cannot_write "$run_folder/slurm_starts"
+    rm -f "$(early_starts)"
     say "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID from iteration $iteration"
     [ "$count" -le "$MAX_STALLED_STARTS" ] || stalled
 }
+# A disk that is full or read-only is so for the next start, too.
+cannot_write() { die "$1 cannot be written (see above): make room there, or choose another folder" \
+    "with logging.output_dir, then submit again"; }
 stalled() {
     say "stopped: $MAX_STALLED_STARTS restarts in a row brought no new checkpoint after iteration" \
         "$(newest_iteration); see $run_folder/failure.txt, then submit again"
@@ -229,6 +238,7 @@ finish() {
         exit 0
     fi
     if [ -n "$ended_by_slurm" ]; then
+        rm -f "$(early_starts)"
         say "ended by Slurm (scancel, time limit or pre-emption); exit code $status"
         exit "$status"
     fi
@@ -238,10 +248,15 @@ finish() {
             exit "$status"
         fi
         read_starts
+        if was_stopped "$status" && [ "$(newest_iteration)" = "$before" ]; then
+            end_if_too_short $((count + 1))
+        fi
         if [ "$(newest_iteration)" = "$before" ] && [ "$count" -ge "$MAX_STALLED_STARTS" ]; then
             stalled
             exit "$EXIT_FAILURE"
         fi
+    elif [ -n "$early" ] && was_stopped "$status"; then
+        end_if_too_short "$early"
     elif ! was_stopped "$status" &&
         { [ "$status" -le 128 ] || [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_STALLED_STARTS" ]; }; then
         say "not requeued: exit code $status, start ${SLURM_RESTART_COUNT:-0}"
@@ -278,9 +293,14 @@ run_stage() {
         exit 0
     fi
     say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: $(num_tasks) tasks, project $home"
+    if [ -z "$check" ]; then
+        count_early_start
+        warn_before_the_limit
+    fi
     dry_run step --nodes=1 --ntasks=1 --ntasks-per-node=1 || {
         status=$?
         was_stopped "$status" && finish "$EXIT_STOPPED"
+        rm -f "$(early_starts)"
         exit "$status"
     }
     if [ -n "$check" ]; then
@@ -320,6 +340,7 @@ run_tool() {
         check_tasks
         exit 0
     fi
+    warn_before_the_limit
     step --distribution=block "${tool_options[@]}" "$python" "$tool" ${rest[@]+"${rest[@]}"}
     finish $?
 }

@@ -19,6 +19,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.world import RankPlace, WorldLayout, world_layout
 from megatron_kosmosg.launcher import find_place
 from megatron_kosmosg.parallel import cpu_shim, fused_adam
+from megatron_kosmosg.parallel.arrivals import Arrivals
 from megatron_kosmosg.parallel.cpu_shim_selftest import run_self_test
 from megatron_kosmosg.parallel.devices import choose_device, collective_backend
 from megatron_kosmosg.parallel.layout import Layout, create_groups, destroy_groups
@@ -53,7 +54,8 @@ def join(config: RunConfig) -> JoinedRank:
     place = find_place()
     world = world_layout(config, place.world_size)
     chosen = choose_device(place)
-    store = meet(place, timedelta(seconds=config.parallel.timeout_seconds))
+    with Arrivals(place):
+        store = meet(place, timedelta(seconds=config.parallel.timeout_seconds))
     return JoinedRank(place.rank, chosen, world, world.place(place.rank), store)
 
 

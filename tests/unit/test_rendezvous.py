@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import socket
+import threading
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.launcher import Place
+from megatron_kosmosg.parallel.arrivals import Arrivals
 from megatron_kosmosg.parallel.rendezvous import meet
 
 
@@ -27,3 +30,52 @@ def test_absent_rank_zero_is_named() -> None:
         port = unused.getsockname()[1]
     with pytest.raises(ConfigError, match="rank 1 could not reach rank 0"):
         meet(Place(1, 2, 1, "127.0.0.1", port), timedelta(seconds=2))
+
+
+def free_port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
+
+
+def test_rank_zero_says_within_the_time_who_is_missing(capsys) -> None:
+    """Ranks 0 and 2 of 4 are here; the wait for all four ends at its timeout."""
+    port = free_port()
+
+    def begin(rank: int) -> None:
+        place = Place(rank, 4, rank, "127.0.0.1", port)
+        with Arrivals(place, seconds=1), suppress(ConfigError):
+            meet(place, timedelta(seconds=6))
+
+    ranks = [threading.Thread(target=begin, args=(rank,)) for rank in (0, 2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    said = capsys.readouterr().err.splitlines()
+    assert any(f"at 127.0.0.1:{port} for ranks 1, 3 of 4" in line for line in said), said
+    assert all("rank 0 has waited" in line for line in said)
+
+
+def test_a_rank_whose_rank_zero_is_missing_says_so(capsys) -> None:
+    place = Place(1, 2, 0, "127.0.0.1", free_port())
+    with Arrivals(place, seconds=0.2), suppress(ConfigError):
+        meet(place, timedelta(seconds=12))
+    assert "rank 1 has waited" in (said := capsys.readouterr().err) and "for rank 0 of 2" in said
+
+
+def test_nobody_speaks_where_all_come(capsys) -> None:
+    port = free_port()
+    stores = []
+
+    def begin(rank: int) -> None:
+        place = Place(rank, 2, rank, "127.0.0.1", port)
+        with Arrivals(place, seconds=20):
+            stores.append(meet(place, timedelta(seconds=20)))
+
+    ranks = [threading.Thread(target=begin, args=(rank,)) for rank in (1, 0)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert len(stores) == 2 and capsys.readouterr().err == ""

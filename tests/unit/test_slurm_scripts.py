@@ -19,7 +19,7 @@ import pytest
 from megatron_kosmosg import exit_codes
 
 REPOSITORY = Path(__file__).parents[2]
-SHARED = ("common.sh", "checks.sh")
+SHARED = ("common.sh", "checks.sh", "limits.sh")
 SCRIPTS = sorted(path for path in (REPOSITORY / "slurm").glob("*.sh") if path.name not in SHARED)
 STAGES = [path for path in SCRIPTS if path.name.endswith("_256gpu.sh")]
 
@@ -29,7 +29,11 @@ while [ $# -gt 0 ] && [ "${1#-}" != "$1" ]; do shift; done
 exec "$@"
 """
 SCONTROL = """#!/bin/bash
-echo "$@" >>"$CALLS"
+if [ "$1" = show ]; then
+    [ -z "${ENDS:-}" ] || echo "   StartTime=x EndTime=$(date -d "$ENDS" +%FT%T) Deadline=N/A"
+else
+    echo "$@" >>"$CALLS"
+fi
 """
 PYTHON = """#!/bin/bash
 wait_for_signal() {
@@ -83,6 +87,7 @@ class Cluster:
             "RUN": str(self.run_folder),
             "VIRTUAL_ENV": str(self.folder / "venv"),
             "SLURM_JOB_ID": "7",
+            "SLURM_SUBMIT_DIR": str(self.folder),
             "SLURM_JOB_NODELIST": "n[01-02]",
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_NTASKS_PER_NODE": "4",
@@ -269,6 +274,60 @@ def test_a_signal_to_the_batch_shell_reaches_the_tasks(cluster, number, requeued
     assert len(steps) == {"dry": 1, "preflight": 2, "training": 4}[when], steps
 
 
+@pytest.mark.parametrize("seconds", [4, -5])
+def test_tasks_are_warned_before_the_job_s_own_limit(cluster, seconds):
+    """Within half of a limit of seconds, at once where it is over."""
+    ends = time.strftime("%FT%T", time.localtime(time.time() + seconds))
+    ended = cluster.run(WAITS="training", ENDS=ends)
+    assert "signal USR1" in ended.stdout and "exit code 85: requeued" in ended.stdout
+    assert ended.returncode == 0 and cluster.was_requeued()
+
+
+def test_a_long_limit_warns_nobody_who_is_done_before(cluster):
+    ended = cluster.run(ENDS="2 days")
+    assert ended.returncode == 0 and "signal" not in ended.stdout
+
+
+@pytest.mark.parametrize("when", ["dry", "training"])
+def test_the_third_start_without_time_for_an_iteration_ends_the_job(cluster, when):
+    """Also where the signal comes before the run's folder is known, as Python may start slowly."""
+    outcomes = []
+    for restart in range(3):
+        ended = cluster.run(SLURM_RESTART_COUNT=str(restart), WAITS=when, ENDS="-1 second")
+        outcomes.append(cluster.was_requeued())
+        (cluster.folder / "run.up").unlink(missing_ok=True)
+    assert outcomes == [True, True, False] and ended.returncode == exit_codes.FAILURE
+    assert "the time limit is too short for a start, one iteration and one save" in ended.stdout
+    assert not list(cluster.folder.glob(".slurm_starts*"))
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("--time=5", "warning: the time limit of 300 s leaves a start 240 s"),
+        ("--time=1-00:00:00", "time limit 86400 s: tasks are told to save 600 s before"),
+        ("--time=00:50:00", "time limit 3000 s: tasks are told to save 300 s before"),
+    ],
+)
+def test_a_check_says_what_the_limit_leaves(cluster, limit, words):
+    assert words in cluster.run("--check", limit, SLURM_JOB_ID="").stdout
+
+
+def test_tasks_see_what_the_scripts_set_whatever_sbatch_exports(cluster):
+    (cluster.folder / "srun").write_text(SRUN.replace("echo", 'env >"$CALLS.env"; echo', 1))
+    cluster.run(SLURM_EXPORT_ENV="NONE")
+    seen = Path(f"{cluster.calls}.env").read_text()
+    assert "SLURM_EXPORT_ENV=ALL" in seen and "PYTHONUNBUFFERED=1" in seen
+
+
+def test_a_run_folder_that_cannot_be_written_ends_the_job(cluster):
+    cluster.run_folder.parent.mkdir(exist_ok=True)
+    cluster.run_folder.write_text("a file, as a read-only disk for root's tests\n")
+    ended = cluster.run()
+    assert ended.returncode == exit_codes.BAD_INPUT and not cluster.was_requeued()
+    assert f"{cluster.run_folder} cannot be written" in ended.stderr
+
+
 def test_a_signal_that_only_the_tasks_get_before_training_is_a_stop_request(cluster):
     assert cluster.run(DRY="138").returncode == 0 and cluster.was_requeued()
     assert cluster.run(FIT="138").returncode == 0 and cluster.was_requeued()
@@ -393,8 +452,9 @@ def test_all_scripts_find_the_project_alike():
 @pytest.mark.parametrize("script", STAGES, ids=lambda path: path.stem)
 def test_stage_scripts_ask_for_32_nodes_of_8_gpus_and_a_second_chance(script):
     text = script.read_text()
-    for option in ("nodes=32", "ntasks-per-node=8", "gpus-per-node=8", "requeue", "signal=USR1@"):
+    for option in ("nodes=32", "ntasks-per-node=8", "gpus-per-node=8", "requeue"):
         assert f"#SBATCH --{option}" in text, option
+    assert "--signal" not in text  # limits.sh places the warning by the job's own limit
     assert f"examples/configs/{script.stem}.yaml" in text
 
 

@@ -1,0 +1,82 @@
+"""Who is missing while ranks wait for each other at the start.
+
+The store of the rendezvous waits for all ranks and says of none that it has not come. A thread
+beside that wait leaves a sign of each rank that is here; rank 0 says who has left none.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from datetime import timedelta
+
+from megatron_kosmosg.launcher import Place
+from megatron_kosmosg.parallel.rendezvous import connect
+
+SECONDS = 25.0
+"""Without all of them, before the first word; then after each time as long again."""
+_NAMED = 8
+_TRY = timedelta(seconds=5)
+
+
+class Arrivals:
+    """Context manager around the first wait of one rank."""
+
+    def __init__(self, place: Place, seconds: float = SECONDS) -> None:
+        self._place, self._seconds = place, seconds
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="arrivals", daemon=True)
+
+    def __enter__(self) -> Arrivals:
+        if self._place.address is not None and self._place.world_size > 1:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def _watch(self) -> None:
+        started, spoken = time.monotonic(), 0
+        signed = False
+        missing: list[int] | None = None
+        while True:
+            try:
+                store = connect(self._place, _TRY)
+                if not signed:
+                    store.set(_key(self._place.rank), "here")
+                    signed = True
+                if self._place.rank != 0:
+                    return
+                missing = [
+                    rank for rank in range(self._place.world_size) if not store.check([_key(rank)])
+                ]
+                if not missing:
+                    return
+            except (RuntimeError, OSError):  # rank 0 listens later, or has given up
+                missing = [0] if self._place.rank != 0 else missing
+            waited = time.monotonic() - started
+            if waited >= self._seconds * (spoken + 1) and missing and not self._ended.is_set():
+                spoken += 1
+                if self._place.local_rank == 0:
+                    self._say(missing, waited)
+            if self._ended.wait(min(1.0, self._seconds / 4)):
+                return
+
+    def _say(self, missing: list[int], waited: float) -> None:
+        several = "s" if len(missing) > 1 else ""
+        names = ", ".join(map(str, missing[:_NAMED]))
+        more = len(missing) - _NAMED
+        place = self._place
+        print(
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {place.rank} has waited {waited:.0f} s at "
+            f"{place.address}:{place.port} for rank{several} {names}"
+            f"{f' and {more} more' if more > 0 else ''} of {place.world_size}; was one process "
+            "started for each?",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _key(rank: int) -> str:
+    return f"kosmosg/arrived/{rank}"
