@@ -33,7 +33,8 @@ def load_state(path: Path, wanted: dict[str, Any], strategy: Any = None) -> dict
     """What `dist_checkpointing.load` returns.
 
     Raises, on all ranks or on none, DamagedCheckpoint for tensors that cannot be read and
-    ConfigError for a description or a common state that is not plain data.
+    ConfigError for a description or a common state that is not plain data, and for tensors of
+    another shape than the model's.
     """
     _compare_checksums(path)
     # Every rank reads both before torch does, whose steps would hide the error of one rank.
@@ -44,7 +45,14 @@ def load_state(path: Path, wanted: dict[str, Any], strategy: Any = None) -> dict
     except CheckpointException as error:
         if error.args[0] == "read":
             raise DamagedCheckpoint(f"{path} cannot be read: {_cause(error)}") from error
-        raise RuntimeError(str(error)) from error
+        causes: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(causes, _cause(error))
+        unfit = next((cause for cause in causes if "shape mismatch" in cause), None)
+        if unfit is None:
+            raise RuntimeError(str(error)) from error
+        raise ConfigError(
+            f"{path} does not fit this model: {unfit}; check the sizes under model"
+        ) from error
 
 
 def _compare_checksums(path: Path) -> None:

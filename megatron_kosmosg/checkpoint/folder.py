@@ -17,10 +17,10 @@ from pathlib import Path
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.other_folders import how_to_import
+from megatron_kosmosg.config.paths import COMPLETE_FILE
 from megatron_kosmosg.files import begin_folder, finish_folder, remove, remove_folder
 from megatron_kosmosg.foreign_files import inside, read_json
 
-COMPLETE_FILE = "complete.json"
 CONFIG_FILE = "config.yaml"
 DAMAGED = ".damaged"
 """Ends the name of a checkpoint that was found unreadable."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from typing import Any
 from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
 from megatron_kosmosg.config.divisors import divisors, neighbours
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.frozen_weights import missing_parts
 from megatron_kosmosg.config.other_folders import how_to_import
-from megatron_kosmosg.config.paths import output_folder, save_folder
+from megatron_kosmosg.config.paths import COMPLETE_FILE, output_folder, save_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.stage_facts import StageFacts
 
@@ -41,27 +43,46 @@ def validate_layout(config: RunConfig, world_size: int, facts: StageFacts) -> No
 
 
 def validate_files(config: RunConfig, facts: StageFacts) -> None:
-    """Raises ConfigError for what the stage needs and this machine does not have."""
+    """Raises ConfigError for all that the stage needs and this machine does not have."""
     _check_stage_needs(config, facts)
-    _check_file("data.tokenizer_model", config.data.tokenizer_model)
+    missing = list(_missing_files(config, facts))
+    if len(missing) > 1:
+        raise ConfigError(f"{len(missing)} inputs are missing:\n  " + "\n  ".join(missing))
+    if missing:
+        raise ConfigError(missing[0])
+    check_writable("logging.output_dir", output_folder(config))
+    check_writable("checkpoint.save", save_folder(config))
+
+
+def _missing_files(config: RunConfig, facts: StageFacts) -> Iterator[str]:
+    """A sentence for each; folders of frozen networks are opened, for their weights' names."""
+    tokenizer = config.data.tokenizer_model
+    if tokenizer is not None and not Path(tokenizer).is_file():
+        yield f"data.tokenizer_model={tokenizer}: no such file"
     for section, blend in (
         ("data.blend", config.data.blend),
         ("data.heldout", config.data.heldout),
     ):
         for name, entry in blend.items():
-            for suffix in (".bin", ".idx"):
-                if not Path(entry.path + suffix).is_file():
-                    raise ConfigError(
-                        f"{section}.{name}.path={entry.path}: {entry.path}{suffix} does not "
-                        "exist; write the dataset with `kosmosg preprocess` or correct the "
-                        "prefix (it has no suffix)"
-                    )
+            absent = [
+                suffix for suffix in (".bin", ".idx") if not Path(entry.path + suffix).is_file()
+            ]
+            if absent:
+                yield (
+                    f"{section}.{name}.path={entry.path}: {entry.path}{absent[0]} does not exist; "
+                    "write the dataset with `kosmosg preprocess` or correct the prefix (it has no "
+                    "suffix)"
+                )
     for key in facts.folders:
-        _check_folder(key, _value(config, key))
+        folder = _value(config, key)
+        if folder is None:
+            continue
+        if Path(folder).is_dir():
+            yield from missing_parts(key, Path(folder))
+        else:
+            yield f"{key}={folder}: no such folder"
     if not any(save_folder(config).glob("iter_*")):  # a resumed run reads its own checkpoints
-        _check_initial_weights(config.checkpoint.load)
-    check_writable("logging.output_dir", output_folder(config))
-    check_writable("checkpoint.save", save_folder(config))
+        yield from _missing_initial_weights(config.checkpoint.load)
 
 
 def _check_numbers(config: RunConfig) -> None:
@@ -320,21 +341,23 @@ def _value(config: RunConfig, key: str) -> Any:
     return reduce(getattr, key.split("."), config)
 
 
-def _check_file(key: str, path: str | None) -> None:
-    if path is not None and not Path(path).is_file():
-        raise ConfigError(f"{key}={path}: no such file")
-
-
-def _check_folder(key: str, path: str | None) -> None:
-    if path is not None and not Path(path).is_dir():
-        raise ConfigError(f"{key}={path}: no such folder")
-
-
-def _check_initial_weights(path: str | None) -> None:
-    advice = None if path is None else how_to_import(Path(path))
+def _missing_initial_weights(path: str | None) -> Iterator[str]:
+    if path is None:
+        return
+    folder = Path(path)
+    advice = how_to_import(folder)
     if advice is not None:
-        raise ConfigError(f"checkpoint.load={path} is no checkpoint; {advice}")
-    _check_folder("checkpoint.load", path)
+        yield f"checkpoint.load={path} is no checkpoint; {advice}"
+    elif not folder.is_dir():
+        yield f"checkpoint.load={path}: no such folder"
+    elif not any(
+        (place / COMPLETE_FILE).is_file()
+        for place in (folder, *folder.glob("iter_*"), *folder.glob("checkpoints/iter_*"))
+    ):
+        yield (
+            f"checkpoint.load={path} holds no finished checkpoint ({COMPLETE_FILE}), there or in "
+            "its iter_* folders; has that run saved one?"
+        )
 
 
 def check_writable(key: str, folder: Path) -> None:

@@ -17,7 +17,9 @@ from diffusers.models.embeddings import Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.frozen_weights import weights_variant
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.models.read_frozen import reading_frozen
 from megatron_kosmosg.parallel.devices import convolution_format
 from megatron_kosmosg.parallel.platform import torch_dtype
 
@@ -76,11 +78,14 @@ def vae_moments(vae: AutoencoderKL, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def load_vae(path: str | Path | None, dtype: torch.dtype) -> AutoencoderKL:
-    """The frozen VAE in `path`/vae, on the CPU. Raises ConfigError when it is missing."""
+    """The frozen VAE in `path`/vae, on the CPU. Raises ConfigError when it is missing or cannot be
+    read."""
     folder = Path(path or "") / "vae"
     if path is None or not folder.is_dir():
         raise ConfigError(f"{path!r} has no folder 'vae'; give a folder in diffusers format")
-    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype)
+    with reading_frozen(str(folder)):
+        variant = weights_variant(folder)
+        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, variant=variant)
     return vae.eval().requires_grad_(False)
 
 
@@ -121,10 +126,11 @@ class FrozenDiffusion:
 
         Weights are mapped from their safetensors files (diffusers does so where accelerate is
         installed): a node reads them once, its ranks share the pages, and a rank's own copy is the
-        one on its device. On a CPU it owns what changes dtype or becomes channels-last.
+        one on its device. On a CPU it owns what changes dtype or becomes channels-last. Where a
+        folder has the weights of a variant alone (fp16), those are read.
 
         recompute: gradient checkpointing inside the U-Net.
-        Raises ConfigError when a component is missing.
+        Raises ConfigError when a component is missing or cannot be read.
         """
         folder = Path(path or "")
         for part in ("unet", "vae", "scheduler"):
@@ -133,9 +139,14 @@ class FrozenDiffusion:
                     f"model.diffusion.path={path!r} has no folder '{part}'; give a Stable "
                     "Diffusion folder in diffusers format, with unet/, vae/ and scheduler/."
                 )
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype)
-        noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+        with reading_frozen(f"model.diffusion.path={path}"):
+            unet = UNet2DConditionModel.from_pretrained(
+                folder / "unet", torch_dtype=dtype, variant=weights_variant(folder / "unet")
+            )
+            vae = AutoencoderKL.from_pretrained(
+                folder / "vae", torch_dtype=dtype, variant=weights_variant(folder / "vae")
+            )
+            noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
         if recompute:
             unet.enable_gradient_checkpointing()
         skip_scaling_by_one(unet)

@@ -18,6 +18,7 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig, VisionConfig
 from megatron_kosmosg.config.untrusted_folders import check_model_config
 from megatron_kosmosg.models.no_images import no_images
+from megatron_kosmosg.models.read_frozen import reading_frozen
 
 
 class VisionEncoder(nn.Module):
@@ -70,7 +71,8 @@ def load_tower(encoder: VisionEncoder, vision: VisionConfig) -> None:
             "Face CLIPVisionModel"
         )
     check_model_config(folder / "config.json")
-    loaded = CLIPVisionModel.from_pretrained(folder, torch_dtype=torch.float32)
+    with reading_frozen(f"model.vision.path={vision.path}"):
+        loaded = CLIPVisionModel.from_pretrained(folder, torch_dtype=torch.float32)
     wanted, found = encoder.tower.config, loaded.config
     names = {
         "num_hidden_layers": "num_layers",

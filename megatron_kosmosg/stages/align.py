@@ -16,6 +16,7 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.frozen_weights import TRANSFORMERS, weights_variant
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.untrusted_folders import check_model_config
 from megatron_kosmosg.data.samples import StreamDataset
@@ -23,6 +24,7 @@ from megatron_kosmosg.data.streams import align_stream
 from megatron_kosmosg.evaluation.evaluator import Evaluator
 from megatron_kosmosg.losses import alignment_loss, reconstruction_loss
 from megatron_kosmosg.models.flops import align_flops
+from megatron_kosmosg.models.read_frozen import reading_frozen
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.score.remote import RemoteScore
 from megatron_kosmosg.stages.align_facts import ALIGN
@@ -122,7 +124,10 @@ def load_text_encoder(config: RunConfig, layout: Layout) -> CLIPTextModel:
         )
     dtype = torch.float32 if config.training.precision == "fp32" else torch.float16
     check_model_config(folder / "config.json")
-    encoder = CLIPTextModel.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+    with reading_frozen(f"model.clip_text.path={path}"):
+        variant = weights_variant(folder, TRANSFORMERS)
+        encoder = CLIPTextModel.from_pretrained(folder, dtype=dtype, variant=variant)
+    encoder.eval().requires_grad_(False)
     aligner, sizes = config.model.aligner, encoder.config
     found = (sizes.max_position_embeddings, sizes.hidden_size)
     if found != (aligner.num_queries, aligner.hidden_size):

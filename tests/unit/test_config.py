@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 
 import pytest
 
 from megatron_kosmosg.checkpoint.changed_settings import check_resume
 from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.frozen_weights import weights_variant
 from megatron_kosmosg.config.known_keys import known_keys
 from megatron_kosmosg.config.load import (
     differences,
@@ -264,11 +266,18 @@ def test_a_fitting_layout_passes():
     validate_layout(load_config(None, BASE), 8, ALIGN)
 
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
 def _instruct(tmp_path, **paths) -> list[str]:
     for name in ("tok.model", "d.bin", "d.idx"):
         (tmp_path / name).write_bytes(b"x")
-    for name in ("sd", "previous"):
-        (tmp_path / name).mkdir(exist_ok=True)
+    for part in ("unet", "vae", "scheduler"):
+        (tmp_path / "sd" / part).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sd" / part / "config.json").touch()
+        (tmp_path / "sd" / part / WEIGHTS).touch()
+    (tmp_path / "previous" / "checkpoints" / "iter_0000004").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "previous" / "checkpoints" / "iter_0000004" / "complete.json").touch()
     settings = {
         "data.tokenizer_model": "tok.model",
         "data.blend.web.path": "d",
@@ -298,6 +307,57 @@ def test_missing_input_is_named(tmp_path, key, value):
         validate_files, load_config(None, _instruct(tmp_path, **{key: value})), INSTRUCT
     )
     assert key in message and str(tmp_path / value) in message
+
+
+def test_all_missing_inputs_are_named_at_once(tmp_path):
+    settings = _instruct(tmp_path)
+    wrong = [f"data.heldout.h.path={tmp_path / 'h'}", f"checkpoint.load={tmp_path / 'nowhere'}"]
+    (tmp_path / "tok.model").unlink()
+    (tmp_path / "sd" / "unet" / WEIGHTS).unlink()
+    message = refusal(validate_files, load_config(None, [*settings, *wrong]), INSTRUCT)
+    assert message.startswith("4 inputs are missing:\n  ")
+    for key in ("data.tokenizer_model=", "data.heldout.h.path=", "checkpoint.load="):
+        assert key in message
+    assert "unet has no weights" in message
+
+
+@pytest.mark.parametrize(
+    ("names", "variant"),
+    [
+        ([WEIGHTS, "diffusion_pytorch_model.fp16.safetensors"], None),
+        (["diffusion_pytorch_model.fp16.safetensors"], "fp16"),
+        (["diffusion_pytorch_model.bin"], None),
+        (["diffusion_pytorch_model.non_ema.bin", "diffusion_pytorch_model.fp16.bin"], "fp16"),
+        (["diffusion_pytorch_model-00001-of-00002.safetensors"], None),
+        (["diffusion_pytorch_model.fp16-00001-of-00002.safetensors"], "fp16"),
+    ],
+)
+def test_weights_of_every_published_kind_are_found_by_their_names(tmp_path, names, variant):
+    for name in names:
+        (tmp_path / name).touch()
+    assert weights_variant(tmp_path) == variant
+
+
+@pytest.mark.parametrize(
+    ("removed", "words"),
+    [
+        ("vae", "has no folder vae"),
+        (f"unet/{WEIGHTS}", "unet has no weights (diffusion_pytorch_model.safetensors"),
+        ("scheduler/config.json", "scheduler has no config.json"),
+    ],
+)
+def test_a_stable_diffusion_that_is_not_whole_is_named(tmp_path, removed, words):
+    config = load_config(None, _instruct(tmp_path))
+    gone = tmp_path / "sd" / removed
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    assert words in refusal(validate_files, config, INSTRUCT)
+
+
+def test_a_start_from_a_run_that_saved_nothing_is_missing(tmp_path):
+    config = load_config(None, _instruct(tmp_path))
+    (tmp_path / "previous" / "checkpoints" / "iter_0000004" / "complete.json").unlink()
+    message = refusal(validate_files, config, INSTRUCT)
+    assert f"checkpoint.load={tmp_path / 'previous'} holds no finished checkpoint" in message
 
 
 def test_a_folder_without_write_permission_is_named(tmp_path, monkeypatch):
