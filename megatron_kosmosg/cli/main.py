@@ -43,6 +43,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
         Command("preflight", "cli.preflight", "whether the nodes of a job are fit"),
         Command("launch", "cli.launch", "a command on several ranks of this machine"),
         Command("train", "train", "one stage: pretrain, align or instruct"),
+        Command("status", "cli.status", "how a run is: progress, time left, last error, disk"),
     ),
     "models": (
         Command("convert", "cli.convert_checkpoint", "other projects' checkpoints in, folders out"),

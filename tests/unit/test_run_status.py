@@ -1,0 +1,124 @@
+"""`kosmosg status`: what a run's folder says of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_kosmosg.cli import status as command
+from megatron_kosmosg.config.load import load_config, to_yaml
+from megatron_kosmosg.monitoring.run_owner import Holder
+from megatron_kosmosg.monitoring.run_status import run_status
+
+HOLDER = Holder("t", "n01", "", 7, "", "99", 0, "ada", "2026-01-01 00:00:00 +0000")
+TOTAL = 200
+
+
+def make_run(
+    folder: Path,
+    iterations: int = 100,
+    *,
+    owned: bool = True,
+    beat: float | None = -600.0,
+    stall: str | None = None,
+    failure: str | None = None,
+    checkpoint: int | None = None,
+) -> Path:
+    """A folder as a run leaves it. beat: seconds since the sign of life, by a clock that is ahead
+    unless it is given: no slowness of the test makes it old. Two seconds an iteration;
+    an earlier start, faster and with a pause behind it, has made the first half."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = [f"logging.output_dir={folder}", f"training.train_iters={TOTAL}"]
+    (folder / "config.yaml").write_text(to_yaml(load_config("debug_pretrain", settings)))
+    now, half = time.time(), iterations // 2
+    lines = [
+        {"iteration": i, "loss": 10.0 - i / 100, "lr": 1e-3, "samples_per_sec": 4.0}
+        | {"time": now - 9999 + i, "wall_time": i}
+        for i in range(1, half + 1)
+    ]
+    lines += [
+        {"iteration": i, "loss": 10.0 - i / 100, "lr": 1e-3, "samples_per_sec": 4.0}
+        | {"time": now - 2 * (iterations - i), "wall_time": 2 * (i - half)}
+        for i in range(half + 1, iterations + 1)
+    ]
+    lines.append({"iteration": iterations, "heldout_loss": 3.0, "time": now, "wall_time": 500})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text + '{"iteration": 1')  # one is being written
+    if beat is not None:
+        heart = {"time": now - beat, "iteration": iterations, "phase": "training", "stall": stall}
+        (folder / "heartbeat.json").write_text(json.dumps(heart))
+    if owned:
+        (folder / "owner.json").write_text(json.dumps(dataclasses.asdict(HOLDER)))
+    if failure is not None:
+        (folder / "failure.txt").write_text(failure)
+    if checkpoint is not None:
+        saved = folder / "checkpoints" / f"iter_{checkpoint:07d}"
+        saved.mkdir(parents=True)
+        (saved / "complete.json").write_text("{}")
+        (folder / "checkpoints" / "iter_0000150").mkdir()  # under way
+    return folder
+
+
+def shown(folder: Path, capsys) -> tuple[int, str]:
+    code = command.main([str(folder)])
+    return code, capsys.readouterr().out
+
+
+def test_a_run_at_work(tmp_path, capsys):
+    code, said = shown(make_run(tmp_path / "run", checkpoint=50), capsys)
+    assert code == 0
+    assert f"pretrain in {tmp_path / 'run'}: running" in said
+    assert "iteration 100 of 200 (50.0%), 3:20 left" in said  # 100 x 2 s
+    assert "loss 9.0000, 4.0 samples/s" in said
+    assert "sign of life 0:00 ago (training)" in said
+    assert "newest checkpoint iter_0000050" in said and "GiB free" in said
+    assert "owner: Slurm job 99, process 7 of ada on n01" in said and "error" not in said
+
+
+@pytest.mark.parametrize(
+    ("how", "state", "code"),
+    [
+        ({"beat": 300.0}, "silent", 1),
+        ({"stall": "stall: held up by rank 3"}, "stalled", 1),
+        ({"beat": None, "iterations": 0}, "starting", 0),
+        ({"owned": False, "failure": "rank 0 failed:\nRuntimeError: no memory\n"}, "failed", 1),
+        ({"owned": False}, "stopped", 1),
+        ({"owned": False, "iterations": TOTAL, "checkpoint": TOTAL}, "done", 0),
+        ({"owned": False, "iterations": TOTAL, "checkpoint": 100}, "stopped", 1),
+    ],
+)
+def test_every_state_has_its_word_and_its_code(tmp_path, capsys, how, state, code):
+    folder = make_run(tmp_path / "run", **how)
+    assert run_status(folder).state == state
+    found, said = shown(folder, capsys)
+    assert found == code
+    if state == "failed":
+        assert "last error: RuntimeError: no memory" in said
+
+
+def test_json_has_the_same(tmp_path, capsys):
+    folder = make_run(tmp_path / "run")
+    assert command.main([str(folder), "--json", str(tmp_path / "status.json")]) == 0
+    found = json.loads((tmp_path / "status.json").read_text())
+    assert (found["state"], found["iteration"], found["train_iters"]) == ("running", 100, TOTAL)
+    assert found["seconds_left"] == pytest.approx(200, rel=0.05)
+    assert found["checkpoint"] is None
+    assert command.main([str(folder), "--json", str(folder / "status.json")]) == 2
+    assert "give another --json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["heartbeat.json", "owner.json", "metrics.jsonl"])
+def test_a_damaged_file_is_no_end_of_the_answer(tmp_path, capsys, name):
+    folder = make_run(tmp_path / "run")
+    (folder / name).write_bytes(b"\xff{")
+    _, said = shown(folder, capsys)
+    assert "pretrain in" in said
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
+    assert command.main([str(tmp_path)]) == 2
+    assert "is no folder of a run" in capsys.readouterr().err
