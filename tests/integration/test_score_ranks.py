@@ -265,13 +265,16 @@ def test_a_score_rank_that_stops_answering_is_named_within_the_timeout(world, tm
     assert "Traceback" not in score.said
 
 
-def test_a_diffusion_folder_that_only_score_ranks_lack_is_said_in_one_line(world, tmp_path):
+def test_a_diffusion_folder_that_only_score_ranks_open_is_said_in_one_line(world, tmp_path):
+    """Its files have their names, which is what decoder ranks look at; the U-Net's are cut off."""
     whole = assets.path() / "stable-diffusion"
-    (tmp_path / "sd").mkdir()
-    for part in ("vae", "scheduler"):
+    (tmp_path / "sd" / "unet").mkdir(parents=True)
+    for part in ("vae", "scheduler", "unet/config.json"):
         (tmp_path / "sd" / part).symlink_to(whole / part)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    (tmp_path / "sd" / name).write_bytes((whole / name).read_bytes()[:-100])
     run = arguments(world, tmp_path / "run", DEDICATED, f"model.diffusion.path={tmp_path / 'sd'}")
     decoder, score = run_ranks(2, program, run)
     assert (decoder.code, score.code) == (exit_codes.FAILURE, exit_codes.BAD_INPUT)
-    assert f"model.diffusion.path='{tmp_path / 'sd'}' has no folder 'unet'" in score.said
+    assert f"model.diffusion.path={tmp_path / 'sd'} cannot be read" in score.said
     assert "Traceback" not in score.said + decoder.said
