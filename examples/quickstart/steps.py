@@ -76,13 +76,15 @@ sample that they read."""
 FULL = Sizes(
     world=4000,
     seconds={"world": 40, "data": 12, "pretrain": 230, "align": 340, "instruct": 620}
-    | {"export": 15, "generate": 20, "evaluate": 90, "report": 8},
+    | {"export": 15, "generate": 20, "dreambench-subjects": 7, "dreambench": 18}
+    | {"evaluate": 90, "report": 8},
 )
 
 FAST = Sizes(
     world=240,
     seconds={"world": 6, "data": 8, "pretrain": 30, "align": 28, "instruct": 35}
-    | {"export": 15, "generate": 20, "evaluate": 20, "report": 6},
+    | {"export": 15, "generate": 20, "dreambench-subjects": 7, "dreambench": 18}
+    | {"evaluate": 20, "report": 6},
     overrides={
         stage: (
             f"training.train_iters={iterations}",
@@ -142,6 +144,7 @@ def plan(repository: Path, out: Path, *, fast: bool, ablations: bool) -> list[St
         previous = stage
     runs = {stage: out / stage for stage in STAGES}
     steps += [_export_step(out, sizes), _generate_step(out, sizes)]
+    steps += _dreambench_steps(out, sizes)
     if ablations:
         for ablation in ABLATIONS:
             steps.append(_ablation_step(repository, out, sizes, ablation, runs))
@@ -317,6 +320,39 @@ def _generate_step(out: Path, sizes: Sizes) -> Step:
         seconds=sizes.seconds["generate"],
         after=("world", "export"),
     )
+
+
+def _dreambench_steps(out: Path, sizes: Sizes) -> list[Step]:
+    """The benchmark's whole command on toy shapes, with one and with two of them in a prompt."""
+    folder = out / "dreambench"
+    made = Step(
+        name="dreambench-subjects",
+        title="a DreamBench of toy shapes",
+        command=(sys.executable, "tools/make_toy_dreambench.py", "--output", str(folder / "toy")),
+        outputs=(folder / "toy",),
+        seconds=sizes.seconds["dreambench-subjects"],
+    )
+    steps = [made]
+    for number, name in ((1, "single"), (2, "pairs")):
+        command = (
+            *("tools/evaluate_dreambench.py", "--model", str(out / "export")),
+            *("--dreambooth", str(folder / "toy" / "dreambooth")),
+            *("--dino", str(folder / "toy" / "dino.pth"), "--clip", str(folder / "toy" / "clip")),
+            *("--num-subjects", str(number), "--num-prompts", "1", "--num-images", "1"),
+            *("--steps", "8", "--guidance-scale", "2", "--batch-size", "10"),
+            *("--output", str(folder / name)),
+        )
+        steps.append(
+            Step(
+                name=f"dreambench-{name}",
+                title=f"DreamBench, {name}: draw, score, report",
+                command=(sys.executable, *command),
+                outputs=(folder / name,),
+                seconds=sizes.seconds["dreambench"],
+                after=("export", made.name),
+            )
+        )
+    return steps
 
 
 def _evaluation_step(out: Path, sizes: Sizes, runs: dict[str, Path]) -> Step:

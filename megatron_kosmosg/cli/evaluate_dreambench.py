@@ -156,10 +156,13 @@ def _evaluate(args: argparse.Namespace) -> int:
             items,
             scores,
             weights,
-            published=[("KOSMOS-G (2310.02992), table 1", dreambench.PUBLISHED)]
-            if args.num_subjects == 1
-            else [],
-            warnings=dreambench.warnings_of(items, scores, data),
+            published=[dreambench.PUBLISHED] if args.num_subjects == 1 else [],
+            references=("first subject", "second subject")
+            if args.num_subjects == 2 and args.references == "input"
+            else (),
+            warnings=dreambench.warnings_of(
+                items, scores, data, takes_all=args.references == "all"
+            ),
             groups={
                 "subject": [item.cluster for item in items],
                 "prompt": [f"{case.prompt:02d}" for case in each],

@@ -27,6 +27,9 @@ STEPS = ("generate", "score", "report")
 IMAGES = "images"
 """Folder of the generated ones below the output."""
 SEEDS, AUTHORS = "seeds", "authors"
+AUTHORS_NOISE = (
+    "the authors' rows (theirs were a GPU's draw in fp16; a CPU's generator draws other numbers)"
+)
 
 
 def add_generation(
@@ -100,7 +103,13 @@ def check_ranks(args: argparse.Namespace, place: Place) -> None:
         )
 
 
-def draw(args: argparse.Namespace, records: Sequence[PromptRecord], place: Place) -> None:
+def draw(
+    args: argparse.Namespace,
+    records: Sequence[PromptRecord],
+    place: Place,
+    *,
+    rounds_down: bool = False,
+) -> None:
     """This rank's share of the images, into output/images; finished ones stay, and damaged ones
     are drawn again. Raises ConfigError and PromptError for what cannot be used."""
     from megatron_kosmosg.inference.generation_run import Request, run
@@ -125,6 +134,7 @@ def draw(args: argparse.Namespace, records: Sequence[PromptRecord], place: Place
         device=device,
         output=args.output / IMAGES,
         batch_size=args.batch_size,
+        rounds_down=rounds_down,
     )
     finished = run(request, place)
     rank = f"rank {place.rank}: " if place.world_size > 1 else ""
@@ -145,6 +155,6 @@ def said_of(args: argparse.Namespace) -> dict[str, object]:
     """Of the generation, for the result."""
     return {
         "images of a prompt": args.num_images,
-        "noise": f"seed {args.seed}" if args.noise == SEEDS else "the authors' rows",
+        "noise": f"seed {args.seed}" if args.noise == SEEDS else AUTHORS_NOISE,
         "sampler": f"{args.scheduler}, {args.steps} steps, guidance {args.guidance_scale:g}",
     }

@@ -55,6 +55,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
     ),
     "toy world": (
         Command("toy make-world", "toy.cli.make_toy_world", "its images and texts as files"),
+        Command("toy make-dreambench", "toy.cli.make_toy_dreambench", "DreamBench with its shapes"),
         Command("toy make-report", "toy.cli.make_report", "the page of a quickstart"),
         Command("toy train-assets", "toy.cli.train_toy_assets", "its frozen image decoder anew"),
     ),

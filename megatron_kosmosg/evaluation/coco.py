@@ -9,14 +9,41 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kosmosg.config.errors import InputError
+from megatron_kosmosg.evaluation.pairs import IMAGE_SUFFIXES
+from megatron_kosmosg.evaluation.result import PublishedTable
 from megatron_kosmosg.foreign_files import OutsideFolder, inside, read_json
 
 NUM_CAPTIONS = 30_000
 CAPTIONS_FILE, IMAGES_FOLDER = "annotations/captions_val2014.json", "val2014"
 MAX_CAPTIONS_BYTES = 128 << 20
 """val2014's file is about as large as what other JSON may be."""
-PUBLISHED = {"FID": 10.99}
-"""KOSMOS-G's own (arXiv 2310.02992, table 2)."""
+PUBLISHED = (
+    PublishedTable(
+        "Table 1 of the KOSMOS-G paper (arXiv 2310.02992): FID on COCO, zero-shot",
+        ("FID",),
+        (
+            ("KOSMOS-G-1.9B", (10.99,)),
+            ("Emu-14B", (11.66,)),
+            ("GILL-8B", (12.20,)),
+            ("Stable Diffusion v1.5, the authors' run", (9.34,)),
+            ("Imagen-3.4B", (7.27,)),
+            ("DALL-E 2", (10.39,)),
+            ("Make-A-Scene", (11.84,)),
+            ("GLIDE", (12.24,)),
+        ),
+    ),
+    PublishedTable(
+        "Table 2 of the KOSMOS-G paper: FID after stage 2, by how the decoder is aligned",
+        ("FID",),
+        (
+            ("AlignerNet of 24 layers", (9.55,)),
+            ("AlignerNet of 12 layers", (9.89,)),
+            ("end to end, with AlignerNet", (11.30,)),
+            ("Stable Diffusion v1.5", (9.34,)),
+        ),
+    ),
+)
+"""An `instruct` model compares with the first, an `align` model with the second."""
 AUTHORS_BATCH = 16
 """Captions that the authors draw together, with the seed set anew before each batch."""
 
@@ -68,7 +95,7 @@ def authors_noise_row(index: int) -> int:
 
 def real_images(folder: Path, listed: CocoCaptions) -> list[Path]:
     """All images of val2014 in the captions file's order. Raises InputError that names the first
-    that is not there."""
+    that is not there, or that the file does not name."""
     root = folder / IMAGES_FOLDER
     try:
         found = [inside(root, name) for name in listed.images]
@@ -80,6 +107,13 @@ def real_images(folder: Path, listed: CocoCaptions) -> list[Path]:
         raise InputError(
             f"no {missing[0]} ({len(missing):,} of {len(found):,} images of {CAPTIONS_FILE} are "
             "not there); --coco is the folder of COCO 2014"
+        )
+    named = {path.name for path in found}
+    extra = sorted(name for name in there - named if name.lower().endswith(IMAGE_SUFFIXES))
+    if extra:
+        raise InputError(
+            f"{root / extra[0]} is in no row of {CAPTIONS_FILE} ({len(extra):,} images are not); "
+            "the real images are those of COCO's val2014 alone"
         )
     return found
 

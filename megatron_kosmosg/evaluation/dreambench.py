@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_kosmosg.config.errors import InputError
+from megatron_kosmosg.evaluation.result import PublishedTable
 from megatron_kosmosg.evaluation.similarity import Item, summarise
 from megatron_kosmosg.foreign_files import read_file
 
@@ -153,11 +154,27 @@ NUM_PROMPTS = len(PLACES) + 10 + len(QUALITIES)
 
 AUTHORS_BATCH, AUTHORS_IMAGES = 5, 4
 """Prompts that the authors draw together, and images of each."""
+NUM_REAL_IMAGES = 158
+"""Of all subjects together."""
 REAL_REAL_DINO = 0.774
 """DINO of two real images of one subject (DreamBooth, table 1): more says that the input image was
 copied."""
-PUBLISHED = {"dino": 0.694, "clip_i": 0.847, "clip_t": 0.287}
-"""KOSMOS-G's own scores on single subjects (arXiv 2310.02992, table 1)."""
+PUBLISHED = PublishedTable(
+    "Table 1 of the KOSMOS-G paper (arXiv 2310.02992): DreamBench",
+    ("DINO", "CLIP-I", "CLIP-T"),
+    (
+        ("KOSMOS-G, one image", (0.694, 0.847, 0.287)),
+        ("SuTI", (0.741, 0.819, 0.304)),
+        ("Re-Imagen", (0.600, 0.740, 0.270)),
+        ("BLIP-Diffusion", (0.594, 0.779, 0.300)),
+        ("BLIP-Diffusion, tuned on the subject", (0.670, 0.805, 0.302)),
+        ("DreamBooth, tuned", (0.668, 0.803, 0.305)),
+        ("Textual Inversion, tuned", (0.569, 0.780, 0.255)),
+        ("real images", (REAL_REAL_DINO, 0.885, None)),
+    ),
+)
+"""On single subjects. Rows but the first were computed by others, who may average over all real
+images of a subject."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +259,8 @@ def authors_noise_row(prompt: int, image: int) -> int:
 
 def find_images(folder: Path) -> dict[str, Path]:
     """{subject: the image that the model is shown} in a checkout of google/dreambooth, or in its
-    dataset/. Raises InputError that names the first that is not there."""
+    dataset/. Raises InputError that names the first that is not there, or a folder of another
+    subject, which would not count."""
     root = folder / "dataset" if (folder / "dataset").is_dir() else folder
     found = {subject.name: root / subject.name / subject.file for subject in SUBJECTS}
     missing = [path for path in found.values() if not path.is_file()]
@@ -250,6 +268,13 @@ def find_images(folder: Path) -> dict[str, Path]:
         raise InputError(
             f"--dreambooth {folder}: no {missing[0]} ({len(missing)} of {len(found)} images are "
             "not there); give a checkout of google/dreambooth"
+        )
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    others = [path for path in folders if path.name not in found]
+    if others:
+        raise InputError(
+            f"--dreambooth {folder}: {others[0]} is none of the 30 subjects; take it away, and "
+            "score images of other subjects with `evaluate pairs`"
         )
     return found
 
@@ -260,9 +285,13 @@ def real_images(shown: Path) -> list[Path]:
 
 
 def warnings_of(
-    items: Sequence[Item], scores: Mapping[str, Sequence[Sequence[float]]], data: Mapping[str, Path]
+    items: Sequence[Item],
+    scores: Mapping[str, Sequence[Sequence[float]]],
+    data: Mapping[str, Path],
+    *,
+    takes_all: bool,
 ) -> list[str]:
-    """What a reader of the numbers should know."""
+    """What a reader of the numbers should know. takes_all: all real images are references."""
     found = []
     digests = {s.name: hashlib.sha256(read_file(data[s.name])).hexdigest() for s in SUBJECTS}
     others = [s.name for s in SUBJECTS if digests[s.name] != s.sha256]
@@ -270,6 +299,11 @@ def warnings_of(
         found.append(
             f"{len(others)} of {len(SUBJECTS)} input images are not those of "
             f"google/dreambooth@4f887af, among them {others[0]}'s: values compare with no others"
+        )
+    real = sum(len(real_images(data[subject.name])) for subject in SUBJECTS)
+    if takes_all and real != NUM_REAL_IMAGES:
+        found.append(
+            f"the subjects have {real} real images, {NUM_REAL_IMAGES} at google/dreambooth@4f887af"
         )
     dino = summarise(items, scores["dino"]).value if "dino" in scores else 0.0
     if dino > REAL_REAL_DINO:

@@ -22,6 +22,8 @@ class DrawnImages:
     """[n, 3, height, width] in [-1, 1]."""
     targets: torch.Tensor
     """The true images, of the same shape."""
+    texts: tuple[str | None, ...] = ()
+    """The words of each prompt; None, and no entry at all, where they are not known."""
 
 
 class Evaluator(Protocol):

@@ -7,9 +7,10 @@ are shards, whoever computes them: the bytes do not depend on the number of rank
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from megatron_kosmosg.progress import ProgressCallback
 
 SHARD_ITEMS = 32
 """Images that are scored in one batch."""
+KEPT_SHARDS = 64
+"""Of what images are compared with; all 30 subjects of DreamBench with all real images are 5."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +119,24 @@ class FeatureFiles:
     def blocks(self, group: str, network: str) -> Iterator[torch.Tensor]:
         """float32 [n, d] of the group's items in order, shard by shard."""
         for i in range(_num_shards(self._groups[group])):
-            with safe_open(self._path(_Shard(self._groups[group], i)), "pt") as file:
-                yield file.get_tensor(network)
+            yield self._block(_Shard(self._groups[group], i), network)
 
-    def features(self, group: str, network: str) -> torch.Tensor:
-        """float32 [n, d] of all items of the group."""
-        return torch.cat(list(self.blocks(group, network)))
+    def rows(self, group: str, network: str) -> Callable[[Sequence[int]], torch.Tensor]:
+        """float32 [n, d] of any items of the group, by their numbers. Only the shards used
+        last stay in memory, which does not grow with the group."""
+
+        @functools.lru_cache(KEPT_SHARDS)
+        def block(number: int) -> torch.Tensor:
+            return self._block(_Shard(self._groups[group], number), network)
+
+        def rows(numbers: Sequence[int]) -> torch.Tensor:
+            return torch.stack([block(i // SHARD_ITEMS)[i % SHARD_ITEMS] for i in numbers])
+
+        return rows
+
+    def _block(self, shard: _Shard, network: str) -> torch.Tensor:
+        with safe_open(self._path(shard), "pt") as file:
+            return file.get_tensor(network)
 
     def _begin(
         self, shard: _Shard, readers: ThreadPoolExecutor

@@ -152,6 +152,10 @@ class ClipNetwork:
             found = self._model.get_image_features(pixel_values=pixels.to(self._device))
         return found.pooler_output.cpu()
 
+    def reads(self, text: str) -> bool:
+        """Whether it has no more tokens than CLIP takes."""
+        return len(self._tokenizer(text)["input_ids"]) <= self._most_tokens
+
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> torch.Tensor:
         """float32 [n, d] on the CPU. Raises ConfigError for a text that is too long: nothing of it

@@ -21,6 +21,7 @@ from megatron_kosmosg.evaluation.similarity import (
     BOOTSTRAP_DRAWS,
     BOOTSTRAP_SEED,
     METRICS,
+    OF_REFERENCES,
     Item,
     summarise,
 )
@@ -46,6 +47,17 @@ class Table:
 
 
 @dataclass(frozen=True)
+class PublishedTable:
+    """Rows of a paper's table, which the page shows below this judgement's own."""
+
+    title: str
+    columns: Sequence[str]
+    """Metrics by their names for people."""
+    rows: Sequence[tuple[str, Sequence[float | None]]]
+    """(method, one value a column); None where the paper has none."""
+
+
+@dataclass(frozen=True)
 class Judgement:
     """Items with their scores, and what is said about them."""
 
@@ -57,17 +69,18 @@ class Judgement:
     """Of similarity.similarities."""
     weights: Mapping[str, Weights]
     fid: Mapping[str, Any] | None = None
-    published: Sequence[tuple[str, Mapping[str, float]]] = ()
-    """Rows of published tables: (what, {metric: value})."""
+    published: Sequence[PublishedTable] = ()
     warnings: Sequence[str] = ()
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """{property: its value of each item}, of which tables are made."""
+    references: Sequence[str] = ()
+    """What the references of every item are, in their order, where each has its own mean."""
 
 
 def result_of(judgement: Judgement) -> dict[str, Any]:
     """The JSON value."""
     metrics: dict[str, Any] = {
-        name: summarise(judgement.items, scores).to_json()
+        name: summarise(judgement.items, scores).to_json() | _by_reference(judgement, name)
         for name, scores in judgement.scores.items()
     }
     if judgement.fid is not None:
@@ -94,6 +107,16 @@ def result_of(judgement: Judgement) -> dict[str, Any]:
     }
 
 
+def _by_reference(judgement: Judgement, metric: str) -> dict[str, Any]:
+    """The mean with each reference alone, where the judgement tells them apart."""
+    names, scores = judgement.references, judgement.scores[metric]
+    if not names or metric not in OF_REFERENCES:
+        return {}
+    means = [max(0.0, sum(column) / len(column)) for column in zip(*scores, strict=True)]
+    values = [round(mean, 6) for mean in means]
+    return {"by_reference": dict(zip(names, values, strict=True))}
+
+
 def tables_of(judgement: Judgement) -> list[Table]:
     """Means by each property."""
     return [
@@ -111,12 +134,18 @@ def write_judgement(folder: Path, judgement: Judgement) -> tuple[Path, Path]:
         names=METRICS,
         tables=tables_of(judgement),
         published=judgement.published,
+        own=_by_names_for_people(result),
         grids=list(_grids(judgement)),
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RESULT_FILE, result)
     write_text(folder / PAGE_FILE, page)
     return folder / RESULT_FILE, folder / PAGE_FILE
+
+
+def _by_names_for_people(result: Mapping[str, Any]) -> dict[str, float]:
+    """{column of a published table: the value}."""
+    return {METRICS.get(name, "FID"): found["value"] for name, found in result["metrics"].items()}
 
 
 def summary_lines(result: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 
 from megatron_kosmosg.data.keyed import numpy_generator
@@ -25,6 +24,8 @@ from megatron_kosmosg.evaluation.networks import IMAGE_RULES, Weights
 
 METRICS = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T"}
 """By the name in the result: the name for people."""
+OF_REFERENCES = ("dino", "clip_i")
+"""Those that compare with images."""
 BOOTSTRAP_DRAWS, BOOTSTRAP_SEED, BOOTSTRAP_ROWS = 1000, 0, 50
 """Rows: draws that are made at once."""
 PERCENTILES = (2.5, 97.5)
@@ -100,13 +101,19 @@ def similarities(
 def _cosines(
     files: FeatureFiles, network: str, other: str, wanted: Sequence[Sequence[int]]
 ) -> list[list[float]]:
-    """Of each generated image with the rows of another group that it is compared with."""
-    generated = F.normalize(files.features("generated", network).double(), dim=1)
-    others = F.normalize(files.features(other, network).double(), dim=1)
-    return [
-        (others[torch.tensor(rows, dtype=torch.long)] @ image).tolist()
-        for image, rows in zip(generated, wanted, strict=True)
-    ]
+    """Of each generated image with the rows of another group that it is compared with, a shard of
+    images at a time: memory does not grow with them."""
+    rows_of = files.rows(other, network)
+    found: list[list[float]] = []
+    for block in files.blocks("generated", network):
+        generated = F.normalize(block.double(), dim=1)
+        for image, rows in zip(generated, wanted[len(found) :], strict=False):
+            if rows:
+                others = F.normalize(rows_of(rows).double(), dim=1)
+                found.append((others @ image).tolist())
+            else:
+                found.append([])
+    return found
 
 
 def summarise(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> Summary:

@@ -1,12 +1,13 @@
-"""The evaluators `dino` and `clip`: how much a run's drawn images resemble their targets.
+"""The evaluators `dino` and `clip`: how much a run's drawn images resemble their targets, and how
+well they follow the words of their prompts.
 
-The same networks, pixels and cosines as in `kosmosg evaluate`, on the few images of the grid. The
-network is on the device for as long as it computes, and not while the run trains.
+The same networks, pixels and cosines as in `kosmosg evaluate`, on a few images. The network is on
+the device for as long as it computes, and not while the run trains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,11 +18,16 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.evaluation.evaluator import DrawnImages
 from megatron_kosmosg.evaluation.networks import (
     IMAGE_RULES,
-    Weights,
+    ClipNetwork,
+    DinoNetwork,
+    ImageNetwork,
     find_clip,
     find_dino,
-    open_network,
 )
+from megatron_kosmosg.evaluation.preprocessing import PixelRule
+
+BATCH = 32
+"""Images that a network sees at once."""
 
 
 class DinoEvaluator:
@@ -33,7 +39,12 @@ class DinoEvaluator:
 
     def run(self, images: DrawnImages) -> Iterator[tuple[str, float]]:
         """The mean cosine of results and targets. Raises ConfigError for other weights."""
-        yield "similarity", _mean_cosine(images, find_dino, self._path)
+        network = DinoNetwork(find_dino(self._path), images.results.device)
+        sides = [
+            _features(network, IMAGE_RULES["dino"], pixels)
+            for pixels in (images.results, images.targets)
+        ]
+        yield "similarity", float(F.cosine_similarity(sides[0], sides[1]).mean())
 
 
 class ClipEvaluator:
@@ -44,19 +55,28 @@ class ClipEvaluator:
         self._path = Path(str(config.evaluation.clip))
 
     def run(self, images: DrawnImages) -> Iterator[tuple[str, float]]:
-        """The mean cosine of results and targets (CLIP-I). Raises ConfigError as above."""
-        yield "similarity", _mean_cosine(images, find_clip, self._path)
+        """The mean cosine of results and targets (CLIP-I), and of results and the prompts' words
+        (CLIP-T) over those that CLIP can read whole. Raises ConfigError as above."""
+        network = ClipNetwork(find_clip(self._path), images.results.device)
+        results, targets = (
+            _features(network, IMAGE_RULES["clip"], pixels)
+            for pixels in (images.results, images.targets)
+        )
+        yield "similarity", float(F.cosine_similarity(results, targets).mean())
+        texts = {i: text for i, text in enumerate(images.texts) if text and network.reads(text)}
+        if texts:
+            words = network.text_features(list(texts.values())).double()
+            found = F.cosine_similarity(results[list(texts)], words)
+            yield "text_similarity", float(found.mean())
 
 
-def _mean_cosine(images: DrawnImages, find: Callable[[Path], Weights], path: Path) -> float:
-    weights = find(path)
-    rule = IMAGE_RULES[weights.network]
-    network = open_network(weights, images.results.device)
-    sides = [
-        network.features(torch.stack([rule(_image(pixels)) for pixels in side])).double()
-        for side in (images.results, images.targets)
+def _features(network: ImageNetwork, rule: PixelRule, images: torch.Tensor) -> torch.Tensor:
+    """float64 [n, d] of [n, 3, height, width] in [-1, 1]."""
+    blocks = [
+        network.features(torch.stack([rule(_image(pixels)) for pixels in block]))
+        for block in images.split(BATCH)
     ]
-    return float(F.cosine_similarity(sides[0], sides[1]).mean())
+    return torch.cat(blocks).double()
 
 
 def _image(pixels: torch.Tensor) -> Image.Image:

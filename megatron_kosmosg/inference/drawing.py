@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
@@ -91,7 +92,7 @@ class PipelineDrawer:
         control = {}
         if self._has_control:
             control = {"image": [open_picture(p.options.control_image) for p in firsts]}
-        return self._painter(
+        drawn = self._painter(
             prompt_embeds=embeds,
             negative_prompt_embeds=negative_embeds,
             num_inference_steps=options.steps,
@@ -99,10 +100,14 @@ class PipelineDrawer:
             **self._size(options),
             num_images_per_prompt=options.num_images,
             generator=[torch.Generator("cpu").manual_seed(p.options.seed) for p in pictures],
+            output_type="np" if firsts[0].rounds_down else "pil",
             **self._shared_noise(pictures),
             **control,
             **self._extra,
         ).images
+        if firsts[0].rounds_down:
+            return [Image.fromarray((values * 255).astype(np.uint8)) for values in drawn]
+        return drawn
 
     def _shared_noise(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
         """latents [n, 4, h, w] of pictures that start from rows of one draw; none of others.

@@ -37,6 +37,8 @@ class Request:
     """Prompts drawn together."""
     sheet_rows: int = 0
     """Prompts on the contact sheet."""
+    rounds_down: bool = False
+    """See RunSettings."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def run(request: Request, place: Place) -> Finished:
             defaults=request.defaults,
             loras=tuple((fingerprint(file), strength) for file, strength in source.loras),
             controlnet=source.controlnet_fingerprint(),
+            rounds_down=request.rounds_down,
         )
     )
     records = [plan.named(record) for record in request.records]

@@ -45,6 +45,8 @@ class RunSettings:
     """Fingerprint and strength of each."""
     controlnet: tuple[str, float] | None = None
     """Fingerprint and strength."""
+    rounds_down: bool = False
+    """Whether the decoder's floats become bytes by leaving out what follows the point."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Picture:
     def file_name(self) -> str:
         """Within the folder of the run."""
         return f"{self.record.id}-{self.index}.png"
+
+    @property
+    def rounds_down(self) -> bool:
+        """See RunSettings."""
+        return "rounding" in self.settings
 
     @property
     def settings_hash(self) -> str:
@@ -121,6 +128,8 @@ class PicturePlan:
         }
         for name in ("negative_prompt", "steps", "guidance", "height", "width"):
             settings[name] = getattr(options, name)
+        if run.rounds_down:
+            settings["rounding"] = "down"
         if run.loras:
             settings["loras"] = [list(lora) for lora in run.loras]
         if run.controlnet is None and options.control_image is not None:

@@ -13,7 +13,8 @@ from megatron_kosmosg.cli.evaluate_dreambench import main
 from megatron_kosmosg.inference.drawing import PipelineDrawer
 from megatron_kosmosg.inference.picture_plan import PicturePlan, RunSettings
 from megatron_kosmosg.inference.prompt_records import DrawingOptions, NoiseRow, PromptRecord
-from tests.support.judging_networks import write_clip, write_dreambooth
+from megatron_kosmosg.toy.stand_in_networks import write_clip
+from tests.support.judged_images import write_dreambooth
 from tests.support.tiny_pipeline import tiny_pipeline
 
 
@@ -45,7 +46,9 @@ def test_from_a_model_to_the_page(arguments, tmp_path, capsys):
     assert result["intervals"]["clusters"] == 30 and set(result["tables"]) == {"subject", "prompt"}
     assert "not those of google/dreambooth@4f887af" in result["warnings"][0]
     page = (out / "report.html").read_text()
-    assert "0.694" in page and "http" not in page
+    assert "http" not in page
+    assert "<td>KOSMOS-G, one image</td><td class=num>0.694</td>" in page
+    assert f"<b>{result['metrics']['clip_i']['value']:.4f}</b>" in page.split("Table 1")[1]
 
     # A damaged image is drawn again, the rest is kept, and the result is the same.
     before = (out / "result.json").read_bytes()
@@ -59,7 +62,9 @@ def test_from_a_model_to_the_page(arguments, tmp_path, capsys):
 
     # All real images of a subject in place of the one that was shown.
     assert main([*arguments, "--references=all", "--only=score"]) == 0
-    every = json.loads((out / "result.json").read_text())["items"][0]
+    every = json.loads((out / "result.json").read_text())
+    assert "60 real images, 158 at google/dreambooth" in every["warnings"][1]
+    every = every["items"][0]
     assert every["references"] == ["02.jpg", "99.jpg"]
     assert every["clip_i"][0] == result["items"][0]["clip_i"] != every["clip_i"][1]
 
@@ -83,6 +88,13 @@ def test_pairs_of_subjects_and_ranks(arguments, tmp_path, monkeypatch, capsys):
     item = result["items"][0]
     assert item["references"] == ["02.jpg", "03.jpg"] and len(item["clip_i"]) == 2
     assert item["text"] == "a backpack and a stuffed animal in the jungle"
+    found = result["metrics"]["clip_i"]
+    columns = zip(*(item["clip_i"] for item in result["items"]), strict=True)
+    assert list(found["by_reference"].values()) == pytest.approx(
+        [max(0, sum(column) / 30) for column in columns], abs=2e-6
+    )
+    assert sum(found["by_reference"].values()) / 2 == pytest.approx(found["value"], abs=2e-6)
+    assert "CLIP-I, second subject" in (tmp_path / "out" / "report.html").read_text()
     said = Image.open(tmp_path / "out" / "images" / "cat+dog-00-0.png").info["prompt"]
     assert said == "a cat <image> and a dog <image> in the jungle"
 
@@ -96,6 +108,13 @@ def test_a_missing_input_image_is_named(arguments, world, tmp_path, capsys):
         main([*arguments, "--noise=authors"])
     assert "belongs to --num-images 4" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_subject_that_is_none_of_the_thirty_is_named(arguments, tmp_path, capsys):
+    folder = write_dreambooth(tmp_path / "dreambooth")
+    (folder / "dataset" / "mine").mkdir()
+    assert main([*arguments, f"--dreambooth={folder}"]) == 2
+    assert f"{folder / 'dataset' / 'mine'} is none of the 30" in capsys.readouterr().err
 
 
 def test_the_authors_noise_is_rows_of_one_draw(tmp_path):

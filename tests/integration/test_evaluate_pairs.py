@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from megatron_kosmosg.cli.evaluate_pairs import main
 from megatron_kosmosg.evaluation import feature_files, networks
 from megatron_kosmosg.evaluation.similarity import Item, summarise
-from tests.support.judging_networks import odd_images, write_clip, write_dino
+from megatron_kosmosg.toy.stand_in_networks import write_clip, write_dino
+from tests.support.judged_images import odd_images
 
 TEXTS = ["a red circle", "a blue square", "two green stars"]
 
@@ -104,6 +106,45 @@ def test_two_ranks_a_stop_and_one_rank_give_the_same_bytes(world, tmp_path, monk
     assert main(two) == 0
     for name in ("result.json", "report.html"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+@pytest.mark.parametrize("is_renamed", [False, True], ids=["before", "after"])
+def test_killed_at_any_file_and_run_again_the_result_is_the_same(
+    world, tmp_path, monkeypatch, is_renamed
+):
+    """Before or after each file gets its name; what had not, stays as rubbish beside it."""
+    monkeypatch.setattr(feature_files, "SHARD_ITEMS", 2)
+    assert main(listed(world, tmp_path / "whole")) == 0
+    wanted = [(tmp_path / "whole" / name).read_bytes() for name in ("result.json", "report.html")]
+    num_files = sum(path.is_file() for path in (tmp_path / "whole").rglob("*"))
+    assert num_files == 3 + 3 + 2 + 2  # generated, references, texts; the result
+    rename, left = os.replace, 0
+
+    def killed(source, target):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            if is_renamed:
+                rename(source, target)
+            else:
+                shutil.copy(source, f"{source}.left")
+            raise Killed
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    for number in range(1, num_files + 1):
+        out, left = tmp_path / f"{number}", number
+        with pytest.raises(Killed):
+            main(listed(world, out))
+        assert (out / "result.json").exists() == (number + is_renamed > num_files - 1)
+        left = 0
+        assert main(listed(world, out)) == 0
+        found = [(out / name).read_bytes() for name in ("result.json", "report.html")]
+        assert found == wanted, number
 
 
 def test_folders_by_name_and_what_changes_is_scored_anew(world, tmp_path, capsys):

@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from megatron_kosmosg.cli.main import COMMANDS
-from tests.support.judging_networks import write_coco, write_dino, write_dreambooth, write_inception
+from megatron_kosmosg.toy.stand_in_networks import write_dino, write_inception
+from tests.support.judged_images import write_coco, write_dreambooth
 
 SECONDS = 200
 """A wrong value is found before any work begins; the libraries may have to be imported."""
@@ -176,6 +177,7 @@ BASES = {
     ("evaluate", "pairs"): "--generated pictures --reference pictures --dino dino.pth --output o/x",
     ("evaluate", "toy"): "--run name=runs/instruct --output o/evaluated --fast",
     ("toy", "make-world"): "--output o/world --size 8",
+    ("toy", "make-dreambench"): "--output o/dreambench",
     ("toy", "make-report"): "--output folder",
     ("toy", "train-assets"): "tokenizer --assets o/assets",
 }

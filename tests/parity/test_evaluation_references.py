@@ -33,7 +33,8 @@ from megatron_kosmosg.evaluation.preprocessing import (
     dino_pixels,
     tensorflow_resize,
 )
-from tests.support.judging_networks import odd_images, write_clip, write_dino, write_inception
+from megatron_kosmosg.toy.stand_in_networks import write_clip, write_dino, write_inception
+from tests.support.judged_images import odd_images
 
 CPU = torch.device("cpu")
 
@@ -43,6 +44,12 @@ def reference(name: str) -> ModuleType:
     if os.environ.get("KOSMOSG_REQUIRE_REFERENCES") == "1":
         return importlib.import_module(name)
     return pytest.importorskip(name)
+
+
+def agree(what: str, difference: float | torch.Tensor, bound: float) -> None:
+    """Asserts it, and says how near (`tests/evaluation_references.sh -s`, docs/evaluation.md)."""
+    print(f"{what}: {float(difference):.1e}, bound {bound:.0e}")
+    assert float(difference) < bound
 
 
 @pytest.fixture
@@ -76,10 +83,12 @@ def test_clip_is_transformers(tmp_path):
         seen = model.get_image_features(pixel_values=prepared).pooler_output
         read = model.get_text_features(**words).pooler_output
     pixels = torch.stack([clip_pixels(image) for image in images])
-    assert (pixels - prepared).abs().max() < 2e-6
+    agree("CLIP's pixels", (pixels - prepared).abs().max(), 2e-6)
     ours = open_network(find_clip(folder), CPU)
-    assert (F.cosine_similarity(ours.features(pixels), seen) - 1).abs().max() < 1e-6
-    assert (F.cosine_similarity(ours.text_features(texts), read) - 1).abs().max() < 1e-6
+    pairs = {"images": (ours.features(pixels), seen), "texts": (ours.text_features(texts), read)}
+    for what, (found, wanted) in pairs.items():
+        distance = (F.cosine_similarity(found.double(), wanted.double()) - 1).abs().max()
+        agree(f"CLIP's {what}, cosine", distance, 1e-6)
     assert seen.std(dim=0).max() > 1e-3  # the images are told apart
 
 
@@ -92,11 +101,11 @@ def test_dino_is_timm_s(tmp_path, no_torchvision):
     ours = open_network(find_dino(path), CPU).features(pixels)
     with torch.no_grad():
         wanted = model.eval()(pixels)
-    pairs = [(0, 1), (1, 2), (2, 3), (3, 0)]
-    for i, j in pairs:
-        found = F.cosine_similarity(ours[i], ours[j], dim=0)
-        assert abs(found - F.cosine_similarity(wanted[i], wanted[j], dim=0)) < 1e-6
-    assert (ours - wanted).abs().max() < 1e-4
+    found, by_timm = (
+        F.cosine_similarity(each.double(), each.double().roll(1, 0)) for each in (ours, wanted)
+    )
+    agree("DINO and timm, cosines of pairs", (found - by_timm).abs().max(), 1e-6)
+    agree("DINO and timm, features", (ours - wanted).abs().max(), 1e-4)
 
 
 def test_inception_is_torch_fidelity_s_and_torchmetrics(inception, no_torchvision, monkeypatch):
@@ -116,8 +125,8 @@ def test_inception_is_torch_fidelity_s_and_torchmetrics(inception, no_torchvisio
     with torch.no_grad():
         wanted, same, other = network(data)[0], plain(data), smooth(data)
     scale = wanted.abs().max()
-    assert (ours - wanted).abs().max() < 1e-5 * scale
-    assert (ours - same).abs().max() < 1e-5 * scale
+    agree("Inception and torch-fidelity", (ours - wanted).abs().max() / scale, 1e-5)
+    agree("Inception and torchmetrics", (ours - same).abs().max() / scale, 1e-5)
     assert (ours - other).abs().max() > 1e-3 * scale  # what newer torchmetrics do by themselves
 
 
@@ -128,7 +137,7 @@ def test_the_resize_is_tensorflow_s(shape, no_torchvision):
     wanted = module.interpolate_bilinear_2d_like_tensorflow1x(
         pixels[None], size=(299, 299), align_corners=False
     )
-    assert (tensorflow_resize(pixels, 299) - wanted[0]).abs().max() < 1e-3  # of 255
+    agree("resize, of 255", (tensorflow_resize(pixels, 299) - wanted[0]).abs().max(), 1e-3)
 
 
 def gaussians(count: int, width: int = 48) -> tuple[list[torch.Tensor], list[Gaussian]]:
@@ -160,8 +169,8 @@ def test_the_distance_is_torch_fidelity_s_and_scipy_s(count, no_torchvision):
     statistics = [{"mu": m, "sigma": s} for m, s in zip(means, covariances, strict=True)]
     by_fidelity = metric.fid_statistics_to_metric(*statistics, verbose=False)[metric.KEY_METRIC_FID]
     found = frechet_distance(one, other)
-    assert found == pytest.approx(by_fidelity, rel=1e-5)
-    assert found == pytest.approx(by_scipy, rel=1e-5)
+    agree(f"FID of {count} and torch-fidelity", abs(found / by_fidelity - 1), 1e-5)
+    agree(f"FID of {count} and scipy", abs(found / by_scipy - 1), 1e-5)
 
 
 def test_the_distance_is_numpy_s_eigenvalues():
@@ -171,5 +180,5 @@ def test_the_distance_is_numpy_s_eigenvalues():
     first, second = (np.cov(features.double().numpy(), rowvar=False) for features in sets)
     roots = np.sqrt(np.linalg.eigvals(first @ second).astype(complex)).real.sum()
     wanted = np.sum((means[0] - means[1]) ** 2) + np.trace(first + second) - 2 * roots
-    assert frechet_distance(one, other) == pytest.approx(wanted, rel=1e-9)
+    agree("FID and numpy", abs(frechet_distance(one, other) / wanted - 1), 1e-9)
     assert frechet_distance(one, one) == pytest.approx(0.0, abs=1e-6)

@@ -18,8 +18,9 @@ from megatron_kosmosg.evaluation.evaluator import DrawnImages, measure
 from megatron_kosmosg.evaluation.networks import find_clip, find_dino, open_network
 from megatron_kosmosg.evaluation.preprocessing import clip_pixels, dino_pixels
 from megatron_kosmosg.evaluation.registry import EVALUATORS, build_evaluators
+from megatron_kosmosg.toy.stand_in_networks import write_clip, write_dino
 from megatron_kosmosg.toy.world import render_batch, sample_scene
-from tests.support.judging_networks import odd_images, write_clip, write_dino
+from tests.support.judged_images import odd_images
 
 
 class Brightness:
@@ -68,6 +69,24 @@ def test_resemblance_is_that_of_the_commands(name, networks):
     assert wanted < 0.999
 
 
+def test_words_are_compared_with_images_as_the_command_does(networks):
+    """Over the texts that CLIP can read whole; nothing is said where there are none."""
+    images = odd_images(6)[5].resize((64, 48)), odd_images(6, seed=9)[5].resize((64, 48))
+    pixels = torch.cat(
+        [torch.from_numpy(np.array(each)).permute(2, 0, 1)[None] / 127.5 - 1 for each in images]
+    )
+    evaluators = build_evaluators(config_of("clip", **networks))
+    texts = ("a red circle", "a blue square " * 90)
+    found = measure(evaluators, DrawnImages(pixels, pixels, texts))
+    network = open_network(find_clip(Path(networks["clip"])), torch.device("cpu"))
+    image = network.features(torch.stack([clip_pixels(images[0])]))
+    wanted = torch.cosine_similarity(image, network.text_features(texts[:1]))
+    assert found["clip_text_similarity"] == pytest.approx(float(wanted), abs=1e-6)
+    for none in ((), (None, None), (None, texts[1])):
+        found = measure(evaluators, DrawnImages(pixels, pixels, none))
+        assert set(found) == {"clip_similarity"}
+
+
 @pytest.mark.parametrize("files", [{}, {"dino": "/nowhere/x.pth"}])
 def test_an_evaluator_without_its_weights_is_refused_at_once(files):
     with pytest.raises(ConfigError, match=r"names dino, and evaluation.dino=.* is not there"):
@@ -102,6 +121,20 @@ def test_a_stage_that_draws_nothing_has_no_evaluators(stage, more, capsys):
     assert train.main([*settings, *more]) == exit_codes.BAD_INPUT
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: evaluation.grid=[toy] means nothing to stage={stage}: ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["evaluation.every=5", "evaluation.grid=[]"], "measures nothing without evaluators"),
+        (["evaluation.every=-1"], "evaluation.every=-1 must not be negative"),
+        (["evaluation.num_prompts=0"], "evaluation.num_prompts=0 must be at least 1"),
+    ],
+)
+def test_a_measurement_that_cannot_be_is_refused(settings, words, capsys):
+    given = ["--config", "toy_instruct", *settings, "parallel.world_size=1", "--dry-run"]
+    assert train.main(given) == exit_codes.BAD_INPUT
+    assert words in capsys.readouterr().err
 
 
 def test_a_run_may_go_on_with_other_evaluators():
