@@ -287,6 +287,11 @@ class EvaluationConfig:
     """Evaluators that measure the images of the grid (`instruct`) against their targets, by their
     names in evaluation/registry.py: `toy` reads shapes and hues of the toy world, `dino` and `clip`
     take the cosine of features."""
+    every: int = 0
+    """Iterations between measurements of `num_prompts` held-out prompts; the end is measured, too.
+    0 measures the images of each image grid, and no others."""
+    num_prompts: int = 16
+    """Held-out prompts of a measurement, always the same: the first of the held-out mixture."""
     dino: str | None = None
     """Weight file of the evaluator `dino` (dino_deitsmall16_pretrain.pth)."""
     clip: str | None = None

@@ -97,6 +97,7 @@ def _check_numbers(config: RunConfig) -> None:
         "training.eval_iters": config.training.eval_iters,
         "training.max_nonfinite_iters": config.training.max_nonfinite_iters,
         "checkpoint.save_interval": config.checkpoint.save_interval,
+        "evaluation.num_prompts": config.evaluation.num_prompts,
         "logging.log_interval": config.logging.log_interval,
         "data.seq_length": config.data.seq_length,
         "model.decoder.num_layers": config.model.decoder.num_layers,
@@ -108,6 +109,7 @@ def _check_numbers(config: RunConfig) -> None:
         "training.eval_interval": config.training.eval_interval,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "checkpoint.keep_every": config.checkpoint.keep_every,
+        "evaluation.every": config.evaluation.every,
         "logging.image_interval": config.logging.image_interval,
         "data.num_workers": config.data.num_workers,
         "data.max_bad_images": config.data.max_bad_images,
@@ -165,6 +167,11 @@ def _check_grid(config: RunConfig, facts: StageFacts) -> None:
         raise ConfigError(
             f"evaluation.grid=[{', '.join(config.evaluation.grid)}] means nothing to "
             f"stage={config.stage}: only instruct draws images; set evaluation.grid=[]"
+        )
+    if config.evaluation.every and not config.evaluation.grid:
+        raise ConfigError(
+            f"evaluation.every={config.evaluation.every} measures nothing without evaluators; name "
+            "some in evaluation.grid, or set evaluation.every=0"
         )
 
 
@@ -325,6 +332,7 @@ def _check_stage_needs(config: RunConfig, facts: StageFacts) -> None:
     for key, interval in (
         ("training.eval_interval", config.training.eval_interval),
         ("logging.image_interval", config.logging.image_interval),
+        ("evaluation.every", config.evaluation.every),
     ):
         if interval and not config.data.heldout:
             raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.normalise import normalise_batch
-from megatron_kosmosg.data.samples import StreamDataset
+from megatron_kosmosg.data.samples import PromptSample, StreamDataset
 from megatron_kosmosg.evaluation.evaluator import DrawnImages, Evaluator, measure
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
@@ -20,6 +20,8 @@ from megatron_kosmosg.training.picture_grid import picture_grid, to_picture
 from megatron_kosmosg.training.stage import Probe
 
 CELL_PIXELS = 96
+PROMPTS_TOGETHER = 8
+"""That are drawn at once where there is no sheet; otherwise as many as it shows."""
 Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 """Pictures of (conditions with the null condition last, positions, pixels per side)."""
 
@@ -31,34 +33,74 @@ def held_out_pictures(
     dataset: StreamDataset,
     model: list[nn.Module],
     evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
+    num_measured: int | None = None,
 ) -> Probe:
     """A sheet with one row per held-out prompt: its pictures, the true image, the generated one.
 
     Called on all ranks together; empty on ranks that do not draw (all but one of the last stage).
     draw: called on that one, and so are the evaluators, which give the metrics.
+    num_measured: prompts whose images they see; None is those of the sheet.
     """
-    if config.logging.num_images == 0:
+    shown = config.logging.num_images
+    measured = shown if num_measured is None else num_measured
+    together = shown or PROMPTS_TOGETHER
+    count = max(shown, measured if evaluators else 0)
+    sheet, drawn = {}, []
+    for start in range(0, count, together):
+        positions = range(start, min(start + together, count))
+        found = _drawn(config, layout, draw, dataset, model, positions)
+        if found is None:
+            continue
+        if start == 0 and shown:
+            sheet["held_out_prompts"] = _sheet(config, *found)
+        drawn.append(found[1])
+    if not drawn:
         return Probe()
-    positions = list(range(config.logging.num_images))
+    texts = [text for images in drawn for text in images.texts]
+    images = DrawnImages(
+        torch.cat([images.results for images in drawn])[:measured],
+        torch.cat([images.targets for images in drawn])[:measured],
+        tuple(texts[:measured]),
+    )
+    return Probe(measure(evaluators, images) if measured else {}, sheet)
+
+
+def _drawn(
+    config: RunConfig,
+    layout: Layout,
+    draw: Draw,
+    dataset: StreamDataset,
+    model: list[nn.Module],
+    positions: Sequence[int],
+) -> tuple[dict[str, torch.Tensor], DrawnImages] | None:
+    """The batch of these prompts with what was drawn for them; None on ranks that do not draw."""
     samples = [dataset[position] for position in positions]
     batch = dataset.collate(samples, dataset.pad_to(samples, positions))
     batch = {name: value.to(layout.device) for name, value in batch.items()}
     batch = normalise_batch(batch, config)
     outputs = collect_outputs(forward_with_null_row, model, iter([batch]), 1)
     if not outputs or layout.tp_rank != 0 or layout.dp_rank != 0:
-        return Probe()
+        return None
     condition = outputs[0]["condition"]
     targets = batch["target_pixel_values"]
-    results = draw(condition, torch.tensor(positions), targets.shape[-1])
+    results = draw(condition, torch.tensor(list(positions)), targets.shape[-1])
+    # Another sample stands in the place of one with a bad image, and its words are not known here.
+    is_first = (batch["replacements"] == 0).tolist()
+    texts = tuple(
+        sample.prompt.caption if isinstance(sample, PromptSample) and first else None
+        for sample, first in zip(samples, is_first, strict=True)
+    )
+    return batch, DrawnImages(results, targets, texts)
+
+
+def _sheet(config: RunConfig, batch: dict[str, torch.Tensor], images: DrawnImages) -> Image.Image:
     prompts = _prompt_pictures(config, batch)
     width = max(len(pictures) for pictures in prompts)
     rows = [
         pictures + [None] * (width - len(pictures)) + [to_picture(target), to_picture(result)]
-        for pictures, target, result in zip(prompts, targets, results, strict=True)
+        for pictures, target, result in zip(prompts, images.targets, images.results, strict=True)
     ]
-    sheet = picture_grid(rows, CELL_PIXELS, ["prompt"] * width + ["truth", "result"])
-    metrics = measure(evaluators, DrawnImages(results, targets))
-    return Probe(metrics, {"held_out_prompts": sheet})
+    return picture_grid(rows, CELL_PIXELS, ["prompt"] * width + ["truth", "result"])
 
 
 def _prompt_pictures(

@@ -132,12 +132,17 @@ class InstructStage:
         return InitialWeights(path, stage="align", unused=("aligner_n",))
 
     def probe(self, model: list[nn.Module], iteration: int) -> Probe:
-        """Pictures of fixed held-out prompts, and what the evaluators say of them.
+        """Pictures of fixed held-out prompts, and what the evaluators say of them when it is time.
 
         Nothing where the run has no held-out data.
         """
         if not self.config.data.heldout:
             return Probe()
+        every, num_measured = self.config.evaluation.every, None
+        if every:
+            is_last = iteration == self.config.training.train_iters
+            is_time = is_last or iteration % every == 0
+            num_measured = self.config.evaluation.num_prompts if is_time else 0
         return held_out_pictures(
             self.config,
             self._layout,
@@ -145,6 +150,7 @@ class InstructStage:
             open_stream(self.config, self._layout.device, "heldout", "all", True),
             model,
             self._evaluators,
+            num_measured,
         )
 
     def _draw(self, condition: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:

@@ -41,12 +41,14 @@ class Evaluations:
         self._metrics, self._display, self._stop = metrics, display, stop
 
     def is_due(self, iteration: int) -> bool:
-        """Whether this iteration is followed by a loss or pictures."""
-        return self._has_loss(iteration) or is_due(iteration, self._config.logging.image_interval)
+        """Whether this iteration is followed by a loss, pictures or a measurement of them."""
+        config = self._config
+        intervals = (config.logging.image_interval, config.evaluation.every)
+        return self._has_loss(iteration) or any(is_due(iteration, each) for each in intervals)
 
     def is_missing(self, iteration: int) -> bool:
         """Whether the numbers of this iteration were due and are not in the metrics."""
-        if not self._has_loss(iteration):
+        if not (self._has_loss(iteration) or is_due(iteration, self._config.evaluation.every)):
             return False
         known = [self._metrics.has_evaluation(iteration)]  # rank 0 alone has the file
         dist.broadcast_object_list(known, src=0)

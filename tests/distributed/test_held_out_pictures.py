@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from megatron_kosmosg.evaluation.evaluator import DrawnImages
@@ -43,7 +44,8 @@ class Prompts:
         return LENGTH
 
     def collate(self, samples: list[int], pad_to: int) -> dict:
-        return random_batch("instruct", len(samples), pad_to, seed=3)
+        batch = random_batch("instruct", len(samples), pad_to, seed=3)
+        return batch | {"replacements": torch.zeros(len(samples), dtype=torch.long)}
 
 
 def sheet(config: RunConfig) -> np.ndarray | None:
@@ -108,16 +110,36 @@ def train_with_grid(config: RunConfig) -> None:
     run_stage(config)
 
 
+def measured_run(stable_diffusion: Path, folder: Path, **settings) -> RunConfig:
+    """The config of a few updates whose drawn images are measured by `Grid`."""
+    config = replace_section(config_of(stable_diffusion), "evaluation", grid=["grid"], **settings)
+    config = replace_section(config, "data", heldout={"tiny": BlendEntry("tiny")}, num_workers=1)
+    config = replace_section(config, "training", train_iters=5, eval_iters=1)
+    config = replace_section(config, "optimizer", lr_warmup_iters=1)
+    return replace_section(
+        config, "logging", output_dir=str(folder), num_images=2, tensorboard=False
+    )
+
+
 def test_an_evaluator_is_run_on_the_images_that_a_training_draws(stable_diffusion, tmp_path):
     """On two ranks, of which one draws; the numbers stand in the run's metrics, under its name."""
-    config = replace_section(config_of(stable_diffusion), "evaluation", grid=["grid"])
-    config = replace_section(config, "data", heldout={"tiny": BlendEntry("tiny")}, num_workers=1)
-    config = replace_section(config, "training", train_iters=2, eval_iters=1)
-    config = replace_section(config, "optimizer", lr_warmup_iters=1)
-    config = replace_section(
-        config, "logging", output_dir=str(tmp_path), num_images=2, tensorboard=False
-    )
+    config = replace_section(measured_run(stable_diffusion, tmp_path), "training", train_iters=2)
     run_ranks(2, train_with_grid, config)
     (measured,) = [line for line in records(config) if "heldout_loss" in line]
     assert measured["heldout_grid_rows"] == 2 and measured["heldout_grid_of_iterations"] == 2
     assert measured["heldout_grid_same_shape"] == 1 and measured["heldout_grid_difference"] > 0
+
+
+@pytest.mark.parametrize("num_images", [2, 0])
+def test_a_fixed_subset_is_measured_every_so_often(stable_diffusion, tmp_path, num_images):
+    """More prompts than the sheet shows, drawn in several passes, the same each time; not by an
+    evaluation that lies between."""
+    config = measured_run(stable_diffusion, tmp_path, every=2, num_prompts=5)
+    config = replace_section(config, "training", eval_interval=1)
+    config = replace_section(config, "logging", num_images=num_images)
+    run_ranks(2, train_with_grid, config)
+    held_out = [line for line in records(config) if "heldout_loss" in line]
+    assert [line["iteration"] for line in held_out] == [1, 2, 3, 4, 5]
+    rows = [line.get("heldout_grid_rows") for line in held_out]
+    assert rows == [None, 5, None, 5, 5]
+    assert all(line["heldout_grid_same_shape"] == 1 for line in held_out[1::2])

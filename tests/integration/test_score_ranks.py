@@ -20,6 +20,7 @@ import pytest
 
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.toy import assets
+from megatron_kosmosg.toy.stand_in_networks import write_clip
 from tests.support.data_helpers import overwrite_image
 from tests.support.ranks import run_ranks
 from tests.support.score_runs import Event, Outcome, program
@@ -31,6 +32,9 @@ SETTINGS = (
     "training.global_batch_size=4",
     "training.eval_interval=3",
     "logging.image_interval=3",
+    "evaluation.grid=[toy,clip]",
+    "evaluation.every=3",
+    "evaluation.num_prompts=10",  # two more than the image grid has
     f"checkpoint.save_interval={MIDDLE}",
     "checkpoint.keep_last=0",
     "parallel.timeout_seconds=60",
@@ -55,19 +59,28 @@ def world(tmp_path_factory) -> Path:
     """Data, and an `align` checkpoint to start from."""
     folder = tmp_path_factory.mktemp("toy")
     write_data(folder, ("caption", "edit", "compositional"))
+    write_clip(folder / "clip")
     short = ("training.train_iters=2", "logging.num_images=0")
     run_ranks(1, train_from_nothing, config_of("align", folder, folder / "align", None, *short))
     return folder
 
 
 def arguments(world: Path, folder: Path, *more: str) -> list[str]:
-    return arguments_of("instruct", world, folder, world / "align", *SETTINGS, *more)
+    clip = f"evaluation.clip={world / 'clip'}"
+    return arguments_of("instruct", world, folder, world / "align", *SETTINGS, clip, *more)
 
 
 def curve(folder: Path, first: int = 1) -> list[tuple]:
     """(iteration, loss, gradient norm, held-out loss) from iteration `first` on."""
     rows = [(row[0], row[1], row[2], row[5]) for row in records(folder) if row[0] >= first]
     return [tuple(math.nan if value is None else value for value in row) for row in rows]
+
+
+def measured(folder: Path) -> list[dict[str, float]]:
+    """What CLIP said of the drawn images, and of the words that asked for them."""
+    names = ("heldout_clip_similarity", "heldout_clip_text_similarity")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in names} for line in lines if "lr" not in line]
 
 
 def assert_close(found: list[tuple], expected: list[tuple]) -> None:
@@ -116,6 +129,7 @@ def test_the_program_trains_evaluates_draws_and_saves(name, dedicated, colocated
             assert line["link_mib"] > 2 * 4 * CONDITION_BYTES / 2**20  # four images, both ways
         else:  # pictures were drawn by a score rank and judged
             assert math.isfinite(line["heldout_loss"]) and "heldout_toy_hue_mean" in line
+    assert measured(folder) == [pytest.approx(each, abs=1e-3) for each in measured(colocated)]
     saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert saved == ["iter_0000003", "iter_0000006"]
 
