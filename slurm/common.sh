@@ -324,7 +324,9 @@ run_stage() {
     finish $?
 }
 
-# run_tool TOOL "$@": a restartable program of tools/, with the arguments after `--`.
+# run_tool TOOL "$@": a restartable program of tools/, with the arguments after `--`. tool_steps are
+# the steps that it takes one after the other, each on all tasks; one that is whole takes a moment.
+tool_steps=('')
 run_tool() {
     local tool=$1
     shift
@@ -341,6 +343,12 @@ run_tool() {
         exit 0
     fi
     warn_before_the_limit
-    step --distribution=block "${tool_options[@]}" "$python" "$tool" ${rest[@]+"${rest[@]}"}
-    finish $?
+    local each status=0
+    for each in "${tool_steps[@]}"; do
+        step --distribution=block "${tool_options[@]}" \
+            "$python" "$tool" ${rest[@]+"${rest[@]}"} ${each:+--only "$each"}
+        status=$?
+        [ "$status" -eq 0 ] || break
+    done
+    finish "$status"
 }

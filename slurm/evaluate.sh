@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# One evaluation of trained models on one GPU:
-#   sbatch slurm/evaluate.sh -- --run instruct=/runs/instruct --output /runs/evaluation
-# KOSMOSG_EVALUATION names another program of tools/.
+# One evaluation (toy, dreambench, coco or pairs) of a trained model:
+#   sbatch slurm/evaluate.sh toy -- --run instruct=/runs/instruct --output /runs/evaluation
+#   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --dependency=afterok:JOB \
+#       slurm/evaluate.sh dreambench -- --model /runs/instruct --dreambooth FOLDER ...
+# dreambench and coco generate on all tasks, and then score on all of them. Without a name the
+# program is that of tools/ which KOSMOSG_EVALUATION names (evaluate_toy).
 #SBATCH --job-name=kosmosg-evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -28,4 +31,18 @@ fi
 # shellcheck source=slurm/common.sh
 source "$home/slurm/common.sh"
 
-run_tool "tools/${KOSMOSG_EVALUATION:-evaluate_toy}.py" "$@"
+evaluation=${KOSMOSG_EVALUATION:-evaluate_toy}
+case ${1-} in
+    toy | dreambench | coco | pairs)
+        evaluation=evaluate_$1
+        shift
+        case $evaluation in evaluate_dreambench | evaluate_coco)
+            # No rank can score what another has not drawn. One who names a step gets that step.
+            [[ " $* " == *" --only"* ]] || tool_steps=(generate score)
+            ;;
+        esac
+        ;;
+    '' | -*) ;;
+    *) die "$1 is no evaluation: there are toy, dreambench, coco and pairs; arguments come after --" ;;
+esac
+run_tool "tools/$evaluation.py" "$@"

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kosmosg.cli import evaluate_dreambench
 from megatron_kosmosg.toy import assets
+from megatron_kosmosg.toy.stand_in_networks import write_clip
+from tests.support.judged_images import write_dreambooth
 from tests.support.local_slurm import LocalSlurm
 from tests.support.toy_runs import REPOSITORY, arguments_of, write_data
 
@@ -35,6 +38,14 @@ def updates(run: Path) -> list[dict]:
     """The lines of the metrics that are of updates."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "lr" in line]
+
+
+def dreambench_arguments(folder: Path) -> list[str]:
+    """Of one image of each subject, scored by a stand-in."""
+    folder.mkdir()
+    images, clip = write_dreambooth(folder / "dreambooth"), write_clip(folder / "clip")
+    files = ["--dreambooth", str(images), "--clip", str(clip)]
+    return [*files, "--num-prompts", "1", "--num-images", "1", "--steps", "1"]
 
 
 def submit(slurm: LocalSlurm, name: str, folder: Path, *arguments: str, **more) -> str:
@@ -72,7 +83,14 @@ def test_three_stages_and_an_evaluation_each_after_the_one_before(slurm, data, t
     judged = tmp_path / "evaluation"
     tool = ("--run", f"instruct={previous}", "--output", str(judged), "--fast", "--count", "2")
     arguments = ("--", *tool, "--steps", "1")
-    jobs.append(submit(slurm, "evaluate", tmp_path, *arguments, after=jobs[-1:], **here))
+    trained = jobs[-1:]
+    jobs.append(submit(slurm, "evaluate", tmp_path, *arguments, after=trained, **here))
+    over_nodes = ("--nodes=2", f"--dependency=afterok:{trained[0]}")
+    bench = ["--model", str(previous), *dreambench_arguments(tmp_path / "bench")]
+    written = f"--output={tmp_path}/bench.out"
+    script, *tool = str(SCRIPTS / "evaluate.sh"), "dreambench", "--", *bench
+    line = (*over_nodes, written, script, *tool, "--output", str(tmp_path / "judged"))
+    judging = slurm.submit(*line, **here)
 
     def is_interrupted() -> bool:
         slurm.run("scancel", "--signal=USR1", large)
@@ -90,6 +108,12 @@ def test_three_stages_and_an_evaluation_each_after_the_one_before(slurm, data, t
         assert [line["iteration"] for line in updates(tmp_path / stage)] == [1, 2]
     assert all(0 < line["score_idle"] <= 1 for line in updates(tmp_path / "instruct"))
     assert json.loads((judged / "metrics.json").read_text())["rows"]
+    said = slurm.finish(judging)
+    assert "2 tasks of tools/evaluate_dreambench.py" in said
+    assert all(f"rank {rank}: 15 drawn, 0 kept" in said for rank in (0, 1)), said
+    assert evaluate_dreambench.main([*bench, "--output", str(tmp_path / "alone")]) == 0
+    alone, over_two = (tmp_path / name / "result.json" for name in ("alone", "judged"))
+    assert over_two.read_bytes() == alone.read_bytes()
 
 
 def test_preprocessing_under_mpi_writes_the_bytes_of_one_process(slurm, data, tmp_path):

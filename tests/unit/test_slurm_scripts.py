@@ -423,6 +423,30 @@ def test_tools_go_on_after_an_interruption_and_keep_their_own_errors(cluster):
     assert call.index("--kill-on-bad-exit=1") < call.index("--kill-on-bad-exit=0")  # the last wins
 
 
+def test_an_evaluation_by_its_name_generates_and_then_scores_on_all_tasks(cluster):
+    given = ("--", "--model", "/runs/x y", "--output", "o")
+    assert cluster.run("dreambench", *given, script="evaluate.sh").returncode == 0
+    calls = cluster.calls.read_text().splitlines()
+    assert len(calls) == 2 and all("--kill-on-bad-exit=0" in call for call in calls)
+    for call, step in zip(calls, ("generate", "score"), strict=True):
+        assert call.endswith(
+            f"tools/evaluate_dreambench.py --model /runs/x y --output o --only {step}"
+        )
+    cluster.run("coco", *given, script="evaluate.sh", CODE="2")
+    assert "coco" in cluster.calls.read_text() and "--only score" not in cluster.calls.read_text()
+    cluster.run("coco", *given, "--only=score", script="evaluate.sh")
+    assert cluster.calls.read_text().endswith("--output o --only=score\n")
+    for name, tool in (("pairs", "evaluate_pairs"), ("toy", "evaluate_toy")):
+        cluster.run(name, *given, script="evaluate.sh")
+        assert cluster.calls.read_text().endswith(f"tools/{tool}.py --model /runs/x y --output o\n")
+    cluster.run(*given, script="evaluate.sh", KOSMOSG_EVALUATION="evaluate_coco")
+    assert cluster.calls.read_text().endswith(
+        "tools/evaluate_coco.py --model /runs/x y --output o\n"
+    )
+    wrong = cluster.run("dreambnch", *given, script="evaluate.sh")
+    assert wrong.returncode == 2 and "there are toy, dreambench, coco and pairs" in wrong.stderr
+
+
 def test_a_tool_that_is_killed_every_time_is_given_up(cluster):
     killed = {"script": "cache_latents.sh", "CODE": "137"}
     outcomes = []
