@@ -31,6 +31,7 @@ PUBLISHED = (
             ("Make-A-Scene", (11.84,)),
             ("GLIDE", (12.24,)),
         ),
+        digits=2,
     ),
     PublishedTable(
         "Table 2 of the KOSMOS-G paper: FID after stage 2, by how the decoder is aligned",
@@ -41,6 +42,7 @@ PUBLISHED = (
             ("end to end, with AlignerNet", (11.30,)),
             ("Stable Diffusion v1.5", (9.34,)),
         ),
+        digits=2,
     ),
 )
 """An `instruct` model compares with the first, an `align` model with the second."""

@@ -172,6 +172,7 @@ PUBLISHED = PublishedTable(
         ("Textual Inversion, tuned", (0.569, 0.780, 0.255)),
         ("real images", (REAL_REAL_DINO, 0.885, None)),
     ),
+    digits=3,
 )
 """On single subjects. Rows but the first were computed by others, who may average over all real
 images of a subject."""

@@ -55,6 +55,8 @@ class PublishedTable:
     """Metrics by their names for people."""
     rows: Sequence[tuple[str, Sequence[float | None]]]
     """(method, one value a column); None where the paper has none."""
+    digits: int
+    """After the point, as the paper prints them."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ def test_from_a_model_to_the_page(arguments, tmp_path, capsys):
     page = (out / "report.html").read_text()
     assert "http" not in page
     assert "<td>KOSMOS-G, one image</td><td class=num>0.694</td>" in page
+    assert "<td>Re-Imagen</td><td class=num>0.600</td><td class=num>0.740</td>" in page
     assert f"<b>{result['metrics']['clip_i']['value']:.4f}</b>" in page.split("Table 1")[1]
 
     # A damaged image is drawn again, the rest is kept, and the result is the same.
