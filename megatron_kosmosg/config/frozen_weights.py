@@ -21,13 +21,19 @@ _PARTS = {
 
 def weights_variant(folder: Path, names: tuple[str, ...] = DIFFUSERS) -> str | None:
     """The variant to load, None for the weights that need no name; those win over every variant,
-    fp16 over the others. FileNotFoundError where the folder has no weights."""
+    fp16 over the others. None, too, where there are no weights: a rehearsal opens folders of
+    configurations alone, and otherwise the library that reads says that they are missing."""
+    found = _variants(folder, names)
+    if not found or None in found:
+        return None
+    return min(found, key=lambda variant: (variant != "fp16", str(variant)))
+
+
+def _variants(folder: Path, names: tuple[str, ...]) -> set[str | None]:
+    """Of all weights in the folder."""
     named = rf"(?:{'|'.join(names)})(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.(?:safetensors|bin)"
     matches = [re.fullmatch(named, path.name) for path in folder.iterdir()]
-    found = {match[1] or match[2] for match in matches if match}
-    if not found:
-        raise FileNotFoundError(f"{folder} has no weights ({names[0]}.safetensors)")
-    return None if None in found else min(found, key=lambda variant: (variant != "fp16", variant))
+    return {match[1] or match[2] for match in matches if match}
 
 
 def missing_parts(key: str, folder: Path) -> Iterator[str]:
@@ -38,11 +44,8 @@ def missing_parts(key: str, folder: Path) -> Iterator[str]:
             yield f"{key}={folder} has no folder {part}; give a Stable Diffusion in diffusers' form"
         elif not any((folder / part).glob("*config.json")):
             yield f"{key}={folder}: {part} has no config.json; is the download complete?"
-        elif names:
-            try:
-                weights_variant(folder / part, names)
-            except FileNotFoundError:
-                yield (
-                    f"{key}={folder}: {part} has no weights ({names[0]}.safetensors, also as "
-                    f"variant fp16, or .bin); is the download complete?"
-                )
+        elif names and not _variants(folder / part, names):
+            yield (
+                f"{key}={folder}: {part} has no weights ({names[0]}.safetensors, also as variant "
+                "fp16, or .bin); is the download complete?"
+            )
