@@ -49,11 +49,13 @@ def load_weights(
     absent: Sequence[str] = (),
     unused: Sequence[str] = (),
     stage: str | None = None,
+    new: Sequence[str] = (),
 ) -> None:
     """Fills the bare chunks from the checkpoint folder `path`; a collective over all ranks.
 
     absent: prefixes of model keys that the checkpoint must not have (they keep their values).
     unused: prefixes of checkpoint keys that the model must not have.
+    new: ends of model keys that the checkpoint may lack (those keep their values).
     stage: the stage that must have written the checkpoint; None takes any.
     Raises ConfigError naming the stage or the keys that break these rules.
     """
@@ -70,7 +72,9 @@ def load_weights(
         for key in read_description(path).state_dict_metadata
         if not key.startswith(NOT_MODEL) and "_extra_state" not in key
     }
-    _check_keys(path, written_by, _keys_of_all_ranks(state), stored, tuple(absent), tuple(unused))
+    wanted_keys = _keys_of_all_ranks(state)
+    started = {key for key in wanted_keys - stored if key.endswith(tuple(new))}
+    _check_keys(path, written_by, wanted_keys - started, stored, tuple(absent), tuple(unused))
     kept = [_split(part, stored) for part in state.values()]
     wanted = {name: found for name, (found, _) in zip(state, kept, strict=True)}
     try:

@@ -1,6 +1,6 @@
 """Checkpoints of other projects -> ours, ours -> folders that stock libraries open.
 
-Long because it is the help page of six commands; the work is in megatron_kosmosg/conversion.
+Long because it is the help page of its commands; the work is in megatron_kosmosg/conversion.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ commands (each has its own --help with an example):
   import-fairseq  the authors' checkpoint_stage1.pt, checkpoint_stage2.pt, checkpoint_final.pt
   import-kosmos2  microsoft/kosmos-2-patch14-224 as a start of pretrain
   export-hf       a diffusers folder: pictures with diffusers, text with transformers
+  export-lora     its adapters (lora.rank), for PEFT on the model that they were trained on
   export-mllm     only its language model, a stock Kosmos-2 (also of a pretrain checkpoint)
   import-hf       either of these folders back
   verify          two models of any of these formats on the same random prompts
@@ -80,6 +81,15 @@ EXPORT_HF_EPILOG = """\
 example:
   kosmosg convert export-hf --input runs/instruct --output kosmos-g --dtype fp16 \\
       --stable-diffusion stable-diffusion-v1-5
+"""
+EXPORT_LORA = """\
+The adapters of a run with lora.rank as a folder for peft.PeftModel.from_pretrained(mllm, FOLDER),
+where mllm is the stock Kosmos-2 (export-hf, export-mllm) of the checkpoint that the run started
+from. Its AlignerNet is in the export of the run itself, whose mllm/ has the adapters merged.
+"""
+EXPORT_LORA_EPILOG = """\
+example:
+  kosmosg convert export-lora --input runs/instruct --output kosmos-g-lora
 """
 EXPORT_MLLM = """\
 The language model of a checkpoint as a folder for AutoModelForImageTextToText, AutoTokenizer and
@@ -129,13 +139,14 @@ class Different(Exception):
 
 
 def build_parser() -> CommandParser:
-    """The options of the six commands; `work` of what they parse is what to do."""
+    """The options of the commands; `work` of what they parse is what to do."""
     parser = command_parser("convert", __doc__.splitlines()[0], EPILOG)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_import_fairseq(commands)
     _add_import_kosmos2(commands)
     _add_export_hf(commands)
     _add_export_mllm(commands)
+    _add_export_lora(commands)
     _add_import_hf(commands)
     _add_verify(commands)
     return parser
@@ -255,6 +266,17 @@ def _export_mllm(args: argparse.Namespace) -> list[str]:
 
     notes = export_mllm(args.input, args.output, _dtype(args), args.tokenizer_model, _progress())
     return [*notes, str(args.output)]
+
+
+def _add_export_lora(commands) -> None:
+    parser = _command(commands, "export-lora", EXPORT_LORA, EXPORT_LORA_EPILOG, _export_lora)
+    _add_dtype(parser, "the checkpoint's")
+
+
+def _export_lora(args: argparse.Namespace) -> list[str]:
+    from megatron_kosmosg.conversion.export_lora import export_lora
+
+    return [*export_lora(args.input, args.output, _dtype(args), _progress()), str(args.output)]
 
 
 def _add_import_hf(commands) -> None:

@@ -17,6 +17,11 @@ _PARTS = {
     "model.clip_text.path": {"text_encoder": TRANSFORMERS},
 }
 """{setting: {folder inside: names of its weights}}"""
+_WHOLE_MODEL = (".safetensors", ".ckpt")
+_REWRITE = (
+    'python -c "from diffusers import StableDiffusionPipeline as P; '
+    "P.{reader}('{given}', {settings}safety_checker=None).save_pretrained('NEW')\""
+)
 
 
 def weights_variant(folder: Path, names: tuple[str, ...] = DIFFUSERS) -> str | None:
@@ -34,6 +39,31 @@ def _variants(folder: Path, names: tuple[str, ...]) -> set[str | None]:
     named = rf"(?:{'|'.join(names)})(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.(?:safetensors|bin)"
     matches = [re.fullmatch(named, path.name) for path in folder.iterdir()]
     return {match[1] or match[2] for match in matches if match}
+
+
+def one_file_advice(path: str) -> str | None:
+    """What to do with a whole Stable Diffusion in one file; None where `path` is none."""
+    if not path.endswith(_WHOLE_MODEL) or not Path(path).is_file():
+        return None
+    command = _REWRITE.format(reader="from_single_file", given=path, settings="")
+    return (
+        "is one file; a folder in diffusers' layout is needed. Make it once (it asks the internet "
+        f"for the model's settings): {command}, and give NEW"
+    )
+
+
+def pickles_advice(part: Path) -> str | None:
+    """What to do with a part of a Stable Diffusion that has pickles alone, where only safetensors
+    are read; None where it has no pickles."""
+    if not any(part.glob("*.bin")):
+        return None
+    command = _REWRITE.format(
+        reader="from_pretrained", given=part.parent, settings="use_safetensors=False, "
+    )
+    return (
+        "has its weights as pickles (.bin) alone; where you trust them, write the folder once as "
+        f"safetensors: {command}"
+    )
 
 
 def missing_parts(key: str, folder: Path) -> Iterator[str]:

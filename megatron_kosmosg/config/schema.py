@@ -222,6 +222,20 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on the decoder's linear layers (arXiv 2106.09685), whose weights then stay
+    as they are (`instruct`)."""
+
+    rank: int = 0
+    """Of every adapter; 0 trains the whole decoder instead."""
+    alpha: float = 16.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    trains: list[str] = field(default_factory=lambda: ["aligner_m"])
+    """Parts that train whole beside the adapters: aligner_m, resampler, vision_encoder (its last
+    blocks), embedding."""
+
+
+@dataclass(frozen=True)
 class PerformanceConfig:
     """How the frozen networks run. What is asked for is compared at the start, on one batch, with
     the plain passes, and left aside with one line where it does not give the same."""
@@ -333,6 +347,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     performance: PerformanceConfig = field(default_factory=PerformanceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

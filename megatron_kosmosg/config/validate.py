@@ -18,7 +18,7 @@ from typing import Any
 from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
 from megatron_kosmosg.config.divisors import divisors, neighbours
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.config.frozen_weights import missing_parts
+from megatron_kosmosg.config.frozen_weights import missing_parts, one_file_advice
 from megatron_kosmosg.config.other_folders import how_to_import
 from megatron_kosmosg.config.paths import COMPLETE_FILE, output_folder, save_folder
 from megatron_kosmosg.config.schema import RunConfig
@@ -38,6 +38,7 @@ def validate_layout(config: RunConfig, world_size: int, facts: StageFacts) -> No
     _check_grid(config, facts)
     _check_packing(config, facts)
     _check_performance(config)
+    _check_lora(config, facts)
     _check_schedule(config)
     _check_microbatches(config, data_parallel_size(config, world_size))
 
@@ -80,7 +81,8 @@ def _missing_files(config: RunConfig, facts: StageFacts) -> Iterator[str]:
         if Path(folder).is_dir():
             yield from missing_parts(key, Path(folder))
         else:
-            yield f"{key}={folder}: no such folder"
+            advice = one_file_advice(folder)
+            yield f"{key}={folder} {advice}" if advice else f"{key}={folder}: no such folder"
     if not any(save_folder(config).glob("iter_*")):  # a resumed run reads its own checkpoints
         yield from _missing_initial_weights(config.checkpoint.load)
 
@@ -142,7 +144,10 @@ def _check_numbers(config: RunConfig) -> None:
     for section, blend in (("blend", config.data.blend), ("heldout", config.data.heldout)):
         for name, entry in blend.items():
             if entry.weight <= 0:
-                raise ConfigError(f"data.{section}.{name}.weight={entry.weight} must be above 0")
+                raise ConfigError(
+                    f"data.{section}.{name}.weight={entry.weight} must be above 0; "
+                    f"data.{section}.{name}=null leaves the dataset out"
+                )
 
 
 def _check_world_size(config: RunConfig, world_size: int) -> None:
@@ -189,6 +194,23 @@ def _check_performance(config: RunConfig) -> None:
             "performance.compile=cudagraph cannot record a U-Net that recomputes its activations; "
             "set score.recompute=false or performance.compile=regional"
         )
+
+
+def _check_lora(config: RunConfig, facts: StageFacts) -> None:
+    lora = config.lora
+    if lora.rank < 0 or lora.alpha <= 0:
+        given = f"lora.rank={lora.rank}, lora.alpha={lora.alpha:g}"
+        raise ConfigError(f"{given}: the rank must be 0 (no adapters) or more, alpha above 0")
+    if not lora.rank:
+        return
+    if facts.name != "instruct":
+        nothing = f"lora.rank={lora.rank} means nothing to stage={config.stage}"
+        raise ConfigError(f"{nothing}: adapters are trained in instruct; set lora.rank=0")
+    beside = [name for name in facts.trained if name != "decoder"]
+    wrong = [name for name in lora.trains if name not in beside]
+    if wrong:
+        may = f"beside the decoder's adapters may train {', '.join(beside)}"
+        raise ConfigError(f"lora.trains names {', '.join(wrong)}; {may}")
 
 
 def _check_tensor_parallel(config: RunConfig, facts: StageFacts) -> None:

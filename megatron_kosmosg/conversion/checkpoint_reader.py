@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -29,13 +30,16 @@ from megatron_kosmosg.checkpoint.weights import NOT_MODEL
 from megatron_kosmosg.config.errors import ConfigError, ConversionError
 from megatron_kosmosg.config.load import load_saved_config
 from megatron_kosmosg.conversion.stored_names import EMBEDDING, names_under, stored_key
-from megatron_kosmosg.conversion.tensors import TensorInfo
+from megatron_kosmosg.conversion.tensors import TensorInfo, TensorSource
+from megatron_kosmosg.models.lora import ADAPTERS, LORA_A, LORA_B
 
 
 class CheckpointTensors:
     """The newest whole checkpoint of a run folder (or one `iter_` folder) as a TensorSource.
 
-    Tensors are whole and without vocabulary padding. `config` is the run's, `stage` its stage.
+    Tensors are whole and without vocabulary padding; low-rank adapters are added to the weights
+    that they belong to, and are no tensors of their own (`adapter` gives them). `config` is the
+    run's, `stage` its stage.
     Raises ConversionError when there is no undamaged checkpoint.
     """
 
@@ -51,6 +55,23 @@ class CheckpointTensors:
 
     def names(self) -> dict[str, TensorInfo]:
         """Shape and dtype of every weight, in the order of the checkpoint's keys."""
+        found = self._stored_names()
+        return {name: info for name, info in found.items() if not name.endswith(ADAPTERS)}
+
+    def apart(self) -> TensorSource:
+        """The same tensors as they are stored: weights without adapters, and adapters."""
+        return _Stored(self._stored_names(), self._read)
+
+    def adapted(self) -> list[str]:
+        """Modules that have an adapter."""
+        end = f".{LORA_A}"
+        return [name.removesuffix(end) for name in self._stored_names() if name.endswith(end)]
+
+    def adapter(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, inputs] and B [outputs, r] of an adapted module."""
+        return self._read(f"{module}.{LORA_A}"), self._read(f"{module}.{LORA_B}")
+
+    def _stored_names(self) -> dict[str, TensorInfo]:
         found = {}
         for key, stored in self._stored.items():
             dtype = stored.properties.dtype
@@ -64,6 +85,15 @@ class CheckpointTensors:
 
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor; holds it and one stored shard."""
+        tensor = self._read(name)
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or stored_key(f"{module}.{LORA_A}")[0] not in self._stored:
+            return tensor
+        a, b = (part.float() for part in self.adapter(module))
+        lora = self.config.lora
+        return (tensor.float() + lora.alpha / lora.rank * (b @ a)).to(tensor.dtype)
+
+    def _read(self, name: str) -> torch.Tensor:
         key, layer = stored_key(name)
         stored = self._stored.get(key)
         if stored is None or (layer is not None and layer >= stored.size[0]):
@@ -98,6 +128,19 @@ class CheckpointTensors:
             for key, stored in metadata.state_dict_metadata.items()
             if isinstance(stored, TensorStorageMetadata) and not key.startswith(NOT_MODEL)
         }
+
+
+class _Stored:
+    """Tensors as a checkpoint has them, as a TensorSource."""
+
+    def __init__(self, names: dict[str, TensorInfo], read: Callable[[str], torch.Tensor]) -> None:
+        self._names, self._read = names, read
+
+    def names(self) -> dict[str, TensorInfo]:
+        return dict(self._names)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._read(name)
 
 
 class _Into(DefaultLoadPlanner):

@@ -18,6 +18,11 @@ from megatron_kosmosg.conversion.tensors import TensorInfo, TensorSource, in_fil
 from megatron_kosmosg.foreign_files import inside, read_json
 from megatron_kosmosg.progress import ProgressCallback
 
+_REWRITE = (
+    "its pickles (.bin) are not read; where you trust them, add safetensors beside them once: "
+    'python -c "from transformers import AutoModelForImageTextToText as M; '
+    "M.from_pretrained('{folder}', use_safetensors=False).save_pretrained('{folder}')\""
+)
 MAX_SHARD_BYTES = 2_000_000_000
 TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"
 _DTYPE_OF = {
@@ -120,7 +125,11 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
     if not index.is_file():
         single = folder / f"{stem}.safetensors"
         if not single.is_file():
-            raise ConversionError(f"{folder} has no {single.name} and no {index.name}")
+            pickles = any(folder.glob("*.bin"))
+            raise ConversionError(
+                f"{folder} has no {single.name} and no {index.name}"
+                + (f"; {_REWRITE.format(folder=folder)}" if pickles else "")
+            )
         return [single]
     try:
         names = read_json(index)["weight_map"].values()

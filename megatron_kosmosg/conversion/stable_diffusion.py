@@ -13,6 +13,7 @@ import diffusers
 import torch
 
 from megatron_kosmosg.config.errors import ConversionError
+from megatron_kosmosg.config.frozen_weights import one_file_advice, pickles_advice
 from megatron_kosmosg.config.schema import AlignerConfig
 from megatron_kosmosg.conversion.json_files import read_json
 from megatron_kosmosg.conversion.safetensors_files import (
@@ -34,6 +35,9 @@ class StableDiffusion:
     """
 
     def __init__(self, folder: Path, aligner: AlignerConfig) -> None:
+        advice = one_file_advice(str(folder))
+        if advice is not None:
+            raise ConversionError(f"{folder} {advice}")
         self._folder = folder
         self._configs = {part: self._config(part, "config.json") for part in _CLASSES}
         self._scheduler = self._config("scheduler", SCHEDULER_FILE)
@@ -115,6 +119,9 @@ class StableDiffusion:
             names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
             if any((self._folder / part / name).is_file() for name in names):
                 return stem
+        advice = pickles_advice(self._folder / part)
+        if advice is not None:
+            raise ConversionError(f"{self._folder / part} {advice}")
         raise ConversionError(
             f"{self._folder / part} has no {DIFFUSERS}.safetensors; open and save the folder once "
             "with diffusers (from_pretrained, save_pretrained) to get safetensors files"

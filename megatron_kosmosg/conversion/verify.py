@@ -121,7 +121,7 @@ def open_side(path: Path, config_file: Path | None, overrides: Sequence[str], tr
         return Side(
             f"{checkpoint.path}: checkpoint, stage {checkpoint.stage}, with Megatron-Core",
             prompt_shape(checkpoint.config),
-            lambda prompts: outputs_of_ours(checkpoint.config, checkpoint, prompts),
+            lambda prompts: outputs_of_ours(checkpoint.config, checkpoint.apart(), prompts),
         )
     stock = Kosmos2Config.from_pretrained(parts.mllm, local_files_only=True)
     shape = PromptShape(

@@ -17,6 +17,7 @@ from torch import nn
 
 from megatron_kosmosg.config.schema import ModelConfig
 from megatron_kosmosg.data.keyed import torch_generator
+from megatron_kosmosg.models.lora import LORA_A, LORA_B
 from megatron_kosmosg.models.positions import PADDING_INDEX
 from megatron_kosmosg.parallel.layout import Layout
 
@@ -29,6 +30,10 @@ _CLIP_STD = 0.02
 def split_axis(name: str) -> int | None:
     """The axis of a parameter that tensor parallelism splits, by its name; None = replicated."""
     *_, module, leaf = name.split(".")
+    if leaf == LORA_A:
+        return 1 if module in ROW_PARALLEL else None
+    if leaf == LORA_B:
+        return 0 if module in COLUMN_PARALLEL else None
     if module in COLUMN_PARALLEL or module in VOCABULARY_PARALLEL or module == "sub_norm":
         return 0
     return 1 if module in ROW_PARALLEL and leaf == "weight" else None
@@ -123,6 +128,10 @@ def _draw(
             full.zero_()
         else:
             full.normal_(0, _CLIP_STD, generator=generator)
+    elif leaf == LORA_B:
+        full.zero_()  # an adapter adds nothing until it has learnt something
+    elif leaf == LORA_A:
+        full.uniform_(-(full.shape[1] ** -0.5), full.shape[1] ** -0.5, generator=generator)
     elif leaf in ("query", "latent_query") or module == "positions":
         full.normal_(0, 1, generator=generator)
     else:

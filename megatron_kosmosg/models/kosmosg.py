@@ -75,7 +75,7 @@ class KosmosG(LanguageModule):
         if pieces.has_decoder:
             self.decoder = TransformerBlock(
                 self.config,
-                block_spec(pieces.num_decoder_layers, causal_layer()),
+                block_spec(pieces.num_decoder_layers, causal_layer(config.lora)),
                 post_process=pieces.ends_decoder,
                 pg_collection=groups,
                 vp_stage=self.vp_stage,
@@ -152,6 +152,7 @@ class KosmosG(LanguageModule):
             hidden = self.embedding(tokens, image_mask, padding_mask, images, packed)
         else:
             hidden, condition = self._receive()
+        hidden = self._with_gradient(hidden)
         if self.decoder is not None:
             hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=prompts)
             if self._pieces.ends_decoder:
@@ -172,13 +173,18 @@ class KosmosG(LanguageModule):
             output["logits"] = self.output_layer(hidden, shared)
         return self._send(output, hidden)
 
+    def _with_gradient(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What enters the decoder. Recomputation drops the gradients of layers none of whose inputs
+        wants one, as where adapters train and nothing before them."""
+        if self.decoder is None or hidden.requires_grad or not torch.is_grad_enabled():
+            return hidden
+        trains = any(parameter.requires_grad for parameter in self.decoder.parameters())
+        return hidden.detach().requires_grad_() if trains else hidden
+
     def _receive(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         received = self.input_tensor
         if self._is_upstream_frozen:
-            # Recomputation drops the gradients of layers none of whose inputs wants one.
-            layers = self.decoder.parameters() if self.decoder is not None else ()
-            trains = torch.is_grad_enabled() and any(p.requires_grad for p in layers)
-            received = received.detach().requires_grad_(trains)
+            received = received.detach()
         if "N" in self._pieces.aligner_parts and self.aligner_m is None:
             aligner = self._run_config.model.aligner
             return boundary.unpack(received, aligner.num_queries, aligner.hidden_size)

@@ -7,7 +7,7 @@ has never been run: no machine with TransformerEngine was at hand.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -24,7 +24,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_kosmosg.config.schema import LoraConfig
 from megatron_kosmosg.models.core_attention import CoreAttention
+from megatron_kosmosg.models.lora import adapted_column, adapted_row
 from megatron_kosmosg.models.norms import LayerNorm, SubLN, SubLNRowParallelLinear
 from megatron_kosmosg.parallel.core_versions import mlp_submodule
 from megatron_kosmosg.parallel.platform import transformer_impl
@@ -90,19 +92,29 @@ def block_spec(num_layers: int, layer: ModuleSpec) -> TransformerBlockSubmodules
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=provider().norm)
 
 
-def causal_layer() -> ModuleSpec:
-    """Layer of the language decoder."""
-    return _layer(AttnMaskType.causal)
+def causal_layer(lora: LoraConfig) -> ModuleSpec:
+    """Layer of the language decoder, with adapters where they are asked for."""
+    parts = provider()
+    return _layer(AttnMaskType.causal, with_adapters(parts, lora) if lora.rank else parts)
+
+
+def with_adapters(parts: Provider, lora: LoraConfig) -> Provider:
+    """The same building blocks; the linears of self-attention and feed-forward have adapters, on
+    what the sub-norm gives where there is one."""
+    row = adapted_row(parts.row_parallel, lora)
+    sub_norm_row = type(f"SubLN{row.__name__}", (SubLN, row), {})
+    column = adapted_column(parts.column_parallel, lora)
+    return replace(parts, column_parallel=column, sub_norm_row_parallel=sub_norm_row)
 
 
 def bidirectional_layer() -> ModuleSpec:
     """Layer of AlignerNet's encoders; the attention mask hides padding."""
-    return _layer(AttnMaskType.padding)
+    return _layer(AttnMaskType.padding, provider())
 
 
 def cross_attention_layer() -> ModuleSpec:
     """Layer of AlignerNet's decoders: bidirectional, with cross-attention that has no sub-norm."""
-    return _layer(AttnMaskType.padding, with_cross_attention=True)
+    return _layer(AttnMaskType.padding, provider(), with_cross_attention=True)
 
 
 def cross_attention_spec() -> ModuleSpec:
@@ -120,8 +132,9 @@ def cross_attention_spec() -> ModuleSpec:
     )
 
 
-def _layer(mask: AttnMaskType, with_cross_attention: bool = False) -> ModuleSpec:
-    parts = provider()
+def _layer(
+    mask: AttnMaskType, parts: Provider, *, with_cross_attention: bool = False
+) -> ModuleSpec:
     causal = mask is AttnMaskType.causal
     self_attention = ModuleSpec(
         module=SelfAttention,

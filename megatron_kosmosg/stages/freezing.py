@@ -11,6 +11,7 @@ from megatron_kosmosg.config.stage_facts import StageFacts
 from megatron_kosmosg.models.chunks import agree_on_freezing, build_chunks
 from megatron_kosmosg.models.faster_passes import compile_frozen_blocks
 from megatron_kosmosg.models.kosmosg import KosmosG
+from megatron_kosmosg.models.lora import ADAPTERS
 from megatron_kosmosg.parallel.layout import Layout
 
 
@@ -22,16 +23,21 @@ def build_frozen(facts: StageFacts, config: RunConfig, layout: Layout) -> list[K
     chunks = build_chunks(
         config, layout, output_head=facts.has_output_head, aligner_parts=facts.aligner_parts
     )
-    train_only(chunks, facts.trained, layout)
-    if config.performance.compile == "regional" and "vision_encoder" in facts.trained:
+    has_adapters = config.lora.rank > 0
+    trained = config.lora.trains if has_adapters else facts.trained
+    train_only(chunks, trained, layout, adapters=has_adapters)
+    if config.performance.compile == "regional" and "vision_encoder" in trained:
         for chunk in chunks:
             if chunk.vision_encoder is not None:
                 compile_frozen_blocks(chunk.vision_encoder, config)
     return chunks
 
 
-def train_only(chunks: list[KosmosG], names: Iterable[str], layout: Layout) -> list[KosmosG]:
-    """`chunks`, frozen but for the parts of these names (as in `StageFacts.trained`).
+def train_only(
+    chunks: list[KosmosG], names: Iterable[str], layout: Layout, *, adapters: bool = False
+) -> list[KosmosG]:
+    """`chunks`, frozen but for the parts of these names (as in `StageFacts.trained`), and where
+    asked for the decoder's adapters.
 
     A part held elsewhere is left out. All ranks call this together: pipeline stages learn whether
     anything before them trains.
@@ -40,6 +46,9 @@ def train_only(chunks: list[KosmosG], names: Iterable[str], layout: Layout) -> l
         chunk.requires_grad_(False)
         for part in (part for name in names for part in _parts(chunk, name)):
             part.requires_grad_(True)
+        for name, parameter in chunk.named_parameters() if adapters else ():
+            if name.endswith(ADAPTERS):
+                parameter.requires_grad_(True)
     agree_on_freezing(chunks, layout)
     return chunks
 

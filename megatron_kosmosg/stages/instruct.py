@@ -20,6 +20,7 @@ from megatron_kosmosg.evaluation.evaluator import Evaluator
 from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_diffusion
 from megatron_kosmosg.models.faster_passes import take_faster_passes
 from megatron_kosmosg.models.flops import instruct_flops
+from megatron_kosmosg.models.lora import ADAPTERS
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.score.drawing import draw_pictures
@@ -123,13 +124,14 @@ class InstructStage:
 
     def initial_weights(self) -> InitialWeights | None:
         """The model of `align` without N; or of `pretrain`, when asked, with a new AlignerNet."""
+        new = ADAPTERS if self.config.lora.rank else ()
         load_stage = self.config.checkpoint.load_stage
         path = self.config.checkpoint.load
         if load_stage == "pretrain":
-            return InitialWeights(path, stage="pretrain", absent=("aligner_m",))
+            return InitialWeights(path, stage="pretrain", absent=("aligner_m",), new=new)
         if load_stage == "instruct":
-            return InitialWeights(path, stage="instruct")
-        return InitialWeights(path, stage="align", unused=("aligner_n",))
+            return InitialWeights(path, stage="instruct", new=new)
+        return InitialWeights(path, stage="align", unused=("aligner_n",), new=new)
 
     def probe(self, model: list[nn.Module], iteration: int) -> Probe:
         """Pictures of fixed held-out prompts, and what the evaluators say of them when it is time.

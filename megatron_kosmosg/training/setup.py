@@ -69,4 +69,5 @@ def _take_initial_weights(stage: Stage, modules: list[torch.nn.Module], layout: 
             initial.absent,
             initial.unused,
             initial.stage,
+            initial.new,
         )

@@ -34,6 +34,8 @@ class InitialWeights:
     """Stage that must have written the checkpoint."""
     absent: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    """Ends of the names of weights that the checkpoint may lack: they start as they were drawn."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
@@ -29,28 +29,13 @@ from megatron_kosmosg.inference.prompt import build_prompt
 from tests.support.conversion_models import (
     TOKENIZER,
     VOCAB_SIZE,
-    ConversionWorld,
     conversion_config,
     nothing_written,
     same_weights,
     write_random,
 )
+from tests.support.public_folders import write_kosmos2
 from tests.support.tiny_pipeline import picture
-
-GROUNDING_TOKENS = 13
-OF_TRANSFORMERS_4 = {
-    "_name_or_path": "",
-    "bad_words_ids": None,
-    "do_sample": False,
-    "early_stopping": False,
-    "is_decoder": False,
-    "length_penalty": 1.0,
-    "max_length": 20,
-    "torch_dtype": None,
-    "use_bfloat16": False,
-}
-"""Settings of the kind that config files of 2023 carry along."""
-EMBEDDING = "text_model.model.embed_tokens.weight"
 
 
 def test_stock_classes_take_every_weight(converted) -> None:
@@ -195,32 +180,8 @@ def _weights(folder: Path) -> Path:
     return folder / "diffusion_pytorch_model.safetensors"
 
 
-def _kosmos2(converted: ConversionWorld, folder: Path) -> Path:
-    """The layout of microsoft/kosmos-2: more tokens, the slow tokenizer's files, a stray buffer."""
-    shutil.copytree(converted.mllm, folder)
-    weights = load_file(folder / "model.safetensors")
-    table = weights[EMBEDDING]
-    weights[EMBEDDING] = torch.cat([table, torch.randn(GROUNDING_TOKENS, table.shape[1])])
-    weights["vision_model.model.embeddings.position_ids"] = torch.arange(5)[None]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"] |= {
-        "vocab_size": VOCAB_SIZE + GROUNDING_TOKENS,
-        **OF_TRANSFORMERS_4,
-    }
-    config |= {"torch_dtype": "float32", "transformers_version": "4.34.0.dev0"}
-    (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    like = tokenizer["added_tokens"][-1]
-    for number in range(GROUNDING_TOKENS):
-        extra = {**like, "id": VOCAB_SIZE + number, "content": f"<patch_{number}>"}
-        tokenizer["added_tokens"].append(extra)
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return folder
-
-
 def test_kosmos2_is_a_start_for_pretrain(converted, tmp_path) -> None:
-    imported = import_kosmos2(_kosmos2(converted, tmp_path / "kosmos2"), tmp_path / "run")
+    imported = import_kosmos2(write_kosmos2(converted.mllm, tmp_path / "kosmos2"), tmp_path / "run")
     same_weights(tmp_path / "run", converted.language, torch.float32)
     assert "kept the first 327 of 340 embedding rows" in imported.notes[1]
     config = CheckpointTensors(tmp_path / "run").config
@@ -228,7 +189,7 @@ def test_kosmos2_is_a_start_for_pretrain(converted, tmp_path) -> None:
 
 
 def test_kosmos2_with_another_tokenizer_is_refused(converted, tmp_path) -> None:
-    folder = _kosmos2(converted, tmp_path / "kosmos2")
+    folder = write_kosmos2(converted.mllm, tmp_path / "kosmos2")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     pieces = tokenizer["model"]["vocab"]
     pieces[100], pieces[101] = pieces[101], pieces[100]

@@ -160,6 +160,7 @@ BASES = {
     ("convert", "import-fairseq"): "--input text-file --output o/run",
     ("convert", "import-kosmos2"): "--input export/mllm --output o/run",
     ("convert", "export-hf"): "--input runs/instruct --output o/export --stable-diffusion {sd}",
+    ("convert", "export-lora"): "--input runs/instruct --output o/lora",
     ("convert", "export-mllm"): "--input runs/pretrain --output o/mllm",
     ("convert", "import-hf"): "--input export --output o/run",
     ("convert", "verify"): "--a text-file --b export",
