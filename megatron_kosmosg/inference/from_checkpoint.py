@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -33,14 +34,15 @@ from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
 
 def pipeline_from_checkpoint(
     run: Path,
-    stable_diffusion: Path,
+    stable_diffusion: Path | None,
     dtype: torch.dtype,
     device: torch.device,
     spm_model: Path | None = None,
 ) -> KosmosGPipeline:
     """The pipeline of a run's newest checkpoint (or of an `iter_` folder), in eval mode.
 
-    stable_diffusion: folder with the `unet/ vae/ scheduler/` that draw.
+    stable_diffusion: folder with the `unet/ vae/ scheduler/` that draw; None: it has none of them,
+    and gives conditions alone.
     spm_model: SentencePiece model, where the checkpoint's `data.tokenizer_model` is not there.
     To keep it as a folder, use export-hf. Raises ConversionError for what that refuses.
     """
@@ -50,7 +52,9 @@ def pipeline_from_checkpoint(
             f"{checkpoint.path} is of stage {checkpoint.stage} and has no AlignerNet; pictures "
             "need a checkpoint of align or instruct"
         )
-    diffusion = diffusion_parts(stable_diffusion, checkpoint.config.model.aligner, dtype)
+    diffusion: dict[str, Any] = {"vae": None, "unet": None, "scheduler": None}
+    if stable_diffusion is not None:
+        diffusion = diffusion_parts(stable_diffusion, checkpoint.config.model.aligner, dtype)
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer, images = Path(temporary, "tokenizer"), Path(temporary, "images")
         spm = tokenizer_model(checkpoint.config, spm_model)

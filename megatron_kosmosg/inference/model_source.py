@@ -47,15 +47,16 @@ def find_model(
     tokenizer_model: Path | None = None,
     loras: tuple[tuple[Path, float], ...] = (),
     controlnet: tuple[Path, float] | None = None,
+    draws: bool = True,
 ) -> ModelSource:
     """The model at `path`. Raises ConfigError, naming the option, for what is not there.
 
     stable_diffusion: replaces the U-Net, VAE and scheduler; a checkpoint's default is its
-    `model.diffusion.path`.
+    `model.diffusion.path`. draws=False: those of a checkpoint are not looked for.
     """
     is_exported = (path / INDEX_FILE).is_file()
     folder = path if is_exported else _checkpoint(path)
-    if not is_exported and stable_diffusion is None:
+    if draws and not is_exported and stable_diffusion is None:
         named = load_saved_config(folder / CONFIG_FILE).model.diffusion.path
         if named is None:
             raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import ControlNetModel
@@ -25,25 +25,36 @@ from megatron_kosmosg.conversion.safetensors_files import (
 )
 from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
 from megatron_kosmosg.inference.drawing import PipelineDrawer
-from megatron_kosmosg.inference.from_checkpoint import (
-    diffusion_parts,
-    pipeline_from_checkpoint,
-)
 from megatron_kosmosg.inference.model_source import ModelSource
 from megatron_kosmosg.inference.noise_schedules import noise_scheduler
+from megatron_kosmosg.parallel.devices import has_stream
 
 Opened = TypeVar("Opened")
+OFFLOADS = ("model", "sequential")
+"""Parts take turns on the device, or single layers do, which is slower and needs the least."""
+DRAWING_PARTS = ("vae", "unet", "scheduler")
+"""What a pipeline does without where only its conditions are asked for."""
 
 
 def open_drawer(
-    source: ModelSource, scheduler: str, dtype: torch.dtype, device: torch.device
+    source: ModelSource,
+    scheduler: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    offload: str | None = None,
 ) -> PipelineDrawer:
-    """The model ready to draw. Raises ConfigError naming the part that cannot be opened."""
+    """The model ready to draw. Raises ConfigError naming the part that cannot be opened.
+
+    offload: None, or one of OFFLOADS: weights wait in the CPU's memory until `device` needs them.
+    """
+    if offload is not None and not has_stream(device):
+        raise ConfigError(f"--offload {offload} needs a GPU; the model is on {device.type} already")
+    resting = torch.device("cpu") if offload is not None else device
     for library in (transformers_logging, diffusers_logging):
         library.disable_progress_bar()
     # The oldest diffusers that we support does not know the new name, `dtype`.
     warnings.filterwarnings("ignore", message=".*`torch_dtype` is deprecated")
-    pipeline = _opened(f"--model {source.folder}", lambda: open_pipeline(source, dtype, device))
+    pipeline = _opened(f"--model {source.folder}", lambda: open_pipeline(source, dtype, resting))
     pipeline.scheduler = noise_scheduler(scheduler, pipeline.scheduler)
     names = [f"lora_{i}" for i in range(len(source.loras))]
     for name, (file, _) in zip(names, source.loras, strict=True):
@@ -52,6 +63,10 @@ def open_drawer(
         )
     if names:
         pipeline.set_adapters(names, [strength for _, strength in source.loras])
+    if offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=device)
     if source.controlnet is None:
         return PipelineDrawer(pipeline)
     folder, strength = source.controlnet
@@ -61,19 +76,32 @@ def open_drawer(
     return PipelineDrawer(pipeline, controlnet.to(device), strength)
 
 
-def open_pipeline(source: ModelSource, dtype: torch.dtype, device: torch.device) -> KosmosGPipeline:
-    """The pipeline alone, on `device`. Raises ConversionError for a folder that is not whole."""
+def open_pipeline(
+    source: ModelSource, dtype: torch.dtype, device: torch.device, draws: bool = True
+) -> KosmosGPipeline:
+    """The pipeline alone, on `device`. Raises ConversionError for a folder that is not whole.
+
+    draws=False: without U-Net, VAE and scheduler, for its conditions alone.
+    """
+    # Megatron-Core, which takes seconds to import, is needed for checkpoints only.
     if not source.is_exported:
+        from megatron_kosmosg.inference.from_checkpoint import pipeline_from_checkpoint
+
+        stable_diffusion = source.stable_diffusion if draws else None
         return pipeline_from_checkpoint(
-            source.folder, source.stable_diffusion, dtype, device, source.tokenizer_model
+            source.folder, stable_diffusion, dtype, device, source.tokenizer_model
         )
     check_pipeline_folder(source.folder)
     parts = exported_parts(source.folder)
     # A file that is cut short is told apart from one that holds other weights.
     SafetensorsFolder(parts.mllm, TRANSFORMERS)
     SafetensorsFolder(parts.aligner, DIFFUSERS)
-    given = {}
-    if source.stable_diffusion is not None:
+    given: dict[str, Any] = {}
+    if not draws:
+        given = dict.fromkeys(DRAWING_PARTS)
+    elif source.stable_diffusion is not None:
+        from megatron_kosmosg.inference.from_checkpoint import diffusion_parts
+
         sizes = aligner_sizes(parts.aligner)
         read = AlignerConfig(
             hidden_size=sizes["model.aligner.hidden_size"],

@@ -48,6 +48,7 @@ LAYERS = (
     "toy",
     "planning",
     "rehearsal",
+    "demo",
     "cli",
     "train",
     "__main__",
@@ -58,7 +59,7 @@ MAX_LINES, LONG = 400, 250
 MOST_LINES_OF = {"hf/pipeline_kosmosg.py": 580}
 """That file travels with exported models, and one file is what diffusers takes along."""
 
-FOLDERS = (NAME, "tools", "examples", "benchmarks", "tests")
+FOLDERS = (NAME, "tools", "examples", "benchmarks", "comfyui", "tests")
 """Where this repository has Python files."""
 
 STATE_OF_THE_PROCESS = {

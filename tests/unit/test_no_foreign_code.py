@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-FOLDERS = ("megatron_kosmosg", "tools", "examples", "benchmarks")
+FOLDERS = ("megatron_kosmosg", "tools", "examples", "benchmarks", "comfyui")
 
 LISTED = {
     # May name the classes of a checkpoint's description, and nothing else.
