@@ -48,6 +48,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
     "models": (
         Command("convert", "cli.convert_checkpoint", "other projects' checkpoints in, folders out"),
         Command("generate", "cli.generate", "images for prompts of text and images"),
+        Command("demo", "cli.demo", "a page in the browser that draws prompts and captions"),
         Command("evaluate coco", "cli.evaluate_coco", "captions of val2014 as images: FID, CLIP-T"),
         Command("evaluate dreambench", "cli.evaluate_dreambench", "30 subjects in new scenes"),
         Command("evaluate pairs", "cli.evaluate_pairs", "any images: DINO, CLIP-I, CLIP-T, FID"),

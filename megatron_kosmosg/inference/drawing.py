@@ -7,7 +7,7 @@ that it is the same on every device and in every batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 
 from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline, Parts
+from megatron_kosmosg.inference.noise_schedules import noise_scheduler
 from megatron_kosmosg.inference.picture_plan import SIZE_UNIT, Picture
 from megatron_kosmosg.inference.prompt_records import (
     DrawingOptions,
@@ -23,6 +24,9 @@ from megatron_kosmosg.inference.prompt_records import (
     PromptRecord,
     open_picture,
 )
+
+OnStep = Callable[[int], None]
+"""Called with the number of sampling steps that are done; what it raises ends the drawing."""
 
 
 class PipelineDrawer:
@@ -35,6 +39,7 @@ class PipelineDrawer:
         control_scale: float = 1.0,
     ) -> None:
         self._pipeline = pipeline
+        self._saved_scheduler = pipeline.scheduler
         # Any: what diffusers says of its pipelines' arguments leaves out half of what they take.
         self._painter: Any = pipeline
         self._extra: dict[str, Any] = {}
@@ -58,6 +63,16 @@ class PipelineDrawer:
         """Whether every call shows a bar of its sampling steps."""
         self._painter.set_progress_bar_config(disable=not shown, leave=False)
 
+    @property
+    def pipeline(self) -> KosmosGPipeline:
+        """The one that reads the prompts."""
+        return self._pipeline
+
+    def choose_scheduler(self, name: str) -> None:
+        """Draws with this sampler from now on; names as `noise_schedules.SCHEDULERS`, "saved" is
+        the one it was made with. Raises ConfigError for one that the U-Net cannot use."""
+        self._painter.scheduler = noise_scheduler(name, self._saved_scheduler)
+
     def check(self, pictures: Sequence[Picture]) -> None:
         """Raises PromptError for a size or a prompt length that the model cannot take."""
         unit = math.lcm(SIZE_UNIT, self._pipeline.vae_scale_factor)
@@ -79,7 +94,7 @@ class PipelineDrawer:
                     said = str(error).removeprefix("prompt 1 ")
                     raise PromptError(f"{record.id}: the {what} {said}") from error
 
-    def draw(self, pictures: Sequence[Picture]) -> list[Image.Image]:
+    def draw(self, pictures: Sequence[Picture], on_step: OnStep | None = None) -> list[Image.Image]:
         """The pictures of a group of records that share `group_key`."""
         firsts = [picture for picture in pictures if picture.index == 0]
         options = firsts[0].options
@@ -104,6 +119,7 @@ class PipelineDrawer:
             **self._shared_noise(pictures),
             **control,
             **self._extra,
+            callback_on_step_end=None if on_step is None else _step_callback(on_step),
         ).images
         if firsts[0].rounds_down:
             return [Image.fromarray((values * 255).astype(np.uint8)) for values in drawn]
@@ -148,6 +164,16 @@ class PipelineDrawer:
             return {name: side for name, side in sides.items() if side is not None}
         own = self._own_size()
         return {name: side or size for (name, side), size in zip(sides.items(), own, strict=True)}
+
+
+def _step_callback(on_step: OnStep) -> Callable[..., dict[str, Any]]:
+    """As diffusers calls it, with the number of the step that has ended."""
+
+    def call(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(step + 1)
+        return tensors
+
+    return call
 
 
 def _opened(record: PromptRecord) -> Parts:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, PngImagePlugin
 
 from megatron_kosmosg.files import replacing
+from megatron_kosmosg.foreign_files import parse_json
 from megatron_kosmosg.inference.picture_plan import Picture
+from megatron_kosmosg.inference.prompt_records import PromptError
 
 
 def write_picture(image: Image.Image, picture: Picture, folder: Path) -> Path:
@@ -51,3 +54,21 @@ def is_finished(picture: Picture, folder: Path) -> bool:
             return True
     except (OSError, SyntaxError, ValueError):
         return False
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What `write_picture` wrote: `prompt` and the fields of its `settings`.
+
+    Raises PromptError for any other file.
+    """
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            texts = dict(image.info)
+        settings = parse_json(str(texts["settings"]))
+    except (OSError, SyntaxError, ValueError, KeyError) as error:
+        raise PromptError(
+            f"{path.name} says no settings: it is no PNG that kosmosg has drawn"
+        ) from error
+    if not isinstance(settings, dict) or not isinstance(texts.get("prompt"), str):
+        raise PromptError(f"{path.name} says no settings: they are damaged")
+    return settings | {"prompt": texts["prompt"]}

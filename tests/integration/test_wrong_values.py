@@ -75,6 +75,7 @@ INPUTS = {
     "overrides": ["x", "=", "a.b=1", "training.train_iters=x", "training.train_iters=", "stage=x"],
     "command": ["x", ""],
     "--name": ["a/b", "", ".."],
+    "--host": [""],
 }
 FREE = {
     "--prompt", "--content", "--negative-prompt", "--drop", "arguments", "--part", "--assets",
@@ -165,6 +166,7 @@ BASES = {
     ("convert", "import-hf"): "--input export --output o/run",
     ("convert", "verify"): "--a text-file --b export",
     ("generate",): "--model export --prompt dog --output o/pictures --steps 1",
+    ("demo",): "--model export",
     (
         "evaluate",
         "dreambench",

@@ -1,0 +1,284 @@
+"""The page of `kosmosg demo`, with gradio: layout, and which control calls what.
+
+Long because it is a layout: every control with its label, limits and what it calls.
+"""
+
+from __future__ import annotations
+
+import html
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from megatron_kosmosg.demo import requests
+from megatron_kosmosg.demo.controls import CONTROLS, MODEL_QUEUE, SIZES, setting_controls
+from megatron_kosmosg.demo.other_tabs import batch_tab, canceller, caption_tab
+from megatron_kosmosg.demo.page_errors import errors_for_people
+from megatron_kosmosg.demo.requests import count_line, draw_request, image_names, page_values
+from megatron_kosmosg.demo.sessions import Sessions
+from megatron_kosmosg.demo.start_values import StartValues
+from megatron_kosmosg.demo.studio import Studio
+from megatron_kosmosg.inference.picture_files import read_settings
+from megatron_kosmosg.toy.judging.toy_prompts import subject_picture
+from megatron_kosmosg.toy.world import sample_scene
+
+TITLE = "KOSMOS-G"
+MAX_WAITING = 16
+"""Requests in the queue; later ones are refused."""
+MAX_HISTORY = 64
+KEPT_SECONDS = 6 * 3600
+"""How long uploads stay that no tab has closed."""
+CSS = """
+.drawn img, .prompt-image img { image-rendering: pixelated; }
+.prompt-image button { max-width: 112px; max-height: 112px; }
+#count .wrong { font-weight: 600; }
+"""
+LAUNCH: dict[str, Any] = {
+    "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+    "css": CSS,
+    "show_error": False,
+    "ssr_mode": False,
+    "footer_links": ["api"],
+    "run_history": False,
+}
+"""Of `Blocks.launch`. Fonts are the reader's own: none is fetched."""
+
+
+def build_page(studio: Studio, start: StartValues, folder: Path) -> gr.Blocks:
+    """The page; `folder` takes what it draws."""
+    sessions = Sessions(folder / "drawn")
+    with gr.Blocks(
+        title=TITLE, analytics_enabled=False, delete_cache=(600, KEPT_SECONDS), fill_width=False
+    ) as page:
+        gr.Markdown(f"# {TITLE}\n{_introduction(studio, start)}")
+        with gr.Tab("Draw"):
+            controls = _draw_tab(studio, start, folder, sessions)
+        with gr.Tab("Caption"):
+            caption_tab(studio, start, sessions)
+        with gr.Tab("Batch"):
+            batch_tab(studio, sessions, controls)
+        page.unload(_leaving(sessions))
+    page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+    return page
+
+
+def _introduction(studio: Studio, start: StartValues) -> str:
+    kind = "The toy world's model: 32-pixel scenes of coloured shapes. " if start.is_toy else ""
+    return (
+        f"{kind}Add images to the prompt (drop, paste or choose them) and write `<image>` where "
+        f"each of them goes. A prompt has {studio.longest_prompt} positions; an image takes "
+        f"{studio.image_positions}, so at most {studio.max_images} images fit."
+    )
+
+
+def _leaving(sessions: Sessions) -> Callable[..., None]:
+    def leave(request: gr.Request) -> None:
+        sessions.leave(request.session_hash)
+
+    return leave
+
+
+def _draw_tab(
+    studio: Studio, start: StartValues, folder: Path, sessions: Sessions
+) -> dict[str, Any]:
+    """Returns the controls that decide how pictures look, by name."""
+    with gr.Row():
+        with gr.Column(scale=1, min_width=320):
+            prompt = gr.MultimodalTextbox(
+                label="Prompt with images",
+                value={"text": start.prompt, "files": []},
+                file_types=["image"],
+                file_count="multiple",
+                sources=["upload"],
+                lines=2,
+                max_plain_text_length=requests.MAX_WORDS,
+                submit_btn=False,
+                elem_id="prompt",
+            )
+            count = gr.HTML(_count_html(start.prompt, 0), elem_id="count")
+            shown = gr.Gallery(
+                label="Images of the prompt, in their order",
+                columns=6,
+                height=150,
+                object_fit="contain",
+                interactive=False,
+                elem_classes="prompt-image",
+                elem_id="prompt-images",
+            )
+            chosen = gr.State(None)
+            with gr.Row():
+                earlier = gr.Button("Move image earlier", size="sm")
+                later = gr.Button("Move image later", size="sm")
+            controls = setting_controls(studio, start)
+            with gr.Row():
+                button = gr.Button("Draw", variant="primary", elem_id="draw")
+                cancel = gr.Button("Cancel", elem_id="cancel")
+        with gr.Column(scale=1, min_width=320):
+            gallery = gr.Gallery(
+                label="Drawn",
+                columns=2,
+                height="auto",
+                format="png",
+                object_fit="contain",
+                interactive=False,
+                elem_classes="drawn",
+                elem_id="drawn",
+            )
+            files = gr.File(
+                label="Full files, which say their settings",
+                file_count="multiple",
+                interactive=False,
+                elem_id="files",
+            )
+            old = gr.File(
+                label="Load settings from a drawn PNG",
+                file_types=[".png"],
+                height=110,
+                elem_id="load-settings",
+            )
+            loaded = gr.HTML("", elem_id="loaded")
+            with gr.Accordion("History of this tab", open=False):
+                history = gr.Gallery(
+                    label="Earlier pictures",
+                    columns=4,
+                    format="png",
+                    object_fit="contain",
+                    interactive=False,
+                    elem_classes="drawn",
+                )
+    if start.is_toy:
+        gr.Examples(_toy_examples(folder / "examples"), [prompt], label="Examples")
+
+    def changed(value: dict[str, Any]) -> tuple[str, list[str]]:
+        return _count_html(value["text"], len(value["files"])), value["files"]
+
+    gr.on(
+        [prompt.change],
+        changed,
+        [prompt],
+        [count, shown],
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    shown.select(_index, None, [chosen], queue=False, api_visibility="private")
+    for moving, by in ((earlier, -1), (later, 1)):
+        moving.click(
+            _mover(by), [prompt, chosen], [prompt, chosen], queue=False, api_visibility="private"
+        )
+    old.upload(
+        _settings_loader(studio.model_fingerprint),
+        [old, prompt],
+        [prompt, *(controls[name] for name in (*CONTROLS, *SIZES)), controls["randomize"], loaded],
+        queue=False,
+        api_visibility="private",
+    )
+
+    def draw(
+        prompt: dict[str, Any],
+        negative_prompt: str,
+        guidance: float,
+        steps: float,
+        scheduler: str,
+        seed: float,
+        num_images: float,
+        height: float,
+        width: float,
+        control_image: str | None,
+        randomize: bool,
+        history: list[Any] | None,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 - how gradio finds it
+    ) -> tuple[list[str], list[str], int, list[str]]:
+        stop, made = sessions.begin(request.session_hash)
+        images = [Path(file) for file in prompt.get("files") or []]
+        if randomize:
+            seed = random.SystemRandom().randint(0, requests.MAX_RANDOM_SEED)
+        given = {
+            "negative_prompt": negative_prompt, "guidance": guidance, "steps": steps,
+            "scheduler": scheduler, "seed": seed, "num_images": num_images,
+            "height": height, "width": width, "control_image": control_image,
+        }  # fmt: skip
+        with errors_for_people(*images, made / "image"):
+            asked = draw_request(prompt.get("text") or "", images, given)
+            drawn = studio.draw(asked, made, lambda share, words: progress(share, words), stop)
+        names = [str(path) for path in drawn]
+        earlier_ones = [
+            item[0] if isinstance(item, list | tuple) else item for item in history or []
+        ]
+        return names, names, int(seed), [*names, *earlier_ones][:MAX_HISTORY]
+
+    given = [controls[name] for name in (*CONTROLS, *SIZES, "control_image", "randomize")]
+    gr.on(
+        [button.click],
+        draw,
+        [prompt, *given, history],
+        [gallery, files, controls["seed"], history],
+        concurrency_id=MODEL_QUEUE,
+        show_progress_on=[gallery],
+        api_name="draw",
+    )
+    cancel.click(canceller(sessions), None, None, queue=False, api_name="cancel")
+    return controls
+
+
+def _count_html(prompt: str, num_images: int) -> str:
+    fits, said = count_line(prompt, num_images)
+    kind = "right" if fits else "wrong"
+    return f'<div role="status" aria-live="polite" class="{kind}">{html.escape(said)}</div>'
+
+
+def _index(event: gr.SelectData) -> int:
+    return event.index
+
+
+def _mover(by: int) -> Callable[..., tuple[dict[str, Any], int | None]]:
+    def move(value: dict[str, Any], chosen: int | None) -> tuple[dict[str, Any], int | None]:
+        files = list(value["files"])
+        if chosen is None or not 0 <= chosen < len(files):
+            gr.Info("choose one of the prompt's images first", duration=2)
+            return value, None
+        place = min(max(chosen + by, 0), len(files) - 1)
+        files.insert(place, files.pop(chosen))
+        return {"text": value["text"], "files": files}, place
+
+    return move
+
+
+def _settings_loader(model: str) -> Callable[[str, dict[str, Any]], list[Any]]:
+    """model: fingerprint of the one that would draw."""
+
+    def load(path: str, prompt: dict[str, Any]) -> list[Any]:
+        """The prompt, CONTROLS, SIZES, randomize, and what is said of them."""
+        with errors_for_people(Path(path)):
+            settings = read_settings(Path(path))
+            values = page_values(settings)
+        names = image_names(settings)
+        said = ["settings loaded"]
+        said += [f"its images were {', '.join(names)}: add them"] * bool(names)
+        said += ["another model has drawn it"] * (settings.get("model") != model)
+        controls = [values[name] for name in (*CONTROLS, *SIZES)]
+        text = {"text": values["prompt"], "files": prompt["files"]}
+        note = f'<div role="status" aria-live="polite">{html.escape("; ".join(said))}</div>'
+        return [text, *controls, False, note]
+
+    return load
+
+
+def _toy_examples(folder: Path) -> list[list[dict[str, Any]]]:
+    """Held-out subjects of the toy world, in prompts of one and of two images."""
+    folder.mkdir(parents=True)
+    files = []
+    for number in range(4):
+        entity = sample_scene((17, number), 1, True).entities[0]
+        files.append(str(folder / f"subject-{number + 1}.png"))
+        subject_picture(entity, number).save(files[-1])
+    texts = {
+        "a <image> on a yellow background": files[:1],
+        "a <image> and a <image> on a cyan background": files[1:3],
+        "<image> make it blue": files[3:],
+    }
+    return [[{"text": text, "files": chosen}] for text, chosen in texts.items()]

@@ -1,0 +1,171 @@
+"""What the page asks for, checked: the prompt's images, the settings, and their limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from megatron_kosmosg.data.image_reading import open_image
+from megatron_kosmosg.data.image_types import UnreadableImage
+from megatron_kosmosg.data.tokenizer import IMAGE as PLACEHOLDER
+from megatron_kosmosg.foreign_files import read_file
+from megatron_kosmosg.inference.noise_schedules import SAVED, SCHEDULERS
+from megatron_kosmosg.inference.prompt_records import (
+    DrawingOptions,
+    PromptError,
+    PromptRecord,
+    split_prompt,
+)
+
+MAX_UPLOAD_BYTES = 32 << 20
+"""Of one file."""
+MAX_PIXELS = 50_000_000
+"""Of one image; decoded, it takes three or four bytes a pixel."""
+MAX_IMAGES = 64
+"""Of one prompt, whatever the model's sequence holds."""
+MAX_NUM_IMAGES, MAX_STEPS, MAX_SIDE, MAX_GUIDANCE = 8, 250, 2048, 30.0
+MAX_PAGE_SEED = 2**53 - 1
+"""What a browser holds exactly."""
+MAX_RANDOM_SEED = 2**31 - 1
+"""Of those that the page chooses: the authors' range."""
+MAX_WORDS = 20_000
+"""Characters of a prompt."""
+SCHEDULER_NAMES = (SAVED, *SCHEDULERS)
+
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """One press of the button."""
+
+    prompt: str
+    images: tuple[Path, ...]
+    options: DrawingOptions
+    scheduler: str
+
+    def record(self) -> PromptRecord:
+        """Raises PromptError where the prompt and its images do not fit."""
+        if len(self.prompt) > MAX_WORDS:
+            raise PromptError(f"the prompt has more than {MAX_WORDS:,} characters")
+        check_images(self.images)
+        content = split_prompt(self.prompt, self.images, "prompt")
+        if not content:
+            raise PromptError("write a prompt, or add an image and write <image>")
+        return PromptRecord("image", content, self.options)
+
+
+def draw_request(
+    prompt: str, images: Sequence[str | Path], given: Mapping[str, Any]
+) -> DrawRequest:
+    """The request of the page's values. Raises PromptError naming the field.
+
+    given: negative_prompt, guidance, steps, scheduler, seed, num_images, and perhaps height and
+    width (pixels; 0 or None: the model's own) and control_image.
+    """
+    scheduler = given["scheduler"]
+    if scheduler not in SCHEDULER_NAMES:
+        raise PromptError(f"scheduler is one of {', '.join(SCHEDULER_NAMES)}")
+    guidance = given["guidance"]
+    if isinstance(guidance, bool) or not isinstance(guidance, int | float):
+        raise PromptError("guidance is a number")
+    if not 0 <= guidance <= MAX_GUIDANCE:
+        raise PromptError(f"guidance is a number from 0 to {MAX_GUIDANCE:g}")
+    negative = given["negative_prompt"] or ""
+    if len(negative) > MAX_WORDS:
+        raise PromptError(f"the negative prompt has more than {MAX_WORDS:,} characters")
+    control = given.get("control_image")
+    if control is not None:
+        check_images([Path(control)])
+    return DrawRequest(
+        prompt=prompt,
+        images=tuple(map(Path, images)),
+        options=DrawingOptions(
+            negative_prompt=negative,
+            seed=_whole(given, "seed", 0, MAX_PAGE_SEED),
+            num_images=_whole(given, "num_images", 1, MAX_NUM_IMAGES),
+            steps=_whole(given, "steps", 1, MAX_STEPS),
+            guidance=float(guidance),
+            height=_whole(given, "height", 0, MAX_SIDE) or None,
+            width=_whole(given, "width", 0, MAX_SIDE) or None,
+            control_image=None if control is None else Path(control),
+        ),
+        scheduler=scheduler,
+    )
+
+
+def check_images(images: Sequence[Path]) -> None:
+    """Raises PromptError for too many images, and for one that is too large or none."""
+    if len(images) > MAX_IMAGES:
+        raise PromptError(f"{len(images)} images; a prompt takes at most {MAX_IMAGES}")
+    for path in images:
+        try:
+            data = read_file(path, MAX_UPLOAD_BYTES)
+            width, height = _size(data)
+        except (OSError, UnreadableImage) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise PromptError(f"{path.name} cannot be used as an image: it {reason}") from error
+        if width * height > MAX_PIXELS:
+            raise PromptError(
+                f"{path.name} has {width} x {height} pixels; at most {MAX_PIXELS / 1e6:g} million"
+            )
+
+
+def _size(data: bytes) -> tuple[int, int]:
+    """From the header alone: what decodes to too much is not decoded."""
+    image: Image.Image = open_image(data)
+    return image.size
+
+
+def count_line(prompt: str, num_images: int) -> tuple[bool, str]:
+    """(whether they fit, what the page says of the numbers of placeholders and images)."""
+    count = prompt.count(PLACEHOLDER)
+    said = f"{count} {PLACEHOLDER} in the text, {num_images} image{'s' * (num_images != 1)} added"
+    if count < num_images:
+        return False, f"{said}: write {PLACEHOLDER} where each image goes"
+    if count > num_images:
+        return False, f"{said}: add {count - num_images} more, or take {PLACEHOLDER} out"
+    return True, said
+
+
+def page_values(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The page's values of the settings that a drawn PNG says (`read_settings`).
+
+    Raises PromptError for settings that the page cannot show.
+    """
+    values = {
+        "prompt": settings["prompt"],
+        "negative_prompt": settings.get("negative_prompt") or "",
+        "guidance": settings.get("guidance"),
+        "steps": settings.get("steps"),
+        "scheduler": settings.get("scheduler"),
+        "seed": settings.get("seed"),
+        "num_images": 1,
+        "height": settings.get("height") or 0,
+        "width": settings.get("width") or 0,
+    }
+    draw_request(values["prompt"], [], values)
+    return values
+
+
+def image_names(settings: Mapping[str, Any]) -> list[str]:
+    """Of the images in the prompt of a drawn PNG, as far as it says them."""
+    shown, content = settings.get("shown"), settings.get("content")
+    if not (isinstance(shown, list) and isinstance(content, list)):
+        return []
+    return [
+        str(name)
+        for name, part in zip(shown, content, strict=False)
+        if isinstance(part, dict) and "image" in part
+    ]
+
+
+def _whole(given: Mapping[str, Any], name: str, smallest: int, largest: int) -> int:
+    value = given.get(name) or 0
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise PromptError(f"{name} is a whole number")
+    if not smallest <= value <= largest:
+        raise PromptError(f"{name} is a whole number from {smallest} to {largest:,}")
+    return int(value)

@@ -1,0 +1,28 @@
+"""What the page's controls show when it is opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_kosmosg.inference.noise_schedules import SAVED
+
+
+@dataclass(frozen=True)
+class StartValues:
+    """Of the controls, and an example prompt."""
+
+    prompt: str
+    guidance: float
+    steps: int
+    scheduler: str
+    num_images: int
+    caption_prompt: str
+    is_toy: bool = False
+    """Whether the page has the toy's pictures as examples."""
+
+
+START_VALUES = StartValues("<image> in the snow", 6.0, 50, SAVED, 4, "")
+"""The authors' demo."""
+TOY_START_VALUES = StartValues(
+    "a <image> on a yellow background", 2.0, 8, "dpm++", 4, "", is_toy=True
+)

@@ -1,0 +1,147 @@
+"""The opened model behind the page: draws, captions, and stops when it is told to."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from megatron_kosmosg.data.tokenizer import IMAGE as PLACEHOLDER
+from megatron_kosmosg.demo.requests import DrawRequest, check_images
+from megatron_kosmosg.files import fingerprint
+from megatron_kosmosg.inference.captioning import continue_prompt
+from megatron_kosmosg.inference.drawing import PipelineDrawer
+from megatron_kosmosg.inference.model_source import ModelSource
+from megatron_kosmosg.inference.picture_files import write_picture
+from megatron_kosmosg.inference.picture_plan import Picture, PicturePlan, RunSettings
+from megatron_kosmosg.inference.prompt_records import (
+    DrawingOptions,
+    PromptError,
+    open_picture,
+    split_prompt,
+)
+
+DEFAULTS = DrawingOptions(
+    negative_prompt="", seed=0, num_images=1, steps=50, guidance=6.0, height=None, width=None
+)
+Progress = Callable[[float, str], None]
+"""Called with the share that is done, 0 to 1, and words for people."""
+
+
+class Cancelled(Exception):
+    """The user has asked to stop; the message says how far it came."""
+
+
+class Studio:
+    """One model, which does one thing at a time, for all sessions."""
+
+    def __init__(self, drawer: PipelineDrawer, source: ModelSource, dtype: str) -> None:
+        self.drawer = drawer
+        drawer.show_steps(False)
+        self.has_control = source.controlnet is not None
+        self._source, self._dtype = source, dtype
+        self._busy = threading.Lock()
+        self.model_fingerprint = source.model_fingerprint()
+        self._loras = tuple((fingerprint(file), strength) for file, strength in source.loras)
+        self._controlnet = source.controlnet_fingerprint()
+
+    @property
+    def longest_prompt(self) -> int:
+        """Positions of the model's sequence; an image takes `image_positions` of them."""
+        pipeline = self.drawer.pipeline
+        limits = [
+            pipeline.mllm.config.text_config.max_position_embeddings,
+            pipeline.aligner.longest_prompt,
+        ]
+        return min(limit for limit in limits if limit is not None)
+
+    @property
+    def image_positions(self) -> int:
+        """Positions that an image takes, its two marks included."""
+        return self.drawer.pipeline.mllm.config.latent_query_num + 2
+
+    @property
+    def max_images(self) -> int:
+        """As many as a prompt without words has room for, after its <s>."""
+        return (self.longest_prompt - 1) // self.image_positions
+
+    def plan(self, scheduler: str, defaults: DrawingOptions = DEFAULTS) -> PicturePlan:
+        """What each picture's settings become."""
+        return PicturePlan(
+            RunSettings(
+                self.model_fingerprint,
+                scheduler,
+                self._dtype,
+                defaults,
+                self._loras,
+                self._controlnet,
+            )
+        )
+
+    def draw(
+        self, request: DrawRequest, folder: Path, progress: Progress, stop: threading.Event
+    ) -> list[Path]:
+        """PNG files of the request in `folder`, each of which says its settings.
+
+        Raises PromptError for what cannot be drawn, Cancelled soon after `stop` is set.
+        """
+        pictures = self.plan(request.scheduler).pictures(request.record())
+        with self._busy:
+            self.drawer.choose_scheduler(request.scheduler)
+            self.drawer.check(pictures)
+            steps = pictures[0].options.steps
+            on_step = step_reporter(steps, progress, stop)
+            images = self.drawer.draw(pictures, on_step)
+        return [
+            write_picture(image, picture, folder)
+            for image, picture in zip(images, pictures, strict=True)
+        ]
+
+    def caption(self, prompt: str, images: Sequence[Path], max_new_tokens: int) -> str:
+        """What the language model says after the prompt. Raises PromptError."""
+        check_images(images)
+        text = prompt if PLACEHOLDER in prompt or not images else PLACEHOLDER * len(images) + prompt
+        content = split_prompt(text, list(images), "prompt")
+        if not content:
+            raise PromptError("add an image, or write some words")
+        parts: list[str | Image.Image] = [
+            part if isinstance(part, str) else open_picture(part) for part in content
+        ]
+        with self._busy:
+            try:
+                return continue_prompt(self.drawer.pipeline, parts, max_new_tokens)
+            except ValueError as error:
+                raise PromptError(str(error)) from error
+
+    def while_nobody_draws(self) -> threading.Lock:
+        """Held while a batch draws with the drawer itself."""
+        return self._busy
+
+
+class SteppingDrawer:
+    """A `Drawer` (inference/generate.py) whose pictures can be watched and stopped."""
+
+    def __init__(self, drawer: PipelineDrawer, on_step: Callable[[int], None]) -> None:
+        self._drawer, self._on_step = drawer, on_step
+
+    def check(self, pictures: Sequence[Picture]) -> None:
+        self._drawer.check(pictures)
+
+    def draw(self, pictures: Sequence[Picture]) -> list[Image.Image]:
+        return self._drawer.draw(pictures, self._on_step)
+
+
+def step_reporter(steps: int, progress: Progress, stop: threading.Event) -> Callable[[int], None]:
+    """Says each step with the time left, and raises Cancelled when `stop` is set."""
+    started = time.monotonic()
+
+    def on_step(done: int) -> None:
+        if stop.is_set():
+            raise Cancelled(f"stopped after step {done} of {steps}")
+        left = (time.monotonic() - started) / done * max(0, steps - done)  # pndm takes one more
+        progress(min(done / steps, 1.0), f"step {done} of {steps}, {left:.0f} s left")
+
+    return on_step
