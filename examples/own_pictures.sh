@@ -5,12 +5,13 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: bash examples/own_pictures.sh --pictures DIR --kosmos2 DIR --sd DIR [OPTION ...]
+usage: bash examples/own_pictures.sh --pictures DIR --kosmos2 DIR
+                                     --stable-diffusion DIR [OPTION ...]
                                      [-- SETTING=VALUE ...]
 
   --pictures DIR         photos, a folder for each subject ("my dog/1.jpg"), or named by it
   --kosmos2 DIR          microsoft/kosmos-2-patch14-224
-  --sd DIR               a Stable Diffusion 1.x in diffusers' layout
+  --stable-diffusion DIR (or --sd) a Stable Diffusion 1.x in diffusers' layout
   --output DIR           for everything that is made (own_pictures)
   --masks DIR            a CLIPSeg that cuts the subjects out (none: whole pictures)
   --captions PREFIX      captions to align on, as `kosmosg preprocess` left them (the pictures' own)
@@ -40,6 +41,7 @@ align=align_1gpu instruct=instruct_1gpu settings=()
 while [ $# -gt 0 ]; do
     case $1 in
         --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
+        --sd) set -- --stable-diffusion "${@:2}" && continue ;;
         -h | --help)
             usage
             exit 0
@@ -49,15 +51,15 @@ while [ $# -gt 0 ]; do
             settings=("$@")
             break
             ;;
-        --pictures | --kosmos2 | --sd | --output | --masks | --captions | --gpus | --align-config | \
-            --instruct-config | --image-size)
+        --pictures | --kosmos2 | --stable-diffusion | --output | --masks | --captions | --gpus | \
+            --align-config | --instruct-config | --image-size)
             if [ $# -lt 2 ] || [ -z "$2" ]; then
                 wrong "$1 needs a value"
             fi
             case $1 in
                 --pictures) pictures=$2 ;;
                 --kosmos2) kosmos2=$2 ;;
-                --sd) sd=$2 ;;
+                --stable-diffusion) sd=$2 ;;
                 --output) out=$2 ;;
                 --masks) masks=$2 ;;
                 --captions) captions=$2 ;;
@@ -72,13 +74,14 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-for given in "--pictures:$pictures" "--kosmos2:$kosmos2" "--sd:$sd"; do
+for given in "--pictures:$pictures" "--kosmos2:$kosmos2" "--stable-diffusion:$sd"; do
     [ -n "${given#*:}" ] || wrong "${given%%:*} is missing"
-    [ -d "${given#*:}" ] || [ "${given%%:*}" = --sd ] || wrong "${given%%:*} ${given#*:}: no such folder"
+    [ -d "${given#*:}" ] || [ "${given%%:*}" = --stable-diffusion ] ||
+        wrong "${given%%:*} ${given#*:}: no such folder"
 done
 for part in unet vae; do # an export takes no other files
     compgen -G "$sd/$part/*.safetensors" >/dev/null ||
-        wrong "--sd $sd: $part has no safetensors files; docs/recipes.md says how to make them"
+        wrong "--stable-diffusion $sd: $part has no safetensors files; docs/recipes.md says how to make them"
 done
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || wrong "--gpus $gpus is no number of GPUs"
 

@@ -23,10 +23,11 @@ from megatron_kosmosg.command_line import (
 )
 from megatron_kosmosg.config.errors import ConfigError, InputError
 from megatron_kosmosg.config.load import config_files, is_saved_config, load_config
+from megatron_kosmosg.config.needed_files import check_writable, validate_files
 from megatron_kosmosg.config.overwrites import refuse_to_overwrite, refuse_to_run_over_inputs
 from megatron_kosmosg.config.paths import output_folder
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.validate import check_writable, validate_files, validate_layout
+from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.evaluation.registry import build_evaluators, check_evaluators
 from megatron_kosmosg.launcher import find_place, is_first_rank
 from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces

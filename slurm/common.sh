@@ -216,7 +216,10 @@ count_start() {
     if [ "$iteration" = "$before" ]; then count=$((count + 1)); else count=0; fi
     printf '%s %s\n' "$iteration" "$count" >"$run_folder/slurm_starts" ||
         cannot_write "$run_folder/slurm_starts"
-    rm -f "$(early_starts)"
+    if [ -n "$before" ] && [ "$iteration" != "$before" ]; then
+        rm -f "$(early_starts)"
+        count_early_start
+    fi
     say "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID from iteration $iteration"
     [ "$count" -le "$MAX_STALLED_STARTS" ] || stalled
 }
@@ -233,7 +236,7 @@ stalled() {
 finish() {
     local status=$1 before='' count=0
     if [ "$status" -eq 0 ]; then
-        rm -f "${run_folder:-/nonexistent}/slurm_starts"
+        rm -f "${run_folder:-/nonexistent}/slurm_starts" "$(early_starts)"
         say "done"
         exit 0
     fi
@@ -244,12 +247,15 @@ finish() {
     fi
     if [ -n "${run_folder:-}" ]; then
         if repeats_itself "$status"; then
+            rm -f "$(early_starts)"
             say "not requeued: the same error would come again (exit code $status)"
             exit "$status"
         fi
         read_starts
         if was_stopped "$status" && [ "$(newest_iteration)" = "$before" ]; then
-            end_if_too_short $((count + 1))
+            end_if_too_short $((count + 1 > early ? count + 1 : early))
+        else
+            rm -f "$(early_starts)"
         fi
         if [ "$(newest_iteration)" = "$before" ] && [ "$count" -ge "$MAX_STALLED_STARTS" ]; then
             stalled

@@ -54,8 +54,8 @@ warn_before_the_limit() {
     trap 'kill "$watch" 2>/dev/null' EXIT
 }
 
-# Starts that are told to stop before the run's folder is known (in the dry run, or while Python is
-# loaded) are counted beside the job's output; a start that comes further forgets them.
+# Starts in a row that are told to stop without a new checkpoint are counted beside the job's output,
+# as the run's folder is not known yet in a dry run, or while Python is loaded.
 early_starts() { echo "${SLURM_SUBMIT_DIR:-$home}/.slurm_starts.$SLURM_JOB_ID"; }
 count_early_start() {
     local count=''

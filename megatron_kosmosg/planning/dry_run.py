@@ -14,8 +14,9 @@ from megatron_kosmosg.config.batching import (
 )
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import to_yaml
+from megatron_kosmosg.config.needed_files import validate_files
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.validate import validate_files, validate_layout
+from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.config.world import WorldLayout, world_layout
 from megatron_kosmosg.launcher import find_place
 from megatron_kosmosg.planning.activations import ELEMENT_BYTES

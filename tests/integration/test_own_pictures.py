@@ -17,8 +17,8 @@ from PIL import Image
 
 from megatron_kosmosg.config.errors import ConfigError, ConversionError
 from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.needed_files import validate_files
 from megatron_kosmosg.config.schema import AlignerConfig
-from megatron_kosmosg.config.validate import validate_files
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from megatron_kosmosg.conversion.import_hf import import_kosmos2
 from megatron_kosmosg.conversion.stable_diffusion import StableDiffusion

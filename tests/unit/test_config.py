@@ -21,8 +21,9 @@ from megatron_kosmosg.config.load import (
     load_saved_config,
     to_yaml,
 )
+from megatron_kosmosg.config.needed_files import validate_files
 from megatron_kosmosg.config.renamed_keys import RENAMED_KEYS
-from megatron_kosmosg.config.validate import validate_files, validate_layout
+from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.stages import stage_facts
 from megatron_kosmosg.stages.align_facts import ALIGN
 from megatron_kosmosg.stages.instruct_facts import INSTRUCT

@@ -13,8 +13,9 @@ from megatron_kosmosg import train
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.input_paths import CONFIGS
 from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.needed_files import validate_files
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.validate import validate_files, validate_layout
+from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.planning.estimate import estimate
 from megatron_kosmosg.planning.gpus import GPUS, Efficiency

@@ -288,11 +288,15 @@ def test_a_long_limit_warns_nobody_who_is_done_before(cluster):
     assert ended.returncode == 0 and "signal" not in ended.stdout
 
 
-@pytest.mark.parametrize("when", ["dry", "training"])
-def test_the_third_start_without_time_for_an_iteration_ends_the_job(cluster, when):
+@pytest.mark.parametrize(
+    "phases",
+    [("dry",) * 3, ("training",) * 3, ("dry", "training", "dry"), ("training", "dry", "training")],
+    ids="-".join,
+)
+def test_the_third_start_without_time_for_an_iteration_ends_the_job(cluster, phases):
     """Also where the signal comes before the run's folder is known, as Python may start slowly."""
     outcomes = []
-    for restart in range(3):
+    for restart, when in enumerate(phases):
         ended = cluster.run(SLURM_RESTART_COUNT=str(restart), WAITS=when, ENDS="-1 second")
         outcomes.append(cluster.was_requeued())
         (cluster.folder / "run.up").unlink(missing_ok=True)

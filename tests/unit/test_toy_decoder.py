@@ -84,7 +84,8 @@ def stored_types(path: Path) -> set[str]:
 
 
 def test_all_weights_are_half_precision_and_small():
-    files = [path for path in assets.path().rglob("*") if path.is_file()]
+    trained = assets.path() / "kosmosg"  # an export with a test of its own
+    files = [f for f in assets.path().rglob("*") if f.is_file() and trained not in f.parents]
     weights = [path for path in files if path.suffix == ".safetensors"]
     assert len(weights) == 4
     assert {kind for path in weights for kind in stored_types(path)} == {"F16"}
