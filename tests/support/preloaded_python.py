@@ -148,6 +148,9 @@ def _run(files: list[int], arguments: list[str], environment: dict[str, str], cw
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    # Python has read the variable at the start of the process that this one is forked from.
+    given = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [folder for folder in given if folder and folder not in sys.path]
     sys.stdout.reconfigure(line_buffering=True)
     code: object = 0
     try:
