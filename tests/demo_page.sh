@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The page of `kosmosg demo` in a headless Chromium (Debian's, on the PATH) and through its REST
-# client: gradio and playwright, laid over the environment of tests/run.sh.
+# client, and photographs from files to that page: gradio, playwright and scikit-image (for its
+# photographs alone), laid over the environment of tests/run.sh. What is missing fails here.
 set -euo pipefail
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -12,7 +13,7 @@ cd "$REPOSITORY"
 # All that gradio and playwright need beyond it, at the versions of the constraints.
 names='brotli|fastapi|gradio|gradio_client|greenlet|groovy|hf-gradio|httpcore|httpx'
 names+='|opentelemetry-api|orjson|pandas|playwright|pydub|python-multipart|pytz|safehttpx'
-names+='|semantic-version|starlette|tomlkit|uvicorn'
+names+='|scikit-image|semantic-version|starlette|tomlkit|uvicorn'
 mapfile -t versions < <(grep -E "^($names)==" constraints.txt)
 # Another list gets another folder; one that is there is whole.
 overlay=$(dirname "$(dirname "$PYTHON")")/page-$(printf '%s\n' "${versions[@]}" | cksum | cut -d ' ' -f 1)
@@ -23,4 +24,4 @@ if [ ! -d "$overlay" ]; then
 fi
 export PYTHONPATH=$overlay${PYTHONPATH:+:$PYTHONPATH} KOSMOSG_REQUIRE_BROWSER=1
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-exec "$PYTHON" -m pytest -q tests/integration/test_demo_browser.py "$@"
+exec "$PYTHON" -m pytest -q tests/integration/test_{demo_browser,photographs}.py "$@"

@@ -22,8 +22,9 @@ from megatron_kosmosg.pages import data_uri
 
 STORED_PIXELS, PROMPT_PIXELS, TARGET_PIXELS = 96, 168, 300
 """Longer side of what is shown: twice the heights of page.css."""
-PNG_BYTES, JPEG_QUALITY = 16 << 10, 85
-"""Pictures that are larger as PNG are shown as JPEG: photos, not masks and drawings."""
+PNG_BYTES, JPEG_QUALITY = 8 << 10, 80
+"""Pictures that are larger as PNG are shown as JPEG: photos, not masks and drawings. A packed row
+of the paper's sizes has up to 31 pictures, so that what one takes decides the size of the page."""
 
 
 @dataclass(frozen=True)
@@ -157,5 +158,5 @@ def _address(image: Image.Image) -> str:
     image.save(out, "PNG")
     if out.tell() > PNG_BYTES:
         out, kind = io.BytesIO(), "jpeg"
-        image.convert("RGB").save(out, "JPEG", quality=JPEG_QUALITY)
+        image.convert("RGB").save(out, "JPEG", quality=JPEG_QUALITY, optimize=True)
     return data_uri(out.getvalue(), f"image/{kind}")
