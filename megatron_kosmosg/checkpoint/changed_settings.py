@@ -38,6 +38,7 @@ FREE_TO_CHANGE = (
     "training.max_nonfinite_iters",
     "training.train_iters",  # refused below when it moves the end of the learning-rate decay
     "optimizer.lr_decay_iters",
+    "optimizer.ema_decay",  # what is averaged does not depend on the average
 )
 """Keys and sections; every other setting changes what is learnt."""
 

@@ -30,6 +30,7 @@ from megatron_kosmosg.checkpoint.layout_signature import compare_layouts, layout
 from megatron_kosmosg.checkpoint.optimizer_state import restore_settings, set_num_updates
 from megatron_kosmosg.checkpoint.plain_data import read_common
 from megatron_kosmosg.checkpoint.rng_state import restore_rng_state, rng_state
+from megatron_kosmosg.checkpoint.weight_average import AVERAGE, WeightAverage
 from megatron_kosmosg.checkpoint.weights import model_state, set_model_state
 from megatron_kosmosg.checkpoint.writer import BackgroundSave, ThreadSaveStrategy
 from megatron_kosmosg.config.errors import ConfigError
@@ -71,11 +72,13 @@ class Checkpointer:
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         datasets: dict[str, str],
+        average: WeightAverage | None = None,
     ) -> None:
-        """chunks: the bare modules, without wrappers. datasets: fingerprints of the mixture."""
+        """chunks: the bare modules, without wrappers. datasets: fingerprints of the mixture.
+        average: of the weights, where one is kept."""
         self._config, self._layout = config, layout
         self._chunks, self._optimizer, self._scheduler = chunks, optimizer, scheduler
-        self._datasets = datasets
+        self._datasets, self._average = datasets, average
         self._folder = save_folder(config)
         self._background = BackgroundSave()
         self._saving = 0
@@ -121,6 +124,12 @@ class Checkpointer:
         wanted = self._state(Progress(), is_loading=True)
         if not same_layout:
             del wanted["rng"]
+        if self._average is not None and AVERAGE not in common:
+            del wanted[AVERAGE]
+            notes.append(
+                "the checkpoint holds no average of the weights (optimizer.ema_decay): it begins "
+                "with the checkpoint's weights"
+            )
         loaded = load_state(path, wanted, strategy)
         set_model_state(self._chunks, loaded)
         progress = Progress(**loaded["progress"])
@@ -130,11 +139,21 @@ class Checkpointer:
             self._optimizer.load_state_dict(loaded["optimizer"])
         restore_settings(self._config, self._optimizer, progress.updates)
         self._scheduler.load_state_dict(loaded["scheduler"])
+        self._resume_average(loaded)
         if same_layout:
             restore_rng_state(loaded["rng"])
         else:
             set_seeds(self._config.training.seed + progress.iteration, self._layout)
         return progress, notes
+
+    def _resume_average(self, loaded: dict[str, Any]) -> None:
+        if self._average is None:
+            return
+        if AVERAGE in loaded:
+            models = model_state(self._chunks, checkpoint_metadata(self._layout))
+            self._average.load(models, loaded[AVERAGE])
+        else:
+            self._average.restart()
 
     def _save(self, progress: Progress) -> None:
         set_num_updates(self._optimizer, progress.updates)
@@ -162,8 +181,10 @@ class Checkpointer:
         metadata = checkpoint_metadata(self._layout)
         models = model_state(self._chunks, metadata)
         flat = models["model0"] if len(models) == 1 else models
+        average = self._average
         return {
             **models,
+            **({AVERAGE: average.state(models, is_loading=is_loading)} if average else {}),
             "optimizer": self._optimizer.sharded_state_dict(
                 flat, is_loading=is_loading, metadata=metadata
             ),

@@ -12,10 +12,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDi
 from megatron_kosmosg.checkpoint.description import read_description
 from megatron_kosmosg.checkpoint.errors import DamagedCheckpoint, load_state
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE
+from megatron_kosmosg.checkpoint.weight_average import AVERAGE
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_saved_config
 
-NOT_MODEL = ("optimizer.", "rng/")
+NOT_MODEL = ("optimizer.", "rng/", f"{AVERAGE}.")
 """Prefixes of checkpoint keys that are not weights of the model."""
 
 

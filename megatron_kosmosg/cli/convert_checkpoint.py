@@ -253,6 +253,7 @@ def _export_hf(args: argparse.Namespace) -> list[str]:
         _dtype(args),
         args.tokenizer_model,
         _progress(),
+        ema=args.ema,
     )
     return [*notes, str(args.output)]
 
@@ -264,19 +265,22 @@ def _add_export_mllm(commands) -> None:
 def _export_mllm(args: argparse.Namespace) -> list[str]:
     from megatron_kosmosg.conversion.export_hf import export_mllm
 
-    notes = export_mllm(args.input, args.output, _dtype(args), args.tokenizer_model, _progress())
+    given = args.input, args.output, _dtype(args), args.tokenizer_model
+    notes = export_mllm(*given, _progress(), ema=args.ema)
     return [*notes, str(args.output)]
 
 
 def _add_export_lora(commands) -> None:
     parser = _command(commands, "export-lora", EXPORT_LORA, EXPORT_LORA_EPILOG, _export_lora)
     _add_dtype(parser, "the checkpoint's")
+    _add_ema(parser)
 
 
 def _export_lora(args: argparse.Namespace) -> list[str]:
     from megatron_kosmosg.conversion.export_lora import export_lora
 
-    return [*export_lora(args.input, args.output, _dtype(args), _progress()), str(args.output)]
+    notes = export_lora(args.input, args.output, _dtype(args), _progress(), ema=args.ema)
+    return [*notes, str(args.output)]
 
 
 def _add_import_hf(commands) -> None:
@@ -343,6 +347,15 @@ def _command(commands, name: str, description: str, epilog: str, work) -> Comman
 def _add_export(parser: CommandParser) -> None:
     add_tokenizer_model(parser, "the one that the checkpoint names")
     _add_dtype(parser, "the checkpoint's")
+    _add_ema(parser)
+
+
+def _add_ema(parser: CommandParser) -> None:
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="the averages of the weights (of a run with optimizer.ema_decay) in their place",
+    )
 
 
 def _add_dtype(parser: CommandParser, default: str) -> None:

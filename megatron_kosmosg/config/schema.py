@@ -268,6 +268,10 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     clip_grad: float = 2.0
     """Largest global gradient norm (authors' scripts; the paper states none)."""
+    ema_decay: float = 0.0
+    """Decay of the exponential moving average of the weights that train, by update, e.g. 0.9999;
+    the first updates decay faster. Kept beside the weights, saved with them, and exported with
+    `kosmosg convert export-hf --ema`. 0 keeps none."""
     initial_loss_scale: float = 1024.0
     """fp16 only. The loss is a sum over the micro-batch's items, hence lower than elsewhere."""
     min_loss_scale: float = 1.0

@@ -287,7 +287,12 @@ def _check_schedule(config: RunConfig) -> None:
             f"optimizer.lr={optimizer.lr} must be above 0 and not below "
             f"optimizer.min_lr={optimizer.min_lr}"
         )
-    for key, beta in (("adam_beta1", optimizer.adam_beta1), ("adam_beta2", optimizer.adam_beta2)):
+    decays = {
+        "adam_beta1": optimizer.adam_beta1,
+        "adam_beta2": optimizer.adam_beta2,
+        "ema_decay": optimizer.ema_decay,
+    }
+    for key, beta in decays.items():
         if not 0 <= beta < 1:
             raise ConfigError(f"optimizer.{key}={beta} must lie in 0..1 (1 excluded)")
 

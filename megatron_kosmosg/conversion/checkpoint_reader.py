@@ -26,12 +26,16 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_kosmosg.checkpoint.description import DescriptionReader
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
+from megatron_kosmosg.checkpoint.weight_average import AVERAGE
 from megatron_kosmosg.checkpoint.weights import NOT_MODEL
 from megatron_kosmosg.config.errors import ConfigError, ConversionError
 from megatron_kosmosg.config.load import load_saved_config
 from megatron_kosmosg.conversion.stored_names import EMBEDDING, names_under, stored_key
 from megatron_kosmosg.conversion.tensors import TensorInfo, TensorSource
 from megatron_kosmosg.models.lora import ADAPTERS, LORA_A, LORA_B
+from megatron_kosmosg.parallel.platform import torch_dtype
+
+_AVERAGES = f"{AVERAGE}."
 
 
 class CheckpointTensors:
@@ -40,10 +44,11 @@ class CheckpointTensors:
     Tensors are whole and without vocabulary padding; low-rank adapters are added to the weights
     that they belong to, and are no tensors of their own (`adapter` gives them). `config` is the
     run's, `stage` its stage.
-    Raises ConversionError when there is no undamaged checkpoint.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, ema: bool = False) -> None:
+        """ema: the averages of the weights (float32) in place of those that trained.
+        Raises ConversionError when there is no undamaged checkpoint, or none with averages."""
         try:
             self.path = find_checkpoint(Path(folder), given_as="")
             self.config = load_saved_config(self.path / CONFIG_FILE)
@@ -51,7 +56,14 @@ class CheckpointTensors:
             raise ConversionError(str(error)) from None
         self.stage = self.config.stage
         self._reader = DescriptionReader(self.path)
-        self._stored = self._read_metadata()
+        self._stored, averages = self._read_metadata()
+        self._prefix_of: dict[str, str] = {}
+        self.export_dtype: torch.dtype | None = None
+        """In which an export is where none is asked for; None: each tensor's own. Averages are
+        float32 beside weights of the training precision."""
+        if ema:
+            self._take_averages(averages)
+            self.export_dtype = torch_dtype(self.config.training.precision)
 
     def names(self) -> dict[str, TensorInfo]:
         """Shape and dtype of every weight, in the order of the checkpoint's keys."""
@@ -103,7 +115,8 @@ class CheckpointTensors:
         if layer is not None:
             offsets, shape = (layer, *offsets[1:]), (1, *shape[1:])
         wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
-        items = create_read_items_for_chunk_list(key, stored, [wanted])
+        on_disk = self._prefix_of.get(key, "") + key
+        items = create_read_items_for_chunk_list(on_disk, stored, [wanted])
         if sum(math.prod(item.lengths) for item in items) != math.prod(shape):
             raise ConversionError(f"{self.path} holds only part of {name}")
         tensor = torch.empty(shape, dtype=stored.properties.dtype)
@@ -117,17 +130,37 @@ class CheckpointTensors:
         shape = tuple(self._stored[key].size)
         return (self.config.model.vocab_size, *shape[1:]) if key == EMBEDDING else shape
 
-    def _read_metadata(self) -> dict[str, TensorStorageMetadata]:
+    def _take_averages(self, averages: dict[str, TensorStorageMetadata]) -> None:
+        if not averages:
+            raise ConversionError(
+                f"{self.path} holds no average of the weights (its run had "
+                f"optimizer.ema_decay={self.config.optimizer.ema_decay:g}); leave --ema out, or "
+                "give a run with optimizer.ema_decay above 0"
+            )
+        self._stored.update(averages)
+        self._prefix_of = dict.fromkeys(averages, _AVERAGES)
+
+    def _read_metadata(
+        self,
+    ) -> tuple[dict[str, TensorStorageMetadata], dict[str, TensorStorageMetadata]]:
+        """The weights, and averages under the names of their weights."""
         try:
             metadata = self._reader.read_metadata()
         except ConfigError as error:
             raise ConversionError(str(error)) from None
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        return {
+        tensors = {
             key: stored
             for key, stored in metadata.state_dict_metadata.items()
-            if isinstance(stored, TensorStorageMetadata) and not key.startswith(NOT_MODEL)
+            if isinstance(stored, TensorStorageMetadata)
         }
+        weights = {key: found for key, found in tensors.items() if not key.startswith(NOT_MODEL)}
+        averages = {
+            key.removeprefix(_AVERAGES): found
+            for key, found in tensors.items()
+            if key.startswith(_AVERAGES)
+        }
+        return weights, averages
 
 
 class _Stored:

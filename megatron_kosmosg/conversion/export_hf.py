@@ -26,14 +26,17 @@ def export_hf(
     dtype: torch.dtype | None = None,
     tokenizer: Path | None = None,
     progress: ProgressCallback | None = None,
+    *,
+    ema: bool = False,
 ) -> list[str]:
     """Writes the diffusers folder of an `align` or `instruct` checkpoint; returns notes.
 
     dtype None keeps the checkpoint's for the language side and the folder's for Stable Diffusion.
     tokenizer: SentencePiece model, when the one that the checkpoint names is not to be used.
+    ema: the averages of the weights instead of the weights (ConversionError where there are none).
     """
-    source = CheckpointTensors(checkpoint)
-    config = source.config
+    source = CheckpointTensors(checkpoint, ema=ema)
+    config, dtype = source.config, dtype or source.export_dtype
     if not stage_facts(config.stage).aligner_parts:
         raise ConversionError(
             f"{source.path} is a {config.stage} checkpoint and has no AlignerNet; export-mllm "
@@ -64,14 +67,16 @@ def export_mllm(
     dtype: torch.dtype | None = None,
     tokenizer: Path | None = None,
     progress: ProgressCallback | None = None,
+    *,
+    ema: bool = False,
 ) -> list[str]:
     """Writes the language model of any checkpoint with its tokenizer and image processor.
 
     One folder for `AutoModelForImageTextToText`, `AutoProcessor` and the pipeline of that task.
     Returns notes; the other arguments are `export_hf`'s.
     """
-    source = CheckpointTensors(checkpoint)
-    config = source.config
+    source = CheckpointTensors(checkpoint, ema=ema)
+    config, dtype = source.config, dtype or source.export_dtype
     model_file = hf_folder.tokenizer_model(config, tokenizer)
     dropped = [name for name in source.names() if name.startswith((*OURS, *NOT_EXPORTED))]
     with new_folder(output, (checkpoint, model_file)) as folder:

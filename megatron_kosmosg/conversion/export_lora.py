@@ -28,13 +28,17 @@ def export_lora(
     output: Path,
     dtype: torch.dtype | None = None,
     progress: ProgressCallback | None = None,
+    *,
+    ema: bool = False,
 ) -> list[str]:
     """Writes the decoder's adapters for the `mllm/` that the run started from; returns notes.
 
+    ema: their averages.
     Raises ConversionError for a run without adapters, and for one that also trained another part
     of the language model, which an adapter cannot carry.
     """
-    source = CheckpointTensors(checkpoint)
+    source = CheckpointTensors(checkpoint, ema=ema)
+    dtype = dtype or source.export_dtype
     lora = source.config.lora
     if not lora.rank:
         raise ConversionError(

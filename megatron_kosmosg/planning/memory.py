@@ -39,7 +39,8 @@ class RankMemory:
     gradients: float
     """float32, for what trains here."""
     optimizer: float
-    """float32 copy of the parameters and two Adam moments, this rank's share."""
+    """float32 copy of the parameters, two Adam moments and the average of the weights where one is
+    kept, this rank's share."""
     activations: float
     """Of all micro-batches in flight, and what passes through the layer at work beyond what the
     U-Net, which works at another time, takes anyway."""
@@ -87,6 +88,7 @@ def decoder_memory(
     in_flight = min(world.pp_size - pp_rank + _ahead(config, world), len(batches))
     sharing = world.num_replicas if parallel.use_distributed_optimizer else 1
     master_copy = 4 if precision != "fp32" else 0  # fp32 parameters are their own master copy
+    average = 4 if config.optimizer.ema_decay else 0
     helpers = is_last and not world.score_ranks_per_unit
     helper_bytes, score_bytes = 0.0, 0.0
     if helpers:
@@ -96,7 +98,7 @@ def decoder_memory(
     tensors = (
         count.gradient_elements * element + count.frozen * element,
         count.gradient_elements * 4,
-        count.gradient_elements / sharing * (8 + master_copy),
+        count.gradient_elements / sharing * (8 + master_copy + average),
         # The decoder's backward starts when the U-Net's is over: the larger of the two counts.
         activations.saved * in_flight + max(0, activations.passing - score_bytes),
         helper_bytes,

@@ -104,7 +104,7 @@ class Rank:
         for chunk in self.trained.chunks:
             chunk.train()
         parts = self.stage, self.config, self.layout, self.trained.chunks, self.trained.optimizer
-        train_step(*parts, self.feed, self.iterators, self.reporter)
+        train_step(*parts, self.feed, self.iterators, self.reporter, self.trained.average)
 
     def evaluate(self) -> None:
         """The forward passes of one global batch, as an evaluation makes them."""

@@ -91,7 +91,13 @@ def _fit(
     trace = DecoderTrace(config, layout, chunks, optimizer, stage.remote_score)
 
     checkpointer = Checkpointer(
-        config, layout, trained.modules, optimizer, scheduler, data.fingerprints()
+        config,
+        layout,
+        trained.modules,
+        optimizer,
+        scheduler,
+        data.fingerprints(),
+        trained.average,
     )
     progress, resumed = Progress(), None
     if resume_from is not None:
@@ -132,7 +138,8 @@ def _fit(
             scheduler.step(1)
             with trace.over(progress.iteration + 1, iterators) as batches:
                 update = train_step(
-                    stage, config, layout, chunks, optimizer, feed, batches, reporter
+                    *(stage, config, layout, chunks, optimizer, feed, batches, reporter),
+                    trained.average,
                 )
             seconds = time.perf_counter() - started
             _advance(progress, config, update)

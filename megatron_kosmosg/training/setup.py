@@ -12,6 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_kosmosg.checkpoint.folder import find_checkpoint
 from megatron_kosmosg.checkpoint.save_and_resume import checkpoint_metadata
+from megatron_kosmosg.checkpoint.weight_average import WeightAverage
 from megatron_kosmosg.checkpoint.weights import load_weights
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
@@ -31,6 +32,8 @@ class Trained:
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    average: WeightAverage | None
+    """Of the weights (`optimizer.ema_decay`); None keeps none."""
 
 
 def build_trained(
@@ -46,7 +49,10 @@ def build_trained(
     optimizer = build_optimizer(config, chunks)
     scheduler = build_lr_scheduler(config, optimizer)
     connect(chunks, optimizer, stage.remote_score)
-    return Trained(modules, chunks, optimizer, scheduler)
+    average, decay = None, config.optimizer.ema_decay
+    if decay:
+        average = WeightAverage(decay, modules, optimizer, layout.dp_group)
+    return Trained(modules, chunks, optimizer, scheduler, average)
 
 
 def _check_chunks(config: RunConfig, modules: list[torch.nn.Module]) -> None:

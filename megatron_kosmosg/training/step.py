@@ -16,6 +16,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_kosmosg.checkpoint.weight_average import WeightAverage
 from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel.layout import Layout
@@ -162,8 +163,10 @@ def train_step(
     feed: BatchFeed,
     iterators: list[Iterator[Batch]],
     reporter: Reporter,
+    average: WeightAverage | None = None,
 ) -> Update:
-    """One global batch forward and backward, and one update of the parameters."""
+    """One global batch forward and backward, and one update of the parameters and of their
+    average."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -171,7 +174,10 @@ def train_step(
     squares = squared_gradient_norm(optimizer, layout.device)
     totals, squared_norm = reporter.totals(losses, feed, squares)
     grad_norm = squared_norm**0.5
-    return Update(totals, grad_norm, apply_update(optimizer, totals.losses["loss"], grad_norm))
+    is_made = apply_update(optimizer, totals.losses["loss"], grad_norm)
+    if is_made and average is not None:
+        average.update()
+    return Update(totals, grad_norm, is_made)
 
 
 def forward_losses(
