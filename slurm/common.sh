@@ -43,6 +43,8 @@ bash SCRIPT --check [SBATCH OPTIONS] [OPTIONS] [-- ...]
 
   --check         submit nothing: dry run, plan, and whether Slurm would take the job;
                   with sbatch: dry run on the nodes and one empty task for every GPU
+  --fastest       the fastest layout that is planned for so many GPUs of kind KOSMOSG_GPU; pictures
+                  or cached latents as the settings say
   --config FILE   train this config instead of the script's own
   --sweep FILE    in a job array: further settings, line N for array task N
   --help          this text
@@ -60,7 +62,7 @@ read_sweep() {
         die "$1 has no line $2, or one whose quotes do not end"
 }
 
-check='' early='' options=() rest=() sweep=()
+check='' fastest='' early='' options=() rest=() sweep=()
 read_arguments() {
     while [ $# -gt 0 ]; do
         case $1 in
@@ -69,6 +71,7 @@ read_arguments() {
                 continue
                 ;;
             --check) check=yes ;;
+            --fastest) fastest=yes ;;
             -h | --help)
                 usage
                 exit 0
@@ -303,7 +306,9 @@ run_stage() {
         count_early_start
         warn_before_the_limit
     fi
-    dry_run step --nodes=1 --ntasks=1 --ntasks-per-node=1 || {
+    alone=(step --nodes=1 --ntasks=1 --ntasks-per-node=1)
+    [ -z "$fastest" ] || take_fastest "${alone[@]}" || exit
+    dry_run "${alone[@]}" || {
         status=$?
         was_stopped "$status" && finish "$EXIT_STOPPED"
         rm -f "$(early_starts)"

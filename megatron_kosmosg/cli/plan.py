@@ -60,6 +60,11 @@ def build_parser() -> CommandParser:
         help="try all layouts, micro-batches, recomputation, and score placements; plan the best",
     )
     parser.add_argument(
+        "--keep-targets",
+        action="store_true",
+        help="with --search: data.latent_cache stays as it is, cached or not",
+    )
+    parser.add_argument(
         "--top", type=positive_int, default=10, metavar="N", help="layouts listed (10)"
     )
     parser.add_argument("--json", type=file_path, metavar="FILE", help="also write the plan there")
@@ -121,7 +126,7 @@ def _plan(args: argparse.Namespace) -> int:
             efficiency,
             notes,
             args.top,
-            may_cache_latents=args.write_config is None,
+            may_cache_latents=args.write_config is None and not args.keep_targets,
         )
         print(printable_lines(found) + "\n")
     else:

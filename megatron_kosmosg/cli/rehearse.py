@@ -80,7 +80,10 @@ def _rehearse(args: argparse.Namespace, words: list[str]) -> int:
     from megatron_kosmosg.rehearsal.report import failure, has_errors, to_text
     from megatron_kosmosg.stages import stage_facts
 
-    config = load_config(args.config, args.overrides)
+    # As in a plan, the option wins over the size that a config was written for.
+    size = [] if args.num_gpus is None else [f"parallel.world_size={args.num_gpus}"]
+    overrides = [*args.overrides, *size]
+    config = load_config(args.config, overrides)
     num_gpus = args.num_gpus or config.parallel.world_size
     if num_gpus is None or num_gpus < 1:
         raise ConfigError("how many GPUs? give --num-gpus or parallel.world_size")
@@ -95,7 +98,7 @@ def _rehearse(args: argparse.Namespace, words: list[str]) -> int:
             refuse_to_write_into(output, folders_read(config), option)
     try:
         with FakeDevice() as device, Progress("rehearsing", "rank") as progress:
-            found = rehearse(device, args.config, args.overrides, num_gpus, gpu, progress)
+            found = rehearse(device, args.config, overrides, num_gpus, gpu, progress)
     except FakeDeviceError as error:
         return report(str(error), exit_codes.FAILURE)
     print(printable_lines(to_text(found)))

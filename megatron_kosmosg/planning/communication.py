@@ -6,6 +6,7 @@ V (t - 1) / t, summing it twice that. The batch's own distribution and scalars a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_kosmosg.config.schema import RunConfig
@@ -34,10 +35,11 @@ class Traffic:
     def __mul__(self, times: float) -> Traffic:
         return Traffic(self.sent * times, self.messages * times)
 
-    def seconds(self, gb_s: float, efficiency: Efficiency) -> float:
-        """Time over a wire of `gb_s` GB/s."""
+    def seconds(self, gb_s: float, efficiency: Efficiency, ranks: int = 2) -> float:
+        """Time over a wire of `gb_s` GB/s; a message among many `ranks` passes through a tree."""
         wire = self.sent / (gb_s * 1e9 * efficiency.bandwidth)
-        return wire + self.messages * efficiency.collective_us * 1e-6
+        hops = max(1.0, math.log2(ranks))
+        return wire + self.messages * hops * efficiency.collective_us * 1e-6
 
 
 def tensor_traffic(

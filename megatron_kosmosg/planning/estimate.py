@@ -9,15 +9,11 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.world import WorldLayout
 from megatron_kosmosg.planning import communication as comm
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
+from megatron_kosmosg.planning.launches import score_launches, update_launches
 from megatron_kosmosg.planning.memory import GIB, RankKind, rank_kinds
 from megatron_kosmosg.planning.model_counts import ModelShares, RankCount
-from megatron_kosmosg.planning.stage_cost import (
-    Rates,
-    StageCost,
-    needed_flops,
-    score_work,
-    stage_cost,
-)
+from megatron_kosmosg.planning.rates import Rates
+from megatron_kosmosg.planning.stage_cost import StageCost, needed_flops, score_work, stage_cost
 from megatron_kosmosg.planning.timeline import Timeline, play
 from megatron_kosmosg.planning.workload import MicroBatch, ScoreShare, micro_batches, score_share
 
@@ -37,8 +33,8 @@ class Estimate:
     """By module, over all ranks, without recomputation and without repeats on tensor ranks."""
     seconds: float
     parts: dict[str, float]
-    """Seconds of a decoder rank: forward, backward, score, tensor, pipeline, waiting, data,
-    optimizer, fixed. They add up to `seconds`."""
+    """Seconds of a decoder rank: forward, backward, score, tensor, pipeline, launches,
+    waiting, data, optimizer, fixed. They add up to `seconds`."""
     bubble: float
     """Share of the schedule that decoder ranks wait, for each other or for score ranks."""
     decoder_idle: float
@@ -65,7 +61,7 @@ def estimate(
     count = num_microbatches(config, world.num_replicas)
     batches = micro_batches(config, count)
     pieces, counts = shares.pieces, shares.counts
-    rates = Rates(gpu.peak_flops(config.training.precision), efficiency)
+    rates = Rates(gpu, config.training.precision, efficiency)
     dedicated = world.score_ranks_per_unit > 0
     scored = score_share(config, world, count)
     costs = [
@@ -79,13 +75,16 @@ def estimate(
     for stage, (held, cost) in enumerate(zip(counts, costs, strict=True)):
         exchange = comm.data_traffic(config, world, held)
         wire = comm.data_gb_s(world, gpu, stage)
-        gradients, parameters = (t.seconds(wire, efficiency) for t in exchange)
+        gradients, parameters = (t.seconds(wire, efficiency, world.num_replicas) for t in exchange)
         if config.parallel.overlap_grad_reduce:
             gradients = _exposed(gradients, cost.last_backward)
         if config.parallel.overlap_param_gather:
             parameters = _exposed(parameters, cost.first_forward)
         data = max(data, gradients + parameters)
-        optimizer = max(optimizer, _optimizer_seconds(config, world, held, gpu, efficiency))
+        kernels = update_launches(config, world, pieces[stage], held.gradient_elements)
+        stepping = rates.launching(kernels)
+        stepping = max(stepping, _optimizer_seconds(config, world, held, gpu, efficiency))
+        optimizer = max(optimizer, stepping)
         traffic.append(cost.sent | {"data": sum(t.sent for t in exchange)})
     fixed = efficiency.iteration_ms * 1e-3
     seconds = timeline.seconds + data + optimizer + fixed
@@ -129,6 +128,7 @@ def _timeline(
         return play(forward, backward)
     work = score_work(config, scored.images)
     once = sum(rates.seconds(w, w.forward + w.backward) for w in work)
+    once = max(once, rates.launching(sum(score_launches(config))))
     return play(
         forward,
         backward,

@@ -4,8 +4,9 @@ Peaks are those of dense matrices with float32 sums, without the factor of two f
 data sheets print first. Memory is what PyTorch sees, which is less than the sheet says.
 
 Efficiencies are assumptions, printed with every plan and replaceable on the command line. Their
-origin: Megatron-LM publishes 41 % for 24 layers of width 2048 on A100; the U-Net's and the small
-stacks' are estimates, since no GPU was measured for this table.
+origin: Megatron-LM publishes 41 % for 24 layers of width 2048 on A100; U-Net, VAE, launches and
+the memory's share in small kernels were measured on one H200 (docs/gpu_results.md) and carried to
+other GPUs by their data sheets; the small stacks' are estimates.
 """
 
 from __future__ import annotations
@@ -181,18 +182,27 @@ class Efficiency:
     aligner: float = 0.25
     """AlignerNet, resampler and text encoder, in large micro-batches."""
     vision: float = 0.35
-    unet: float = 0.38
-    """U-Net forward and backward to the condition, in large batches."""
-    vae: float = 0.35
+    unet: float = 0.40
+    """Products of the U-Net, forward and backward to the condition, in large batches: what makes
+    154.8 images/s of an H200 together with `small_kernels`."""
+    vae: float = 0.31
+    """Products of the VAE's encoder: 184.1 images/s of an H200 likewise."""
     half_tokens: float = 512
     """Positions of a micro-batch on one rank (divided by its tensor ranks) at which the stacks
     reach half of their share."""
-    half_images: float = 4
-    """Images of a batch on one rank at which U-Net, VAE and image tower reach half."""
+    half_images: float = 1.1
+    """Images of a batch on one rank at which U-Net, VAE and image tower reach half, on a GPU of
+    989 TFLOP/s (138.9 images/s of an H200 with 64, 132.1 with 16); with the peak of others."""
     bandwidth: float = 0.75
     """Share of link, network and memory bandwidth that is reached."""
-    collective_us: float = 15
-    """Microseconds that a collective takes whatever its size."""
+    small_kernels: float = 0.47
+    """Share of the memory's bandwidth that norms, elementwise arithmetic and copies reach: 842 GB,
+    as a rehearsal counts them, in the 374 ms that an H200 took for them."""
+    launch_us: float = 50
+    """Microseconds of the host for each kernel of a rehearsal, Python included: an update of
+    `instruct` with 6,365 takes 310 ms on an H200's host even with few rows."""
+    collective_us: float = 10
+    """Microseconds that a collective takes whatever its size, for every doubling of its ranks."""
     iteration_ms: float = 15
     """Milliseconds per update for what does not scale: batches, loss totals, launches."""
     context_gib: float = 1.3

@@ -16,22 +16,11 @@ from megatron_kosmosg.models import flops
 from megatron_kosmosg.models.diffusion_flops import diffusion_flops
 from megatron_kosmosg.models.pipeline_pieces import StagePieces
 from megatron_kosmosg.planning import communication as comm
-from megatron_kosmosg.planning.gpus import Efficiency, Gpu
+from megatron_kosmosg.planning.gpus import Gpu
+from megatron_kosmosg.planning.launches import launches, score_launches
+from megatron_kosmosg.planning.rates import Rates, Work
 from megatron_kosmosg.planning.workload import MicroBatch
 from megatron_kosmosg.stages import stage_facts
-
-
-@dataclass(frozen=True)
-class Work:
-    """FLOPs of one module on one rank for one micro-batch."""
-
-    module: str
-    kind: str
-    """Which efficiency applies: decoder, aligner, vision, unet or vae."""
-    forward: float
-    backward: float
-    batch: float
-    """What the efficiency saturates with: positions per tensor rank, or images."""
 
 
 def stage_work(
@@ -123,30 +112,6 @@ def _recomputed(work: Work) -> float:
 
 
 @dataclass(frozen=True)
-class Rates:
-    """How fast arithmetic goes."""
-
-    peak: float
-    """FLOP/s."""
-    efficiency: Efficiency
-
-    def seconds(self, work: Work, flops: float) -> float:
-        """Of `flops` of some work, at the share of the peak that its batch reaches."""
-        if not flops:
-            return 0.0
-        reached = {
-            "decoder": self.efficiency.decoder,
-            "aligner": self.efficiency.aligner,
-            "vision": self.efficiency.vision,
-            "unet": self.efficiency.unet,
-            "vae": self.efficiency.vae,
-        }[work.kind]
-        in_positions = work.kind in ("decoder", "aligner")
-        half = self.efficiency.half_tokens if in_positions else self.efficiency.half_images
-        return flops / (self.peak * reached * work.batch / (work.batch + half))
-
-
-@dataclass(frozen=True)
 class StageCost:
     """One update."""
 
@@ -154,7 +119,8 @@ class StageCost:
     """Seconds of every micro-batch, exchange with the neighbours included."""
     backward: list[float]
     parts: dict[str, float]
-    """Their sum by cause: forward, backward, score, tensor, pipeline."""
+    """Their sum by cause: forward, backward, score, tensor, pipeline, launches (what the GPU waits
+    for the host besides)."""
     sent: dict[str, float]
     """Bytes by group: tensor, pipeline, score_link (both ways)."""
     first_forward: float
@@ -181,7 +147,7 @@ def stage_cost(
     tensor_wire = comm.group_gb_s(world.tensor_group(0, stage), gpu)
     stage_wire = comm.group_gb_s(world.pipeline_group(0, 0), gpu)
     forward, backward = [], []
-    parts = dict.fromkeys(("forward", "backward", "score", "tensor", "pipeline"), 0.0)
+    parts = dict.fromkeys(("forward", "backward", "score", "tensor", "pipeline", "launches"), 0.0)
     sent = dict.fromkeys(("tensor", "pipeline", "score_link"), 0.0)
     first_forward = last_backward = 0.0
     known: dict[MicroBatch, _PassCost] = {}  # an update has few micro-batches that differ
@@ -191,14 +157,20 @@ def stage_cost(
                 config, world, piece, is_last, scores_itself, batch, tensor_wire, stage_wire, rates
             )
         cost = known[batch]
-        forward.append(cost.ahead + cost.score_ahead + cost.tensor[0] + cost.boundary)
-        backward.append(cost.back + cost.score_back + cost.tensor[1] + cost.boundary)
+        computed = (
+            cost.ahead + cost.score_ahead + cost.tensor[0],
+            cost.back + cost.score_back + cost.tensor[1],
+        )
+        idle = [max(0.0, h - c) for h, c in zip(cost.launching, computed, strict=True)]
+        forward.append(computed[0] + idle[0] + cost.boundary)
+        backward.append(computed[1] + idle[1] + cost.boundary)
         first_forward, last_backward = (first_forward if index else cost.ahead), cost.back
         parts["forward"] += cost.ahead
         parts["backward"] += cost.back
         parts["score"] += cost.score_ahead + cost.score_back
         parts["tensor"] += sum(cost.tensor)
         parts["pipeline"] += 2 * cost.boundary
+        parts["launches"] += sum(idle)
         sent["tensor"] += cost.tensor_sent
         sent["pipeline"] += neighbours * cost.boundary_sent
         if is_last and world.score_ranks_per_unit:
@@ -208,13 +180,15 @@ def stage_cost(
 
 @dataclass(frozen=True)
 class _PassCost:
-    """One micro-batch: seconds forward and back, of the U-Net too where it is here, and of both
-    exchanges between tensor ranks and of one between pipeline stages; bytes sent."""
+    """One micro-batch: seconds forward and back, of the U-Net too where it is here, of the host
+    that launches either pass, of both exchanges between tensor ranks and of one between pipeline
+    stages; bytes sent."""
 
     ahead: float
     back: float
     score_ahead: float
     score_back: float
+    launching: tuple[float, float]
     tensor: list[float]
     boundary: float
     tensor_sent: float
@@ -234,6 +208,10 @@ def _pass_cost(
 ) -> _PassCost:
     work = stage_work(config, piece, is_last, batch)
     scored = score_work(config, -(-batch.images // world.tp_size)) if scores_itself else []
+    ahead, back = launches(config, piece, is_last, batch.pictures)
+    if scores_itself:
+        more = score_launches(config)
+        ahead, back = ahead + more.forward, back + more.backward
     exchanged = comm.tensor_traffic(config, piece, is_last, batch)
     handed = comm.boundary_traffic(config, world, batch)
     return _PassCost(
@@ -241,7 +219,8 @@ def _pass_cost(
         back=sum(rates.seconds(w, w.backward) for w in work),
         score_ahead=sum(rates.seconds(w, w.forward) for w in scored),
         score_back=sum(rates.seconds(w, w.backward) for w in scored),
-        tensor=[traffic.seconds(tensor_wire, rates.efficiency) for traffic in exchanged],
+        launching=(rates.launching(ahead), rates.launching(back)),
+        tensor=[t.seconds(tensor_wire, rates.efficiency, world.tp_size) for t in exchanged],
         boundary=handed.seconds(stage_wire, rates.efficiency),
         tensor_sent=sum(traffic.sent for traffic in exchanged),
         boundary_sent=handed.sent,

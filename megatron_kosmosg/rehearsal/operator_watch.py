@@ -135,6 +135,14 @@ class OperatorWatch(TorchDispatchMode):
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
             phase.flops += formula(*args, **kwargs, out_val=out)
+        else:
+            read = args[1:] if name == "copy_" else args  # the first is only written
+            phase.moved += sum(x.nbytes for x in tree_leaves(read) if _on_the_device(x))
+            phase.moved += sum(x.nbytes for x in touched if _on_the_device(x))
+
+
+def _on_the_device(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "cuda"
 
 
 def _check_dtypes(name: str, args: tuple) -> None:

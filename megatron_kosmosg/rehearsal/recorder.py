@@ -44,6 +44,8 @@ class Phase:
     """Operators among the kernels that return what they got, e.g. a division by 1."""
     flops: int = 0
     """Multiply-add = 2; matrix products, convolutions and attention."""
+    moved: int = 0
+    """Bytes that all other kernels read and wrote: what the memory's speed bounds."""
     waits: Counter[str] = field(default_factory=Counter)
     """The host stands still until the device is done, by what makes it wait and place."""
     pageable: Counter[str] = field(default_factory=Counter)

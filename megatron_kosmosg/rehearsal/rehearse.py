@@ -45,6 +45,9 @@ def rehearse(
         length=described["length"],
         images=described["images"],
     )
+    if sum(kind["name"] != SCORE for kind in kinds) == 1:
+        # What a run uploads once does not count. Stages of a pipeline hear each other only once.
+        case = dataclasses.replace(case, num_updates=2)
     on_progress(0, len(kinds))
     before: dict[str, Any] | None = None
     for number, kind in enumerate(kinds, start=1):

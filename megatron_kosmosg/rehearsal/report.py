@@ -36,6 +36,8 @@ class PhaseRow:
     """Whose counts these are: micro-batch or update."""
     kernels: float
     tflop: float
+    moved_gb: float
+    """Read and written by the kernels that are no products."""
     alive_gib: float
     peak_gib: float
     waits: float
@@ -69,6 +71,7 @@ def phase_rows(answer: dict[str, Any]) -> list[PhaseRow]:
                 of,
                 sum(phase["kernels"].values()) / times,
                 phase["flops"] / times / 1e12,
+                phase["moved"] / times / 1e9,
                 phase["alive"] / GIB,
                 phase["peak"] / GIB,
                 sum(phase["waits"].values()) / times,
@@ -190,11 +193,11 @@ def to_text(report: dict[str, Any]) -> str:
 
 def _kind_lines(kind: dict[str, Any]) -> list[str]:
     answer = kind["rehearsed"]
-    header = f"  {'phase':<22}{'of a':<13}{'kernels':>8}{'TFLOP':>9}{'GiB':>8}{'peak':>8}"
-    lines = [f"{header}{'waits':>8}{'pageable MB':>13}{'to GPU MB':>11}"]
+    header = f"  {'phase':<22}{'of a':<13}{'kernels':>8}{'TFLOP':>9}{'moved GB':>10}"
+    lines = [f"{header}{'GiB':>8}{'peak':>8}{'waits':>8}{'pageable MB':>13}{'to GPU MB':>11}"]
     lines += [
-        f"  {row.name:<22}{row.of:<13}{row.kernels:>8.0f}{row.tflop:>9.3f}{row.alive_gib:>8.2f}"
-        f"{row.peak_gib:>8.2f}{row.waits:>8.4g}{row.pageable_mb:>13.3g}{row.uploaded_mb:>11.3g}"
+        f"  {row.name:<22}{row.of:<13}{row.kernels:>8.0f}{row.tflop:>9.3f}{row.moved_gb:>10.2f}"
+        f"{row.alive_gib:>8.2f}{row.peak_gib:>8.2f}{row.waits:>8.4g}{row.pageable_mb:>13.3g}{row.uploaded_mb:>11.3g}"
         for row in phase_rows(answer)
     ]
     lines += [f"  {line}" for line in memory_lines(kind)]

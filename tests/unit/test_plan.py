@@ -236,14 +236,14 @@ def test_the_shipped_instruct_plan_names_what_is_faster(monkeypatch, tmp_path, c
     """Dedicated by default, colocated by override; the same figures from either side."""
     config = str(ROOT / "examples" / "configs" / "instruct_256gpu.yaml")
     shipped, other = tmp_path / "shipped.json", tmp_path / "other.json"
-    arguments = ["--config", config, "--gpu", "h100-80", "model.diffusion.path=null"]
+    arguments = ["--config", config, "--gpu", "a100-80", "model.diffusion.path=null"]
     assert run_tool(monkeypatch, *arguments, "--json", str(shipped)) == 0
     said = capsys.readouterr().out
     plan = json.loads(shipped.read_text())
     assert plan["num_gpus"] == 256
     assert plan["layout"]["placement"] == "dedicated"
-    assert (plan["layout"]["tensor"], plan["layout"]["score_ranks_per_unit"]) == (2, 2)
-    assert plan["layout"]["data"] == 64
+    assert (plan["layout"]["tensor"], plan["layout"]["score_ranks_per_unit"]) == (1, 1)
+    assert plan["layout"]["data"] == 128
     assert {name: kind["count"] for name, kind in plan["ranks"].items()} == {
         "decoder": 128,
         "score": 128,
@@ -312,9 +312,9 @@ def keys(value, inside: str = "") -> set[str]:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--gpu", "a100-80", "--num-gpus", "255"], ["255 ranks", "252 or 256"]),
+        (["--gpu", "a100-80", "--num-gpus", "255"], ["255 ranks", "254 or 256"]),
         (
-            ["--gpu", "a100-80", "--num-gpus", "256", "score.ranks_per_replica=1"],
+            ["--gpu", "a100-80", "--num-gpus", "256", "score.ranks_per_replica=2"],
             ["256 ranks", "255 or 258"],
         ),
         (["--gpu", "a100-80", "--assume", "unett=0.3"], ["unett", "unet"]),

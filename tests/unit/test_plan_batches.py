@@ -19,6 +19,7 @@ def plan(config: str, num_gpus: int, *arguments: str, gpu: str = "h100-80") -> i
 
 
 ARITHMETIC_ALONE = ["--assume", "iteration_ms=0", "--assume", "collective_us=0"]
+ARITHMETIC_ALONE += ["--assume", "launch_us=0"]
 """Else the toy models' updates take what every update takes."""
 
 

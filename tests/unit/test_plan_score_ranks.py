@@ -66,7 +66,7 @@ def test_rows_are_split_as_in_training(images, ranks, count, wanted):
     config = load_config(
         CONFIG,
         [f"training.micro_batch_size={images}", f"score.ranks_per_replica={ranks}",
-         f"parallel.world_size={2 + ranks}"],
+         "parallel.tensor_model_parallel_size=2", f"parallel.world_size={2 + ranks}"],
     )  # fmt: skip
     share = score_share(config, world_layout(config, 2 + ranks), count)
     assert (share.images, share.groups, share.used) == wanted
@@ -74,8 +74,8 @@ def test_rows_are_split_as_in_training(images, ranks, count, wanted):
 
 def test_dry_run_of_the_shipped_config_names_score_ranks():
     report = describe(load_config(CONFIG, ["model.diffusion.path=null"]))
-    assert "tensor 2 x pipeline 1 x data 64 + 2 score of each replica" in report
-    assert "replica 63: ranks 252, 253 -> score ranks 254, 255" in report
+    assert "tensor 1 x pipeline 1 x data 128 + 1 score of each replica" in report
+    assert "replica 127: ranks 254 -> score ranks 255" in report
     assert (
         "score ranks: 943,174,827 held (unet 859,520,964, vae 83,653,863; 1.89 GB in bf16), "
         "none trained on each of 128 ranks" in report
@@ -88,13 +88,13 @@ def test_dry_run_of_the_shipped_config_names_score_ranks():
     assert weights == gradients == optimizer == 0
     assert float(lines["score"][6]) == pytest.approx(943_174_827 * 2 / 2**30, abs=0.01)
     assert float(lines["decoder"][6]) == 0  # no U-Net beside the decoder
-    assert "16 per micro-batch x 1 micro-batches x 64 replicas" in report
+    assert "8 per micro-batch x 1 micro-batches x 128 replicas" in report
 
 
 def test_dry_run_of_the_colocated_override():
     report = describe(load_config(CONFIG, [
-        "model.diffusion.path=null", "score.placement=colocated", "training.micro_batch_size=8",
+        "model.diffusion.path=null", "score.placement=colocated", "training.micro_batch_size=4",
     ]))  # fmt: skip
-    assert "tensor 2 x pipeline 1 x data 128\n" in report
+    assert "tensor 1 x pipeline 1 x data 256\n" in report
     assert "score ranks" not in report and "AlignerNet M, U-Net and VAE" in report
-    assert "8 per micro-batch x 1 micro-batches x 128 replicas" in report
+    assert "4 per micro-batch x 1 micro-batches x 256 replicas" in report

@@ -52,7 +52,11 @@ case "$*" in
     [ "${WAITS:-}" != preflight ] || wait_for_signal 'trap - USR1; kill -USR1 $$'
     exit "${FIT:-0}"
     ;;
-*preflight.py* | *plan.py*) exit "${FIT:-0}" ;;
+*plan.py*)
+    echo "its settings: parallel.pipeline_layout=decoder*2|M data.latent_cache=null"
+    exit "${PLANNED:-0}"
+    ;;
+*preflight.py*) exit "${FIT:-0}" ;;
 esac
 [ -z "${NEXT:-}" ] || mkdir -p "$RUN/checkpoints/$NEXT"
 [ -z "${FAILURE:-}" ] || echo "$FAILURE" >"$RUN/failure.txt"
@@ -146,6 +150,18 @@ def test_values_of_a_sweep_may_be_quoted_and_nothing_in_them_runs(cluster):
     assert not list(cluster.folder.rglob("MARK")) and not (REPOSITORY / "MARK").exists()
     ended = cluster.run("--sweep", str(path), SLURM_ARRAY_TASK_ID="2")
     assert ended.returncode == 2 and "quotes do not end" in ended.stderr
+
+
+def test_the_fastest_layout_is_asked_for_and_taken_but_for_the_latents(cluster):
+    given = ("--fastest", "--", "data.latent_cache=/l x", "training.seed=5")
+    done = cluster.run(*given, KOSMOSG_GPU="a100-80")
+    assert "planned for 8 x a100-80: parallel.pipeline_layout=decoder*2|M" in done.stdout
+    plan, dry, *_, train = cluster.calls.read_text().splitlines()
+    assert "--num-gpus 8 --gpu a100-80 --search --keep-targets data.latent_cache=/l x" in plan
+    taken = "data.latent_cache=/l x training.seed=5 parallel.pipeline_layout=decoder*2|M"
+    assert dry.endswith(taken) and train.endswith(taken)
+    ended = cluster.run(*given, PLANNED="2")
+    assert ended.returncode == 2 and len(cluster.calls.read_text().splitlines()) == 1
 
 
 def test_an_array_task_takes_its_line_of_a_sweep(cluster):

@@ -1,0 +1,96 @@
+"""How many kernels a pass launches: with few rows the GPU waits for the host that launches them.
+
+The counts are rehearsed, with Megatron-Core's own layers in bf16 (`kosmosg rehearse`;
+tests/rehearsal holds them against today's code). TransformerEngine's fused layers launch fewer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.world import WorldLayout
+from megatron_kosmosg.models.pipeline_pieces import StagePieces
+from megatron_kosmosg.stages import stage_facts
+
+
+class Launches(NamedTuple):
+    """Kernels of one micro-batch."""
+
+    forward: float
+    backward: float
+
+
+DECODER_LAYER, SPLIT_DECODER_LAYER = Launches(20, 41), Launches(62, 75)
+"""Alone, and shared by tensor ranks with sequence parallelism, exchanges counted."""
+ALIGNER_LAYER, SPLIT_ALIGNER_LAYER = Launches(46, 103), Launches(131, 172)
+"""Of either half of AlignerNet."""
+IMAGE_BLOCK = Launches(14, 0)
+UNET = Launches(673, 953)
+"""Stable Diffusion v1.5's, from the noisy latents to the loss and back to the condition."""
+VAE_ENCODER = Launches(106, 0)
+TEXT_ENCODER_LAYER = Launches(19, 0)
+ENDS = {
+    "pretrain": Launches(76, 116),
+    "align": Launches(35, 47),
+    "instruct": Launches(95, 134),
+}
+"""Embeddings, resampler, final norms, output head, loss; half of them on the first pipeline stage
+and half on the last."""
+RECORDED = 4
+"""A pass that is one CUDA graph: its inputs' copies and the graph."""
+UPDATE = 30
+"""Norm, learning rate, loss scale and sums."""
+UPDATE_DECODER_LAYER, UPDATE_ALIGNER_LAYER = 16, 40
+"""Copies between a parameter and its float32 copy, less where replicas share the optimizer."""
+UPDATE_SPLIT_LAYER = 5
+"""Sums of the norms' gradients over tensor ranks, of a decoder layer."""
+UPDATE_BUCKET, BUCKET_ELEMENTS = 7, 40e6
+"""What a replica's share of a bucket adds, and Megatron-Core's size of one."""
+
+
+def launches(config: RunConfig, pieces: StagePieces, is_last: bool, pictures: float) -> Launches:
+    """Of a pipeline stage, the frozen U-Net left out."""
+    is_first = pieces.first_decoder_layer == 0
+    facts = stage_facts(config.stage)
+    split = config.parallel.tensor_model_parallel_size > 1
+    decoder = SPLIT_DECODER_LAYER if split else DECODER_LAYER
+    aligner = SPLIT_ALIGNER_LAYER if split else ALIGNER_LAYER
+    again = config.training.recompute == "full"
+    stacks = [(pieces.num_decoder_layers, decoder, facts.trains_decoder)]
+    stacks += [(config.model.aligner.num_layers, aligner, True)] * len(pieces.aligner_parts)
+    ends = (is_first + is_last) / 2
+    forward, backward = (ends * kernels for kernels in ENDS[config.stage])
+    for layers, layer, is_trained in stacks:
+        forward += layers * layer.forward
+        if is_trained:
+            backward += layers * (layer.backward + again * layer.forward)
+    if is_first and pictures:
+        forward += config.model.vision.num_layers * IMAGE_BLOCK.forward
+    if is_last and facts.has_text_encoder:
+        forward += 12 * TEXT_ENCODER_LAYER.forward
+    return Launches(forward, backward)
+
+
+def score_launches(config: RunConfig) -> Launches:
+    """Of the frozen U-Net, and of the VAE's encoder unless its moments are cached."""
+    recorded = config.performance.compile == "cudagraph"
+    forward, backward = (RECORDED, RECORDED) if recorded else UNET
+    encoder = RECORDED if recorded else VAE_ENCODER.forward
+    cached = config.data.latent_cache is not None
+    again = config.score.recompute * forward
+    return Launches(forward + (0 if cached else encoder), backward + again)
+
+
+def update_launches(
+    config: RunConfig, world: WorldLayout, pieces: StagePieces, elements: float
+) -> float:
+    """Of the optimizer's step on a rank of a pipeline stage. elements: of its gradients."""
+    sharing = world.num_replicas if config.parallel.use_distributed_optimizer else 1
+    trained = stage_facts(config.stage).trains_decoder * pieces.num_decoder_layers
+    copies = UPDATE_DECODER_LAYER * trained
+    copies += UPDATE_ALIGNER_LAYER * config.model.aligner.num_layers * len(pieces.aligner_parts)
+    buckets = UPDATE_BUCKET * elements / BUCKET_ELEMENTS
+    split = config.parallel.tensor_model_parallel_size > 1
+    sums = UPDATE_SPLIT_LAYER * trained * split
+    return UPDATE + sums + copies / sharing + buckets * (1 - 1 / sharing)
