@@ -241,8 +241,8 @@ class PerformanceConfig:
     the plain passes, and left aside with one line where it does not give the same."""
 
     compile: Literal["none", "regional", "cudagraph"] = "none"
-    """`regional`: torch.compile of the U-Net's transformer blocks, of the residual blocks of the
-    VAE's encoder and of the image tower's frozen blocks. `cudagraph`: the U-Net's passes and the
+    """`regional`: torch.compile of the U-Net's transformer blocks, of its and the VAE encoder's
+    residual blocks and of the image tower's frozen blocks. `cudagraph`: the U-Net's passes and the
     VAE's encoder recorded at the size of a micro-batch and replayed (a GPU; has not run on one)."""
     fuse_qkv: bool = False
     """One matrix product for queries, keys and values in the U-Net's attention, at the cost of a

@@ -37,6 +37,10 @@ from megatron_kosmosg.parallel.platform import torch_dtype
 _OF_THE_TOWER = {"fullgraph": True, "dynamic": True}
 """Micro-batches have any number of images."""
 
+_RESIDUAL_SHAPES = 32
+"""Residual blocks of Stable Diffusion 1.5's U-Net differ in 14 ways; torch's compiler gives up
+after 8 of one class unless it is told to go on."""
+
 Network = TypeVar("Network", UNet2DConditionModel, AutoencoderKL)
 
 
@@ -112,9 +116,7 @@ def _try_vae(diffusion: FrozenDiffusion, how: str, pixels: torch.Tensor) -> None
             with torch.no_grad():
                 return record_passes(plain, [pixels])
         vae = _copy_on_the_same_weights(diffusion.vae)
-        for module in vae.encoder.modules():
-            if isinstance(module, ResnetBlock2D):
-                module.compile(fullgraph=True, dynamic=False)
+        _compile_residual_blocks(vae.encoder)
         return partial(vae_moments, vae)
 
     def moments(run: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
@@ -198,6 +200,16 @@ def _fuse_qkv(unet: UNet2DConditionModel) -> None:
 
 def _compile_unet(unet: UNet2DConditionModel) -> None:
     unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    _compile_residual_blocks(unet)
+
+
+def _compile_residual_blocks(network: nn.Module) -> None:
+    """Their norms, activations and sums are what moves most bytes outside of products."""
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, _RESIDUAL_SHAPES)
+    for module in network.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.compile(fullgraph=True, dynamic=False)
 
 
 def _use_nhwc_group_norm(unet: UNet2DConditionModel) -> None:

@@ -11,6 +11,8 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 
 from megatron_kosmosg.config.schema import ScoreConfig
 from megatron_kosmosg.models import faster_passes
@@ -81,6 +83,31 @@ def test_compiled_blocks_give_the_plain_gradient(folder, caplog):
         "performance.compile=regional: the VAE runs so",
     ]
     check_same(diffusion, folder)
+
+
+def test_every_shape_of_residual_block_is_compiled(folder, caplog, tmp_path):
+    """More than torch's compiler makes of one class by itself."""
+    torch.manual_seed(0)
+    for part in ("vae", "scheduler"):
+        (tmp_path / part).symlink_to(folder / part)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16, 24, 32),
+        down_block_types=("DownBlock2D",) * 4,
+        up_block_types=("UpBlock2D",) * 4,
+        layers_per_block=2,
+        cross_attention_dim=CONDITION_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    unet.save_pretrained(tmp_path / "unet")
+    blocks = [m for m in unet.modules() if isinstance(m, ResnetBlock2D)]
+    shapes = {(block.in_channels, block.out_channels) for block in blocks}
+    assert len(shapes) > 8
+    with caplog.at_level(logging.INFO):
+        diffusion = tried(tmp_path, compile="regional")
+    assert "performance.compile=regional: the U-Net runs so" in caplog.messages
+    check_same(diffusion, tmp_path)
 
 
 def test_nothing_is_done_unless_it_is_asked_for(folder):
