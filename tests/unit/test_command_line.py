@@ -385,8 +385,8 @@ def test_documents_examples_and_job_scripts_use_the_names_of_today():
         assert not found, f"{path}: {found}"
 
 
-def test_the_readme_lists_every_command_and_its_tool():
-    text = (REPOSITORY / "README.md").read_text()
+def test_the_documents_list_every_command_and_its_tool():
+    text = (REPOSITORY / "docs" / "commands.md").read_text()
     (table,) = re.findall(r"\| command \| in a checkout .*?\n\n", text, re.DOTALL)
     rows = [line.split(" | ")[:2] for line in table.strip().splitlines()[2:]]
     listed = [name for names, _ in rows for name in re.findall(r"`([^`]+)`", names)]
