@@ -1,4 +1,4 @@
-"""What is installed and needed: core, and the extras test, data, diffusers, demo, web, gpu and mpi.
+"""What is installed and needed: core, and the extras (EXTRAS).
 
 `constraints.txt` holds the versions that were tested together; the bounds here are only those
 that are known to matter. Those of transformers, diffusers, accelerate and Pillow are the oldest
@@ -64,6 +64,8 @@ EXTRAS = {
         "nvidia-dali-cuda130>=2.0; sys_platform == 'linux' and platform_machine == 'x86_64'",
     ],
     "demo": ["matplotlib"],
+    # The documents as a site. 10 may need mkdocs 2, which has neither plugins nor hooks.
+    "docs": ["mkdocs-material>=9.6,<10"],
     # The page of `kosmosg demo`. 7 may change what its controls are called.
     "web": ["gradio>=6.31,<7"],
     # Without extras it is an empty package that cannot be imported. The bounds are those of

@@ -9,9 +9,11 @@ from urllib.parse import unquote
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from benchmarks import front_page
+from megatron_kosmosg import __version__
 from megatron_kosmosg.hf import pipeline_kosmosg
 from tests.support import settings_page, verification_page
 from tests.support.document_commands import block_lines, problems
@@ -100,6 +102,40 @@ def test_commands_of_the_front_page_s_table_exist():
     for command in given:
         said = problems(command)
         assert not said or "are required" in said[0], (command, said)
+
+
+def test_the_menu_of_the_site_names_every_page():
+    menu = (REPOSITORY / "mkdocs.yml").read_text("utf-8").split("\nnav:\n", 1)[1]
+    pages = {path.name for path in (REPOSITORY / "docs").glob("*.md")}
+    assert sorted(re.findall(r"(\w+\.md)$", menu, re.MULTILINE)) == sorted(pages)
+
+
+def test_links_of_the_index_for_programs_lead_somewhere():
+    text = (REPOSITORY / "llms.txt").read_text("utf-8")
+    linked = set(re.findall(r"\]\(([^)]+)\)", text))
+    assert not [target for target in linked if not (REPOSITORY / target).is_file()]
+    assert {f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md")} <= linked | {
+        "docs/README.md"
+    }
+
+
+def test_files_for_forges_say_what_is_so():
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == __version__
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text("utf-8"))
+    (repository,) = hooks["repos"]
+    pins = (REPOSITORY / "constraints.txt").read_text("utf-8").splitlines()
+    assert f"ruff=={repository['rev'].removeprefix('v')}" in pins
+    jobs = yaml.safe_load((REPOSITORY / ".github/workflows/ci.yml").read_text("utf-8"))["jobs"]
+    run = " ".join(step.get("run", "") for job in jobs.values() for step in job["steps"])
+    assert "bash .ci/run" in run and "bash tests/documents_site.sh" in run
+    form = REPOSITORY / ".github/ISSUE_TEMPLATE/problem.yml"
+    asked = [
+        part.get("attributes", {}).get("label", "")
+        for part in yaml.safe_load(form.read_text())["body"]
+    ]
+    assert any("--dry-run" in label for label in asked)
 
 
 def test_generated_pages_are_of_today():
