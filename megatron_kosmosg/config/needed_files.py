@@ -21,7 +21,7 @@ from megatron_kosmosg.config.stage_facts import StageFacts
 
 def validate_files(config: RunConfig, facts: StageFacts) -> None:
     """Raises ConfigError for all that the stage needs and this machine does not have."""
-    _check_stage_needs(config, facts)
+    check_stage_needs(config, facts)
     missing = list(_missing_files(config, facts))
     if len(missing) > 1:
         raise ConfigError(f"{len(missing)} inputs are missing:\n  " + "\n  ".join(missing))
@@ -63,7 +63,9 @@ def _missing_files(config: RunConfig, facts: StageFacts) -> Iterator[str]:
         yield from _missing_initial_weights(config.checkpoint.load)
 
 
-def _check_stage_needs(config: RunConfig, facts: StageFacts) -> None:
+def check_stage_needs(config: RunConfig, facts: StageFacts) -> None:
+    """Raises ConfigError for settings that the stage needs or cannot use, whatever this machine
+    has."""
     if config.data.latent_cache is not None and not facts.has_unet:
         raise ConfigError(
             f"data.latent_cache={config.data.latent_cache} means nothing to stage={config.stage}: "

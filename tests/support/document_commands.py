@@ -16,6 +16,9 @@ from pathlib import Path
 from megatron_kosmosg.cli import main as cli
 from megatron_kosmosg.config.input_paths import CONFIGS
 from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.needed_files import check_stage_needs
+from megatron_kosmosg.config.validate import validate_layout
+from megatron_kosmosg.stages import stage_facts
 
 REPOSITORY = Path(__file__).parents[2]
 STARTS = re.compile(
@@ -84,20 +87,21 @@ def _name_of_tool(stem: str) -> str:
     return next(n for n, c in cli.COMMANDS.items() if c.module.split(".")[-1] == stem)
 
 
-def _of_kosmosg(words: list[str]) -> list[str]:
+def _of_kosmosg(words: list[str], num_ranks: int | None = None) -> list[str]:
     if not words or words[0] in ("--help", "--version", "COMMAND"):
         return []
     if words[0] == "launch" and "--ranks" in words:
         after = words.index("--ranks") + 2
-        return _of_kosmosg(words[after:])
+        return _of_kosmosg(words[after:], int(words[after - 1]))
     for number in (2, 1):
         name = " ".join(words[:number])
         if name in cli.COMMANDS:
-            return _of_command(name, words[number:])
+            return _of_command(name, words[number:], num_ranks)
     return [f"kosmosg has no command {words[0]}"]
 
 
-def _of_command(name: str, words: list[str]) -> list[str]:
+def _of_command(name: str, words: list[str], num_ranks: int | None = None) -> list[str]:
+    """num_ranks: those that `launch` would start."""
     parser = importlib.import_module(f"megatron_kosmosg.{cli.COMMANDS[name].module}").build_parser()
     if "..." in words or not words:
         return _of_options(parser, words)
@@ -118,7 +122,11 @@ def _of_command(name: str, words: list[str]) -> list[str]:
         return []  # the reader's own
     path = REPOSITORY / config if (REPOSITORY / config).is_file() else config
     try:
-        load_config(path, list(parsed.overrides))
+        run = load_config(path, list(parsed.overrides))
+        if name == "train":
+            facts = stage_facts(run.stage)
+            check_stage_needs(run, facts)
+            validate_layout(run, num_ranks or run.parallel.world_size or 1, facts)
     except ValueError as error:
         return [str(error)]
     return []

@@ -87,6 +87,8 @@ def is_shown_as_refused(line: str, page: str) -> bool:
         ("kosmosg generate --model x --prompt a --output y --pic 3", "--pic"),
         ("kosmosg launch --ranks 2 train --config toy_align training.iters=3", "training.iters"),
         ("python -m benchmarks.nothing", "no module"),
+        ("kosmosg train --config align_1gpu data.heldout=null", "needs held-out data"),
+        ("kosmosg launch --ranks 3 train --config toy_pretrain", "3 ranks cannot be split"),
         ("kosmosg preprocess --sheet 3 ...", "no option --sheet"),
     ],
 )

@@ -133,7 +133,7 @@ def planned(folder: Path, requirements: list[str]) -> subprocess.CompletedProces
 
 def test_a_container_keeps_its_torch_and_its_kernels(package, tmp_path) -> None:
     """The command of slurm/README.md: core and the extra `data`, without the constraints."""
-    assert "pip install -e .[data]" in (REPOSITORY / "slurm" / "README.md").read_text()
+    assert "pip install -e '.[data]'" in (REPOSITORY / "slurm" / "README.md").read_text()
     wanted = [*package["install_requires"], *package["extras_require"]["data"]]
     done = planned(tmp_path, [*wanted, "transformer-engine", "apex"])
     assert done.returncode == 0, done.stderr
