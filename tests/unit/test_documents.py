@@ -152,6 +152,8 @@ ROWS = verification_page.cards()["rows"]
 def test_a_card_claims_what_ran_and_nothing_else(row):
     assert row["hardware"] in verification_page.cards()["hardware"]
     assert row["status"] in verification_page.STATUSES
+    said = problems(row["command"])
+    assert not said or "are required" in said[0]
     evidence = row.get("evidence")
     if row["status"] not in ("verified", "rehearsed"):
         assert evidence is None
