@@ -20,6 +20,7 @@ from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_diffusion
 from megatron_kosmosg.models.faster_passes import compile_frozen_blocks, take_faster_passes
 from megatron_kosmosg.models.vision_encoder import VisionEncoder
 from megatron_kosmosg.parallel.cuda_graphs import _Recorded, record_passes
+from megatron_kosmosg.parallel.devices import convolution_format
 from megatron_kosmosg.score.loss import DenoisingLoss
 from tests.support.tiny_models import (
     CONDITION_WIDTH,
@@ -108,6 +109,13 @@ def test_every_shape_of_residual_block_is_compiled(folder, caplog, tmp_path):
         diffusion = tried(tmp_path, compile="regional")
     assert "performance.compile=regional: the U-Net runs so" in caplog.messages
     check_same(diffusion, tmp_path)
+
+
+def test_convolutions_are_channels_last_where_that_was_measured_faster(folder):
+    """On a CPU; on an H200 group norms copied what they read and wrote (docs/gpu_results.md)."""
+    weight = load_diffusion(config_of(folder), CPU).unet.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    assert convolution_format(torch.device("cuda")) is torch.contiguous_format
 
 
 def test_nothing_is_done_unless_it_is_asked_for(folder):
