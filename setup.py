@@ -66,6 +66,8 @@ EXTRAS = {
     "demo": ["matplotlib"],
     # The documents as a site. 10 may need mkdocs 2, which has neither plugins nor hooks.
     "docs": ["mkdocs-material>=9.6,<10"],
+    # logging.wandb; no other version was tried.
+    "wandb": ["wandb>=0.31,<1"],
     # The page of `kosmosg demo`. 7 may change what its controls are called.
     "web": ["gradio>=6.31,<7"],
     # Without extras it is an empty package that cannot be imported. The bounds are those of

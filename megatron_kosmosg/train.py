@@ -31,6 +31,7 @@ from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.evaluation.registry import build_evaluators, check_evaluators
 from megatron_kosmosg.launcher import find_place, is_first_rank
 from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
+from megatron_kosmosg.monitoring.trackers import check_trackers
 from megatron_kosmosg.planning.gpus import gpu_named
 from megatron_kosmosg.stages import build_stage, stage_facts
 from megatron_kosmosg.terminal_text import printable_lines
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(parsed.config, parsed.overrides, note=note)
         check_evaluators(config)
+        check_trackers(config)
         if parsed.dry_run:
             from megatron_kosmosg.planning.dry_run import describe
 

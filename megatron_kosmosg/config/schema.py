@@ -323,6 +323,9 @@ class LoggingConfig:
     log_interval: int = 10
     """Iterations between log lines; metrics.jsonl has every iteration."""
     tensorboard: bool = True
+    wandb: str | None = None
+    """Project of Weights & Biases that gets numbers and images, too (needs the extra `wandb`).
+    WANDB_MODE=offline keeps them in the run's folder."""
     image_interval: int = 0
     """Iterations between image grids of fixed prompts (`instruct`); 0 draws only at the end."""
     num_images: int = 8

@@ -20,6 +20,7 @@ from megatron_kosmosg.training.picture_grid import picture_grid, to_picture
 from megatron_kosmosg.training.stage import Probe
 
 CELL_PIXELS = 96
+SHEET = "held_out_prompts"
 PROMPTS_TOGETHER = 8
 """That are drawn at once where there is no sheet; otherwise as many as it shows."""
 Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -45,14 +46,15 @@ def held_out_pictures(
     measured = shown if num_measured is None else num_measured
     together = shown or PROMPTS_TOGETHER
     count = max(shown, measured if evaluators else 0)
-    sheet, drawn = {}, []
+    sheet, words, drawn = {}, {}, []
     for start in range(0, count, together):
         positions = range(start, min(start + together, count))
         found = _drawn(config, layout, draw, dataset, model, positions)
         if found is None:
             continue
         if start == 0 and shown:
-            sheet["held_out_prompts"] = _sheet(config, *found)
+            sheet[SHEET] = _sheet(config, *found)
+            words[SHEET] = tuple(text or "" for text in found[1].texts)
         drawn.append(found[1])
     if not drawn:
         return Probe()
@@ -62,7 +64,7 @@ def held_out_pictures(
         torch.cat([images.targets for images in drawn])[:measured],
         tuple(texts[:measured]),
     )
-    return Probe(measure(evaluators, images) if measured else {}, sheet)
+    return Probe(measure(evaluators, images) if measured else {}, sheet, words)
 
 
 def _drawn(

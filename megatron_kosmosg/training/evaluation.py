@@ -5,6 +5,8 @@ A stop request ends an evaluation between two batches; the run that continues ma
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -69,7 +71,7 @@ class Evaluations:
             )
         if probe is None:
             return False
-        self._metrics.evaluation(iteration, probe.metrics, probe.images)
+        self._metrics.evaluation(iteration, probe)
         if probe.metrics or probe.images:
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in probe.metrics.items())
             self._display.say(f"iteration {iteration} | held out: {numbers or 'pictures only'}")
@@ -113,7 +115,9 @@ def evaluate(
     for chunk in chunks:
         chunk.train()
     restore_rng_state(state)
-    return None if probe is None else Probe({**metrics, **probe.metrics}, probe.images)
+    if probe is None:
+        return None
+    return replace(probe, metrics={**metrics, **probe.metrics})
 
 
 def _heldout_losses(

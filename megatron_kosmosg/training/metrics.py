@@ -1,4 +1,4 @@
-"""Numbers of a run: throughput per iteration, `metrics.jsonl`, TensorBoard.
+"""Numbers of a run: throughput per iteration, `metrics.jsonl`, and what trackers are told.
 
 One JSON line per iteration, one more for each evaluation (names start with `heldout_`), each with
 `time` (seconds since 1970) and `wall_time` (since this start began to train). A number that is not
@@ -13,19 +13,13 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
-
 from megatron_kosmosg.config.paths import METRICS_FILE, output_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.files import open_itself, write_text
+from megatron_kosmosg.monitoring.trackers import Tracker, open_trackers
 from megatron_kosmosg.parallel.layout import Layout
-from megatron_kosmosg.training.stage import Stage
+from megatron_kosmosg.training.stage import Probe, Stage
 from megatron_kosmosg.training.step import Update
-
-_CHARTS = {"loss": {"train and held out": ["Multiline", ["train/loss$", "heldout/heldout_loss$"]]}}
-"""For TensorBoard's Custom Scalars: {category: {chart: [kind, tags]}}."""
 
 
 def iteration_record(
@@ -95,34 +89,29 @@ class MetricsWriter:
     def __init__(self, config: RunConfig, start_iteration: int, *, enabled: bool) -> None:
         self._began = time.perf_counter()
         self._file = None
-        self._board: SummaryWriter | None = None
+        self._trackers: list[Tracker] = []
         if not enabled:
             return
         folder = output_folder(config)
         cut_back(folder / METRICS_FILE, start_iteration)
         self._file = open_itself(folder / METRICS_FILE, "a")
-        if config.logging.tensorboard:
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_iteration + 1)
-            self._board.add_custom_scalars(_CHARTS)
+        self._trackers = open_trackers(config, start_iteration)
 
     def iteration(self, record: dict[str, float | None]) -> None:
         """Appends the line of one iteration."""
         if self._file is not None:
-            self._write(record, "train")
+            self._write(record, "train", int(record["iteration"] or 0))
 
-    def evaluation(
-        self, iteration: int, metrics: dict[str, float], images: dict[str, Image.Image]
-    ) -> None:
+    def evaluation(self, iteration: int, found: Probe) -> None:
         """Appends the line of one evaluation and shows its pictures."""
         if self._file is None:
             return
-        if metrics:
-            named = {_heldout(name): _finite(value) for name, value in metrics.items()}
-            self._write({"iteration": iteration, **named}, "heldout")
-        if self._board is not None:
-            for name, image in images.items():
-                pixels = np.asarray(image.convert("RGB"))
-                self._board.add_image(name, pixels, iteration, dataformats="HWC")
+        if found.metrics:
+            named = {_heldout(name): _finite(value) for name, value in found.metrics.items()}
+            self._write({"iteration": iteration, **named}, "heldout", iteration)
+        for tracker in self._trackers:
+            for name, image in found.images.items():
+                tracker.image(name, image, found.words.get(name, ()), iteration)
 
     def has_evaluation(self, iteration: int) -> bool:
         """Whether the file holds the line of this evaluation."""
@@ -140,10 +129,10 @@ class MetricsWriter:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
-    def _write(self, record: dict[str, float | None], group: str) -> None:
+    def _write(self, record: dict[str, float | None], group: str, iteration: int) -> None:
         assert self._file is not None
         now = {
             "time": round(time.time(), 3),
@@ -151,10 +140,9 @@ class MetricsWriter:
         }
         self._file.write(json.dumps(record | now, allow_nan=False) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in record.items():
-                if name != "iteration" and value is not None:
-                    self._board.add_scalar(f"{group}/{name}", value, record["iteration"])
+        values = {n: v for n, v in record.items() if n != "iteration" and v is not None}
+        for tracker in self._trackers:
+            tracker.numbers(group, values, iteration)
 
 
 def _finite(value: float) -> float | None:

@@ -44,6 +44,8 @@ class Probe:
 
     metrics: dict[str, float] = field(default_factory=dict)
     images: dict[str, Image.Image] = field(default_factory=dict)
+    words: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of an image, what each of its rows was made from, where that is known."""
 
 
 class Stage(Protocol):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.training.metrics import MetricsWriter, cut_back
+from megatron_kosmosg.training.stage import Probe
 
 
 def config_in(folder):
@@ -35,8 +36,8 @@ def test_evaluations_get_their_own_line_and_pictures_go_to_tensorboard(tmp_path)
     writer = MetricsWriter(config_in(tmp_path), 0, enabled=True)
     writer.iteration({"iteration": 1, "loss": 0.5})
     grid = Image.new("RGB", (8, 8), "blue")
-    writer.evaluation(1, {"loss": float("nan"), "heldout_hue": 3.0}, {"grid": grid})
-    writer.evaluation(1, {}, {})
+    writer.evaluation(1, Probe({"loss": float("nan"), "heldout_hue": 3.0}, {"grid": grid}))
+    writer.evaluation(1, Probe())
     writer.flush()
     writer.close()
     written = read(tmp_path)
@@ -53,6 +54,6 @@ def test_evaluations_get_their_own_line_and_pictures_go_to_tensorboard(tmp_path)
 def test_a_silent_writer_touches_nothing(tmp_path):
     writer = MetricsWriter(config_in(tmp_path), 0, enabled=False)
     writer.iteration({"iteration": 1})
-    writer.evaluation(1, {"loss": 1.0}, {})
+    writer.evaluation(1, Probe({"loss": 1.0}))
     writer.close()
     assert list(tmp_path.iterdir()) == []
