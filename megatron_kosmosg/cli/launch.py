@@ -1,8 +1,9 @@
-"""`kosmosg launch`: a command on several ranks of this machine.
+"""`kosmosg launch`: a command on several ranks of this machine, or of several.
 
 In place of `torchrun --standalone`, whose agent keeps a store that listens on every interface and
 unpickles what any client sets. Here the ranks meet on 127.0.0.1, at a port that is bound before
-they start, and there is no agent; a rank that fails is not started again.
+they start, and there is no agent; a rank that fails is not started again. On several machines one
+launcher runs on each, and the ranks meet at the address of the first.
 """
 
 from __future__ import annotations
@@ -19,13 +20,19 @@ import time
 from collections.abc import Iterator, Sequence
 
 from megatron_kosmosg import exit_codes
-from megatron_kosmosg.command_line import CommandParser, command_parser, positive_int
+from megatron_kosmosg.command_line import (
+    CommandParser,
+    command_parser,
+    natural_int,
+    positive_int,
+)
 from megatron_kosmosg.launcher import LISTENER
 
 EPILOG = """\
 examples:
   kosmosg launch --ranks 2 train --config toy_pretrain logging.output_dir=runs/pretrain
   kosmosg launch --ranks 8 generate --model exported --prompts prompts.jsonl --output pictures
+  kosmosg launch --ranks 8 --nodes 4 --node-rank 1 --address node0:29500 train --config F.yaml
 
 Signals go on to all ranks: after SIGTERM, SIGUSR1 or Ctrl-C training saves its state. The exit code
 is that of the rank that failed first; ranks that do not end by themselves then are ended.
@@ -43,8 +50,22 @@ _PR_SET_PDEATHSIG = 1
 
 def build_parser() -> CommandParser:
     """The parser of this command."""
-    parser = command_parser("launch", "Starts a command on several ranks of this machine.", EPILOG)
+    parser = command_parser(
+        "launch", "Starts a command on several ranks of this machine, or of several.", EPILOG
+    )
     parser.add_argument("--ranks", type=positive_int, required=True, help="processes to start")
+    parser.add_argument(
+        "--nodes", type=positive_int, default=1, metavar="N", help="machines with as many ranks (1)"
+    )
+    parser.add_argument(
+        "--node-rank", type=natural_int, default=0, metavar="R", help="which of them this is (0)"
+    )
+    parser.add_argument(
+        "--address",
+        type=_host_and_port,
+        metavar="HOST:PORT",
+        help="where the ranks of several machines meet: the first machine, and a free port there",
+    )
     parser.add_argument("command", help="a command of kosmosg, such as train")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own")
     return parser
@@ -59,31 +80,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = {name.split()[0] for name in COMMANDS} - {"launch"}
     if args.command not in known:
         parser.error(f"no command {args.command}; there are {', '.join(sorted(known))}")
+    if args.node_rank >= args.nodes:
+        parser.error(f"--node-rank {args.node_rank} of --nodes {args.nodes}: they count from 0")
+    if (args.address is None) != (args.nodes == 1):
+        parser.error("--nodes above 1 and --address belong together")
     command = [sys.executable, "-m", "megatron_kosmosg", args.command, *args.arguments]
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(args.ranks)
-        ranks = [_start(command, rank, args.ranks, listener) for rank in range(args.ranks)]
+        address = args.address
+        if address is None:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(args.ranks)
+            address = listener.getsockname()
+        ranks = [
+            _start(
+                command,
+                {
+                    "RANK": args.node_rank * args.ranks + local_rank,
+                    "LOCAL_RANK": local_rank,
+                    "WORLD_SIZE": args.nodes * args.ranks,
+                    "LOCAL_WORLD_SIZE": args.ranks,
+                    "MASTER_ADDR": address[0],
+                    "MASTER_PORT": address[1],
+                },
+                listener if args.nodes == 1 and local_rank == 0 else None,
+            )
+            for local_rank in range(args.ranks)
+        ]
     with _passing_on(ranks):
         return _wait(ranks)
 
 
+def _host_and_port(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as node0:29500")
+    return host.strip("[]"), int(port)
+
+
 def _start(
-    command: list[str], rank: int, num_ranks: int, listener: socket.socket
+    command: list[str], place: dict[str, object], listener: socket.socket | None
 ) -> subprocess.Popen:
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(listener.getsockname()[1]),
-    }
+    """place: environment variables. listener: of the rank at which the others arrive."""
+    told = {name: str(value) for name, value in place.items()}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **told}
     environment.pop(LISTENER, None)
     handed_on = ()
-    if rank == 0:
+    if listener is not None:
         environment[LISTENER] = str(listener.fileno())
         handed_on = (listener.fileno(),)
     # A group of its own keeps the terminal's Ctrl-C away from a rank: it gets the one passed on.

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_kosmosg.cli import launch
+from tests.support.ranks import free_port
 
 RANK = """
 import os, signal, sys, time
@@ -26,7 +27,7 @@ def note(what):
 def start(tmp_path, monkeypatch):
     """Starts ranks that run a few lines of Python; the launcher's process."""
 
-    def start(ranks: int, *lines: str) -> subprocess.Popen:
+    def start(ranks: int, *lines: str, options: tuple[str, ...] = ()) -> subprocess.Popen:
         # A stand-in for the package: what `-m megatron_kosmosg COMMAND` would run.
         program = tmp_path / "rank.py"
         program.write_text(RANK + "\n".join(lines))
@@ -36,7 +37,7 @@ def start(tmp_path, monkeypatch):
             "real = subprocess.Popen\n"
             f"launch.subprocess.Popen = lambda command, **more: "
             f"real([sys.executable, {str(program)!r}, {str(tmp_path)!r}], **more)\n"
-            f"sys.exit(launch.main(['--ranks', '{ranks}', 'train']))\n"
+            f"sys.exit(launch.main(['--ranks', '{ranks}', *{options!r}, 'train']))\n"
         )
         return subprocess.Popen([sys.executable, "-c", launcher], start_new_session=True)
 
@@ -123,6 +124,23 @@ store.set(f"done {place.rank}", "1"); store.get("done 0"); store.get("done 1")
 def test_the_ranks_port_is_open_on_the_loopback_interface_alone(tmp_path, start):
     assert start(2, *MEET.splitlines()).wait(180) == 0
     assert noted(tmp_path, 0) == noted(tmp_path, 1) == ["0100007F"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/net")
+def test_launchers_of_two_machines_meet_at_the_first_ones_address(tmp_path, start):
+    options = ("--nodes", "2", "--address", f"127.0.0.2:{free_port()}", "--node-rank")
+    machines = [start(1, *MEET.splitlines(), options=(*options, rank)) for rank in "01"]
+    assert [machine.wait(180) for machine in machines] == [0, 0]
+    assert noted(tmp_path, 0) == noted(tmp_path, 1) == ["0200007F"]  # 127.0.0.2
+
+
+@pytest.mark.parametrize(
+    "options", [("--nodes", "2"), ("--address", "node0:1"), ("--node-rank", "1")]
+)
+def test_half_a_place_among_machines_is_refused(options, capsys):
+    with pytest.raises(SystemExit) as ended:
+        launch.main(["--ranks", "1", *options, "train"])
+    assert ended.value.code == 2 and "--node" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/net")

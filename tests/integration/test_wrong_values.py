@@ -33,6 +33,7 @@ WRONG_BY_TYPE = {
     "share": ["nan", "-0.1", "1.1", "x", ""],
     "number_from_zero": ["nan", "inf", "-1", "x", ""],
     "positive_number": ["nan", "0", "-1", "inf", ""],
+    "_host_and_port": ["x", "", ":1", "node0:0", "node0:99999", "node0:x"],
     "existing_folder": ["missing", "", "text-file"],
     "existing_file": ["missing", "", "folder", "b\u00ecld-\u732b"],
 }

@@ -91,8 +91,13 @@ def _of_kosmosg(words: list[str], num_ranks: int | None = None) -> list[str]:
     if not words or words[0] in ("--help", "--version", "COMMAND"):
         return []
     if words[0] == "launch" and "--ranks" in words:
-        after = words.index("--ranks") + 2
-        return _of_kosmosg(words[after:], int(words[after - 1]))
+        parser = importlib.import_module("megatron_kosmosg.cli.launch").build_parser()
+        wrong = _of_command("launch", [word for word in words[1:] if word != "..."])
+        if wrong:
+            return wrong
+        launched = parser.parse_args(words[1:])
+        ranks = launched.ranks * launched.nodes
+        return _of_kosmosg([launched.command, *launched.arguments], ranks)
     for number in (2, 1):
         name = " ".join(words[:number])
         if name in cli.COMMANDS:

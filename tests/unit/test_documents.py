@@ -21,7 +21,10 @@ from tests.support.document_commands import block_lines, problems
 REPOSITORY = Path(__file__).parents[2]
 NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 PAGES = [
-    *(REPOSITORY / name for name in (*NAMES, "slurm/README.md", "comfyui/README.md")),
+    *(
+        REPOSITORY / name
+        for name in (*NAMES, "slurm/README.md", "kubernetes/README.md", "comfyui/README.md")
+    ),
     *sorted((REPOSITORY / "docs").glob("*.md")),
 ]
 BY_NAME = {str(path.relative_to(REPOSITORY)): path for path in PAGES}
