@@ -180,7 +180,9 @@ def check_files(config: RunConfig) -> None:
     from megatron_kosmosg.data.dataset_files import files_read, folders_read
 
     validate_files(config, stage_facts(config.stage))
-    refuse_to_run_over_inputs(config, files_read(config), folders_read(config))
+    # Every rank asks; a run writes no file that could be a shard's.
+    files = files_read(config, of_shards=False)
+    refuse_to_run_over_inputs(config, files, folders_read(config))
 
 
 def _quieten_libraries() -> None:

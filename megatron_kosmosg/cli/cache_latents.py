@@ -29,7 +29,8 @@ Start it once, or on many GPUs; ranks come from launch or srun and share the wor
 interruption the same command goes on where it stopped, also with another number of ranks.
 
 Targets that cannot be decoded get no moments; the last line says how many and why, and more than
---max-bad-images end it with exit code 3.
+--max-bad-images end it with exit code 3. A dataset in shards gets a cache of each shard; what is
+said here of a dataset is then said of a shard.
 
 examples:
   kosmosg cache-latents data/edit --stable-diffusion /data/stable-diffusion-v1-5
@@ -106,7 +107,8 @@ def _cache(args: argparse.Namespace) -> int:
     mark = vae_fingerprint(load_vae(folder, torch_dtype("fp32")))
     vae = load_vae(folder, torch_dtype(args.dtype)).to(device)
     decoder = ImageDecoder(args.image_backend, device.index)
-    for prefix in args.prefixes:
+    # A dataset in shards gets a cache of each shard.
+    for prefix in (own for given in args.prefixes for own in SampleStore(given).shards.prefixes):
         job = LatentJob(
             store=SampleStore(prefix),
             name=args.name,

@@ -15,6 +15,7 @@ from megatron_kosmosg.command_line import (
     command_parser,
     natural_int,
     positive_int,
+    positive_number,
     report,
     run,
     some_text,
@@ -47,7 +48,7 @@ examples:
   kosmosg preprocess --kind caption --input 'laion/000*.tar' --max-rejects 5000 \\
       --tokenizer-model sentencepiece.bpe.model --output-prefix data/laion --workers 8
   mpirun -n 64 kosmosg preprocess --kind caption --input 'laion/*.tar' \\
-      --tokenizer-model sentencepiece.bpe.model --output-prefix data/laion --resume
+      --tokenizer-model sentencepiece.bpe.model --output-prefix data/laion --resume --shard-gib 50
 
 The output is the same for any number of workers and under MPI. Records that cannot be used go to
 PREFIX.rejects.jsonl with a reason each; an existing dataset of that name is replaced at the end.
@@ -93,6 +94,12 @@ def build_parser() -> CommandParser:
         default=100,
         metavar="N",
         help="fail when more records than this are left out (100)",
+    )
+    add(
+        "--shard-gib",
+        type=positive_number,
+        metavar="N",
+        help="write shards of about N GiB of input each, which are not joined (one .bin)",
     )
     add("--limit", type=positive_int, metavar="N", help="read only the first N records")
     add(
@@ -219,6 +226,7 @@ def job_of(args: argparse.Namespace) -> PreprocessJob:
         format=args.format,
         options=options,
         resume=args.resume,
+        shard_gib=args.shard_gib,
     )
 
 

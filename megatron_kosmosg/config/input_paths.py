@@ -73,7 +73,7 @@ def shipped_configs() -> list[str]:
 
 def _exists(path: Path) -> bool:
     """Whether there is such a file or folder, or a dataset of that prefix."""
-    return os.path.exists(path) or os.path.exists(f"{path}.idx")
+    return any(os.path.exists(f"{path}{end}") for end in ("", ".idx", ".json"))
 
 
 def _leaves(section: dict[str, Any], prefix: str) -> Iterator[tuple[dict[str, Any], str, str]]:

@@ -1,6 +1,7 @@
 """Whether this machine has what a stage reads and may write where it writes, before ranks start.
 
-Nothing is changed, and no file but the folders of frozen networks is opened, for the names in them.
+Nothing is changed, and no file is opened but lists of shards and the folders of frozen networks,
+for the names in them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from megatron_kosmosg.config.dataset_prefixes import missing_files
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.frozen_weights import missing_parts, one_file_advice
 from megatron_kosmosg.config.other_folders import how_to_import
@@ -41,12 +43,11 @@ def _missing_files(config: RunConfig, facts: StageFacts) -> Iterator[str]:
         ("data.heldout", config.data.heldout),
     ):
         for name, entry in blend.items():
-            absent = [
-                suffix for suffix in (".bin", ".idx") if not Path(entry.path + suffix).is_file()
-            ]
+            absent = missing_files(entry.path)
             if absent:
+                more = f" (nor do {len(absent) - 1} others)" if len(absent) > 2 else ""
                 yield (
-                    f"{section}.{name}.path={entry.path}: {entry.path}{absent[0]} does not exist; "
+                    f"{section}.{name}.path={entry.path}: {absent[0]} does not exist{more}; "
                     "write the dataset with `kosmosg preprocess` or correct the prefix (it has no "
                     "suffix)"
                 )

@@ -100,7 +100,8 @@ class BlendEntry:
     """One dataset of a mixture."""
 
     path: str = "???"
-    """Prefix of the `.bin/.idx` pair written by `kosmosg preprocess`."""
+    """Prefix of the dataset written by `kosmosg preprocess`: a `.bin/.idx` pair, or a `.json` that
+    lists its shards."""
     weight: float = 1.0
     """Relative share of the mixture: rows in `pretrain`, samples elsewhere."""
     kind: str | None = None

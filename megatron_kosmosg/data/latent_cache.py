@@ -3,14 +3,17 @@
 The files are a Megatron multimodal indexed dataset like the samples': document i holds the moments
 of sample i, float16 [2, channels, height, width], mean and standard deviation of the posterior.
 The posterior is still sampled anew for every use. The manifest names what the moments were made
-from; anything else is refused.
+from; anything else is refused. A dataset in shards has a cache of each shard, SHARD.NAME.
+
+Long because manifest, reading and writing are one format.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +23,9 @@ from megatron_kosmosg.data.image_headers import may_be_transparent
 from megatron_kosmosg.data.image_types import ImageTransform
 from megatron_kosmosg.data.index_file import write_index
 from megatron_kosmosg.data.manifest import check_fields
-from megatron_kosmosg.data.mapped_sequences import MappedSequences
+from megatron_kosmosg.data.shard_list import ShardEntry, check_files, named
 from megatron_kosmosg.data.store import SampleStore
+from megatron_kosmosg.data.stored_shards import StoredShards
 from megatron_kosmosg.files import open_itself, replacing, write_json
 from megatron_kosmosg.foreign_files import read_json
 
@@ -110,40 +114,83 @@ class LatentCache:
 
     def __init__(self, store: SampleStore, name: str, vae: str, transform: ImageTransform) -> None:
         """`vae`: fingerprint of the run's VAE. Raises InputError where there is no whole cache,
-        and where it was made from something else, naming what."""
-        prefix = latent_prefix(store.prefix, name)
-        manifest_path = Path(f"{prefix}.json")
-        advice = f"run `kosmosg cache-latents --name {name}`, or set data.latent_cache=null"
-        if not manifest_path.exists():
-            raise InputError(f"data.latent_cache={name}: no finished cache at {prefix}; {advice}")
-        self.manifest = LatentManifest.read(manifest_path)
-        wanted = LatentSource(store.fingerprint(), vae, describe_transform(transform))
-        made, needed = asdict(self.manifest.source), asdict(wanted)
-        # Those of another decoder are as good, whatever this run decodes prompts with.
-        needed.pop("decoder")
-        differ = [
-            f"{key}: made from {made[key]}, this run has {needed[key]}"
-            for key in needed
-            if made[key] != needed[key]
-        ]
-        if differ:
-            raise InputError(
-                f"data.latent_cache={name}: {prefix} does not fit this run\n  "
-                + "\n  ".join(differ)
-                + f"\n{advice}"
-            )
-        if not self.manifest.source.decoder:
-            _require_opaque(store, prefix, advice)
-        self._data = MappedSequences(prefix, multimodal=True)
-        if len(self._data) != len(store):
-            raise InputError(f"{prefix} has {len(self._data)} entries for {len(store)} samples")
+        of the dataset or of each of its shards, and where it was made from something else,
+        naming what."""
+        whole = latent_prefix(store.prefix, name)
+        in_shards = bool(store.shards.entries) and not Path(f"{whole}.json").exists()
+        self._name = name
+        source = LatentSource(store.fingerprint(), vae, describe_transform(transform))
+        if in_shards:
+            made_of = [replace(source, dataset=each.fingerprint) for each in store.shards.entries]
+            prefixes = [latent_prefix(prefix, name) for prefix in store.shards.prefixes]
+        else:
+            made_of, prefixes = [source], [whole]
+        manifests = self._read(prefixes, made_of)
+        self.manifest = manifests[0]
+        """Of the cache, or of the first shard's."""
+        for number, (prefix, manifest) in enumerate(zip(prefixes, manifests, strict=True)):
+            if manifest.shape != self.manifest.shape:
+                raise InputError(f"{prefix} holds {manifest.shape}, not {self.manifest.shape}")
+            if not manifest.source.decoder:
+                own = SampleStore(store.shards.prefixes[number]) if in_shards else store
+                _require_opaque(own, prefix, self._advice)
+        entries = self._entries(store.shards.entries) if in_shards else []
+        check_files(whole, entries, has_modes=True)
+        self._shards = StoredShards(whole, entries, has_modes=True)
+        if self._shards.num_samples != len(store):
+            found = self._shards.num_samples
+            raise InputError(f"{whole} has {found} entries for {len(store)} samples")
 
     def moments(self, index: int) -> np.ndarray | None:
         """float16 [2, channels, height, width] of a sample's target; None where it is bad."""
-        data, mode = self._data[index]
+        shard, number = self._shards.locate(index)
+        data, mode = shard.sequences[number]
         if mode == NO_MOMENTS:
             return None
         return data.view(MOMENTS_TYPE).reshape(self.manifest.shape)
+
+    @property
+    def _advice(self) -> str:
+        return f"run `kosmosg cache-latents --name {self._name}`, or set data.latent_cache=null"
+
+    def _read(self, prefixes: list[str], made_of: list[LatentSource]) -> list[LatentManifest]:
+        """The manifests of the caches, which are made from what they should be."""
+        missing = [prefix for prefix in prefixes if not Path(f"{prefix}.json").exists()]
+        if missing:
+            raise InputError(
+                f"data.latent_cache={self._name}: no finished cache at {named(missing)}; "
+                f"{self._advice}"
+            )
+        manifests = [LatentManifest.read(Path(f"{prefix}.json")) for prefix in prefixes]
+        for prefix, manifest, wanted in zip(prefixes, manifests, made_of, strict=True):
+            made, needed = asdict(manifest.source), asdict(wanted)
+            # Those of another decoder are as good, whatever this run decodes prompts with.
+            needed.pop("decoder")
+            differ = [
+                f"{key}: made from {made[key]}, this run has {needed[key]}"
+                for key in needed
+                if made[key] != needed[key]
+            ]
+            if differ:
+                raise InputError(
+                    f"data.latent_cache={self._name}: {prefix} does not fit this run\n  "
+                    + "\n  ".join(differ)
+                    + f"\n{self._advice}"
+                )
+        return manifests
+
+    def _entries(self, shards: Sequence[ShardEntry]) -> list[ShardEntry]:
+        """The caches of the shards as shards: a record of one size for each sample."""
+        record = int(np.prod(self.manifest.shape)) * MOMENTS_TYPE.itemsize
+        return [
+            replace(
+                shard,
+                path=latent_prefix(shard.path, self._name),
+                num_sequences=shard.num_samples,
+                num_bytes=shard.num_samples * record,
+            )
+            for shard in shards
+        ]
 
 
 def _require_opaque(store: SampleStore, prefix: str, advice: str) -> None:

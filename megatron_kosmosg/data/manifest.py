@@ -1,5 +1,7 @@
 """PREFIX.json: what a dataset is, written last so that its presence means the dataset is whole.
 
+With a list of shards it is the whole of PREFIX: their files have prefixes of their own.
+
 Read without torch, as plans are made where the data may be but no accelerator is.
 """
 
@@ -13,14 +15,17 @@ from typing import Any
 from megatron_kosmosg.config.errors import ConfigError, InputError
 from megatron_kosmosg.config.schema import BlendEntry
 from megatron_kosmosg.data.kinds.text import TEXT
+from megatron_kosmosg.data.shard_list import ShardEntry, check_order
 from megatron_kosmosg.files import write_json
 from megatron_kosmosg.foreign_files import parse_json, read_file, read_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, SHARDS_VERSION = 1, 2
+"""Of the manifest of one pair of files, and of one with a list of shards."""
 LONGEST = 1000
 """Characters of a text in a manifest."""
-LARGEST = 1 << 20
-"""Bytes; manifests are far smaller, corpora of one JSON value are not read whole."""
+LARGEST = 8 << 20
+"""Bytes of a manifest, most of it the list of shards; larger corpora of one JSON value are not read
+to tell that they are none."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,15 @@ class Manifest:
     num_images: int
     num_rejects: int
     format_version: int = FORMAT_VERSION
+    shards: tuple[ShardEntry, ...] = ()
+    """None where PREFIX.bin and PREFIX.idx are the data."""
 
     def write(self, path: Path) -> None:
         """Writes the manifest as JSON."""
-        write_json(path, asdict(self))
+        fields = asdict(self)
+        if not self.shards:
+            del fields["shards"]
+        write_json(path, fields)
 
     @staticmethod
     def read(path: Path) -> Manifest:
@@ -48,12 +58,28 @@ class Manifest:
         try:
             fields = read_json(path)
             version = fields["format_version"]
-            if version != FORMAT_VERSION:
-                raise ValueError(f"format version {version}, this code reads {FORMAT_VERSION}")
+            shards = fields.pop("shards", None)
+            if version != (FORMAT_VERSION if shards is None else SHARDS_VERSION):
+                raise ValueError(
+                    f"format version {version}, this code reads {FORMAT_VERSION}, and "
+                    f"{SHARDS_VERSION} with shards"
+                )
             check_fields(fields, Manifest)
-            return Manifest(**fields)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            found = Manifest(**fields, shards=_entries([] if shards is None else shards))
+            if shards is not None:
+                check_order(found.shards, found.num_samples)
+            return found
+        except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
             raise InputError(f"{path} is not a readable manifest: {error}") from error
+
+
+def _entries(values: Any) -> tuple[ShardEntry, ...]:
+    """Of a manifest's JSON. Raises ValueError and TypeError."""
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise ValueError("shards is no list of objects")
+    for value in values:
+        check_fields(value, ShardEntry)
+    return tuple(ShardEntry(**value) for value in values)
 
 
 def check_fields(fields: dict[str, Any], manifest: type) -> None:

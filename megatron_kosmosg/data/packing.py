@@ -71,8 +71,8 @@ class PackedDataset:
         self._documents = documents
         self._format, self._capacity = sequence_format, capacity
         self._index_folder = index_folder
-        self._sentences, self._offsets = store.sentences(sequence_format.tokenizer)
-        if len(self._sentences) == 0:
+        self._sentences = store.sentences(sequence_format.tokenizer)
+        if self._sentences.is_empty:
             raise ConfigError(f"data.blend.{name}: {store.prefix} holds no text and no pictures")
         self._lock = threading.Lock()
         self._epoch_rows: list[int] = []
@@ -172,13 +172,11 @@ class PackedDataset:
         self, documents: np.ndarray, start: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(documents that hold anything, their starts and the end, allowed cuts), from `start`."""
-        counts = self._offsets[documents + 1] - self._offsets[documents]
+        table, counts = self._sentences.take(documents)
         documents, counts = documents[counts > 0], counts[counts > 0]
         if not len(documents):
             return documents, np.array([start]), np.zeros(0, np.int64)
         firsts = np.cumsum(counts) - counts
-        table_rows = np.repeat(self._offsets[documents] - firsts, counts) + np.arange(counts.sum())
-        table = self._sentences[table_rows]
         lengths = table[:, 0] + table[:, 1].astype(np.int64) * self._format.image_length
         lengths[firsts] += 1  # <s>
         lengths[firsts + counts - 1] += 1  # </s>

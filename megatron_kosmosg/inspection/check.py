@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_kosmosg.data.fingerprint import dataset_fingerprint
 from megatron_kosmosg.data.image_reading import read_image
 from megatron_kosmosg.data.image_types import UnreadableImage
 from megatron_kosmosg.data.kinds.kind import ImageSize
@@ -15,6 +16,7 @@ from megatron_kosmosg.data.samples import EntityImage
 from megatron_kosmosg.data.sentences import sentence_table
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.stored_sample import IMAGE, JSON, RawSample, strip_document_end
+from megatron_kosmosg.data.stored_shards import SentenceTables
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.progress import ProgressCallback
 
@@ -46,6 +48,7 @@ def check_dataset(
             checker.num_tokens += found.num_tokens
             checker.num_images += found.num_images
             progress(min(start + CHUNK, len(store)), len(store))
+    yield from checker.whole()
     yield from checker.counts()
 
 
@@ -60,7 +63,7 @@ class _Checker:
     def __init__(self, store: SampleStore, tokenizer: Tokenizer) -> None:
         self._store, self._tokenizer = store, tokenizer
         self.num_tokens = self.num_images = 0
-        self._sentences: tuple[np.ndarray, np.ndarray] | None = None
+        self._sentences: SentenceTables | None = None
         if store.sample_kind.pretrain is not None and store.manifest is not None:
             self._sentences = store.sentences(tokenizer)
 
@@ -81,6 +84,20 @@ class _Checker:
                 reasons = [f"cannot be read: {error}"]
             found.problems += [Problem(index, key, reason) for reason in reasons]
         return found
+
+    def whole(self) -> Iterator[Problem]:
+        """What is wrong with each shard as a whole: its index, its content, its numbers."""
+        shards = self._store.shards
+        for number, prefix in enumerate(shards.prefixes):
+            try:
+                reasons = list(shards[number].sequences.check_entries())
+                if shards.entries and dataset_fingerprint(prefix) != (
+                    shards.entries[number].fingerprint
+                ):
+                    reasons.append(f"shard {prefix} has another content than the manifest notes")
+            except (ValueError, OSError) as error:
+                reasons = [str(error)]
+            yield from (Problem(None, "", reason) for reason in reasons)
 
     def counts(self) -> Iterator[Problem]:
         """Where the manifest counts something else than what is stored."""
@@ -126,8 +143,7 @@ class _Checker:
             yield f"token id {int(ids[~text][0])} is no text token"
 
     def _table(self, index: int, raw: RawSample) -> Iterator[str]:
-        table, offsets = self._sentences
         content = self._store.sample_kind.pretrain.content(raw, self._tokenizer)
-        stored = table[int(offsets[index]) : int(offsets[index + 1])]
+        stored, _ = self._sentences.take(np.array([index]))
         if not np.array_equal(stored, sentence_table(content, self._tokenizer)):
             yield "the sentence table does not fit the tokens; preprocess the dataset again"

@@ -16,7 +16,12 @@ from megatron_kosmosg.data.streams import instruct_stream, pretrain_stream
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.files import write_text
 from megatron_kosmosg.inspection.sample_cards import SampleCards
-from megatron_kosmosg.inspection.statistics import QUANTILES, length_statistics, token_use
+from megatron_kosmosg.inspection.statistics import (
+    QUANTILES,
+    length_statistics,
+    looked_at,
+    token_use,
+)
 from megatron_kosmosg.pages import render_page
 
 NAME = "dataset"
@@ -67,9 +72,14 @@ def summary_text(store: SampleStore, tokenizer: Tokenizer, seed: int) -> str:
     if store.manifest is None:
         stated = "no manifest: a token dataset of another tool"
     else:
-        fields = dataclasses.asdict(store.manifest)
+        fields = dataclasses.asdict(store.manifest) | {"shards": len(store.manifest.shards)}
+        if not store.manifest.shards:
+            del fields["shards"]
         stated = ", ".join(f"{name} {value}" for name, value in fields.items())
     lines = [f"{store.prefix}: {stated}", f"{len(store):,} samples", ""]
+    num_looked_at = len(looked_at(store))
+    if num_looked_at < len(store):
+        lines[1] += f"; lengths and sums of {num_looked_at:,} of them, spread evenly"
     percent = "".join(f"{f'{q} %':>10}" for q in QUANTILES)
     lines.append(f"{'per sample':16}{percent}{'sum':>16}")
     for lengths in length_statistics(store):

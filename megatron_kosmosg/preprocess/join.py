@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -72,8 +73,8 @@ def plan_join(kind: SampleKind, jobs: list[ShardJob], joined: Path) -> JoinPlan:
     keeps = _first_of_each_key(indexes, jobs)
     shards, copies, duplicates, offset = [], [], [], 0
     for job, index, keep in zip(jobs, indexes, keeps, strict=True):
-        sizes = _sample_sizes(index, itemsize)
-        runs = _runs(sizes, keep)
+        sizes = sample_sizes(index, itemsize)
+        runs = byte_runs(sizes, keep)
         copies.append(CopyJob(f"{job.prefix}.bin", f"{joined}.bin", offset, runs))
         offset += sum(end - start for start, end in runs)
         shards.append(index if keep.all() else index.kept(keep))
@@ -89,13 +90,18 @@ def copy_shard(job: CopyJob) -> None:
         return
     with source.open("rb") as reading, Path(job.target).open("r+b") as writing:
         writing.seek(job.offset)
-        for start, end in job.runs:
-            reading.seek(start)
-            while start < end:
-                data = reading.read(min(COPY_BYTES, end - start))
-                writing.write(data)
-                start += len(data)
+        copy_runs(reading, writing, job.runs)
     source.unlink()
+
+
+def copy_runs(reading: IO[bytes], writing: IO[bytes], runs: tuple[tuple[int, int], ...]) -> None:
+    """[start, end) bytes of what is read, one run after the other."""
+    for start, end in runs:
+        reading.seek(start)
+        while start < end:
+            data = reading.read(min(COPY_BYTES, end - start))
+            writing.write(data)
+            start += len(data)
 
 
 def prepare_target(plan: JoinPlan, joined: Path) -> None:
@@ -104,16 +110,14 @@ def prepare_target(plan: JoinPlan, joined: Path) -> None:
         file.truncate(plan.num_bytes)
 
 
-def write_tables(plan: JoinPlan, joined: Path) -> None:
-    """Writes the index and the sentence tables."""
+def write_tables(kind: SampleKind, shards: list[ShardIndex], joined: Path) -> None:
+    """Writes the index and the sentence tables of the shards, one after the other."""
 
     def whole(name: str) -> np.ndarray:
-        return np.concatenate([vars(shard)[name] for shard in plan.shards])
+        return np.concatenate([vars(shard)[name] for shard in shards])
 
-    modes = None if plan.kind.is_plain_text else whole("modes")
-    write_index(
-        Path(f"{joined}.idx"), plan.kind.item_type, whole("lengths"), modes, whole("num_parts")
-    )
+    modes = None if kind.is_plain_text else whole("modes")
+    write_index(Path(f"{joined}.idx"), kind.item_type, whole("lengths"), modes, whole("num_parts"))
     table_path, offsets_path = sentence_paths(joined)
     np.save(table_path, whole("sentences"))
     counts = whole("num_sentences").astype(np.int64)
@@ -163,25 +167,31 @@ def _first_of_each_key(indexes: list[ShardIndex], jobs: list[ShardJob]) -> list[
     keeps = [np.ones(len(index.keys), bool) for index in indexes]
     by_input: dict[Path, list[int]] = {}
     for number, job in enumerate(jobs):
-        by_input.setdefault(job.given.path, []).append(number)
+        (path,) = job.inputs
+        by_input.setdefault(path, []).append(number)
     for numbers in by_input.values():
-        keys = np.concatenate([indexes[number].keys for number in numbers])
-        _, first = np.unique(keys, return_index=True)
-        keep = keys == b""
-        keep[first] = True
-        sizes = [len(keeps[number]) for number in numbers]
-        for number, part in zip(numbers, np.split(keep, np.cumsum(sizes)[:-1]), strict=True):
-            keeps[number] = part
+        found = first_of_each([indexes[number].keys for number in numbers])
+        for number, keep in zip(numbers, found, strict=True):
+            keeps[number] = keep
     return keeps
 
 
-def _sample_sizes(index: ShardIndex, itemsize: int) -> np.ndarray:
+def first_of_each(keys: list[np.ndarray]) -> list[np.ndarray]:
+    """bool, as long as each of the lists of hashes: False where a key came up before, in any."""
+    together = np.concatenate(keys)
+    _, first = np.unique(together, return_index=True)
+    keep = together == b""
+    keep[first] = True
+    return np.split(keep, np.cumsum([len(each) for each in keys])[:-1])
+
+
+def sample_sizes(index: ShardIndex, itemsize: int) -> np.ndarray:
     """Bytes of each sample."""
     ends = np.concatenate([[0], np.cumsum(index.lengths, dtype=np.int64)]) * itemsize
     return np.diff(ends[np.concatenate([[0], np.cumsum(index.num_parts, dtype=np.int64)])])
 
 
-def _runs(sizes: np.ndarray, keep: np.ndarray) -> tuple[tuple[int, int], ...]:
+def byte_runs(sizes: np.ndarray, keep: np.ndarray) -> tuple[tuple[int, int], ...]:
     """Stretches of bytes whose samples are kept."""
     ends = np.concatenate([[0], np.cumsum(sizes)])
     edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]).astype(np.int8)))

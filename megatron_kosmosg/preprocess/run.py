@@ -2,6 +2,8 @@
 
 The output appears under its name only when everything went well, and does not depend on the number
 or kind of workers. Every worker process of a run calls `preprocess`; one of them leads.
+
+Long because the job, its steps and what stops it are read together.
 """
 
 from __future__ import annotations
@@ -37,7 +39,13 @@ from megatron_kosmosg.preprocess.join import (
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.records import READING_VERSION, Shard, ShardSize
 from megatron_kosmosg.preprocess.rejects import rejects_path
-from megatron_kosmosg.preprocess.shard_work import ShardJob, encoders, work_on_shard
+from megatron_kosmosg.preprocess.shard_work import ShardJob, Stretch, encoders, work_on_shard
+from megatron_kosmosg.preprocess.sharded import (
+    grouped,
+    refuse_other_forms,
+    shards_folder,
+    write_in_shards,
+)
 from megatron_kosmosg.preprocess.work_folder import WorkFolder
 from megatron_kosmosg.preprocess.workers import LocalWorkers, Workers
 
@@ -70,6 +78,8 @@ class PreprocessJob:
     options: Options = Options()
     resume: bool = False
     """Go on where a run of the same job was killed."""
+    shard_gib: float | None = None
+    """The dataset in shards of about so many GiB of input each (sharded.py); None: in one piece."""
 
     def check(self) -> None:
         """Raises ValueError for values that cannot be meant."""
@@ -107,17 +117,23 @@ def preprocess(job: PreprocessJob, progress: Progress, workers: Workers | None =
     folder = WorkFolder(prefix)
     inputs = workers.lead(lambda: find_inputs(job.inputs, KINDS[job.kind], job.format))
     workers.lead(lambda: _refuse_to_overwrite(job, inputs, folder))
-    shards = _plan(job, inputs, workers)
+    groups = _plan(job, inputs, workers)
     workers.lead(lambda: folder.open(_identity(job, inputs, tokenizer), job.resume))
     try:
         jobs = [
             ShardJob(
-                *(job.kind, given, shard, job.options, job.tokenizer_model), folder.shards, number
+                *(job.kind, stretches, job.options, job.tokenizer_model),
+                *(folder.shards, number),
+                has_scopes=job.shard_gib is not None,
             )
-            for number, (given, shard) in enumerate(shards)
+            for number, stretches in enumerate(groups)
         ]
         counts = _work(job, jobs, folder, progress, workers)
-        counts = _join(job, jobs, folder, counts, tokenizer, workers)
+        if job.shard_gib is None:
+            counts = _join(job, jobs, folder, counts, tokenizer, workers)
+        else:
+            check = partial(_check, job, folder)
+            counts = write_in_shards(prefix, jobs, folder, counts, check, workers)
         workers.lead(folder.remove)
     finally:
         folder.close()
@@ -131,7 +147,9 @@ def _refuse_to_overwrite(job: PreprocessJob, inputs: list[Input], folder: WorkFo
     for given in inputs:
         if given.format == PROMPTS:
             reads += [given.path / SEEDS_FILE, prefix.parent / PROMPT_FILE]
-    refuse_to_overwrite([*output_paths(prefix), folder.path], reads, "--output-prefix")
+    written = [*output_paths(prefix), shards_folder(prefix), folder.path]
+    refuse_to_overwrite(written, reads, "--output-prefix")
+    refuse_other_forms(prefix, job.shard_gib is not None, folder)
 
 
 def _identity(job: PreprocessJob, inputs: list[Input], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -144,10 +162,12 @@ def _identity(job: PreprocessJob, inputs: list[Input], tokenizer: Tokenizer) -> 
         "limit": job.limit,
         "options": asdict(job.options),
         "format version": [FORMAT_VERSION, READING_VERSION],
+        **({} if job.shard_gib is None else {"--shard-gib": job.shard_gib}),
     }
 
 
-def _plan(job: PreprocessJob, inputs: list[Input], workers: Workers) -> list[tuple[Input, Shard]]:
+def _plan(job: PreprocessJob, inputs: list[Input], workers: Workers) -> list[tuple[Stretch, ...]]:
+    """What each shard is made of."""
     size = workers.lead(lambda: shard_size(inputs))
     cut = partial(_shards, options=job.options, limit=job.limit, size=size)
     per_input = limited(workers.map(cut, inputs), job.limit)
@@ -156,7 +176,10 @@ def _plan(job: PreprocessJob, inputs: list[Input], workers: Workers) -> list[tup
     ]
     if not shards:
         raise ValueError(f"--input {' '.join(job.inputs)}: no records")
-    return shards
+    if job.shard_gib is None:
+        return [(stretch,) for stretch in shards]
+    most_bytes = job.shard_gib * 2**30
+    return workers.lead(lambda: grouped(shards, size, most_bytes))
 
 
 def _shards(given: Input, options: Options, limit: int | None, size: ShardSize) -> list[Shard]:
@@ -208,17 +231,14 @@ def _join(
         plans.append(plan_join(KINDS[job.kind], jobs, joined))
         counts = plans[0].counts(worked)
         write_rejects(jobs, plans[0].duplicates, rejects_path(job.output_prefix))
-        _check_rejects(job, counts, folder)
-        if counts.samples == 0:
-            folder.remove()
-            raise ValueError(f"no usable record in {', '.join(job.inputs)}\n{summary(counts)}")
+        _check(job, folder, counts)
         if not is_joined(joined):
             prepare_target(plans[0], joined)
         return plans[0].copies, counts
 
     def finish() -> None:
         if not is_joined(joined):
-            write_tables(plans[0], joined)
+            write_tables(plans[0].kind, plans[0].shards, joined)
             manifest = Manifest(
                 job.kind,
                 tokenizer.fingerprint,
@@ -236,6 +256,14 @@ def _join(
     workers.map(copy_shard, copies)
     workers.lead(finish)
     return counts
+
+
+def _check(job: PreprocessJob, folder: WorkFolder, counts: Counts) -> None:
+    """Raises TooManyRejects, and ValueError where there is nothing to write."""
+    _check_rejects(job, counts, folder)
+    if counts.samples == 0:
+        folder.remove()
+        raise ValueError(f"no usable record in {', '.join(job.inputs)}\n{summary(counts)}")
 
 
 def _check_rejects(job: PreprocessJob, counts: Counts, folder: WorkFolder) -> None:

@@ -18,6 +18,7 @@ from megatron_kosmosg.data.kinds.kind import SampleKind
 from megatron_kosmosg.data.stored_sample import Part
 
 KEY_TYPE = np.dtype("S16")
+_TOGETHER = 4096
 Name = tuple[str, str | None]
 """Source of a sample, and its own key if it has one."""
 
@@ -65,11 +66,14 @@ class ShardIndex:
         )
 
 
-def key_hash(key: str | None) -> bytes:
-    """What duplicates are found by."""
+def key_hash(key: str | None, scope: str = "") -> bytes:
+    """What duplicates are found by; keys of different scopes are different."""
     if key is None:
         return b""
-    return hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=16).digest()
+    data = key.encode("utf-8", "replace")
+    if scope:
+        data += b"\0" + scope.encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 class ShardWriter:
@@ -79,6 +83,10 @@ class ShardWriter:
         self._prefix = prefix
         self._itemsize = kind.item_type.itemsize
         self._arrays: dict[str, list[np.ndarray]] = {name.name: [] for name in fields(ShardIndex)}
+        self._latest: dict[str, list[np.ndarray]] = {name.name: [] for name in fields(ShardIndex)}
+        """Those of up to _TOGETHER calls, whose small arrays take more memory than one does."""
+        self.scope = ""
+        """Of the keys of what is added: of one scope and key, the first sample stays."""
         self._data = Path(f"{prefix}.bin").open("wb")
         self._names = Path(f"{prefix}.names.jsonl").open("w", encoding="utf-8")
         self.num_samples = self.num_tokens = self.num_images = self.num_bytes = 0
@@ -115,13 +123,23 @@ class ShardWriter:
         self.num_samples += len(names)
         self.num_tokens += int(arrays["num_tokens"].sum())
         self.num_images += int(arrays["num_images"].sum())
-        arrays["keys"] = np.array([key_hash(key) for _, key in names], KEY_TYPE)
+        hashes = [key_hash(key, self.scope) for _, key in names]
+        arrays["keys"] = np.array(hashes, KEY_TYPE)
         for name, array in arrays.items():
-            self._arrays[name].append(array)
+            self._latest[name].append(array)
+        if len(self._latest["keys"]) == _TOGETHER:
+            self._gather()
         self._names.writelines(json.dumps(name) + "\n" for name in names)
+
+    def _gather(self) -> None:
+        for name, arrays in self._latest.items():
+            if arrays:
+                self._arrays[name].append(np.concatenate(arrays))
+                arrays.clear()
 
     def finish(self) -> None:
         """Completes the files."""
+        self._gather()
         self._data.close()
         self._names.close()
         empty = {

@@ -26,19 +26,29 @@ from megatron_kosmosg.preprocess.text_batches import TextBatches
 from megatron_kosmosg.preprocess.word_cache import WordCache
 from megatron_kosmosg.shards import ShardFolder
 
+Stretch = tuple[Input, Shard]
+"""An input, and the part of it that is read."""
+
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard and where its output goes."""
+    """What makes one shard, and where its output goes."""
 
     kind: str
     """A name in data.kinds.KINDS: a kind itself holds functions, which do not travel."""
-    given: Input
-    shard: Shard
+    stretches: tuple[Stretch, ...]
+    """Read one after the other: one, or all of several inputs."""
     options: Options
     tokenizer_model: str
     folder: ShardFolder
     number: int
+    has_scopes: bool = False
+    """Whether keys of different inputs are told apart in its files: where it may read several."""
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """What it reads from."""
+        return tuple(given.path for given, _ in self.stretches)
 
     @property
     def prefix(self) -> str:
@@ -78,19 +88,28 @@ class _ShardWork:
         self._notes: Counter[str] = Counter()
 
     def run(self) -> None:
-        job = self._job
-        with job.rejects_path.open("w", encoding="utf-8") as self._file:
-            try:
-                for record in job.given.reader(job.options).read(job.shard, job.options):
-                    if isinstance(record, BadRecord):
-                        self._reject(record.source, record.source, record.rejected)
-                    else:
-                        self._take(record)
-            except Rejected as rejected:
-                # The rest of the shard cannot be read.
-                self._reject(job.shard.name, job.shard.name, rejected)
-            self._flush_texts()
+        with self._job.rejects_path.open("w", encoding="utf-8") as self._file:
+            for given, shard in self._job.stretches:
+                self._writer.scope = self._scope_of(given)
+                self._read(given, shard)
+                self._flush_texts()
         self._writer.finish()
+
+    def _read(self, given: Input, shard: Shard) -> None:
+        options = self._job.options
+        try:
+            for record in given.reader(options).read(shard, options):
+                if isinstance(record, BadRecord):
+                    self._reject(record.source, record.source, record.rejected)
+                else:
+                    self._take(record)
+        except Rejected as rejected:
+            # The rest of the stretch cannot be read.
+            self._reject(shard.name, shard.name, rejected)
+
+    def _scope_of(self, given: Input) -> str:
+        """A key may come up in two inputs."""
+        return str(given.path.absolute()) if self._job.has_scopes else ""
 
     def counts(self, seconds: float) -> Counts:
         writer, pictures = self._writer, self._use.pictures

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from megatron_kosmosg.cli.main import COMMANDS
+from megatron_kosmosg.preprocess.shards_of_dataset import list_shards
 from megatron_kosmosg.toy.stand_in_networks import write_dino, write_inception
 from tests.support.judged_images import write_coco, write_dreambooth
 
@@ -61,6 +62,7 @@ INPUTS = {
     "--run": ["missing", "folder", "text-file", ""],
     "--vision": ["missing", "folder"],
     "prefix": ["missing", "folder", "text-file", ""],
+    "shards": ["missing", "folder", "text-file", ""],
     "prefixes": ["missing", "folder", "text-file", ""],
     "--folder": [""],
     "--output": ["text-file/below", ""],
@@ -141,6 +143,7 @@ def files(past, tmp_path_factory) -> Path:
     (folder / "pictures").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "pictures" / "a.png")
     write_dino(folder / "dino.pth")
+    list_shards(str(folder / "sharded"), [str(folder / "stores" / "caption")])
     return folder
 
 
@@ -149,6 +152,7 @@ BASES = {
         "preprocess",
     ): "--kind text --input records.jsonl --tokenizer-model {spm} --output-prefix o/x",
     ("inspect",): "stores/caption --output o/page.html",
+    ("shards",): "sharded",
     ("cache-latents",): "stores/caption --stable-diffusion {sd} --name made --image-size 16",
     ("build-data",): "--input text-file --output o/built --captions folder",
     ("plan",): "--config toy_instruct --gpu a100-80",

@@ -176,13 +176,12 @@ def break_image(folder: Path, kind: str, name: str, which: int, part: int) -> st
 
 def overwrite_image(prefix: str | Path, which: int, part: int) -> None:
     """Zeros in place of picture `part` of sample `which`."""
-    store = SampleStore(prefix)
-    data = store._data
-    first = int(store._documents[which])
-    images = [i for i in range(first, int(store._documents[which + 1])) if data[i][1] == 1]
-    pointer, length, _ = data.index[images[part]]
-    with Path(f"{prefix}.bin").open("r+b") as file:
-        file.seek(int(pointer))
+    shard, number = SampleStore(prefix).shards.locate(which)
+    data = shard.sequences
+    images = [i for i in data.document(number) if data[i][1] == 1]
+    start, length = data.index.pointers[images[part]], data.index.lengths[images[part]]
+    with Path(f"{shard.prefix}.bin").open("r+b") as file:
+        file.seek(int(start))
         file.write(b"\0" * int(length))
 
 

@@ -81,7 +81,7 @@ def preprocessing(kind: str, name: str, write: Callable[[Path], object]) -> Call
                 return
             for shard in shards:
                 number += 1
-                work_on_shard(ShardJob(kind, given, shard, Options(), model, made, number))
+                work_on_shard(ShardJob(kind, ((given, shard),), Options(), model, made, number))
             made.clear()
 
         return Reader(path, read, (ValueError, InputError))

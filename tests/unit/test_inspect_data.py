@@ -11,6 +11,7 @@ import pytest
 
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.tokenizer import Tokenizer
+from megatron_kosmosg.inspection import statistics
 from megatron_kosmosg.inspection.check import check_dataset
 from megatron_kosmosg.inspection.page import inspection_config, summary_text, write_page
 from megatron_kosmosg.inspection.statistics import Lengths, length_statistics, token_use
@@ -82,7 +83,7 @@ def test_check_names_the_sample_of_each_kind_of_damage(folder, tokenizer):
 
     prefix = build_dataset(folder, "caption", 5, name="-token")
     store = SampleStore(prefix)
-    pointer, _, _ = store._data.index[3 * 2 + 1]  # tokens of sample 2
+    pointer = store.shards[0].sequences.index.pointers[3 * 2 + 1]  # tokens of sample 2
     with Path(f"{prefix}.bin").open("r+b") as file:
         file.seek(int(pointer))
         file.write(np.array([tokenizer.image_id], "<i4").tobytes())
@@ -136,3 +137,11 @@ def test_the_tools_exit_code_says_what_was_found(folder, monkeypatch, capsys):
         shown = capsys.readouterr()
         assert found == code and message in shown.out + shown.err
     assert not Path(f"{broken}.html").exists()
+
+
+def test_lengths_of_a_large_dataset_are_those_of_samples_spread_over_it(folder, monkeypatch):
+    store = SampleStore(build_dataset(folder, "caption", 10, name="-large"))
+    everything = {found.name: found.values for found in length_statistics(store)}
+    monkeypatch.setattr(statistics, "MOST_LOOKED_AT", 4)
+    for found in length_statistics(store):
+        assert found.values.tolist() == everything[found.name][[0, 2, 5, 7]].tolist()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_kosmosg.cli import cache_latents as command
 from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.config.schema import ScoreConfig
 from megatron_kosmosg.data.bad_images import TooManyBadImages
@@ -30,6 +31,7 @@ from megatron_kosmosg.models.diffusion import (
 from megatron_kosmosg.parallel.layout import lone_layout
 from megatron_kosmosg.preprocess.latent_moments import LatentJob, cache_latents
 from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.preprocess.shards_of_dataset import list_shards
 from megatron_kosmosg.score.loss import ColocatedScore
 from tests.support.data_helpers import (
     break_image,
@@ -141,6 +143,38 @@ def test_other_vae_transform_or_dataset_is_refused(folder, vae, tmp_path):
         LatentCache(changed, "latents", mark, TRANSFORM)
     with pytest.raises(ValueError, match="only caption, edit, compositional"):
         encode(SampleStore(build_dataset(tmp_path, "text", 2)), vae)
+
+
+def test_shards_have_caches_of_their_own_and_take_that_of_the_joined_dataset(
+    folder, vae, tmp_path, capsys
+):
+    mark = vae_fingerprint(vae)
+    shards = [build_dataset(tmp_path, "edit", 3 + n, seed=n, name=f"-{n}") for n in range(2)]
+    list_shards(str(tmp_path / "all"), shards)
+    store = SampleStore(tmp_path / "all")
+    assert encode(SampleStore(shards[0]), vae)
+    with pytest.raises(InputError, match=r"no finished cache at .*edit-1\.latents; run"):
+        LatentCache(store, "latents", mark, TRANSFORM)
+    sd = write_stable_diffusion(tmp_path / "sd")
+    arguments = [str(tmp_path / "all"), "--stable-diffusion", str(sd), "--name", "own"]
+    arguments += ["--image-size", str(TRANSFORM.size), "--image-backend", "pillow"]
+    assert command.main([*arguments, "--dtype", "fp32"]) == 0
+    assert capsys.readouterr().out.count("complete; 0 of") == 2
+    cache = LatentCache(store, "own", vae_fingerprint(load_vae(sd, torch.float32)), TRANSFORM)
+    for number, shard in enumerate(shards):
+        own_store = SampleStore(shard)
+        own = LatentCache(own_store, "own", cache.manifest.source.vae, TRANSFORM)
+        for index in range(len(own_store)):
+            assert np.array_equal(own.moments(index), cache.moments(3 * number + index))
+    for end in (".bin", ".idx", ".json"):  # one shard's under the other's name
+        content = Path(f"{shards[0]}.own{end}").read_bytes()
+        Path(f"{shards[1]}.own{end}").write_bytes(content)
+    with pytest.raises(InputError, match=r"edit-1\.own does not fit this run\n  dataset: made"):
+        LatentCache(store, "own", cache.manifest.source.vae, TRANSFORM)
+    # A cache of the whole, made before the dataset was cut, is as good.
+    assert encode(store, vae, "whole")
+    whole = LatentCache(store, "whole", mark, TRANSFORM)
+    assert whole.moments(len(store) - 1).shape == (2, 4, 8, 8)
 
 
 def without_decoder(prefix: str) -> None:

@@ -1,0 +1,66 @@
+"""One dataset of many shards, on any file systems: lists them, adds some, checks each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megatron_kosmosg import exit_codes
+from megatron_kosmosg.command_line import CommandParser, command_parser, run, some_text
+from megatron_kosmosg.terminal_text import printable
+
+EPILOG = """\
+A shard is a finished dataset of `kosmosg preprocess`. PREFIX.json lists them, nothing is copied;
+data.blend.NAME.path=PREFIX reads the same samples in the same order as from one joined dataset.
+
+With SHARD ... the list is written. One that is there already may get other places of its shards
+(after a move) and more shards behind them; anything else would change samples' numbers and is
+refused. Without, every shard is checked: its files, index, content and manifest. The exit code is
+then 1 when one is bad.
+
+examples:
+  kosmosg shards /data/laion /data/laion.shards/00000 /scratch2/laion/00001
+  kosmosg shards /data/laion
+"""
+
+
+def build_parser() -> CommandParser:
+    """The options."""
+    parser = command_parser("shards", __doc__, EPILOG)
+    parser.add_argument("prefix", metavar="PREFIX", type=some_text, help="of the whole dataset")
+    parser.add_argument(
+        "shards", nargs="*", type=some_text, metavar="SHARD", help="prefixes, in their order"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0; 1 when a shard is bad; 2 when the input cannot be used."""
+    args = build_parser().parse_args(arguments)
+    return run(lambda: _shards(args))
+
+
+def _shards(args: argparse.Namespace) -> int:
+    from megatron_kosmosg.preprocess.shards_of_dataset import check_shards, list_shards
+
+    if args.shards:
+        made = list_shards(args.prefix, args.shards)
+        size = sum(entry.num_bytes for entry in made.shards)
+        counts = f"{len(made.shards):,} shards, {made.num_samples:,} samples, {size:,} bytes"
+        print(printable(f"{args.prefix}: {made.kind}, {counts}"))
+        return exit_codes.DONE
+    num_bad = num_shards = 0
+    for checked in check_shards(args.prefix):
+        entry = checked.entry
+        num_shards += 1
+        num_bad += checked.problem is not None
+        stands = f"{entry.path}: samples {entry.first_sample:,} to "
+        stands += f"{entry.first_sample + entry.num_samples - 1:,}, {entry.num_bytes:,} bytes"
+        print(printable(f"{stands}: {checked.problem or 'good'}"), flush=True)
+    print(f"{num_shards:,} shards, {num_bad:,} bad")
+    return exit_codes.FAILURE if num_bad else exit_codes.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
