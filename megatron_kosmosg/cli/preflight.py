@@ -43,6 +43,13 @@ def build_parser() -> CommandParser:
     node.add_argument(
         "--free-gib", type=number_from_zero, default=100, metavar="N", help="to be free (100)"
     )
+    node.add_argument(
+        "--memory-gib",
+        type=number_from_zero,
+        default=0,
+        metavar="N",
+        help="of the machine's memory that the run may take; less gives a warning (0)",
+    )
     network = commands.add_parser("network", help="all-reduce speed inside and across nodes")
     network.add_argument(
         "--slow-share",
@@ -70,8 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check_node(args: argparse.Namespace, node: str) -> int:
-    from megatron_kosmosg.monitoring.node_health import disk_problems, gpu_problems
+    from megatron_kosmosg.monitoring.node_health import (
+        disk_problems,
+        gpu_problems,
+        memory_warnings,
+    )
 
+    for warning in memory_warnings(args.memory_gib):
+        print(f"warning: node {node}: {warning}", file=sys.stderr)
     problems = [*gpu_problems(args.gpus), *disk_problems(args.folder, args.free_gib)]
     for problem in problems:
         report(f"node {node}: {problem}")

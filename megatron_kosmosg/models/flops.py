@@ -11,7 +11,7 @@ from __future__ import annotations
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.models.diffusion_flops import clip_text_shape, score_flops
 
-TRAINED = 3
+TRAINED, PASSED_THROUGH = 3, 2
 
 
 def pretrain_flops(config: RunConfig, num_tokens: int, num_images: int) -> float:
@@ -33,16 +33,37 @@ def align_flops(config: RunConfig, num_tokens: int, num_captions: int) -> float:
 def instruct_flops(config: RunConfig, num_tokens: int, num_images: int, num_targets: int) -> float:
     """FLOPs of one update: `num_targets` prompts, `num_images` pictures in them, `num_tokens`
     positions with padding. The null condition's row is left out."""
-    trained = decoder_flops(config, num_tokens, num_targets) + aligner_m_flops(
-        config, num_tokens, num_targets
-    )
+    adapters = adapter_flops(config, num_tokens)
+    language = updates(config, "decoder") * decoder_flops(config, num_tokens, num_targets)
+    aligner = updates(config, "aligner_m") * aligner_m_flops(config, num_tokens, num_targets)
     score = score_flops(
         config.model.diffusion.path,
         config.data.target_image_size,
         config.model.aligner.num_queries,
         with_vae=config.data.latent_cache is None,
     )
-    return TRAINED * trained + _pictures(config, num_images) + num_targets * score
+    ours = language + TRAINED * adapters + aligner + _pictures(config, num_images)
+    return ours + num_targets * score
+
+
+def updates(config: RunConfig, part: str) -> int:
+    """How many forward passes of a part of the model an update takes as FLOPs. Only adapters
+    (`lora`) leave parts frozen that gradients pass through, and parts that none reaches.
+
+    part: of those that train in `pretrain` and `instruct`, by its name in the model."""
+    lora = config.lora
+    if not lora.rank or part in lora.trains:
+        return TRAINED
+    reached = part in ("decoder", "aligner_m")
+    reached = reached or (part == "resampler" and "vision_encoder" in lora.trains)
+    return PASSED_THROUGH if reached else 1
+
+
+def adapter_flops(config: RunConfig, num_tokens: float) -> float:
+    """Forward pass of the decoder's low-rank adapters; 0 without any."""
+    sizes, rank = config.model.decoder, config.lora.rank
+    inputs_and_outputs = 8 * sizes.hidden_size + 2 * sizes.ffn_hidden_size  # of its four linears
+    return 2 * num_tokens * sizes.num_layers * rank * inputs_and_outputs
 
 
 def decoder_flops(config: RunConfig, num_tokens: float, num_rows: float) -> float:
@@ -125,11 +146,12 @@ def clip_text_flops(config: RunConfig, num_captions: float) -> float:
 
 
 def _pictures(config: RunConfig, num_images: float) -> float:
-    """Image tower with its last blocks trained, and the trained resampler."""
+    """Image tower with its last blocks trained, and the resampler, where they train."""
+    trained = updates(config, "vision_encoder") - 1
     return (
         vision_flops(config, num_images)
-        + (TRAINED - 1) * trained_vision_flops(config, num_images)
-        + TRAINED * resampler_flops(config, num_images)
+        + trained * trained_vision_flops(config, num_images)
+        + updates(config, "resampler") * resampler_flops(config, num_images)
     )
 
 

@@ -1,7 +1,7 @@
 """Whether a node is fit for a long run, from nvidia-smi and the file system; needs no torch.
 
-Each function gives a list of problems in words; an empty one means fit. What nvidia-smi does not
-tell (ECC on cards without it, NVLink on cards without links) is no problem.
+Each function gives a list of problems (or warnings) in words; an empty one means fit. What
+nvidia-smi does not tell (ECC on cards without it, NVLink on cards without links) is no problem.
 """
 
 from __future__ import annotations
@@ -80,6 +80,51 @@ def disk_problems(folder: Path, gib: float) -> list[str]:
     except OSError as error:
         return [f"{existing} cannot be used: {error.strerror}"]
     return [] if free >= gib else [f"{existing} has {free:.1f} GiB free, {gib:g} are needed"]
+
+
+def memory_warnings(gib: float, root: Path = Path("/")) -> list[str]:
+    """Whether the run may need more of the machine's memory than there is for it.
+
+    gib: what it may need. root: of the file system with proc/ and sys/.
+    """
+    free = memory_gib(root)
+    if free is None or free >= gib:
+        return []
+    return [
+        f"{free:.0f} GiB of memory are free, the run is planned to take up to {gib:.0f}: a rank "
+        "that the kernel kills leaves no message; ask for more (sbatch --mem=0), or give "
+        "a node fewer ranks"
+    ]
+
+
+def memory_gib(root: Path = Path("/")) -> float | None:
+    """What a program may still take here: free on the machine, and below the limits of its control
+    groups (a job's); None where the kernel does not say."""
+    try:
+        said = (root / "proc" / "meminfo").read_text()
+        groups = (root / "proc" / "self" / "cgroup").read_text()
+    except OSError:
+        return None
+    available = re.search(r"^MemAvailable: +(\d+) kB", said, re.MULTILINE)
+    if available is None:
+        return None
+    least = int(available[1]) * 1024
+    for line in groups.splitlines():
+        own = Path(line.split(":", 2)[2].lstrip("/"))
+        for group in (own, *own.parents):
+            folder = root / "sys" / "fs" / "cgroup" / group
+            limit, used = (_number(folder / name) for name in ("memory.max", "memory.current"))
+            if limit is not None and used is not None:
+                least = min(least, limit - used)
+    return least / 2**30
+
+
+def _number(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
 
 
 def _said_by(program: str, *arguments: str) -> str:

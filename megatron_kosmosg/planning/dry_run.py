@@ -21,6 +21,7 @@ from megatron_kosmosg.config.world import WorldLayout, world_layout
 from megatron_kosmosg.launcher import find_place
 from megatron_kosmosg.planning.activations import ELEMENT_BYTES
 from megatron_kosmosg.planning.gpus import Efficiency
+from megatron_kosmosg.planning.host_memory import plan_host
 from megatron_kosmosg.planning.memory import memory_table, rank_kinds
 from megatron_kosmosg.planning.model_counts import (
     ModelCounts,
@@ -38,6 +39,8 @@ from megatron_kosmosg.planning.workload import (
 )
 from megatron_kosmosg.stages import stage_facts
 
+_RANKS_A_NODE = 8
+
 
 def describe(config: RunConfig) -> str:
     """The whole report. Raises ConfigError if the layout does not fit the ranks."""
@@ -52,6 +55,7 @@ def describe(config: RunConfig) -> str:
         ("Parameters", parameter_table(counts)),
         ("Parameters per rank", per_rank_table(config, world, counts)),
         ("Memory per rank", memory_section(config, world, counts)),
+        ("Memory and disk of the machine", host_section(config, world, counts)),
         ("Batch", batch_table(config, world_size)),
         ("Files", _files(config)),
     ]
@@ -101,6 +105,15 @@ def memory_section(config: RunConfig, world: WorldLayout, counts: ModelCounts) -
     batches = micro_batches(config, num_microbatches(config, world.num_replicas))
     kinds = rank_kinds(config, world, counts.shares, batches, Efficiency())
     return memory_table(kinds)
+
+
+def host_section(config: RunConfig, world: WorldLayout, counts: ModelCounts) -> str:
+    """An upper bound, as `kosmosg plan` reckons it."""
+    batches = micro_batches(config, num_microbatches(config, world.num_replicas))
+    helpers = sum(frozen_helpers(config).values())
+    parameters = counts.trainable, counts.frozen - helpers
+    host = plan_host(config, world, counts.shares, batches, parameters, _RANKS_A_NODE)
+    return "\n".join(host.lines())
 
 
 def batch_table(config: RunConfig, world_size: int) -> str:

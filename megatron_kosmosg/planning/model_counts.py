@@ -80,8 +80,7 @@ def count_model(config: RunConfig) -> ModelCounts:
     model = whole_model(config)
     parts: dict[str, Part] = {}
     for name, child in model.named_children():
-        trainable = sum(p.numel() for p in child.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in child.parameters() if not p.requires_grad)
+        trainable, frozen = trained_and_frozen(child)
         if trainable + frozen:
             parts[name] = Part(trainable, frozen)
     rows, width = model.embedding.word_embeddings.weight.shape
@@ -106,6 +105,12 @@ def whole_model(config: RunConfig) -> torch.nn.Module:
     alone = dataclasses.replace(config, parallel=ParallelConfig())
     (model,) = bare_stage(alone, lone).build_model(lone)
     return model
+
+
+def trained_and_frozen(module: torch.nn.Module) -> tuple[int, int]:
+    """Numbers of parameters."""
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in module.parameters() if not p.requires_grad)
 
 
 def bare_stage(config: RunConfig, layout: Layout | None = None) -> Stage:

@@ -18,12 +18,14 @@ from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.planning.comparison import Faster, as_dict, faster_layouts, in_words, reasons
 from megatron_kosmosg.planning.estimate import Estimate, estimate
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
+from megatron_kosmosg.planning.host_memory import HostPlan, plan_host
 from megatron_kosmosg.planning.memory import GIB, memory_table
 from megatron_kosmosg.planning.model_counts import (
     BuiltShard,
     ModelShares,
     build_shards,
     model_shares,
+    trained_and_frozen,
     whole_model,
 )
 from megatron_kosmosg.planning.other_batches import (
@@ -48,6 +50,7 @@ class Plan:
     gpu: Gpu
     efficiency: Efficiency
     estimate: Estimate
+    host: HostPlan
     shards: list[BuiltShard]
     notes: list[str]
     faster: list[Faster]
@@ -113,7 +116,10 @@ def plan_layout(
     planned = estimate(config, world, gpu, efficiency, shares)
     if stage_facts(config.stage).has_unet:
         notes = [*notes, _idle_note(config, world_size, gpu, efficiency, shares)]
-    return Plan(config, gpu, efficiency, planned, build_shards(config, world), notes, faster=[])
+    parameters = trained_and_frozen(model)
+    host = plan_host(config, world, shares, planned.micro_batches, parameters, gpu.per_node)
+    shards = build_shards(config, world)
+    return Plan(config, gpu, efficiency, planned, host, shards, notes, faster=[])
 
 
 def search_plan(
@@ -258,6 +264,7 @@ def to_json(plan: Plan) -> dict:
             for kind in planned.kinds
         },
         "fits": planned.fits,
+        **plan.host.as_dict(),
         "flops": {
             "per_sample": {name: value / images for name, value in planned.flops.items()},
             "per_iteration": planned.flops,
@@ -301,6 +308,7 @@ def to_text(plan: Plan) -> str:
         *facts["rank_map"],
         "",
         *_memory_lines(plan, facts),
+        *plan.host.lines(),
         "",
         *_flops_lines(facts),
         "",

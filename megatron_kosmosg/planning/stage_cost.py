@@ -3,6 +3,7 @@
 Sizes and formulae are those of `models/flops.py`, the U-Net's counts those of
 `models/diffusion_flops.py`. What a tensor-parallel rank does not share with others (image tower,
 text encoder, input projections) it does whole. Recomputed forward passes count as backward work.
+Long because the work of a pass, its exchanges and their sums have no other reader.
 """
 
 from __future__ import annotations
@@ -36,20 +37,25 @@ def stage_work(
     if is_first and batch.pictures:
         seen = flops.vision_flops(config, batch.pictures)
         trained = flops.trained_vision_flops(config, batch.pictures)
-        done.append(Work("vision", "vision", seen, 2 * trained, batch.pictures))
+        trained *= flops.updates(config, "vision_encoder") - 1
+        done.append(Work("vision", "vision", seen, trained, batch.pictures))
         resampled = flops.resampler_flops(config, batch.pictures) / tp
         queries = batch.pictures * config.model.resampler.num_latent_queries / tp
-        done.append(Work("resampler", "aligner", resampled, 2 * resampled, queries))
+        back = resampled * (flops.updates(config, "resampler") - 1)
+        done.append(Work("resampler", "aligner", resampled, back, queries))
     if pieces.num_decoder_layers:
         share = pieces.num_decoder_layers / config.model.decoder.num_layers
         forward = flops.decoder_flops(config, positions, rows) * share / tp
-        backward = forward * (2 + again) if facts.trains_decoder else 0.0
-        done.append(Work("decoder", "decoder", forward, backward, positions / tp))
+        added = flops.adapter_flops(config, positions) * share / tp
+        back = forward * (flops.updates(config, "decoder") - 1) + 2 * added
+        backward = back + again * (forward + added) if facts.trains_decoder else 0.0
+        done.append(Work("decoder", "decoder", forward + added, backward, positions / tp))
     for part in pieces.aligner_parts:
         formula = flops.aligner_m_flops if part == "M" else flops.aligner_n_flops
         forward = formula(config, positions, rows) / tp
+        back = flops.updates(config, "aligner_m") - 1 if part == "M" else 2
         done.append(
-            Work(f"aligner_{part}", "aligner", forward, forward * (2 + again), positions / tp)
+            Work(f"aligner_{part}", "aligner", forward, forward * (back + again), positions / tp)
         )
     if is_last and facts.has_output_head:
         forward = flops.head_flops(config, positions) / tp

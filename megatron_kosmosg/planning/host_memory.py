@@ -1,0 +1,185 @@
+"""An upper bound of the machine's own memory that the ranks of a node take, and the size of a
+checkpoint.
+
+Most of it is checkpoints: a save gathers the optimizer's float32 states on the hosts of every
+replica, and a rank that the kernel kills for want of memory leaves no message. The bound is that
+of a start (all ranks read frozen networks, or a checkpoint, at once) or of a save during training,
+whichever is larger. Files that are mapped into memory do not count: the kernel takes their pages
+back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.world import WorldLayout
+from megatron_kosmosg.planning.activations import ELEMENT_BYTES
+from megatron_kosmosg.planning.memory import GIB
+from megatron_kosmosg.planning.model_counts import ModelShares, RankCount, frozen_helpers
+from megatron_kosmosg.planning.workload import MicroBatch
+from megatron_kosmosg.stages import stage_facts
+
+PROCESS_BYTES = 3 * 2**30
+"""Of a rank that has done nothing: Python, torch, CUDA's part on the host. An assumption."""
+DECODED_BYTES = 2 * 3 * 24_000_000
+"""Of a photo of 24 megapixels while it is decoded and resized."""
+_STATE_BYTES = 12
+"""float32 weight and two Adam moments in a checkpoint."""
+_AVERAGE_BYTES = 4
+_BUCKET = 40_000_000, 1_000_000
+"""Megatron-Core's gradient bucket where its exchange overlaps: elements at least, and a replica."""
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes, of a rank or of a node."""
+
+    programs: float
+    batches: float
+    """Read ahead and in the making, pinned copies included."""
+    saving: float
+    """Beside those, while a checkpoint is written."""
+    starting: float
+    """Instead of those: frozen networks, or a checkpoint, while they are read."""
+
+    @property
+    def total(self) -> float:
+        return self.programs + max(self.batches + self.saving, self.starting)
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    ranks: int
+    """Of the node."""
+    node: HostMemory
+    rank: HostMemory
+    """That takes most."""
+    checkpoint: float
+    """Bytes on disk."""
+    kept: int | None
+    """Checkpoints at a time, the one being written included; None for all."""
+
+    def lines(self) -> list[str]:
+        """For people; slurm/checks.sh reads the GiB of a rank."""
+        gib = {name: value / GIB for name, value in asdict(self.node).items()}
+        several = "" if self.kept is None else f", {self.kept} at a time"
+        return [
+            f"the machine's memory: at most {math.ceil(self.rank.total / GIB)} GiB a rank, "
+            f"{self.node.total / GIB:.0f} GiB on a node of {self.ranks}: programs "
+            f"{gib['programs']:.0f}, and batches {gib['batches']:.1f} with a save "
+            f"{gib['saving']:.1f}, or a start {gib['starting']:.1f}",
+            f"a checkpoint: {self.checkpoint / 1e9:.1f} GB on disk{several}",
+        ]
+
+    def as_dict(self) -> dict:
+        """{"node_memory_gib": ..., "checkpoint": ...} for the JSON of a plan."""
+        gib = {name: value / GIB for name, value in asdict(self.node).items()}
+        return {
+            "node_memory_gib": gib | {"total": self.node.total / GIB, "ranks": self.ranks},
+            "checkpoint": {"gigabytes": self.checkpoint / 1e9, "at_a_time": self.kept},
+        }
+
+
+def plan_host(
+    config: RunConfig,
+    world: WorldLayout,
+    shares: ModelShares,
+    batches: Sequence[MicroBatch],
+    parameters: tuple[int, int],
+    per_node: int,
+) -> HostPlan:
+    """batches: of one replica in one update. parameters: of the whole model, those that train and
+    those that do not, without the networks beside it. per_node: ranks."""
+    ranks = min(per_node, world.world_size)
+    fullest = _fullest(config, world, shares, batches, ranks)
+    sums = zip(*(asdict(memory).values() for memory in fullest), strict=True)
+    kept = config.checkpoint.keep_last + 1 if config.checkpoint.keep_last else None
+    if config.checkpoint.keep_every:
+        kept = None
+    return HostPlan(
+        ranks, HostMemory(*map(sum, sums)), fullest[0], checkpoint_bytes(config, *parameters), kept
+    )
+
+
+def _fullest(
+    config: RunConfig,
+    world: WorldLayout,
+    shares: ModelShares,
+    batches: Sequence[MicroBatch],
+    number: int,
+) -> list[HostMemory]:
+    """The ranks that take most: a node may hold just these."""
+    kinds = [
+        (world.num_replicas * world.tp_size, _decoder_rank(config, world, held, batches))
+        for held in shares.counts
+    ]
+    if world.score_ranks_per_unit:
+        reads = _batches(config, batches)
+        kinds.append((world.num_score_ranks, HostMemory(PROCESS_BYTES, reads, 0, _helpers(config))))
+    ranks = [memory for count, memory in kinds for _ in range(min(count, number))]
+    return sorted(ranks, key=lambda memory: -memory.total)[:number]
+
+
+def checkpoint_bytes(config: RunConfig, trained: int, frozen: int) -> float:
+    """Of one checkpoint on disk, all ranks' files together."""
+    return ELEMENT_BYTES[config.training.precision] * (trained + frozen) + (
+        _state_bytes(config) * trained
+    )
+
+
+def _state_bytes(config: RunConfig) -> int:
+    return _STATE_BYTES + (_AVERAGE_BYTES if config.optimizer.ema_decay else 0)
+
+
+def _decoder_rank(
+    config: RunConfig, world: WorldLayout, held: RankCount, batches: Sequence[MicroBatch]
+) -> HostMemory:
+    parallel, trained = config.parallel, held.gradient_elements
+    element, states = ELEMENT_BYTES[config.training.precision], _state_bytes(config) * trained
+    replicas = world.num_replicas
+    weights = element * (trained + held.frozen) / replicas  # this rank writes its part of them
+    if parallel.use_distributed_optimizer:
+        bucket = trained
+        if parallel.overlap_grad_reduce:
+            least, each = _BUCKET
+            bucket = min(trained, max(least, each * replicas))
+        # All states of this rank's weights; first with its own of a bucket and one state of all of
+        # the bucket twice, then with what is copied for the writer.
+        copied = weights + (states / replicas if config.checkpoint.async_save else 0)
+        gathering = _STATE_BYTES * bucket / replicas + 2 * 4 * bucket
+        saving = states + max(gathering, copied)
+    else:
+        saving = weights + states / replicas
+    helpers = _helpers(config) if not world.score_ranks_per_unit else 0.0
+    return HostMemory(
+        programs=PROCESS_BYTES,
+        batches=_batches(config, batches) / world.tp_size,  # one of them reads for all
+        saving=saving,
+        starting=max(helpers, states + weights),
+    )
+
+
+def _helpers(config: RunConfig) -> float:
+    return sum(frozen_helpers(config).values()) * ELEMENT_BYTES[config.training.precision]
+
+
+def _batches(config: RunConfig, batches: Sequence[MicroBatch]) -> float:
+    """What the threads of a rank that reads hold."""
+    data, facts = config.data, stage_facts(config.stage)
+    threads = data.num_workers
+    side = config.model.vision.image_size
+    targets = 0
+    if facts.has_unet:
+        latents = 4 * (data.target_image_size // 8) ** 2 * 4  # float32
+        pixels = 3 * data.target_image_size**2
+        targets = 2 * latents + (2 * latents if data.latent_cache is not None else pixels)
+    largest = max(
+        batch.positions * (8 + 2) + batch.pictures * 3 * side**2 + batch.images * targets
+        for batch in batches
+    )
+    read_ahead = max(2, 2 * threads)
+    in_the_making = 2 * max(threads, 1)  # samples, and the batch made of them
+    return largest * (read_ahead + in_the_making + 1) + DECODED_BYTES * max(threads, 1)
