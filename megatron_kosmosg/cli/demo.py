@@ -29,7 +29,7 @@ EPILOG = """\
 examples:
   kosmosg demo
   kosmosg demo --model exported --dtype fp16 --offload model
-  kosmosg demo --model runs/instruct --controlnet control_v11p_sd15_canny
+  kosmosg demo --model runs/instruct --controlnet canny=control_v11p_sd15_canny --lora style
 
 Without --model it is the small trained model of the toy world that comes with the package. The page
 needs gradio: pip install 'megatron-kosmosg[web]'. Only this machine reaches it (127.0.0.1); from
@@ -53,7 +53,12 @@ def build_parser() -> CommandParser:
     add_tokenizer_model(parser, "of a checkpoint: as its config says")
     added = parser.add_argument_group("additions")
     added.add_argument(
-        "--lora", type=file_path, action="append", default=[], metavar="FILE", help="U-Net LoRA"
+        "--lora",
+        type=file_path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="U-Net LoRA, a file or the folder of one; repeatable",
     )
     added.add_argument(
         "--lora-scale",
@@ -64,10 +69,19 @@ def build_parser() -> CommandParser:
         help="one per LoRA",
     )
     added.add_argument(
-        "--controlnet", type=file_path, metavar="FOLDER", help="ControlNet for the U-Net"
+        "--controlnet",
+        type=some_text,
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="ControlNet for the U-Net that the page offers by this name; repeatable",
     )
     added.add_argument(
-        "--control-scale", type=number_from_zero, default=1.0, metavar="S", help="(1)"
+        "--control-scale",
+        type=number_from_zero,
+        default=1.0,
+        metavar="S",
+        help="what the page begins with (1)",
     )
     running = parser.add_argument_group("running")
     add_dtype(running, "all weights", None, "fp16 on a GPU, fp32 on a CPU")
@@ -116,36 +130,44 @@ def _source(args: argparse.Namespace) -> ModelSource:
         args.stable_diffusion,
         args.tokenizer_model,
         tuple(zip(args.lora, args.lora_scale or [1.0] * len(args.lora), strict=True)),
-        (args.controlnet, args.control_scale) if args.controlnet else None,
     )
 
 
 def _serve(args: argparse.Namespace) -> int:
+    import dataclasses
     import os
     from importlib.util import find_spec
 
     from megatron_kosmosg.config.errors import ConfigError
+    from megatron_kosmosg.demo.controlnets import named_folders, opened
+    from megatron_kosmosg.demo.requests import MAX_SCALE
+    from megatron_kosmosg.demo.serving import check_address, serve
     from megatron_kosmosg.demo.start_values import START_VALUES, TOY_START_VALUES
     from megatron_kosmosg.launcher import ALONE
     from megatron_kosmosg.parallel.devices import named_device
 
+    if args.control_scale > MAX_SCALE:
+        raise ConfigError(f"--control-scale {args.control_scale:g}: at most {MAX_SCALE:g} here")
     source = _source(args)
+    folders = named_folders(args.controlnet)
     device = named_device(args.device, ALONE)
     if find_spec("gradio") is None:
         raise ConfigError("the page needs gradio: pip install 'megatron-kosmosg[web]'")
+    check_address(args.host, args.port)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     print("opening the model ...", flush=True)
 
-    from megatron_kosmosg.demo.serving import serve
     from megatron_kosmosg.demo.studio import Studio
     from megatron_kosmosg.inference.noise_schedules import SAVED
-    from megatron_kosmosg.inference.open_model import open_drawer
+    from megatron_kosmosg.inference.open_model import open_controlnet, open_drawer
     from megatron_kosmosg.parallel.platform import torch_dtype
 
     dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
     drawer = open_drawer(source, SAVED, torch_dtype(dtype), device, args.offload)
+    controlnets = opened(folders, lambda folder: open_controlnet(folder, torch_dtype(dtype)))
     start = TOY_START_VALUES if args.model is None else START_VALUES
-    serve(Studio(drawer, source, dtype), start, args.host, args.port, args.share)
+    start = dataclasses.replace(start, control_scale=args.control_scale)
+    serve(Studio(drawer, source, dtype, controlnets), start, args.host, args.port, args.share)
     return exit_codes.DONE
 
 

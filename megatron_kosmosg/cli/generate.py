@@ -116,7 +116,12 @@ def build_parser() -> CommandParser:
     )
     added = parser.add_argument_group("additions")
     added.add_argument(
-        "--lora", type=file_path, action="append", default=[], metavar="FILE", help="U-Net LoRA"
+        "--lora",
+        type=file_path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="U-Net LoRA, a file or the folder of one; repeatable",
     )
     added.add_argument(
         "--lora-scale",

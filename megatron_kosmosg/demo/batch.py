@@ -23,6 +23,7 @@ from megatron_kosmosg.demo.studio import (
     SteppingDrawer,
     Studio,
     step_reporter,
+    steps_of,
 )
 from megatron_kosmosg.files import replacing
 from megatron_kosmosg.inference.generate import Job, generate, write_sheet
@@ -55,7 +56,7 @@ def draw_batch(
     `stop` is set.
     """
     records = gathered(jsonl, images, folder / "prompts")
-    plan = studio.plan(defaults.scheduler, defaults.options)
+    plan = studio.plan(defaults, defaults.options)
     job = Job(records, plan, folder / "pictures", "contact_sheet.png")
     total = sum(len(plan.pictures(record)) for record in records)
     finished = 0
@@ -71,11 +72,10 @@ def draw_batch(
         progress((finished + share) / total, f"{finished} of {total} pictures, {words}")
 
     def step(done: int) -> None:
-        steps = defaults.options.steps or 1
-        step_reporter(max(steps, done), of_all, stop)(done)
+        step_reporter(max(steps_of(defaults.options), done), of_all, stop)(done)
 
     with studio.while_nobody_draws():
-        studio.drawer.choose_scheduler(defaults.scheduler)
+        studio.prepare(defaults)
         generate(job, lambda: SteppingDrawer(studio.drawer, step), report)
     write_sheet(job, SHEET_ROWS)
     return zipped(job.folder, folder / "pictures.zip")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from megatron_kosmosg.demo.batch import draw_batch
-from megatron_kosmosg.demo.controls import CONTROLS, MODEL_QUEUE, SIZES
+from megatron_kosmosg.demo.controls import CONTROLS, IMAGES, MODEL_QUEUE
 from megatron_kosmosg.demo.page_errors import errors_for_people
 from megatron_kosmosg.demo.requests import draw_request
 from megatron_kosmosg.demo.sessions import Sessions
@@ -73,7 +74,13 @@ def batch_tab(studio: Studio, sessions: Sessions, controls: dict[str, Any]) -> N
         num_images: float,
         height: float,
         width: float,
+        strength: float,
+        controlnet: str,
+        control_scale: float,
+        lora_scale: float,
         request: gr.Request,
+        start_image: str | None = None,
+        control_image: str | None = None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - how gradio finds it
     ) -> str:
         stop, made = sessions.begin(request.session_hash)
@@ -81,12 +88,17 @@ def batch_tab(studio: Studio, sessions: Sessions, controls: dict[str, Any]) -> N
         given = {
             "negative_prompt": negative_prompt, "guidance": guidance, "steps": steps,
             "scheduler": scheduler, "seed": seed, "num_images": num_images,
-            "height": height, "width": width,
+            "height": height, "width": width, "strength": strength, "controlnet": controlnet,
+            "control_scale": control_scale, "lora_scale": lora_scale,
+            "start_image": start_image, "control_image": control_image,
         }  # fmt: skip
         with errors_for_people(*paths, made / "prompts" / "x", made / "pictures" / "x"):
             if jsonl is None:
                 raise PromptError("add a JSONL file of prompts")
             defaults = draw_request("", [], given)
+            # For records with a start image of their own.
+            options = dataclasses.replace(defaults.options, strength=float(strength))
+            defaults = dataclasses.replace(defaults, options=options)
             return str(
                 draw_batch(
                     studio, Path(jsonl), paths, defaults, made,
@@ -94,7 +106,7 @@ def batch_tab(studio: Studio, sessions: Sessions, controls: dict[str, Any]) -> N
                 )
             )  # fmt: skip
 
-    given = [controls[name] for name in (*CONTROLS, *SIZES)]
+    given = [controls[name] for name in (*CONTROLS, *IMAGES)]
     button.click(
         draw_all,
         [jsonl, images, *given],

@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 
 from megatron_kosmosg.demo import requests
-from megatron_kosmosg.demo.controls import CONTROLS, MODEL_QUEUE, SIZES, setting_controls
+from megatron_kosmosg.demo.controls import CONTROLS, IMAGES, MODEL_QUEUE, setting_controls
 from megatron_kosmosg.demo.other_tabs import batch_tab, canceller, caption_tab
 from megatron_kosmosg.demo.page_errors import errors_for_people
 from megatron_kosmosg.demo.requests import count_line, draw_request, image_names, page_values
@@ -33,6 +33,8 @@ KEPT_SECONDS = 6 * 3600
 """How long uploads stay that no tab has closed."""
 CSS = """
 .drawn img, .prompt-image img { image-rendering: pixelated; }
+.drawn .grid-wrap { max-height: none; }
+.prompt-image .grid-wrap { padding-top: 28px; }
 .prompt-image button { max-width: 112px; max-height: 112px; }
 #count .wrong { font-weight: 600; }
 """
@@ -102,7 +104,7 @@ def _draw_tab(
             shown = gr.Gallery(
                 label="Images of the prompt, in their order",
                 columns=6,
-                height=150,
+                height=180,
                 object_fit="contain",
                 interactive=False,
                 elem_classes="prompt-image",
@@ -136,7 +138,7 @@ def _draw_tab(
             old = gr.File(
                 label="Load settings from a drawn PNG",
                 file_types=[".png"],
-                height=110,
+                height=150,
                 elem_id="load-settings",
             )
             loaded = gr.HTML("", elem_id="loaded")
@@ -148,7 +150,9 @@ def _draw_tab(
                     object_fit="contain",
                     interactive=False,
                     elem_classes="drawn",
+                    elem_id="history",
                 )
+                drawn_before = gr.State([])
     if start.is_toy:
         gr.Examples(_toy_examples(folder / "examples"), [prompt], label="Examples")
 
@@ -170,9 +174,9 @@ def _draw_tab(
             _mover(by), [prompt, chosen], [prompt, chosen], queue=False, api_visibility="private"
         )
     old.upload(
-        _settings_loader(studio.model_fingerprint),
+        _settings_loader(studio),
         [old, prompt],
-        [prompt, *(controls[name] for name in (*CONTROLS, *SIZES)), controls["randomize"], loaded],
+        [prompt, *(controls[name] for name in (*CONTROLS, *IMAGES, "randomize")), loaded],
         queue=False,
         api_visibility="private",
     )
@@ -187,12 +191,17 @@ def _draw_tab(
         num_images: float,
         height: float,
         width: float,
-        control_image: str | None,
+        strength: float,
+        controlnet: str,
+        control_scale: float,
+        lora_scale: float,
         randomize: bool,
-        history: list[Any] | None,
+        drawn_before: list[str],
         request: gr.Request,
+        start_image: str | None = None,
+        control_image: str | None = None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - how gradio finds it
-    ) -> tuple[list[str], list[str], int, list[str]]:
+    ) -> tuple[list[str], list[str], int, list[str], list[str]]:
         stop, made = sessions.begin(request.session_hash)
         images = [Path(file) for file in prompt.get("files") or []]
         if randomize:
@@ -200,23 +209,24 @@ def _draw_tab(
         given = {
             "negative_prompt": negative_prompt, "guidance": guidance, "steps": steps,
             "scheduler": scheduler, "seed": seed, "num_images": num_images,
-            "height": height, "width": width, "control_image": control_image,
+            "height": height, "width": width, "strength": strength, "controlnet": controlnet,
+            "control_scale": control_scale, "lora_scale": lora_scale,
+            "start_image": start_image, "control_image": control_image,
         }  # fmt: skip
         with errors_for_people(*images, made / "image"):
             asked = draw_request(prompt.get("text") or "", images, given)
             drawn = studio.draw(asked, made, lambda share, words: progress(share, words), stop)
         names = [str(path) for path in drawn]
-        earlier_ones = [
-            item[0] if isinstance(item, list | tuple) else item for item in history or []
-        ]
-        return names, names, int(seed), [*names, *earlier_ones][:MAX_HISTORY]
+        shown = [*names, *drawn_before][:MAX_HISTORY]
+        return names, names, int(seed), shown, shown
 
-    given = [controls[name] for name in (*CONTROLS, *SIZES, "control_image", "randomize")]
+    given = [controls[name] for name in (*CONTROLS, "randomize")]
+    images = [controls[name] for name in IMAGES]
     gr.on(
         [button.click],
         draw,
-        [prompt, *given, history],
-        [gallery, files, controls["seed"], history],
+        [prompt, *given, drawn_before, *images],
+        [gallery, files, controls["seed"], history, drawn_before],
         concurrency_id=MODEL_QUEUE,
         show_progress_on=[gallery],
         api_name="draw",
@@ -248,22 +258,26 @@ def _mover(by: int) -> Callable[..., tuple[dict[str, Any], int | None]]:
     return move
 
 
-def _settings_loader(model: str) -> Callable[[str, dict[str, Any]], list[Any]]:
-    """model: fingerprint of the one that would draw."""
-
+def _settings_loader(studio: Studio) -> Callable[[str, dict[str, Any]], list[Any]]:
     def load(path: str, prompt: dict[str, Any]) -> list[Any]:
-        """The prompt, CONTROLS, SIZES, randomize, and what is said of them."""
+        """The prompt, CONTROLS, IMAGES, randomize, and what is said of them."""
         with errors_for_people(Path(path)):
             settings = read_settings(Path(path))
-            values = page_values(settings)
+            values = page_values(settings) | studio.additions(settings)
+            missing = studio.missing_additions(settings)
         names = image_names(settings)
+        needed = [name for name in IMAGES if name in settings]
         said = ["settings loaded"]
         said += [f"its images were {', '.join(names)}: add them"] * bool(names)
-        said += ["another model has drawn it"] * (settings.get("model") != model)
-        controls = [values[name] for name in (*CONTROLS, *SIZES)]
+        said += [f"add its {name.replace('_', ' ')}" for name in needed]
+        said += [f"its {kind} is not here" for kind in missing]
+        said += ["another model has drawn it"] * (settings.get("model") != studio.model_fingerprint)
+        controls = [values[name] for name in CONTROLS]
+        # An image of the page that the PNG was not drawn with would change what is drawn.
+        images = [gr.skip() if name in needed else None for name in IMAGES]
         text = {"text": values["prompt"], "files": prompt["files"]}
         note = f'<div role="status" aria-live="polite">{html.escape("; ".join(said))}</div>'
-        return [text, *controls, False, note]
+        return [text, *controls, *images, False, note]
 
     return load
 

@@ -14,6 +14,7 @@ from megatron_kosmosg.data.image_types import UnreadableImage
 from megatron_kosmosg.data.tokenizer import IMAGE as PLACEHOLDER
 from megatron_kosmosg.foreign_files import read_file
 from megatron_kosmosg.inference.noise_schedules import SAVED, SCHEDULERS
+from megatron_kosmosg.inference.picture_plan import STRENGTH
 from megatron_kosmosg.inference.prompt_records import (
     DrawingOptions,
     PromptError,
@@ -28,12 +29,15 @@ MAX_PIXELS = 50_000_000
 MAX_IMAGES = 64
 """Of one prompt, whatever the model's sequence holds."""
 MAX_NUM_IMAGES, MAX_STEPS, MAX_SIDE, MAX_GUIDANCE = 8, 250, 2048, 30.0
+MIN_STRENGTH, MAX_SCALE = 0.05, 2.0
 MAX_PAGE_SEED = 2**53 - 1
 """What a browser holds exactly."""
 MAX_RANDOM_SEED = 2**31 - 1
 """Of those that the page chooses: the authors' range."""
 MAX_WORDS = 20_000
 """Characters of a prompt."""
+NONE = "none"
+"""The choice of no ControlNet."""
 SCHEDULER_NAMES = (SAVED, *SCHEDULERS)
 
 
@@ -45,6 +49,11 @@ class DrawRequest:
     images: tuple[Path, ...]
     options: DrawingOptions
     scheduler: str
+    controlnet: str = NONE
+    """Name of one of the command line."""
+    control_scale: float = 1.0
+    lora_scale: float = 1.0
+    """Multiplies the strengths of all LoRAs of the command line."""
 
     def record(self) -> PromptRecord:
         """Raises PromptError where the prompt and its images do not fit."""
@@ -63,22 +72,23 @@ def draw_request(
     """The request of the page's values. Raises PromptError naming the field.
 
     given: negative_prompt, guidance, steps, scheduler, seed, num_images, and perhaps height and
-    width (pixels; 0 or None: the model's own) and control_image.
+    width (pixels; 0 or None: the model's own), start_image and strength, controlnet, control_image
+    and control_scale, and lora_scale.
     """
     scheduler = given["scheduler"]
     if scheduler not in SCHEDULER_NAMES:
         raise PromptError(f"scheduler is one of {', '.join(SCHEDULER_NAMES)}")
-    guidance = given["guidance"]
-    if isinstance(guidance, bool) or not isinstance(guidance, int | float):
-        raise PromptError("guidance is a number")
-    if not 0 <= guidance <= MAX_GUIDANCE:
-        raise PromptError(f"guidance is a number from 0 to {MAX_GUIDANCE:g}")
+    guidance = _number(given, "guidance", 0, MAX_GUIDANCE)
     negative = given["negative_prompt"] or ""
     if len(negative) > MAX_WORDS:
         raise PromptError(f"the negative prompt has more than {MAX_WORDS:,} characters")
-    control = given.get("control_image")
-    if control is not None:
-        check_images([Path(control)])
+    files = {name: given.get(name) for name in ("start_image", "control_image")}
+    paths = {name: Path(file) for name, file in files.items() if file is not None}
+    check_images(list(paths.values()))
+    controlnet = given.get("controlnet") or NONE
+    if controlnet == NONE and "control_image" in paths:
+        raise PromptError("choose a ControlNet for the control image, or take the image out")
+    strength = _number({"strength": STRENGTH, **given}, "strength", MIN_STRENGTH, 1)
     return DrawRequest(
         prompt=prompt,
         images=tuple(map(Path, images)),
@@ -87,12 +97,16 @@ def draw_request(
             seed=_whole(given, "seed", 0, MAX_PAGE_SEED),
             num_images=_whole(given, "num_images", 1, MAX_NUM_IMAGES),
             steps=_whole(given, "steps", 1, MAX_STEPS),
-            guidance=float(guidance),
+            guidance=guidance,
             height=_whole(given, "height", 0, MAX_SIDE) or None,
             width=_whole(given, "width", 0, MAX_SIDE) or None,
-            control_image=None if control is None else Path(control),
+            strength=strength if "start_image" in paths else None,
+            **paths,
         ),
         scheduler=scheduler,
+        controlnet=controlnet,
+        control_scale=_number({"control_scale": 1.0, **given}, "control_scale", 0, MAX_SCALE),
+        lora_scale=_number({"lora_scale": 1.0, **given}, "lora_scale", 0, MAX_SCALE),
     )
 
 
@@ -145,9 +159,30 @@ def page_values(settings: Mapping[str, Any]) -> dict[str, Any]:
         "num_images": 1,
         "height": settings.get("height") or 0,
         "width": settings.get("width") or 0,
+        "strength": settings.get("strength", STRENGTH),
     }
     draw_request(values["prompt"], [], values)
     return values
+
+
+def said_additions(
+    settings: Mapping[str, Any],
+) -> tuple[tuple[str, float] | None, list[tuple[str, float]]]:
+    """(fingerprint and strength of the ControlNet, those of each LoRA) of a drawn PNG.
+
+    Raises PromptError for settings that `kosmosg` has not written.
+    """
+
+    def pair(value: Any) -> tuple[str, float]:
+        match value:
+            case [str(digest), int() | float() as strength]:
+                return digest, float(strength)
+        raise PromptError("its settings are damaged: a ControlNet or LoRA has no strength")
+
+    control, loras = settings.get("controlnet"), settings.get("loras") or []
+    if not isinstance(loras, list):
+        raise PromptError("its settings are damaged: loras is no list")
+    return None if control is None else pair(control), [pair(lora) for lora in loras]
 
 
 def image_names(settings: Mapping[str, Any]) -> list[str]:
@@ -160,6 +195,15 @@ def image_names(settings: Mapping[str, Any]) -> list[str]:
         for name, part in zip(shown, content, strict=False)
         if isinstance(part, dict) and "image" in part
     ]
+
+
+def _number(given: Mapping[str, Any], name: str, smallest: float, largest: float) -> float:
+    value = given.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PromptError(f"{name} is a number")
+    if not smallest <= value <= largest:
+        raise PromptError(f"{name} is a number from {smallest:g} to {largest:g}")
+    return float(value)
 
 
 def _whole(given: Mapping[str, Any], name: str, smallest: int, largest: int) -> int:

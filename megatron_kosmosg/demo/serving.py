@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 import tempfile
 import threading
 from pathlib import Path
 
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.demo.requests import MAX_UPLOAD_BYTES
 from megatron_kosmosg.demo.start_values import StartValues
 from megatron_kosmosg.demo.studio import Studio
@@ -19,8 +22,29 @@ QUIET = {
 }
 
 
+def check_address(host: str, port: int) -> None:
+    """Raises ConfigError, naming the option, where nothing can listen at `host` and `port`: said
+    before the model is opened, which may take minutes."""
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise ConfigError(f"--host {host}: no such address; 127.0.0.1 is this machine") from error
+    with socket.socket(family, kind) as tried:
+        # As a server does it: a port that another one has just left can be taken.
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                said = f"--port {port}: another program listens there, perhaps another kosmosg demo"
+                raise ConfigError(f"{said}; give another --port") from error
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ConfigError(f"--host {host}: not an address of this machine") from error
+            raise ConfigError(f"--port {port} cannot be used: {error.strerror}") from error
+
+
 def serve(studio: Studio, start: StartValues, host: str, port: int, share: bool) -> None:
-    """Returns after Ctrl-C or SIGTERM. Raises OSError where it cannot listen at `host` and `port`.
+    """Returns after Ctrl-C or SIGTERM. Raises OSError where it cannot listen (`check_address`).
 
     What is uploaded and drawn lies in a temporary folder, which is removed at the end.
     """

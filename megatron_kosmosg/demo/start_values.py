@@ -17,6 +17,7 @@ class StartValues:
     scheduler: str
     num_images: int
     caption_prompt: str
+    control_scale: float = 1.0
     is_toy: bool = False
     """Whether the page has the toy's pictures as examples."""
 

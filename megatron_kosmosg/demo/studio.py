@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from megatron_kosmosg.data.tokenizer import IMAGE as PLACEHOLDER
-from megatron_kosmosg.demo.requests import DrawRequest, check_images
+from megatron_kosmosg.demo.controlnets import NamedControlNet
+from megatron_kosmosg.demo.requests import NONE, DrawRequest, check_images, said_additions
 from megatron_kosmosg.files import fingerprint
 from megatron_kosmosg.inference.captioning import continue_prompt
 from megatron_kosmosg.inference.drawing import PipelineDrawer
@@ -38,15 +40,26 @@ class Cancelled(Exception):
 class Studio:
     """One model, which does one thing at a time, for all sessions."""
 
-    def __init__(self, drawer: PipelineDrawer, source: ModelSource, dtype: str) -> None:
+    def __init__(
+        self,
+        drawer: PipelineDrawer,
+        source: ModelSource,
+        dtype: str,
+        controlnets: Mapping[str, NamedControlNet] | None = None,
+    ) -> None:
+        """controlnets: by the names that the page offers."""
         self.drawer = drawer
         drawer.show_steps(False)
-        self.has_control = source.controlnet is not None
-        self._source, self._dtype = source, dtype
+        self._dtype = dtype
         self._busy = threading.Lock()
         self.model_fingerprint = source.model_fingerprint()
         self._loras = tuple((fingerprint(file), strength) for file, strength in source.loras)
-        self._controlnet = source.controlnet_fingerprint()
+        # Most folders have the same name for it.
+        self.lora_names = [
+            file.parent.name if file.stem == "pytorch_lora_weights" else file.stem
+            for file, _ in source.loras
+        ]
+        self._controlnets = dict(controlnets or {})
 
     @property
     def longest_prompt(self) -> int:
@@ -68,18 +81,61 @@ class Studio:
         """As many as a prompt without words has room for, after its <s>."""
         return (self.longest_prompt - 1) // self.image_positions
 
-    def plan(self, scheduler: str, defaults: DrawingOptions = DEFAULTS) -> PicturePlan:
-        """What each picture's settings become."""
+    @property
+    def controlnet_names(self) -> list[str]:
+        """That a request may ask for, besides none."""
+        return list(self._controlnets)
+
+    def plan(self, request: DrawRequest, defaults: DrawingOptions = DEFAULTS) -> PicturePlan:
+        """What each picture's settings become, drawn as `request` says. Raises PromptError."""
+        chosen = self._chosen(request)
         return PicturePlan(
             RunSettings(
                 self.model_fingerprint,
-                scheduler,
+                request.scheduler,
                 self._dtype,
                 defaults,
-                self._loras,
-                self._controlnet,
+                tuple((digest, request.lora_scale * own) for digest, own in self._loras),
+                None if chosen is None else (chosen.digest, request.control_scale),
             )
         )
+
+    def prepare(self, request: DrawRequest) -> None:
+        """Makes the drawer draw as the request says; to be called while nobody else draws."""
+        chosen = self._chosen(request)
+        self.drawer.choose_scheduler(request.scheduler)
+        self.drawer.choose_lora_scale(request.lora_scale)
+        model = None if chosen is None else chosen.model
+        self.drawer.choose_controlnet(model, request.control_scale)
+
+    def _chosen(self, request: DrawRequest) -> NamedControlNet | None:
+        if request.controlnet == NONE:
+            return None
+        if request.controlnet not in self._controlnets:
+            offered = ", ".join([NONE, *self._controlnets])
+            raise PromptError(f"there is no ControlNet {request.controlnet!r} here but {offered}")
+        return self._controlnets[request.controlnet]
+
+    def additions(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """controlnet, control_scale and lora_scale of the settings that a drawn PNG says, as far as
+        what it was drawn with was given to this page."""
+        control, loras = said_additions(settings)
+        values: dict[str, Any] = {"controlnet": NONE, "control_scale": 1.0, "lora_scale": 1.0}
+        for name, known in self._controlnets.items():
+            if control is not None and known.digest == control[0]:
+                values |= {"controlnet": name, "control_scale": control[1]}
+        if loras and [digest for digest, _ in loras] == [digest for digest, _ in self._loras]:
+            own = self._loras[0][1]
+            values["lora_scale"] = loras[0][1] / own if own else 1.0
+        return values
+
+    def missing_additions(self, settings: Mapping[str, Any]) -> list[str]:
+        """Kinds of additions that the PNG was drawn with and that this page does not have."""
+        control, loras = said_additions(settings)
+        known = [each.digest for each in self._controlnets.values()]
+        has_control = control is None or control[0] in known
+        has_loras = not loras or [lora[0] for lora in loras] == [own[0] for own in self._loras]
+        return ["ControlNet"] * (not has_control) + ["LoRA"] * (not has_loras)
 
     def draw(
         self, request: DrawRequest, folder: Path, progress: Progress, stop: threading.Event
@@ -88,11 +144,11 @@ class Studio:
 
         Raises PromptError for what cannot be drawn, Cancelled soon after `stop` is set.
         """
-        pictures = self.plan(request.scheduler).pictures(request.record())
+        pictures = self.plan(request).pictures(request.record())
         with self._busy:
-            self.drawer.choose_scheduler(request.scheduler)
+            self.prepare(request)
             self.drawer.check(pictures)
-            steps = pictures[0].options.steps
+            steps = steps_of(pictures[0].options)
             on_step = step_reporter(steps, progress, stop)
             images = self.drawer.draw(pictures, on_step)
         return [
@@ -119,6 +175,14 @@ class Studio:
     def while_nobody_draws(self) -> threading.Lock:
         """Held while a batch draws with the drawer itself."""
         return self._busy
+
+
+def steps_of(options: DrawingOptions) -> int:
+    """That are made: a share of those asked for where there is a start image."""
+    assert options.steps is not None, "see RunSettings"
+    if options.start_image is None or options.strength is None:
+        return options.steps
+    return int(options.steps * options.strength)
 
 
 class SteppingDrawer:

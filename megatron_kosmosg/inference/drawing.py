@@ -1,4 +1,5 @@
-"""Draws planned pictures with a KosmosGPipeline, through a ControlNet if there is one.
+"""Draws planned pictures with a KosmosGPipeline, through a ControlNet if there is one, and from
+noise or from a start image under noise.
 
 The start noise of every picture comes from a generator on the CPU with the picture's own seed, so
 that it is the same on every device and in every batch.
@@ -7,13 +8,18 @@ that it is the same on every device and in every batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-from PIL import Image
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+)
+from PIL import Image, ImageOps
 
 from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline, Parts
 from megatron_kosmosg.inference.noise_schedules import noise_scheduler
@@ -27,6 +33,7 @@ from megatron_kosmosg.inference.prompt_records import (
 
 OnStep = Callable[[int], None]
 """Called with the number of sampling steps that are done; what it raises ends the drawing."""
+SIDES = ("height", "width")
 
 
 class PipelineDrawer:
@@ -37,31 +44,37 @@ class PipelineDrawer:
         pipeline: KosmosGPipeline,
         controlnet: ControlNetModel | None = None,
         control_scale: float = 1.0,
+        loras: Mapping[str, float] | None = None,
     ) -> None:
+        """loras: {name of an adapter of `pipeline`: its strength}."""
         self._pipeline = pipeline
-        self._saved_scheduler = pipeline.scheduler
-        # Any: what diffusers says of its pipelines' arguments leaves out half of what they take.
-        self._painter: Any = pipeline
-        self._extra: dict[str, Any] = {}
-        if controlnet is not None:
-            # Not from_pipe, which casts all parts to float32 unless told otherwise.
-            self._painter = StableDiffusionControlNetPipeline(
-                vae=pipeline.vae,
-                text_encoder=None,
-                tokenizer=pipeline.tokenizer,
-                unet=pipeline.unet,
-                controlnet=controlnet,
-                scheduler=pipeline.scheduler,
-                safety_checker=pipeline.safety_checker,
-                feature_extractor=pipeline.feature_extractor,
-                requires_safety_checker=False,
-            )
-            self._extra = {"controlnet_conditioning_scale": control_scale}
-        self._has_control = controlnet is not None
+        self._scheduler = self._saved_scheduler = pipeline.scheduler
+        self._loras, self._lora_scale = dict(loras or {}), 1.0
+        self._shows_steps = True
+        self.choose_controlnet(controlnet, control_scale)
 
     def show_steps(self, shown: bool) -> None:
         """Whether every call shows a bar of its sampling steps."""
-        self._painter.set_progress_bar_config(disable=not shown, leave=False)
+        self._shows_steps = shown
+
+    def choose_controlnet(self, controlnet: ControlNetModel | None, scale: float = 1.0) -> None:
+        """Draws through this one from now on, or through none. It moves to the U-Net's device, the
+        one before it to the CPU: there is one at a time on a GPU."""
+        before = getattr(self, "_controlnet", None)
+        if before is not None and before is not controlnet:
+            before.to("cpu")
+        if controlnet is not None:
+            controlnet.to(self._pipeline._execution_device)
+        self._controlnet, self._control_scale = controlnet, scale
+        # Any: what diffusers says of its pipelines' arguments leaves out half of what they take.
+        self._painters: dict[bool, Any] = {}
+
+    def choose_lora_scale(self, scale: float) -> None:
+        """Multiplies the strengths of all LoRAs from now on."""
+        if self._loras and scale != self._lora_scale:
+            strengths = [strength * scale for strength in self._loras.values()]
+            self._pipeline.set_adapters(list(self._loras), strengths)
+        self._lora_scale = scale
 
     @property
     def pipeline(self) -> KosmosGPipeline:
@@ -71,7 +84,7 @@ class PipelineDrawer:
     def choose_scheduler(self, name: str) -> None:
         """Draws with this sampler from now on; names as `noise_schedules.SCHEDULERS`, "saved" is
         the one it was made with. Raises ConfigError for one that the U-Net cannot use."""
-        self._painter.scheduler = noise_scheduler(name, self._saved_scheduler)
+        self._scheduler = noise_scheduler(name, self._saved_scheduler)
 
     def check(self, pictures: Sequence[Picture]) -> None:
         """Raises PromptError for a size or a prompt length that the model cannot take."""
@@ -80,7 +93,7 @@ class PipelineDrawer:
             if picture.index:
                 continue
             record, options = picture.record, picture.options
-            for name in ("height", "width"):
+            for name in SIDES:
                 size = getattr(options, name)
                 if size is not None and size % unit:
                     raise PromptError(
@@ -104,26 +117,74 @@ class PipelineDrawer:
             do_classifier_free_guidance=guided,
             negative_prompt=[p.options.negative_prompt for p in firsts] if guided else None,
         )
-        control = {}
-        if self._has_control:
-            control = {"image": [open_picture(p.options.control_image) for p in firsts]}
-        drawn = self._painter(
+        drawn = self._painter(options.start_image is not None)(
             prompt_embeds=embeds,
             negative_prompt_embeds=negative_embeds,
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,
-            **self._size(options),
             num_images_per_prompt=options.num_images,
             generator=[torch.Generator("cpu").manual_seed(p.options.seed) for p in pictures],
             output_type="np" if firsts[0].rounds_down else "pil",
-            **self._shared_noise(pictures),
-            **control,
-            **self._extra,
+            **self._given(pictures),
             callback_on_step_end=None if on_step is None else _step_callback(on_step),
         ).images
         if firsts[0].rounds_down:
             return [Image.fromarray((values * 255).astype(np.uint8)) for values in drawn]
         return drawn
+
+    def _painter(self, has_start: bool) -> Any:
+        """The pipeline of diffusers that draws: with a ControlNet or not, from images or noise."""
+        if has_start not in self._painters:
+            self._painters[has_start] = self._new_painter(has_start)
+        painter = self._painters[has_start]
+        painter.scheduler = self._scheduler
+        painter.set_progress_bar_config(disable=not self._shows_steps, leave=False)
+        return painter
+
+    def _new_painter(self, has_start: bool) -> Any:
+        pipeline, parts = self._pipeline, {}
+        if self._controlnet is not None:
+            kind: Any = StableDiffusionControlNetPipeline
+            if has_start:
+                kind = StableDiffusionControlNetImg2ImgPipeline
+            parts = {"controlnet": self._controlnet}
+        elif has_start:
+            kind = StableDiffusionImg2ImgPipeline
+        else:
+            return pipeline
+        # Not from_pipe, which casts all parts to float32 unless told otherwise.
+        return kind(
+            vae=pipeline.vae,
+            text_encoder=None,
+            tokenizer=pipeline.tokenizer,
+            unet=pipeline.unet,
+            scheduler=self._saved_scheduler,
+            safety_checker=pipeline.safety_checker,
+            feature_extractor=pipeline.feature_extractor,
+            requires_safety_checker=False,
+            **parts,
+        )
+
+    def _given(self, pictures: Sequence[Picture]) -> dict[str, Any]:
+        """What the painter is told of size, start and control."""
+        firsts = [picture for picture in pictures if picture.index == 0]
+        options = firsts[0].options
+        given: dict[str, Any] = dict(self._size(options))
+        has_start = options.start_image is not None
+        if self._controlnet is not None:
+            controls = [open_picture(picture.options.control_image) for picture in firsts]
+            given["control_image" if has_start else "image"] = controls
+            given["controlnet_conditioning_scale"] = self._control_scale
+        if not has_start:
+            return given | self._shared_noise(pictures)
+        height, width = self._own_size()
+        size = (given.get("width", width), given.get("height", height))
+        if self._controlnet is None:  # diffusers takes the size from the image then
+            given = {}
+        # One for each picture: of fewer, diffusers repeats the whole list.
+        starts = [open_picture(picture.options.start_image) for picture in pictures]
+        given["image"] = [ImageOps.fit(image, size) for image in starts]
+        return given | {"strength": options.strength}
 
     def _shared_noise(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
         """latents [n, 4, h, w] of pictures that start from rows of one draw; none of others.
@@ -135,9 +196,7 @@ class PipelineDrawer:
             return {}
         unet, size = self._pipeline.unet, self._size(pictures[0].options)
         default = self._own_size()
-        sides = [
-            size.get(name, own) for name, own in zip(("height", "width"), default, strict=True)
-        ]
+        sides = [size.get(name, own) for name, own in zip(SIDES, default, strict=True)]
         scale = self._pipeline.vae_scale_factor
         shape = (unet.config.in_channels, *(side // scale for side in sides))
         found = []

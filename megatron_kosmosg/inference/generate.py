@@ -54,7 +54,9 @@ class Job:
 def group_key(picture: Picture) -> tuple[object, ...]:
     """What the pictures of one call share."""
     options = picture.options
-    return options.height, options.width, options.steps, options.guidance, options.num_images
+    size = options.height, options.width
+    start = None if options.start_image is None else options.strength
+    return *size, options.steps, options.guidance, options.num_images, start
 
 
 def generate(job: Job, open_drawer: Callable[[], Drawer], report: Report) -> int:
@@ -111,9 +113,9 @@ def write_sheet(job: Job, num_records: int) -> Path | None:
 def _refuse_to_overwrite(job: Job, missing: Sequence[Picture]) -> None:
     """Finished pictures may be shown by other prompts: they are not written again."""
     shown = [path for record in job.records for path in record.images]
-    control = [p.options.control_image for p in missing if p.options.control_image is not None]
+    others = [path for picture in missing for path in picture.options.images]
     files = [*(picture.file_name for picture in missing), job.sheet_file]
-    refuse_to_overwrite([job.folder / name for name in files], [*shown, *control], "--output")
+    refuse_to_overwrite([job.folder / name for name in files], [*shown, *others], "--output")
 
 
 def _groups(job: Job) -> Iterator[list[Picture]]:

@@ -69,12 +69,28 @@ def find_model(
             f"{stable_diffusion} is no Stable Diffusion folder (unet/ vae/ scheduler/); give one "
             "with --stable-diffusion"
         )
-    for file, _ in loras:
-        if not file.is_file():
-            raise ConfigError(f"--lora {file}: no such file")
-    if controlnet is not None and not (controlnet[0] / "config.json").is_file():
-        raise ConfigError(f"--controlnet {controlnet[0]}: no config.json there")
-    return ModelSource(folder, is_exported, stable_diffusion, tokenizer_model, loras, controlnet)
+    found = tuple((lora_file(path), strength) for path, strength in loras)
+    if controlnet is not None:
+        check_controlnet(controlnet[0])
+    return ModelSource(folder, is_exported, stable_diffusion, tokenizer_model, found, controlnet)
+
+
+def lora_file(path: Path) -> Path:
+    """`path`, or the only .safetensors file of the folder `path`. Raises ConfigError."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ConfigError(f"--lora {path}: no such file or folder")
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ConfigError(f"--lora {path}: {len(files)} .safetensors files there; give one of them")
+    return files[0]
+
+
+def check_controlnet(folder: Path) -> None:
+    """Raises ConfigError for a folder that is none of a ControlNet."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"--controlnet {folder}: no config.json there")
 
 
 def _checkpoint(path: Path) -> Path:

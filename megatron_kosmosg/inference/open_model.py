@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -67,13 +68,18 @@ def open_drawer(
         pipeline.enable_model_cpu_offload(device=device)
     elif offload == "sequential":
         pipeline.enable_sequential_cpu_offload(device=device)
+    loras = {name: strength for name, (_, strength) in zip(names, source.loras, strict=True)}
     if source.controlnet is None:
-        return PipelineDrawer(pipeline)
+        return PipelineDrawer(pipeline, loras=loras)
     folder, strength = source.controlnet
-    controlnet = _opened(
+    return PipelineDrawer(pipeline, open_controlnet(folder, dtype), strength, loras)
+
+
+def open_controlnet(folder: Path, dtype: torch.dtype) -> ControlNetModel:
+    """In the CPU's memory; a drawer moves it. Raises ConfigError for what cannot be opened."""
+    return _opened(
         f"--controlnet {folder}", lambda: ControlNetModel.from_pretrained(folder, torch_dtype=dtype)
     )
-    return PipelineDrawer(pipeline, controlnet.to(device), strength)
 
 
 def open_pipeline(

@@ -28,6 +28,8 @@ from megatron_kosmosg.inference.prompt_records import (
 STREAM = "generate"
 SIZE_UNIT = 8
 """Pixels; diffusers takes multiples of it only."""
+STRENGTH = 0.75
+"""Of a start image, where none is said."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class RunSettings:
     scheduler: str
     dtype: str
     defaults: DrawingOptions
-    """For records that do not say; all set but height, width (the model's own size then) and
-    control_image."""
+    """For records that do not say; all set but height, width (the model's own size then),
+    control_image, start_image and strength."""
     loras: tuple[tuple[str, float], ...] = ()
     """Fingerprint and strength of each."""
     controlnet: tuple[str, float] | None = None
@@ -139,6 +141,18 @@ class PicturePlan:
                 raise PromptError("a ControlNet needs a control image; give control_image")
             settings["controlnet"] = list(run.controlnet)
             settings["control_image"] = self._read_picture(options.control_image)[0]
+        if options.start_image is None and record.options.strength is not None:
+            raise PromptError("strength is of a start image; give start_image")
+        if options.start_image is not None:
+            strength = options.strength
+            assert strength is not None and options.steps is not None, "see _filled"
+            if int(options.steps * strength) < 1:
+                raise PromptError(
+                    f"strength {strength:g} of {options.steps} steps is none; give more steps or "
+                    "more strength"
+                )
+            settings["start_image"] = self._read_picture(options.start_image)[0]
+            settings["strength"] = strength
         return settings
 
     def _described(self, part: Part) -> dict[str, str]:
@@ -175,10 +189,14 @@ def _start_settings(record: PromptRecord, index: int, seed: int) -> dict[str, An
 
 
 def _filled(options: DrawingOptions, defaults: DrawingOptions) -> DrawingOptions:
+    """The strength, too, where there is a start image."""
     values = {name: getattr(options, name) for name in OPTION_FIELDS}
-    return dataclasses.replace(
+    filled = dataclasses.replace(
         defaults, **{name: value for name, value in values.items() if value is not None}
     )
+    if filled.start_image is None or filled.strength is not None:
+        return filled
+    return dataclasses.replace(filled, strength=STRENGTH)
 
 
 def _digest(data: bytes) -> str:

@@ -7,7 +7,8 @@ relative to the folder of the file, and lie in it:
   content          instead of the two: [{"text": ..} or {"image": file}, ...], where words are
                    words, also "<image>"
   id               names the pictures ID-0.png, ID-1.png, ..; the line's number if absent
-  negative_prompt, seed, num_images, steps, guidance, height, width, control_image
+  negative_prompt, seed, num_images, steps, guidance, height, width, control_image, start_image,
+  strength
 Long because each field is checked, and each fault said, here.
 """
 
@@ -63,6 +64,16 @@ class DrawingOptions:
     width: int | None = None
     control_image: Path | None = None
     """What a ControlNet sees."""
+    start_image: Path | None = None
+    """What sampling starts from, under noise, in place of noise alone."""
+    strength: float | None = None
+    """Above 0 and at most 1: the share of the steps that are made, and with it of the start image
+    that is lost."""
+
+    @property
+    def images(self) -> list[Path]:
+        """The files that it names."""
+        return [path for path in (self.control_image, self.start_image) if path is not None]
 
 
 @dataclass(frozen=True)
@@ -158,7 +169,7 @@ def parse_record(
     else:
         content = _placeholder_content(given["prompt"], given.get("images", []), folder, place)
     record = PromptRecord(name, content, _options(given, folder, place))
-    for picture in (*record.images, record.options.control_image):
+    for picture in (*record.images, *record.options.images):
         if picture is not None:
             _check_place(picture, folder, place, image_root)
     return record
@@ -230,11 +241,18 @@ def _options(given: Mapping[str, Any], folder: Path, place: str) -> DrawingOptio
     guidance = values.get("guidance", 1.0)
     if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or guidance < 0:
         raise PromptError(f"{place}: guidance is a number from 0 up, not {_short(guidance)}")
-    for name in ("negative_prompt", "control_image"):
+    strength = values.get("strength", 1.0)
+    is_number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+    if not is_number or not 0 < strength <= 1:
+        raise PromptError(
+            f"{place}: strength is a number above 0 and at most 1, not {_short(strength)}"
+        )
+    for name in ("negative_prompt", "control_image", "start_image"):
         if not isinstance(values.get(name, ""), str):
             raise PromptError(f"{place}: {name} is a string, not {_short(values[name])}")
-    if "control_image" in values:
-        values["control_image"] = folder / values["control_image"]
+    for name in ("control_image", "start_image"):
+        if name in values:
+            values[name] = folder / values[name]
     return DrawingOptions(**values)
 
 

@@ -6,6 +6,7 @@ tests/demo_page.sh brings the first two, and fails where anything is missing.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -17,10 +18,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
 from megatron_kosmosg.inference.picture_files import read_settings
+from megatron_kosmosg.toy import assets
 from megatron_kosmosg.toy.judging.toy_prompts import subject_picture
 from megatron_kosmosg.toy.world import sample_scene
 from tests.support.demo_browser import CHROMIUM, MISSING, browser, served
+from tests.support.unet_additions import write_additions
 
 REQUIRED = "KOSMOSG_REQUIRE_BROWSER" in os.environ
 pytestmark = [
@@ -42,7 +46,11 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(folder):
-    with served(folder) as (address, process):
+    """The toy with a ControlNet and a LoRA of random weights."""
+    toy = KosmosGPipeline.from_pretrained(assets.path() / "kosmosg")
+    added = write_additions(toy, folder / "additions")
+    options = ("--controlnet", f"canny={added / 'net'}", "--lora", str(added / "lora"))
+    with served(folder, *options, "--lora-scale", "0") as (address, process):
         yield address
         assert process.poll() is None, "it is still there"
 
@@ -74,6 +82,8 @@ def subjects(folder) -> list[str]:
 
 def shot(page, name: str) -> None:
     if SHOTS:
+        loaded = "[...document.querySelectorAll('#drawn img')].every(image => image.complete)"
+        page.wait_for_function(loaded)
         page.screenshot(path=Path(SHOTS, f"{name}.png"), full_page=True)
 
 
@@ -128,6 +138,25 @@ def test_a_wrong_count_is_said_before_and_after_the_button(page, subjects):
     assert "Traceback" not in page.content() and "/tmp" not in said
 
 
+GIVE_FILE = """(element, [kind, data]) => {
+    const bytes = Uint8Array.from(atob(data), character => character.charCodeAt(0));
+    const files = new DataTransfer();
+    files.items.add(new File([bytes], `${kind}.png`, {type: 'image/png'}));
+    const how = {bubbles: true, cancelable: true};
+    element.dispatchEvent(kind === 'paste'
+        ? new ClipboardEvent('paste', {...how, clipboardData: files})
+        : new DragEvent('drop', {...how, dataTransfer: files}));
+}"""
+
+
+def test_images_are_pasted_and_dropped(page, subjects):
+    data = base64.b64encode(Path(subjects[0]).read_bytes()).decode()
+    for count, kind in enumerate(("paste", "drop"), start=1):
+        page.locator("#prompt textarea").evaluate(GIVE_FILE, [kind, data])
+        page.locator("#count").get_by_text(f"{count} image").last.wait_for()
+        page.locator("#prompt-images img").nth(count - 1).wait_for()
+
+
 def test_images_are_moved(page, subjects):
     write(page, "<image> <image>", subjects)
     shown = page.locator("#prompt-images img")
@@ -174,6 +203,75 @@ def test_a_huge_file_and_no_image_are_refused(page, tmp_path):
     shot(page, "huge")
 
 
+def choose(page, tab: str) -> None:
+    page.get_by_role("tab", name=tab, exact=True).click()
+
+
+def test_a_start_image_and_a_controlnet_are_drawn_from_and_loaded_again(page, subjects, tmp_path):
+    write(page, "a red circle", [])
+    choose(page, "Start image")
+    page.locator("#start input[type=file]").set_input_files(subjects[0])
+    page.locator("#start img").first.wait_for()
+    page.locator("#strength input[type=number]").fill("0.5")
+    shot(page, "start-image")
+    choose(page, "ControlNet")
+    assert "canny: edges, as thin white lines on black" in page.locator("body").inner_text()
+    page.locator("#control input[type=file]").set_input_files(subjects[1])
+    page.locator("#control img").first.wait_for()
+    draw(page)
+    assert "choose a ControlNet for the control image" in toast(page)
+    page.locator("#controlnet input").click()
+    page.get_by_role("option", name="canny").click()
+    shot(page, "controlnet")
+    draw(page)
+    page.locator("#files a").nth(3).wait_for()
+    with page.expect_download() as started:
+        page.locator("#files a").first.click()
+    path = tmp_path / "drawn.png"
+    started.value.save_as(path)
+    settings = read_settings(path)
+    assert settings["strength"] == 0.5 and settings["controlnet"][1] == 1.0
+    assert {"start_image", "control_image", "loras"} <= set(settings)
+    page.locator("text=History of this tab").click()
+    page.locator("#history img").nth(3).wait_for()
+    page.reload()
+    page.get_by_role("button", name="Draw", exact=True).wait_for()
+    page.locator("#load-settings input[type=file]").set_input_files(path)
+    page.locator("#loaded").get_by_text("settings loaded").wait_for()
+    said = page.locator("#loaded").inner_text()
+    assert said == "settings loaded; add its start image; add its control image"
+    choose(page, "ControlNet")
+    assert page.locator("#controlnet input").input_value() == "canny"
+
+
+def test_a_lora_is_offered(page):
+    choose(page, "LoRA")
+    assert page.locator("#lora input[type=number]").input_value() == "1"
+    page.locator("code").get_by_text("lora", exact=True).wait_for()
+    shot(page, "lora")
+    choose(page, "Batch")
+    page.locator("#draw-all").wait_for()
+    shot(page, "batch")
+
+
+def test_a_list_of_prompts_becomes_a_zip(page, subjects, tmp_path):
+    choose(page, "Batch")
+    record = {"id": "cat", "prompt": "a <image>", "images": ["subject-0.png"], "num_images": 2}
+    (tmp_path / "p.jsonl").write_text(json.dumps(record))
+    page.locator("#draw-all").click()
+    assert "add a JSONL file of prompts" in toast(page)
+    page.locator("#jsonl input[type=file]").set_input_files(str(tmp_path / "p.jsonl"))
+    page.locator("#batch-images input[type=file]").set_input_files(subjects[0])
+    page.get_by_text("subject-0").first.wait_for()
+    page.locator("#draw-all").click()
+    page.locator("#zip a").first.wait_for()
+    with page.expect_download() as started:
+        page.locator("#zip a").first.click()
+    started.value.save_as(tmp_path / "made.zip")
+    with zipfile.ZipFile(tmp_path / "made.zip") as archive:
+        assert archive.namelist() == ["cat-0.png", "cat-1.png", "contact_sheet.png"]
+
+
 def test_a_caption_is_said(page, subjects):
     page.get_by_role("tab", name="Caption").click()
     page.locator("#caption-prompt input[type=file]").set_input_files(subjects[0])
@@ -188,14 +286,33 @@ def test_it_fits_a_phone(address, context):
     phone.set_viewport_size({"width": 390, "height": 844})
     phone.goto(address)
     phone.get_by_role("button", name="Draw", exact=True).wait_for()
-    width = phone.evaluate("document.documentElement.scrollWidth")
-    shot(phone, "phone")
+    widths = {}
+    for tab in TABS:
+        _open(phone, tab)
+        widths[tab] = phone.evaluate("document.documentElement.scrollWidth")
+        shot(phone, f"phone-{tab.replace(' ', '-').lower()}")
     phone.close()
-    assert width <= 390
+    assert max(widths.values()) <= 390, widths
 
 
-def test_every_control_has_a_name(page):
-    """For a screen reader, and the button is reached by the keyboard."""
+TABS = ("Settings", "Start image", "ControlNet", "LoRA", "Caption", "Batch")
+"""The first four are in the tab Draw."""
+
+
+def _open(page, tab: str) -> None:
+    """A tab that does not fit beside the others is in a menu."""
+    entry = page.get_by_role("tab", name=tab, exact=True)
+    if not entry.is_visible():
+        page.locator(".overflow-menu > button:visible").first.click()
+        entry = page.locator(".overflow-dropdown:visible").get_by_text(tab, exact=True)
+    entry.click()
+    page.wait_for_timeout(200)
+
+
+@pytest.mark.parametrize("tab", TABS)
+def test_every_control_has_a_name(page, tab):
+    """For a screen reader."""
+    _open(page, tab)
     unnamed = page.evaluate(
         """() => [...document.querySelectorAll('input, textarea, button, select')]
         .filter(e => e.offsetParent && e.type !== 'file' && !(e.ariaLabel || e.textContent.trim()
@@ -204,9 +321,19 @@ def test_every_control_has_a_name(page):
         .map(e => e.outerHTML.slice(0, 120))"""
     )
     assert not unnamed, unnamed
-    page.locator("#draw").focus()
+
+
+def test_the_keyboard_alone_draws(page):
+    page.locator("#prompt textarea").fill("a red circle")
+    page.locator("#prompt textarea").focus()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "draw":
+            break
+    else:
+        raise AssertionError("Tab does not reach the button")
     page.keyboard.press("Enter")
-    toast(page)
+    page.locator("#drawn img").first.wait_for()
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../../etc/passwd", "{repository}/setup.py"])
@@ -217,14 +344,14 @@ def test_no_file_of_the_machine_is_read(address, path):
     assert refused.value.code in (403, 404)
 
 
-GIVEN = ["", 2.0, 4, "dpm++", 7, 1, 0, 0, None, False, []]
-"""What `/draw` takes after the prompt."""
+GIVEN = ["", 2.0, 4, "dpm++", 7, 1, 0, 0, 0.75, "none", 1.0, 1.0]
+"""What `/draw` and `/draw_all` take of settings, in their order."""
 
 
 def called(address: str, prompt: dict) -> str:
     """The events of a raw call of `/draw`; gradio's client would upload a file that it is told."""
     url = f"{address}/gradio_api/call/draw"
-    data = json.dumps({"data": [prompt, *GIVEN]}).encode()
+    data = json.dumps({"data": [prompt, *GIVEN, False, None, None]}).encode()
     post = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(post, timeout=60) as answer:
         event = json.load(answer)["event_id"]
@@ -247,17 +374,26 @@ def test_the_rest_client_draws(address, subjects, tmp_path):
 
     client = Client(address, download_files=str(tmp_path), verbose=False)
     prompt = {"text": "a <image>", "files": [handle_file(subjects[0])]}
-    gallery, files, seed, _ = client.predict(prompt, *GIVEN, api_name="/draw")
+    gallery, files, seed, _ = client.predict(
+        prompt=prompt, steps=4, seed=7, num_images=1, api_name="/draw"
+    )
     assert len(gallery) == len(files) == 1 and seed == 7
     assert read_settings(Path(files[0]))["steps"] == 4
     assert client.predict(prompt, 5, api_name="/caption")
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "x", "prompt": "a red circle"}))
     made = client.predict(
-        handle_file(str(tmp_path / "p.jsonl")), [], *GIVEN[:8], api_name="/draw_all"
+        handle_file(str(tmp_path / "p.jsonl")), [], *GIVEN, None, None, api_name="/draw_all"
     )
     with zipfile.ZipFile(made) as archive:
         assert "x-0.png" in archive.namelist()
     Image.open(files[0]).verify()
+    control, start = map(handle_file, subjects)
+    added = {"controlnet": "canny", "control_image": control, "start_image": start}
+    _, files, _, _ = client.predict(
+        prompt=prompt, num_images=1, strength=0.5, lora_scale=0.5, **added, api_name="/draw"
+    )
+    settings = read_settings(Path(files[0]))
+    assert settings["strength"] == 0.5 and {"controlnet", "loras", "start_image"} <= set(settings)
 
 
 def test_ending_it_leaves_nothing(tmp_path):

@@ -17,12 +17,13 @@ from diffusers import (
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 from megatron_kosmosg.conversion.checkpoint_writer import model_tensors, write_checkpoint
@@ -263,6 +264,40 @@ def test_a_controlnet(files, pipeline):
     ).images[0]
     (found,) = (i for name, i in pixels(files / "additions").items() if name.endswith("-0.png"))
     assert np.array_equal(found, np.asarray(wanted))
+
+
+def test_start_images_drawn_together_are_what_diffusers_draws_of_each(files, pipeline):
+    settings = {"prompt": "a cross", "num_images": 2, "strength": 0.5, "height": 16, "width": 24}
+    starts = {"from-cat": "cat.png", "from-dog": "dog.png"}
+    records = [
+        {"id": name, "start_image": file, "seed": 5, **settings} for name, file in starts.items()
+    ]
+    (files / "starts.jsonl").write_text("\n".join(map(json.dumps, records)))
+    asked = ["--prompts", str(files / "starts.jsonl"), "--output", str(files / "started")]
+    model = ["--model", str(files / "exported"), "--batch-size", "2", "--sheet-rows", "0"]
+    assert generate.main([*model, *asked, *DRAWING]) == 0
+    found = pixels(files / "started")
+    names = ("vae", "tokenizer", "unet", "scheduler", "safety_checker", "feature_extractor")
+    painter = StableDiffusionImg2ImgPipeline(
+        **{name: pipeline.components[name] for name in names},
+        text_encoder=None,
+        requires_safety_checker=False,
+    )
+    painter.set_progress_bar_config(disable=True)
+    embeds, negative = pipeline.encode_prompt("a cross")
+    for name, file in starts.items():
+        for index in range(2):
+            wanted = painter(
+                prompt_embeds=embeds,
+                negative_prompt_embeds=negative,
+                image=ImageOps.fit(Image.open(files / file).convert("RGB"), (24, 16)),
+                strength=0.5,
+                num_inference_steps=4,
+                guidance_scale=3.0,
+                generator=torch.Generator().manual_seed(5 + index),
+            ).images[0]
+            off = np.abs(found[f"{name}-{index}.png"].astype(int) - np.asarray(wanted).astype(int))
+            assert off.max() <= 1, "rounding of a batch"
 
 
 def test_loras(files):

@@ -206,8 +206,9 @@ def test_the_page_draws_from_photographs(exported, photos, tmp_path):
             "text": "a <image> beside a <image>",
             "files": [handle_file(str(photos / name)) for name in names],
         }
-        given = ["", 6.0, 2, "saved", 3, 2, 0, 0, None, False, []]
-        gallery, files, seed, _ = client.predict(prompt, *given, api_name="/draw")
+        gallery, files, seed, _ = client.predict(
+            prompt=prompt, steps=2, seed=3, num_images=2, api_name="/draw"
+        )
     assert len(gallery) == len(files) == 2 and seed == 3
     settings = read_settings(Path(files[0]))
     assert settings["shown"] == ["a", "chelsea.png", "beside a", "coffee.png"]

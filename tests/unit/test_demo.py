@@ -6,6 +6,7 @@ tests/integration/test_demo_browser.py uses the page.
 from __future__ import annotations
 
 import json
+import socket
 import struct
 import threading
 import zipfile
@@ -18,9 +19,11 @@ import torch
 from PIL import Image
 
 from megatron_kosmosg.cli import demo
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.demo import requests
 from megatron_kosmosg.demo.batch import draw_batch
 from megatron_kosmosg.demo.requests import count_line, draw_request, image_names, page_values
+from megatron_kosmosg.demo.serving import check_address
 from megatron_kosmosg.demo.sessions import Sessions
 from megatron_kosmosg.demo.studio import Cancelled, Studio
 from megatron_kosmosg.inference.model_source import find_model
@@ -28,45 +31,17 @@ from megatron_kosmosg.inference.open_model import open_drawer
 from megatron_kosmosg.inference.picture_files import read_settings
 from megatron_kosmosg.inference.prompt_records import PromptError
 from megatron_kosmosg.toy import assets
-from megatron_kosmosg.toy.judging.toy_prompts import subject_picture
-from megatron_kosmosg.toy.world import sample_scene
-
-GIVEN = {
-    "negative_prompt": "",
-    "guidance": 2.0,
-    "steps": 4,
-    "scheduler": "dpm++",
-    "seed": 3,
-    "num_images": 2,
-    "height": 0,
-    "width": 0,
-}
-PROMPT = "a <image> on a yellow background"
+from tests.support.demo_requests import GIVEN, PROMPT, open_toy, pixels, silent, write_subject
 
 
 @pytest.fixture(scope="module")
 def studio() -> Studio:
-    """The shipped toy."""
-    torch.set_num_threads(1)
-    source = find_model(assets.path() / "kosmosg")
-    drawer = open_drawer(source, "saved", torch.float32, torch.device("cpu"))
-    return Studio(drawer, source, "fp32")
+    return open_toy()
 
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("subject") / "subject.png"
-    subject_picture(sample_scene(8, 1, True).entities[0], 8).save(path)
-    return path
-
-
-def silent(share: float, words: str) -> None:
-    pass
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
+    return write_subject(tmp_path_factory.mktemp("subject"))
 
 
 @pytest.mark.parametrize(
@@ -319,6 +294,9 @@ def test_without_gradio_the_command_says_what_is_needed(monkeypatch, capsys):
         (["--port", "70000"], "the last port is 65535"),
         (["--lora-scale", "0.5"], "1 --lora-scale for 0 --lora"),
         (["--model", "missing"], "is no exported folder"),
+        (["--control-scale", "3"], "--control-scale 3: at most 2 here"),
+        (["--controlnet", "canny=missing"], "--controlnet missing: no config.json there"),
+        (["--lora", "missing"], "--lora missing: no such file or folder"),
     ],
 )
 def test_wrong_arguments_are_one_error(words, message, capsys):
@@ -329,6 +307,23 @@ def test_wrong_arguments_are_one_error(words, message, capsys):
     assert code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ("127.0.0.1", "another program listens there, perhaps another kosmosg demo"),
+        ("no-such-host.invalid", "--host no-such-host.invalid: no such address"),
+        ("192.0.2.1", "--host 192.0.2.1: not an address of this machine"),
+    ],
+)
+def test_an_address_that_cannot_be_used_is_said_before_the_model_is_opened(host, message):
+    """192.0.2.1 is nobody's: RFC 5737."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=message):
+            check_address(host, port)
+    check_address("127.0.0.1", port)
 
 
 def test_offloading_needs_a_gpu():
