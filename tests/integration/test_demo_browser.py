@@ -247,7 +247,6 @@ def test_a_start_image_and_a_controlnet_are_drawn_from_and_loaded_again(page, su
 def test_a_lora_is_offered(page):
     choose(page, "LoRA")
     assert page.locator("#lora input[type=number]").input_value() == "1"
-    page.locator("code").get_by_text("lora", exact=True).wait_for()
     shot(page, "lora")
     choose(page, "Batch")
     page.locator("#draw-all").wait_for()

@@ -56,6 +56,7 @@ OF_THREADS = {"inspect", "cache-latents", "build-data"} | {
 """Commands with --workers, and with --threads."""
 
 TWO_MEANINGS = {
+    "--controlnet": "the one that draws; several that the demo's page offers, by names",
     "--input": "files and globs of records; one checkpoint",
     "--run": "a run to judge; the working folder of the toy's training",
 }

@@ -90,6 +90,7 @@ def test_what_controlnet_and_lora_do_is_said_and_done_again(extended, studio, su
     both = drawn(extended, tmp_path / "f", **given, start_image=subject, strength=0.5)
     assert both.shape == plain.shape and not np.array_equal(both, controlled)
 
+    assert extended.lora_names == ["lora"] and extended.controlnet_names == ["my canny"]
     said = {"controlnet": "my canny", "control_scale": 0.7, "lora_scale": 0.0}
     assert extended.additions(settings) == said and extended.missing_additions(settings) == []
     again = drawn(extended, tmp_path / "g", control_image=subject, **said)
