@@ -59,7 +59,8 @@ def read_index(path: Path, has_modes: bool) -> SequenceIndex:
     data = map_file(path)
     if len(data) < _HEADER.size:
         raise ValueError(f"{len(data)} bytes")
-    magic, version, code, num_sequences, num_offsets = _HEADER.unpack(data[: _HEADER.size])
+    header = data[: _HEADER.size].tobytes()
+    magic, version, code, num_sequences, num_offsets = _HEADER.unpack(header)
     if magic != _MAGIC or version != _VERSION or code not in _TYPES:
         raise ValueError(f"begins with {bytes(data[:18])!r}")
     needed = index_bytes(num_sequences, num_offsets - 1, has_modes)

@@ -46,7 +46,7 @@ def map_file(path: str | Path) -> np.ndarray:
     memory = (ctypes.c_ubyte * found.st_size).from_address(address)
     # Not at the end of the process: threads may still read then.
     weakref.finalize(memory, _C.munmap, address, found.st_size).atexit = False
-    array = np.frombuffer(memory, np.uint8)
+    array = np.frombuffer(memoryview(memory), np.uint8)
     array.flags.writeable = False
     return array
 
