@@ -63,6 +63,12 @@ def build_parser() -> CommandParser:
         help="print the resolved config, rank layout, parameter counts and batch arithmetic; "
         "needs no GPU and no data",
     )
+    parser.add_argument(
+        "--check-files",
+        action="store_true",
+        help="with --dry-run: exit code 2 when something that the run reads is not on this "
+        "machine, or what it writes cannot be",
+    )
     add_overrides(parser, "settings that win over the file")
     return parser
 
@@ -78,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from megatron_kosmosg.planning.dry_run import describe
 
             print(printable_lines(describe(config)))
+            if parsed.check_files:
+                validate_files(config, stage_facts(config.stage))
             return exit_codes.DONE
         if parsed.config is not None:
             refuse_to_overwrite(

@@ -18,12 +18,13 @@ asked_text() {
 dry_run() {
     local report status
     report=$(mktemp) || return
-    "$@" "$python" -m megatron_kosmosg.train --config "$config" --dry-run \
+    "$@" "$python" -m megatron_kosmosg.train --config "$config" --dry-run ${files:+"$files"} \
         "parallel.world_size=$(num_tasks)" ${rest[@]+"${rest[@]}"} >"$report"
     status=$?
     cat "$report"
     if [ "$status" -eq 0 ]; then
         run_folder=$(sed -n "s/^  output_dir: //p" "$report" | tr -d "'\"")
+        rank_gib=$(digits "$(sed -n "s/^the machine's memory: at most \([0-9]*\) GiB a rank.*/\1/p" "$report")" 0)
         save_folder=$(sed -n "s/^  save: //p" "$report" | tr -d "'\"")
         if [ "$save_folder" = null ]; then save_folder=$run_folder/checkpoints; fi
     fi
@@ -112,6 +113,7 @@ preflight() {
     step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
         "$python" tools/preflight.py node --folder "$run_folder" \
         --gpus "${KOSMOSG_GPUS_PER_NODE:-${SLURM_GPUS_PER_NODE:-0}}" \
-        --free-gib "${KOSMOSG_FREE_GIB:-100}" || return
+        --free-gib "${KOSMOSG_FREE_GIB:-100}" \
+        --memory-gib "$((rank_gib * $(digits "${SLURM_NTASKS_PER_NODE:-1}" 1)))" || return
     step --distribution=block --kill-on-bad-exit=0 --wait=200 "$python" tools/preflight.py network
 }

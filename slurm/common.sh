@@ -62,7 +62,7 @@ read_sweep() {
         die "$1 has no line $2, or one whose quotes do not end"
 }
 
-check='' fastest='' early='' options=() rest=() sweep=()
+check='' fastest='' early='' files='' options=() rest=() sweep=()
 read_arguments() {
     while [ $# -gt 0 ]; do
         case $1 in
@@ -308,6 +308,7 @@ run_stage() {
     fi
     alone=(step --nodes=1 --ntasks=1 --ntasks-per-node=1)
     [ -z "$fastest" ] || take_fastest "${alone[@]}" || exit
+    if [ -z "$check" ]; then files=--check-files; fi
     dry_run "${alone[@]}" || {
         status=$?
         was_stopped "$status" && finish "$EXIT_STOPPED"

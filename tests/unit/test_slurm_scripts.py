@@ -124,7 +124,7 @@ def test_one_task_per_gpu_with_the_jobs_sizes_and_the_users_settings(cluster):
     done = cluster.run("--", "training.train_iters=5", "logging.output_dir=a b")
     assert done.returncode == 0 and "done" in done.stdout, done.stderr
     dry, node, network, train = cluster.calls.read_text().splitlines()
-    assert "--dry-run parallel.world_size=8 training.train_iters=5" in dry
+    assert "--dry-run --check-files parallel.world_size=8 training.train_iters=5" in dry
     assert "--nodes=1 --ntasks=1" in dry
     assert "preflight.py node" in node and "--gpus 4" in node and "--ntasks-per-node=1" in node
     assert "preflight.py network" in network
