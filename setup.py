@@ -41,6 +41,8 @@ CORE = [
     "einops",
     # megatron-core saves checkpoints with it and does not declare it.
     "psutil",
+    # The links between decoder and score ranks; its wheels bring a libzmq with CURVE.
+    "pyzmq>=26",
 ]
 
 # LoRA files beside an exported model.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from megatron_kosmosg import exit_codes
@@ -104,19 +104,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(config: RunConfig) -> int:
-    """Trains; the exit code of this rank. Process groups are left in every case."""
+    """Trains; the exit code of this rank. Process groups are left in every case.
+
+    On a score rank this returns in a child process alone.
+    """
     started = time.time()
+    _be_apart(config)
     _quieten_libraries()
     from megatron_kosmosg.monitoring.failure import exit_code_of, report_failure
     from megatron_kosmosg.monitoring.run_owner import RunFolderTaken
     from megatron_kosmosg.parallel import platform
 
     try:
-        with _owner(config) as owner:
+        with _owner(config) as owner, ExitStack() as at_end:
             notices = _notices(config, owner)
             notices.started()
             try:
-                code = _train(config, started, owner)
+                code = _train(config, started, owner, at_end)
             except RunFolderTaken:
                 raise  # the folder is another's: nothing is written there
             except (Exception, KeyboardInterrupt) as error:
@@ -133,6 +137,16 @@ def run(config: RunConfig) -> int:
         return exit_codes.INTERRUPTED
     finally:
         platform.teardown()
+
+
+def _be_apart(config: RunConfig) -> None:
+    """Lets a score rank work in a child, before anything is loaded."""
+    from megatron_kosmosg.config.world import world_layout
+    from megatron_kosmosg.score.own_process import go_on_as_child
+
+    place = find_place()
+    if world_layout(config, place.world_size).place(place.rank).role == "score":
+        go_on_as_child(f"score rank {place.rank}")
 
 
 def _notices(config: RunConfig, owner: RunOwner | None) -> Notices:
@@ -157,13 +171,15 @@ def _owner(config: RunConfig) -> Iterator[RunOwner | None]:
         yield owner
 
 
-def _train(config: RunConfig, started: float, owner: RunOwner | None) -> int:
+def _train(config: RunConfig, started: float, owner: RunOwner | None, at_end: ExitStack) -> int:
+    """at_end: closed when a failure has been reported, so that others know its cause."""
     from megatron_kosmosg.monitoring.failure import forget_failure, raise_together
     from megatron_kosmosg.parallel import platform
     from megatron_kosmosg.planning.pipeline_balance import with_default_layout
     from megatron_kosmosg.planning.run_plan import plan_the_run
     from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
     from megatron_kosmosg.score.rank import run_score_rank
+    from megatron_kosmosg.score.wire import RunEnd
     from megatron_kosmosg.training.loop import fit
 
     config, planned = with_default_layout(config), None
@@ -176,10 +192,12 @@ def _train(config: RunConfig, started: float, owner: RunOwner | None) -> int:
         layout = platform.initialize(config)
         raise_together(lambda: check_files(config))
         remote_score = open_remote_score(config, layout)
+        if remote_score is not None:
+            at_end.callback(remote_score.close, RunEnd.FAILED)  # unless it is closed by then
         stage = build_stage(config, layout, remote_score, build_evaluators(config))
         finished = fit(stage, config, layout, owner, planned)
         if remote_score is not None:
-            remote_score.close(is_done=finished)
+            remote_score.close(RunEnd.DONE if finished else RunEnd.STOPPED)
     return exit_codes.DONE if finished else exit_codes.STOPPED
 
 

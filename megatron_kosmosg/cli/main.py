@@ -45,6 +45,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
         Command("launch", "cli.launch", "a command on several ranks of this machine"),
         Command("train", "train", "one stage: pretrain, align or instruct"),
         Command("status", "cli.status", "how a run is: progress, time left, last error, disk"),
+        Command("score-rank", "cli.score_rank", "a frozen U-Net that joins a run and leaves it"),
     ),
     "models": (
         Command("convert", "cli.convert_checkpoint", "other projects' checkpoints in, folders out"),

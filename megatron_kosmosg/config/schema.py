@@ -200,6 +200,17 @@ class ScoreConfig:
     timestep_power: float = 1.0
     recompute: bool = False
     """Gradient checkpointing inside the U-Net."""
+    answer_seconds: float = 60.0
+    """Seconds without an answer after which another U-Net rank gets the request, too
+    (`dedicated`)."""
+    wait_seconds: float = 120.0
+    """Seconds that training waits for a U-Net rank when none is left, before it saves and stops; at
+    most half of parallel.timeout_seconds (`dedicated`)."""
+    audit_rate: float = 0.0
+    """Share of the answers of joined U-Net ranks that a rank of the job computes again."""
+    listen_address: str | None = None
+    """Address at which decoder ranks listen for U-Net ranks; null: of the interface through which
+    the ranks of the job meet (`dedicated`)."""
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ def _check_numbers(config: RunConfig) -> None:
         "data.entity_text_drop_prob": config.data.entity_text_drop_prob,
         "data.background_keep_prob": config.data.background_keep_prob,
         "score.condition_drop_prob": config.score.condition_drop_prob,
+        "score.audit_rate": config.score.audit_rate,
     }
     for key, value in probabilities.items():
         if not 0 <= value <= 1:
@@ -112,6 +113,9 @@ def _check_score(config: RunConfig) -> None:
             f"score.window={config.score.window} must be at most {_WIDEST_WINDOW}: activations of "
             "that many more micro-batches are kept"
         )
+    for key in ("answer_seconds", "wait_seconds"):
+        if getattr(config.score, key) <= 0:
+            raise ConfigError(f"score.{key}={getattr(config.score, key)} must be positive")
 
 
 def _check_grid(config: RunConfig, facts: StageFacts) -> None:

@@ -192,13 +192,13 @@ def innermost_line(frame: FrameType | None) -> str:
     return "?"
 
 
-_WAITING = ("torch/distributed/", "p2p_communication", "score/link.py")
+_WAITING = ("torch/distributed/", "p2p_communication", "score/fleet.py", "score/member.py")
 """In the names of files whose functions wait for other ranks."""
 
 
 def is_waiting(frame: FrameType | None) -> bool:
     """Whether the stack is inside torch.distributed, Megatron-Core's exchange of stages, or the
-    link to score ranks."""
+    links between decoder and score ranks."""
     while frame is not None:
         name = frame.f_code.co_filename
         if any(part in name for part in _WAITING):

@@ -14,6 +14,7 @@ from megatron_kosmosg.config.errors import ConfigError, InputError
 from megatron_kosmosg.config.load import load_saved_config
 from megatron_kosmosg.config.paths import COMPLETE_FILE, FAILURE_FILE, METRICS_FILE
 from megatron_kosmosg.foreign_files import read_json
+from megatron_kosmosg.monitoring.fleet_size import size_advice
 from megatron_kosmosg.monitoring.run_owner import OWNER_FILE, STALE_SECONDS, Holder
 
 TAIL_BYTES = 256 << 10
@@ -44,6 +45,8 @@ class RunStatus:
     checkpoint_gib: float | None
     free_gib: float
     """On the disk of the checkpoints."""
+    score_ranks: str | None
+    """Whether they are too many or too few, by the latest iterations."""
     owner: str | None
     error: str | None
     """Last line of the first error of the latest start that failed."""
@@ -94,6 +97,7 @@ def run_status(folder: Path) -> RunStatus:
         checkpoint=None if newest is None else newest.name,
         checkpoint_gib=None if newest is None else _size(newest) / _GIB,
         free_gib=shutil.disk_usage(save).free / _GIB,
+        score_ranks=size_advice(train[-_RECENT:]),
         owner=owner,
         error=error,
     )
@@ -117,6 +121,7 @@ def to_text(status: RunStatus) -> str:
         kept = f"newest checkpoint {status.checkpoint} ({status.checkpoint_gib:.2f} GiB)"
     lines.append(f"{kept}, {status.free_gib:.1f} GiB free")
     for what, text in (
+        ("score ranks", status.score_ranks),
         ("owner", status.owner),
         ("stall", status.stall),
         ("last error", status.error),

@@ -70,6 +70,11 @@ def convolution_format(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if has_stream(device) else torch.channels_last
 
 
+def hardware_name(device: torch.device) -> str:
+    """Kind of device: on the same kind the numbers are the same to the bit."""
+    return torch.cuda.get_device_name(device) if has_stream(device) else "CPU"
+
+
 def wait_for_device(device: torch.device) -> None:
     """Returns when all that this process gave `device` to do is done."""
     if has_stream(device):

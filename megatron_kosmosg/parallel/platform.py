@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def holds_unet_alone(config: RunConfig) -> bool:
-    """Whether this rank is a score rank: score/link.py and not `initialize` is for it."""
+    """Whether this rank is a score rank: score/connect.py and not `initialize` is for it."""
     place = find_place()
     return world_layout(config, place.world_size).place(place.rank).role == "score"
 

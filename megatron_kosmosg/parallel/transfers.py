@@ -1,4 +1,4 @@
-"""Copies from the host to the device that nobody waits for.
+"""Copies between the host and the device that nobody waits for.
 
 On a GPU such a copy needs pinned memory: from any other the program waits until it is done. On a
 CPU there is nothing to copy.
@@ -32,3 +32,23 @@ def upload_numbers(
 ) -> torch.Tensor:
     """[n] on `device`."""
     return upload(torch.tensor(numbers, dtype=dtype), device)
+
+
+class Download:
+    """Copies of tensors on the host, whole when they `has_arrived`."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self._event: torch.cuda.Event | None = None
+        for tensor in tensors:
+            on_device = has_stream(tensor.device)
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_device)
+            self.tensors.append(copy.copy_(tensor, non_blocking=True))
+            if on_device:
+                self._event = torch.cuda.Event()
+        if self._event is not None:
+            self._event.record()
+
+    def has_arrived(self) -> bool:
+        """Whether all of them are here; any thread may ask."""
+        return self._event is None or self._event.query()

@@ -6,9 +6,7 @@ has the shape that was sent to it, or that the caller knows from the neighbour's
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -60,8 +58,6 @@ class Collectives:
         """{global rank: shape of the last tensor sent to it}, shapes themselves left out."""
         self.announced: tuple[int, ...] | None = None
         """Shape of what the pipeline stage before sends, where nothing was sent to it yet."""
-        self.letters: deque[list[float]] = deque()
-        """Numbers of the next float64 tensors that come from the other end of a pair."""
         self.store = _Store()
         """What pipeline stages tell each other beside the tensors."""
         self.others_say: Any = None
@@ -113,7 +109,6 @@ class Collectives:
         for name, answer in answers.items():
             setattr(dist, name, answer)
             setattr(c10d, name, answer)
-        dist.ProcessGroupNCCL = self._two_ranks()
 
     def _one(self, kind: str) -> Callable:
         def call(tensor: torch.Tensor, *args: Any, group=None, async_op=False, **_: Any):
@@ -166,29 +161,7 @@ class Collectives:
     def _batch(self, operations: list[dist.P2POp]) -> list[_Done]:
         return [each.op(each.tensor, each.peer, group=each.group) for each in operations]
 
-    def _two_ranks(self) -> type:
-        """Stands for ProcessGroupNCCL where a program makes such a group itself, of two ranks."""
-        count, done, numbers, letters = self._count, _Done, self._numbers, self.letters
-
-        class Pair:
-            Options = SimpleNamespace
-
-            def __init__(self, *_: Any) -> None: ...
-
-            def send(self, tensors: list[torch.Tensor], *_: Any) -> _Done:
-                count("send", "pair", *tensors)
-                return done()
-
-            def recv(self, tensors: list[torch.Tensor], *_: Any) -> _Done:
-                count("receive", "pair", *tensors)
-                for tensor in tensors:
-                    if tensor.dtype is torch.float64:
-                        numbers.set_list(tensor, letters.popleft())
-                return done()
-
-        return Pair
-
-    def _count(self, kind: str, group: dist.ProcessGroup | str | None, *tensors: torch.Tensor):
+    def _count(self, kind: str, group: dist.ProcessGroup | None, *tensors: torch.Tensor):
         for tensor in tensors:
             if tensor.device.type != "cuda":
                 raise RuntimeError(f"{kind}: NCCL has no tensors on {tensor.device.type}")
@@ -206,9 +179,7 @@ class Collectives:
         traffic.calls += 1
         traffic.num_bytes += sum(tensor.nbytes for tensor in tensors)
 
-    def _name(self, group: dist.ProcessGroup | str | None) -> str:
-        if isinstance(group, str):
-            return group
+    def _name(self, group: dist.ProcessGroup | None) -> str:
         if group is None or group is dist.group.WORLD:
             return f"WORLD of {dist.get_world_size()}"
         return f"{self._names.get(group, 'unnamed')} of {group.size()}"

@@ -112,7 +112,7 @@ class OperatorWatch(TorchDispatchMode):
             self._recorder.now.uploaded += source.nbytes
         if not is_async:
             self._recorder.wait(f"copy {way}")
-        elif not (is_upload and self._recorder.memory.is_pinned(source)):
+        elif not self._recorder.memory.is_pinned(source if is_upload else args[0]):
             self._recorder.now.pageable[f"{way} at {place()}"] += source.nbytes
         return True
 

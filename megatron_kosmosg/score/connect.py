@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, Store
+import zmq
+from torch.distributed import PrefixStore, Store
 
 from megatron_kosmosg.config.batching import num_microbatches
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.load import to_yaml
+from megatron_kosmosg.config.paths import output_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.world import RankPlace, WorldLayout, world_layout
-from megatron_kosmosg.launcher import find_place
+from megatron_kosmosg.launcher import Place, attempt, find_place, node_name
+from megatron_kosmosg.parallel.devices import hardware_name
 from megatron_kosmosg.parallel.layout import Layout
-from megatron_kosmosg.parallel.platform import join
-from megatron_kosmosg.score.link import DECODER, SCORE, Link
+from megatron_kosmosg.parallel.platform import join, torch_dtype
+from megatron_kosmosg.score.fleet import Fleet, Patience
+from megatron_kosmosg.score.member import DecoderAddress, Membership
 from megatron_kosmosg.score.remote import RemoteScore
+from megatron_kosmosg.score.roster import Standing
+from megatron_kosmosg.score.run_file import RunAddress, config_hash, find, publish, withdraw
+from megatron_kosmosg.score.wire import Limits
 
-_REQUEST_TIMEOUT = timedelta(days=1)
+_LOOPBACK = "127.0.0.1"
+_LOADING_SHARE = 0.75
+"""Of the time that ranks wait for each other: what score ranks may take to load."""
+_SEEN_EVERYWHERE = 60.0
+"""Seconds in which a file server shows a new file to all nodes."""
 
 
 def open_remote_score(config: RunConfig, layout: Layout) -> RemoteScore | None:
@@ -25,11 +45,8 @@ def open_remote_score(config: RunConfig, layout: Layout) -> RemoteScore | None:
     and where the U-Net sits beside the decoder. Close it when training ends."""
     if not layout.num_score_ranks or not layout.is_last_stage:
         return None
-    place = find_place()
-    world = world_layout(config, place.world_size)
-    links = open_links(config, world, world.place(place.rank), layout.store, layout.device)
     return RemoteScore(
-        links,
+        open_fleet(config, layout) if layout.tp_rank == 0 else None,
         config.score.ranks_per_replica,
         num_microbatches(config, layout.dp_size),
         layout.tp_group,
@@ -37,65 +54,141 @@ def open_remote_score(config: RunConfig, layout: Layout) -> RemoteScore | None:
     )
 
 
+def open_fleet(config: RunConfig, layout: Layout) -> Fleet:
+    """This decoder rank's end, where score ranks find it; collective over those that ask them."""
+    place = find_place()
+    world = world_layout(config, place.world_size)
+    replica = world.place(place.rank).replica
+    host = listening_host(config, place)
+    public, secret = zmq.curve_keypair()
+    fleet = Fleet(
+        host, (public, secret), limits(config), patience(config), config.score.audit_rate, replica
+    )
+    store = _store(layout.store, config)
+    address = DecoderAddress(replica, f"tcp://{host}:{fleet.port}", public.decode())
+    store.set(f"decoder {replica}", json.dumps(vars(address)))
+    if replica == 0:
+        guests_public, guests_secret = (key.decode() for key in zmq.curve_keypair())
+        decoders = [json.loads(store.get(f"decoder {r}")) for r in range(world.num_replicas)]
+        start = secrets.token_hex(8)
+        publish(
+            output_folder(config),
+            RunAddress(
+                start,
+                config_hash(to_yaml(config)),
+                guests_public,
+                guests_secret,
+                tuple(DecoderAddress(**decoder) for decoder in decoders),
+            ),
+        )
+        fleet.on_close = partial(withdraw, output_folder(config), start)
+        store.set("guests", guests_public)
+        store.set("start", start)
+    fleet.admit(bytes(store.get("guests")))
+    return fleet
+
+
+def limits(config: RunConfig) -> Limits:
+    """What a message of the run can hold."""
+    aligner = config.model.aligner
+    return Limits(
+        max(config.training.micro_batch_size, config.logging.num_images),
+        (aligner.num_queries, aligner.hidden_size),
+        torch_dtype(config.training.precision),
+        config.data.target_image_size,
+    )
+
+
+def patience(config: RunConfig) -> Patience:
+    """Other decoder ranks wait for this one no longer than parallel.timeout_seconds."""
+    longest = config.parallel.timeout_seconds
+    alone = min(config.score.wait_seconds, longest / 2)
+    return Patience(config.score.answer_seconds, alone, longest * _LOADING_SHARE)
+
+
+def listening_host(config: RunConfig, place: Place) -> str:
+    """The address at which this rank listens: of the interface through which the ranks meet."""
+    if config.score.listen_address is not None:
+        return config.score.listen_address
+    if place.address is None:
+        return _LOOPBACK
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((place.address, place.port or 1))  # sends nothing
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise ConfigError(
+            f"no interface leads to {place.address}, where the ranks meet ({error}); set "
+            "score.listen_address to this node's address in the cluster"
+        ) from error
+
+
 @dataclass(frozen=True)
 class ScoreRank:
     """What a rank that holds the U-Net alone knows of the run."""
 
     device: torch.device
-    world: WorldLayout
-    place: RankPlace
-    links: tuple[Link, ...]
-    """To the replicas it serves, in order."""
+    name: str
+    membership: Membership
+    world: WorldLayout | None = None
+    place: RankPlace | None = None
+    """Where it is a rank of the run's job."""
 
 
 def join_as_score_rank(config: RunConfig) -> ScoreRank:
-    """This score rank's place and its links; torch.distributed's world does not have it."""
+    """This rank of the run's job, connected; torch.distributed's world does not have it."""
     joined = join(config)
-    links = open_links(config, joined.world, joined.place, joined.store, joined.device)
-    return ScoreRank(joined.device, joined.world, joined.place, tuple(links))
+    world, place = joined.world, joined.place
+    store = _store(joined.store, config)
+    start = bytes(store.get("start")).decode()
+    served = range(place.replica, place.replica + world.replicas_per_unit)
+    name = f"score rank {joined.rank}"
+    membership = open_membership(
+        config,
+        _seen(config, start),
+        joined.device,
+        name,
+        lambda replica: Standing.OWN if replica in served else Standing.RESERVE,
+    )
+    return ScoreRank(joined.device, name, membership, world, place)
 
 
-def open_links(
-    config: RunConfig, world: WorldLayout, place: RankPlace, store: Store, device: torch.device
-) -> list[Link]:
-    """This rank's links. A decoder rank's: to its score ranks, in the order of micro-batches; none
-    unless it is tensor rank 0 of the last stage. A score rank's: to the replicas it serves."""
-    timeout = timedelta(seconds=config.parallel.timeout_seconds)
-    most = most_rows(config)
-
-    def link(replica: int, score_index: int, end: int) -> Link:
-        name = f"score link {replica}-{score_index}"
-        # Between requests lie evaluations, saves and data builds of any length; a decoder rank
-        # that is gone closes the connection, and the launcher ends the job.
-        patience = _REQUEST_TIMEOUT if end == SCORE else timeout
-        requests = _pair(PrefixStore(f"{name} requests", store), end, device, patience)
-        answers = _pair(PrefixStore(f"{name} answers", store), end, device, timeout)
-        score_rank = world.score_ranks(replica)[score_index]
-        decoder_rank = world.decoder_rank(replica, world.pp_size - 1, 0)
-        peer = f"score rank {score_rank}" if end == DECODER else f"decoder rank {decoder_rank}"
-        opened = Link(requests, answers, device, most, peer)
-        opened.greet(end)
-        return opened
-
-    if place.role == "score":
-        replicas = range(place.replica, place.replica + world.replicas_per_unit)
-        return [link(replica, place.score_index, SCORE) for replica in replicas]
-    if place.tp_rank != 0 or place.pp_rank != world.pp_size - 1:
-        return []
-    return [link(place.replica, index, DECODER) for index in range(world.score_ranks_per_unit)]
+def join_as_guest(config: RunConfig, address: RunAddress, device: torch.device) -> ScoreRank:
+    """This process, which is no rank of the run's job, connected to the run."""
+    name = f"joined rank {node_name()}:{os.getpid()}"
+    membership = open_membership(config, address, device, name, lambda _: Standing.JOINED)
+    return ScoreRank(device, name, membership)
 
 
-def most_rows(config: RunConfig) -> int:
-    """Upper bound of the positions in a request, which both ends of a link reckon with."""
-    return max(config.training.micro_batch_size, config.logging.num_images)
+def open_membership(
+    config: RunConfig,
+    address: RunAddress,
+    device: torch.device,
+    name: str,
+    standing: Callable[[int], Standing],
+) -> Membership:
+    """Connections to the decoder ranks of a run. Close it."""
+    key = address.public.encode(), address.secret.encode()
+    return Membership(address.decoders, key, limits(config), name, hardware_name(device), standing)
 
 
-def _pair(store: Store, rank: int, device: torch.device, timeout: timedelta) -> ProcessGroup:
-    """A group of two ranks outside torch.distributed's world, which has decoder ranks only."""
-    if device.type == "cpu":
-        return ProcessGroupGloo(store, rank, 2, timeout)
-    from torch.distributed import ProcessGroupNCCL  # absent from builds without CUDA
+def _seen(config: RunConfig, start: str) -> RunAddress:
+    deadline = time.monotonic() + _SEEN_EVERYWHERE
+    while True:
+        found = find(output_folder(config))
+        if found is not None and found.start == start:
+            return found
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"logging.output_dir={output_folder(config)}: what rank 0 wrote there is not seen "
+                "by this score rank; it must be one folder for all nodes"
+            )
+        time.sleep(0.1)
 
-    options = ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return ProcessGroupNCCL(store, rank, 2, options)
+
+def _store(store: Store | None, config: RunConfig) -> Store:
+    assert store is not None
+    # torchrun's store outlives ranks that it starts again; what the former ones said is stale.
+    found = PrefixStore(f"score fleet {attempt()}", store)
+    found.set_timeout(timedelta(seconds=config.parallel.timeout_seconds))
+    return found

@@ -17,52 +17,60 @@ class Kind(IntEnum):
     """Loss alone."""
     PICTURES = 2
     """Pictures drawn from the condition, whose last row is the null condition."""
-    END = 3
-    """Nothing more."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The samples of a request: all that a score rank needs to read their targets."""
+
+    positions: tuple[int, ...]
+    """In their stream."""
+    replacements: tuple[int, ...]
+    """Replacement indices of the rows (samples.PictureStream); zeros for pictures."""
+    is_heldout: bool = False
+    """Whether the positions are of the held-out stream."""
+
+    @property
+    def split(self) -> str:
+        return "heldout" if self.is_heldout else "train"
 
 
 @dataclass(frozen=True)
 class Request:
-    """One message to a score rank."""
+    """A question to a score rank, whole in itself: any rank may answer it, twice, or later."""
 
     kind: Kind
+    rows: Rows
     condition: torch.Tensor
-    """[rows, c, d], in the dtype the U-Net runs in; no rows for END."""
+    """[rows, c, d] on the host, in the dtype the U-Net runs in."""
     scale: torch.Tensor
-    """Loss scale of the optimizer, scalar."""
-    positions: torch.Tensor
-    """Stream positions, int64 [n]: of the rows, or of the pictures."""
-    replacements: torch.Tensor
-    """int64 [n]: replacement indices of the rows (samples.PictureStream); zeros for pictures."""
-    is_heldout: bool = False
-    """Of LOSS and GRADIENT: whether the positions are of the held-out stream."""
+    """Loss scale of the optimizer, fp32 scalar on the host."""
     image_size: int = 0
     """Of PICTURES: pixels per side."""
-    is_done: bool = False
-    """Of END: whether the run reached its last iteration; it was asked to stop otherwise."""
+
+    @property
+    def num_values(self) -> int:
+        """Numbers in the payload of its answer."""
+        if self.kind is Kind.PICTURES:
+            return len(self.rows.positions) * 3 * self.image_size**2
+        return self.condition.numel() if self.kind is Kind.GRADIENT else 0
 
 
 @dataclass(frozen=True)
 class Answer:
     """What a score rank computed."""
 
-    loss: torch.Tensor
-    """Sum over the rows, fp32 scalar."""
-    bad_samples: torch.Tensor
-    """Targets that could not be decoded: images that do not count; scalar."""
-    signal: torch.Tensor
-    """Number of the stop signal that the score rank got, 0 for none; scalar."""
-    idle: torch.Tensor
-    """Seconds that the score rank waited for this request; scalar."""
+    loss: float
+    """Sum over the rows."""
+    bad_samples: int
+    """Targets that could not be decoded: images that do not count."""
+    signal: int
+    """Number of the stop signal that the score rank got, 0 for none."""
+    idle: float
+    """Seconds that the score rank waited for this request."""
+    seconds: float
+    """That it worked on it."""
     payload: torch.Tensor
-    """Flat fp32: gradient of the unscaled loss, or pixels."""
-
-
-HEAD = 4
-"""Numbers before an answer's payload."""
-
-
-def read_answer(message: torch.Tensor) -> Answer:
-    """What `take_answer` received."""
-    loss, bad_samples, signal, idle = message[:HEAD].unbind()
-    return Answer(loss, bad_samples, signal, idle, message[HEAD:])
+    """Flat fp32 on the host: gradient of the unscaled loss, or pixels."""
+    waiting: int = 0
+    """Requests of any replica that wait for the score rank."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -15,11 +17,11 @@ from megatron_kosmosg.launcher import find_place
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.models.faster_passes import take_faster_passes
 from megatron_kosmosg.monitoring.heartbeat import Heartbeat
-from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.drawing import draw_pictures
 from megatron_kosmosg.score.draws import Drawn
 from megatron_kosmosg.score.loss import DenoisingLoss
+from megatron_kosmosg.score.prints import diffusion_prints
 from megatron_kosmosg.score.service import serve
 from megatron_kosmosg.score.stream import open_stream
 
@@ -27,40 +29,58 @@ from megatron_kosmosg.score.stream import open_stream
 def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:
     """Serves the decoder ranks until they end; True when their run is done.
 
-    The rank holds the U-Net and the VAE, and reads nothing but target images.
+    The rank holds the U-Net and the VAE, and reads nothing but target images. The decoder ranks are
+    told of an error that ends it.
     """
-    diffusion = load_diffusion(config, rank.device)
-    take_faster_passes(diffusion, config, _rows_at_once(config, rank))
-    denoising = DenoisingLoss(diffusion, config.score, config.training.seed)
-    trained = StreamName("instruct", "train").noise_key
+    with rank.membership:
+        diffusion = load_diffusion(config, rank.device)
+        prints = diffusion_prints(config, diffusion)
+        take_faster_passes(diffusion, config, _rows_at_once(config, rank))
+        denoising = DenoisingLoss(diffusion, config.score, config.training.seed)
+        trained = StreamName("instruct", "train").noise_key
+
+        with _heartbeat(config, rank) as at:
+            at(0, "first condition")
+
+            def denoise(
+                condition: torch.Tensor,
+                targets: torch.Tensor,
+                positions: torch.Tensor,
+                stream: str,
+                drawn: Drawn | None,
+            ) -> torch.Tensor:
+                if stream == trained:
+                    size = config.training.global_batch_size
+                    at(int(positions.min()) // size + 1, "scoring")
+                return denoising(condition, targets, positions, stream, drawn)
+
+            return serve(
+                config,
+                rank,
+                denoise,
+                partial(draw_pictures, config, diffusion),
+                lambda split: open_stream(config, rank.device, split, "targets", False, diffusion),
+                diffusion.moments,
+                prints,
+            )
+
+
+@contextmanager
+def _heartbeat(config: RunConfig, rank: ScoreRank) -> Iterator[Callable[[int, str], None]]:
+    """Says (iteration, phase) to the ranks of the job; a rank outside it has nobody to tell."""
+    if rank.place is None:
+        yield lambda iteration, phase: None
+        return
     with Heartbeat(find_place(), config.parallel.stall_seconds, heartbeat_file(config)) as heart:
-
-        def denoise(
-            condition: torch.Tensor,
-            targets: torch.Tensor,
-            positions: torch.Tensor,
-            stream: str,
-            drawn: Drawn | None,
-        ) -> torch.Tensor:
-            if stream == trained:
-                size = config.training.global_batch_size
-                heart.at(int(positions.min()) // size + 1, "scoring")
-            return denoising(condition, targets, positions, stream, drawn)
-
-        heart.at(0, "first condition")
-        return serve(
-            config,
-            rank,
-            denoise,
-            partial(draw_pictures, config, diffusion),
-            lambda split: open_stream(config, rank.device, split, "targets", False, diffusion),
-            torch_dtype(config.training.precision),
-        )
+        yield heart.at
 
 
 def _rows_at_once(config: RunConfig, rank: ScoreRank) -> int:
     """Of the requests for a gradient: a whole micro-batch, or where these are few a part of one."""
-    rows, ranks = config.training.micro_batch_size, rank.world.score_ranks_per_unit
+    rows = config.training.micro_batch_size
+    if rank.world is None or rank.place is None:
+        return rows
+    ranks = rank.world.score_ranks_per_unit
     if num_microbatches(config, rank.world.num_replicas) >= ranks:
         return rows
     part = share(rows, rank.place.score_index, ranks)

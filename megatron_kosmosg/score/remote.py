@@ -1,16 +1,16 @@
-"""The decoder's end of the score link: a condition is sent at once, its answer awaited later.
+"""The decoder's end of the score ranks: a condition is sent at once, its answer awaited later.
 
 In training the answer is awaited in backward, so that forward passes run ahead of the U-Net;
 without gradients, when the pass over the global batch ends. Tensor rank 0 talks, the others get
-what it got. Whole micro-batches go to the score ranks in turn; rows are split where there are fewer
-micro-batches than ranks.
+what it got. A micro-batch goes whole to one score rank; its rows are split where there are fewer
+micro-batches than ranks in the config, however many there are at the moment.
+Long because asking, awaiting and counting share the order of the micro-batches.
 """
 
 from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,19 +20,38 @@ from megatron_kosmosg.data.balance import share
 from megatron_kosmosg.monitoring.signals import STOP_SIGNALS
 from megatron_kosmosg.monitoring.spans import SEND, WAIT, Record, no_record
 from megatron_kosmosg.monitoring.stopwatch import Stopwatch
-from megatron_kosmosg.score.link import MOST_IN_FLIGHT, Link
-from megatron_kosmosg.score.messages import HEAD, Kind, Request, read_answer
+from megatron_kosmosg.parallel.transfers import Download, upload
+from megatron_kosmosg.score.fleet import Fleet
+from megatron_kosmosg.score.messages import Answer, Kind, Request, Rows
+from megatron_kosmosg.score.wire import RunEnd
+
+_MOST_IN_FLIGHT = 16
+"""Requests without gradients that run ahead of their answers."""
+_HEAD = 2
+"""Numbers before the gradient in what tensor ranks are told: loss, bad targets."""
+_GIVEN_UP = signal.SIGUSR1
+"""What this rank gives itself when no score rank is left."""
 
 
 @dataclass
 class ScoreWork:
-    """What passed over the links since the last count."""
+    """What passed between decoder and score ranks since the last count."""
 
     waited: float = 0.0
     """Seconds that this decoder rank waited for answers."""
     idle: float = 0.0
     """Seconds that the score ranks waited for requests, summed over them."""
     num_bytes: int = 0
+    bad_samples: int = 0
+    """Targets that could not be decoded."""
+    unanswered: int = 0
+    """Requests that nobody will answer: no score rank is left, and none came."""
+    ranks: int = 0
+    """Score ranks that work for this replica now."""
+    queued: int = 0
+    """Requests that wait for a free one now."""
+    latency: float = 0.0
+    """Mean seconds from a request to its answer, waiting behind others left out."""
 
 
 class RemoteScore:
@@ -40,25 +59,33 @@ class RemoteScore:
 
     def __init__(
         self,
-        links: Sequence[Link],
+        fleet: Fleet | None,
         num_score_ranks: int,
         num_microbatches: int,
         tp_group: ProcessGroup,
         device: torch.device,
     ) -> None:
-        """links: on tensor rank 0. num_score_ranks: of this replica. num_microbatches: of one
-        global batch."""
-        self._links, self._num_score_ranks = tuple(links), num_score_ranks
+        """fleet: on tensor rank 0. num_score_ranks: of this replica, in the config.
+        num_microbatches: of one global batch."""
+        self._fleet, self._num_score_ranks = fleet, num_score_ranks
         self._num_microbatches, self._tp_group = num_microbatches, tp_group
         self._number = 0
         self._pending: deque[_Pending] = deque()
-        self._sums = torch.zeros(2, device=device)
-        """Undecodable targets, seconds that score ranks were idle."""
+        self._work = ScoreWork()
+        self._signal = 0
         self._left_out = torch.zeros((), device=device)
-        self._signal = torch.zeros((), device=device)
         self._waits: list[Stopwatch] = []
         self.record: Record = no_record
         """Names what this rank sends and waits for, while a trace is made."""
+
+    def prepare(
+        self, positions: torch.Tensor, replacements: torch.Tensor, *, is_heldout: bool
+    ) -> None:
+        """Has the targets of a micro-batch read, whose forward pass begins: arguments as of
+        `loss`."""
+        if self._fleet is not None:
+            for rows in self._shares(len(positions)):
+                self._fleet.prepare(_rows(positions[rows], replacements[rows], is_heldout))
 
     def loss(
         self,
@@ -74,46 +101,47 @@ class RemoteScore:
 
         Both hold zero for the loss until the answer came, which may also take images off the count:
         those whose targets are bad (`left_out`). condition: [b, c, d]; positions,
-        replacements: int64 [b]; scale: the optimizer's loss scale; dtype: of the U-Net, sent in.
+        replacements: int64 [b], on the host; scale: the optimizer's loss scale; dtype: of the
+        U-Net, sent in.
         """
         wants_gradient = torch.is_grad_enabled()
         kind = Kind.GRADIENT if wants_gradient else Kind.LOSS
-        number, split = self._split(len(condition))
-        for index, rows in split:
-            if self._links:
-                request = Request(
-                    kind,
-                    condition[rows].detach().to(dtype),
-                    scale,
-                    positions[rows],
-                    replacements[rows],
-                    is_heldout=is_heldout,
-                )
-                with self.record(SEND, micro_batch=number, sample=request.positions):
-                    self._links[index].ask(request)
+        number, split = self._number % self._num_microbatches, self._shares(len(condition))
+        self._number += 1
+        asked = []
+        for rows in split if self._fleet is not None else ():
+            about = _rows(positions[rows], replacements[rows], is_heldout)
+            with self.record(SEND, micro_batch=number, sample=positions[rows]):
+                asked.append(self._ask(kind, about, condition[rows].detach().to(dtype), scale))
         reported = torch.zeros(2, device=condition.device)
         reported[1:].fill_(len(condition))
         pending = _Pending(
-            self, number, split, positions, condition.shape, wants_gradient, reported
+            self, number, split, asked, positions, condition.shape, wants_gradient, reported
         )
         self._pending.append(pending)
         if not wants_gradient:
-            if len(self._pending) > MOST_IN_FLIGHT // 2:
+            if len(self._pending) > _MOST_IN_FLIGHT:
                 self._pending[0].wait()
             return reported.new_zeros(()), reported
         return _AwaitGradient.apply(condition, pending), reported
 
-    def draw(self, condition: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:
+    def draw(
+        self, condition: torch.Tensor, positions: torch.Tensor, size: int
+    ) -> torch.Tensor | None:
         """Pictures [n, 3, size, size] in [-1, 1], drawn by a score rank; for tensor rank 0 alone.
+        None: no score rank is left, the run is about to be stopped.
 
         condition: [n + 1, c, d] in the dtype of the U-Net, its last row the null condition;
-        positions: of the prompts [n].
+        positions: of the prompts [n], on the host.
         """
+        assert self._fleet is not None
+        about = _rows(positions, torch.zeros_like(positions), is_heldout=True)
         one = torch.ones((), device=condition.device)
-        none = torch.zeros_like(positions)
-        request = Request(Kind.PICTURES, condition, one, positions, none, image_size=size)
-        self._links[0].ask(request)
-        pixels = self._links[0].take_answer(len(positions) * 3 * size * size)[HEAD:]
+        answer = self._fleet.take(self._ask(Kind.PICTURES, about, condition.detach(), one, size))
+        if answer is None:
+            self._pass_on(_GIVEN_UP)
+            return None
+        pixels = upload(answer.payload, condition.device)
         return pixels.view(len(positions), 3, size, size)
 
     def left_out(self) -> torch.Tensor:
@@ -129,69 +157,92 @@ class RemoteScore:
         self._left_out = torch.zeros_like(self._left_out)
 
     def pop_work(self) -> ScoreWork:
-        """What happened since the last call, as far as the host knows; zeros on ranks that do not
-        talk."""
+        """What happened since the last call; zeros on ranks that do not talk."""
+        work, self._work = self._work, ScoreWork()
         # The last one first: when the device has passed it, it has passed the others.
-        work = ScoreWork(sum(watch.seconds() for watch in reversed(self._waits)))
-        for link in self._links:
-            work.num_bytes += link.num_bytes
-            link.num_bytes = 0
+        work.waited = sum(watch.seconds() for watch in reversed(self._waits))
         self._waits.clear()
+        if self._fleet is not None:
+            work.num_bytes = self._fleet.pop_bytes()
+            work.ranks, work.queued, work.latency = self._fleet.state()
         return work
 
-    def pop_answers(self) -> torch.Tensor:
-        """What the device knows of the same time, fp32 [3]: targets that could not be decoded,
-        seconds that score ranks were idle, and the number for `pass_on`."""
-        answers = torch.cat([self._sums, self._signal[None]])
-        self._sums, self._signal = torch.zeros_like(self._sums), torch.zeros_like(self._signal)
-        return answers
-
-    def pass_on(self, received: int) -> None:
+    def pass_on_signal(self) -> None:
         """A score rank's stop signal, as if this rank had got it: the ranks agree on it."""
+        received, self._signal = self._signal, 0
+        self._pass_on(received)
+
+    def close(self, end: RunEnd) -> None:
+        """Ends the score ranks' service."""
+        if self._fleet is not None:
+            self._fleet.close(end)
+
+    def _pass_on(self, received: int) -> None:
         if received in STOP_SIGNALS:
             signal.raise_signal(received)
 
-    def close(self, *, is_done: bool) -> None:
-        """Ends the score ranks' service. is_done: the run reached its last iteration."""
-        for link in self._links:
-            none, one = torch.zeros(0, dtype=torch.int64), torch.ones(())
-            link.ask(Request(Kind.END, torch.zeros(0), one, none, none, is_done=is_done))
-            link.finish()
+    def _ask(
+        self,
+        kind: Kind,
+        rows: Rows,
+        condition: torch.Tensor,
+        scale: torch.Tensor,
+        image_size: int = 0,
+    ) -> int:
+        assert self._fleet is not None
+        download = Download(condition, scale.float())
+        request = Request(kind, rows, *download.tensors, image_size)
+        return self._fleet.ask(request, download.has_arrived)
 
-    def _split(self, num_rows: int) -> tuple[int, list[tuple[int, slice]]]:
-        """Number of the next micro-batch, and which score rank gets which of its rows."""
-        number, ranks = self._number % self._num_microbatches, self._num_score_ranks
-        self._number += 1
+    def _shares(self, num_rows: int) -> list[slice]:
+        """The rows of a micro-batch as they are asked for."""
+        ranks = self._num_score_ranks
         if self._num_microbatches >= ranks:
-            return number, [(number % ranks, slice(0, num_rows))]
-        shares = [(index, share(num_rows, index, ranks)) for index in range(ranks)]
-        return number, [(index, rows) for index, rows in shares if rows.start < rows.stop]
+            return [slice(0, num_rows)]
+        shares = [share(num_rows, index, ranks) for index in range(ranks)]
+        return [rows for rows in shares if rows.start < rows.stop]
 
     def _receive(self, pending: _Pending) -> torch.Tensor:
-        """fp32 [HEAD + values]: the answers to a request, on all tensor ranks."""
+        """fp32 [_HEAD + values]: the answers to a request, on all tensor ranks."""
         if self._pending.popleft() is not pending:
             raise RuntimeError("answers of score ranks are awaited in another order than asked for")
-        width = pending.values_per_row
-        message = torch.zeros(HEAD + pending.num_rows * width, device=pending.reported.device)
-        if self._links:
-            watch = Stopwatch(message.device)
+        device, width = pending.reported.device, pending.values_per_row
+        if self._fleet is None:
+            message = torch.zeros(_HEAD + pending.num_rows * width, device=device)
+        else:
+            watch = Stopwatch(device)
             watch.start()
-            for index, rows in pending.split:
+            host = torch.zeros(_HEAD + pending.num_rows * width)
+            for rows, number in zip(pending.split, pending.asked, strict=True):
                 about = {"micro_batch": pending.number, "sample": pending.positions[rows]}
                 with self.record(WAIT, **about):
-                    answer = self._links[index].take_answer((rows.stop - rows.start) * width)
-                self._signal = torch.maximum(self._signal, read_answer(answer).signal)
-                message[:HEAD] += answer[:HEAD]
-                message[HEAD + rows.start * width : HEAD + rows.stop * width] = answer[HEAD:]
+                    answer = self._fleet.take(number)
+                self._count(answer)
+                if answer is not None:
+                    host[:_HEAD] += torch.tensor([answer.loss, float(answer.bad_samples)])
+                    part = slice(_HEAD + rows.start * width, _HEAD + rows.stop * width)
+                    host[part] = answer.payload
+            message = upload(host, device)
             watch.stop()
             self._waits.append(watch)
-            summed = read_answer(message)
-            self._sums += torch.stack([summed.bad_samples, summed.idle])
         if self._tp_group.size() > 1:
             source = torch.distributed.get_global_rank(self._tp_group, 0)
             torch.distributed.broadcast(message, source, group=self._tp_group)
-        self._left_out = self._left_out + read_answer(message).bad_samples
+        self._left_out = self._left_out + message[1]
         return message
+
+    def _count(self, answer: Answer | None) -> None:
+        if answer is None:
+            self._work.unanswered += 1
+            self._signal = _GIVEN_UP
+            return
+        self._signal = max(self._signal, answer.signal)
+        self._work.idle += answer.idle
+        self._work.bad_samples += answer.bad_samples
+
+
+def _rows(positions: torch.Tensor, replacements: torch.Tensor, is_heldout: bool) -> Rows:
+    return Rows(tuple(positions.tolist()), tuple(replacements.tolist()), is_heldout)
 
 
 class _Pending:
@@ -201,14 +252,15 @@ class _Pending:
         self,
         score: RemoteScore,
         number: int,
-        split: list[tuple[int, slice]],
+        split: list[slice],
+        asked: list[int],
         positions: torch.Tensor,
         shape: torch.Size,
         wants_gradient: bool,
         reported: torch.Tensor,
     ) -> None:
         self._score, self._shape = score, shape
-        self.number, self.split, self.positions = number, split, positions
+        self.number, self.split, self.asked, self.positions = number, split, asked, positions
         self.reported = reported
         self.num_rows = shape[0]
         self.values_per_row = shape[1:].numel() if wants_gradient else 0
@@ -216,9 +268,8 @@ class _Pending:
     def wait(self) -> torch.Tensor:
         """The gradient by the condition, fp32, of the loss without its scale; none for a LOSS."""
         message = self._score._receive(self)
-        answer = read_answer(message)
-        self.reported += torch.stack([answer.loss, -answer.bad_samples])
-        return message[HEAD:]
+        self.reported += torch.stack([message[0], -message[1]])
+        return message[_HEAD:]
 
     def gradient(self) -> torch.Tensor:
         """The same in the condition's shape."""

@@ -21,28 +21,33 @@ class ScoreTrace:
     """Names stretches of time for as long as the trace needs them."""
 
     def __init__(self, config: RunConfig, rank: ScoreRank) -> None:
-        """Collective with the other score ranks and the decoder ranks' `DecoderTrace`."""
+        """Collective with the other score ranks of the job and the decoder ranks' `DecoderTrace`;
+        a rank outside the job is in no trace."""
         self._config, self._rank = config, rank
-        self._exchange = open_exchange(config)
+        self._exchange = None if rank.place is None else open_exchange(config)
         self._spans = Spans(rank.device)
         self.record = no_record if self._exchange is None else self._spans
 
     def received(self, request: Request) -> None:
         """Call for every request, before it is answered."""
+        if self.record is no_record or request.kind is not Kind.GRADIENT:
+            return
+        size = self._config.training.global_batch_size
+        iteration = min(request.rows.positions) // size + 1
+        if iteration < self._config.logging.trace_iteration:
+            self._spans.clear()
+        if iteration > self._config.logging.trace_iteration:
+            self.ended()
+
+    def ended(self) -> None:
+        """Call when no request comes any more."""
         if self.record is no_record:
             return
-        is_over = request.kind is Kind.END
-        if request.kind is Kind.GRADIENT:
-            size = self._config.training.global_batch_size
-            iteration = int(request.positions.min()) // size + 1
-            if iteration < self._config.logging.trace_iteration:
-                self._spans.clear()
-            is_over = iteration > self._config.logging.trace_iteration
-        if is_over:
-            place = self._rank.place
-            name = f"rank {find_place().rank}: score rank {place.score_index} of replica "
-            replicas = range(place.replica, place.replica + len(self._rank.links))
-            name += " and ".join(map(str, replicas))
-            self._exchange.publish(name, self._spans.finished())
-            self.record = no_record
-            self._spans.clear()
+        place, world = self._rank.place, self._rank.world
+        assert place is not None and world is not None and self._exchange is not None
+        name = f"rank {find_place().rank}: score rank {place.score_index} of replica "
+        replicas = range(place.replica, place.replica + world.replicas_per_unit)
+        name += " and ".join(map(str, replicas))
+        self._exchange.publish(name, self._spans.finished())
+        self.record = no_record
+        self._spans.clear()

@@ -23,8 +23,9 @@ CELL_PIXELS = 96
 SHEET = "held_out_prompts"
 PROMPTS_TOGETHER = 8
 """That are drawn at once where there is no sheet; otherwise as many as it shows."""
-Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""Pictures of (conditions with the null condition last, positions, pixels per side)."""
+Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor | None]
+"""Pictures of (conditions with the null condition last, positions, pixels per side); None where the
+run is about to be stopped."""
 
 
 def held_out_pictures(
@@ -35,27 +36,34 @@ def held_out_pictures(
     model: list[nn.Module],
     evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
     num_measured: int | None = None,
-) -> Probe:
+) -> Probe | None:
     """A sheet with one row per held-out prompt: its pictures, the true image, the generated one.
 
     Called on all ranks together; empty on ranks that do not draw (all but one of the last stage).
-    draw: called on that one, and so are the evaluators, which give the metrics.
+    draw: called on that one, and so are the evaluators, which give the metrics. None: it drew
+    nothing, because the run is about to be stopped.
     num_measured: prompts whose images they see; None is those of the sheet.
     """
     shown = config.logging.num_images
     measured = shown if num_measured is None else num_measured
     together = shown or PROMPTS_TOGETHER
     count = max(shown, measured if evaluators else 0)
-    sheet, words, drawn = {}, {}, []
+    sheet, words, drawn, is_given_up = {}, {}, [], False
     for start in range(0, count, together):
         positions = range(start, min(start + together, count))
         found = _drawn(config, layout, draw, dataset, model, positions)
         if found is None:
             continue
+        batch, images = found
+        if images is None:  # the other ranks go on to the last prompt, so this one does, too
+            is_given_up = True
+            continue
         if start == 0 and shown:
-            sheet[SHEET] = _sheet(config, *found)
-            words[SHEET] = tuple(text or "" for text in found[1].texts)
-        drawn.append(found[1])
+            sheet[SHEET] = _sheet(config, batch, images)
+            words[SHEET] = tuple(text or "" for text in images.texts)
+        drawn.append(images)
+    if is_given_up:
+        return None
     if not drawn:
         return Probe()
     texts = [text for images in drawn for text in images.texts]
@@ -74,8 +82,9 @@ def _drawn(
     dataset: StreamDataset,
     model: list[nn.Module],
     positions: Sequence[int],
-) -> tuple[dict[str, torch.Tensor], DrawnImages] | None:
-    """The batch of these prompts with what was drawn for them; None on ranks that do not draw."""
+) -> tuple[dict[str, torch.Tensor], DrawnImages | None] | None:
+    """The batch of these prompts with what was drawn for them, None for the latter where the run
+    is about to be stopped; None on ranks that do not draw."""
     samples = [dataset[position] for position in positions]
     batch = dataset.collate(samples, dataset.pad_to(samples, positions))
     batch = {name: value.to(layout.device) for name, value in batch.items()}
@@ -86,6 +95,8 @@ def _drawn(
     condition = outputs[0]["condition"]
     targets = batch["target_pixel_values"]
     results = draw(condition, torch.tensor(list(positions)), targets.shape[-1])
+    if results is None:
+        return batch, None
     # Another sample stands in the place of one with a bad image, and its words are not known here.
     is_first = (batch["replacements"] == 0).tolist()
     texts = tuple(

@@ -75,8 +75,11 @@ class InstructStage:
     def forward_step(self, data_iterator: Iterator[dict[str, torch.Tensor]], model: nn.Module):
         """Denoising loss of one micro-batch (mcore's contract)."""
         batch = next(data_iterator)
-        output = forward_with_null_row(batch, model)
         training = model.training
+        if self.remote_score is not None:
+            about = batch["stream_positions"], batch["replacements"]
+            self.remote_score.prepare(*about, is_heldout=not training)
+        output = forward_with_null_row(batch, model)
 
         def loss_func(output):
             stream = StreamName(self.name, "train" if training else "heldout").noise_key
@@ -133,7 +136,7 @@ class InstructStage:
             return InitialWeights(path, stage="instruct", new=new)
         return InitialWeights(path, stage="align", unused=("aligner_n",), new=new)
 
-    def probe(self, model: list[nn.Module], iteration: int) -> Probe:
+    def probe(self, model: list[nn.Module], iteration: int) -> Probe | None:
         """Pictures of fixed held-out prompts, and what the evaluators say of them when it is time.
 
         Nothing where the run has no held-out data.
@@ -155,7 +158,9 @@ class InstructStage:
             num_measured,
         )
 
-    def _draw(self, condition: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:
+    def _draw(
+        self, condition: torch.Tensor, positions: torch.Tensor, size: int
+    ) -> torch.Tensor | None:
         if self.remote_score is None:
             return draw_pictures(self.config, self._diffusion, condition, positions, size)
         condition = condition.to(torch_dtype(self.config.training.precision))

@@ -115,7 +115,7 @@ def evaluate(
     for chunk in chunks:
         chunk.train()
     restore_rng_state(state)
-    if probe is None:
+    if probe is None or metrics is None:
         return None
     return replace(probe, metrics={**metrics, **probe.metrics})
 
@@ -144,7 +144,7 @@ def _heldout_losses(
     return {name: sum(losses[name] for losses in passes) / len(passes) for name in passes[0]}
 
 
-def _from_last_stage(probe: Probe, layout: Layout) -> Probe:
+def _from_last_stage(probe: Probe | None, layout: Layout) -> Probe | None:
     """The probe of the first replica's last pipeline stage, on every rank; others have none."""
     speaks = layout.is_last_stage and layout.tp_rank == 0 and layout.dp_rank == 0
     source = torch.tensor([layout.rank if speaks else 0], device=layout.device)

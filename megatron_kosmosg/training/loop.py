@@ -9,6 +9,7 @@ import time
 
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE
 from megatron_kosmosg.checkpoint.newest import newest_checkpoint, resume
+from megatron_kosmosg.checkpoint.rng_state import restore_rng_state, rng_state
 from megatron_kosmosg.checkpoint.save_and_resume import (
     Checkpointer,
     Progress,
@@ -119,7 +120,15 @@ def _fit(
         chunk.train()
 
     evaluations = Evaluations(stage, config, layout, chunks, heldout, metrics, display, stop)
-    stopping = False
+    stopping, saved = False, progress.iteration
+
+    def save() -> None:
+        heart.at(progress.iteration, "saving")
+        metrics.flush()
+        with whole_parameters(chunks):
+            checkpointer.save(progress)
+        display.say(f"iteration {progress.iteration} | checkpoint")
+
     try:
         # An evaluation that a stop cut short is made up for before training goes on.
         heart.at(progress.iteration, "first batch")
@@ -135,12 +144,22 @@ def _fit(
             heart.at(progress.iteration + 1, "training")
             started = time.perf_counter()
             stragglers.start()
+            before = rng_state() if layout.num_score_ranks else {}
             scheduler.step(1)
             with trace.over(progress.iteration + 1, iterators) as batches:
                 update = train_step(
                     *(stage, config, layout, chunks, optimizer, feed, batches, reporter),
                     trained.average,
                 )
+            if update.totals.score.unanswered:
+                # As if this iteration had not begun: the rerun makes it.
+                scheduler.step(-1)
+                restore_rng_state(before)
+                display.say("no score rank is left, and none came")
+                stopping = True
+                if progress.iteration > saved:
+                    save()
+                break
             seconds = time.perf_counter() - started
             _advance(progress, config, update)
             if owner is not None:
@@ -176,11 +195,8 @@ def _fit(
                 stopping = not evaluations.run(progress.iteration)
             last = progress.iteration == config.training.train_iters
             if last or stopping or is_due(progress.iteration, config.checkpoint.save_interval):
-                heart.at(progress.iteration, "saving")
-                metrics.flush()
-                with whole_parameters(chunks):
-                    checkpointer.save(progress)
-                display.say(f"iteration {progress.iteration} | checkpoint")
+                save()
+                saved = progress.iteration
         checkpointer.wait()
         note_trace(display, config, trace.write(only_all=False))
         if stopping:

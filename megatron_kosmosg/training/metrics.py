@@ -42,7 +42,9 @@ def iteration_record(
     bad_samples: undecodable images since the first iteration, restarts included. With score ranks:
     decoder_idle and score_idle, shares of the iteration that a replica waited for the U-Net's
     answers and that a score rank waited for conditions (the latter also while the decoder updates,
-    evaluates or saves, at most 1); link_mib, MiB to and from the score ranks.
+    evaluates or saves, at most 1); link_mib, MiB to and from the score ranks; score_ranks, those
+    that work for a replica now, mean over replicas; score_queue, requests that wait for one, of all
+    replicas; score_latency, mean seconds from a request to its answer.
     """
     totals = update.totals
     flops = stage.flops_per_iteration(totals.work.tokens, totals.work.images, totals.work.rows)
@@ -64,8 +66,13 @@ def iteration_record(
     if layout.num_score_ranks:
         score = totals.score
         record["decoder_idle"] = score.waited / layout.dp_size / seconds
-        record["score_idle"] = min(1.0, score.idle / layout.num_score_ranks / seconds)
+        # Others may have joined, and some may be gone.
+        working = max(1.0, score.ranks / layout.dp_size)
+        record["score_idle"] = min(1.0, score.idle / working / seconds)
         record["link_mib"] = score.num_bytes / 2**20
+        record["score_ranks"] = score.ranks / layout.dp_size
+        record["score_queue"] = score.queued
+        record["score_latency"] = score.latency
     return record
 
 

@@ -78,8 +78,9 @@ class Stage(Protocol):
         """The checkpoint of the previous stage, or None when training starts from scratch."""
         ...
 
-    def probe(self, model: list[torch.nn.Module], iteration: int) -> Probe:
-        """Metrics and pictures of fixed held-out prompts; called on all ranks together."""
+    def probe(self, model: list[torch.nn.Module], iteration: int) -> Probe | None:
+        """Metrics and pictures of fixed held-out prompts; called on all ranks together. None: the
+        run is about to be stopped."""
         ...
 
     def flops_per_iteration(self, num_tokens: int, num_images: int, num_targets: int) -> float:

@@ -38,7 +38,7 @@ class Totals:
     data_wait: float
     """Seconds a loading rank waited for data, mean over those ranks."""
     score: ScoreWork = field(default_factory=ScoreWork)
-    """Summed over ranks; zeros where the U-Net sits beside the decoder."""
+    """Summed over ranks, latency a mean; zeros where the U-Net sits beside the decoder."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Update:
     grad_norm: float
     """Before clipping; infinite when fp16 gradients overflowed."""
     made: bool
-    """False if a non-finite loss or gradient kept the parameters as they were."""
+    """False if the parameters stayed as they were: of a non-finite loss or gradient, or because no
+    score rank was left, of which `totals.score.unanswered` tells."""
 
 
 def connect(
@@ -126,30 +127,32 @@ class Reporter:
             float(loads),
             score.waited,
             float(score.num_bytes),
-            float(work.bad_samples if speaks_for_loss else 0),
-            0.0,  # idle
+            float(work.bad_samples if speaks_for_loss else 0) + score.bad_samples,
+            score.idle,
+            float(score.unanswered),
+            float(score.ranks),
+            float(score.queued),
+            score.latency,
         ]
         vector = upload_numbers(values, torch.float64, layout.device)
         if layout.tp_rank == 0:
             for reported in losses:
                 pairs = torch.cat([reported[name].detach().view(2) for name in self._names])
                 vector[: pairs.numel()] += pairs.to(vector)
-        own = [vector.new_zeros(()) if beside is None else beside.to(vector)]
-        if remote is not None:
-            bad_samples, idle, signal = remote.pop_answers().to(vector).unbind()
-            vector[-2:] += torch.stack([bad_samples, idle])
-            own.append(signal)
+        own = vector.new_zeros(1) if beside is None else beside.to(vector).view(1)
         dist.all_reduce(vector)
-        numbers = torch.cat([vector, torch.stack(own)]).tolist()
+        numbers = torch.cat([vector, own]).tolist()
         if remote is not None:
-            remote.pass_on(int(numbers.pop()))
+            remote.pass_on_signal()
         known = numbers.pop()
         means = {
             name: numbers[2 * i] / max(numbers[2 * i + 1], 1.0)
             for i, name in enumerate(self._names)
         }
-        *done, wait, loaders, waited, num_bytes, bad_samples, idle = numbers[2 * len(means) :]
-        score = ScoreWork(waited, idle, int(num_bytes))
+        *done, wait, loaders, waited, num_bytes, bad_samples = numbers[2 * len(means) : -5]
+        idle, unanswered, ranks, queued, latency = numbers[-5:]
+        counts = map(int, (num_bytes, bad_samples, unanswered, ranks, queued))
+        score = ScoreWork(waited, idle, *counts, latency / layout.dp_size)
         work = Work(*map(int, (*done, bad_samples)))
         return Totals(means, work, wait / loaders, score), known
 
@@ -174,6 +177,8 @@ def train_step(
     squares = squared_gradient_norm(optimizer, layout.device)
     totals, squared_norm = reporter.totals(losses, feed, squares)
     grad_norm = squared_norm**0.5
+    if totals.score.unanswered:
+        return Update(totals, grad_norm, made=False)
     is_made = apply_update(optimizer, totals.losses["loss"], grad_norm)
     if is_made and average is not None:
         average.update()

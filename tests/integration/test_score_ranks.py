@@ -11,7 +11,6 @@ import math
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +21,7 @@ from megatron_kosmosg import exit_codes
 from megatron_kosmosg.toy import assets
 from megatron_kosmosg.toy.stand_in_networks import write_clip
 from tests.support.data_helpers import overwrite_image
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_ranks, run_ranks_until_they_end
 from tests.support.score_runs import Event, Outcome, program
 from tests.support.toy_runs import arguments_of, config_of, records, train_from_nothing, write_data
 
@@ -231,27 +230,30 @@ def test_a_signal_to_any_rank_saves_and_the_rerun_ends_the_same(
     rank, number, world, with_dropout, tmp_path
 ):
     iteration = random.randint(1, ITERATIONS - 1)
-    per_iteration = 2 if rank == 0 else 1  # micro-batches of an update; each score rank gets one
-    event = Event(rank, per_iteration * iteration, number)
+    # An update has two micro-batches; which score rank gets them is known afterwards.
+    event = Event(rank, 2 * iteration if rank == 0 else random.randint(1, 2), number)
     run = arguments(world, tmp_path, *DROPOUT)
     outcomes = run_ranks(3, program, run, event)
     assert [outcome.code for outcome in outcomes] == [85, 85, 85], outcomes[0].said
-    assert curve(tmp_path)[-1][0] == iteration
+    stopped = curve(tmp_path)[-1][0]
+    assert stopped == iteration if rank == 0 else 1 <= stopped < ITERATIONS
     outcomes = run_ranks(3, program, run)
     assert [outcome.code for outcome in outcomes] == [0, 0, 0], outcomes[0].said
-    assert records(tmp_path) == records(with_dropout), f"signal in iteration {iteration}"
+    assert records(tmp_path) == records(with_dropout), f"signal in iteration {stopped}"
 
 
-def test_a_killed_score_rank_is_named_and_the_rerun_goes_on(world, colocated, tmp_path):
+def test_with_its_last_score_rank_killed_a_run_is_saved_and_the_rerun_goes_on(
+    world, colocated, tmp_path
+):
     """It dies while its decoder rank waits for it, in the update after the save."""
-    run = arguments(world, tmp_path, DEDICATED)
-    event = Event(1, 2 * MIDDLE + 1, signal.SIGKILL)
-    started = time.monotonic()
-    with pytest.raises(RuntimeError, match="rank 1 of 2 died without an answer"):
-        run_ranks(2, program, run, event)
-    failure = (tmp_path / "failure.txt").read_text()
-    assert "rank 0 failed" in failure and "score rank 1 failed: it ended" in failure
-    assert time.monotonic() - started < 60
+    run = arguments(world, tmp_path, DEDICATED, "score.wait_seconds=2")
+    event = Event(1, 2 * MIDDLE + 3, signal.SIGKILL)  # in the second update after it
+    decoder, score = run_ranks_until_they_end(2, program, run, event)
+    assert score.exit_code == 0, "its job goes on"
+    assert decoder.answer.code == 85, decoder.answer.said
+    assert "score rank 1 is gone; 0 left" in decoder.answer.said
+    assert "no score rank is left: training waits up to 2 s for one" in decoder.answer.said
+    assert curve(tmp_path)[-1][0] == MIDDLE + 1
     outcomes = run_ranks(2, program, run)
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].said
     assert_close(curve(tmp_path), curve(colocated))
@@ -268,15 +270,14 @@ def test_a_raising_score_rank_ends_all_with_its_own_error(world, tmp_path):
     assert all("Traceback" not in outcome.said for outcome in outcomes[:2])
 
 
-def test_a_score_rank_that_stops_answering_is_named_within_the_timeout(world, tmp_path):
-    limit = 6
-    run = arguments(world, tmp_path, DEDICATED, f"parallel.timeout_seconds={limit}")
-    event = Event(1, 3, "freeze", seconds=2 * limit)
+def test_a_score_rank_that_stands_still_is_waited_for_no_longer_than_said(world, tmp_path):
+    run = arguments(world, tmp_path, DEDICATED, "score.wait_seconds=3", "score.answer_seconds=2")
+    event = Event(1, 3, "freeze", seconds=25)
     decoder, score = run_ranks(2, program, run, event)
-    assert (decoder.code, score.code) == (1, 1)
-    assert "waiting for score rank 1 failed" in decoder.said
-    assert decoder.seconds < score.seconds - limit / 2
-    assert "Traceback" not in score.said
+    assert decoder.code == 85 and "score rank 1 is late" in decoder.said
+    assert decoder.seconds < score.seconds - 5
+    # What the decoder rank said last has waited for it, unless the connection had been given up.
+    assert score.code == 85 or "no connection for 10 s" in score.said
 
 
 def test_a_diffusion_folder_that_only_score_ranks_open_is_said_in_one_line(world, tmp_path):

@@ -162,6 +162,7 @@ BASES = {
     ("preflight", "node"): "--folder folder",
     ("preflight", "network"): "",
     ("launch",): "--ranks 1 nothing",
+    ("score-rank",): "--run runs/instruct --wait 1",
     ("train",): "--config toy_pretrain --dry-run",
     ("convert", "import-fairseq"): "--input text-file --output o/run",
     ("convert", "import-kosmos2"): "--input export/mllm --output o/run",

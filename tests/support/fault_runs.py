@@ -101,12 +101,12 @@ def run_marked(world: str, config: RunConfig, marks: str, kill: Kill | None) -> 
     """The training program as this rank, on the stage of `world`: fake | instruct."""
     marker = _Marker(Path(marks), kill)
     built: list[torch.nn.Module] = []
-    _use_stage(world, built)
+    use_stage(world, built)
     _mark_the_product(marker)
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         code = train.run(config)
-    return Lived(code, said.getvalue(), _hash(built), dict(marker.seconds))
+    return Lived(code, said.getvalue(), parameters_hash(built), dict(marker.seconds))
 
 
 class _Marker:
@@ -165,7 +165,7 @@ def _mark_the_product(marker: _Marker) -> None:
 
     mark(P2PCommunicator, "_communicate", "P2P")
     mark(RemoteScore, "_receive", "score wait")
-    mark(score_service, "_score", "scoring")
+    mark(score_service._Work, "_score", "scoring")
     mark(Checkpointer, "save", "save")
     mark(checkpoint_writer, "_write", "save")
     packing_index.exclusive = _marked_inside(marker, packing_index.exclusive, "data build")
@@ -219,7 +219,9 @@ def _mark_heartbeats(marker: _Marker) -> None:
     Heartbeat.at = at_marked
 
 
-def _use_stage(world: str, built: list[torch.nn.Module]) -> None:
+def use_stage(world: str, built: list[torch.nn.Module]) -> None:
+    """Has this process train the stage of `world` on rows that need no files; `built` gets its
+    model."""
     train.validate_files = lambda config, facts: None  # these stages read no files
     if world == "fake":
         train.build_stage = lambda config, layout, *_: _PackingStage(config)
@@ -269,7 +271,8 @@ def _write_index(folder: Path) -> None:
     writer.finish()
 
 
-def _hash(chunks: list[torch.nn.Module]) -> str:
+def parameters_hash(chunks: list[torch.nn.Module]) -> str:
+    """Of all parameters, frozen ones too."""
     digest = hashlib.blake2b(digest_size=16)
     for chunk in chunks:
         for name, parameter in sorted(chunk.named_parameters()):

@@ -17,11 +17,11 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import Reads
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.parallel import platform
-from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
 from megatron_kosmosg.score.drawing import draw_pictures
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.service import serve
+from megatron_kosmosg.score.wire import RunEnd
 from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.optimizer import apply_update, build_optimizer, squared_gradient_norm
@@ -102,7 +102,7 @@ def measured_apart(config: RunConfig) -> dict[str, int]:
                     optimizer, 1.0, math.sqrt(squared_gradient_norm(optimizer, layout.device))
                 )
         feed.close()
-        stage.remote_score.close(is_done=True)
+        stage.remote_score.close(RunEnd.DONE)
         return {"kept": kept, "peak": peak, "parameters": sum(p.nbytes for p in parameters)}
     finally:
         platform.teardown()
@@ -117,14 +117,15 @@ def _measured_score_rank(config: RunConfig) -> dict[str, int]:
             tracker.see(parameter.data)
         kept = tracker.now
         tracker.peak = kept
-        serve(
-            config,
-            rank,
-            DenoisingLoss(diffusion, config.score, config.training.seed),
-            partial(draw_pictures, config, diffusion),
-            lambda split: LongRows(config, "targets"),
-            torch_dtype(config.training.precision),
-        )
+        with rank.membership:
+            serve(
+                config,
+                rank,
+                DenoisingLoss(diffusion, config.score, config.training.seed),
+                partial(draw_pictures, config, diffusion),
+                lambda split: LongRows(config, "targets"),
+                diffusion.moments,
+            )
     return {
         "kept": kept,
         "peak": tracker.peak,

@@ -19,13 +19,16 @@ from megatron_kosmosg.planning.memory import decoder_memory, score_memory
 from megatron_kosmosg.planning.model_counts import count_model
 from megatron_kosmosg.planning.workload import MicroBatch
 from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.fake_links import FakeMembership
 from megatron_kosmosg.rehearsal.made_up_stream import MadeUpStream
 from megatron_kosmosg.rehearsal.rank_update import resolved_config, run_update, take_place
+from megatron_kosmosg.rehearsal.recorder import Recorder
 from megatron_kosmosg.rehearsal.stand_ins import StandIns
-from megatron_kosmosg.score.connect import ScoreRank, open_remote_score
+from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.drawing import draw_pictures
 from megatron_kosmosg.score.loss import DenoisingLoss
-from megatron_kosmosg.score.messages import Kind, Request
+from megatron_kosmosg.score.member import Asked
+from megatron_kosmosg.score.messages import Kind, Request, Rows
 from megatron_kosmosg.score.service import serve
 from tests.support.tiny_models import tiny_config, write_stable_diffusion
 
@@ -58,19 +61,6 @@ def plan(case: Case, stand_ins: StandIns) -> dict:
     one_each = [batch] * (config.training.global_batch_size // rows // world.num_replicas)
     memory = decoder_memory(config, world, piece, pp_rank, count, one_each, Efficiency())
     return vars(memory) | {"tensors": memory.tensors, "trainable": counts.trainable}
-
-
-def links(case: Case, stand_ins: StandIns) -> dict:
-    """{"phases": of a decoder rank with score ranks, "opening" and "closing"}."""
-    config, recorder = resolved_config(case, stand_ins), stand_ins.recorder
-    take_place(case, stand_ins)
-    with stand_ins.device():
-        layout = platform.initialize(config)
-        with recorder.phase("opening"):
-            remote_score = open_remote_score(config, layout)
-        with recorder.phase("closing"):
-            remote_score.close(is_done=True)
-    return {"phases": recorder.as_dict()}
 
 
 def gradients_of_a_stage(case: Case, stand_ins: StandIns) -> dict:
@@ -141,34 +131,39 @@ def score_rank_order(case: Case, stand_ins: StandIns) -> dict:
 
     diffusion.vae.encode = noted
     world = world_layout(config, case.world_size)
-    rank = ScoreRank(cpu, world, world.place(case.rank), (_Asks(config, events),))
+    links = _Links(config, events)
+    rank = ScoreRank(cpu, "score rank", links, world, world.place(case.rank))
     serve(
         config,
         rank,
         DenoisingLoss(diffusion, config.score, config.training.seed),
         draw=None,
         open_stream=lambda _: MadeUpStream(config, case.length, case.images, reads="targets"),
-        dtype=torch.float32,
+        encode=diffusion.moments,
     )
     return {"events": events}
 
 
-class _Asks:
-    """The link of a decoder rank that asks for the gradients of two micro-batches and ends."""
+class _Links(FakeMembership):
+    """Of a decoder rank that asks for the gradients of two micro-batches and ends."""
 
     def __init__(self, config: RunConfig, events: list[str]) -> None:
-        self._rows, self._events, self._number = config.training.micro_batch_size, events, 0
+        rows, aligner = config.training.micro_batch_size, config.model.aligner
+        shape = rows, aligner.num_queries, aligner.hidden_size
+        requests = [
+            Request(
+                Kind.GRADIENT,
+                Rows(tuple(range(first, first + rows)), (0,) * rows),
+                torch.zeros(shape),
+                torch.ones(()),
+            )
+            for first in (0, rows)
+        ]
+        super().__init__(Recorder(), requests)
+        self._events = events
 
-    def take_request(self, shape: tuple[int, int], dtype: torch.dtype) -> Request:
-        first, kind = self._number * self._rows, Kind.GRADIENT if self._number < 2 else Kind.END
-        self._number += 1
-        self._events.append("request" if kind is Kind.GRADIENT else "end")
-        rows = self._rows if kind is Kind.GRADIENT else 0
-        positions = torch.arange(first, first + rows)
-        condition = torch.zeros(rows, *shape, dtype=dtype)
-        nothing_yet = torch.zeros_like(positions)
-        return Request(kind, condition, torch.ones(()), positions, nothing_yet)
-
-    def reply(self, _: object) -> None: ...
-
-    def finish(self) -> None: ...
+    def take(self, seconds: float | None = None) -> Asked | None:
+        asked = super().take(seconds)
+        if asked is not None:
+            self._events.append("request")
+        return asked

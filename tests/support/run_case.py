@@ -18,6 +18,7 @@ from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.score import stream as score_stream
 from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
 from megatron_kosmosg.score.rank import run_score_rank
+from megatron_kosmosg.score.wire import RunEnd
 from megatron_kosmosg.stages import align, build_stage, pretrain
 from megatron_kosmosg.training.loop import fit
 from megatron_kosmosg.training.metrics import METRICS_FILE
@@ -73,7 +74,7 @@ def run_stage(config: RunConfig, defect: str | None = None) -> Ran | None:
             _break(defect)
         assert fit(stage, config, layout)
         if stage.remote_score is not None:
-            stage.remote_score.close(is_done=True)
+            stage.remote_score.close(RunEnd.DONE)
         return Ran(before[0], share_of(kept, layout), sheets[0] if sheets else None)
     finally:
         platform.teardown()

@@ -12,12 +12,12 @@ import torch
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.parallel import platform
-from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
 from megatron_kosmosg.score.drawing import draw_pictures
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.remote import ScoreWork
 from megatron_kosmosg.score.service import serve
+from megatron_kosmosg.score.wire import RunEnd
 from megatron_kosmosg.stages.held_out_pictures import held_out_pictures
 from megatron_kosmosg.stages.instruct import InstructStage
 from megatron_kosmosg.training.batches import BatchFeed
@@ -63,28 +63,23 @@ def update_with_trouble(config: RunConfig) -> None:
     def fail(*arguments: torch.Tensor) -> torch.Tensor:
         raise ArithmeticError("this score rank's own trouble")
 
-    serve(
-        config,
-        rank,
-        fail,
-        fail,
-        lambda split: TinyStream("instruct", reads="targets"),
-        torch.float32,
-    )
+    with rank.membership:
+        serve(config, rank, fail, fail, lambda split: TinyStream("instruct", reads="targets"))
 
 
 def _serve(config: RunConfig) -> Placed:
     rank = join_as_score_rank(config)
     diffusion = load_diffusion(config, rank.device)
     before = _fingerprint(diffusion.unet)
-    serve(
-        config,
-        rank,
-        DenoisingLoss(diffusion, config.score, config.training.seed),
-        partial(draw_pictures, config, diffusion),
-        lambda split: TinyStream("instruct", reads="targets"),
-        torch_dtype(config.training.precision),
-    )
+    with rank.membership:
+        serve(
+            config,
+            rank,
+            DenoisingLoss(diffusion, config.score, config.training.seed),
+            partial(draw_pictures, config, diffusion),
+            lambda split: TinyStream("instruct", reads="targets"),
+            diffusion.moments,
+        )
     return Placed(
         True, modules=_large_modules(), unet_changed=before != _fingerprint(diffusion.unet)
     )
@@ -110,7 +105,7 @@ def _train(config: RunConfig) -> Placed:
         drawn = held_out_pictures(config, layout, stage._draw, pictured, chunks)
     feed.close()
     if stage.remote_score is not None:
-        stage.remote_score.close(is_done=True)
+        stage.remote_score.close(RunEnd.DONE)
     return Placed(
         False,
         sum(float(report["loss"][0]) for report in reports),

@@ -17,12 +17,12 @@ from megatron_kosmosg.launcher import find_place
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.monitoring import trace_exchange
 from megatron_kosmosg.parallel import platform
-from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.parallel.rendezvous import meet
 from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
 from megatron_kosmosg.score.drawing import draw_pictures
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.service import serve
+from megatron_kosmosg.score.wire import RunEnd
 from megatron_kosmosg.stages.instruct import InstructStage
 from megatron_kosmosg.training.loop import fit
 from tests.support.tiny_stream import TinyStream
@@ -49,14 +49,15 @@ def instruct_run(config: RunConfig, open_stream: OpenStream, pause: Pause) -> No
             rank = join_as_score_rank(config)
             diffusion = load_diffusion(config, rank.device)
             denoise = DenoisingLoss(diffusion, config.score, config.training.seed)
-            serve(
-                config,
-                rank,
-                _pausing(denoise, pause.unet),
-                partial(draw_pictures, config, diffusion),
-                lambda split: open_stream(split, "targets"),
-                torch_dtype(config.training.precision),
-            )
+            with rank.membership:
+                serve(
+                    config,
+                    rank,
+                    _pausing(denoise, pause.unet),
+                    partial(draw_pictures, config, diffusion),
+                    lambda split: open_stream(split, "targets"),
+                    diffusion.moments,
+                )
             return
         layout = platform.initialize(config)
         stage = InstructStage(config, layout, open_remote_score(config, layout))
@@ -66,7 +67,7 @@ def instruct_run(config: RunConfig, open_stream: OpenStream, pause: Pause) -> No
         stage.forward_step = _pausing(stage.forward_step, pause.forward)
         assert fit(stage, config, layout)
         if stage.remote_score is not None:
-            stage.remote_score.close(is_done=True)
+            stage.remote_score.close(RunEnd.DONE)
     finally:
         platform.teardown()
 

@@ -58,7 +58,7 @@ OF_THREADS = {"inspect", "cache-latents", "build-data"} | {
 TWO_MEANINGS = {
     "--controlnet": "the one that draws; several that the demo's page offers, by names",
     "--input": "files and globs of records; one checkpoint",
-    "--run": "a run to judge; the working folder of the toy's training",
+    "--run": "a run to judge; the working folder of the toy's training; a run to join",
 }
 """Options that two commands have with different types, and what they mean in each."""
 

@@ -68,6 +68,27 @@ def shown(folder: Path, capsys) -> tuple[int, str]:
     return code, capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("waits", "idle", "ranks", "words"),
+    [
+        (0.5, 0.0, 2, "5 score ranks instead of 2 would keep up"),
+        (0.3, 0.6, 2, "2 score ranks suffice, a wider score.window overlaps more"),
+        (0.0, 0.6, 8, "4 of the 8 score ranks would do"),
+        (0.01, 0.1, 4, "4 score ranks fit"),
+    ],
+)
+def test_the_number_of_score_ranks_is_judged(tmp_path, capsys, waits, idle, ranks, words):
+    folder = make_run(tmp_path / "run")
+    assert "score ranks:" not in shown(folder, capsys)[1]
+    score = {"decoder_idle": waits, "score_idle": idle, "score_ranks": ranks}
+    lines = (folder / "metrics.jsonl").read_text().splitlines()[:-1]
+    changed = [json.dumps(json.loads(line) | score) + "\n" for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(changed))
+    said = shown(folder, capsys)[1]
+    measured = f"decoder ranks wait {waits:.0%} of the time, score ranks {idle:.0%}"
+    assert f"score ranks: {measured}: {words}" in said
+
+
 def test_a_run_at_work(tmp_path, capsys):
     code, said = shown(make_run(tmp_path / "run", checkpoint=50), capsys)
     assert code == 0

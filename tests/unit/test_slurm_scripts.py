@@ -490,7 +490,7 @@ def test_all_scripts_find_the_project_alike():
     blocks = {
         re.search(r"# sbatch runs.*?common.sh\"\n\n", s.read_text(), re.S)[0] for s in SCRIPTS
     }
-    assert len(SCRIPTS) == 6 and len(blocks) == 1
+    assert len(SCRIPTS) == 7 and len(blocks) == 1
 
 
 @pytest.mark.parametrize("script", STAGES, ids=lambda path: path.stem)

@@ -1,0 +1,86 @@
+"""Both ends of the links between decoder and score ranks: they answer, ask and count."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from megatron_kosmosg.rehearsal.recorder import Recorder, Traffic
+from megatron_kosmosg.score.member import Asked
+from megatron_kosmosg.score.messages import Answer, Request, Rows
+from megatron_kosmosg.score.wire import RunEnd
+
+
+class FakeFleet:
+    """Stands for score.fleet.Fleet: score ranks that answer at once, in numbers of no meaning.
+
+    That the host waits for an answer is what the program is made for, and no finding.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._asked: dict[int, Request] = {}
+
+    def prepare(self, rows: Rows) -> None: ...
+
+    def ask(self, request: Request, has_arrived: Callable[[], bool]) -> int:
+        number = len(self._asked)
+        self._asked[number] = request
+        _count(self._recorder, "send to score ranks", request.condition)
+        return number
+
+    def take(self, number: int) -> Answer | None:
+        payload = torch.zeros(self._asked[number].num_values)
+        _count(self._recorder, "receive from score ranks", payload)
+        return Answer(0.0, 0, 0, 0.0, 0.0, payload)
+
+    def pop_bytes(self) -> int:
+        return 0
+
+    def state(self) -> tuple[int, int, float]:
+        return 1, 0, 0.0
+
+    def close(self, end: RunEnd) -> None: ...
+
+
+class FakeMembership:
+    """Stands for score.member.Membership: decoder ranks that ask what they are told to, and end."""
+
+    def __init__(self, recorder: Recorder, requests: list[Request]) -> None:
+        self._recorder, self._requests = recorder, deque(requests)
+        self.prepare: Callable[[Rows], None] = lambda rows: None
+
+    def is_loaded(self, prints: dict[str, str]) -> None:
+        """The rows of the first request are announced."""
+        self._announce()
+
+    def take(self, seconds: float | None = None) -> Asked | None:
+        """A request comes when there is nothing else to do, as where decoder ranks are slow."""
+        if seconds == 0 or not self._requests:
+            return None
+        asked = Asked(0, len(self._requests), self._requests.popleft())
+        self._announce()
+        return asked
+
+    @property
+    def end(self) -> RunEnd | None:
+        return None if self._requests else RunEnd.DONE
+
+    def reply(self, asked: Asked, answer: Answer) -> None:
+        _count(self._recorder, "send to decoder ranks", answer.payload)
+
+    def wake(self) -> None: ...
+
+    def leave(self) -> None: ...
+
+    def _announce(self) -> None:
+        if self._requests:
+            self.prepare(self._requests[0].rows)
+
+
+def _count(recorder: Recorder, name: str, tensor: torch.Tensor) -> None:
+    traffic = recorder.now.collectives.setdefault(name, Traffic())
+    traffic.calls += 1
+    traffic.num_bytes += tensor.nbytes

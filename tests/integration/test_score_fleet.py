@@ -1,0 +1,144 @@
+"""Score ranks join a run of 30 updates (60 with --full), leave it, die, stand still, dawdle and
+lie: it ends at the hash of the run that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.score.run_file import RUN_FILE
+from megatron_kosmosg.training.metrics import METRICS_FILE
+from tests.support.fault_runs import Lived
+from tests.support.fleet_runs import Habit, rank_of_job, start_guest, wait_for_iteration
+from tests.support.ranks import Ended, run_ranks_until_they_end
+from tests.support.tiny_models import replace_section, tiny_config, write_stable_diffusion
+
+MICRO_BATCHES = 2
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory) -> Path:
+    return write_stable_diffusion(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="module", params=[30, pytest.param(60, marks=pytest.mark.slow)])
+def updates(request) -> int:
+    """Of a run."""
+    return request.param
+
+
+def config_of(stable_diffusion: Path, folder: Path, updates: int, **score) -> RunConfig:
+    """With dropout, so that a micro-batch computed twice on the decoder's side would show."""
+    config = tiny_config("instruct", stable_diffusion, folder)
+    score = {"placement": "dedicated", "ranks_per_replica": 2, "answer_seconds": 3.0, **score}
+    config = replace_section(config, "score", **score)
+    config = replace_section(config, "training", train_iters=updates)
+    config = replace_section(config, "optimizer", lr=1e-3, lr_warmup_iters=2)
+    return replace_section(config, "logging", tensorboard=False)
+
+
+class Job:
+    """The ranks of a run: a decoder rank and two score ranks, in the background."""
+
+    def __init__(self, config: RunConfig, habits: dict[int, Habit] | None = None) -> None:
+        self._ended: list[Ended] = []
+        self._thread = threading.Thread(target=self._run, args=(config, habits or {}))
+        self._thread.start()
+
+    def _run(self, config: RunConfig, habits: dict[int, Habit]) -> None:
+        self._ended += run_ranks_until_they_end(3, rank_of_job, config, habits)
+
+    def exit_codes(self) -> list[int]:
+        """Of the ranks' processes, once `decoder` has ended."""
+        return [ended.exit_code for ended in self._ended]
+
+    def decoder(self) -> Lived:
+        """What the decoder rank says at its end."""
+        self._thread.join()
+        assert self._ended[0].answer is not None, self._ended
+        return self._ended[0].answer
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stable_diffusion, updates, tmp_path_factory) -> tuple[str, list]:
+    """Hash of the parameters, and the losses."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    lived = Job(config_of(stable_diffusion, folder, updates)).decoder()
+    assert lived.code == 0, lived.said
+    assert not (folder / RUN_FILE).exists()
+    return lived.parameters, losses(folder)
+
+
+def losses(folder: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    return [(line["iteration"], line["loss"], line["grad_norm"]) for line in lines if "lr" in line]
+
+
+def ends_as(undisturbed: tuple[str, list], lived: Lived, folder: Path) -> bool:
+    assert lived.code == 0, lived.said
+    assert losses(folder) == undisturbed[1], lived.said
+    return lived.parameters == undisturbed[0]
+
+
+def test_half_killed_twice_and_new_ones_twice(stable_diffusion, updates, undisturbed, tmp_path):
+    habits = {2: Habit(dies_at=updates // 8 * MICRO_BATCHES // 2)}
+    job = Job(config_of(stable_diffusion, tmp_path, updates), habits)
+    wait_for_iteration(tmp_path, updates // 5)
+    assert (tmp_path / RUN_FILE).stat().st_mode & 0o777 == 0o600
+    first = start_guest(tmp_path, Habit(dies_at=updates // 6))
+    wait_for_iteration(tmp_path, updates // 2)
+    second = start_guest(tmp_path)
+    lived = job.decoder()
+    assert ends_as(undisturbed, lived, tmp_path)
+    assert job.exit_codes() == [0, 0, 0], "a dead score rank is no failure of its job"
+    for guest in (first, second):
+        guest.join(60)
+    assert (first.exitcode, second.exitcode) == (-signal.SIGKILL, 0)
+    assert "score rank 2 is gone; 1 left" in lived.said
+    assert lived.said.count("has joined") == 2 and lived.said.count("is gone") == 2
+
+
+def test_a_rank_that_stands_still_for_longer_than_the_deadline(
+    stable_diffusion, updates, undisturbed, tmp_path
+):
+    habits = {2: Habit(freezes_at=10, frozen=6)}
+    lived = Job(config_of(stable_diffusion, tmp_path, updates), habits).decoder()
+    assert ends_as(undisturbed, lived, tmp_path)
+    assert "score rank 2 is late; its requests go to others" in lived.said
+
+
+def test_a_third_of_the_answers_late(stable_diffusion, updates, undisturbed, tmp_path):
+    late = Habit(delays=3, delay=0.3)
+    config = config_of(stable_diffusion, tmp_path, updates, answer_seconds=0.2)
+    lived = Job(config, {1: late, 2: late}).decoder()
+    assert ends_as(undisturbed, lived, tmp_path)
+    assert "is late; its requests go to others" in lived.said
+
+
+def test_a_guest_that_lies_changes_nothing(stable_diffusion, updates, undisturbed, tmp_path):
+    job = Job(config_of(stable_diffusion, tmp_path, updates, audit_rate=1.0))
+    wait_for_iteration(tmp_path, 2)
+    liar = start_guest(tmp_path, Habit(lies=True))
+    lived = job.decoder()
+    assert ends_as(undisturbed, lived, tmp_path)
+    liar.join(60)
+    assert liar.exitcode == 2
+    assert "is evicted: its numbers for a request are not those of score rank" in lived.said
+
+
+def test_a_guest_that_is_told_to_stop_leaves(stable_diffusion, updates, undisturbed, tmp_path):
+    job = Job(config_of(stable_diffusion, tmp_path, updates))
+    wait_for_iteration(tmp_path, 2)
+    guest = start_guest(tmp_path)
+    wait_for_iteration(tmp_path, 2 * updates // 3)
+    guest.terminate()
+    guest.join(60)
+    assert guest.exitcode == 85
+    lived = job.decoder()
+    assert ends_as(undisturbed, lived, tmp_path)
+    assert "has joined (CPU)" in lived.said and "has left; 2 left" in lived.said
