@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from PIL import Image
 
 from megatron_kosmosg.config.errors import ConfigError
@@ -77,6 +76,8 @@ class TensorBoard:
             self._writer.add_scalar(f"{group}/{name}", value, iteration)
 
     def image(self, name: str, image: Image.Image, words: Sequence[str], iteration: int) -> None:
+        import numpy as np  # not for --help
+
         pixels = np.asarray(image.convert("RGB"))
         self._writer.add_image(name, pixels, iteration, dataformats="HWC")
         if words:
