@@ -141,9 +141,11 @@ def run(config: RunConfig) -> int:
 
 def _be_apart(config: RunConfig) -> None:
     """Lets a score rank work in a child, before anything is loaded."""
-    from megatron_kosmosg.config.world import world_layout
+    from megatron_kosmosg.config.world import has_score_ranks, world_layout
     from megatron_kosmosg.score.own_process import go_on_as_child
 
+    if not has_score_ranks(config):
+        return
     place = find_place()
     if world_layout(config, place.world_size).place(place.rank).role == "score":
         go_on_as_child(f"score rank {place.rank}")
