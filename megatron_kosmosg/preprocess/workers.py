@@ -9,9 +9,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 Item = TypeVar("Item")
@@ -72,7 +73,9 @@ class LocalWorkers:
         reading, writing = os.pipe()
         pool = ProcessPoolExecutor(num_processes, context, _end_with_parent, (reading, writing))
         try:
-            for result in pool.map(function, items):
+            with _interrupt_held_back():
+                found = pool.map(function, items)
+            for result in found:
                 take(result)
         except BrokenProcessPool as error:
             raise ValueError(
@@ -90,6 +93,19 @@ class LocalWorkers:
         return function()
 
 
+@contextmanager
+def _interrupt_held_back() -> Iterator[None]:
+    """Holds Ctrl-C back while the workers are forked, who inherit that until they ignore it.
+
+    One that met it in between would die, and the run be said to have lost a worker.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end_with_parent(reading: int, writing: int) -> None:
     """Makes this worker end when its parent is killed, so that nobody writes behind a restart.
 
@@ -98,6 +114,7 @@ def _end_with_parent(reading: int, writing: int) -> None:
     os.close(writing)
     # Ctrl-C reaches every process; the parent alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def wait() -> None:
         os.read(reading, 1)
