@@ -32,7 +32,7 @@ from megatron_kosmosg.models.same_result import fixed_normal, tried
 from megatron_kosmosg.models.vision_encoder import VisionEncoder
 from megatron_kosmosg.parallel.cuda_graphs import record_passes
 from megatron_kosmosg.parallel.devices import convolution_format
-from megatron_kosmosg.parallel.platform import torch_dtype
+from megatron_kosmosg.parallel.platform import allow_graphs, torch_dtype
 
 _OF_THE_TOWER = {"fullgraph": True, "dynamic": True}
 """Micro-batches have any number of images."""
@@ -205,8 +205,7 @@ def _compile_unet(unet: UNet2DConditionModel) -> None:
 
 def _compile_residual_blocks(network: nn.Module) -> None:
     """Their norms, activations and sums are what moves most bytes outside of products."""
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, _RESIDUAL_SHAPES)
+    allow_graphs(_RESIDUAL_SHAPES)
     for module in network.modules():
         if isinstance(module, ResnetBlock2D):
             module.compile(fullgraph=True, dynamic=False)

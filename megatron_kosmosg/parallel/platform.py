@@ -59,6 +59,11 @@ def join(config: RunConfig) -> JoinedRank:
     return JoinedRank(place.rank, chosen, world, world.place(place.rank), store)
 
 
+_FUSED_ADD_GRAPHS = 32
+"""Megatron-Core's fused bias-dropout-add is one function for the layers of decoder, image tower,
+resampler and AlignerNet, with several widths, dtypes and lengths: evaluation needs 8 graphs."""
+
+
 def initialize(config: RunConfig) -> Layout:
     """This decoder rank's layout, with groups, seeds and (on a CPU) the shim in place.
 
@@ -102,7 +107,18 @@ def prepare_megatron(chosen: torch.device) -> None:
     if chosen.type == "cpu":
         cpu_shim.install()
         run_self_test()
+    else:
+        allow_graphs(_FUSED_ADD_GRAPHS)
     fused_adam.install()
+
+
+def allow_graphs(count: int) -> None:
+    """Let torch.compile make at least `count` graphs of one function before it gives up on it.
+
+    It then runs uncompiled, without a word. torch's own limit is 8.
+    """
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, count)
 
 
 def teardown() -> None:

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.marks import not_mended_yet
 
-EVALUATION = not_mended_yet(
-    "evaluation comes to torch's limit of graphs, after which it runs uncompiled"
-)
-
-
-@pytest.mark.parametrize("mode", ["training", pytest.param("evaluation", marks=EVALUATION)])
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
 def test_the_fused_bias_dropout_add_stays_far_from_the_limit_of_graphs(rehearse, mode):
     case = rehearse.tiny("instruct", do="tests.support.compiled_calls:count_graphs")
     answer = rehearse.answer(case)

@@ -42,6 +42,19 @@ def anchors(path: Path) -> set[str]:
     return {title.replace(" ", "-") for title in kept}
 
 
+def test_tests_that_are_named_exist():
+    tests = REPOSITORY / "tests"
+    source = {path: path.read_text("utf-8") for path in tests.rglob("test_*.py")}
+    defined = set(re.findall(r"^ *def (test_\w+)", "\n".join(source.values()), re.MULTILINE))
+    files = {str(path.relative_to(REPOSITORY)) for path in source}
+    for page in (*PAGES, *sorted(tests.rglob("*.md")), REPOSITORY / "docs" / "verification.yaml"):
+        text = page.read_text("utf-8")
+        named = re.findall(r"[\w/]*\btest_\w+\.py", text)
+        missing = [n for n in named if not any(f"/{file}".endswith(f"/{n}") for file in files)]
+        assert not missing, page
+        assert set(re.findall(r"::(test_\w+)", text)) <= defined, page
+
+
 def test_the_readme_fits_on_a_few_screens():
     assert len((REPOSITORY / "README.md").read_text("utf-8").splitlines()) <= 150
 
