@@ -7,21 +7,16 @@ set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=examples/environment.sh
 source "$REPOSITORY/examples/environment.sh"
+# shellcheck source=tests/overlay.sh
+source "$REPOSITORY/tests/overlay.sh"
 prepare_environment test,data,demo
 cd "$REPOSITORY"
 
-# All that gradio and playwright need beyond it, at the versions of the constraints.
+# All that gradio and playwright need beyond it.
 names='brotli|fastapi|gradio|gradio_client|greenlet|groovy|hf-gradio|httpcore|httpx'
 names+='|opentelemetry-api|orjson|pandas|playwright|pydub|python-multipart|pytz|safehttpx'
 names+='|scikit-image|semantic-version|starlette|tomlkit|uvicorn'
-mapfile -t versions < <(grep -E "^($names)==" constraints.txt)
-# Another list gets another folder; one that is there is whole.
-overlay=$(dirname "$(dirname "$PYTHON")")/page-$(printf '%s\n' "${versions[@]}" | cksum | cut -d ' ' -f 1)
-if [ ! -d "$overlay" ]; then
-    rm -rf "$overlay.partial"
-    "$PYTHON" -m pip install --quiet --no-deps --target "$overlay.partial" "${versions[@]}"
-    mv "$overlay.partial" "$overlay"
-fi
-export PYTHONPATH=$overlay${PYTHONPATH:+:$PYTHONPATH} KOSMOSG_REQUIRE_BROWSER=1
+lay_over page "$names"
+export KOSMOSG_REQUIRE_BROWSER=1
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 exec "$PYTHON" -m pytest -q tests/integration/test_{demo_browser,photographs}.py "$@"

@@ -28,7 +28,7 @@ def objects() -> dict[str, dict]:
 @pytest.mark.skipif(
     importlib.util.find_spec("kubernetes_validate") is None
     and not os.environ.get("KOSMOSG_REQUIRE_KUBERNETES_VALIDATE"),
-    reason="no kubernetes-validate; with KOSMOSG_REQUIRE_KUBERNETES_VALIDATE=1 this fails instead",
+    reason="no kubernetes-validate (tests/optional_packages.sh brings it, and fails without it)",
 )
 def test_the_objects_are_what_the_schema_says(objects):
     import kubernetes_validate

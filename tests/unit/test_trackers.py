@@ -72,7 +72,7 @@ def wait_for(file: Path, words: list[bytes]) -> None:
 
 @pytest.mark.skipif(
     importlib.util.find_spec("wandb") is None and not os.environ.get("KOSMOSG_REQUIRE_WANDB"),
-    reason="no wandb (pip install -e .[wandb]); with KOSMOSG_REQUIRE_WANDB=1 this fails instead",
+    reason="no wandb (tests/optional_packages.sh brings it, and fails without it)",
 )
 def test_weights_and_biases_offline_goes_on_with_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
