@@ -52,14 +52,15 @@ run_pytest() {
 if [ ${#arguments[@]} -gt 0 ]; then
     run_pytest pytest "${arguments[@]}"
 else
-    # The cheap tests first, so that a plain mistake shows before the spawned ranks start, and
-    # several at a time: the ranks of the others take all cores themselves.
+    # The cheap tests first, so that a plain mistake shows before the spawned ranks start, then those
+    # that are one busy process each, both several at a time: the ranks of the others take all cores
+    # themselves.
     # nproc counts threads where OMP_NUM_THREADS is set.
     workers=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1)
-    run_pytest "pytest tests/unit tests/cases" -n "$((workers > 4 ? 4 : workers))" --dist loadfile \
-        tests/unit tests/cases
-    run_pytest "pytest, the other folders" \
-        tests/{parity,rehearsal,distributed,integration,gpu}
+    several=(-n "$((workers > 4 ? 4 : workers))" --dist loadfile)
+    run_pytest "pytest tests/unit tests/cases" "${several[@]}" tests/unit tests/cases
+    run_pytest "pytest tests/parity tests/rehearsal" "${several[@]}" tests/parity tests/rehearsal
+    run_pytest "pytest, the other folders" tests/{distributed,integration,gpu}
 fi
 
 echo

@@ -80,9 +80,11 @@ failed=()
 # the rehearsal), and of the table of layouts all but the stage with most parts in the layouts that meet most of the core.
 ours="test_overlap or test_evaluation_references or held_out_pictures or score_placement or bounds_of_low_precision"
 simpler="ten_iterations and (pretrain or align or instruct-tp2] or selective or pp2_full or pp3_v2])"
+"$PYTHON" -m pytest -m "not slow" -k "not ($ours)" -n 2 --dist loadfile --durations=10 \
+    tests/unit/test_cpu_shim.py tests/unit/test_fused_adam.py tests/parity \
+    tests/rehearsal/test_{stand_ins,every_stage}.py || failed+=("tests of one process")
 "$PYTHON" -m pytest -m "not slow" -k "not ($ours) and not ($simpler)" --durations=10 \
-    tests/unit/test_cpu_shim.py tests/unit/test_fused_adam.py tests/parity tests/distributed \
-    tests/rehearsal/test_{stand_ins,every_stage}.py || failed+=("tests")
+    tests/distributed || failed+=("tests of several ranks")
 
 KOSMOSG_OTHER_PYTHON=$first "$PYTHON" -m pytest tests/integration/test_core_crossing.py \
     tests/integration/test_fixtures_of_the_past.py -k "core or goes_on or checkpoint" || failed+=("checkpoints across cores")
