@@ -111,9 +111,14 @@ def run(config: RunConfig) -> int:
     started = time.time()
     _be_apart(config)
     _quieten_libraries()
-    from megatron_kosmosg.monitoring.failure import exit_code_of, report_failure
+    from megatron_kosmosg.monitoring.failure import (
+        exit_code_of,
+        report_failure,
+        report_lost_rank,
+    )
     from megatron_kosmosg.monitoring.run_owner import RunFolderTaken
     from megatron_kosmosg.parallel import platform
+    from megatron_kosmosg.score.own_process import ScoreRankLost
 
     try:
         with _owner(config) as owner, ExitStack() as at_end:
@@ -123,6 +128,9 @@ def run(config: RunConfig) -> int:
                 code = _train(config, started, owner, at_end)
             except RunFolderTaken:
                 raise  # the folder is another's: nothing is written there
+            except ScoreRankLost as lost:
+                report_lost_rank(output_folder(config), str(lost), lost.__cause__ or lost)
+                code = exit_codes.DONE  # a task that fails would end the others
             except (Exception, KeyboardInterrupt) as error:
                 # Before the groups are left: the others then fail, and this error is the cause.
                 report_failure(output_folder(config), find_place().rank, error, started)

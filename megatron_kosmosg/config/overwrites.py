@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.paths import (
     FAILURE_FILE,
+    LOST_RANKS_FILE,
     METRICS_FILE,
     heartbeat_file,
     output_folder,
@@ -22,6 +23,7 @@ from megatron_kosmosg.config.schema import RunConfig
 FileId = tuple[int, int]
 """Device and inode: one file, whatever it is called. Names cannot tell, because of links and of
 file systems that do not distinguish upper and lower case."""
+_RUN_FILES = ("config.yaml", METRICS_FILE, FAILURE_FILE, LOST_RANKS_FILE)
 
 
 def refuse_to_overwrite(outputs: Iterable[Path], inputs: Iterable[Path], option: str) -> None:
@@ -84,7 +86,7 @@ def refuse_to_run_over_inputs(
             read.append(save)
     refuse_to_write_into(output, read, "logging.output_dir")
     refuse_to_write_into(save, read, "checkpoint.save")
-    written = [output / name for name in ("config.yaml", METRICS_FILE, FAILURE_FILE)]
+    written = [output / name for name in _RUN_FILES]
     written += [heartbeat_file(config), trace_file(config), packing_folder(config)]
     written.append(plan_file(config))
     refuse_to_overwrite(written, files, "logging.output_dir")

@@ -7,6 +7,8 @@ from pathlib import Path
 from megatron_kosmosg.config.schema import RunConfig
 
 METRICS_FILE, FAILURE_FILE = "metrics.jsonl", "failure.txt"
+LOST_RANKS_FILE = "lost_ranks.txt"
+"""Errors of ranks without which the run went on, of all its starts."""
 COMPLETE_FILE = "complete.json"
 """In a checkpoint folder: its files, written last."""
 

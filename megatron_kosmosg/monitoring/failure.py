@@ -2,7 +2,8 @@
 
 When one rank raises, its peers fail later with errors about lost connections. The first rank to
 claim `failure.txt` in the output folder writes its traceback there and to stderr; of those that
-find the file claimed, rank 0 alone names it in one line.
+find the file claimed, rank 0 alone names it in one line. An error of a rank without which the run
+goes on is no failure of the run: it has a file of its own.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch.distributed as dist
 
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.config.errors import ConfigError, InputError
-from megatron_kosmosg.config.paths import FAILURE_FILE
+from megatron_kosmosg.config.paths import FAILURE_FILE, LOST_RANKS_FILE
 from megatron_kosmosg.data.bad_images import TooManyBadImages
+from megatron_kosmosg.launcher import node_name
 from megatron_kosmosg.terminal_text import printable_lines
 
 
@@ -71,6 +73,19 @@ def report_failure(folder: Path, rank: int, error: BaseException, started: float
         now = time.time()
         os.utime(descriptor, (now, now))  # by this machine's clock: a file server's may differ
     return True
+
+
+def report_lost_rank(folder: Path, name: str, error: BaseException) -> None:
+    """Writes the traceback of a rank without which the run goes on to stderr, and to the end of
+    `lost_ranks.txt`."""
+    when = time.strftime("%Y-%m-%d %H:%M:%S")
+    full = "".join(traceback.format_exception(error))
+    text = printable_lines(
+        f"{when} {name} on {node_name()} failed, which does not end the run:\n{full}"
+    )
+    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError), open(folder / LOST_RANKS_FILE, "a", encoding="utf-8") as file:
+        file.write(text.rstrip("\n") + "\n\n")  # at once: other ranks write there, too
 
 
 def raise_together(check: Callable[[], None]) -> None:

@@ -36,7 +36,8 @@ _NEWS_MS = 1
 
 
 class ScoreRankFailed(RuntimeError):
-    """A score rank of the run's own job ended with an error, or none can do a request."""
+    """A score rank of the run's own job ended with an error that others would meet, too, or two
+    could not do the same request."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,7 @@ class Fleet:
         elif message is Message.ANSWER:
             self._answered(identity, number, parts)
         elif message is Message.FAILED:
-            self._failed(identity, number, str(wire.unpack_words(parts).get("error")))
+            self._failed(identity, number, wire.unpack_words(parts))
         elif message is Message.LEAVE:
             self._take_off(identity, "has left")
         elif message is not Message.BEAT:
@@ -363,16 +364,18 @@ class Fleet:
             self._arrivals.pop(number, None)
         self._changed.notify_all()
 
-    def _failed(self, identity: bytes, number: int, error: str) -> None:
-        """A rank of the job ends the run with its error, as any other rank would; a guest's
-        request goes on to another rank, once."""
+    def _failed(self, identity: bytes, number: int, words: dict[str, Any]) -> None:
+        """What the rank was asked goes on to another, once. A rank of the job ends the run with an
+        error that others would meet, too."""
         member = self._roster.members[identity]
-        before = self._failures.get(number)
-        if member.standing is not Standing.JOINED or (number and before):
-            told = f"{member.name} failed: {error}" + (f"; before it {before}" if before else "")
+        failed = f"failed: {words.get('error')}"
+        told, before = f"{member.name} {failed}", self._failures.get(number)
+        if number and before:
+            self._trouble = ScoreRankFailed(f"{told}; at the same request, before it, {before}")
+        elif words.get("ends_run") and member.standing is not Standing.JOINED:
             self._trouble = ScoreRankFailed(told)
-        self._failures[number] = f"{member.name} failed: {error}"
-        self._take_off(identity, f"failed: {error}")
+        self._failures[number] = told
+        self._take_off(identity, failed)
 
     def _evict(self, identity: bytes, why: str) -> None:
         member = self._roster.members.get(identity)

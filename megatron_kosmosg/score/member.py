@@ -23,6 +23,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from megatron_kosmosg import exit_codes
+from megatron_kosmosg.monitoring.failure import exit_code_of
 from megatron_kosmosg.score import wire
 from megatron_kosmosg.score.messages import Answer, Request, Rows
 from megatron_kosmosg.score.roster import Standing
@@ -100,6 +101,7 @@ class Membership:
         self._over_since: float | None = None
         self._lost_since: dict[int, float] = {}
         self._working: Asked | None = None
+        self._has_answered = False
         self._is_over = False
         self._context = zmq.Context()
         identity = uuid.uuid4().bytes
@@ -125,7 +127,8 @@ class Membership:
         trace: TracebackType | None,
     ) -> None:
         if error is not None and not isinstance(error, (DecoderLost, NotAdmitted)):
-            words = {"error": f"{type(error).__name__}: {error}"[:1000]}
+            what = f"{type(error).__name__}: {error}"[:1000]
+            words = {"error": what, "ends_run": self.ends_run(error)}
             work = self._working
             number = 0 if work is None else work.number
             for decoder in range(len(self._decoders)):
@@ -134,6 +137,14 @@ class Membership:
                     frames[0] = wire.pack(Message.FAILED, number)[0]
                 self._say(decoder, frames)
         self.close()
+
+    def ends_run(self, error: BaseException) -> bool:
+        """Whether the run should end with this error of a rank of its job: one that other ranks
+        and the next start would meet, too. That is what is said of settings, inputs and disks, and
+        all that comes before the first answer: whatever keeps a rank from work from its start on.
+        """
+        is_the_runs = isinstance(error, (DecoderLost, NotAdmitted))
+        return is_the_runs or not self._has_answered or exit_code_of(error) != exit_codes.FAILURE
 
     def is_loaded(self, prints: dict[str, str]) -> None:
         """This rank can work from now on; prints: fingerprints of what it has loaded."""
@@ -171,6 +182,7 @@ class Membership:
     def reply(self, asked: Asked, answer: Answer) -> None:
         """Sends an answer and returns."""
         answer = replace(answer, waiting=self._asked.qsize())
+        self._has_answered = True
         self._say(asked.decoder, wire.pack_answer(asked.number, answer))
 
     def leave(self) -> None:

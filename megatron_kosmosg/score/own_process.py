@@ -18,6 +18,11 @@ _PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that a process gets when its parent dies."""
 
 
+class ScoreRankLost(RuntimeError):
+    """A score rank of the run's job, which this names, ends with the error that caused it; the run
+    goes on without it."""
+
+
 def go_on_as_child(name: str) -> None:
     """Returns in a child of this process. This process waits for it, passes signals on and ends
     with its exit code, or with 0 where a signal that did not come through here ended it.

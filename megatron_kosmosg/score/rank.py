@@ -21,6 +21,7 @@ from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.drawing import draw_pictures
 from megatron_kosmosg.score.draws import Drawn
 from megatron_kosmosg.score.loss import DenoisingLoss
+from megatron_kosmosg.score.own_process import ScoreRankLost
 from megatron_kosmosg.score.prints import diffusion_prints
 from megatron_kosmosg.score.service import serve
 from megatron_kosmosg.score.stream import open_stream
@@ -30,8 +31,18 @@ def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:
     """Serves the decoder ranks until they end; True when their run is done.
 
     The rank holds the U-Net and the VAE, and reads nothing but target images. The decoder ranks are
-    told of an error that ends it.
+    told of an error that ends it. Raises ScoreRankLost from an error of a rank of the job that does
+    not end the run.
     """
+    try:
+        return _work(config, rank)
+    except Exception as error:
+        if rank.place is None or rank.membership.ends_run(error):
+            raise
+        raise ScoreRankLost(rank.name) from error
+
+
+def _work(config: RunConfig, rank: ScoreRank) -> bool:
     with rank.membership:
         diffusion = load_diffusion(config, rank.device)
         prints = diffusion_prints(config, diffusion)

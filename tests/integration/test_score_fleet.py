@@ -1,5 +1,5 @@
-"""Score ranks join a run of 30 updates (60 with --full), leave it, die, stand still, dawdle and
-lie: it ends at the hash of the run that nobody disturbed."""
+"""Score ranks join a run of 30 updates (60 with --full), leave it, die, raise, stand still, dawdle
+and lie: it ends at the hash of the run that nobody disturbed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kosmosg.config.paths import FAILURE_FILE, LOST_RANKS_FILE, METRICS_FILE
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.score.run_file import RUN_FILE
-from megatron_kosmosg.training.metrics import METRICS_FILE
 from tests.support.fault_runs import Lived
 from tests.support.fleet_runs import Habit, rank_of_job, start_guest, wait_for_iteration
 from tests.support.ranks import Ended, run_ranks_until_they_end
@@ -103,42 +103,37 @@ def test_half_killed_twice_and_new_ones_twice(stable_diffusion, updates, undistu
     assert lived.said.count("has joined") == 2 and lived.said.count("is gone") == 2
 
 
-def test_a_rank_that_stands_still_for_longer_than_the_deadline(
+def test_a_third_of_the_answers_late_and_a_rank_that_stands_still(
     stable_diffusion, updates, undisturbed, tmp_path
 ):
-    habits = {2: Habit(freezes_at=10, frozen=6)}
-    lived = Job(config_of(stable_diffusion, tmp_path, updates), habits).decoder()
-    assert ends_as(undisturbed, lived, tmp_path)
-    assert "score rank 2 is late; its requests go to others" in lived.said
-
-
-def test_a_third_of_the_answers_late(stable_diffusion, updates, undisturbed, tmp_path):
-    late = Habit(delays=3, delay=0.3)
+    late = {"delays": 3, "delay": 0.3}
+    habits = {1: Habit(**late), 2: Habit(**late, freezes_at=10, frozen=4)}
     config = config_of(stable_diffusion, tmp_path, updates, answer_seconds=0.2)
-    lived = Job(config, {1: late, 2: late}).decoder()
+    lived = Job(config, habits).decoder()
     assert ends_as(undisturbed, lived, tmp_path)
-    assert "is late; its requests go to others" in lived.said
+    for rank in (1, 2):
+        assert f"score rank {rank} is late; its requests go to others" in lived.said
 
 
-def test_a_guest_that_lies_changes_nothing(stable_diffusion, updates, undisturbed, tmp_path):
-    job = Job(config_of(stable_diffusion, tmp_path, updates, audit_rate=1.0))
+def test_an_error_a_lie_and_a_guest_that_is_told_to_stop(
+    stable_diffusion, updates, undisturbed, tmp_path
+):
+    config = config_of(stable_diffusion, tmp_path, updates, audit_rate=1.0)
+    job = Job(config, {2: Habit(raises_at=updates // 3)})
     wait_for_iteration(tmp_path, 2)
-    liar = start_guest(tmp_path, Habit(lies=True))
-    lived = job.decoder()
-    assert ends_as(undisturbed, lived, tmp_path)
-    liar.join(60)
-    assert liar.exitcode == 2
-    assert "is evicted: its numbers for a request are not those of score rank" in lived.said
-
-
-def test_a_guest_that_is_told_to_stop_leaves(stable_diffusion, updates, undisturbed, tmp_path):
-    job = Job(config_of(stable_diffusion, tmp_path, updates))
-    wait_for_iteration(tmp_path, 2)
-    guest = start_guest(tmp_path)
+    liar, honest = start_guest(tmp_path, Habit(lies=True)), start_guest(tmp_path)
     wait_for_iteration(tmp_path, 2 * updates // 3)
-    guest.terminate()
-    guest.join(60)
-    assert guest.exitcode == 85
+    honest.terminate()
+    honest.join(60)
+    liar.join(60)
+    assert (honest.exitcode, liar.exitcode) == (85, 2)
     lived = job.decoder()
     assert ends_as(undisturbed, lived, tmp_path)
-    assert "has joined (CPU)" in lived.said and "has left; 2 left" in lived.said
+    assert job.exit_codes() == [0, 0, 0], "a task that fails would end the job"
+    assert lived.said.count("has joined (CPU)") == 2 and "has left; " in lived.said
+    assert "is evicted: its numbers for a request are not those of score rank" in lived.said
+    trouble = "ArithmeticError: this rank's own trouble"
+    assert f"score rank 2 failed: {trouble}; " in lived.said
+    lost = (tmp_path / LOST_RANKS_FILE).read_text()
+    assert "score rank 2 on " in lost and "Traceback" in lost and lost.endswith(f"{trouble}\n\n")
+    assert not (tmp_path / FAILURE_FILE).exists()

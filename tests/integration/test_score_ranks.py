@@ -259,9 +259,9 @@ def test_with_its_last_score_rank_killed_a_run_is_saved_and_the_rerun_goes_on(
     assert_close(curve(tmp_path), curve(colocated))
 
 
-def test_a_raising_score_rank_ends_all_with_its_own_error(world, tmp_path):
+def test_a_score_rank_that_raises_from_the_start_ends_all_with_its_own_error(world, tmp_path):
     run = arguments(world, tmp_path, DEDICATED, TP2)
-    outcomes = run_ranks(3, program, run, Event(2, 3, "raise"))
+    outcomes = run_ranks(3, program, run, Event(2, 1, "raise"))
     assert [outcome.code for outcome in outcomes] == [1, 1, 1]
     assert "rank 2 failed" in outcomes[2].said
     assert "ArithmeticError: this rank's own trouble" in outcomes[2].said

@@ -40,6 +40,8 @@ class Habit:
     delays: int = 0
     """Every n-th answer is late by `delay` seconds."""
     delay: float = 0.0
+    raises_at: int = 0
+    """An error at its n-th request; 0: never."""
     lies: bool = False
     """Its gradients are a hundredth too large."""
 
@@ -88,6 +90,8 @@ def _take_up(habit: Habit) -> None:
         time.sleep(PACE)
         if calls == habit.dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if calls == habit.raises_at:
+            raise ArithmeticError("this rank's own trouble")
         if calls == habit.freezes_at:
             wake = f"sleep {habit.frozen}; kill -CONT {os.getpid()}"
             subprocess.Popen(["sh", "-c", wake])

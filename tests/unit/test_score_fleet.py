@@ -4,6 +4,7 @@ rank and them, over loopback, without a model."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 import torch
 import zmq
 
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.score import member as member_module
 from megatron_kosmosg.score.fleet import Fleet, Patience, ScoreRankFailed
 from megatron_kosmosg.score.member import DecoderAddress, DecoderLost, Membership, NotAdmitted
@@ -25,6 +27,7 @@ from megatron_kosmosg.score.wire import Limits, RunEnd
 LIMITS = Limits(most_rows=4, condition=(3, 8), dtype=torch.bfloat16, image_size=8)
 PRINTS = {"U-Net": "a", "VAE": "b"}
 PATIENCE = Patience(answer=2.0, alone=1.5, load=3.0)
+TROUBLE = ArithmeticError("own trouble")
 
 
 @dataclass
@@ -83,7 +86,7 @@ def serving(
 
     def run() -> None:
         with (
-            contextlib.suppress(ArithmeticError, DecoderLost),
+            contextlib.suppress(ArithmeticError, ConfigError, OSError, DecoderLost),
             member(link, name, standing) as made,
         ):
             made.is_loaded(prints or PRINTS)
@@ -268,22 +271,67 @@ threading.Event().wait(60)
     assert "the run has ended, and this rank has not loaded the U-Net" in said
 
 
-def test_an_error_of_a_rank_of_the_job_is_the_runs(link):
-    def fail(asked: Request) -> Answer:
-        raise ArithmeticError("own trouble")
+def failing(error: Exception = TROUBLE, after: int = 0) -> Work:
+    """Answers requests whose first position is less than `after`, and raises at others."""
 
-    serving(link, "score rank 1", fail)
-    with pytest.raises(ScoreRankFailed, match="score rank 1 failed: ArithmeticError: own trouble"):
-        link.fleet.take(ask(link, 1))
+    def work(asked: Request) -> Answer:
+        if asked.rows.positions[0] >= after:
+            raise error
+        return compute(asked)
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "after"),
+    [(TROUBLE, 0), (ConfigError("a dataset is cut off"), 1), (OSError(errno.ENOSPC, "full"), 1)],
+    ids=["at its first request", "input", "disk"],
+)
+def test_an_error_of_a_rank_of_the_job_that_comes_again_is_the_runs(link, error, after):
+    serving(link, "score rank 1", failing(error, after))
+    for first in range(after):
+        assert equal(link.fleet.take(ask(link, first)), first)
+    told = f"score rank 1 failed: {type(error).__name__}: .*{error.args[-1]}"
+    with pytest.raises(ScoreRankFailed, match=told):
+        link.fleet.take(ask(link, after))
+
+
+def test_what_a_rank_of_the_job_fails_at_later_goes_to_another(link, capfd):
+    serving(link, "score rank 1", failing(after=2))
+    for first in range(2):
+        assert equal(link.fleet.take(ask(link, first)), first)
+    number = ask(link, 2)
+    until(lambda: link.fleet.state()[0] == 0)
+    serving(link, "score rank 2")
+    assert equal(link.fleet.take(number), 2)
+    said = capfd.readouterr().err
+    assert "score rank 1 failed: ArithmeticError: own trouble; 0 left" in said
+
+
+def test_with_its_last_rank_failed_the_run_gives_up_waiting(link):
+    serving(link, "score rank 1", failing(after=1))
+    assert equal(link.fleet.take(ask(link, 0)), 0)
+    started = time.monotonic()
+    assert link.fleet.take(ask(link, 1)) is None
+    assert PATIENCE.alone <= time.monotonic() - started < PATIENCE.alone + 5
+
+
+def test_a_request_at_which_two_ranks_fail_ends_the_run(link):
+    for name in ("score rank 1", "score rank 2"):
+        serving(link, name, failing(after=4))
+    until(lambda: link.fleet.state()[0] == 2)
+    numbers = {first: ask(link, first) for first in range(4)}  # two for each
+    for first, number in numbers.items():
+        assert equal(link.fleet.take(number), first)
+    told = "failed: ArithmeticError: own trouble; at the same request, before it, score rank"
+    with pytest.raises(ScoreRankFailed, match=told):
+        link.fleet.take(ask(link, 4))
 
 
 def test_what_a_guest_fails_at_goes_to_another(link):
-    def fail(asked: Request) -> Answer:
-        raise ArithmeticError("own trouble")
-
     serving(link, "own", lambda asked: (time.sleep(0.2), compute(asked))[1])
     until(lambda: link.fleet.state()[0] == 1)
-    failed = serving(link, "guest", fail, Standing.JOINED)
+    failed = serving(link, "guest", failing(), Standing.JOINED)
     until(lambda: link.fleet.state()[0] == 2)
     for first in range(4):
         assert equal(link.fleet.take(ask(link, first)), first)

@@ -26,7 +26,12 @@ from megatron_kosmosg.data.manifest import Manifest
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.monitoring import signals
-from megatron_kosmosg.monitoring.failure import exit_code_of, forget_failure, report_failure
+from megatron_kosmosg.monitoring.failure import (
+    exit_code_of,
+    forget_failure,
+    report_failure,
+    report_lost_rank,
+)
 from megatron_kosmosg.monitoring.signals import STOP_SIGNALS, StopRequest
 from tests.support.data_helpers import build_dataset
 
@@ -102,6 +107,18 @@ def test_ranks_that_start_at_different_moments_know_this_run_s_failure_from_an_e
     assert "no such device" in (tmp_path / "failure.txt").read_text()
     forget_failure(tmp_path, now + 60)
     assert not (tmp_path / "failure.txt").exists()
+
+
+def test_errors_of_ranks_without_which_the_run_goes_on_are_all_kept(tmp_path, capsys):
+    for name in ("score rank 2", "score rank 5"):
+        report_lost_rank(tmp_path, name, raised(f"trouble of {name}"))
+    kept = (tmp_path / "lost_ranks.txt").read_text()
+    for text in (kept, capsys.readouterr().err):
+        assert text.count("Traceback") == 2 and text.count("which does not end the run") == 2
+        assert text.index("trouble of score rank 2") < text.index("score rank 5 on ")
+    assert report_failure(tmp_path, 0, raised("no memory"), time.time())
+    report_lost_rank(tmp_path / "nowhere", "score rank 2", raised("it is said all the same"))
+    assert "it is said all the same" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["file", "file/run"])
