@@ -17,7 +17,7 @@ MODEL = "KOSMOSG_MODEL"
 FOLDER_NAME = "kosmosg"
 """Of ComfyUI's models; extra_model_paths.yaml may name more places for it."""
 MAX_IMAGES = 32
-"""Sockets. An image takes 66 of the 2,046 positions of the paper's model, so that 30 fit."""
+"""Sockets. An image takes 66 of the 2,048 positions of the paper's model, so that 31 fit."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 folder_paths.add_model_folder_path(FOLDER_NAME, str(Path(folder_paths.models_dir, FOLDER_NAME)))

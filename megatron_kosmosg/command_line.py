@@ -2,14 +2,18 @@
 
 An error is one `error:` line on stderr and an exit code of exit_codes.py. An option that was called
 otherwise once is still taken under its old name, with a note.
+
+Long because it has the type of every option that two commands share: a few lines each, one place.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -88,6 +92,7 @@ def run(work: Callable[[], int], interrupted: str = "interrupted") -> int:
 
     interrupted: what a user reads after Ctrl-C.
     """
+    quieten_imports()
     try:
         return work()
     except BrokenPipeError:
@@ -97,6 +102,14 @@ def run(work: Callable[[], int], interrupted: str = "interrupted") -> int:
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return exit_codes.INTERRUPTED
+
+
+def quieten_imports() -> None:
+    """Hides what libraries advise when they are imported: that torchvision, TransformerEngine and
+    apex are not installed. None is needed, the first does harm beside a CPU torch, and `kosmosg
+    doctor` says what a run uses."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 
 
 def note(message: str) -> None:

@@ -19,6 +19,7 @@ from megatron_kosmosg.command_line import (
     add_overrides,
     command_parser,
     note,
+    quieten_imports,
     report,
 )
 from megatron_kosmosg.config.errors import ConfigError, InputError
@@ -76,6 +77,7 @@ def build_parser() -> CommandParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of this rank."""
     parsed = build_parser().parse_intermixed_args(arguments)
+    quieten_imports()
     try:
         config = load_config(parsed.config, parsed.overrides, note=note)
         check_evaluators(config)

@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 TESTS_AT_MOST, SECTION_AT_MOST, WORTH_STARTING = 240, 360, 20
 """Seconds."""
 OUT_OF_TIME = "ended after"
-OURS, DATA_PATH = "instruct, cached moments", "data path, cached moments"
+OURS, DATA_PATH = "instruct, cached latents", "data path, cached latents"
 EAGER, COMPILED = "plain loop, eager", "plain loop, torch.compile"
 """Names of rows that are compared; the modules that write them import torch, this one does not."""
 
@@ -95,7 +95,7 @@ class Run:
             self.write()
 
     def compare(self) -> None:
-        """Our best `instruct` on cached moments against the loop, with its compiler and without."""
+        """Our best `instruct` on cached latents against the loop, with its compiler and without."""
         self.rows = [row for row in self.rows if row.section != "comparison"]
         values = {row.name: row.value for row in self.rows if row.state == "measured"}
         ours = max((v for name, v in values.items() if name.startswith(OURS) and v), default=None)

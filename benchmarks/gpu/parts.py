@@ -35,7 +35,7 @@ from megatron_kosmosg.toy import assets
 _HALF = ((0.5,) * 3,) * 2
 """Mean and deviation of targets."""
 DECODED_AT_ONCE, CACHE = 16, "benchmark"
-DATA_PATH = "data path, cached moments"
+DATA_PATH = "data path, cached latents"
 
 
 def unet_rows(sizes: Sizes, folder: Path, device: torch.device) -> Iterator[Row]:

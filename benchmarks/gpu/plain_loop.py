@@ -2,7 +2,7 @@
 without this project's layers, schedule, optimizer and step.
 
 It gets what such a loop can have: bf16 autocast over float32 weights, a bf16 U-Net in the faster
-memory format, SDPA, cached moments, fused AdamW, pinned batches, its own best batch, and
+memory format, SDPA, cached latents, fused AdamW, pinned batches, its own best batch, and
 torch.compile.
 Ours also computes the null condition's row, for which the loop takes zeros.
 """

@@ -21,7 +21,7 @@ from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.setup import build_trained
 from megatron_kosmosg.training.step import Reporter, train_step
 
-INSTRUCT = "instruct, cached moments"
+INSTRUCT = "instruct, cached latents"
 
 
 class OneRank:
@@ -104,7 +104,7 @@ def step_rows(sizes: Sizes, folder: Path, device: torch.device) -> Iterator[Row]
 
 
 def instruct_rows(sizes: Sizes, folder: Path, device: torch.device) -> Iterator[Row]:
-    """`instruct` with cached moments and with images, and what compiling and graphs give at the
+    """`instruct` with cached latents and with images, and what compiling and graphs give at the
     best batch of the former."""
     images = sizes.rows["instruct"][1]
     cached = ("data.latent_cache=latents",)

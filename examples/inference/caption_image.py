@@ -74,7 +74,7 @@ class Captioner:
         fragments = prompt.split(PLACEHOLDER)
         if len(fragments) - 1 != len(pictures):
             raise ValueError(
-                f"{len(fragments) - 1} {PLACEHOLDER} in the prompt, {len(pictures)} picture(s)"
+                f"{len(fragments) - 1} {PLACEHOLDER} in the prompt, {len(pictures)} image(s)"
             )
         model, slots = self.model, self.model.config.latent_query_num
         start, end = self.tokenizer.convert_tokens_to_ids(["<image>", "</image>"])
@@ -159,7 +159,7 @@ def main() -> int:
         "--image", type=Path, action="append", required=True, metavar="FILE", help="repeatable"
     )
     parser.add_argument(
-        "--prompt", help="words around the pictures, with <image> for each (default: pictures only)"
+        "--prompt", help="words around the images, with <image> for each (default: images only)"
     )
     parser.add_argument("--beams", type=int, default=1, help="1 is greedy search (default)")
     parser.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="(40)")

@@ -39,10 +39,10 @@ def add_arguments(parser):
     parser.add_argument(
         *("--control-image", "--control"),
         required=True,
-        help="its picture; the result has its size",
+        help="its image; the result has its size",
     )
     parser.add_argument(
-        "--image-size", "--size", type=int, help="side to which that picture is resized"
+        "--image-size", "--size", type=int, help="side to which that image is resized"
     )
 
 

@@ -22,7 +22,7 @@ def draw(args):
 
 
 def add_arguments(parser):
-    parser.add_argument("--start", required=True, help="the picture to start from")
+    parser.add_argument("--start", required=True, help="the image to start from")
     parser.add_argument("--strength", type=float, default=0.7, help="0: keep it, 1: forget it")
 
 

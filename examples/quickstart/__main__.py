@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     print(f"\n{table(rows)}\n\nPage: {out / 'report.html'}")
     failures = missed(rows)
     if arguments.fast:
-        print("--fast shows that every step works; its pictures are not meant to be good.")
+        print("--fast shows that every step works; its images are not meant to be good.")
         return exit_codes.DONE
     for name in failures:
         print(f"threshold missed: {name}", file=sys.stderr)

@@ -14,9 +14,9 @@ SECTIONS = {"train": "data.blend", "heldout": "data.heldout"}
 SD_FOLDER = Path("megatron_kosmosg/toy/assets/stable-diffusion")
 STAGES = ("pretrain", "align", "instruct")
 STAGE_TITLES = {
-    "pretrain": "pretrain: read text and pictures",
+    "pretrain": "pretrain: read text and images",
     "align": "align: speak the image decoder's language",
-    "instruct": "instruct: draw what the prompt's pictures show",
+    "instruct": "instruct: draw what the prompt's images show",
 }
 
 
@@ -168,7 +168,7 @@ def _world_step(out: Path, sizes: Sizes) -> Step:
     command = ("tools/make_toy_world.py", "--output", str(out / "world"))
     return Step(
         name="world",
-        title="toy world: pictures and captions as files",
+        title="toy world: images and captions as files",
         command=(sys.executable, *command, "--size", str(sizes.world), "--seed", "0"),
         outputs=(out / "world",),
         seconds=sizes.seconds["world"],
@@ -360,7 +360,7 @@ def _evaluation_step(out: Path, sizes: Sizes, runs: dict[str, Path]) -> Step:
     arguments += ["--output", str(out / "evaluation")]
     return Step(
         name="evaluate",
-        title="draw held-out prompts and judge the pictures",
+        title="draw held-out prompts and judge the images",
         command=(sys.executable, "tools/evaluate_toy.py", *arguments, *sizes.evaluation),
         outputs=(out / "evaluation" / "metrics.json",),
         seconds=sizes.seconds["evaluate"],

@@ -24,7 +24,7 @@ FREE_TO_CHANGE = (
     "data.num_workers",
     "data.balance_tokens",  # the same samples, added up in another order
     "data.image_backend",  # another decoder rounds pixels differently, nothing more
-    "data.latent_cache",  # cached moments equal computed ones
+    "data.latent_cache",  # cached latents equal computed ones
     "data.max_bad_images",
     "score.placement",
     "score.ranks_per_replica",

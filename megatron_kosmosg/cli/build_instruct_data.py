@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -30,15 +29,15 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 Each step takes a local folder of transformers or a JSONL file of your own:
-  --captions  BLIP-2 folder | FILE {"key", "caption"} | input (captions that came with the pictures)
+  --captions  BLIP-2 folder | FILE {"key", "caption"} | input (captions that came with the images)
   --entities  folder of a language model | FILE {"key", "entities": [{"text", "span"}, ..]} |
               noun-phrases (no model)
   --masks     CLIPSeg folder | FILE {"key", "entities": [{"text", "span", "mask": PNG or null}, ..]}
-One file may serve all three. A key is the picture's name in its folder without the ending. Leave
+One file may serve all three. A key is the image's name in its folder without the ending. Leave
 --masks (and --entities) out to stop before that step; the same command with it goes on.
 
 examples:
-  kosmosg build-data --input pictures --output built --captions blip2-opt-6.7b \\
+  kosmosg build-data --input images --output built --captions blip2-opt-6.7b \\
       --entities qwen2.5-7b-instruct --masks clipseg-rd64-refined
   kosmosg build-data --input 'laion/*.tar' --output built --captions input \\
       --entities noun-phrases --masks clipseg-rd64-refined
@@ -62,22 +61,22 @@ def build_parser() -> CommandParser:
         "--input",
         nargs="+",
         required=True,
-        metavar="PICTURES",
+        metavar="IMAGES",
         help="folders, tar files, Open Images' CSV list, or whatever --kind caption reads",
     )
     add("--output", type=file_path, required=True, metavar="FOLDER", help="for records and report")
     add("--captions", required=True, metavar="FROM", help="model folder, file, or input")
     add("--entities", metavar="FROM", help="model folder, file, or noun-phrases")
     add("--masks", metavar="FROM", help="model folder or file")
-    add("--limit", type=positive_int, metavar="N", help="use only the first N pictures")
+    add("--limit", type=positive_int, metavar="N", help="use only the first N images")
     add(
         "--image-root",
         type=some_text,
         metavar="DIR",
-        help="folder of the pictures, if not that of the input file",
+        help="folder of the images, if not that of the input file",
     )
     choices = parser.add_argument_group("what is kept").add_argument
-    choices("--max-entities", type=positive_int, default=5, metavar="N", help="of a picture (5)")
+    choices("--max-entities", type=positive_int, default=5, metavar="N", help="of an image (5)")
     choices("--threshold", type=share, default=0.3, metavar="P", help="of a mask's pixels (0.3)")
     choices(
         "--min-entity-side",
@@ -91,7 +90,7 @@ def build_parser() -> CommandParser:
         type=positive_int,
         default=1,
         metavar="N",
-        help="pixels of a picture (1)",
+        help="pixels of an image (1)",
     )
     choices(
         "--entity-prompt",
@@ -123,7 +122,7 @@ def build_parser() -> CommandParser:
         type=positive_int,
         default=1000,
         metavar="N",
-        help="pictures whose work is lost at most when a process ends (1000)",
+        help="images whose work is lost at most when a process ends (1000)",
     )
     work(
         "--sheet-rows",
@@ -146,7 +145,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from megatron_kosmosg.construction.run import SHEET_FILE, ModelSettings, build
     from megatron_kosmosg.files import fingerprint
     from megatron_kosmosg.launcher import find_worker
@@ -216,7 +214,7 @@ def _write_sheet(records: StepFolder, num_shards: int, args: argparse.Namespace)
     from megatron_kosmosg.inference.picture_files import save_atomically
 
     rows = [
-        SheetRow(shown.caption, [("picture", shown.target)], shown.entities)
+        SheetRow(shown.caption, [("image", shown.target)], shown.entities)
         for shown in shown_records(records, num_shards, args.sheet_rows)
     ]
     if rows:

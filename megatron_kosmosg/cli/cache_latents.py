@@ -1,4 +1,4 @@
-"""VAE moments of every target image, computed once: PREFIX.NAME.bin/.idx/.json beside a dataset."""
+"""The latents of every target image, computed once: PREFIX.NAME.bin/.idx/.json beside a dataset."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ EPILOG = """\
 commands (each has its own --help with an example):
   import-fairseq  the authors' checkpoint_stage1.pt, checkpoint_stage2.pt, checkpoint_final.pt
   import-kosmos2  microsoft/kosmos-2-patch14-224 as a start of pretrain
-  export-hf       a diffusers folder: pictures with diffusers, text with transformers
+  export-hf       a diffusers folder: images with diffusers, text with transformers
   export-lora     its adapters (lora.rank), for PEFT on the model that they were trained on
   export-mllm     only its language model, a stock Kosmos-2 (also of a pretrain checkpoint)
   import-hf       either of these folders back
@@ -121,7 +121,7 @@ example:
   kosmosg convert import-kosmos2 --input kosmos-2-patch14-224 --output runs/kosmos2
 """
 VERIFY = """\
-Runs two models on the same random prompts, with two pictures, one and none, in float32, and prints
+Runs two models on the same random prompts, with two images, one and none, in float32, and prints
 how far hidden states, logits and (where both have an AlignerNet) conditions are apart.
 
 Each of --a and --b is a run or checkpoint, a folder of export-hf or export-mllm, or one of the

@@ -135,7 +135,6 @@ def _source(args: argparse.Namespace) -> ModelSource:
 
 def _serve(args: argparse.Namespace) -> int:
     import dataclasses
-    import os
     from importlib.util import find_spec
 
     from megatron_kosmosg.config.errors import ConfigError
@@ -144,17 +143,18 @@ def _serve(args: argparse.Namespace) -> int:
     from megatron_kosmosg.demo.serving import check_address, serve
     from megatron_kosmosg.demo.start_values import START_VALUES, TOY_START_VALUES
     from megatron_kosmosg.launcher import ALONE
-    from megatron_kosmosg.parallel.devices import named_device
 
     if args.control_scale > MAX_SCALE:
         raise ConfigError(f"--control-scale {args.control_scale:g}: at most {MAX_SCALE:g} here")
     source = _source(args)
     folders = named_folders(args.controlnet)
+    # What is wrong so far is said before libraries are loaded, which takes seconds.
+    from megatron_kosmosg.parallel.devices import named_device
+
     device = named_device(args.device, ALONE)
     if find_spec("gradio") is None:
         raise ConfigError("the page needs gradio: pip install 'megatron-kosmosg[web]'")
     check_address(args.host, args.port)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     print("opening the model ...", flush=True)
 
     from megatron_kosmosg.demo.studio import Studio

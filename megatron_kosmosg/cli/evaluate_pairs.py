@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 examples:
-  kosmosg evaluate pairs --generated pictures --reference photos --output judged \\
+  kosmosg evaluate pairs --generated drawn --reference photos --output judged \\
       --dino dino_deitsmall16_pretrain.pth --clip clip-vit-base-patch32
   kosmosg evaluate pairs --pairs pairs.jsonl --clip clip-vit-base-patch32 --output judged
-  kosmosg launch --ranks 8 evaluate pairs --generated pictures --reference val2014 \\
+  kosmosg launch --ranks 8 evaluate pairs --generated drawn --reference val2014 \\
       --inception weights-inception-2015-12-05-6726825d.pth --fid-protocol clean-fid --output fid
 
 --dino gives DINO, --clip gives CLIP-I and, where there are texts, CLIP-T; --inception gives FID.

@@ -1,4 +1,4 @@
-"""Draws pictures for one prompt or a JSONL file of prompts, on one process or many.
+"""Draws images for one prompt or a JSONL file of prompts, on one process or many.
 
 Long because it is a help page, and what its options say in the terms of inference/.
 """
@@ -38,21 +38,21 @@ if TYPE_CHECKING:
 EPILOG = """\
 examples:
   kosmosg generate --model exported --prompt "<image> in the snow" --image cat.png \\
-      --num-images 4 --output pictures
+      --num-images 4 --output drawn
   kosmosg generate --model runs/instruct --stable-diffusion stable-diffusion-v1-5 \\
-      --content '[{"text": "a"}, {"image": "cat.png"}, {"text": "on a beach"}]' --output pictures
+      --content '[{"text": "a"}, {"image": "cat.png"}, {"text": "on a beach"}]' --output drawn
   kosmosg launch --ranks 8 generate --model exported \\
-      --prompts prompts.jsonl --scheduler dpm++ --steps 100 --guidance-scale 7.5 --output pictures
+      --prompts prompts.jsonl --scheduler dpm++ --steps 100 --guidance-scale 7.5 --output drawn
 
 A JSONL record is {"prompt": "<image> in snow", "images": ["cat.png"]} or {"content": [{"text": ..}
-or {"image": ..}, ...]}, pictures named relative to the file, in its folder or --image-root.
-Optional fields: id (names the pictures ID-0.png, ID-1.png, ..; the line's number if absent),
+or {"image": ..}, ...]}, images named relative to the file, in its folder or --image-root.
+Optional fields: id (names the results ID-0.png, ID-1.png, ..; the line's number if absent),
 negative_prompt, seed, num_images, steps, guidance, height, width, control_image. Drawing options
 are the defaults of all records.
 
-The same command continues an interrupted run. A picture is drawn again only if something that
-decides how it looks has changed. Ranks (launch or srun) share the records; the pictures are the
-same for any number of them. Exit codes: 0 this rank's pictures are there; 1 one could not be
+The same command continues an interrupted run. An image is drawn again only if something that
+decides how it looks has changed. Ranks (launch or srun) share the records; the images are the
+same for any number of them. Exit codes: 0 this rank's images are there; 1 one could not be
 written; 2 wrong arguments or input; 130 interrupted.
 """
 
@@ -86,10 +86,10 @@ def build_parser() -> CommandParser:
         "--image-root",
         type=some_text,
         metavar="DIR",
-        help="where pictures of --prompts may lie besides the folder of that file",
+        help="where images of --prompts may lie besides the folder of that file",
     )
     parser.add_argument(
-        "--output", type=file_path, required=True, metavar="FOLDER", help="for pictures"
+        "--output", type=file_path, required=True, metavar="FOLDER", help="for the results"
     )
     drawing = parser.add_argument_group("drawing")
     drawing.add_argument("--negative-prompt", default="", metavar="TEXT", help="what not to draw")
@@ -161,11 +161,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(arguments)
     if args.image and args.prompt is None:
-        parser.error("--image belongs to --prompt; --content and --prompts name their pictures")
+        parser.error("--image belongs to --prompt; --content and --prompts name their images")
     if args.lora_scale and len(args.lora_scale) != len(args.lora):
         parser.error(f"{len(args.lora_scale)} --lora-scale for {len(args.lora)} --lora")
     if args.image_root and args.prompts is None:
-        parser.error("--image-root belongs to --prompts, whose pictures it allows")
+        parser.error("--image-root belongs to --prompts, whose images it allows")
     if args.control_image and not args.controlnet:
         parser.error("--control-image needs --controlnet")
     return args
@@ -239,7 +239,7 @@ def _records(args: argparse.Namespace) -> list[PromptRecord]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when this rank's pictures are all there, 2 when nothing was drawn, 1 when one could not be
+    """0 when this rank's images are all there, 2 when nothing was drawn, 1 when one could not be
     written, 130 on Ctrl-C; a message on stderr."""
     args = parse(arguments)
     return run(lambda: _generate(args), "stopped; the same command continues")

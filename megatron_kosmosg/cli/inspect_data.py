@@ -24,8 +24,8 @@ from megatron_kosmosg.terminal_text import printable, printable_lines
 
 EPILOG = """\
 Prints the manifest, length distributions and token statistics, and writes one self-contained HTML
-page with random samples: prompts with their pictures in place, targets, masks, which labels count.
---check reads every sample and decodes every picture; the exit code is then 1 when one is bad.
+page with random samples: prompts with their images in place, targets, masks, which labels count.
+--check reads every sample and decodes every image; the exit code is then 1 when one is bad.
 
 examples:
   kosmosg inspect data/edit --tokenizer-model sentencepiece.bpe.model

@@ -31,7 +31,7 @@ from megatron_kosmosg.launcher import LISTENER
 EPILOG = """\
 examples:
   kosmosg launch --ranks 2 train --config toy_pretrain logging.output_dir=runs/pretrain
-  kosmosg launch --ranks 8 generate --model exported --prompts prompts.jsonl --output pictures
+  kosmosg launch --ranks 8 generate --model exported --prompts prompts.jsonl --output drawn
   kosmosg launch --ranks 8 --nodes 4 --node-rank 1 --address node0:29500 train --config F.yaml
 
 Signals go on to all ranks: after SIGTERM, SIGUSR1 or Ctrl-C training saves its state. The exit code

@@ -34,7 +34,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
         Command("preprocess", "cli.preprocess_data", "raw files -> a dataset that training reads"),
         Command("inspect", "cli.inspect_data", "what a dataset holds, as numbers and as a page"),
         Command("shards", "cli.dataset_shards", "many datasets as one: lists shards, checks each"),
-        Command("cache-latents", "cli.cache_latents", "VAE moments of target images, once"),
+        Command("cache-latents", "cli.cache_latents", "the VAE's latents of target images, once"),
         Command("build-data", "cli.build_instruct_data", "images -> captions, entities, masks"),
     ),
     "training": (

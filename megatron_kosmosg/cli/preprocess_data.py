@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from megatron_kosmosg.preprocess.run import PreprocessJob
 
 EPILOG = """\
-records, one JSON object a line; pictures are named relative to the folder of the JSONL file:
+records, one JSON object a line; images are named relative to the folder of the JSONL file:
 {records}
 "key" is optional; further fields are kept with the sample. `span` counts characters of the caption
 and holds the entity's words. A mask has one channel, the size of its image, and 255 = entity; null
@@ -115,32 +115,32 @@ def build_parser() -> CommandParser:
         default="blank",
         help="plain text: a document ends at a blank line, at each line, or at the end of the file",
     )
-    pictures = parser.add_argument_group("pictures").add_argument
-    pictures(
+    images = parser.add_argument_group("images").add_argument
+    images(
         "--verify-images",
         choices=VERIFICATIONS,
         default="decode",
         help="header is faster, but a truncated file passes it",
     )
-    pictures(
+    images(
         "--max-image-pixels",
         type=positive_int,
         default=MAX_IMAGE_PIXELS,
         metavar="N",
-        help="reject larger pictures by their header (%(default)s)",
+        help="reject larger images by their header (%(default)s)",
     )
-    pictures(
+    images(
         "--min-image-side",
         type=positive_int,
         default=1,
         metavar="N",
-        help="reject pictures whose shorter side has fewer pixels (1)",
+        help="reject images whose shorter side has fewer pixels (1)",
     )
-    pictures(
+    images(
         "--image-root",
         type=some_text,
         metavar="DIR",
-        help="folder of the pictures, if not that of the input file",
+        help="folder of the images, if not that of the input file",
     )
     documents = parser.add_argument_group("--kind interleaved").add_argument
     documents(
@@ -154,12 +154,12 @@ def build_parser() -> CommandParser:
         "--max-images",
         type=positive_int,
         metavar="N",
-        help="keep only the first N pictures of a document",
+        help="keep only the first N images of a document",
     )
     documents(
         "--drop-bad-images",
         action="store_true",
-        help="leave bad or missing pictures out instead of rejecting the document",
+        help="leave bad or missing images out instead of rejecting the document",
     )
     return parser
 

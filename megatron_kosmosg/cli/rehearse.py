@@ -54,7 +54,7 @@ def build_parser() -> CommandParser:
         "--json", type=file_path, metavar="FILE", help="also write all counts there"
     )
     parser.add_argument(
-        "--page", type=file_path, metavar="FILE", help="also write an HTML page with pictures there"
+        "--page", type=file_path, metavar="FILE", help="also write an HTML page with charts there"
     )
     add_overrides(parser, "settings that win over the file")
     return parser

@@ -137,13 +137,13 @@ class DataConfig:
     caption_drop_prob: float = 0.5
     """Probability that an edit sample loses the caption of its original image."""
     entity_text_drop_prob: float = 0.5
-    """Probability that entity words are dropped, leaving only the picture."""
+    """Probability that entity words are dropped, leaving only the image."""
     entity_text_drop_per: Literal["sample", "entity"] = "sample"
     """One coin per sample (the authors' code) or per entity (as the paper reads)."""
     background_keep_prob: float = 0.5
-    """Probability that an entity picture keeps its background instead of white."""
+    """Probability that an entity's image keeps its background instead of white."""
     latent_cache: str | None = None
-    """Name of the VAE moments of target images that `kosmosg cache-latents` left beside each
+    """Name of the cached latents of target images that `kosmosg cache-latents` left beside each
     dataset of data.blend (`instruct`); null encodes the images while training."""
     max_bad_images: int = 100
     """Undecodable images, over all ranks and restarts, above which the run stops."""

@@ -106,7 +106,7 @@ def _write_shards(
             break
         shards = source.reader(options).shards(source.path, left, size)
         if not shards:
-            raise ValueError(f"--input {source.path} holds no pictures")
+            raise ValueError(f"--input {source.path} holds no images")
         for shard in shards:
             write_json(_shard_file(output, number), _stored(source, shard))
             number += 1

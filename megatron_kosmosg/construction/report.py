@@ -63,8 +63,8 @@ class Report:
         """A table for people."""
         rows: list[tuple[str, int | str]] = []
         for step in self.steps:
-            rows.append((f"{step.name}: pictures kept", step.kept))
-            rows.append((f"{step.name}: pictures left out", step.rejected.total()))
+            rows.append((f"{step.name}: images kept", step.kept))
+            rows.append((f"{step.name}: images left out", step.rejected.total()))
             rows += [(f"    {reason}", n) for reason, n in step.rejected.most_common()]
             if step.left_out:
                 rows.append((f"{step.name}: entities left out", step.left_out.total()))
@@ -86,7 +86,7 @@ class Report:
         """What was taken and left out, with the reasons of all steps."""
         pictures = sum((step.rejected for step in self.steps), Counter())
         entities = sum((step.left_out for step in self.steps), Counter())
-        said = [said_reasons("pictures left out", pictures)]
+        said = [said_reasons("images left out", pictures)]
         said += [said_reasons("entities left out", entities)] if entities else []
         return ", ".join([f"{self.num_records:,} records made", *said])
 
@@ -125,7 +125,7 @@ def _area_name(area: float) -> str:
     edges = (0.0, *AREA_EDGES)
     i = int(np.searchsorted(AREA_EDGES, area, side="right"))
     above = f"{100 * edges[i]:3.0f} %"
-    return f"from {above} of the picture" if i < len(AREA_EDGES) else f"from {above}: nearly all"
+    return f"from {above} of the image" if i < len(AREA_EDGES) else f"from {above}: nearly all"
 
 
 @dataclass(frozen=True)

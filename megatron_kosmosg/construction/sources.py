@@ -105,7 +105,7 @@ class OpenImagesReader:
         columns = _columns(path)
         if ID_COLUMN not in columns:
             raise ValueError(
-                f"--input {path}: a CSV file must be Open Images' list of pictures with a column "
+                f"--input {path}: a CSV file must be Open Images' list of images with a column "
                 f"{ID_COLUMN}; its columns are {', '.join(columns)[:200]}"
             )
         return shards

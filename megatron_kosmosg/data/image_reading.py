@@ -62,7 +62,7 @@ def open_image(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UnreadableImage("has too many pixels", decoding_reason(error)) from error
     except Image.UnidentifiedImageError as error:
-        raise UnreadableImage("is not a known picture format") from error
+        raise UnreadableImage("is not a known image format") from error
     except Exception as error:  # noqa: BLE001 - Pillow raises anything on a damaged file
         raise UnreadableImage("cannot be decoded", decoding_reason(error)) from error
     require_certain_pixels(image)
@@ -158,7 +158,7 @@ def over_white(image: Image.Image, mask: Image.Image | None = None) -> Image.Ima
     Pillow raises for a damaged file, ValueError where sizes differ.
     """
     if mask is not None and mask.size != image.size:
-        raise ValueError(f"a mask of {mask.size} for a picture of {image.size}")
+        raise ValueError(f"a mask of {mask.size} for an image of {image.size}")
     image = eight_bits(image)
     shown = mask
     if image.mode in ("LA", "RGBA"):

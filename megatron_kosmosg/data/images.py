@@ -73,9 +73,9 @@ class BrokenDecoder(ConfigError):
     def __init__(self, backend: str, device_id: int | None, reason: str) -> None:
         other = "pillow" if backend == "dali" else "dali"
         place = "the CPU" if device_id is None else f"CUDA device {device_id}"
-        self.reason = f"it fails on {place} on a picture known to be good: {reason}"
+        self.reason = f"it fails on {place} on an image known to be good: {reason}"
         super().__init__(
-            f"data.image_backend={backend} does not work on {place}, it fails on a picture known "
+            f"data.image_backend={backend} does not work on {place}, it fails on an image known "
             f"to be good: {reason}; repair its installation or set data.image_backend={other}"
         )
 

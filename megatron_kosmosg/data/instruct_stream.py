@@ -234,7 +234,7 @@ class InstructStream:
             stored = [
                 cache.moments(sample.index) for cache, sample in zip(caches, samples, strict=True)
             ]
-            reason = "the target has no cached moments because it could not be decoded"
+            reason = "the target has no cached latents because it could not be decoded"
             bad = [BadImage(i, reason) for i, moments in enumerate(stored) if moments is None]
             blank = np.zeros(caches[0].manifest.shape, np.float16)
             whole = [blank if moments is None else moments for moments in stored]

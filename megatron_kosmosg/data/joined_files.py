@@ -1,7 +1,7 @@
 """What PREFIX.bin and PREFIX.idx would hold, were the shards of a dataset joined; read in pieces.
 
 The fingerprint of a dataset in shards is that of the joined one: checkpoints, packing indices and
-cached targets of either belong to both.
+cached latents of either belong to both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""VAE moments of target images, computed once: PREFIX.NAME.bin/.idx/.json beside a dataset.
+"""The VAE's latents of target images, computed once: PREFIX.NAME.bin/.idx/.json beside a dataset.
 
 The files are a Megatron multimodal indexed dataset like the samples': document i holds the moments
 of sample i, float16 [2, channels, height, width], mean and standard deviation of the posterior.

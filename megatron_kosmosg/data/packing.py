@@ -63,7 +63,7 @@ class PackedDataset:
             )
         if capacity < sequence_format.image_length + 2:
             raise ConfigError(
-                f"data.seq_length={capacity - 1} does not hold one picture of "
+                f"data.seq_length={capacity - 1} does not hold one image of "
                 f"{sequence_format.image_length} positions; raise data.seq_length"
             )
         store.check_tokenizer(sequence_format.tokenizer)
@@ -73,7 +73,7 @@ class PackedDataset:
         self._index_folder = index_folder
         self._sentences = store.sentences(sequence_format.tokenizer)
         if self._sentences.is_empty:
-            raise ConfigError(f"data.blend.{name}: {store.prefix} holds no text and no pictures")
+            raise ConfigError(f"data.blend.{name}: {store.prefix} holds no text and no images")
         self._lock = threading.Lock()
         self._epoch_rows: list[int] = []
         """Rows of each epoch indexed so far; later epochs follow from earlier ones."""

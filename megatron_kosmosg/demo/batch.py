@@ -1,4 +1,4 @@
-"""A JSONL of prompts and the images that it names -> a zip of pictures, as `kosmosg generate`."""
+"""A JSONL of prompts and the images that it names -> a zip of images, as `kosmosg generate`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def draw_batch(
     progress: Progress,
     stop: threading.Event,
 ) -> Path:
-    """`folder`/pictures.zip with every picture, and a sheet of the first prompts.
+    """`folder`/images.zip with every image, and a sheet of the first prompts.
 
     folder: new and empty. images: files that the records name, each by its own name. defaults: for
     what a record does not say. Raises PromptError before anything is drawn, Cancelled soon after
@@ -57,19 +57,19 @@ def draw_batch(
     """
     records = gathered(jsonl, images, folder / "prompts")
     plan = studio.plan(defaults, defaults.options)
-    job = Job(records, plan, folder / "pictures", "contact_sheet.png")
+    job = Job(records, plan, folder / "images", "contact_sheet.png")
     total = sum(len(plan.pictures(record)) for record in records)
     finished = 0
 
     def report(done: int, everything: int) -> None:
         nonlocal finished
         finished = done
-        progress(done / everything, f"{done} of {everything} pictures")
+        progress(done / everything, f"{done} of {everything} images")
         if stop.is_set():
-            raise Cancelled(f"stopped after {done} of {everything} pictures")
+            raise Cancelled(f"stopped after {done} of {everything} images")
 
     def of_all(share: float, words: str) -> None:
-        progress((finished + share) / total, f"{finished} of {total} pictures, {words}")
+        progress((finished + share) / total, f"{finished} of {total} images, {words}")
 
     def step(done: int) -> None:
         step_reporter(max(steps_of(defaults.options), done), of_all, stop)(done)
@@ -78,7 +78,7 @@ def draw_batch(
         studio.prepare(defaults)
         generate(job, lambda: SteppingDrawer(studio.drawer, step), report)
     write_sheet(job, SHEET_ROWS)
-    return zipped(job.folder, folder / "pictures.zip")
+    return zipped(job.folder, folder / "images.zip")
 
 
 def gathered(jsonl: Path, images: Sequence[Path], folder: Path) -> list[PromptRecord]:

@@ -48,7 +48,7 @@ def caption_tab(studio: Studio, start: StartValues, sessions: Sessions) -> None:
 def batch_tab(studio: Studio, sessions: Sessions, controls: dict[str, Any]) -> None:
     gr.Markdown(
         "A JSONL file of prompts, as `kosmosg generate --prompts` reads, and the images that it "
-        "names (without folders): a zip of pictures. What a record does not say is as the tab Draw "
+        "names (without folders): a zip of images. What a record does not say is as the tab Draw "
         "shows it."
     )
     jsonl = gr.File(label="Prompts (.jsonl)", file_types=[".jsonl", ".json"], elem_id="jsonl")
@@ -61,7 +61,7 @@ def batch_tab(studio: Studio, sessions: Sessions, controls: dict[str, Any]) -> N
     with gr.Row():
         button = gr.Button("Draw all", variant="primary", elem_id="draw-all")
         cancel = gr.Button("Cancel")
-    result = gr.File(label="Pictures (.zip)", interactive=False, elem_id="zip")
+    result = gr.File(label="Drawn images (.zip)", interactive=False, elem_id="zip")
 
     def draw_all(
         jsonl: str | None,
@@ -92,7 +92,7 @@ def batch_tab(studio: Studio, sessions: Sessions, controls: dict[str, Any]) -> N
             "control_scale": control_scale, "lora_scale": lora_scale,
             "start_image": start_image, "control_image": control_image,
         }  # fmt: skip
-        with errors_for_people(*paths, made / "prompts" / "x", made / "pictures" / "x"):
+        with errors_for_people(*paths, made / "prompts" / "x", made / "images" / "x"):
             if jsonl is None:
                 raise PromptError("add a JSONL file of prompts")
             defaults = draw_request("", [], given)

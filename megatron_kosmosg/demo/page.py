@@ -144,7 +144,7 @@ def _draw_tab(
             loaded = gr.HTML("", elem_id="loaded")
             with gr.Accordion("History of this tab", open=False):
                 history = gr.Gallery(
-                    label="Earlier pictures",
+                    label="Earlier images",
                     columns=4,
                     format="png",
                     object_fit="contain",

@@ -9,11 +9,14 @@ import socket
 import tempfile
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.demo.requests import MAX_UPLOAD_BYTES
 from megatron_kosmosg.demo.start_values import StartValues
-from megatron_kosmosg.demo.studio import Studio
+
+if TYPE_CHECKING:
+    from megatron_kosmosg.demo.studio import Studio
 
 QUIET = {
     "GRADIO_ANALYTICS_ENABLED": "False",

@@ -49,7 +49,7 @@ def pipeline_from_checkpoint(
     checkpoint = CheckpointTensors(run)
     if not any(name.startswith(OURS) for name in checkpoint.names()):
         raise ConversionError(
-            f"{checkpoint.path} is of stage {checkpoint.stage} and has no AlignerNet; pictures "
+            f"{checkpoint.path} is of stage {checkpoint.stage} and has no AlignerNet; images "
             "need a checkpoint of align or instruct"
         )
     diffusion: dict[str, Any] = {"vae": None, "unet": None, "scheduler": None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,7 +82,6 @@ def run(request: Request, place: Place) -> Finished:
 
     def open_model() -> Drawer:
         # Imported here: what is wrong with the prompts is said before libraries are loaded.
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from megatron_kosmosg.inference.open_model import open_drawer
         from megatron_kosmosg.parallel.platform import torch_dtype
 

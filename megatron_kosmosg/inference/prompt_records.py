@@ -6,7 +6,7 @@ relative to the folder of the file, and lie in it:
   images           list of files
   content          instead of the two: [{"text": ..} or {"image": file}, ...], where words are
                    words, also "<image>"
-  id               names the pictures ID-0.png, ID-1.png, ..; the line's number if absent
+  id               names the results ID-0.png, ID-1.png, ..; the line's number if absent
   negative_prompt, seed, num_images, steps, guidance, height, width, control_image, start_image,
   strength
 Long because each field is checked, and each fault said, here.
@@ -164,7 +164,7 @@ def parse_record(
         raise PromptError(f"{place}: give either prompt (with images) or content")
     if "content" in given:
         if "images" in given:
-            raise PromptError(f"{place}: content holds its pictures itself; leave out images")
+            raise PromptError(f"{place}: content holds its images itself; leave out images")
         content = interleaved_content(given["content"], folder, place)
     else:
         content = _placeholder_content(given["prompt"], given.get("images", []), folder, place)
@@ -218,7 +218,7 @@ def split_prompt(prompt: str, images: Sequence[Path], place: str) -> tuple[Part,
     if len(fragments) - 1 != len(images):
         raise PromptError(
             f"{place}: {len(fragments) - 1} {PLACEHOLDER} in the prompt but {len(images)} "
-            f"image(s) given; write {PLACEHOLDER} once where each picture goes"
+            f"image(s) given; write {PLACEHOLDER} once where each image goes"
         )
     content: list[Part] = []
     for i, fragment in enumerate(fragments):
@@ -261,9 +261,9 @@ def open_picture(path: Path) -> Image.Image:
     try:
         return read_image(read_file(path))
     except FileNotFoundError:
-        raise PromptError(f"no picture {path}") from None
+        raise PromptError(f"no image {path}") from None
     except (OSError, UnreadableImage) as error:
-        raise PromptError(f"{path} cannot be decoded as a picture: {error}") from error
+        raise PromptError(f"{path} cannot be decoded as an image: {error}") from error
 
 
 def _short(value: Any) -> str:

@@ -116,7 +116,7 @@ class _Checker:
         if not kind.is_plain_text and not raw.info.get("key"):
             yield "no key"
         if kind.part_modes is not None and tuple(raw.modes) != kind.part_modes:
-            yield f"parts {raw.modes} instead of {list(kind.part_modes)} (0 text, 1 picture)"
+            yield f"parts {raw.modes} instead of {list(kind.part_modes)} (0 text, 1 image)"
             return
         if JSON in raw.modes:
             yield "more than one JSON part"
@@ -131,7 +131,7 @@ class _Checker:
                 sizes.append(read_image(read).size)
             except UnreadableImage as error:
                 sizes.append(None)
-                yield f"picture {i}: {error}"
+                yield f"image {i}: {error}"
         yield from kind.check(raw, sizes)
         if self._sentences is not None:
             yield from self._table(index, raw)

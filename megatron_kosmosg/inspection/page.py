@@ -30,8 +30,8 @@ TOKEN_SAMPLES = 2000
 _TEMPLATE = Path(__file__).with_name("page.html")
 _LEGEND = {
     "pretrain": "Rows of packed documents. Green text counts as a label in the loss; grey marks, "
-    "pictures and anything outside do not.",
-    "instruct": "Prompts, left to right, and the picture that the image decoder learns to draw. "
+    "images and anything outside do not.",
+    "instruct": "Prompts, left to right, and the image that the image decoder learns to draw. "
     "Words of entities and captions may be dropped and backgrounds painted white, by the same "
     "draws as in training; below, what is stored, masks among it.",
 }

@@ -74,9 +74,9 @@ class SampleCards:
         batch = normalise_batch(batch, self._config)
         length = int((~batch["padding_mask"][0]).sum())
         slots = int(batch["image_mask"].sum())
-        facts = f"position {position}, {length} tokens, {slots} of them picture slots"
+        facts = f"position {position}, {length} tokens, {slots} of them image slots"
         bad = int(batch["bad_samples"])
-        spoiled = f", {bad} bad pictures" if bad else ""
+        spoiled = f", {bad} bad images" if bad else ""
         tokens = batch["tokens"][0, :length].tolist()
         pictures = [
             _picture(image * self._std + self._mean, PROMPT_PIXELS)

@@ -74,7 +74,7 @@ def length_statistics(store: SampleStore) -> list[Lengths]:
                 image_bytes[i] += size
     found = [Lengths("text tokens", tokens)]
     if images.any():
-        found += [Lengths("pictures", images), Lengths("picture bytes", image_bytes)]
+        found += [Lengths("images", images), Lengths("image bytes", image_bytes)]
     return found
 
 

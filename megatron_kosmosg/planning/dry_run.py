@@ -138,11 +138,11 @@ def batch_table(config: RunConfig, world_size: int) -> str:
         picture = flops(tokens, 1, rows) - without_pictures
         lines.append(
             f"{without_pictures / 1e12:,.4g} TFLOP an update, and {picture / 1e12:.3g} for each "
-            "picture in it"
+            "image in it"
         )
     else:
         work = flops(tokens, int(longest.pictures * rows), rows)
-        pictures = f" with {longest.pictures:g} pictures" if longest.pictures else ""
+        pictures = f" with {longest.pictures:g} images" if longest.pictures else ""
         lines.append(
             f"{work / 1e12:,.4g} TFLOP an update for prompts of {longest.length} positions"
             f"{pictures}"

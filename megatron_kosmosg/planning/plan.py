@@ -173,7 +173,7 @@ def _without_new_latents(config: RunConfig, result: SearchResult) -> SearchResul
     kept = [c for c in result.candidates if c.choice.cached_latents == cached]
     if not kept:
         raise NothingFits(
-            f"no layout of stage={config.stage} that reads pictures fits; write latents with "
+            f"no layout of stage={config.stage} that reads images fits; write latents with "
             "`kosmosg cache-latents` and set data.latent_cache"
         )
     return replace(result, candidates=kept)

@@ -22,7 +22,7 @@ class Counts:
     rejects: Counter[str] = field(default_factory=Counter)
     """Records left out, by reason."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """Parts that samples which were kept lack, such as "pictures: image is truncated"."""
+    """Parts that samples which were kept lack, such as "images: image is truncated"."""
     notes: Counter[str] = field(default_factory=Counter)
     """What else users should know of the records, see Record.note."""
     verified: int = 0
@@ -89,13 +89,13 @@ def verification(counts: Counts) -> str:
     share = 100 * counts.verify_seconds / max(counts.work_seconds, 1e-9)
     rate = counts.verified / max(counts.verify_seconds, 1e-9)
     return (
-        f"{counts.verified:,} pictures checked in {counts.verify_seconds:.1f} s of CPU time "
+        f"{counts.verified:,} images checked in {counts.verify_seconds:.1f} s of CPU time "
         f"({rate:,.0f}/s, {share:.0f} % of the work)"
     )
 
 
 def _by_part(left_out: Counter[str]) -> dict[str, Counter[str]]:
-    """{"pictures": {"image is truncated": ..}, ..} of {"pictures: image is truncated": ..}."""
+    """{"images": {"image is truncated": ..}, ..} of {"images: image is truncated": ..}."""
     parts: dict[str, Counter[str]] = {}
     for name, number in sorted(left_out.items()):
         what, _, reason = name.partition(": ")

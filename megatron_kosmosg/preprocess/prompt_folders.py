@@ -82,7 +82,7 @@ def _pairs(root: Path, name: str, seeds: tuple[str, ...] | None) -> Iterator[Rec
         found = (file.name.rpartition("_") for file in folder.iterdir())
         seeds = tuple(sorted({seed for seed, _, end in found if f"_{end}" in PICTURE_ENDS}))
     if not seeds:
-        raise Rejected("prompt without pictures", name)
+        raise Rejected("prompt without images", name)
     texts = {
         ours: next(filter(is_filled, (prompt.get(name) for name in theirs)), None)
         for ours, theirs in _TEXTS.items()

@@ -30,7 +30,7 @@ class SampleFolderReader:
         samples = tuple(islice(_samples(path), limit))
         if not samples:
             raise ValueError(
-                f"--input {path} holds no pictures with a .txt or .json of the same name; of "
+                f"--input {path} holds no images with a .txt or .json of the same name; of "
                 f"tables and archives give the files, such as --input '{path}/**/*.parquet'"
             )
         starts = range(0, len(samples), size.records)

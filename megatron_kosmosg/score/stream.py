@@ -22,7 +22,7 @@ def open_stream(
     diffusion: FrozenDiffusion | None = None,
 ) -> InstructStream:
     """The samples of `split`, with what the score draws for them: noise for `diffusion`, and in
-    training which conditions are dropped. Cached moments must be those of this run's VAE."""
+    training which conditions are dropped. Cached latents must be those of this run's VAE."""
     vae = None
     if config.data.latent_cache is not None and split == "train" and reads != "prompts":
         vae = vae_fingerprint(load_vae(config.model.diffusion.path, torch.float32))

@@ -71,7 +71,7 @@ def test_a_picture_is_told_by_its_content(tmp_path, commands, model):
     path = write_tar(tmp_path / "a.tar", names)
     done = preprocess(commands, "caption", model, tmp_path / "out", path)
     assert found(done) == [("a red house", RED), ("a house", GREEN)]
-    assert [reject["reason"] for reject in done.rejects] == ["image is not a known picture format"]
+    assert [reject["reason"] for reject in done.rejects] == ["image is not a known image format"]
 
 
 @pytest.mark.parametrize("name", TARS)

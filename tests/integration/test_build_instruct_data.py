@@ -153,7 +153,7 @@ def test_the_report_counts_and_the_sheet_shows(toy_output):
     report = json.loads((toy_output / "report.json").read_text())
     assert [step["kept"] for step in report["steps"]] == [NUM_SCENES] * 3
     assert report["entities"] == {"2": 4, "3": 3}
-    assert "records: pictures kept" in (toy_output / "report.txt").read_text()
+    assert "records: images kept" in (toy_output / "report.txt").read_text()
     with Image.open(toy_output / "contact_sheet.png") as sheet:
         assert sheet.width > 500 and sheet.height > 7 * 150
         assert len(sheet.convert("RGB").getcolors(1 << 24)) > 50

@@ -331,7 +331,7 @@ def test_loras(files):
     ("arguments", "message"),
     [
         (["--prompt", "a <image>"], "1 <image> in the prompt but 0 image"),
-        (["--prompt", "a <image>", "--image", "none.png"], "no picture none.png"),
+        (["--prompt", "a <image>", "--image", "none.png"], "no image none.png"),
         (["--content", "[5]"], "a content entry is"),
         (["--content", "{"], "--content is not JSON"),
         (["--prompts", "none.jsonl"], "no file none.jsonl"),

@@ -104,7 +104,7 @@ def table():
 
 @pytest.fixture(scope="module")
 def folder(table, tmp_path_factory) -> Path:
-    """Datasets of the new kind and of captions, by the command, with the cached targets of both."""
+    """Datasets of the new kind and of captions, by the command, with the cached latents of both."""
     folder = tmp_path_factory.mktemp("new-kind")
     recolour, captions = [], []
     for i in range(24):

@@ -50,9 +50,7 @@ def test_tool_writes_a_dataset_and_a_summary(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "image cannot be read" in done.stdout and "100%" in done.stderr
-    assert re.search(
-        r"\n5 pictures checked in .* CPU time .* --verify-images decode\n", done.stdout
-    )
+    assert re.search(r"\n5 images checked in .* CPU time .* --verify-images decode\n", done.stdout)
     assert len(SampleStore(prefix)) == 5
     (reject,) = map(json.loads, Path(f"{prefix}.rejects.jsonl").read_text().splitlines())
     assert (reject["source"], reject["key"]) == ("captions.jsonl:3", "caption-2")

@@ -235,7 +235,7 @@ def image_files() -> dict[str, ImageFile]:
     write("AVIF", image, "AVIF", quality=90, **lossy)
     write("AVIF with alpha", noisy, "AVIF", quality=90, **lossy)
     refuse("GIF, animated", animation("GIF"), "is animated")
-    unknown = "is not a known picture format"
+    unknown = "is not a known image format"
     refuse("HEIF", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200), unknown)
     refuse("EPS", encode_image(image, "EPS"), unknown)
     refuse("PDF", encode_image(image, "PDF"), unknown)

@@ -82,5 +82,5 @@ def test_the_embedded_prompt_is_what_the_stock_model_builds_itself(captioner):
 
 
 def test_pictures_and_placeholders_must_agree(captioner):
-    with pytest.raises(ValueError, match="1 <image> in the prompt, 2 picture"):
+    with pytest.raises(ValueError, match="1 <image> in the prompt, 2 image"):
         captioner.embed("<image>", [CAT, DOG])

@@ -238,7 +238,7 @@ def test_a_plan_is_kept_and_others_are_refused(tmp_path):
     with pytest.raises(ValueError, match="shard_size: 4 -> 5"):
         make_plan(tmp_path / "out", inputs, 5, None, Options())
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         make_plan(tmp_path / "out2", [str(tmp_path / "none")], 4, None, Options())
 
 

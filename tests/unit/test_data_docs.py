@@ -110,7 +110,7 @@ def test_the_commands_for_public_datasets_give_datasets_that_pass_the_check(
         kinds.add(kind)
     assert kinds == set(KINDS)
     # MMC4 named a picture that is not there.
-    assert re.search(r"pictures left out +1\n", capsys.readouterr().out)
+    assert re.search(r"images left out +1\n", capsys.readouterr().out)
     (arguments,) = commands("tools/inspect_data.py")
     here = [argument.removeprefix("/") for argument in arguments]
     assert main_of("tools/inspect_data.py", here, monkeypatch) == 0

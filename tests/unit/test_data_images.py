@@ -185,7 +185,7 @@ def test_a_broken_library_is_not_a_dataset_of_bad_pictures(monkeypatch):
 
 def test_the_reason_for_a_bad_picture_is_the_same_in_every_run():
     _, (bad,) = ImageDecoder("pillow").try_decode([b"no picture"], CLIP)
-    assert bad.reason == "the image is not a known picture format"
+    assert bad.reason == "the image is not a known image format"
 
 
 def test_a_library_that_breaks_later_is_not_taken_for_bad_pictures_either(monkeypatch):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import zipfile
 import zlib
@@ -227,7 +229,7 @@ def test_a_list_becomes_a_zip(studio, subject, tmp_path):
         names = archive.namelist()
         archive.extractall(tmp_path / "out")
     assert names == ["contact_sheet.png", "one-0.png", "one-1.png", "two-0.png"]
-    assert said[-1] == (1.0, "3 of 3 pictures")
+    assert said[-1] == (1.0, "3 of 3 images")
     assert all(0 <= share <= 1 for share, _ in said)
     settings = read_settings(tmp_path / "out" / "two-0.png")
     assert settings["seed"] == 9 and settings["steps"] == 2 and settings["scheduler"] == "dpm++"
@@ -265,7 +267,7 @@ def test_a_list_stops_too(studio, subject, tmp_path):
     jsonl.write_text(json.dumps({"prompt": "a red circle", "num_images": 1}) * 1)
     stop = threading.Event()
     stop.set()
-    with pytest.raises(Cancelled, match="stopped after 0 of 1 pictures"):
+    with pytest.raises(Cancelled, match="stopped after 0 of 1 images"):
         draw_batch(studio, jsonl, [], draw_request("", [], GIVEN), tmp_path / "made", silent, stop)
 
 
@@ -335,3 +337,17 @@ def test_offloading_needs_a_gpu():
             torch.device("cpu"),
             "model",
         )
+
+
+def test_a_wrong_model_is_said_in_one_line_before_libraries_are_loaded(tmp_path):
+    """Which take seconds, and print advice of their own."""
+    program = (
+        "import sys; from megatron_kosmosg.cli import demo; code = demo.main(['--model', 'none']); "
+        "print([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules]); "
+        "sys.exit(code)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert said.returncode == 2 and said.stdout == "[]\n"
+    assert said.stderr.startswith("error: --model none") and said.stderr.count("\n") == 1

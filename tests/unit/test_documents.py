@@ -14,6 +14,7 @@ from PIL import Image
 
 from benchmarks import front_page
 from megatron_kosmosg import __version__
+from megatron_kosmosg.cli import main as cli
 from megatron_kosmosg.hf import pipeline_kosmosg
 from tests.support import settings_page, verification_page
 from tests.support.document_commands import block_lines, problems
@@ -110,6 +111,24 @@ def is_shown_as_refused(line: str, page: str) -> bool:
 )
 def test_a_command_that_fails_is_noticed(line, said):
     assert any(said in text for text in problems(line)), problems(line)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        # What `bash slurm/instruct_256gpu.sh --check --nodes=17` asks.
+        ("slurm/README.md", "train --config instruct_256gpu --dry-run parallel.world_size=136"),
+        (
+            "docs/scaling.md",
+            "plan --config instruct_256gpu --num-gpus 256 --gpu h100-80 score.ranks_per_replica=2",
+        ),
+    ],
+)
+def test_a_refusal_that_a_page_shows_is_today_s(name, command, capsys):
+    assert cli.main(command.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert " ".join(said.split()) in " ".join(BY_NAME[name].read_text("utf-8").split())
 
 
 def test_commands_of_the_front_page_s_table_exist():

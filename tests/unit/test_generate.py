@@ -170,7 +170,7 @@ def test_seeds_belong_to_the_record_and_not_to_its_place(records):
 def test_one_bad_prompt_and_nothing_is_written(records, tmp_path):
     out = tmp_path / "out"
     broken = replace(records[1], id="broken", content=(tmp_path / "none.png",))
-    with pytest.raises(PromptError, match="broken: no picture .*none.png"):
+    with pytest.raises(PromptError, match="broken: no image .*none.png"):
         draw_all([*records, broken], out)
     with pytest.raises(PromptError, match="long: too long"):
         draw_all([*records, PromptRecord("long", ("too long",))], out)

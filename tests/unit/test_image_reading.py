@@ -222,7 +222,7 @@ def test_a_dataset_without_a_decodable_prompt_image_ends_by_name(tmp_path):
     write_clip_tokenizer(tmp_path)
     stream = instruct_stream(run_config(tmp_path, "instruct", {"broken": (prefix, 1.0)}), "train")
     sample = stream[0]
-    with pytest.raises(TooManyBadImages, match="dataset broken: .* is not a known picture format"):
+    with pytest.raises(TooManyBadImages, match="dataset broken: .* is not a known image format"):
         stream.collate([sample], stream.pad_to([sample], [0]))
 
 

@@ -77,7 +77,7 @@ def test_token_use_counts_words_of_the_text(folder, tokenizer):
 
 def test_check_names_the_sample_of_each_kind_of_damage(folder, tokenizer):
     found = problems(break_image(folder, "edit", "-picture", 3, 1), tokenizer)
-    assert found == ["edit-3: picture 1: the image is not a known picture format"]
+    assert found == ["edit-3: image 1: the image is not a known image format"]
     found = problems(break_image(folder, "compositional", "-mask", 2, 2), tokenizer)
     assert [line.split(":")[0] for line in found] == ["compositional-2"]
 
@@ -129,7 +129,7 @@ def test_the_tools_exit_code_says_what_was_found(folder, monkeypatch, capsys):
     broken = break_image(folder, "caption", "-exit", 2, 0)
     for prefix, more, code, message in (
         (str(folder / "caption"), ["--check"], 0, "9 samples, 0 problems"),
-        (broken, ["--check"], 1, "2 (caption-2): picture 0:"),
+        (broken, ["--check"], 1, "2 (caption-2): image 0:"),
         (broken, [], 0, "8 samples"),
         (str(folder / "none"), ["--check"], 2, "no dataset at"),
     ):

@@ -81,7 +81,7 @@ BAD_PICTURES = {
     ],
     "image is animated": [animation("GIF"), animation("PNG"), animation("WEBP")],
     "image has too many pixels": [png(30_000, 30_000), png(9_460, 9_460)],
-    "image is not a known picture format": [b"\xff\xd8 no picture", bytes(100)],
+    "image is not a known image format": [b"\xff\xd8 no picture", bytes(100)],
 }
 
 

@@ -122,9 +122,9 @@ def test_pictures_are_opened_upright_or_named(tmp_path):
     whole = tmp_path / "whole.png"
     Image.effect_noise((64, 64), 90).save(whole)
     (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:900])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     for name in ("cut.png", "text.png"):
         with pytest.raises(PromptError, match=f"{name} cannot be decoded"):
             open_picture(tmp_path / name)
-    with pytest.raises(PromptError, match="no picture .*none.png"):
+    with pytest.raises(PromptError, match="no image .*none.png"):
         open_picture(tmp_path / "none.png")

@@ -32,14 +32,14 @@ def convert(record: Record, use: Conversion) -> Converted:
             parts.append(Part.tokens(use.encode(text_field(item, "text"))))
             continue
         if num_images == use.options.max_images:
-            left_out.append("pictures: more than --max-images")
+            left_out.append("images: more than --max-images")
             continue
         try:
             image = use.image(record, item, "image")
         except Rejected as rejected:
             if not use.options.drop_bad_images:
                 raise
-            left_out.append(f"pictures: {rejected.reason}")
+            left_out.append(f"images: {rejected.reason}")
             continue
         num_images += 1
         parts.append(Part(IMAGE, image))

@@ -40,7 +40,7 @@ class Converted:
     parts: list[Part]
     """The JSON part first."""
     left_out: tuple[str, ...] = ()
-    """What the sample lacks although it is kept, such as "pictures: image is truncated"; one entry
+    """What the sample lacks although it is kept, such as "images: image is truncated"; one entry
     each."""
 
     @property

@@ -97,9 +97,9 @@ def evaluate(args: argparse.Namespace) -> Results:
                 word_rows(models["pretrain"], args.seed, 4 * count, not args.fast)
             )
         if "align" in models:
-            print("align: words to pictures", flush=True)
+            print("align: words to images", flush=True)
             toy.align(models["align"], TextEncoderModel(config.model.diffusion.path))
-        print("instruct: pictures to pictures", flush=True)
+        print("instruct: images to images", flush=True)
         toy.instruct(models["instruct"], models.get("align"))
         if "align" in models:
             toy.variant("align only", models["align"])

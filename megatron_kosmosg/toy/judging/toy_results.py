@@ -95,10 +95,10 @@ class ToyResults:
         for num_entities, (shape, pattern, hue) in limits.items():
             words = self._cell("instruct", "words", model, num_entities, words_only)
             self._add(words.row("hue error, median", measures.HUE_MEDIAN, "degrees"))
-            both = self._cell("instruct", "words + pictures", model, num_entities, words_and_images)
+            both = self._cell("instruct", "words + images", model, num_entities, words_and_images)
             self._add(both.row("all right", measures.ALL, "share"))
             self._add(both.row("hue error, median", measures.HUE_MEDIAN, "degrees"))
-            cell = self._cell("instruct", "pictures", model, num_entities, images_only)
+            cell = self._cell("instruct", "images", model, num_entities, images_only)
             self._add(cell.row("shape", measures.SHAPE, "share", self._threshold(shape)))
             self._add(cell.row("pattern", measures.PATTERN, "share", self._threshold(pattern)))
             self._add(
@@ -121,7 +121,7 @@ class ToyResults:
     def variant(self, name: str, model: TrainedModel) -> None:
         """One ablation: pictures-only prompts with one and two entities."""
         for num_entities in (1, 2):
-            cell = self._cell(f"ablation {name}", "pictures", model, num_entities, images_only)
+            cell = self._cell(f"ablation {name}", "images", model, num_entities, images_only)
             for title, measure, unit in (
                 ("all right", measures.ALL, "share"),
                 ("hue error, median", measures.HUE_MEDIAN, "degrees"),
@@ -137,7 +137,7 @@ class ToyResults:
         ]
         drawn = self._draw(model, [case.parts for case in exchanged], 2)
         seed = self._sampling.seed
-        title = "pictures exchanged, 2 entities"
+        title = "images exchanged, 2 entities"
         new = Cell("instruct", title, drawn, [case.scene for case in exchanged], seed)
         old = Cell("instruct", title, drawn, [case.scene for case in plain], seed)
         limit, kept = self._threshold(0.7), self._threshold(0.3)
@@ -145,7 +145,7 @@ class ToyResults:
         self._add(old.row("all right against the first order", measures.ALL, "share", kept, "<="))
 
     def _background(self, model: TrainedModel) -> None:
-        cell = self._cell("instruct", "background from a picture", model, 1, background_image)
+        cell = self._cell("instruct", "background from an image", model, 1, background_image)
         self._add(
             cell.row("background word", measures.background_word, "share", self._threshold(0.85))
         )
@@ -153,8 +153,8 @@ class ToyResults:
         rows = self._rows(cell, self._cases(1, background_image))
         self._add_sheet(
             "background",
-            "A background given as a picture",
-            "Prompt pictures (subject, background), true scene, result.",
+            "A background given as an image",
+            "Prompt images (subject, background), true scene, result.",
             rows,
             ("truth", "result"),
         )
@@ -172,7 +172,7 @@ class ToyResults:
         self._add_sheet(
             "edits",
             "Edits",
-            f"Picture, true edit, result. From the top: {instructions}.",
+            f"Image, true edit, result. From the top: {instructions}.",
             self._rows(cell, asked),
             ("true edit", "result"),
         )
@@ -180,7 +180,7 @@ class ToyResults:
     def _sheet(self, before: TrainedModel | None, num_entities: int, cell: Cell) -> None:
         shown = self._cases(num_entities, images_only)
         rows, headings = self._rows(cell, shown), ("truth", "result")
-        caption = "Prompt pictures, true scene, result after instruct"
+        caption = "Prompt images, true scene, result after instruct"
         if before is not None:
             asked = [case.parts for case in shown[: len(rows)]]
             drawn = self._draw(before, asked, num_entities)
@@ -188,12 +188,12 @@ class ToyResults:
                 [*row[:-1], to_picture(image), row[-1]]
                 for row, image in zip(rows, drawn.images, strict=True)
             ]
-            caption = "Prompt pictures, true scene, result before instruct (align only), after"
+            caption = "Prompt images, true scene, result before instruct (align only), after"
             headings = ("truth", "before", "after")
         words = "one subject" if num_entities == 1 else "two subjects"
         self._add_sheet(
-            f"pictures_{num_entities}",
-            f"Pictures in, {words}",
+            f"images_{num_entities}",
+            f"Images in, {words}",
             f"{caption}. The words only say “a … on a (colour) background”.",
             rows,
             headings,

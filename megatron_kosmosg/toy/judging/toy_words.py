@@ -30,7 +30,7 @@ def word_rows(model: TrainedModel, seed: int, count: int, with_thresholds: bool)
     pictures = [subject_picture(entity, seed * 1000 + i) for i, entity in enumerate(entities)]
     shuffled = pictures[1:] + pictures[:1]
     rows = []
-    for title, shown in (("the picture", pictures), ("another prompt's picture", shuffled)):
+    for title, shown in (("the image", pictures), ("another prompt's image", shuffled)):
         accuracy = _accuracy(model, shown, words)
         for kind, value in accuracy.items():
             limit = THRESHOLDS[kind] if shown is pictures else CHANCE[kind] + NEAR_CHANCE

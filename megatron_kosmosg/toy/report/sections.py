@@ -12,9 +12,9 @@ from megatron_kosmosg.toy.report.history import History
 from megatron_kosmosg.toy.report.inputs import ReportInputs
 
 _STAGE_TITLES = {
-    "pretrain": "1. pretrain: reading text and pictures",
+    "pretrain": "1. pretrain: reading text and images",
     "align": "2. align: the image decoder's language",
-    "instruct": "3. instruct: drawing what the pictures show",
+    "instruct": "3. instruct: drawing what the images show",
 }
 NUMERIC = ("value", "threshold", "chance", "ceiling", "n", "seed")
 """Columns of the metrics table."""
@@ -26,7 +26,7 @@ def verdict(inputs: ReportInputs) -> tuple[str, str]:
     missed = [f"{row['group']}: {row['name']}" for row in asserted if not row["passed"]]
     if inputs.mode == "fast":
         return "warn", (
-            "Fast run. A few iterations per stage show that every step works; the pictures are "
+            "Fast run. A few iterations per stage show that every step works; the images are "
             "not meant to be good and thresholds do not count. Without --fast the same command "
             "trains properly."
         )
