@@ -28,7 +28,8 @@ from megatron_kosmosg.stages.pretrain import PretrainStage
 from megatron_kosmosg.training.batches import Work
 from megatron_kosmosg.training.optimizer import build_lr_scheduler, build_optimizer
 from megatron_kosmosg.training.step import Reporter, connect, train_step
-from megatron_kosmosg.training.wrapping import unwrap_model, wrap_model
+from megatron_kosmosg.training.wrapping import wrap_model
+from tests.support.shares import unwrap_model
 
 SIZES = {
     "toy (4 x 128, 32 rows of 64)": (4, 128, 32, 64, 10),

@@ -48,7 +48,7 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_known_intermixed_args(self._in_new_spelling(args), namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process: the arguments cannot be used."""
+        """Ends the process with exit code 2, because the arguments cannot be used."""
         advice = f"{self.prog} --help shows what can be given"
         wrong = message.removeprefix("unrecognized arguments: ")
         if wrong != message:
@@ -73,7 +73,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def command_parser(name: str, description: str | None, epilog: str = "") -> CommandParser:
-    """The parser of `kosmosg NAME`."""
+    """The parser of the command `kosmosg NAME`, under the name that the user typed."""
     return CommandParser(prog=as_typed(name), description=description, epilog=epilog)
 
 
@@ -113,7 +113,7 @@ def quieten_imports() -> None:
 
 
 def note(message: str) -> None:
-    """On stderr, of one rank: all read the same arguments and settings."""
+    """Prints a message on stderr, on one rank only: all have the same arguments and settings."""
     if is_first_rank():
         print(f"note: {printable_lines(message)}", file=sys.stderr, flush=True)
 
@@ -147,12 +147,8 @@ def number_from_zero(text: str) -> float:
     return _number(text, lambda value: value >= 0, "a number from 0 up")
 
 
-def probability(text: str) -> float:
-    return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
 def share(text: str) -> float:
-    """Without the ends, where nothing or everything would pass."""
+    """A number between 0 and 1; the ends are refused, because nothing or everything would pass."""
     return _number(text, lambda value: 0 < value < 1, "a number between 0 and 1")
 
 
@@ -163,7 +159,7 @@ def some_text(text: str) -> str:
 
 
 def file_path(text: str) -> Path:
-    """What need not exist; an empty word would be the current folder."""
+    """A path that need not exist yet. An empty word is refused: it would be the current folder."""
     return Path(some_text(text))
 
 
@@ -217,7 +213,7 @@ def add_seed(parser: argparse._ActionsContainer, decides: str) -> None:
 def add_dtype(
     parser: argparse._ActionsContainer, of: str, default: str | None = "fp32", shown: str = ""
 ) -> None:
-    """shown: in words, what holds without the option."""
+    """Adds `--dtype`, the type of `of`. `shown` says in words what holds without the option."""
     parser.add_argument(
         "--dtype", choices=DTYPES, default=default, help=f"of {of} ({shown or default})"
     )
@@ -248,7 +244,8 @@ def add_tokenizer_model(
 
 
 def add_config(parser: argparse._ActionsContainer, use: str = "", required: bool = False) -> None:
-    """use: what of it the command takes, in words; all of it where that is the whole run."""
+    """Adds `--config`. `use` says which of its settings the command takes; "" where it takes
+    all."""
     text = "YAML file, or the name of a shipped config (toy_instruct, instruct_256gpu, ...)"
     parser.add_argument(
         "--config", required=required, metavar="CONFIG", help=f"{text}; {use}" if use else text

@@ -22,7 +22,7 @@ _APEX = "build NVIDIA's (github.com/NVIDIA/apex) with --cpp_ext --cuda_ext for t
 
 @dataclass(frozen=True)
 class _Package:
-    """One that is optional, and what must be importable for it to be of use."""
+    """An optional package, and what must be importable for it to be of use."""
 
     name: str
     """Top-level module; it is the one that is hidden."""
@@ -131,7 +131,7 @@ def _hide(name: str) -> None:
     for module in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
         del sys.modules[module]
     # Python's own way to say that a module cannot be imported; find_spec heeds it, too.
-    sys.modules[name] = None  # type: ignore[assignment]
+    sys.modules[name] = None  # type: ignore[assignment]  # typeshed knows modules only
 
 
 def _say(unusable: Unusable) -> None:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_kosmosg.parallel.devices import wait_for_device
-
 ENOUGH = 1.02
 """A larger batch must be this much faster to be worth its memory."""
 
@@ -88,3 +86,9 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Returns when all that this process gave `device` to do is done."""
+    if device.type != "cpu":
+        torch.cuda.synchronize(device)

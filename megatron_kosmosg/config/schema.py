@@ -97,7 +97,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class BlendEntry:
-    """One dataset of a mixture."""
+    """One dataset of the mixture that a stage trains on."""
 
     path: str = "???"
     """Prefix of the dataset written by `kosmosg preprocess`: a `.bin/.idx` pair, or a `.json` that
@@ -360,7 +360,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    stage: Literal["pretrain", "align", "instruct"] = "???"  # type: ignore[assignment]
+    stage: Literal["pretrain", "align", "instruct"] = "???"  # type: ignore[assignment]  # omegaconf: required
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -23,7 +23,6 @@ from PIL import Image
 from megatron_kosmosg.files import remove, temporary_name
 from megatron_kosmosg.preprocess.pictures import encode_mask
 
-FORMATS = ("jpg", "png")
 JPEG_QUALITY = 95
 
 
@@ -40,7 +39,7 @@ class CutEntity:
 
 @dataclass(frozen=True)
 class PictureForm:
-    """How pictures are stored."""
+    """The form in which pictures are stored."""
 
     max_side: int
     """Larger ones are made smaller; none is enlarged."""
@@ -48,7 +47,7 @@ class PictureForm:
     """"jpg" or "png"."""
 
     def encode(self, picture: Image.Image) -> bytes:
-        """The file of a square RGB picture."""
+        """A square RGB picture as the bytes of a file."""
         out = io.BytesIO()
         if self.format == "png":
             self._fitted(picture).save(out, "PNG")
@@ -88,7 +87,7 @@ class RecordWriter:
         self.num_records = 0
 
     def add(self, source: str, caption: str, target: Image.Image, entities: list[CutEntity]) -> str:
-        """The key that the record gets."""
+        """Adds a record to the tar file, and returns the key that it got."""
         key = f"{self._stem}{self.num_records:06d}"
         self.num_records += 1
         ending = self._form.format

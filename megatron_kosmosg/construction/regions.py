@@ -12,11 +12,12 @@ import numpy as np
 from megatron_kosmosg.data.kinds.record import Rejected
 
 WINDOW_SHARE = 100
-THRESHOLD = 0.3
+"""A region grows by a window of this share of the picture's height: a hundredth."""
 
 
 def entity_region(probability: np.ndarray, threshold: float) -> np.ndarray:
-    """bool [h, w], one connected region, of float [h, w]. Raises Rejected where it is empty."""
+    """The region where the map float [h, w] exceeds the threshold, grown and reduced to its largest
+    connected part: bool [h, w]. Raises Rejected where it is empty."""
     over = probability > threshold
     if not over.any():
         raise Rejected("mask is empty", f"the largest value is {probability.max():.3f}")
@@ -24,7 +25,7 @@ def entity_region(probability: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def dilated(region: np.ndarray, window: int) -> np.ndarray:
-    """bool [h, w]: whether a window x window square around the pixel meets the region."""
+    """For each pixel, whether a window x window square around it meets the region: bool [h, w]."""
     before, after = window // 2, window - window // 2 - 1
     for axis in (0, 1):
         margin = [(0, 0), (0, 0)]
@@ -37,7 +38,7 @@ def dilated(region: np.ndarray, window: int) -> np.ndarray:
 
 
 def largest_component(region: np.ndarray) -> np.ndarray:
-    """bool [h, w]: the largest part of the region whose pixels touch along edges.
+    """The largest part of the region whose pixels touch along edges: bool [h, w].
 
     Of equally large parts the one that begins higher up.
     """
@@ -71,7 +72,8 @@ def largest_component(region: np.ndarray) -> np.ndarray:
 
 
 def square_around(region: np.ndarray) -> tuple[int, int, int]:
-    """(left, top, side) of the square around a region of a square picture; it lies inside."""
+    """(left, top, side) of the square around a region of a square picture; it lies inside the
+    picture."""
     rows, columns = (np.flatnonzero(region.any(axis)) for axis in (1, 0))
     height, width = (int(line[-1] - line[0]) + 1 for line in (rows, columns))
     side = max(height, width)

@@ -49,7 +49,7 @@ class SafetensorsFolder:
         self._infos: dict[str, TensorInfo] = {}
         for path in files:
             with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
+                for name in file.keys():  # not a dict, which one could iterate over
                     piece = file.get_slice(name)
                     dtype = _DTYPE_OF.get(piece.get_dtype())
                     if dtype is None:

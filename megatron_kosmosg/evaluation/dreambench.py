@@ -25,7 +25,7 @@ Kind = Literal["object", "live"]
 
 @dataclass(frozen=True)
 class Subject:
-    """One of the 30."""
+    """One of DreamBench's 30 subjects."""
 
     name: str
     """Of its folder."""
@@ -150,7 +150,6 @@ OWN_PLACES: dict[Kind, tuple[str, ...]] = {
 """Prompts 10 to 19."""
 QUALITIES = ("red", "purple", "shiny", "wet", "cube shaped")
 """Prompts 20 to 24."""
-NUM_PROMPTS = len(PLACES) + 10 + len(QUALITIES)
 
 AUTHORS_BATCH, AUTHORS_IMAGES = 5, 4
 """Prompts that the authors draw together, and images of each."""
@@ -242,7 +241,7 @@ def pair_cases(*, with_class: bool = False) -> Iterator[Case]:
 
 
 def _pair_templates(pair: Sequence[Subject]) -> list[str]:
-    """25, with {A} and {B} for the subjects' words."""
+    """The 25 texts for a pair, with {A} and {B} for the subjects' words."""
     if pair[0].kind == "object":
         ends = [*PLACES, *OWN_PLACES["object"]]
         found = [f"a {{A}} and a {{B}} {place}" for place in ends]
@@ -259,9 +258,9 @@ def authors_noise_row(prompt: int, image: int) -> int:
 
 
 def find_images(folder: Path) -> dict[str, Path]:
-    """{subject: the image that the model is shown} in a checkout of google/dreambooth, or in its
-    dataset/. Raises InputError that names the first that is not there, or a folder of another
-    subject, which would not count."""
+    """The image that the model is shown of each subject, by its name, in a checkout of
+    google/dreambooth or in its dataset/. Raises InputError that names the first that is not there,
+    or a folder of another subject, which would not count."""
     root = folder / "dataset" if (folder / "dataset").is_dir() else folder
     found = {subject.name: root / subject.name / subject.file for subject in SUBJECTS}
     missing = [path for path in found.values() if not path.is_file()]

@@ -31,8 +31,6 @@ from megatron_kosmosg.inference.noise_schedules import noise_scheduler
 from megatron_kosmosg.parallel.devices import has_stream
 
 Opened = TypeVar("Opened")
-OFFLOADS = ("model", "sequential")
-"""Parts take turns on the device, or single layers do, which is slower and needs the least."""
 DRAWING_PARTS = ("vae", "unet", "scheduler")
 """What a pipeline does without where only its conditions are asked for."""
 
@@ -46,7 +44,9 @@ def open_drawer(
 ) -> PipelineDrawer:
     """The model ready to draw. Raises ConfigError naming the part that cannot be opened.
 
-    offload: None, or one of OFFLOADS: weights wait in the CPU's memory until `device` needs them.
+    offload: weights wait in the CPU's memory until `device` needs them. "model": whole parts (the
+    U-Net, the VAE, ...) take turns on the device. "sequential": single layers do, which is slower
+    and needs the least memory. None: everything stays on the device.
     """
     if offload is not None and not has_stream(device):
         raise ConfigError(f"--offload {offload} needs a GPU; the model is on {device.type} already")
@@ -76,7 +76,8 @@ def open_drawer(
 
 
 def open_controlnet(folder: Path, dtype: torch.dtype) -> ControlNetModel:
-    """In the CPU's memory; a drawer moves it. Raises ConfigError for what cannot be opened."""
+    """The ControlNet, in the CPU's memory; a drawer moves it. Raises ConfigError for what cannot be
+    opened."""
     return _opened(
         f"--controlnet {folder}", lambda: ControlNetModel.from_pretrained(folder, torch_dtype=dtype)
     )

@@ -65,18 +65,20 @@ class _Adapter(_Linear):
         for name, shape in shapes.items():
             parameter = torch.nn.Parameter(torch.zeros(shape, dtype=config.params_dtype))
             if name not in self.split_axes:
-                # As Megatron's own marks, which finalize_model_grads looks for.
+                # A mark as Megatron's own, which finalize_model_grads looks for. By name, because
+                # type checkers know no such attribute of a parameter.
                 setattr(parameter, "sequence_parallel", self._is_sequence_split)  # noqa: B010
             self.register_parameter(name, parameter)
 
     def forward(self, x: torch.Tensor, *given: Any, **named: Any) -> Any:
-        """[s, b, inputs] -> (output, bias), as of the linear; s may be split."""
+        """(output, bias) as the linear gives them for x [s, b, inputs], with the adapter's output
+        added; s may be split."""
         output, bias = super().forward(x, *given, **named)
         low = self._exchange(F.linear(x, self.lora_a))
         return output + self.scale * F.linear(low, self.lora_b), bias
 
     def _exchange(self, low: torch.Tensor) -> torch.Tensor:
-        """What A made of this rank's share of x -> what this rank's share of B takes."""
+        """Turns A's output for this rank's share of x into what this rank's share of B takes."""
         raise NotImplementedError
 
     def sharded_state_dict(

@@ -16,7 +16,7 @@ from megatron.core.utils import get_pg_size
 
 try:
     # The function imports its kernel when it is called: an apex built without CUDA has no more.
-    import fused_layer_norm_cuda  # noqa: F401
+    import fused_layer_norm_cuda  # noqa: F401 - whether it is there
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine  # untested: no GPU
 except ImportError:
     fused_layer_norm_affine = None
@@ -35,7 +35,7 @@ class LayerNorm(torch.nn.LayerNorm):
         self.bias.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., h] -> [..., h]."""
+        """Normalises the last axis: [..., h] -> the same shape."""
         if fused_layer_norm_affine is not None and x.is_cuda:
             return fused_layer_norm_affine(
                 x, self.weight, self.bias, self.normalized_shape, self.eps
@@ -56,13 +56,14 @@ class ShardedLayerNorm(torch.nn.Module):
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., hidden_size/tp] -> the same shape."""
+        """Normalises the features that are split over ranks: [..., hidden_size/tp] -> the same
+        shape."""
         if get_pg_size(self.tp_group) == 1:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         return _ShardedLayerNorm.apply(x, self.weight, self.bias, self.eps, self.tp_group)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
-        """Both parameters are split along axis 0."""
+        """The parameters for a distributed checkpoint; both are split along axis 0."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -74,7 +75,8 @@ class ShardedLayerNorm(torch.nn.Module):
 
 
 class _ShardedLayerNorm(torch.autograd.Function):
-    """One collective forward (mean and squared deviation), one backward (two sums)."""
+    """The norm with one collective in forward (mean and squared deviation) and one in backward (two
+    sums)."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, group):
@@ -124,7 +126,7 @@ class SubLN:
         self.sub_norm = ShardedLayerNorm(config, input_size, tp_group)
 
     def forward(self, x: torch.Tensor):
-        """[s, b, input/tp] -> (output without bias, bias)."""
+        """Maps the normalised input [s, b, input/tp] -> (output without bias, bias)."""
         return super().forward(self.sub_norm(x))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):

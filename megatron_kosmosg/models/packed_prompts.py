@@ -23,19 +23,21 @@ class PackedPrompts(PackedSeqParams):
     """Where b prompts of at most s tokens lie in a row of t positions, of which the last may be
     padding."""
 
-    index: Tensor = None  # type: ignore[assignment]
+    # All fields of the base class have defaults, so these need some; they are always given.
+    index: Tensor = None  # type: ignore[assignment]  # see above
     """int64 [number of tokens]: where each lies in the flattened [b, s]."""
     num_rows: int = 0
     """b."""
 
     def in_blocks(self, x: Tensor) -> Tensor:
-        """[t, ...] -> [b, s, ...], zeros where padding is."""
+        """A packed row [t, ...] as blocks [b, s, ...], zeros where padding is."""
         blocks = x.new_zeros(self.num_rows * self.max_seqlen_q, *x.shape[1:])
         blocks.index_copy_(0, self.index, x[: len(self.index)])
         return blocks.unflatten(0, (self.num_rows, self.max_seqlen_q))
 
     def in_a_row(self, blocks: Tensor, length: int) -> Tensor:
-        """[b, s, n] -> [t, n], t = `length`; what is behind the last prompt is zero."""
+        """Blocks [b, s, n] as a packed row [t, n], t = `length`; what is behind the last prompt is
+        zero."""
         row = blocks.flatten(0, 1).index_select(0, self.index)
         return F.pad(row, (0, 0, 0, length - len(row)))
 
@@ -50,7 +52,8 @@ class PackedPrompts(PackedSeqParams):
 
 
 def pack_prompts(packed: Tensor, padding_mask: Tensor, multiple: int) -> PackedPrompts:
-    """packed: int64 [tokens], as of data/padding.py; padding_mask: bool [b, s], True = padding.
+    """The places of the prompts in one packed row, from `packed` (int64 [tokens], as
+    data/padding.py gives it) and padding_mask (bool [b, s], True = padding).
 
     multiple: of which the row's length is one. What is added to it at the end is a prompt of its
     own to kernels, which would leave positions outside of every prompt as they find them.

@@ -1,4 +1,4 @@
-"""How many parameters a model has, from its real modules built without memory (meta device)."""
+"""The real modules of a model without memory (meta device), to ask for names, shapes and counts."""
 
 from __future__ import annotations
 
@@ -9,26 +9,6 @@ import torch
 from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel.layout import lone_layout
-
-PARTS = ("embedding", "decoder", "vision_encoder", "resampler", "aligner_m", "aligner_n")
-
-
-def count_parameters(
-    config: RunConfig, output_head: bool, aligner_parts: tuple[str, ...]
-) -> dict[str, int]:
-    """Parameters of each part and, as "total", of all; without vocabulary padding.
-
-    The tied output head adds nothing to the embedding.
-    """
-    model = meta_model(config, output_head, aligner_parts)
-    counts = {}
-    for part in PARTS:
-        module = getattr(model, part)
-        if module is not None:
-            counts[part] = sum(parameter.numel() for parameter in module.parameters())
-    rows, width = model.embedding.word_embeddings.weight.shape
-    counts["embedding"] -= (rows - config.model.vocab_size) * width
-    return counts | {"total": sum(counts.values())}
 
 
 def meta_model(config: RunConfig, output_head: bool, aligner_parts: tuple[str, ...]) -> KosmosG:

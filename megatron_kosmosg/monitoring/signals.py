@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ class StopRequest:
         self.received: signal.Signals | None = None
         self._noted_at = 0.0
         self._is_alone = False
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
@@ -51,7 +51,7 @@ class StopRequest:
         trace: TracebackType | None,
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def agreed(self, device: torch.device) -> bool:
         """True on every rank when any rank got a signal; a collective over all ranks."""

@@ -32,7 +32,7 @@ def named_device(name: str | None, place: Place) -> torch.device:
 
 
 def gpu_name_and_gib() -> tuple[str, float] | None:
-    """What the driver calls this process's first GPU, and its memory in GiB; None without one."""
+    """The driver's name for this process's first GPU, and its memory in GiB; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
@@ -50,7 +50,7 @@ def peak_gib(device: torch.device) -> float | None:
 
 
 def collective_backend(device: torch.device) -> str:
-    """Of torch.distributed, for tensors on this device."""
+    """The backend of torch.distributed for tensors on this device."""
     return "nccl" if device.type == "cuda" else "gloo"
 
 
@@ -73,12 +73,6 @@ def convolution_format(device: torch.device) -> torch.memory_format:
 def hardware_name(device: torch.device) -> str:
     """Kind of device: on the same kind the numbers are the same to the bit."""
     return torch.cuda.get_device_name(device) if has_stream(device) else "CPU"
-
-
-def wait_for_device(device: torch.device) -> None:
-    """Returns when all that this process gave `device` to do is done."""
-    if has_stream(device):
-        torch.cuda.synchronize(device)
 
 
 def timing_event() -> torch.cuda.Event:

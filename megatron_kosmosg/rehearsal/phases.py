@@ -21,8 +21,6 @@ FORWARD, BACKWARD, EXCHANGE = "forward", "backward", "exchange"
 UNET_FORWARD, UNET_BACKWARD = "forward of the U-Net", "backward of the U-Net"
 SERVE = "serve"
 """Of a score rank: everything around the U-Net's passes, from the condition to the answer."""
-MICRO_BATCH = (FORWARD, UNET_FORWARD, BACKWARD, UNET_BACKWARD, EXCHANGE, SERVE)
-"""Phases that come once a micro-batch."""
 
 
 def name_phases(recorder: Recorder) -> None:

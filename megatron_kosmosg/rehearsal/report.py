@@ -16,7 +16,7 @@ MICRO_BATCH_PHASES = (
     "exchange",
     "serve",
 )
-"""Those of `phases.MICRO_BATCH`, which imports torch."""
+"""Phases that come once a micro-batch, named again because `phases.py` imports torch."""
 CANNOT_SEE = (
     "numbers, time, hangs, NCCL's own errors, kernels that do not exist for a dtype or shape, "
     "the CUDA context, workspaces of cuDNN and cuBLAS, fragmentation, and what torch.compile or "

@@ -31,7 +31,7 @@ _MOST_EXPECTED = 64
 
 
 class Standing(Enum):
-    """Whom a score rank is for."""
+    """Whom a score rank works for."""
 
     OWN = "own"
     """Of the run's job, for this replica."""
@@ -42,7 +42,7 @@ class Standing(Enum):
 
 
 class Lack(Enum):
-    """Why nobody works on requests."""
+    """The reason why nobody works on requests."""
 
     FIRST = "no score rank has come yet"
     LOADING = "no score rank has loaded the U-Net yet"
@@ -115,8 +115,12 @@ class Roster:
     """Score ranks and requests of one decoder rank."""
 
     def __init__(self, answer_seconds: float, seed: int = 0) -> None:
-        """answer_seconds: without an answer for longer, a request goes to another rank, too. seed:
-        of the choice between ranks, other than the other decoder ranks'."""
+        """Begins without ranks and requests.
+
+        Args:
+            answer_seconds: after so long without an answer, a request goes to another rank, too.
+            seed: of the choice between ranks; the other decoder ranks have others.
+        """
         self._answer_seconds, self._random = answer_seconds, random.Random(seed)
         self.members: dict[bytes, Member] = {}
         self._open: dict[int, _Open] = {}
@@ -140,12 +144,8 @@ class Roster:
         return self._open[number].request
 
     @property
-    def num_open(self) -> int:
-        return len(self._open)
-
-    @property
     def num_waiting(self) -> int:
-        """Requests that no rank has."""
+        """Number of requests that no rank has."""
         return len(self._waiting)
 
     def expect(self, rows: Rows, now: float) -> bytes | None:
@@ -322,7 +322,8 @@ MOST_DIFFERENCE = 0.05
 
 
 def agree(one: Answer, other: Answer, *, bitwise: bool) -> bool:
-    """Whether two ranks computed the same; not bitwise: up to the rounding of other hardware."""
+    """Whether two ranks computed the same. They need not agree to the bit, only up to the rounding
+    of other hardware."""
     if one.bad_samples != other.bad_samples:
         return False
     pairs = [torch.cat([a.payload, torch.tensor([a.loss])]) for a in (one, other)]
@@ -336,5 +337,5 @@ def agree(one: Answer, other: Answer, *, bitwise: bool) -> bool:
 
 
 def is_finite(answer: Answer) -> bool:
-    """Whether loss and payload are."""
+    """Whether an answer's loss and payload are finite."""
     return bool(torch.isfinite(answer.payload).all()) and answer.loss - answer.loss == 0

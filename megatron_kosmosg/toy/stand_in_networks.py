@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from megatron_kosmosg.evaluation.dino import DinoViTS16
-from megatron_kosmosg.evaluation.inception import FidInception
 from megatron_kosmosg.toy import assets
 
 
@@ -29,17 +28,6 @@ def write_dino(path: Path, seed: int = 1) -> Path:
             nn.init.uniform_(values, 0.5, 1.5)
         else:
             nn.init.normal_(values, std=0.02)
-    torch.save(model.state_dict(), path)
-    return path
-
-
-def write_inception(path: Path, seed: int = 2) -> Path:
-    """A file of the published size, whose activations neither die nor grow."""
-    torch.manual_seed(seed)
-    model = FidInception()
-    for values in model.parameters():
-        if values.dim() > 1:
-            nn.init.normal_(values, std=(2 / values[0].numel()) ** 0.5)
     torch.save(model.state_dict(), path)
     return path
 

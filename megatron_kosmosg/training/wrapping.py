@@ -46,16 +46,6 @@ def _count_padding(chunk: DistributedDataParallel) -> None:
         buffer.numel_unpadded = buffer.numel
 
 
-def unwrap_model(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """The stage's own modules inside the wrappers."""
-    bare = []
-    for chunk in chunks:
-        while isinstance(chunk, (DistributedDataParallel, Float16Module)):
-            chunk = chunk.module
-        bare.append(chunk)
-    return bare
-
-
 @contextmanager
 def whole_parameters(chunks: list[DistributedDataParallel]) -> Iterator[None]:
     """Inside, every rank's parameters are those of the last update.

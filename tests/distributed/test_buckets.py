@@ -9,8 +9,9 @@ from megatron_kosmosg.checkpoint.weights import model_state
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.training.optimizer import build_optimizer
-from megatron_kosmosg.training.wrapping import unwrap_model, wrap_model
+from megatron_kosmosg.training.wrapping import wrap_model
 from tests.support.ranks import run_ranks
+from tests.support.shares import unwrap_model
 from tests.support.tiny_models import tiny_config
 
 MAIN = "optimizer.state.param."

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from megatron_kosmosg.cli.evaluate_coco import main
-from megatron_kosmosg.toy.stand_in_networks import write_clip, write_inception
+from megatron_kosmosg.toy.stand_in_networks import write_clip
 from tests.support.judged_images import write_coco
+from tests.support.judging_networks import write_inception
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,9 @@ from megatron_kosmosg.evaluation.preprocessing import (
     dino_pixels,
     tensorflow_resize,
 )
-from megatron_kosmosg.toy.stand_in_networks import write_clip, write_dino, write_inception
+from megatron_kosmosg.toy.stand_in_networks import write_clip, write_dino
 from tests.support.judged_images import odd_images
+from tests.support.judging_networks import write_inception
 
 CPU = torch.device("cpu")
 

@@ -27,7 +27,7 @@ LISTED = ("STRING", "INT", "FLOAT", "BOOLEAN")
 def start(tree: Path, folder: Path) -> None:
     """Makes ComfyUI's modules importable, without its server, frontend and torchvision."""
     # Before the stand-in below, which transformers would take for torchvision.
-    from transformers import AutoImageProcessor, CLIPImageProcessor  # noqa: F401
+    from transformers import AutoImageProcessor, CLIPImageProcessor  # noqa: F401 - loads them now
 
     sys.argv = ["main.py", "--cpu"]
     sys.path.insert(0, str(tree))

@@ -213,7 +213,7 @@ def run_config(
     entries = {name: BlendEntry(path, weight) for name, (path, weight) in blend.items()}
     settings = {"seq_length": 60, "target_image_size": 16, "image_backend": "pillow"} | data
     return RunConfig(
-        stage=stage,  # type: ignore[arg-type]
+        stage=stage,  # type: ignore[arg-type]  # str: tests name stages freely
         model=ModelConfig(
             vocab_size=Tokenizer(model_path).vocab_size,
             vision=VisionConfig(image_size=8),

@@ -15,7 +15,7 @@ VAE = ImageTransform(40, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 SIZES = [(24, 24), (33, 47), (47, 33), (64, 64), (100, 257), (225, 301), (40, 41)]
 
 try:
-    import nvidia.dali  # noqa: F401
+    import nvidia.dali  # noqa: F401 - whether it is there
 
     BACKENDS = ["pillow", "dali"]
 except ImportError:

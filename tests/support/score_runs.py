@@ -23,7 +23,7 @@ from megatron_kosmosg.score import rank as score_rank
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.stages import instruct
 from megatron_kosmosg.training import setup
-from megatron_kosmosg.training.wrapping import unwrap_model
+from tests.support.shares import unwrap_model
 
 
 @dataclass(frozen=True)

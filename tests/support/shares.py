@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.module import Float16Module
 
 from megatron_kosmosg.models.initialise import global_name, split_axis
 from megatron_kosmosg.models.kosmosg import KosmosG
@@ -90,3 +92,13 @@ def fill(model: KosmosG, layout: Layout, tensors: Mapping[str, torch.Tensor]) ->
             tensor = tensor.chunk(layout.tp_size, dim=axis)[layout.tp_rank]
         assert tensor.shape == parameter.shape, name
         parameter.copy_(tensor)
+
+
+def unwrap_model(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The stage's own modules inside Megatron-Core's wrappers."""
+    bare = []
+    for chunk in chunks:
+        while isinstance(chunk, (DistributedDataParallel, Float16Module)):
+            chunk = chunk.module
+        bare.append(chunk)
+    return bare

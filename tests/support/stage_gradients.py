@@ -17,8 +17,8 @@ from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.training.optimizer import build_optimizer
 from megatron_kosmosg.training.stage import Stage
 from megatron_kosmosg.training.step import _run_schedule, connect
-from megatron_kosmosg.training.wrapping import unwrap_model, wrap_model
-from tests.support.shares import Share, gradients
+from megatron_kosmosg.training.wrapping import wrap_model
+from tests.support.shares import Share, gradients, unwrap_model
 from tests.support.tiny_models import random_batch
 
 ROW_LENGTH = 13

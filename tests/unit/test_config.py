@@ -161,7 +161,7 @@ def test_renamed_keys_lead_to_keys_of_today():
 def test_config_cannot_be_written_to():
     config = load_config(None, BASE)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.training.seed = 1  # type: ignore[misc]
+        config.training.seed = 1  # type: ignore[misc]  # what is refused
 
 
 def test_batch_arithmetic():

@@ -9,7 +9,27 @@ import pytest
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion.authors import authors_table
 from megatron_kosmosg.models import layer_specs
-from megatron_kosmosg.models.parameter_count import count_parameters, meta_model
+from megatron_kosmosg.models.parameter_count import meta_model
+
+PARTS = ("embedding", "decoder", "vision_encoder", "resampler", "aligner_m", "aligner_n")
+
+
+def count_parameters(
+    config: RunConfig, output_head: bool, aligner_parts: tuple[str, ...]
+) -> dict[str, int]:
+    """Parameters of each part and, as "total", of all; without vocabulary padding.
+
+    The tied output head adds nothing to the embedding.
+    """
+    model = meta_model(config, output_head, aligner_parts)
+    counts = {}
+    for part in PARTS:
+        module = getattr(model, part)
+        if module is not None:
+            counts[part] = sum(parameter.numel() for parameter in module.parameters())
+    rows, width = model.embedding.word_embeddings.weight.shape
+    counts["embedding"] -= (rows - config.model.vocab_size) * width
+    return counts | {"total": sum(counts.values())}
 
 
 def test_full_size_counts() -> None:

@@ -100,7 +100,10 @@ def test_work_of_every_module_is_what_its_real_forward_pass_counts():
     (piece,) = model_shares(config, whole_model(config)).pieces
     batch = MicroBatch(images=1, rows=1, length=215, pictures=2)
     work = {w.module: w.forward for w in stage_work(config, piece, True, batch)}
-    empty = lambda *shape: torch.empty(*shape, device="meta")  # noqa: E731
+
+    def empty(*shape):
+        return torch.empty(*shape, device="meta")
+
     pixels, features = empty(2, 3, 224, 224), empty(2, 257, 1024)
     hidden, padding = empty(215, 1, 2048), torch.zeros(1, 215, dtype=torch.bool, device="meta")
     with pretend_rank(world_layout(config, 1), 0) as layout:

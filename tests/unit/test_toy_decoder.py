@@ -80,7 +80,7 @@ def test_every_toy_word_is_one_token(pipeline):
 
 def stored_types(path: Path) -> set[str]:
     with safe_open(path, "pt") as tensors:
-        return {str(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}  # noqa: SIM118
+        return {str(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}
 
 
 def test_all_weights_are_half_precision_and_small():

@@ -34,7 +34,7 @@ from megatron_kosmosg.toy import assets
 from tests.support.data_helpers import encode_image
 
 try:
-    import nvidia.dali  # noqa: F401
+    import nvidia.dali  # noqa: F401 - whether it is there
 
     BACKENDS = ["pillow", "dali"]
 except ImportError:
