@@ -107,7 +107,8 @@ def _decay_end(config: RunConfig) -> int:
 
 
 def _states_a_kind(key: str) -> bool:
-    """data.blend.NAME.kind: what the dataset is, its manifest says in any case."""
+    """Whether the key is a data.blend.NAME.kind, which only repeats what the dataset's manifest
+    says."""
     return key.startswith("data.blend.") and key.endswith(".kind")
 
 

@@ -109,14 +109,16 @@ def read_description(folder: Path) -> Metadata:
 
 
 class DescriptionReader(FileSystemReader):
-    """torch's reader, with the description read as above, once, and bounded records."""
+    """torch's reader of distributed checkpoints; it reads the description as data, once, and bounds
+    the size of records."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
         self._description: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """torch's name for the description; the arguments (a rank's own file) are not used."""
+        """The description, under torch's name for it; the arguments (a rank's own file) are not
+        used."""
         if self._description is None:
             self._description = read_description(Path(self.path))
             if self._description.storage_meta is None:
@@ -136,7 +138,7 @@ core_strategies.MCoreLoadPlanner = DataPlanner
 
 
 class _NotData(Exception):
-    """Says what a pickle named."""
+    """A description asks for more than data; the message is what its pickle named."""
 
 
 _DAMAGE = (
@@ -179,7 +181,7 @@ def _restore(found: type, attributes: dict[str, Any]) -> None:
 
 
 def _problem(found: Any, folder: Path) -> str | None:
-    """What a description claims that its folder does not bear out; None if nothing."""
+    """What a description claims that its folder does not bear out; None where both agree."""
     if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
         return f"it is a {type(found).__name__} without a list of records"
     sizes: dict[str, int] = {}

@@ -67,7 +67,8 @@ def _compare_checksums(path: Path) -> None:
 
 @contextmanager
 def explain_write_errors(folder: Path, iteration: int) -> Iterator[None]:
-    """Inside, a checkpoint is written to `folder`; ConfigError says why the disk prevents it."""
+    """Context in which a checkpoint is written to `folder`: an error of the disk becomes a
+    ConfigError that says why."""
     try:
         yield
         return

@@ -31,7 +31,7 @@ _CHUNK = 1 << 24
 
 
 def folder_name(iteration: int) -> str:
-    """`iter_0000100` for iteration 100."""
+    """The name of an iteration's folder: `iter_0000100` for iteration 100."""
     return f"iter_{iteration:07d}"
 
 

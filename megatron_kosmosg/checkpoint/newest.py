@@ -18,7 +18,7 @@ from megatron_kosmosg.parallel.layout import Layout
 
 @dataclass
 class Resumed:
-    """What a run went on from."""
+    """The checkpoint that a run went on from, and what it holds."""
 
     path: Path
     progress: Progress

@@ -111,8 +111,9 @@ class FilePart(io.RawIOBase):
 
 
 def check_archive(file: BinaryIO | io.RawIOBase, length: int) -> None:
-    """torch writes its archives uncompressed: what unpacks to more than it is long is no work of
-    its, and may fill the memory. Leaves the position at the beginning."""
+    """Refuses an archive whose contents are larger than the file, and leaves the position at the
+    beginning. torch writes its archives uncompressed, so one that unpacks to more was not written
+    by torch and may be meant to fill the memory."""
     with zipfile.ZipFile(file) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())
     if unpacked > length:

@@ -29,7 +29,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng_state(state: dict[str, Any]) -> None:
-    """Puts every generator back to `state`."""
+    """Puts every random generator of this rank back to `state`, as `rng_state` gave it."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -44,7 +44,7 @@ from megatron_kosmosg.parallel.seeds import set_seeds
 
 @dataclass
 class Progress:
-    """Where a run stands; equal on all ranks."""
+    """How far a run has come; equal on all ranks."""
 
     iteration: int = 0
     consumed_train_samples: int = 0
@@ -74,8 +74,14 @@ class Checkpointer:
         datasets: dict[str, str],
         average: WeightAverage | None = None,
     ) -> None:
-        """chunks: the bare modules, without wrappers. datasets: fingerprints of the mixture.
-        average: of the weights, where one is kept."""
+        """Saves and loads the state of what it is given here; `config` says where.
+
+        Args:
+            chunks: the stage's bare modules, without Megatron-Core's wrappers.
+            datasets: fingerprint of each dataset of the mixture, by name; saved, and compared on
+                resuming.
+            average: the average of the weights, where one is kept.
+        """
         self._config, self._layout = config, layout
         self._chunks, self._optimizer, self._scheduler = chunks, optimizer, scheduler
         self._datasets, self._average = datasets, average
@@ -97,7 +103,7 @@ class Checkpointer:
             self._background.poll(self._layout.device)
 
     def wait(self) -> None:
-        """Returns when no save is under way."""
+        """Returns when no save is under way any more."""
         with explain_write_errors(self._folder, self._saving):
             self._background.wait()
 

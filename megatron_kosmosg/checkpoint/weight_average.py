@@ -23,7 +23,7 @@ AVERAGE = "ema"
 
 
 class WeightAverage:
-    """average <- d * average + (1 - d) * weights after each update.
+    """Keeps average <- d * average + (1 - d) * weights, taken after each update.
 
     d is `decay`, or (1 + n) / (10 + n) at the n-th update while that is less, so that the weights
     that the average started from are soon forgotten.
@@ -36,8 +36,12 @@ class WeightAverage:
         optimizer: MegatronOptimizer,
         group: dist.ProcessGroup,
     ) -> None:
-        """modules: the model of this rank. group: the replicas of it, which may share the state of
-        the optimizer. Starts from the weights as they are."""
+        """Starts from the weights as they are.
+
+        Args:
+            modules: this rank's share of the model.
+            group: the replicas of that share, which may divide the optimizer's state among them.
+        """
         self._decay, self._group, self._updates = decay, group, 0
         self._is_shared_out = any(
             isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers
@@ -52,7 +56,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an update of the weights; nothing waits for the device."""
+        """Takes the weights into the average; called after each update. Nothing waits for the
+        device."""
         self._updates += 1
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
         if self._averages:  # a rank may hold frozen parts alone
@@ -60,7 +65,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """From the weights as they are."""
+        """Sets the average to the weights as they are now."""
         self._updates = 0
         for average, weight in zip(self._averages, self._weights, strict=True):
             average.copy_(weight)
@@ -108,8 +113,8 @@ class WeightAverage:
 def _updated_here(
     modules: Sequence[torch.nn.Module], optimizer: MegatronOptimizer
 ) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, slice]]:
-    """(parameter, what the optimizer updates for it on this rank in float32, and which part of the
-    flattened parameter that is)."""
+    """Yields, for each parameter that this rank updates, (parameter, its float32 copy in the
+    optimizer, the slice of the flattened parameter that this copy is)."""
     parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
     shared_out = [part for part in parts if isinstance(part, DistributedOptimizer)]
     for part in shared_out:

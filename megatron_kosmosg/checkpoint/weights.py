@@ -21,7 +21,8 @@ NOT_MODEL = ("optimizer.", "rng/", f"{AVERAGE}.")
 
 
 def model_state(chunks: list[torch.nn.Module], metadata: dict) -> dict[str, ShardedStateDict]:
-    """{chunk name: sharded state}; keys inside do not depend on the layout.
+    """The model's state as {chunk name: sharded tensors by key}; the keys do not depend on the
+    layout.
 
     Per-layer `_extra_state` objects (Transformer Engine's FP8 history) are left out.
     """

@@ -64,7 +64,7 @@ class ThreadSaveStrategy(SaveStrategy):
 
 
 class BackgroundSave:
-    """At most one save under way in a thread of its own, on every rank."""
+    """Writes checkpoints in a thread of its own; on every rank at most one save is under way."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -97,7 +97,8 @@ class BackgroundSave:
 
 
 def _write(buckets: list[tuple], transforms: list) -> dict[int, list] | Exception:
-    """{bucket number: results} in the form that Megatron-Core collects, or the error."""
+    """Writes this rank's buckets and returns {bucket number: results} in the form that
+    Megatron-Core collects, or the error."""
     results = {}
     for number, bucket in enumerate(buckets):
         answers: queue.Queue = queue.Queue()

@@ -15,12 +15,14 @@ ENDINGS = (".bin", ".idx")
 
 
 def shard_prefix(prefix: str | Path, path: str) -> str:
-    """Of a shard that the manifest of `prefix` names; a relative path begins at its folder."""
+    """The prefix of a shard's files, from what the manifest of the dataset `prefix` calls the
+    shard; a relative path begins at the manifest's folder."""
     return os.path.join(os.path.dirname(prefix), path)
 
 
 def stored_prefixes(prefix: str | Path) -> list[str]:
-    """Of the shards that PREFIX.json lists, in their order; else `prefix` alone."""
+    """The prefixes under which the dataset's files lie: those of the shards that PREFIX.json lists,
+    in their order, or `prefix` alone where there are no shards."""
     try:
         paths = [shard["path"] for shard in read_json(Path(f"{prefix}.json"))["shards"]]
         return [shard_prefix(prefix, path) for path in paths] or [str(prefix)]
@@ -29,6 +31,6 @@ def stored_prefixes(prefix: str | Path) -> list[str]:
 
 
 def missing_files(prefix: str | Path) -> list[str]:
-    """Of its .bin and .idx files, or of its shards', those that are not there."""
+    """The dataset's .bin and .idx files, or those of its shards, that do not exist."""
     files = [f"{stored}{end}" for stored in stored_prefixes(prefix) for end in ENDINGS]
     return [file for file in files if not os.path.isfile(file)]

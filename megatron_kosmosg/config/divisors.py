@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def divisors(value: int) -> list[int]:
-    """Of a positive number, ascending."""
+    """All numbers that divide a positive number, ascending."""
     return [number for number in range(1, value + 1) if value % number == 0]
 
 

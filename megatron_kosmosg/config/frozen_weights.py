@@ -35,7 +35,8 @@ def weights_variant(folder: Path, names: tuple[str, ...] = DIFFUSERS) -> str | N
 
 
 def _variants(folder: Path, names: tuple[str, ...]) -> set[str | None]:
-    """Of all weights in the folder."""
+    """The variants ("fp16", ...; None for the plain one) of the named weights that the folder
+    holds."""
     named = rf"(?:{'|'.join(names)})(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.(?:safetensors|bin)"
     matches = [re.fullmatch(named, path.name) for path in folder.iterdir()]
     return {match[1] or match[2] for match in matches if match}

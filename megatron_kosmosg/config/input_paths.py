@@ -47,7 +47,7 @@ def locate_inputs(layer: dict[str, Any], file: Path) -> None:
 
 
 def locate(path: str, folder: Path) -> str:
-    """`path` below `folder` if that exists, as given if it exists or is nowhere."""
+    """The path of an input: below `folder` if it exists there, else as it was given."""
     if not path or os.path.isabs(path):
         return path
     if _exists(beside := Path(os.path.normpath(folder / path))):

@@ -38,7 +38,8 @@ def refuse_unknown_keys(source: str, given: Any, schema: Any = RunConfig, prefix
 
 
 def _refuse_no_settings(source: str, key: str, value: Any, schema: Any) -> None:
-    """schema: of the settings that belong to `key`; None for entries of free names."""
+    """Raises ConfigError where `key` has a plain value although it holds further settings. `schema`
+    is the dataclass of these, or None where its entries have free names."""
     if not isinstance(value, dict):
         names = "NAME" if schema is None else next(iter(typing.get_type_hints(schema)))
         raise ConfigError(
@@ -47,7 +48,8 @@ def _refuse_no_settings(source: str, key: str, value: Any, schema: Any) -> None:
 
 
 def _suggest(key: str) -> str:
-    """`; did you mean ...?` with the closest existing name, or the sections if none is near."""
+    """The end of the message on an unknown key: "; did you mean ...?" with the closest existing
+    names, or the names of the sections where none is close."""
     sections = [item.name for item in dataclasses.fields(RunConfig)]
     names = known_keys() + sections
     leaf = key.rsplit(".", 1)[-1]

@@ -111,12 +111,13 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
-    """{dotted key: plain value} of every leaf setting."""
+    """Every setting of the config as {dotted key: plain value}."""
     return dict(_flat_items(dataclasses.asdict(config), ""))
 
 
 def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (old value, new value)} of the settings that differ; absent values are None."""
+    """The settings that differ, as {dotted key: (old value, new value)}; a setting that one side
+    lacks is None there."""
     before, after = flatten(old), flatten(new)
     keys = sorted(before.keys() | after.keys())
     return {
@@ -125,7 +126,8 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def _layers(path: str | Path | None, overrides: list[str], note: Note) -> list[tuple[str, Layer]]:
-    """[(where it comes from, settings by today's keys)] in the order in which they are merged."""
+    """The sources of settings in the order in which they are merged, each as (where it comes from,
+    its settings by today's keys)."""
     read: list[tuple[str, Layer, Path | None]] = []
     if path is not None:
         read.extend(_file_layers(_find_config(Path(path)), ()))
@@ -191,7 +193,7 @@ def _on_stderr(message: str) -> None:
 
 
 def _silently(message: str) -> None:
-    """For whoever has nobody to tell."""
+    """Takes a note and shows it to nobody: the default of `load_config`."""
 
 
 def _file_layers(path: Path, including: tuple[Path, ...]) -> list[tuple[str, Layer, Path | None]]:

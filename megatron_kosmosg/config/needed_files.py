@@ -88,7 +88,7 @@ def check_stage_needs(config: RunConfig, facts: StageFacts) -> None:
 
 
 def _value(config: RunConfig, key: str) -> Any:
-    """The setting of a dotted name."""
+    """The value of the setting with that dotted name."""
     return reduce(getattr, key.split("."), config)
 
 

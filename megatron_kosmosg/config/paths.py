@@ -1,4 +1,4 @@
-"""Where a run reads and writes: names inside the output folder."""
+"""The files and folders of a run: their names inside its output folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def heartbeat_file(config: RunConfig) -> Path:
 
 
 def trace_file(config: RunConfig) -> Path:
-    """What all ranks did in iteration `logging.trace_iteration`, for Perfetto or Chrome."""
+    """A Perfetto or Chrome trace of what all ranks did in iteration `logging.trace_iteration`."""
     return output_folder(config) / "trace.json"
 
 

@@ -11,7 +11,7 @@ from megatron_kosmosg.config.errors import ConfigError
 
 @dataclass(frozen=True)
 class RenamedKey:
-    """What a key of an earlier version is today."""
+    """What a key of an earlier version is called today, and what its values have become."""
 
     key: str
     values: Mapping[str, Any] | None = None

@@ -12,7 +12,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class StageFacts:
-    """One training stage."""
+    """What is known of one training stage without building it."""
 
     name: str
     """As in the setting `stage`."""

@@ -22,7 +22,7 @@ _LARGEST_RATIO = 8
 
 @dataclass(frozen=True)
 class RankPlace:
-    """What one rank is."""
+    """The role of one rank, and its coordinates in that role."""
 
     role: Literal["decoder", "score"]
     """`decoder` ranks train; `score` ranks hold the frozen U-Net alone."""
@@ -36,7 +36,7 @@ class RankPlace:
 
 @dataclass(frozen=True)
 class WorldLayout:
-    """All ranks of a run."""
+    """The roles of all ranks of a run."""
 
     world_size: int
     tp_size: int
@@ -50,7 +50,7 @@ class WorldLayout:
 
     @property
     def replica_size(self) -> int:
-        """Decoder ranks of one replica."""
+        """Number of decoder ranks in one replica."""
         return self.tp_size * self.pp_size
 
     @property
@@ -60,11 +60,11 @@ class WorldLayout:
 
     @property
     def num_score_ranks(self) -> int:
-        """Score ranks of the whole run."""
+        """Number of score ranks in the whole run."""
         return self.world_size - self.num_replicas * self.replica_size
 
     def decoder_rank(self, replica: int, pp_rank: int, tp_rank: int) -> int:
-        """The rank of this place."""
+        """The global rank of the decoder rank with these coordinates."""
         if not self.score_ranks_per_unit:
             return tp_rank + self.tp_size * (replica + self.num_replicas * pp_rank)
         unit, inside = divmod(replica, self.replicas_per_unit)
@@ -77,7 +77,7 @@ class WorldLayout:
         return list(range(first, first + self.score_ranks_per_unit))
 
     def place(self, rank: int) -> RankPlace:
-        """What `rank` is; the inverse of `decoder_rank` and `score_ranks`."""
+        """The role and coordinates of `rank`; the inverse of `decoder_rank` and `score_ranks`."""
         if not self.score_ranks_per_unit:
             rest, tp_rank = divmod(rank, self.tp_size)
             pp_rank, replica = divmod(rest, self.num_replicas)

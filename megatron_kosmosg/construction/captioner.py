@@ -30,7 +30,7 @@ class Blip2Captioner:
 
     @torch.inference_mode()
     def __call__(self, pictures: list[Image.Image]) -> list[str]:
-        """See Captioner."""
+        """A caption for each RGB picture, as Captioner asks for."""
         pixels = self._processor(images=pictures, return_tensors="pt")["pixel_values"]
         ids = self._model.generate(
             pixel_values=pixels.to(self._model.device, self._model.dtype),

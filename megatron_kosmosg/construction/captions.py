@@ -36,7 +36,7 @@ class GivenCaptions:
     annotations: Annotations | None
 
     def rows(self, shard: int) -> Iterator[Row]:
-        """{"key", "caption"}."""
+        """Yields rows {"key", "caption"} for the pictures of a shard."""
         for picture in self.plan.pictures(shard):
             try:
                 yield {"key": picture.key, "caption": self._caption(picture)}
@@ -53,7 +53,7 @@ class GivenCaptions:
 
 @dataclass(frozen=True)
 class ModelCaptions:
-    """Captions by a model."""
+    """Step 1 with a model that writes the captions."""
 
     plan: Plan
     pictures: SquarePictures
@@ -62,7 +62,7 @@ class ModelCaptions:
     num_threads: int
 
     def rows(self, shard: int) -> Iterator[Row]:
-        """{"key", "caption"}."""
+        """Yields rows {"key", "caption"} for the pictures of a shard."""
         model = self.model.get()
         read = read_ahead(
             self._read, self.plan.pictures(shard), 2 * self.batch_size, self.num_threads

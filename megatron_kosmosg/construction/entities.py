@@ -36,13 +36,14 @@ class Answerer(Protocol):
     """A language model that is asked for the entities of captions."""
 
     def __call__(self, captions: list[str]) -> list[str]:
-        """Its answer for each."""
+        """The model's answer for each caption."""
         ...
 
 
 @dataclass(frozen=True)
 class Entities:
-    """What names the entities: a model, a file, or neither (noun phrases)."""
+    """Step 2: the entities of each caption, named by a model, by a file, or by neither (noun
+    phrases)."""
 
     captions: StepFolder
     model: OnDemand[Answerer] | None
@@ -51,7 +52,8 @@ class Entities:
     max_entities: int
 
     def rows(self, shard: int) -> Iterator[Row]:
-        """{"key", "caption", "entities": [{"text", "span"}], "left_out": [reason, ...]}."""
+        """Yields rows {"key", "caption", "entities": [{"text", "span"}], "left_out": [reason, ...]}
+        of a shard."""
         model = None if self.model is None else self.model.get()
         captioned = [row for row in self.captions.read(shard) if "rejected" not in row]
         for batch in in_batches(captioned, self.batch_size):
@@ -114,7 +116,8 @@ def named_entities(caption: str, names: Sequence[str]) -> tuple[list[dict[str, A
 
 
 def given_entities(caption: str, given: Sequence[Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The same for the user's own entities: strings, or {"text"} with or without "span".
+    """(entities, reasons of those left out) for the user's own entities: strings, or {"text"} with
+    or without "span".
 
     Spans are believed, after a check that they hold the text. Raises Rejected.
     """

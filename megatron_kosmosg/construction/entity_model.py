@@ -37,7 +37,7 @@ class EntityModel:
 
     @torch.inference_mode()
     def __call__(self, captions: list[str]) -> list[str]:
-        """See Answerer."""
+        """The model's answer for each caption, as Answerer asks for."""
         has_template = self._tokenizer.chat_template is not None
         # A template writes the marks of the start itself.
         inputs = self._tokenizer(

@@ -34,13 +34,15 @@ class Segmenter(Protocol):
     """A model that finds named things in pictures."""
 
     def __call__(self, named: Sequence[Named]) -> list[np.ndarray]:
-        """float32 [height, width] of each picture: probability that the pixel shows the name."""
+        """For each (picture, name) the probability that a pixel shows the name, float32 [height,
+        width]."""
         ...
 
 
 @dataclass(frozen=True)
 class Masks:
-    """What finds the entities, a model or a file, and what becomes of them."""
+    """Step 3: the mask of each entity, from a model or a file, and the records that are built of
+    them."""
 
     plan: Plan
     pictures: SquarePictures
@@ -55,7 +57,8 @@ class Masks:
     num_threads: int
 
     def rows(self, shard: int) -> Iterator[Row]:
-        """{"key", "record", "entities", "areas": share of the picture, "left_out"}."""
+        """Yields rows {"key", "record", "entities", "areas": share of the picture, "left_out"} of a
+        shard."""
         named = {row["key"]: row for row in self.entities.read(shard) if "rejected" not in row}
         pictures = (p for p in self.plan.pictures(shard) if p.key in named)
         read = read_ahead(self._read, pictures, 2 * self.batch_size, self.num_threads)

@@ -14,7 +14,8 @@ CONFIG_FILE = "config.json"
 
 
 def model_type(folder: Path) -> str:
-    """What config.json calls the model. Raises ValueError where the folder is no model's."""
+    """The name by which config.json calls the model. Raises ValueError where the folder is no
+    model's."""
     try:
         return str(read_json(folder / CONFIG_FILE)["model_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -31,7 +32,8 @@ def check_type(folder: Path, option: str, wanted: str, example: str) -> None:
 
 
 def loaded(load: Callable[..., Loaded], folder: Path, **options: Any) -> Loaded:
-    """`load(folder)` from local files. Raises ValueError with the first line of what failed."""
+    """What `load(folder)` returns, from local files. Raises ValueError with the first line of what
+    failed."""
     if (folder / CONFIG_FILE).is_file():
         check_model_config(folder / CONFIG_FILE)
     try:

@@ -24,13 +24,13 @@ class SquarePictures:
         self._pictures = PictureCheck(replace(options, verify_images="header"))
 
     def picture(self, record: Record) -> Image.Image:
-        """RGB; what is transparent becomes white."""
+        """The centre square of the record's picture in RGB; what is transparent becomes white."""
         data = self._file(record)
         with rejecting("image"):
             return _square(read_image(data), _turns(record))
 
     def mask(self, record: Record, data: bytes) -> np.ndarray:
-        """uint8 [side, side] of a mask that was made for the whole picture."""
+        """The centre square of a mask that was made for the whole picture, uint8 [side, side]."""
         self._pictures.open(data, "mask")
         with rejecting("mask"):
             stored = decode_image(self._file(record))

@@ -33,7 +33,7 @@ class PictureRecord:
 
 
 class Plan:
-    """The shards of an output folder."""
+    """The pictures of each shard of an output folder."""
 
     def __init__(self, output: Path, num_shards: int, options: Options) -> None:
         self.output, self.num_shards = output, num_shards

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 def read_ahead(
     read: Callable[[Item], Result], items: Iterable[Item], depth: int, num_threads: int
 ) -> Iterator[tuple[Item, Result | Rejected]]:
-    """(item, what `read` makes of it) in order; up to `depth` items are read beforehand."""
+    """Yields (item, what `read` makes of it) in order; up to `depth` items are read beforehand."""
 
     def attempt(item: Item) -> Result | Rejected:
         try:

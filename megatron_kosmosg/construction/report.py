@@ -22,7 +22,7 @@ AREA_EDGES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.9)
 
 @dataclass
 class StepCounts:
-    """What a step made of the pictures that reached it."""
+    """How many pictures reached a step, and what it made of them."""
 
     name: str
     kept: int = 0
@@ -50,7 +50,8 @@ class Report:
         return sum(self.entities.values())
 
     def json(self) -> dict[str, Any]:
-        """For report.json; of the names the hundred most frequent."""
+        """The report's values for report.json; of the names of entities only the hundred most
+        frequent."""
         return {
             "steps": [vars(step) for step in self.steps],
             "caption_words": _sorted(self.caption_words),
@@ -60,7 +61,7 @@ class Report:
         }
 
     def text(self) -> str:
-        """A table for people."""
+        """The report as a table for people."""
         rows: list[tuple[str, int | str]] = []
         for step in self.steps:
             rows.append((f"{step.name}: images kept", step.kept))
@@ -92,7 +93,7 @@ class Report:
 
 
 def make_report(folders: Sequence[StepFolder], num_shards: int) -> Report:
-    """Reads the rows of finished steps."""
+    """Makes the report from the rows of finished steps."""
     report = Report([], Counter(), Counter(), Counter(), Counter())
     for folder in folders:
         counts = StepCounts(folder.path.name)
@@ -130,7 +131,7 @@ def _area_name(area: float) -> str:
 
 @dataclass(frozen=True)
 class ShownRecord:
-    """A built record for people to look at."""
+    """A built record as people are shown it on the contact sheet."""
 
     caption: str
     target: Image.Image

@@ -51,7 +51,7 @@ class StepFolder:
         return self.shards.mark_of(number)
 
     def read(self, number: int) -> list[Row]:
-        """The rows of a finished shard."""
+        """The rows that the step wrote for a finished shard."""
         with self.shard(number).open(encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 

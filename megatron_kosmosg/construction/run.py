@@ -42,7 +42,8 @@ MASK_TYPE, MASK_EXAMPLE = "clipseg", "CIDAS/clipseg-rd64-refined"
 
 @dataclass(frozen=True)
 class BuildJob:
-    """See the options of `kosmosg build-data`."""
+    """What a run builds, and from what: the options of `kosmosg build-data`, where they are
+    explained."""
 
     inputs: list[str]
     output: Path
@@ -77,7 +78,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class Built:
-    """What there is when this process has done its share."""
+    """The result of this process's share of a run."""
 
     records: StepFolder | None
     """None: the run was to stop before."""

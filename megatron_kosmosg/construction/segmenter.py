@@ -24,7 +24,8 @@ class ClipSegmenter:
 
     @torch.inference_mode()
     def __call__(self, named: Sequence[tuple[Image.Image, str]]) -> list[np.ndarray]:
-        """See Segmenter. The map is as large as the picture, enlarged bilinearly."""
+        """The maps that Segmenter asks for, as large as the pictures: CLIPSeg's are enlarged
+        bilinearly."""
         device = self._model.device
         texts = self._tokenizer(
             [name for _, name in named], return_tensors="pt", padding=True, truncation=True

@@ -35,7 +35,7 @@ class Source:
     """See preprocess.inputs.Input."""
 
     def reader(self, options: Options) -> Reader:
-        """The reader of the format."""
+        """The reader of the source's format."""
         if self.format == FOLDER:
             return FolderReader()
         if self.format == OPEN_IMAGES:
@@ -44,7 +44,7 @@ class Source:
 
 
 def find_sources(patterns: Sequence[str]) -> list[Source]:
-    """What the names and globs stand for. Raises ValueError, see `find_inputs`."""
+    """The sources that names and globs stand for. Raises ValueError, as `find_inputs` does."""
     sources: list[Source] = []
     for pattern in patterns:
         path = Path(pattern)
@@ -76,7 +76,7 @@ class FolderReader:
     """All pictures below a folder, in the order of their names; a shard lists its pictures."""
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
-        """See Reader."""
+        """Cuts the folder into shards, as Reader asks for."""
         names = list(_picture_names(path))[:limit]
         starts = range(0, len(names), size.records)
         parts = [(start, names[start : start + size.records]) for start in starts]
@@ -86,7 +86,7 @@ class FolderReader:
         ]
 
     def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
-        """Records {"key", "image"}."""
+        """Yields records {"key", "image"}."""
         for name, _ in shard.folders:
             fields = {"key": plain_key(name), "image": name}
             yield Record(shard.within(name), fields, shard.path)
@@ -99,7 +99,8 @@ class OpenImagesReader:
     """
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
-        """See Reader. Raises ValueError where the first line is not that of such a list."""
+        """Cuts the list into shards, as Reader asks for. Raises ValueError where the first line is
+        not that of such a list."""
         with_header = None if limit is None else limit + 1
         shards = line_shards(path, with_header, size.records, size.text_bytes)
         columns = _columns(path)
@@ -111,7 +112,7 @@ class OpenImagesReader:
         return shards
 
     def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
-        """Records {"key", "image", "rotation"}."""
+        """Yields records {"key", "image", "rotation"}."""
         columns = _columns(shard.path)
         folder = Path(options.image_root or shard.path.parent)
         for source, line in read_lines(shard):

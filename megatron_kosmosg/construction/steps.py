@@ -17,7 +17,7 @@ Report = Callable[[str, int, int], None]
 
 
 class Work(Protocol):
-    """What a step does with a shard."""
+    """What a step does: it makes rows of the pictures of a shard."""
 
     def rows(self, shard: int) -> Iterator[Row]:
         """A row for each picture that reached the step."""
@@ -26,7 +26,7 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """A step with the folder of its rows."""
+    """One step of a run, and the folder of its rows."""
 
     folder: StepFolder
     work: Work
@@ -58,5 +58,5 @@ def run_steps(steps: Sequence[Step], num_shards: int, place: Place, report: Repo
 
 
 def are_done(steps: Sequence[Step], num_shards: int) -> bool:
-    """Whether every process has finished."""
+    """Whether every process has finished all of these steps."""
     return not any(step.folder.shards.to_do(range(num_shards)) for step in steps)

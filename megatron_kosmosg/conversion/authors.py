@@ -81,7 +81,7 @@ def has_fused_vision(names: Collection[str]) -> bool:
 
 
 def stage_of(names: Collection[str]) -> str:
-    """pretrain | align | instruct: the stage whose parts of AlignerNet the tensor names hold."""
+    """The stage (pretrain, align or instruct) whose parts of AlignerNet these tensor names hold."""
     if any(name.startswith("aligner.decoder") for name in names):
         return "align"
     return "instruct" if any(name.startswith("aligner.encoder") for name in names) else "pretrain"

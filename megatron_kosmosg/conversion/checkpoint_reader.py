@@ -47,8 +47,13 @@ class CheckpointTensors:
     """
 
     def __init__(self, folder: Path, *, ema: bool = False) -> None:
-        """ema: the averages of the weights (float32) in place of those that trained.
-        Raises ConversionError when there is no undamaged checkpoint, or none with averages."""
+        """Opens a checkpoint. Raises ConversionError when there is no undamaged one, or none with
+        averages.
+
+        Args:
+            folder: a run's folder, its checkpoints, or one of them.
+            ema: read the averages of the weights (float32) in place of those that trained.
+        """
         try:
             self.path = find_checkpoint(Path(folder), given_as="")
             self.config = load_saved_config(self.path / CONFIG_FILE)
@@ -71,11 +76,11 @@ class CheckpointTensors:
         return {name: info for name, info in found.items() if not name.endswith(ADAPTERS)}
 
     def apart(self) -> TensorSource:
-        """The same tensors as they are stored: weights without adapters, and adapters."""
+        """The same tensors as they are stored: weights without adapters, and the adapters."""
         return _Stored(self._stored_names(), self._read)
 
     def adapted(self) -> list[str]:
-        """Modules that have an adapter."""
+        """The names of the modules that have an adapter."""
         end = f".{LORA_A}"
         return [name.removesuffix(end) for name in self._stored_names() if name.endswith(end)]
 
@@ -96,7 +101,7 @@ class CheckpointTensors:
         return found
 
     def read(self, name: str) -> torch.Tensor:
-        """One whole tensor; holds it and one stored shard."""
+        """One whole tensor. Memory holds it and one stored shard at a time."""
         tensor = self._read(name)
         module, _, leaf = name.rpartition(".")
         if leaf != "weight" or stored_key(f"{module}.{LORA_A}")[0] not in self._stored:
@@ -177,7 +182,7 @@ class _Stored:
 
 
 class _Into(DefaultLoadPlanner):
-    """Puts what is read into one tensor."""
+    """A load plan that puts what is read into one given tensor."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         super().__init__()
@@ -188,4 +193,4 @@ class _Into(DefaultLoadPlanner):
         return self._tensor[tuple(slice(start, start + length) for start, length in spans)]
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing: `resolve_tensor` gave a view."""
+        """Does nothing: `resolve_tensor` gave a view, so the tensor is filled already."""

@@ -41,7 +41,7 @@ _FILE_BYTES = 1 << 29
 
 
 def model_tensors(config: RunConfig) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of all weights of `config.stage`'s model, without vocabulary padding."""
+    """The shapes of all weights of `config.stage`'s model by name, without vocabulary padding."""
     facts = stage_facts(config.stage)
     state = meta_model(config, facts.has_output_head, facts.aligner_parts).state_dict()
     shapes = {
@@ -65,7 +65,8 @@ def refuse_existing(folder: Path) -> None:
 def write_checkpoint(
     folder: Path, config: RunConfig, source: TensorSource, progress: ProgressCallback | None = None
 ) -> Path:
-    """`folder/iter_0000000`, written from the source's tensors in their own dtypes.
+    """Writes the source's tensors, in their own dtypes, as the checkpoint `folder/iter_0000000`,
+    and returns it.
 
     Raises ConversionError, before anything is written, unless the source has exactly the tensors
     of `config.stage`'s model. What was begun is removed again when something fails.

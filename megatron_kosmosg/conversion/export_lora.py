@@ -58,8 +58,8 @@ def export_lora(
 
 
 def _their_adapters(source: CheckpointTensors) -> dict[str, torch.Tensor]:
-    """{name in PEFT's files: tensor}. A fused projection's adapter becomes one of each of its
-    parts: the same A, and the part's rows of B."""
+    """The adapters by their names in PEFT's files. A fused projection's adapter becomes one of each
+    of its parts: the same A, and the part's rows of B."""
     table = kosmos2_table(source.config.model)
     found = {}
     for module in source.adapted():

@@ -1,4 +1,4 @@
-"""What lies where in a folder of export-hf or export-mllm."""
+"""The files and folders in the output of export-hf and export-mllm."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ class FairseqFile(LazyTensors):
 
 
 def _entry(options: Any, name: str) -> Any:
-    """`options.name` of a dict, an argparse.Namespace or an OmegaConf node (as a placeholder)."""
+    """The entry `name` of options that are a dict, an argparse.Namespace or an OmegaConf node (as a
+    placeholder)."""
     attributes = options if isinstance(options, Mapping) else getattr(options, "__dict__", {})
     if isinstance(attributes.get("_content"), Mapping):  # an OmegaConf mapping
         attributes = attributes["_content"]

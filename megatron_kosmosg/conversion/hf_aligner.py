@@ -70,7 +70,7 @@ def aligner_arguments(config: RunConfig) -> dict[str, Any]:
 
 
 def aligner_sizes(folder: Path) -> dict[str, Any]:
-    """{dotted key: value} of the sizes that the component's config.json states.
+    """The sizes that the component's config.json states, by dotted key.
 
     Raises ConversionError for a config.json that is not there or lacks one.
     """

@@ -121,7 +121,7 @@ def write_processor(folder: Path, config: RunConfig) -> None:
 
 
 def write_index(folder: Path, stable_diffusion: dict[str, list[str]]) -> None:
-    """model_index.json and the pipeline's .py file.
+    """Writes model_index.json and the pipeline's .py file.
 
     stable_diffusion: the entries of unet, vae and scheduler.
     """

@@ -37,7 +37,7 @@ PROBES = (
 
 
 def token_list(model_path: Path) -> list[str]:
-    """The token of every id."""
+    """The tokens in the order of their ids."""
     pieces = _model(model_path).pieces
     return [*HEAD, *(piece.piece for piece in pieces[3:]), *TRAILING_SPECIALS]
 

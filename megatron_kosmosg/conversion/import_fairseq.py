@@ -71,7 +71,8 @@ def import_fairseq(job: FairseqImport, progress: ProgressCallback | None = None)
 
 
 def open_fairseq(job: FairseqImport) -> tuple[RunConfig, TensorSource, list[str]]:
-    """(config, all tensors of that model under our names, notes); tensors stay on disk.
+    """(config, all tensors of that model under our names, notes); the tensors stay on disk until
+    they are read.
 
     Raises ConversionError or ConfigError.
     """

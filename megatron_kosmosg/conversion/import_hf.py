@@ -131,7 +131,7 @@ def _translated(
 
 
 def _language_facts(mllm: Path, processor: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(sizes, other settings) by dotted key, of the stock Kosmos-2 in a folder."""
+    """(sizes, other settings) of the stock Kosmos-2 in a folder, both by dotted key."""
     stated = read_json(mllm / "config.json")
     if stated.get("model_type") != Kosmos2Config.model_type:
         raise ConversionError(

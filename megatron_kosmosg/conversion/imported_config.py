@@ -1,4 +1,5 @@
-"""What an import leaves: a checkpoint, and its config of known sizes and the user's settings."""
+"""Writes what an import leaves: a checkpoint, and a config of the sizes found and the user's
+settings."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from megatron_kosmosg.config.schema import RunConfig
 
 @dataclass(frozen=True)
 class Imported:
-    """What was written, and what the user should know of it."""
+    """What an import wrote, and what the user should know of it."""
 
     checkpoint: Path
     notes: list[str]
@@ -27,7 +28,8 @@ def imported_config(
     config_file: Path | None,
     overrides: Sequence[str],
 ) -> RunConfig:
-    """config_file <- settings <- sizes <- overrides (`section.key=value`).
+    """The config that comes of config_file, settings, sizes and overrides (`section.key=value`); of
+    these, later ones win.
 
     sizes: {dotted key: value} that the imported model has, whatever the config file says.
     settings: the same for what overrides may change. Raises ConversionError for a bad file or

@@ -52,7 +52,8 @@ def kosmos2_table(model: ModelConfig) -> RuleTable:
 
 
 def _tower_rules(ours: str, theirs: str) -> list[Rule]:
-    """Both towers are Hugging Face's, under another prefix."""
+    """The rules for the image tower, which on both sides has Hugging Face's classes under another
+    prefix."""
     single = ("class_embedding", "patch_embedding.weight", "position_embedding.weight")
     rules = [same(f"{ours}embeddings.{name}", f"{theirs}embeddings.{name}") for name in single]
     attention = [f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")]
@@ -112,7 +113,7 @@ def kosmos2_config(config: RunConfig) -> Kosmos2Config:
 
 
 def model_sizes(found: Kosmos2Config, folder: Path) -> dict[str, Any]:
-    """{dotted key: value} of the sizes under `model` that a stock config states.
+    """The sizes under `model` that a stock config states, by dotted key.
 
     Raises ConversionError for settings that would make it another model than ours.
     """

@@ -49,7 +49,8 @@ def prompt_shape(config: RunConfig) -> PromptShape:
 
 
 def random_prompts(shape: PromptShape, seed: int) -> dict[str, torch.Tensor]:
-    """tokens, image_mask (True = slot), padding_mask (True = padding) [b, s]; pixel_values.
+    """Random prompts: tokens, image_mask (True = slot), padding_mask (True = padding) [b, s];
+    pixel_values.
 
     The same for equal shape and seed. Rows as IMAGES_OF_ROW says, padded on the right.
     """
@@ -86,7 +87,8 @@ def random_prompts(shape: PromptShape, seed: int) -> dict[str, torch.Tensor]:
 def outputs_of_ours(
     config: RunConfig, source: TensorSource, prompts: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """{"hidden", "logits", "condition" where there is M}, rows [b, s or c, ...] on the CPU.
+    """The outputs of a model of ours by name: "hidden", "logits" and, where there is M,
+    "condition"; rows [b, s or c, ...] on the CPU.
 
     source: all weights of a model of ours; N is left out. Call it with gradients enabled: setting
     up Megatron-Core on a CPU checks them.
@@ -115,7 +117,7 @@ def outputs_of_ours(
 def outputs_of_folder(
     mllm: Path, aligner: Path | None, prompts: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The same of the stock classes in an exported folder."""
+    """The same outputs from the stock classes in an exported folder."""
     language = load_mllm(mllm, torch.float32)
     stock = language(
         pixel_values=prompts["pixel_values"],

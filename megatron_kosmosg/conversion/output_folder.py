@@ -13,7 +13,7 @@ from megatron_kosmosg.config.overwrites import refuse_to_overwrite
 
 @contextmanager
 def new_folder(output: Path, reads: Sequence[Path]) -> Iterator[Path]:
-    """files.new_folder for `output`; left-overs of a killed process are replaced.
+    """Makes `output` as files.new_folder does; left-overs of a killed process are replaced.
 
     Raises ConversionError when `output` exists, ConfigError when the temporary folder is one of
     `reads`, what the folder is made from.

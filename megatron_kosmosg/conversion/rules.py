@@ -36,7 +36,7 @@ class Rule:
 
 
 def same(ours: str, theirs: str, duplicates: Sequence[str] = ()) -> Rule:
-    """One tensor under two names."""
+    """The rule for a tensor that has another name in the other format and is otherwise the same."""
     return Rule((ours,), (theirs,), list, list, tuple(duplicates))
 
 
@@ -115,11 +115,11 @@ class RuleTable:
         object.__setattr__(self, "_by_duplicate", found)
 
     def ours_from(self, ours: str) -> tuple[list[str], Callable[[Tensors], torch.Tensor]]:
-        """(their names, function of those tensors) that make our tensor `ours`."""
+        """(their names, function of those tensors) by which our tensor `ours` is made."""
         return _find(self._by_ours, ours, "ours")
 
     def theirs_from(self, theirs: str) -> tuple[list[str], Callable[[Tensors], torch.Tensor]]:
-        """(our names, function of those tensors) that make their tensor `theirs`."""
+        """(our names, function of those tensors) by which their tensor `theirs` is made."""
         return _find(self._by_theirs, theirs, "theirs")
 
     def has_rule_for(self, theirs: str) -> bool:
@@ -131,7 +131,7 @@ class RuleTable:
         return list(dict.fromkeys(name for our in ours for name in self.ours_from(our)[0]))
 
     def ties(self, theirs: Collection[str]) -> list[tuple[str, str]]:
-        """[(name, duplicate)]: pairs among `theirs` that must hold equal tensors."""
+        """The pairs (name, duplicate) among `theirs` that must hold equal tensors."""
         found = []
         for name in theirs:
             pattern, layer = split_layer(name)
@@ -140,7 +140,8 @@ class RuleTable:
         return found
 
     def check(self, theirs: Collection[str], ours: Collection[str]) -> dict[str, list[str]]:
-        """{reason: names dropped}, when `theirs` give all of `ours` and nothing is left over.
+        """Checks that `theirs` give all of `ours` and that nothing is left over. Returns the names
+        that are dropped, as {reason: names}.
 
         Raises ConversionError that lists the missing names and those without a use.
         """
@@ -177,7 +178,8 @@ class RuleTable:
 
 
 def split_layer(name: str) -> tuple[str, str | None]:
-    """("a.{i}.b", "3") of "a.3.b"; (name, None) without a number between dots."""
+    """Splits the number between dots off a name: "a.3.b" gives ("a.{i}.b", "3"), a name without one
+    (name, None)."""
     found = _LAYER.search(name)
     return (name, None) if found is None else (_LAYER.sub("{i}", name, count=1), found.group())
 

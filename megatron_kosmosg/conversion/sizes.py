@@ -45,7 +45,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def our_shapes(table: RuleTable, theirs: TensorSource) -> dict[str, tuple[int, ...]]:
-    """{our name: shape} of the tensors that are one tensor in both formats."""
+    """The shapes, by our names, of the tensors that are one tensor in both formats."""
     found = {}
     for name, info in theirs.names().items():
         if table.has_rule_for(name):
@@ -56,7 +56,7 @@ def our_shapes(table: RuleTable, theirs: TensorSource) -> dict[str, tuple[int, .
 
 
 def sizes(shapes: Shapes, stage: str) -> dict[str, int]:
-    """{dotted setting: number} that the tensors show.
+    """The sizes that the tensors show, as {dotted setting: number}.
 
     Raises ConversionError for a tensor that is missing or has too few dimensions.
     """
@@ -78,7 +78,7 @@ def sizes(shapes: Shapes, stage: str) -> dict[str, int]:
 def head_counts(
     found: Mapping[str, int], stage: str, decoder_heads: int | None, given: set[str]
 ) -> dict[str, int]:
-    """{dotted setting: number of heads} beyond those `given` in the config.
+    """The numbers of heads beyond those `given` in the config, by dotted setting.
 
     decoder_heads: what the file itself says. Raises ConversionError when nothing says it.
     """

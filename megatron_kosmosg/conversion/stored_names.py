@@ -15,7 +15,8 @@ _STACKED_KEY = re.compile(_STACK + r"(\D.*)")
 
 
 def stored_key(name: str) -> tuple[str, int | None]:
-    """(key, index along its first dimension) of a tensor; None when it has a key of its own.
+    """(key, index along its first dimension) of a tensor in a checkpoint; the index is None where
+    the tensor has a key of its own.
 
     The image tower is not Megatron's, hence not stacked.
     """

@@ -14,14 +14,14 @@ from megatron_kosmosg.conversion.rules import RuleTable, summary
 
 
 class TensorInfo(NamedTuple):
-    """What is known of a tensor without reading it."""
+    """Shape and dtype of a tensor, known without reading it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 def num_bytes(info: TensorInfo) -> int:
-    """Size of the tensor in memory."""
+    """Size of the tensor in memory, in bytes."""
     return math.prod(info.shape) * info.dtype.itemsize
 
 
@@ -52,7 +52,7 @@ class TensorSource(Protocol):
 
 
 class InMemory:
-    """Tensors of a dict as a TensorSource."""
+    """A TensorSource of the tensors in a dict."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors

@@ -26,7 +26,7 @@ attributes, so those packages need not be installed."""
 
 
 class LazyTensor:
-    """A tensor on disk."""
+    """A tensor on disk, which is read when it is asked for."""
 
     def __init__(self, storage: _Storage, offset: int, size: tuple, stride: tuple) -> None:
         self._storage, self._offset = storage, offset

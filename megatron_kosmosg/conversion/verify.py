@@ -26,7 +26,7 @@ Outputs = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models."""
+    """One of the two models that are compared."""
 
     description: str
     shape: PromptShape
@@ -43,7 +43,7 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """Of the largest value."""
+        """The largest difference as a share of the largest value."""
         return self.largest_difference / self.largest_value if self.largest_value else 0.0
 
 
@@ -81,7 +81,8 @@ def verify(
 
 
 def differences(a: Outputs, b: Outputs, padding_mask: torch.Tensor) -> list[Difference]:
-    """One entry for each output that both have. Raises ConversionError for other shapes."""
+    """The differences of the outputs that both models have. Raises ConversionError where their
+    shapes differ."""
     result = []
     for name in ("hidden", "logits", "condition"):
         if name not in a or name not in b:

@@ -32,7 +32,8 @@ MAX_REPLACEMENTS = 1000
 
 
 class AlignStream:
-    """Captions; see samples.StreamDataset. Reads no pictures."""
+    """The stream of captions for `align`, which reads no pictures; its methods are explained at
+    samples.StreamDataset."""
 
     def __init__(
         self,
@@ -47,8 +48,13 @@ class AlignStream:
         image_size: int,
         packs: bool = False,
     ) -> None:
-        """`num_queries`: positions of the CLIP text encoder. `max_length`: tokens, with <s>.
-        `packs`: see padding.pad_rows."""
+        """Joins the datasets of the mixture `blend` into one stream.
+
+        Args:
+            num_queries: positions of the CLIP text encoder.
+            max_length: tokens of the longest caption, with <s>.
+            packs: whether prompts are also given end to end, see padding.pad_rows.
+        """
         self._blend, self._stores, self._orders = blend, stores, orders
         self._captions = captions
         self._tokenizer = tokenizer
@@ -81,7 +87,7 @@ class AlignStream:
         return {name: store.fingerprint() for name, store in self._stores.items()}
 
     def lengths(self, positions: Sequence[int]) -> None:
-        """None: all rows of a global batch are equally long."""
+        """None, which says that all rows of a global batch are equally long."""
 
     def pad_to(self, samples: Sequence[CaptionSample], global_positions: Sequence[int]) -> int:
         """The longest row of the global batch, before CLIP's limit replaces any; packed, where
@@ -103,9 +109,9 @@ class AlignStream:
         return 1 + longest
 
     def collate(self, samples: Sequence[CaptionSample], pad_to: int) -> dict[str, Tensor]:
-        """tokens, image_mask (all False), padding_mask [b, s], and `packed` as of pad_rows;
-        pixel_values [0, 3, H, W]; clip_tokens int64 [b, num_queries]; bad_samples int64 [], always
-        0."""
+        """A batch of captions. tokens, image_mask (all False) and padding_mask are [b, s], `packed`
+        is as pad_rows gives it; pixel_values [0, 3, H, W]; clip_tokens int64 [b, num_queries];
+        bad_samples int64 [], always 0."""
         tokens = [sample.tokens for sample in samples]
         rows = pad_rows(
             tokens,

@@ -12,13 +12,15 @@ import numpy as np
 
 
 def in_stream_order(num_samples: int, micro_batch_size: int, dp_size: int) -> np.ndarray:
-    """int64 [dp_size, micro-batches, micro_batch_size]: places in the global batch, in order."""
+    """Places in the global batch for each rank and micro-batch, dealt in order: int64 [dp_size,
+    micro-batches, micro_batch_size]."""
     places = np.arange(num_samples).reshape(-1, dp_size, micro_batch_size)
     return places.transpose(1, 0, 2)
 
 
 def by_length(lengths: np.ndarray, micro_batch_size: int, dp_size: int) -> np.ndarray:
-    """int64 [dp_size, micro-batches, micro_batch_size]: places in the global batch, balanced.
+    """Places in the global batch for each rank and micro-batch, balanced by length: int64 [dp_size,
+    micro-batches, micro_batch_size].
 
     lengths: of the samples of the global batch, int64 [n]. Equal lengths keep the stream's order.
     """

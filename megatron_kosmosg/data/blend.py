@@ -63,14 +63,15 @@ class Blend:
         return Draw(self.names[i], period * self._shares[i] + int(self._ordinals[place]))
 
     def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(index into `names`, ordinal) of the draws at `positions`, int64 of the same length."""
+        """The draws at `positions` as (index into `names`, ordinal within that dataset), both int64
+        of the length of `positions`."""
         periods, places = np.divmod(np.asarray(positions, np.int64), self.period)
         which = self._pattern[places].astype(np.int64)
         return which, periods * np.array(self._shares, np.int64)[which] + self._ordinals[places]
 
 
 def _chairman_assignment(shares: list[int]) -> np.ndarray:
-    """int32 [sum of shares]: index of the dataset drawn at each place of one period."""
+    """The index of the dataset drawn at each place of one period, int32 [sum of shares]."""
     period, k = sum(shares), len(shares)
     if k == 1:
         return np.zeros(period, np.int32)

@@ -17,7 +17,7 @@ def dataset_files(prefix: str | Path) -> list[Path]:
 
 
 def files_of_all_shards(prefix: str | Path) -> list[Path]:
-    """Those of the dataset, and of every shard that its manifest lists."""
+    """The files of the dataset itself and of every shard that its manifest lists."""
     shards = [shard for shard in stored_prefixes(prefix) if shard != str(prefix)]
     return [file for each in (*shards, prefix) for file in dataset_files(each)]
 

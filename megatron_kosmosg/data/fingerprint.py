@@ -13,7 +13,7 @@ BLOCK_BYTES, NUM_BLOCKS = 4096, 256
 
 
 class Readable(Protocol):
-    """A file, or what stands for one."""
+    """Anything whose bytes can be read by position: a file, or what stands for one."""
 
     size: int
 
@@ -23,19 +23,19 @@ class Readable(Protocol):
 
 
 class StoredFile:
-    """A file on disk."""
+    """A file on disk, read by position."""
 
     def __init__(self, path: str | Path) -> None:
         self._file = Path(path).open("rb")
         self.size = Path(path).stat().st_size
 
     def read(self, start: int, length: int) -> bytes:
-        """See Readable."""
+        """`length` bytes from `start` on; fewer at the end of the file."""
         self._file.seek(start)
         return self._file.read(length)
 
     def close(self) -> None:
-        """Gives the descriptor back."""
+        """Closes the file."""
         self._file.close()
 
 
@@ -54,7 +54,8 @@ def dataset_fingerprint(prefix: str | Path) -> str:
 
 
 def fingerprint_of(index: Readable, data: Readable) -> str:
-    """The same of an index and the data that it describes, wherever they lie."""
+    """The fingerprint of a dataset by its index and the data that this describes, wherever both
+    lie."""
     digest = hashlib.blake2b(digest_size=12, person=b"kosmosg-dataset")
     for end, file in ((".idx", index), (".bin", data)):
         digest.update(f"{end} {file.size}|".encode())

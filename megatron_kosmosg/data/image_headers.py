@@ -24,7 +24,8 @@ _HIDDEN_NOTES = (b"Raw profile type", b"XML:com.adobe.xmp")
 
 
 def dali_form(data: bytes) -> bytes | None:
-    """`data` as DALI reads it right, None where another decoder has to. Decodes nothing."""
+    """The picture's bytes in a form that DALI reads right, or None where another decoder has to
+    read it. Decodes nothing."""
     if data[:3] == b"\xff\xd8\xff":
         return _jpeg(data)
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -35,7 +36,8 @@ def dali_form(data: bytes) -> bytes | None:
 
 
 def stored_layout(data: bytes) -> tuple[tuple[int, int], int]:
-    """((width, height) as stored, EXIF's orientation) of JPEG, PNG or WebP. Raises UnreadableImage.
+    """((width, height) as stored, EXIF's orientation) of a JPEG, PNG or WebP. Raises
+    UnreadableImage.
 
     Decodes only a PNG with notes: Pillow looks for them behind the pixels, too.
     """
@@ -45,7 +47,8 @@ def stored_layout(data: bytes) -> tuple[tuple[int, int], int]:
 
 
 def may_be_transparent(data: bytes) -> bool:
-    """Whether some pixels may be, by the header; what cannot be read has none."""
+    """Whether some pixels may be transparent, judging by the header; a file that cannot be read has
+    none."""
     if data[:3] == b"\xff\xd8\xff" or data[:4] == b"\x89PNG" and _is_plain_png(data):
         return False
     try:
@@ -55,7 +58,8 @@ def may_be_transparent(data: bytes) -> bool:
 
 
 def _jpeg(data: bytes) -> bytes | None:
-    """As it is, or with the orientation that Pillow finds noted in the one place DALI looks at."""
+    """A JPEG as it is, or with the orientation that Pillow finds in it noted in the one place where
+    DALI looks."""
     place, notes, is_known = 2, [], False
     while place + 4 <= len(data):
         if data[place] != 0xFF:
@@ -113,7 +117,8 @@ def _is_plain_png(data: bytes) -> bool:
 
 
 def _is_plain_webp(data: bytes) -> bool:
-    """One whole opaque image without notes: the simple forms of the format."""
+    """Whether a WebP is one whole opaque image without notes, as the simple forms of the format
+    are."""
     if int.from_bytes(data[4:8], "little") + 8 > len(data):
         return False
     if data[12:16] == b"VP8L":

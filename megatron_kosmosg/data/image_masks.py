@@ -18,12 +18,13 @@ FEW = 16
 
 
 def as_mask(image: Image.Image) -> Image.Image:
-    """ "L" of a decoded image. Raises UnreadableImage where it is not certain what it means."""
+    """A decoded image as a mask of mode "L". Raises UnreadableImage where it is not certain what it
+    means."""
     return _whole_range(_one_channel(image))
 
 
 def _one_channel(image: Image.Image) -> Image.Image:
-    """ "L": the levels or labels as the file has them."""
+    """The image in mode "L": its levels or labels as the file has them."""
     if image.has_transparency_data:
         if np.asarray(image.convert("RGBA").getchannel("A")).min() < 255:
             raise UnreadableImage("has transparency of its own", image.mode)

@@ -84,7 +84,7 @@ def require_certain_pixels(image: Image.Image) -> None:
 
 @dataclass(frozen=True)
 class StoredImage:
-    """A decoded file."""
+    """The pixels of a decoded file as they are stored, with its note of how they are turned."""
 
     pixels: Image.Image
     """As stored: in any mode, not turned."""
@@ -93,7 +93,7 @@ class StoredImage:
 
     @property
     def orientation(self) -> int:
-        """1 where the pixels are upright."""
+        """EXIF's orientation; 1 where the pixels are upright."""
         return self.note or 1
 
 
@@ -120,7 +120,8 @@ def load(image: Image.Image, data: bytes | None = None) -> None:
 
 
 def noted_orientation(image: Image.Image) -> int | None:
-    """EXIF's of an opened image; see StoredImage.note. Raises UnreadableImage."""
+    """EXIF's orientation of an opened image, as described at StoredImage.note. Raises
+    UnreadableImage."""
     if image.format == "PNG":  # which may say it behind its pixels
         load(image)
     try:
@@ -136,12 +137,13 @@ def turned(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def turned_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """Of an image of `size` stored with this orientation, made upright."""
+    """The (width, height) that an image of the stored `size` has when it is made upright."""
     return (size[1], size[0]) if orientation in ON_ITS_SIDE else size
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """In mode L, LA, RGB or RGBA, not turned: 16 bits are scaled to 8 (the higher byte)."""
+    """The image in mode L, LA, RGB or RGBA, not turned; levels of 16 bits are scaled to 8 (the
+    higher byte)."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
@@ -171,7 +173,7 @@ def over_white(image: Image.Image, mask: Image.Image | None = None) -> Image.Ima
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """RGB of an opened image as people see it. Raises UnreadableImage."""
+    """An opened image as people see it, in RGB. Raises UnreadableImage."""
     require_certain_pixels(image)
     load(image)
     return turned(over_white(image), noted_orientation(image) or 1)
@@ -214,7 +216,7 @@ def fitted_mask(data: bytes, size: tuple[int, int], orientation: int) -> Image.I
 
 
 def is_stored_as_it_is(data: bytes, image: Image.Image) -> bool:
-    """Whether a dataset keeps the bytes of a file, `image` being it, opened."""
+    """Whether a dataset keeps the bytes of a file unchanged; `image` is the file, opened."""
     return image.format in ("JPEG", "MPO", "WEBP") or image.format == "PNG" and data[24] <= 8
 
 

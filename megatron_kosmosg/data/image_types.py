@@ -67,6 +67,6 @@ class Backend(Protocol):
     """Decodes pictures of one of the libraries."""
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> np.ndarray:
-        """uint8 [n, 3, size, size], 0 to 255, n >= 1; raises any exception when one cannot be
-        decoded."""
+        """The decoded pictures, uint8 [n, 3, size, size], levels 0 to 255, n >= 1. Raises any
+        exception when one of them cannot be decoded."""
         ...

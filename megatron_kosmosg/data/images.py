@@ -44,16 +44,17 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 
 class PillowBackend:
-    """One picture after the other, on the CPU; step by step what the authors' torchvision does."""
+    """Decodes one picture after the other on the CPU, step by step as the authors' torchvision
+    does."""
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> np.ndarray:
-        """uint8 [n, 3, size, size]; raises what Pillow raises."""
+        """The decoded pictures, uint8 [n, 3, size, size]. Raises what Pillow raises."""
         pixels = np.stack([_resize_and_crop(read_image(image), transform) for image in images])
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
 def _resize_and_crop(image: Image.Image, transform: ImageTransform) -> np.ndarray:
-    """uint8 [size, size, 3]."""
+    """The picture resized and cropped as `transform` says, uint8 [size, size, 3]."""
     size, method = transform.size, _FILTERS[transform.interpolation]
     width, height = (int(size * side / min(image.size)) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -90,7 +91,12 @@ class ImageDecoder:
     def __init__(
         self, backend: Literal["auto", "dali", "pillow"], device_id: int | None = None
     ) -> None:
-        """`device_id`: CUDA device on which DALI decodes; None decodes on the CPU."""
+        """Chooses what decodes; "auto" takes DALI where it works. Raises ConfigError where "dali"
+        was asked for and is not installed.
+
+        Args:
+            device_id: CUDA device on which DALI decodes; None decodes on the CPU.
+        """
         self._pillow: Backend = PillowBackend()
         self._has_told = False
         self._device_id = device_id
@@ -129,8 +135,8 @@ class ImageDecoder:
         self._require_working(ImageTransform(_KNOWN_SIZE, "bilinear", (0.0,) * 3, (1.0,) * 3))
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> Tensor:
-        """float32 [n, 3, size, size], normalised; n may be 0. Raises BadImage for the first bad
-        picture."""
+        """The pictures as float32 [n, 3, size, size], normalised; n may be 0. Raises BadImage for
+        the first bad one."""
         pixels, bad = self.try_decode(images, transform)
         if bad:
             raise bad[0]
@@ -139,8 +145,8 @@ class ImageDecoder:
     def try_decode(
         self, images: Sequence[Encoded], transform: ImageTransform
     ) -> tuple[Tensor, list[BadImage]]:
-        """float32 [n, 3, size, size], normalised, zeros where a picture is bad, and the bad
-        pictures."""
+        """The pictures as float32 [n, 3, size, size], normalised, with zeros where one is bad; and
+        the bad ones."""
         levels, bad = self.try_levels(images, transform)
         pixels = normalise(levels, transform)
         pixels[[error.index for error in bad]] = 0
@@ -149,8 +155,8 @@ class ImageDecoder:
     def try_levels(
         self, images: Sequence[Encoded], transform: ImageTransform
     ) -> tuple[Tensor, list[BadImage]]:
-        """uint8 [n, 3, size, size], not normalised, n may be 0, and the bad pictures, which are
-        blank: of the levels next to `transform.mean`."""
+        """The pictures as uint8 [n, 3, size, size], not normalised, n may be 0; and the bad ones,
+        each of which is blank there: of the levels next to `transform.mean`."""
         shape = (len(images), 3, transform.size, transform.size)
         if not images:
             return torch.zeros(shape, dtype=torch.uint8), []
@@ -168,7 +174,8 @@ class ImageDecoder:
             return torch.from_numpy(pixels), bad
 
     def _decode_one(self, image: Encoded, transform: ImageTransform) -> np.ndarray:
-        """What is bad is what Pillow cannot read, with its reason, whatever backend is used."""
+        """Decodes one picture. Whatever the backend, a picture is bad only if Pillow cannot read
+        it, for Pillow's reason."""
         try:
             return self._backend.decode([image], transform)[0]
         except Exception as error:
@@ -206,7 +213,8 @@ _KNOWN_SIZE, _KNOWN_COLOUR = 16, (200, 100, 50)
 
 @cache
 def _known_good() -> tuple[Encoded, ...]:
-    """One picture of one colour by each way through a backend: JPEG, PNG, and with a mask."""
+    """One picture of a single colour for each way through a backend: JPEG, PNG, and one with a
+    mask."""
     side = (_KNOWN_SIZE, _KNOWN_SIZE)
     jpeg, png, mask = io.BytesIO(), io.BytesIO(), io.BytesIO()
     picture = Image.new("RGB", side, _KNOWN_COLOUR)
@@ -224,5 +232,5 @@ def _warn_once(message: str, *values: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """One line of what a library said."""
+    """A library's error in one line."""
     return decoding_reason(error)

@@ -34,13 +34,19 @@ class DaliBackend:
     """Batched decoding; on `device_id` with the hardware decoder, else on the CPU."""
 
     def __init__(self, device_id: int | None, others: Backend) -> None:
-        """`others`: decodes what DALI must not be given."""
+        """Builds no pipeline yet: each thread builds its own when pictures come.
+
+        Args:
+            device_id: CUDA device on which DALI decodes; None decodes on the CPU.
+            others: decodes what DALI must not be given.
+        """
         self._device_id = device_id
         self._others = others
         self._local = threading.local()
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> np.ndarray:
-        """uint8 [n, 3, size, size]; raises any exception when one of them is bad."""
+        """The decoded pictures, uint8 [n, 3, size, size]. Raises any exception when one of them is
+        bad."""
         pixels = np.empty((len(images), 3, transform.size, transform.size), np.uint8)
         plain, masked = {}, {}
         for i, image in enumerate(images):
@@ -74,7 +80,7 @@ class DaliBackend:
 
 
 def _feed(encoded: Encoded) -> Feed | None:
-    """What the pipelines are fed for a picture; None for one that DALI must not be given."""
+    """What the pipelines are given for a picture; None for one that DALI must not be given."""
     is_entity = isinstance(encoded, EntityImage)
     data = dali_form(encoded.image if is_entity else encoded)
     if data is None:
@@ -116,14 +122,15 @@ def _build(transform: ImageTransform, has_mask: bool, device_id: int | None) -> 
 
 
 def _paint_background_white(image: DataNode, mask: DataNode) -> DataNode:
-    """uint8 HWC: the picture where the mask is 255, white where it is 0, mixed in between."""
+    """The picture where the mask is 255, white where it is 0, mixed in between; uint8, HWC."""
     keep = fn.cast(mask, dtype=types.FLOAT) / 255.0
     mixed = 255.0 - (255.0 - fn.cast(image, dtype=types.FLOAT)) * keep
     return fn.reinterpret(fn.cast(mixed, dtype=types.UINT8), layout="HWC")
 
 
 def _resize_and_crop(image: DataNode, transform: ImageTransform) -> DataNode:
-    """uint8 [size, size, 3], computed from the region of the picture that survives the crop."""
+    """The picture resized and cropped, uint8 [size, size, 3]; only the region that survives the
+    crop is computed."""
     shape = image.shape(dtype=types.FLOAT)
     height, width = shape[0], shape[1]
     shorter = math.min(height, width)

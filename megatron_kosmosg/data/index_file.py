@@ -42,12 +42,12 @@ class SequenceIndex:
 
 
 def index_header(dtype: np.dtype, num_sequences: int, num_documents: int) -> bytes:
-    """The first bytes of the file."""
+    """The header with which an .idx file begins."""
     return _HEADER.pack(_MAGIC, _VERSION, _DTYPE_CODES[dtype], num_sequences, num_documents + 1)
 
 
 def index_bytes(num_sequences: int, num_documents: int, has_modes: bool) -> int:
-    """Size of the file."""
+    """Size of a whole .idx file in bytes."""
     return _HEADER.size + num_sequences * (12 + has_modes) + 8 * (num_documents + 1)
 
 
@@ -90,7 +90,13 @@ def write_index(
     modes: np.ndarray | None,
     sequences_per_document: np.ndarray,
 ) -> None:
-    """`lengths`: items of `dtype` in each sequence; `modes`: one each, None for plain datasets."""
+    """Writes an .idx file.
+
+    Args:
+        dtype: type of the items of the .bin file.
+        lengths: number of items of `dtype` in each sequence.
+        modes: one mode a sequence; None for plain datasets, which have none.
+    """
     lengths = lengths.astype(np.int32, casting="same_kind")
     pointers = np.zeros(len(lengths), np.int64)
     np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])

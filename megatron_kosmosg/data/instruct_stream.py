@@ -59,7 +59,7 @@ class _Choice:
 
 
 class InstructStream:
-    """Prompts; see samples.StreamDataset."""
+    """The stream of prompts for `instruct`; samples.StreamDataset explains its methods."""
 
     def __init__(
         self,
@@ -76,9 +76,15 @@ class InstructStream:
         packs: bool = False,
         draw: Draw | None = None,
     ) -> None:
-        """`max_length`: tokens of the longest prompt. `transforms`: of prompt and target images.
-        `decodes_prompts`: False leaves prompt pictures undecoded; see samples.PictureStream.
-        `packs`: see padding.pad_rows. `draw`: gives what the batch also has for its samples."""
+        """Joins the datasets of the mixture `blend` into one stream.
+
+        Args:
+            max_length: tokens of the longest prompt.
+            transforms: of prompt images and of target images.
+            decodes_prompts: False leaves prompt pictures undecoded, see samples.PictureStream.
+            packs: whether prompts are also given end to end, see padding.pad_rows.
+            draw: for the stream positions of a batch, further tensors of the batch.
+        """
         self._decodes_prompts = decodes_prompts
         self._reads = reads
         self._packs, self._draw = packs, draw

@@ -16,12 +16,13 @@ from megatron_kosmosg.data.stored_shards import StoredShards
 
 
 def joined_fingerprint(shards: StoredShards) -> str:
-    """See fingerprint.dataset_fingerprint; maps the shards that hold one of its blocks."""
+    """The fingerprint that the joined dataset would have (fingerprint.dataset_fingerprint); only
+    the shards that hold one of the blocks it reads are mapped."""
     return fingerprint_of(_JoinedIndex(shards), _JoinedData(shards))
 
 
 class _JoinedData:
-    """The .bin files, one after the other."""
+    """Reads the .bin files of the shards as if they were one file."""
 
     def __init__(self, shards: StoredShards) -> None:
         self._shards = shards
@@ -29,7 +30,7 @@ class _JoinedData:
         self.size = int(self._starts[-1])
 
     def read(self, start: int, length: int) -> bytes:
-        """See fingerprint.Readable."""
+        """`length` bytes from `start` on of the joined .bin file."""
         found = b""
         stop = min(start + length, self.size)
         while start < stop:
@@ -66,7 +67,7 @@ class _JoinedIndex:
         self.size = int(self._starts[-1])
 
     def read(self, start: int, length: int) -> bytes:
-        """See fingerprint.Readable."""
+        """`length` bytes from `start` on of the joined .idx file."""
         stop = min(start + length, self.size)
         found = self._header[start:stop]
         for (values, size, firsts), first, end in zip(
@@ -110,5 +111,5 @@ def _items(
 
 
 def _ends_of(sizes: list[int]) -> np.ndarray:
-    """int64 [n + 1]: where each begins, and the end of all."""
+    """Where each of some consecutive pieces begins, and where the last one ends: int64 [n + 1]."""
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)

@@ -29,12 +29,13 @@ class StreamName:
 
     @property
     def order_key(self) -> str:
-        """Of the order of samples and of what is drawn while one is made."""
+        """The key's stage for the order of samples and for what is drawn while a sample is made."""
         return f"{self.stage}/{self.split}"
 
     @property
     def noise_key(self) -> str:
-        """Of what the score draws for a sample: timestep, noise, posterior, dropped condition."""
+        """The key's stage for what the score draws for a sample: timestep, noise, posterior,
+        dropped condition."""
         return self.stage if self.split == "train" else f"{self.stage}-{self.split}"
 
 

@@ -105,7 +105,7 @@ def describe_transform(transform: ImageTransform) -> str:
 
 
 def latent_prefix(dataset_prefix: str | Path, name: str) -> str:
-    """PREFIX.NAME."""
+    """The prefix of the cache's files: PREFIX.NAME."""
     return f"{dataset_prefix}.{name}"
 
 
@@ -113,9 +113,12 @@ class LatentCache:
     """The moments of one dataset by sample number; safe to read from several threads."""
 
     def __init__(self, store: SampleStore, name: str, vae: str, transform: ImageTransform) -> None:
-        """`vae`: fingerprint of the run's VAE. Raises InputError where there is no whole cache,
-        of the dataset or of each of its shards, and where it was made from something else,
-        naming what."""
+        """Opens the cache. Raises InputError where there is no whole cache, of the dataset or of
+        each of its shards, and where it was made from something else, naming what.
+
+        Args:
+            vae: fingerprint of the run's VAE.
+        """
         whole = latent_prefix(store.prefix, name)
         in_shards = bool(store.shards.entries) and not Path(f"{whole}.json").exists()
         self._name = name
@@ -142,7 +145,8 @@ class LatentCache:
             raise InputError(f"{whole} has {found} entries for {len(store)} samples")
 
     def moments(self, index: int) -> np.ndarray | None:
-        """float16 [2, channels, height, width] of a sample's target; None where it is bad."""
+        """The moments of a sample's target image, float16 [2, channels, height, width]; None where
+        the image is bad."""
         shard, number = self._shards.locate(index)
         data, mode = shard.sequences[number]
         if mode == NO_MOMENTS:
@@ -194,7 +198,8 @@ class LatentCache:
 
 
 def _require_opaque(store: SampleStore, prefix: str, advice: str) -> None:
-    """For a cache from before decoders were noted: it has the colours under transparent pixels.
+    """Refuses a cache from before decoders were noted where targets may be transparent: it has the
+    colours under transparent pixels.
 
     Raises InputError where a target has such pixels, of up to NUM_LOOKED_AT spread evenly.
     """

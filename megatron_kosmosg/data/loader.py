@@ -41,12 +41,17 @@ class MicroBatchIterator(Iterator[Batch]):
         num_parts: int = 1,
         finish: Callable[[Batch], Batch] | None = None,
     ) -> None:
-        """`start_sample`: samples consumed so far by all ranks. `num_workers`: threads, or 0 to
-        read in the caller's. `balance_tokens`: deal the samples by length where it matters.
+        """Begins to read ahead where threads are asked for.
 
-        `part` of `num_parts`: only every num_parts-th micro-batch of each global batch, from `part`
-        on; or, where it has fewer micro-batches, part of the rows of each. `finish`: makes of a
-        batch what comes out, in the thread that read it."""
+        Args:
+            start_sample: samples consumed so far by all ranks.
+            num_workers: threads that read ahead; with 0 the caller's thread reads.
+            balance_tokens: deal the samples of a global batch by length where it matters.
+            part: with num_parts, which share of each global batch this iterator reads: every
+                num_parts-th micro-batch from `part` on or, where there are fewer micro-batches than
+                parts, a part of the rows of each.
+            finish: makes of a batch what comes out, in the thread that read it.
+        """
         if global_batch_size % (micro_batch_size * dp_size):
             raise ConfigError(
                 f"training.global_batch_size={global_batch_size} must be a multiple of "
@@ -91,7 +96,7 @@ class MicroBatchIterator(Iterator[Batch]):
         return (start + places).tolist(), whole
 
     def _arrange(self, whole: range) -> np.ndarray:
-        """int64 [micro-batches, micro_batch_size]: this rank's places in the global batch."""
+        """This rank's places in the global batch, int64 [micro-batches, micro_batch_size]."""
         lengths = self._dataset.lengths(whole) if self._balance_tokens else None
         if lengths is None:
             dealt = in_stream_order(len(whole), self._micro_batch_size, self._dp_size)
@@ -119,12 +124,13 @@ class MicroBatchIterator(Iterator[Batch]):
             self.wait_seconds += time.perf_counter() - started
 
     def pop_wait(self) -> float:
-        """Seconds waited since the last call."""
+        """The seconds for which the caller waited for batches since the last call."""
         waited, self.wait_seconds = self.wait_seconds, 0.0
         return waited
 
     def close(self, *, wait: bool = True) -> None:
-        """Ends the threads, after what they read at the moment; the iterator is of no more use.
+        """Ends the threads once each has finished what it is reading; the iterator cannot be used
+        any more.
 
         wait: False returns at once.
         """

@@ -30,7 +30,7 @@ to tell that they are none."""
 
 @dataclass(frozen=True)
 class Manifest:
-    """What PREFIX.json holds."""
+    """The content of PREFIX.json: what the dataset is made of, and by what."""
 
     kind: str
     """A name in data.kinds.KINDS."""
@@ -74,7 +74,7 @@ class Manifest:
 
 
 def _entries(values: Any) -> tuple[ShardEntry, ...]:
-    """Of a manifest's JSON. Raises ValueError and TypeError."""
+    """The shards that a manifest's JSON lists. Raises ValueError and TypeError for other values."""
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise ValueError("shards is no list of objects")
     for value in values:
@@ -102,7 +102,7 @@ def is_manifest(path: Path) -> bool:
 
 
 def manifest_path(prefix: str | Path) -> Path:
-    """PREFIX.json."""
+    """The path of a dataset's manifest: PREFIX.json."""
     return Path(f"{prefix}.json")
 
 

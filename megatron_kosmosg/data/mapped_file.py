@@ -28,7 +28,8 @@ _HEADER_BYTES = 4096
 
 
 def map_file(path: str | Path) -> np.ndarray:
-    """uint8 [size of the file], read-only. Raises OSError, also for what is no regular file."""
+    """The file's bytes as a read-only array, uint8 [size of the file]. Raises OSError, also for
+    what is no regular file."""
     # Opening a pipe would wait for somebody to write into it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:

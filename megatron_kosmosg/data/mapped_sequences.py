@@ -23,8 +23,12 @@ class MappedSequences:
     """Random access to PREFIX.bin by PREFIX.idx; safe to use from several threads."""
 
     def __init__(self, prefix: str | Path, has_modes: bool) -> None:
-        """`has_modes`: whether it is a multimodal dataset. Raises OSError where a file cannot be
-        opened, InputError where they do not fit each other."""
+        """Maps both files. Raises OSError where a file cannot be opened, InputError where they do
+        not fit each other.
+
+        Args:
+            has_modes: whether it is a multimodal dataset.
+        """
         self.prefix = str(prefix)
         try:
             self.index = read_index(Path(f"{prefix}.idx"), has_modes)
@@ -47,7 +51,7 @@ class MappedSequences:
         return len(self.index.lengths)
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
-        """(the sequence in the index's type, its mode or 0), mapped and not copied.
+        """(the sequence in the index's type, its mode or 0); the data is mapped and not copied.
 
         Raises InputError where the index says that it lies outside of the file.
         """
@@ -67,14 +71,16 @@ class MappedSequences:
         return len(self.index.documents) - 1
 
     def document(self, number: int) -> range:
-        """Its sequences. Raises InputError where the index is damaged there."""
+        """The numbers of a document's sequences. Raises InputError where the index is damaged
+        there."""
         first, last = self.index.documents[number : number + 2].tolist()
         if not 0 <= first <= last <= len(self):
             raise self._out_of_order()
         return range(first, last)
 
     def check_entries(self) -> Iterator[str]:
-        """What is wrong with the index, read as a whole in blocks: none, or the first of each."""
+        """Yields what is wrong with the index, of each fault the first; the index is read as a
+        whole, in blocks."""
         index = self.index
         for first in range(0, self.num_documents, _BLOCK):
             documents = index.documents[first : first + _BLOCK + 1]

@@ -17,7 +17,8 @@ from megatron_kosmosg.data.image_types import ImageTransform
 
 
 def normalise(pixels: Tensor, transform: ImageTransform) -> Tensor:
-    """float32 [n, 3, size, size] of pixels uint8 [n, 3, size, size], on their device.
+    """The pictures uint8 [n, 3, size, size] as float32 of the same shape, normalised, on their
+    device.
 
     The same on every device: one subtraction and one division in single precision.
     """
@@ -27,7 +28,8 @@ def normalise(pixels: Tensor, transform: ImageTransform) -> Tensor:
 
 @cache
 def _levels(transform: ImageTransform, device: torch.device) -> tuple[Tensor, Tensor]:
-    """float32 [3, 1, 1] each, in levels of 255: made once, because a copy to a device waits."""
+    """Mean and deviation as float32 [3, 1, 1] each, in levels of 255. They are made once, because a
+    copy to a device waits."""
     mean, std = (
         torch.tensor(values, device=device)[:, None, None] * 255
         for values in (transform.mean, transform.std)
@@ -46,7 +48,8 @@ def normalise_batch(batch: dict[str, Tensor], config: RunConfig) -> dict[str, Te
 
 
 def prompt_transform(config: RunConfig) -> ImageTransform:
-    """What the vision tower sees: bicubic, normalised with CLIP's mean and deviation."""
+    """The transform of the pictures that the image tower sees: bicubic, normalised with CLIP's mean
+    and deviation."""
     mean, std = tuple(config.data.image_mean), tuple(config.data.image_std)
     if len(mean) != 3 or len(std) != 3:
         raise ConfigError("data.image_mean and data.image_std need three values each")
@@ -54,11 +57,11 @@ def prompt_transform(config: RunConfig) -> ImageTransform:
 
 
 def target_transform(config: RunConfig) -> ImageTransform:
-    """What the VAE encodes."""
+    """The transform of the pictures that the VAE encodes."""
     return target_pixels(config.data.target_image_size)
 
 
 def target_pixels(size: int) -> ImageTransform:
-    """`size` pixels a side, bilinear, in [-1, 1]."""
+    """The VAE's transform for pictures of `size` pixels a side: bilinear, levels in [-1, 1]."""
     half = (0.5, 0.5, 0.5)
     return ImageTransform(size, "bilinear", half, half)

@@ -54,7 +54,13 @@ class PackedDataset:
         capacity: int,
         index_folder: Path,
     ) -> None:
-        """`index_folder`: where indices are kept, one subfolder each."""
+        """Raises ConfigError for a dataset that cannot be packed. The index of an epoch is built
+        when a row of it is read.
+
+        Args:
+            capacity: tokens of a row.
+            index_folder: folder in which indices are kept, each in a subfolder of its own.
+        """
         documents = store.sample_kind.pretrain
         if documents is None:
             raise ConfigError(
@@ -80,7 +86,7 @@ class PackedDataset:
         self._indices: OrderedDict[int, EpochIndex] = OrderedDict()
 
     def fingerprint(self) -> str:
-        """Of the dataset's content."""
+        """The fingerprint of the dataset's content."""
         return self._store.fingerprint()
 
     def row(self, ordinal: int, position: int) -> PackedRow:
@@ -171,7 +177,8 @@ class PackedDataset:
     def _index_block(
         self, documents: np.ndarray, start: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(documents that hold anything, their starts and the end, allowed cuts), from `start`."""
+        """(documents that hold anything, their starts and the end, allowed cuts) of a block of
+        documents whose first token is token `start` of the epoch."""
         table, counts = self._sentences.take(documents)
         documents, counts = documents[counts > 0], counts[counts > 0]
         if not len(documents):
@@ -193,7 +200,8 @@ class PackedDataset:
         documents: np.ndarray,
         document_starts: np.ndarray,
     ) -> np.ndarray:
-        """`ends` with further cuts inside the sentences that exceed a row."""
+        """The sentence ends `ends`, with further cuts inside the sentences that are longer than a
+        row."""
         extra = []
         for sentence in np.flatnonzero(lengths > self._capacity):
             stop = int(ends[sentence])

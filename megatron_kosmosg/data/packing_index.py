@@ -49,7 +49,7 @@ class RowPacker:
         """Allowed cuts after it."""
 
     def add(self, ends: np.ndarray) -> np.ndarray:
-        """int64: boundaries of the rows that further cuts cannot change.
+        """The boundaries of the rows that further cuts cannot change, int64.
 
         `ends`: where a cut is allowed, increasing, no two further apart than `capacity`.
         """
@@ -67,12 +67,14 @@ class RowPacker:
         return boundaries
 
     def finish(self) -> np.ndarray:
-        """int64, at most one: the end of the open row."""
+        """The end of the row that is still open, int64 of length one, or of length zero where none
+        is."""
         return self._pending[-1:]
 
 
 def pack_rows(ends: np.ndarray, capacity: int) -> np.ndarray:
-    """int64 [rows + 1]: the greedy row boundaries, the first 0, the last ends[-1]."""
+    """The boundaries of greedily filled rows, int64 [rows + 1], of which the first is 0 and the
+    last ends[-1]."""
     packer = RowPacker(capacity)
     return np.concatenate([[0], packer.add(ends), packer.finish()]).astype(np.int64)
 
@@ -95,7 +97,7 @@ class EpochIndexWriter:
         self._put("row_starts", self._packer.add(cuts))
 
     def finish(self) -> None:
-        """Completes the files."""
+        """Completes the files of the index."""
         self._put("row_starts", self._packer.finish())
         for file in self._files.values():
             file.close()

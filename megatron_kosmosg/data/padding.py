@@ -18,7 +18,7 @@ def pad_rows(
     *,
     packs: bool = False,
 ) -> dict[str, Tensor]:
-    """tokens int64, image_mask and padding_mask bool [b, s], s >= pad_to.
+    """The prompts in rows [b, s], s >= pad_to: tokens int64, image_mask and padding_mask bool.
 
     image_mask: True = picture slot. padding_mask: True = padding. With `packs` also `packed` int64
     [t]: where each of the t tokens lies in the flattened [b, s], ascending. It is made here, on the

@@ -23,7 +23,8 @@ from megatron_kosmosg.data.sequence import SequenceFormat
 
 
 class PretrainStream:
-    """Rows of `seq_length` tokens; see samples.StreamDataset."""
+    """The stream of packed rows of `seq_length` tokens for `pretrain`; its methods are explained at
+    samples.StreamDataset."""
 
     def __init__(
         self,
@@ -35,7 +36,11 @@ class PretrainStream:
         transform: ImageTransform,
         decodes: bool = True,
     ) -> None:
-        """`decodes`: False leaves pictures undecoded; see samples.PictureStream."""
+        """Joins the datasets of the mixture `blend` into one stream.
+
+        Args:
+            decodes: False leaves pictures undecoded, see samples.PictureStream.
+        """
         self._blend, self._datasets = blend, datasets
         self._format, self._seq_length = sequence_format, seq_length
         self._decoder, self._transform, self._decodes = decoder, transform, decodes
@@ -48,7 +53,7 @@ class PretrainStream:
         return {name: dataset.fingerprint() for name, dataset in self._datasets.items()}
 
     def lengths(self, positions: Sequence[int]) -> None:
-        """None: all rows are equally long."""
+        """None, which says that all rows are equally long."""
 
     def pad_to(self, samples: Sequence[PackedRow], global_positions: Sequence[int]) -> int:
         return self._seq_length
@@ -56,11 +61,11 @@ class PretrainStream:
     def collate(
         self, samples: Sequence[PackedRow], pad_to: int, replacements: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
-        """tokens, labels int64 [b, s]; loss_mask float32 [b, s]; image_mask, padding_mask bool
-        [b, s] (True = picture slot, True = padding); pixel_values uint8 [n, 3, H, W], n = 0
-        where pictures are not decoded; stream_positions int64 [b]; bad_samples int64 [];
-        replacements int64 [pictures of the rows]: 1 where a blank one stands for a bad one.
-        `replacements`: see samples.PictureStream."""
+        """A batch of packed rows. tokens, labels int64 [b, s]; loss_mask float32 [b, s];
+        image_mask, padding_mask bool [b, s] (True = picture slot, True = padding); pixel_values
+        uint8 [n, 3, H, W], n = 0 where pictures are not decoded; stream_positions int64 [b];
+        bad_samples int64 []; replacements int64 [pictures of the rows], 1 where a blank picture
+        stands for a bad one. The argument `replacements` is explained at samples.PictureStream."""
         images = [(b, image) for b, row in enumerate(samples) for image in row.images]
         decodes = self._decodes and replacements is None
         pixels, errors = self._decoder.try_levels(

@@ -109,7 +109,7 @@ class StreamDataset(Protocol):
         ...
 
     def fingerprints(self) -> dict[str, str]:
-        """Of each dataset of the mixture, by name: what `store.fingerprint` says of its content."""
+        """The fingerprint of the content of each dataset of the mixture, by name."""
         ...
 
     def lengths(self, positions: Sequence[int]) -> np.ndarray | None:
@@ -146,6 +146,10 @@ class PictureStream(StreamDataset, Protocol):
     def collate(
         self, samples: Sequence[Sample], pad_to: int, replacements: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
-        """See StreamDataset. `replacements`: those of a rank that decoded the pictures of these
-        positions; then nothing is decoded, and the batch is that rank's but for the pictures."""
+        """A batch, as StreamDataset.collate makes it.
+
+        Args:
+            replacements: those of a rank that decoded the pictures of these positions. With them
+                nothing is decoded here, and the batch is that rank's except for the pictures.
+        """
         ...

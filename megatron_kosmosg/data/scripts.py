@@ -45,8 +45,8 @@ def is_unspaced(letter: str) -> bool:
 
 
 def find_words(words: str, text: str) -> re.Match[str] | None:
-    """Where `words` stand in `text`, case aside, as whole words; where they or their neighbours
-    are of an unspaced script, any place is one."""
+    """The place where `words` stand in `text` as whole words, upper and lower case alike. Where
+    they or their neighbours belong to a script without spaces, any place will do."""
     left = "" if is_unspaced(words[0]) else rf"(?:\b|(?<={UNSPACED.pattern}))"
     right = "" if is_unspaced(words[-1]) else rf"(?:\b|(?={UNSPACED.pattern}))"
     return re.search(f"{left}{re.escape(words)}{right}", text, re.IGNORECASE)

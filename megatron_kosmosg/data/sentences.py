@@ -17,7 +17,8 @@ from megatron_kosmosg.data.tokenizer import Tokenizer
 
 
 def sentence_table(content: Sequence[np.ndarray | None], tokenizer: Tokenizer) -> np.ndarray:
-    """int32 [sentences, 2] of (text tokens, pictures); `content` is text ids, or None a picture."""
+    """The sentences of a document, int32 [sentences, 2] of (text tokens, pictures). In `content`
+    text is given by its ids and a picture by None."""
     rows: list[tuple[int, int]] = []
     tokens = images = 0
     for part in content:

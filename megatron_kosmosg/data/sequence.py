@@ -29,7 +29,7 @@ class SequenceFormat:
 
     @property
     def image_length(self) -> int:
-        """Positions that one picture takes."""
+        """Number of positions that one picture takes."""
         return self.num_latent_queries + IMAGE_TAGS
 
 
@@ -54,7 +54,7 @@ class SequenceBuilder:
         return self._add([self._format.tokenizer.eos_id], _TEXT)
 
     def add_text(self, ids: np.ndarray | list[int]) -> SequenceBuilder:
-        """Appends text ids; none is fine."""
+        """Appends text ids, which may be empty."""
         return self._add(ids, _TEXT)
 
     def add_image(self, image: bytes | EntityImage) -> SequenceBuilder:
@@ -67,29 +67,30 @@ class SequenceBuilder:
         return self._add([tokenizer.end_image_id], _TAG)
 
     def prompt(self, target: memoryview | None = None, caption: str | None = None) -> Prompt:
-        """What was collected, as a prompt."""
+        """The sequence collected so far, as a prompt."""
         return Prompt(self.tokens, self.image_mask, self._images, target, caption)
 
     @property
     def tokens(self) -> np.ndarray:
-        """int64 [s]."""
+        """The token ids, int64 [s]."""
         import numpy as np
 
         return np.concatenate(self._tokens) if self._tokens else np.zeros(0, np.int64)
 
     @property
     def image_mask(self) -> np.ndarray:
-        """bool [s], True = image slot."""
+        """Which positions are image slots, bool [s]."""
         return self._kind_array() == _SLOT
 
     @property
     def label_mask(self) -> np.ndarray:
-        """bool [s], True = text or </s>, the only labels that count in a language loss."""
+        """Which positions are text or </s>, bool [s]: the only labels that count in a language
+        loss."""
         return self._kind_array() == _TEXT
 
     @property
     def images(self) -> list[bytes | EntityImage]:
-        """The pictures in order."""
+        """The pictures of the sequence, in order."""
         return self._images
 
     def _kind_array(self) -> np.ndarray:

@@ -24,7 +24,7 @@ _NUM_NAMED = 5
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard in a manifest."""
+    """One shard of a dataset, as the manifest lists it."""
 
     path: str
     """Its prefix, from the manifest's folder."""
@@ -38,7 +38,7 @@ class ShardEntry:
     """Of its content; see fingerprint.py."""
 
     def index_bytes(self, has_modes: bool) -> int:
-        """Size of its .idx file."""
+        """Size of its .idx file in bytes."""
         return index_bytes(self.num_sequences, self.num_samples, has_modes)
 
 
@@ -110,6 +110,6 @@ def check_files(prefix: str | Path, entries: Sequence[ShardEntry], has_modes: bo
 
 
 def named(texts: Sequence[str]) -> str:
-    """The first few, and how many there are."""
+    """The first few of some names, and how many there are, for a message."""
     shown = ", ".join(texts[:_NUM_NAMED])
     return shown if len(texts) <= _NUM_NAMED else f"{shown} and {len(texts) - _NUM_NAMED} more"

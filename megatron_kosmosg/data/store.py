@@ -70,7 +70,7 @@ class SampleStore:
 
     @property
     def kind(self) -> str:
-        """Name of `sample_kind`."""
+        """The name of the kind of its samples."""
         return self.sample_kind.name
 
     def __len__(self) -> int:
@@ -84,7 +84,8 @@ class SampleStore:
         return RawSample.of_bytes(sequences[i] for i in sequences.document(number))
 
     def fingerprint(self) -> str:
-        """Of the content; see fingerprint.py. That of shards is that of the joined dataset."""
+        """The fingerprint of the dataset's content (fingerprint.py). A dataset in shards has that
+        of the joined dataset."""
         if self._fingerprint is None:
             is_one = not self.shards.entries
             self._fingerprint = (
@@ -93,7 +94,7 @@ class SampleStore:
         return self._fingerprint
 
     def part_sizes(self, index: int) -> PartSizes:
-        """(mode, size) of each part but the JSON one, from the index alone: no data is read.
+        """(mode, size) of each part except the JSON one, from the index alone: no data is read.
 
         Sizes are token ids, or bytes of a picture.
         """
@@ -112,8 +113,8 @@ class SampleStore:
         ]
 
     def part_lengths(self, indices: np.ndarray, part: int) -> np.ndarray:
-        """int64: token ids of part number `part`, not counting the JSON part before it, of each
-        sample, from the index alone."""
+        """Token ids of part number `part` of each sample, int64, from the index alone. The JSON
+        part, which comes first, is not counted."""
         indices = np.asarray(indices, np.int64)
         found = np.zeros(len(indices), np.int64)
         for shard, places, numbers in self.shards.groups(indices):
@@ -140,8 +141,8 @@ class SampleStore:
             )
 
     def sentences(self, tokenizer: Tokenizer) -> SentenceTables:
-        """Where its samples may be cut. Mapped from disk; computed (a pass over all tokens) for
-        datasets of other tools."""
+        """The places where its samples may be cut: mapped from disk or, for datasets of other
+        tools, computed in a pass over all tokens."""
         if self.manifest:
             return SentenceTables(self.shards)
         tables = []

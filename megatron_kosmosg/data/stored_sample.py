@@ -35,12 +35,12 @@ class Part:
 
     @staticmethod
     def tokens(ids: np.ndarray) -> Part:
-        """Token ids as a part."""
+        """Makes a part of token ids."""
         return Part(TOKENS, ids.astype(TOKEN_TYPE).tobytes())
 
     @staticmethod
     def json(value: dict[str, Any]) -> Part:
-        """A small JSON object as a part."""
+        """Makes a part of a small JSON object."""
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
         return Part(JSON, text.encode("utf-8"))
 
@@ -73,16 +73,16 @@ class RawSample:
         return RawSample(info, parts, modes)
 
     def tokens(self) -> list[np.ndarray]:
-        """The token parts in order, int32."""
+        """The parts that are token ids, in order, int32."""
         return [p for p, mode in zip(self.parts, self.modes, strict=True) if mode == TOKENS]
 
     def images(self) -> list[bytes]:
-        """The picture parts in order, copied."""
+        """The parts that are pictures, in order, copied."""
         return [
             p.tobytes() for p, mode in zip(self.parts, self.modes, strict=True) if mode == IMAGE
         ]
 
 
 def strip_document_end(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """`ids` without a closing </s>."""
+    """The ids without the </s> that may close them."""
     return ids[:-1] if ids.size and ids[-1] == tokenizer.eos_id else ids

@@ -24,8 +24,12 @@ class StoredShard:
     """One pair of files and its sentence tables; safe to read from several threads."""
 
     def __init__(self, prefix: str, has_modes: bool, entry: ShardEntry | None = None) -> None:
-        """`entry`: what the manifest of the dataset says of it. Raises what MappedSequences
-        raises, and InputError where the files hold something else."""
+        """Opens the files. Raises what MappedSequences raises, and InputError where they hold
+        something else.
+
+        Args:
+            entry: what the dataset's manifest says of this shard; None for a dataset in one piece.
+        """
         self.prefix = prefix
         self.sequences = MappedSequences(prefix, has_modes)
         found = (self.sequences.num_documents, len(self.sequences))
@@ -38,7 +42,8 @@ class StoredShard:
 
     @cached_property
     def sentences(self) -> tuple[np.ndarray, np.ndarray]:
-        """(table, offsets) of sentences.py, mapped. Raises OSError, InputError, ValueError."""
+        """The (table, offsets) of the shard's sentences (sentences.py), mapped. Raises OSError,
+        InputError, ValueError."""
         table, offsets = (map_array(path) for path in sentence_paths(self.prefix))
         if len(offsets) != self.sequences.num_documents + 1 or offsets[-1] != len(table):
             raise InputError(
@@ -52,7 +57,12 @@ class StoredShards:
     """All of them, in order; safe to use from several threads."""
 
     def __init__(self, prefix: str, entries: Sequence[ShardEntry], has_modes: bool) -> None:
-        """`entries`: none for a dataset in one piece, which is opened at once."""
+        """Lists the shards; each is opened when it is first asked for.
+
+        Args:
+            entries: the shards that the manifest lists; empty for a dataset in one piece, which is
+                opened at once.
+        """
         self._has_modes, self.entries = has_modes, tuple(entries)
         self.prefixes = [shard_prefix(prefix, entry.path) for entry in entries] or [prefix]
         self._opened: list[StoredShard | None] = [None] * len(self.prefixes)
@@ -81,7 +91,7 @@ class StoredShards:
         return int(self.first_samples[-1])
 
     def locate(self, sample: int) -> tuple[StoredShard, int]:
-        """Its shard and its number there. Raises IndexError."""
+        """(the sample's shard, its number there). Raises IndexError."""
         if not 0 <= sample < self.num_samples:
             raise IndexError(f"sample {sample} of {self.num_samples}")
         number = int(np.searchsorted(self.first_samples, sample, "right")) - 1
@@ -90,7 +100,8 @@ class StoredShards:
     def groups(
         self, samples: np.ndarray
     ) -> Iterator[tuple[StoredShard, np.ndarray | slice, np.ndarray]]:
-        """(shard, places in `samples`, their numbers in the shard) of each shard that has any."""
+        """Yields (shard, places in `samples`, their numbers in the shard) for each shard that holds
+        any of them."""
         if len(self) == 1:
             yield self[0], slice(None), samples
             return
@@ -104,19 +115,20 @@ class StoredShards:
 
 
 class SentenceTables:
-    """The sentences of samples by their numbers; see sentences.py."""
+    """The sentences of samples, found by the samples' numbers (sentences.py explains what they are
+    for)."""
 
     def __init__(self, shards: StoredShards) -> None:
         self._shards = shards
 
     @property
     def is_empty(self) -> bool:
-        """Whether no sample has any."""
+        """Whether no sample has any sentence."""
         return all(len(self._table(self._shards[i])[0]) == 0 for i in range(len(self._shards)))
 
     def take(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(int32 [sentences, 2], int64 [samples]): the rows of the samples, one after the other,
-        and how many each has."""
+        """The sentences of the samples, one sample after the other, int32 [sentences, 2], and how
+        many each sample has, int64 [samples]."""
         samples = np.asarray(samples, np.int64)
         counts = np.zeros(len(samples), np.int64)
         found = []
@@ -143,7 +155,8 @@ class SentenceTables:
 
 
 class ComputedSentences(SentenceTables):
-    """Of a dataset of another tool, which has no tables: they are held in memory."""
+    """The sentences of a dataset that another tool wrote. It has no tables on disk, so they are
+    computed and held in memory."""
 
     def __init__(self, shards: StoredShards, table: np.ndarray, offsets: np.ndarray) -> None:
         super().__init__(shards)

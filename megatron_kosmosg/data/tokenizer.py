@@ -60,11 +60,11 @@ class Tokenizer:
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as an int32 array."""
+        """The ids of a text as `encode` gives them, in an int32 array."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """`encode_array` of each text; faster than one call a text."""
+        """The ids of each text, as `encode_array` gives them; faster than a call for each."""
         # int32 arrays from C++: a Python list of the ids would cost as much as finding them.
         encoded = self._processor.encode(texts, return_type="numpy", num_threads=1)
         return [np.where(ids >= 3, ids + 1, np.int32(self.unk_id)) for ids in encoded]
@@ -94,7 +94,7 @@ class Tokenizer:
         return self._processor.decode(pieces)
 
     def sentence_ends(self, ids: np.ndarray) -> np.ndarray:
-        """bool, same length: True where a sentence ends with this token (text ids only).
+        """Whether a sentence ends with each token: bool of the same length (text ids only).
 
         A sentence ends at a mark such as . ! ? (and closing quotes or brackets after it) before a
         new word; without a quote after it also at the marks of scripts that have no other use for

@@ -52,7 +52,7 @@ AUTHORS_BATCH = 16
 
 @dataclass(frozen=True)
 class CocoCaptions:
-    """`captions_val2014.json`."""
+    """The captions and images of `captions_val2014.json`."""
 
     captions: tuple[str, ...]
     """All of them, in the file's order."""
@@ -67,8 +67,9 @@ class CocoCaptions:
 
 
 def caption_indices(num_captions: int, count: int = NUM_CAPTIONS) -> list[int]:
-    """`random.seed(0); random.sample(annotations, count)`, as numbers of captions (captions, not
-    images: one image may come twice)."""
+    """The numbers of the captions that the script draws: `random.seed(0);
+    random.sample(annotations, count)`. They are captions and not images: one image may come twice.
+    """
     return random.Random(0).sample(range(num_captions), count)
 
 

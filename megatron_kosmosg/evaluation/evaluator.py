@@ -33,13 +33,13 @@ class Evaluator(Protocol):
     def __init__(self, config: RunConfig) -> None: ...
 
     def run(self, images: DrawnImages) -> Iterator[tuple[str, float]]:
-        """(name, value) of each metric; in the metrics of a run the evaluator's own name stands
-        before it."""
+        """Yields (name, value) of each metric; in the metrics of a run the evaluator's own name
+        stands before it."""
         ...
 
 
 def measure(evaluators: Mapping[str, Evaluator], images: DrawnImages) -> dict[str, float]:
-    """{`evaluator_metric`: value} of all evaluators, in their order."""
+    """The metrics of all evaluators, in their order, as {`evaluator_metric`: value}."""
     return {
         f"{name}_{metric}": value
         for name, evaluator in evaluators.items()

@@ -51,7 +51,7 @@ class ImageGroup:
 
 @dataclass(frozen=True)
 class TextGroup:
-    """Texts, which CLIP reads."""
+    """Texts whose features CLIP computes."""
 
     name: str
     texts: tuple[str, ...]
@@ -77,7 +77,11 @@ class FeatureFiles:
     def __init__(
         self, folder: Path, groups: Sequence[Group], weights: Mapping[str, Weights]
     ) -> None:
-        """weights: of every network that a group names, and of `clip` for texts."""
+        """Cuts the groups into shards, which `extract` computes and writes to `folder`.
+
+        Args:
+            weights: of every network that a group names, and of `clip` for texts.
+        """
         self._folder, self._weights = folder, weights
         self._groups = {group.name: group for group in groups}
         self._shards = [_Shard(group, i) for group in groups for i in range(_num_shards(group))]
@@ -113,17 +117,17 @@ class FeatureFiles:
                 raise
 
     def is_whole(self) -> bool:
-        """Whether all ranks' features are there."""
+        """Whether the features of all ranks are there."""
         return all(self._is_done(shard) for shard in self._shards)
 
     def blocks(self, group: str, network: str) -> Iterator[torch.Tensor]:
-        """float32 [n, d] of the group's items in order, shard by shard."""
+        """The features of the group's items in order, shard by shard: float32 [n, d] each."""
         for i in range(_num_shards(self._groups[group])):
             yield self._block(_Shard(self._groups[group], i), network)
 
     def rows(self, group: str, network: str) -> Callable[[Sequence[int]], torch.Tensor]:
-        """float32 [n, d] of any items of the group, by their numbers. Only the shards used
-        last stay in memory, which does not grow with the group."""
+        """A function that gives the features of any items of the group by their numbers, float32
+        [n, d]. Only the shards used last stay in memory, which does not grow with the group."""
 
         @functools.lru_cache(KEPT_SHARDS)
         def block(number: int) -> torch.Tensor:
@@ -176,7 +180,7 @@ class FeatureFiles:
 
 
 def _state_of(path: Path) -> list[object]:
-    """What changes with the content of a file, without reading it."""
+    """A value that changes with the content of a file; the file is not read for it."""
     try:
         found = path.stat()
     except OSError as error:

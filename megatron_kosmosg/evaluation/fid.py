@@ -23,7 +23,7 @@ GENERATED, REAL = "fid-generated", "fid-real"
 
 
 def fid_groups(protocol: str, generated: Sequence[Path], real: Sequence[Path]) -> list[Group]:
-    """What Inception has to see; no group of images that there are none of."""
+    """The groups of images that Inception has to see; a side without images has none."""
     rules = FID_PROTOCOLS[protocol]
     groups = [
         ImageGroup(GENERATED, tuple(generated), {"inception": rules.generated}),
@@ -33,7 +33,7 @@ def fid_groups(protocol: str, generated: Sequence[Path], real: Sequence[Path]) -
 
 
 def gaussian_of(files: FeatureFiles, group: str) -> Gaussian:
-    """Of one side, read shard by shard."""
+    """Mean and covariance of the features of one side, read shard by shard."""
     sums = FeatureSums(WIDTH)
     for block in files.blocks(group, "inception"):
         sums.add(block)
@@ -41,7 +41,7 @@ def gaussian_of(files: FeatureFiles, group: str) -> Gaussian:
 
 
 def recipe_of(protocol: str, inception: Weights, real: Sequence[Path]) -> dict[str, str]:
-    """What the statistics of real images depend on."""
+    """The values that the statistics of real images depend on."""
     names = hashlib.sha256("\n".join(path.name for path in real).encode()).hexdigest()
     return {
         "protocol": protocol,
@@ -59,7 +59,8 @@ def write_gaussian(path: Path, real: Gaussian, recipe: dict[str, str]) -> None:
 
 
 def read_gaussian(path: Path, recipe: dict[str, str]) -> Gaussian:
-    """What `write_gaussian` wrote. Raises InputError for another recipe, and for another file."""
+    """The statistics that `write_gaussian` wrote. Raises InputError for another recipe, and for
+    another file."""
     try:
         with safe_open(path, "pt") as file:
             said = file.metadata() or {}

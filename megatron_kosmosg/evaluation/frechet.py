@@ -30,7 +30,7 @@ class FeatureSums:
         self.count = 0
 
     def add(self, features: torch.Tensor) -> None:
-        """features: [n, width], of any floating type."""
+        """Adds features [n, width] of any floating type to the sums."""
         rows = features.double()
         self._sum += rows.sum(dim=0)
         self._products += rows.T @ rows
@@ -46,7 +46,9 @@ class FeatureSums:
 
 
 def frechet_distance(one: Gaussian, other: Gaussian) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))."""
+    """The Fréchet distance of two Gaussians:
+    m1 - m2
+    ^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))."""
     values, vectors = torch.linalg.eigh(one.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = torch.linalg.eigvalsh(root @ other.covariance @ root)

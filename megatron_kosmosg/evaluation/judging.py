@@ -26,7 +26,7 @@ FEATURES = "features"
 
 @dataclass(frozen=True)
 class Scoring:
-    """What one rank scores, and with what."""
+    """The items that one rank scores, and the networks it scores them with."""
 
     groups: Sequence[Group]
     weights: Mapping[str, Weights]
@@ -39,7 +39,8 @@ class Scoring:
 def find_networks(
     dino: Path | None = None, clip: Path | None = None, inception: Path | None = None
 ) -> dict[str, Weights]:
-    """Those that were given. Raises ConfigError for what is not there."""
+    """The weights of the networks whose files were given, by network. Raises ConfigError for a file
+    that is not there."""
     finders = {"dino": (find_dino, dino), "clip": (find_clip, clip)}
     finders["inception"] = (find_inception, inception)
     return {name: find(path) for name, (find, path) in finders.items() if path is not None}
@@ -61,7 +62,7 @@ def score(scoring: Scoring) -> FeatureFiles:
 
 
 def features_of(scoring: Scoring) -> FeatureFiles:
-    """As they are now."""
+    """The feature files of a scoring, as far as they are written now."""
     return FeatureFiles(scoring.output / FEATURES, scoring.groups, scoring.weights)
 
 

@@ -31,10 +31,10 @@ _CLIP_TOKENIZERS = ("tokenizer.json", "vocab.json")
 
 
 class ImageNetwork(Protocol):
-    """A network on its device."""
+    """A network on its device that turns images into features."""
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """float32 [n, d] on the CPU, of pixels [n, 3, side, side]."""
+        """The features of pixels [n, 3, side, side], float32 [n, d] on the CPU."""
         ...
 
 
@@ -49,7 +49,7 @@ class Weights:
     """Whether it is the file that everyone uses; None where no hash of it is known."""
 
     def described(self) -> dict[str, Any]:
-        """For the result; not where it lies."""
+        """What the result says of the weights; not where they lie."""
         found: dict[str, Any] = {"file": self.path.name, "sha256": self.sha256}
         if self.is_published is not None:
             found["is_published"] = self.is_published
@@ -57,7 +57,8 @@ class Weights:
 
 
 def find_dino(path: Path) -> Weights:
-    """`dino_deitsmall16_pretrain.pth`, by any name. Raises ConfigError where there is no file."""
+    """The weights in `dino_deitsmall16_pretrain.pth`, under any name. Raises ConfigError where
+    there is no file."""
     return Weights("dino", path, _sha256(path, "--dino", "dino_deitsmall16_pretrain.pth"))
 
 
@@ -99,7 +100,7 @@ def find_clip(folder: Path) -> Weights:
 
 
 class DinoNetwork:
-    """An `ImageNetwork`."""
+    """The `ImageNetwork` of DINO's features."""
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
         """Raises ConfigError for a file of other weights."""
@@ -113,7 +114,7 @@ class DinoNetwork:
 
 
 class InceptionNetwork:
-    """An `ImageNetwork`."""
+    """The `ImageNetwork` of FID's features."""
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
         """Raises ConfigError for a file of other weights."""
@@ -153,13 +154,13 @@ class ClipNetwork:
         return found.pooler_output.cpu()
 
     def reads(self, text: str) -> bool:
-        """Whether it has no more tokens than CLIP takes."""
+        """Whether the text has no more tokens than CLIP takes."""
         return len(self._tokenizer(text)["input_ids"]) <= self._most_tokens
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> torch.Tensor:
-        """float32 [n, d] on the CPU. Raises ConfigError for a text that is too long: nothing of it
-        may be left out unsaid."""
+        """The features of texts, float32 [n, d] on the CPU. Raises ConfigError for a text that is
+        too long: nothing of it may be left out unsaid."""
         batch = self._tokenizer(list(texts), padding=True, return_tensors="pt").to(self._device)
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         for text, length in zip(texts, lengths, strict=True):
@@ -181,7 +182,7 @@ IMAGE_RULES: dict[str, PixelRule] = {"dino": dino_pixels, "clip": clip_pixels}
 
 
 def exact_convolutions() -> AbstractContextManager[None]:
-    """cuDNN in whole float32, and the same algorithm every time."""
+    """Context in which cuDNN computes in whole float32, with the same algorithm every time."""
     return torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
     )

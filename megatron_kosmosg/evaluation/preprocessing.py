@@ -51,7 +51,8 @@ def read_rgb(path: Path) -> Image.Image:
 
 
 def dino_pixels(image: Image.Image) -> torch.Tensor:
-    """torchvision's Resize(256, bicubic), CenterCrop(224) and the mean and spread of ImageNet."""
+    """The image as DINO takes it: torchvision's Resize(256, bicubic), CenterCrop(224) and the mean
+    and spread of ImageNet."""
     resized = image.resize(short_side_size(image.size, 256), Image.Resampling.BICUBIC)
     return _normalised(_cropped(resized, 224, torchvision_offset), DINO_MEAN, DINO_STD)
 
@@ -63,7 +64,8 @@ def clip_pixels(image: Image.Image) -> torch.Tensor:
 
 
 def short_side_size(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """(width, height) with the shorter of them `side`; the longer one is truncated."""
+    """The (width, height) after resizing such that the shorter one is `side`; the longer one is
+    truncated."""
     width, height = size
     if width <= height:
         return side, int(side * height / width)
@@ -71,12 +73,12 @@ def short_side_size(size: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def torchvision_offset(length: int, side: int) -> int:
-    """Where a centre crop begins; half pixels go to the even number."""
+    """The pixel at which torchvision's centre crop begins; half pixels go to the even number."""
     return int(round((length - side) / 2.0))
 
 
 def transformers_offset(length: int, side: int) -> int:
-    """Where a centre crop begins; half pixels go down."""
+    """The pixel at which transformers' centre crop begins; half pixels go down."""
     return (length - side) // 2
 
 
@@ -108,7 +110,7 @@ def tensorflow_resize(pixels: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def _points(length: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(whole part, remainder) of where the output's points lie in the input."""
+    """The (whole part, remainder) of where the output's points lie in the input."""
     places = torch.arange(side, dtype=torch.float32) * (length / side)
     whole = places.floor()
     return whole.long(), places - whole
@@ -124,8 +126,8 @@ def _as_stored(image: Image.Image) -> torch.Tensor:
 
 
 def _square_256(image: Image.Image) -> torch.Tensor:
-    """torchvision 0.14's resize of a float tensor to 256, which does not smooth, and centre crop;
-    torchmetrics' `(x * 255).byte()` truncates."""
+    """The centre crop of the image as torchvision 0.14 resizes a float tensor to 256, which does
+    not smooth; torchmetrics' `(x * 255).byte()` truncates."""
     width, height = short_side_size(image.size, 256)
     pixels = (_bytes(image).float() / 255)[None]
     if (height, width) != pixels.shape[2:]:
@@ -177,7 +179,7 @@ FID_PROTOCOLS = {
 
 
 def _bytes(image: Image.Image) -> torch.Tensor:
-    """uint8 [3, h, w]."""
+    """The image's pixels, uint8 [3, h, w]."""
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 

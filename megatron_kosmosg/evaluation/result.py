@@ -38,7 +38,7 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 
 @dataclass(frozen=True)
 class Table:
-    """Scores by a property of the items."""
+    """A table of mean scores by one property of the items."""
 
     title: str
     rows: Sequence[tuple[str, Sequence[float | None]]]
@@ -80,7 +80,7 @@ class Judgement:
 
 
 def result_of(judgement: Judgement) -> dict[str, Any]:
-    """The JSON value."""
+    """The judgement as the value of result.json."""
     metrics: dict[str, Any] = {
         name: summarise(judgement.items, scores).to_json() | _by_reference(judgement, name)
         for name, scores in judgement.scores.items()
@@ -120,7 +120,7 @@ def _by_reference(judgement: Judgement, metric: str) -> dict[str, Any]:
 
 
 def tables_of(judgement: Judgement) -> list[Table]:
-    """Means by each property."""
+    """A table of mean scores for each property of the items."""
     return [
         Table(name, _means(judgement, values), list(judgement.scores))
         for name, values in judgement.groups.items()
@@ -146,12 +146,12 @@ def write_judgement(folder: Path, judgement: Judgement) -> tuple[Path, Path]:
 
 
 def _by_names_for_people(result: Mapping[str, Any]) -> dict[str, float]:
-    """{column of a published table: the value}."""
+    """The values by the columns of published tables."""
     return {METRICS.get(name, "FID"): found["value"] for name, found in result["metrics"].items()}
 
 
 def summary_lines(result: Mapping[str, Any]) -> list[str]:
-    """The numbers for a terminal."""
+    """The numbers of a result in lines for a terminal."""
     lines = []
     for name, found in result["metrics"].items():
         if name == "fid":
@@ -197,7 +197,7 @@ def _described(judgement: Judgement, index: int) -> dict[str, Any]:
 
 
 def _grids(judgement: Judgement) -> list[dict[str, Any]]:
-    """For each metric its best, median and worst images."""
+    """For each metric a grid of its best, median and worst images."""
     grids = []
     for name, scores in judgement.scores.items():
         means = [(sum(own) / len(own), i) for i, own in enumerate(scores) if own]

@@ -64,7 +64,7 @@ class Summary:
 
 
 def similarity_groups(items: Sequence[Item], weights: Mapping[str, Weights]) -> list[Group]:
-    """What has to be scored for the metrics that the weights allow."""
+    """The groups of images and texts whose features the metrics need that the weights allow."""
     rules = {name: rule for name, rule in IMAGE_RULES.items() if name in weights}
     groups: list[Group] = []
     if rules:
@@ -81,8 +81,9 @@ def similarity_groups(items: Sequence[Item], weights: Mapping[str, Weights]) -> 
 def similarities(
     items: Sequence[Item], weights: Mapping[str, Weights], files: FeatureFiles
 ) -> dict[str, list[list[float]]]:
-    """{metric: for each item its scores, one a reference}; none of an item that has no reference
-    or text, and no metric that no item has."""
+    """For each metric the scores of every item, one for each reference: {metric: [scores of an
+    item, ...]}. An item without reference or text has none, and a metric that no item has is left
+    out."""
     found: dict[str, list[list[float]]] = {}
     for network, metric in (("dino", "dino"), ("clip", "clip_i")):
         paths = _distinct([path for item in items for path in item.references])
@@ -101,8 +102,8 @@ def similarities(
 def _cosines(
     files: FeatureFiles, network: str, other: str, wanted: Sequence[Sequence[int]]
 ) -> list[list[float]]:
-    """Of each generated image with the rows of another group that it is compared with, a shard of
-    images at a time: memory does not grow with them."""
+    """The similarity of each generated image to the rows of another group that it is compared with.
+    Works on a shard of images at a time: memory does not grow with their number."""
     rows_of = files.rows(other, network)
     found: list[list[float]] = []
     for block in files.blocks("generated", network):
@@ -117,7 +118,8 @@ def _cosines(
 
 
 def summarise(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> Summary:
-    """scores: of each item one a reference; items without any do not count."""
+    """The mean of the scores and its interval. `scores` has for each item one score a reference;
+    items without any do not count."""
     kept = [
         (item.cluster or f"{i}", sum(own) / len(own))
         for i, (item, own) in enumerate(zip(items, scores, strict=True))
@@ -140,5 +142,5 @@ def summarise(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> Summa
 
 
 def _distinct(things: Sequence) -> list:
-    """In the order of their first places."""
+    """The distinct things in the order of their first places."""
     return list(dict.fromkeys(things))

@@ -31,10 +31,10 @@ BATCH = 32
 
 
 class DinoEvaluator:
-    """An `Evaluator`."""
+    """The `Evaluator` of DINO's similarity to the targets."""
 
     def __init__(self, config: RunConfig) -> None:
-        """registry.check_evaluators has found `evaluation.dino`."""
+        """Opens the network. registry.check_evaluators has found `evaluation.dino` before."""
         self._path = Path(str(config.evaluation.dino))
 
     def run(self, images: DrawnImages) -> Iterator[tuple[str, float]]:
@@ -48,10 +48,10 @@ class DinoEvaluator:
 
 
 class ClipEvaluator:
-    """An `Evaluator`."""
+    """The `Evaluator` of CLIP's similarity to the targets and to the words."""
 
     def __init__(self, config: RunConfig) -> None:
-        """registry.check_evaluators has found `evaluation.clip`."""
+        """Opens the network. registry.check_evaluators has found `evaluation.clip` before."""
         self._path = Path(str(config.evaluation.clip))
 
     def run(self, images: DrawnImages) -> Iterator[tuple[str, float]]:
@@ -71,7 +71,7 @@ class ClipEvaluator:
 
 
 def _features(network: ImageNetwork, rule: PixelRule, images: torch.Tensor) -> torch.Tensor:
-    """float64 [n, d] of [n, 3, height, width] in [-1, 1]."""
+    """The features of images [n, 3, height, width] in [-1, 1], float64 [n, d]."""
     blocks = [
         network.features(torch.stack([rule(_image(pixels)) for pixels in block]))
         for block in images.split(BATCH)

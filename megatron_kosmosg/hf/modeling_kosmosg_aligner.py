@@ -62,7 +62,8 @@ class KosmosGAligner(ModelMixin, ConfigMixin):
         return self.config.max_positions - POSITION_OFFSET
 
     def forward(self, hidden: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
-        """[b, s, input_size], padding_mask bool [b, s] (True = padding) -> [b, num_queries, d].
+        """The condition [b, num_queries, d] of hidden states [b, s, input_size]; padding_mask is
+        bool [b, s], True = padding.
 
         Padding has no influence on the result. Raises ValueError when s exceeds longest_prompt.
         """
@@ -114,7 +115,8 @@ class AlignerStack(nn.Module):
         context: torch.Tensor | None = None,
         hidden_context: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """states [b, s, d], context [b, k, d]; masks bool [b, s] and [b, k], True = hidden."""
+        """states [b, s, d], after all layers; they attend to themselves and, where given, to
+        context [b, k, d]. The masks are bool [b, s] and [b, k], True = hidden."""
         for layer in self.layers:
             states = layer(states, hidden_keys, context, hidden_context)
         return self.layer_norm(states)
@@ -143,7 +145,7 @@ class AlignerLayer(nn.Module):
         context: torch.Tensor | None,
         hidden_context: torch.Tensor | None,
     ) -> torch.Tensor:
-        """As AlignerStack's."""
+        """One layer of an AlignerStack, with the arguments of AlignerStack.forward."""
         normed = self.self_attn_layer_norm(states)
         states = states + self.self_attn(normed, normed, hidden_keys)
         if context is not None:
@@ -167,7 +169,8 @@ class AlignerAttention(nn.Module):
     def forward(
         self, queries: torch.Tensor, keys: torch.Tensor, hidden_keys: torch.Tensor | None
     ) -> torch.Tensor:
-        """queries [b, q, d], keys [b, k, d], hidden_keys bool [b, k] -> [b, q, d]."""
+        """What queries [b, q, d] read from keys [b, k, d] -> [b, q, d]. hidden_keys: bool [b, k],
+        True = hidden."""
         q, k, v = (
             projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection, x in (
@@ -185,7 +188,7 @@ class AlignerAttention(nn.Module):
 
 
 class AlignerFeedForward(nn.Module):
-    """fc1, exact GELU in float32, LayerNorm, fc2."""
+    """The feed-forward block: fc1, exact GELU in float32, LayerNorm, fc2."""
 
     def __init__(self, width: int, ffn_width: int) -> None:
         super().__init__()
@@ -194,7 +197,7 @@ class AlignerFeedForward(nn.Module):
         self.ffn_layernorm = nn.LayerNorm(ffn_width, eps=LAYER_NORM_EPS)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """[b, s, d] -> [b, s, d]."""
+        """Maps states [b, s, d] to the same shape."""
         inner = self.fc1(states)
         inner = F.gelu(inner.float()).to(inner.dtype)
         return self.fc2(self.ffn_layernorm(inner))

@@ -206,7 +206,8 @@ class KosmosGPipeline(StableDiffusionPipeline):
 
     @property
     def _execution_device(self) -> torch.device:
-        """As diffusers' own, also where only some models are offloaded by accelerate."""
+        """The device that the models run on, as diffusers finds it, also where only some models are
+        offloaded by accelerate."""
         device = super()._execution_device
         if device.type == "meta":  # of a weight that its hook brings when it is needed
             parts = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
@@ -216,7 +217,7 @@ class KosmosGPipeline(StableDiffusionPipeline):
         return device
 
     def _conditions(self, prompts: list[Parts], device: torch.device) -> torch.Tensor:
-        """[b, c, d] of interleaved prompts."""
+        """The conditions [b, c, d] of interleaved prompts."""
         needed = ("mllm", "aligner", "tokenizer", "mllm_image_processor")
         if missing := [name for name in needed if getattr(self, name) is None]:
             raise ValueError(
@@ -234,7 +235,8 @@ class KosmosGPipeline(StableDiffusionPipeline):
         return self.aligner(states, padding_mask=tokens == pad)
 
     def prompt_tokens(self, parts: Parts, number: int = 1) -> tuple[list[int], list[bool]]:
-        """(ids, whether each is an image slot); ValueError when the model has fewer positions."""
+        """(token ids, whether each is an image slot) of a prompt. Raises ValueError where the model
+        has fewer positions."""
         start, end = self.tokenizer.convert_tokens_to_ids([PLACEHOLDER, "</image>"])
         num_slots = self.mllm.config.latent_query_num
         tokens, slots = [self.tokenizer.bos_token_id], [False]
@@ -257,7 +259,7 @@ class KosmosGPipeline(StableDiffusionPipeline):
         return tokens, slots
 
     def _pixels(self, prompts: list[Parts], device: torch.device) -> torch.Tensor | None:
-        """[n, 3, H, W] of all images of the batch, prompt by prompt."""
+        """All images of the batch, prompt by prompt, as [n, 3, H, W]; None without any."""
         size = self.mllm.config.vision_config.image_size
         pictures = [
             resize_and_crop(part, size, f"image {position} of prompt {number}")
@@ -291,7 +293,8 @@ class KosmosGPipeline(StableDiffusionPipeline):
 
     @classmethod
     def load_lora_into_text_encoder(cls, state_dict: dict, *args: Any, **kwargs: Any) -> None:
-        """Only a warning; a ValueError for a file that holds nothing for the U-Net."""
+        """Warns that a LoRA's part for a text encoder is not used. Raises ValueError for a file
+        that holds nothing for the U-Net."""
         count = sum(name.startswith(cls.text_encoder_name) for name in state_dict)
         if count == len(state_dict):
             raise ValueError(
@@ -304,12 +307,13 @@ class KosmosGPipeline(StableDiffusionPipeline):
             )
 
     def load_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing but warn."""
+        """Warns that textual inversions have no effect, and loads nothing."""
         logger.warning("textual inversion is ignored: CLIP's text encoder is not used here")
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any):
-        """As diffusers', which leaves the aligner behind: a class that it does not know."""
+        """The pipeline that diffusers' own from_pipe makes, with the aligner, which that leaves
+        behind because it does not know the class."""
         if getattr(pipeline, "aligner", None) is not None:
             kwargs.setdefault("aligner", pipeline.aligner)
         return super().from_pipe(pipeline, **kwargs)
@@ -373,7 +377,7 @@ def language_states(
     image_mask: torch.Tensor,
     pixel_values: torch.Tensor | None,
 ) -> torch.Tensor:
-    """[b, s, h] after the final LayerNorm: what the aligner reads.
+    """The language model's states [b, s, h] after the final LayerNorm: what the aligner reads.
 
     tokens [b, s], padded at the end; image_mask bool [b, s], True = image slot; pixel_values
     [n, 3, H, W] fill the slots row by row, None where there is no image.
@@ -526,7 +530,8 @@ def negative_batch(negative_prompt: str | list[str] | None, batch_size: int) -> 
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """As training reads images: upright by EXIF, white where transparent, 16 bits scaled to 8."""
+    """The image as training reads images: upright by EXIF, white where transparent, 16 bits scaled
+    to 8."""
     # Pillow before 12 opens a PNG of 16 bits as one of 32.
     is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
     if image.mode == "CMYK":

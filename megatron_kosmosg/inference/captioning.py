@@ -41,7 +41,7 @@ def continue_prompt(
 
 
 def _features(pipeline: KosmosGPipeline, pixels: torch.Tensor) -> torch.Tensor:
-    """[n, slots, h] of pixel values [n, 3, size, size]."""
+    """The embeddings of pixel values [n, 3, size, size] in the decoder's input, [n, slots, h]."""
     patches = pipeline.mllm.vision_model(pixels)[0]
     patches = pipeline.mllm.vision_model.model.post_layernorm(patches)
     patches = torch.nn.functional.normalize(patches, dim=-1)

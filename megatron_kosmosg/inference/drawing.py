@@ -37,7 +37,7 @@ SIDES = ("height", "width")
 
 
 class PipelineDrawer:
-    """A `Drawer` (generate.py)."""
+    """The `Drawer` of generate.py that draws with a KosmosGPipeline."""
 
     def __init__(
         self,
@@ -46,7 +46,14 @@ class PipelineDrawer:
         control_scale: float = 1.0,
         loras: Mapping[str, float] | None = None,
     ) -> None:
-        """loras: {name of an adapter of `pipeline`: its strength}."""
+        """Takes the pipeline as it is, on the device that it is on.
+
+        Args:
+            pipeline: reads the prompts and, without a ControlNet, draws.
+            controlnet: guides the drawing by each picture's control image.
+            control_scale: strength of the ControlNet.
+            loras: strength of each adapter of `pipeline`, by its name.
+        """
         self._pipeline = pipeline
         self._scheduler = self._saved_scheduler = pipeline.scheduler
         self._loras, self._lora_scale = dict(loras or {}), 1.0
@@ -78,7 +85,7 @@ class PipelineDrawer:
 
     @property
     def pipeline(self) -> KosmosGPipeline:
-        """The one that reads the prompts."""
+        """The pipeline that reads the prompts."""
         return self._pipeline
 
     def choose_scheduler(self, name: str) -> None:
@@ -166,7 +173,7 @@ class PipelineDrawer:
         )
 
     def _given(self, pictures: Sequence[Picture]) -> dict[str, Any]:
-        """What the painter is told of size, start and control."""
+        """The arguments by which the painter is told of size, start and control."""
         firsts = [picture for picture in pictures if picture.index == 0]
         options = firsts[0].options
         given: dict[str, Any] = dict(self._size(options))
@@ -187,7 +194,7 @@ class PipelineDrawer:
         return given | {"strength": options.strength}
 
     def _shared_noise(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
-        """latents [n, 4, h, w] of pictures that start from rows of one draw; none of others.
+        """{"latents": [n, 4, h, w]} for pictures that start from rows of one draw, {} for others.
 
         Generators of a CPU and of a GPU draw different numbers from one seed.
         """
@@ -209,15 +216,15 @@ class PipelineDrawer:
         return {"latents": torch.stack(found)}
 
     def _own_size(self) -> tuple[int, int]:
-        """(height, width) of the model."""
+        """The (height, width) that the model draws by itself."""
         latent = self._pipeline.unet.config.sample_size
         own = latent if isinstance(latent, (list, tuple)) else (latent, latent)
         scale = self._pipeline.vae_scale_factor
         return int(own[0]) * scale, int(own[1]) * scale
 
     def _size(self, options: DrawingOptions) -> dict[str, int]:
-        """height and width, none where the model's own size is meant. diffusers takes one alone for
-        none, so the other side is the model's."""
+        """The arguments height and width, none where the model's own size is meant. diffusers takes
+        one alone for none, so the other side is the model's."""
         sides = {"height": options.height, "width": options.width}
         if None not in sides.values() or not any(sides.values()):
             return {name: side for name, side in sides.items() if side is not None}
@@ -226,7 +233,7 @@ class PipelineDrawer:
 
 
 def _step_callback(on_step: OnStep) -> Callable[..., dict[str, Any]]:
-    """As diffusers calls it, with the number of the step that has ended."""
+    """A callback as diffusers calls it, which passes on the number of the step that has ended."""
 
     def call(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         on_step(step + 1)

@@ -27,7 +27,7 @@ Report = Callable[[int, int], None]
 
 
 class Drawer(Protocol):
-    """A model with its sampler."""
+    """A model with its sampler, which draws planned pictures."""
 
     def check(self, pictures: Sequence[Picture]) -> None:
         """Raises PromptError for the first prompt that the model cannot take."""
@@ -52,7 +52,7 @@ class Job:
 
 
 def group_key(picture: Picture) -> tuple[object, ...]:
-    """What the pictures of one call share."""
+    """The values that all pictures of one call must share."""
     options = picture.options
     size = options.height, options.width
     start = None if options.start_image is None else options.strength

@@ -21,7 +21,7 @@ from megatron_kosmosg.progress import Progress
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be drawn, how and where to."""
+    """What a run is to draw, with what and where to."""
 
     records: Sequence[PromptRecord]
     is_list: bool
@@ -42,7 +42,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a rank has done."""
+    """What a rank has drawn in its run."""
 
     num_drawn: int
     num_kept: int

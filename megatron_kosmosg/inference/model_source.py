@@ -37,7 +37,7 @@ class ModelSource:
         return fingerprint(*(file for file in files if file is not None))
 
     def controlnet_fingerprint(self) -> tuple[str, float] | None:
-        """(fingerprint of its folder, strength)."""
+        """(fingerprint of the ControlNet's folder, its strength); None without one."""
         return self.controlnet and (fingerprint(self.controlnet[0]), self.controlnet[1])
 
 
@@ -76,7 +76,8 @@ def find_model(
 
 
 def lora_file(path: Path) -> Path:
-    """`path`, or the only .safetensors file of the folder `path`. Raises ConfigError."""
+    """The adapter's file: `path`, or the only .safetensors file of the folder `path`. Raises
+    ConfigError."""
     if path.is_file():
         return path
     if not path.is_dir():

@@ -39,7 +39,7 @@ def write_picture(image: Image.Image, picture: Picture, folder: Path) -> Path:
 
 
 def save_atomically(image: Image.Image, path: Path, **options: object) -> None:
-    """Writes a PNG, whole or not at all."""
+    """Writes a PNG, which appears whole or not at all."""
     with replacing(path) as temporary:
         image.save(temporary, "PNG", **options)
 

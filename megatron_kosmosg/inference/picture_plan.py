@@ -34,7 +34,7 @@ STRENGTH = 0.75
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What all prompts of a run share."""
+    """The settings that all prompts of a run share."""
 
     model: str
     """Fingerprint of the model's files."""
@@ -53,7 +53,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to draw."""
+    """One picture that a run draws."""
 
     record: PromptRecord
     index: int
@@ -65,12 +65,12 @@ class Picture:
 
     @property
     def file_name(self) -> str:
-        """Within the folder of the run."""
+        """The name of its file within the run's folder."""
         return f"{self.record.id}-{self.index}.png"
 
     @property
     def rounds_down(self) -> bool:
-        """See RunSettings."""
+        """Whether the picture's levels are rounded down, see RunSettings."""
         return "rounding" in self.settings
 
     @property
@@ -161,14 +161,14 @@ class PicturePlan:
         return {"image": self._read_picture(part)[0]}
 
     def _read_picture(self, path: Path) -> tuple[str, tuple[int, int]]:
-        """(digest of the file, (width, height))."""
+        """(digest of the file, (width, height) of the picture)."""
         if path not in self._read:
             size = open_picture(path).size
             self._read[path] = _digest(path.read_bytes()), size
         return self._read[path]
 
     def _sized(self, options: DrawingOptions) -> DrawingOptions:
-        """With the size of the control image where none is given."""
+        """The options with the size of the control image where none is given."""
         if options.control_image is None:
             return options
         width, height = (
@@ -181,7 +181,7 @@ class PicturePlan:
 
 
 def _start_settings(record: PromptRecord, index: int, seed: int) -> dict[str, Any]:
-    """What a picture starts from."""
+    """The settings that say what a picture starts from."""
     if not record.noise:
         return {"seed": seed}
     noise = record.noise[index]

@@ -72,7 +72,7 @@ class DrawingOptions:
 
     @property
     def images(self) -> list[Path]:
-        """The files that it names."""
+        """The files of images that the options name."""
         return [path for path in (self.control_image, self.start_image) if path is not None]
 
 
@@ -86,7 +86,7 @@ class NoiseRow:
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One prompt."""
+    """One prompt: words and pictures in order, and how it is to be drawn."""
 
     id: str | None
     """Names its pictures; None until its settings are known."""
@@ -97,7 +97,7 @@ class PromptRecord:
 
     @property
     def images(self) -> list[Path]:
-        """Its pictures' files in order."""
+        """The files of the prompt's pictures, in order."""
         return [part for part in self.content if isinstance(part, Path)]
 
     @property

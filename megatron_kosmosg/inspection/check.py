@@ -68,7 +68,7 @@ class _Checker:
             self._sentences = store.sentences(tokenizer)
 
     def chunk(self, start: int) -> _Found:
-        """What the samples from `start` on hold, and what is wrong with them."""
+        """The contents of the samples from `start` on, and what is wrong with them."""
         found = _Found([])
         for index in range(start, min(start + CHUNK, len(self._store))):
             key = str(index)
@@ -100,7 +100,7 @@ class _Checker:
             yield from (Problem(None, "", reason) for reason in reasons)
 
     def counts(self) -> Iterator[Problem]:
-        """Where the manifest counts something else than what is stored."""
+        """Yields where the manifest counts something else than what is stored."""
         manifest = self._store.manifest
         if manifest is None:
             return

@@ -42,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Card:
-    """One sample of a stream."""
+    """One sample of a stream as the page shows it."""
 
     facts: str
     prompt: list[Piece]
@@ -137,7 +137,8 @@ class SampleCards:
 
 
 def _picture(pixels: torch.Tensor, side: int) -> str:
-    """pixels: [3, height, width] in [0, 1]; side: of the picture on the page, at most."""
+    """A picture for the page. `pixels` is [3, height, width] in [0, 1]; `side` the most that it may
+    measure on the page."""
     array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     image = Image.fromarray(array)
     image.thumbnail((side, side))

@@ -19,18 +19,18 @@ BARS = 16
 
 @dataclass(frozen=True)
 class Lengths:
-    """One quantity of every sample."""
+    """One quantity of every sample that was looked at, such as its tokens."""
 
     name: str
     values: np.ndarray
     """[samples]."""
 
     def quantiles(self) -> list[int]:
-        """At the percentages of QUANTILES."""
+        """The quantity at the percentages of QUANTILES."""
         return [int(q) for q in np.percentile(self.values, QUANTILES, method="nearest")]
 
     def histogram(self) -> list[tuple[int, int, int]]:
-        """(from, up to and including, samples) of at most BARS equally wide bars."""
+        """(from, up to and including, number of samples) of at most BARS equally wide bars."""
         low, high = int(self.values.min()), int(self.values.max())
         width = max(1, -(-(high - low + 1) // BARS))
         counts = np.bincount((self.values - low) // width)
@@ -55,7 +55,7 @@ class TokenUse:
 
 
 def looked_at(store: SampleStore) -> np.ndarray:
-    """int64, increasing: numbers of the samples whose lengths are counted."""
+    """The numbers of the samples whose lengths are counted, int64, increasing."""
     count = min(len(store), MOST_LOOKED_AT)
     return np.arange(count) * len(store) // count
 
@@ -79,7 +79,7 @@ def length_statistics(store: SampleStore) -> list[Lengths]:
 
 
 def token_use(store: SampleStore, tokenizer: Tokenizer, most: int, seed: int) -> TokenUse:
-    """Of at most `most` samples, drawn by `seed`."""
+    """Which tokens the texts of at most `most` samples use; the samples are drawn by `seed`."""
     order = SampleOrder("inspection", len(store), seed, "inspection")
     chosen = min(most, len(store))
     ids = [part for i in range(chosen) for part in store[order[i]].tokens()]

@@ -92,7 +92,8 @@ class AlignerN(MegatronModule):
     def forward(
         self, condition: torch.Tensor, seq_length: int, padding_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """condition [b, c, d] -> [b, seq_length, h]; padded positions are rebuilt like others.
+        """The rebuilt states [b, seq_length, h] of a condition [b, c, d]; padded positions are
+        rebuilt like others.
 
         padding_mask: bool [b, seq_length], True = a position without influence on the others.
         """
@@ -119,14 +120,16 @@ class LearnedPositions(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_rows, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, s, width] -> the same shape. Raises ValueError for s > rows - 2."""
+        """The positions' embeddings added to x: [b, s, width] -> the same shape. Raises ValueError
+        for s > rows - 2."""
         length = x.shape[1]
         _check_length(length, self.weight.shape[0] - POSITION_OFFSET)
         return x + self.weight[POSITION_OFFSET : POSITION_OFFSET + length]
 
 
 class LinearM(nn.Module):
-    """`none`: the first c positions, each through one linear map; zeros beyond the prompt's end."""
+    """The M of `aligner.kind: none`: the first c positions, each through one linear map; zeros
+    beyond the prompt's end."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
@@ -142,7 +145,8 @@ class LinearM(nn.Module):
 
 
 class LinearN(nn.Module):
-    """`none`: each condition vector through one linear map; positions beyond c get its bias."""
+    """The N of `aligner.kind: none`: each condition vector through one linear map; positions beyond
+    c get its bias."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
@@ -152,8 +156,8 @@ class LinearN(nn.Module):
     def forward(
         self, condition: torch.Tensor, seq_length: int, padding_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """condition [b, c, d] -> [b, seq_length, h]. padding_mask: as of AlignerN; no position has
-        influence on another here."""
+        """Maps condition [b, c, d] to [b, seq_length, h]. The padding_mask is AlignerN's; here no
+        position has influence on another, so it is not used."""
         missing = max(0, seq_length - condition.shape[1])
         return self.projection(F.pad(condition[:, :seq_length], (0, 0, 0, missing)))
 

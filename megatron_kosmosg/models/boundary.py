@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 
 def pack(hidden: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-    """[s, b, h] and [b, c, d] -> [s + r, b, h]."""
+    """Joins hidden states [s, b, h] and a condition [b, c, d] into one tensor [s + r, b, h]."""
     width = hidden.shape[-1]
     flat = condition.flatten(1)  # [b, c*d]
     flat = F.pad(flat, (0, -flat.shape[1] % width))

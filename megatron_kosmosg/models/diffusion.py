@@ -25,7 +25,7 @@ from megatron_kosmosg.parallel.platform import torch_dtype
 
 
 class _One:
-    """1.0 as a factor or divisor: what it is applied to stays as it is, and nothing is launched."""
+    """A factor or divisor of 1.0: what it is applied to stays as it is, and nothing is launched."""
 
     @classmethod
     def __torch_function__(
@@ -63,7 +63,7 @@ def unet_pass(
     timesteps: torch.Tensor,
     condition: torch.Tensor,
 ) -> torch.Tensor:
-    """A UNetPass of `unet`, in its dtype."""
+    """Runs the U-Net itself, in its dtype: the plain UNetPass."""
     return unet(noisy_latents, timesteps, encoder_hidden_states=condition).sample
 
 
@@ -160,11 +160,11 @@ class FrozenDiffusion:
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels per latent along a side."""
+        """Pixels per latent position, along one side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def latent_shape(self, image_size: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """(channels, height, width) of the latents of an image of `image_size` pixels.
+        """The (channels, height, width) of the latents of an image of `image_size` pixels.
 
         Without a size: at the size the U-Net was trained for.
         """
@@ -174,7 +174,7 @@ class FrozenDiffusion:
         return channels, *(side // self.vae_scale_factor for side in image_size)
 
     def moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Mean and standard deviation of the VAE's posterior, float32; see `vae_moments`."""
+        """Mean and standard deviation of the VAE's posterior, by `vae_moments` in float32."""
         if self.faster_moments is not None:
             return self.faster_moments(pixel_values)
         return vae_moments(self.vae, pixel_values)

@@ -30,7 +30,7 @@ SD_V1_5_VAE = {
 
 
 class DiffusionFlops(NamedTuple):
-    """FLOPs of one image."""
+    """FLOPs of the frozen networks for one image."""
 
     forward: int
     """Of the U-Net."""
@@ -42,7 +42,7 @@ class DiffusionFlops(NamedTuple):
 
 @dataclass(frozen=True)
 class TextShape:
-    """Sizes of a CLIP text encoder."""
+    """The sizes of a CLIP text encoder, on which its FLOPs depend."""
 
     num_layers: int
     width: int

@@ -46,7 +46,7 @@ Network = TypeVar("Network", UNet2DConditionModel, AutoencoderKL)
 
 @dataclass(frozen=True)
 class _Try:
-    """One thing that `performance` asks for."""
+    """One faster pass that the settings of `performance` ask for."""
 
     setting: str
     """As in the config, with its value."""
@@ -172,7 +172,7 @@ def _unet_batch(
 
 
 def _with_gradient(run: UNetPass, batch: list[torch.Tensor]) -> list[torch.Tensor]:
-    """[output, gradient by the condition], of the squared distance to some target."""
+    """[output, gradient by the condition] of a pass, for the squared distance to some target."""
     latents, timesteps, condition = batch
     # Not the batch's own: what was recorded reads its inputs from the tensors that it is handed.
     condition = condition.detach().clone().requires_grad_()
@@ -212,7 +212,8 @@ def _compile_residual_blocks(network: nn.Module) -> None:
 
 
 def _use_nhwc_group_norm(unet: UNet2DConditionModel) -> None:
-    """apex's module reads weight and bias of torch's; ImportError where apex has it not."""
+    """Replaces torch's GroupNorm modules by apex's, which read the same weight and bias. Raises
+    ImportError where apex has none."""
     group_norm = importlib.import_module("apex.contrib.group_norm").GroupNorm
     unet.to(memory_format=torch.channels_last)
     for module in list(unet.modules()):

@@ -75,12 +75,12 @@ def decoder_flops(config: RunConfig, num_tokens: float, num_rows: float) -> floa
 
 
 def head_flops(config: RunConfig, num_tokens: float) -> float:
-    """Forward pass of the output head."""
+    """FLOPs of a forward pass of the output head."""
     return 2 * num_tokens * config.model.decoder.hidden_size * config.model.vocab_size
 
 
 def vision_flops(config: RunConfig, num_images: float) -> float:
-    """Forward pass of the image tower."""
+    """FLOPs of a forward pass of the image tower."""
     sizes = config.model.vision
     patch = 2 * 3 * sizes.patch_size**2 * sizes.hidden_size
     return num_images * (patch * (_patches(config) - 1) + sizes.num_layers * _vision_block(config))
@@ -166,13 +166,13 @@ def _vision_block(config: RunConfig) -> float:
 
 
 def _layer(width: int, ffn_width: int, num_tokens: float, length: float) -> float:
-    """One transformer layer over `num_tokens` positions in rows of `length`."""
+    """FLOPs of one transformer layer over `num_tokens` positions in rows of `length`."""
     linears = 2 * num_tokens * (4 * width**2 + 2 * width * ffn_width)
     return linears + 4 * num_tokens * length * width
 
 
 def _cross_stack(config: RunConfig, queries: float, keys: float) -> float:
-    """One row through a cross-attention stack of AlignerNet."""
+    """FLOPs of one row through a cross-attention stack of AlignerNet."""
     sizes = config.model.aligner
     self_attention_and_ffn = _layer(sizes.hidden_size, sizes.ffn_hidden_size, queries, queries)
     cross = 2 * sizes.hidden_size**2 * (2 * queries + 2 * keys)

@@ -108,7 +108,7 @@ class KosmosG(LanguageModule):
 
     @property
     def trains(self) -> bool:
-        """Whether any parameter of this stage does."""
+        """Whether any parameter on this pipeline stage is trained."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def set_upstream_frozen(self, is_frozen: bool) -> None:
@@ -133,7 +133,8 @@ class KosmosG(LanguageModule):
         pixel_values: torch.Tensor,
         packed: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor] | torch.Tensor:
-        """On the last pipeline stage a dict, elsewhere the tensor for the next (boundary.py).
+        """On the last pipeline stage returns a dict of results, elsewhere the tensor for the next
+        stage (boundary.py).
 
         tokens [b, s] int; image_mask [b, s] bool, True = image slot; padding_mask [b, s] bool,
         True = padding; pixel_values [n, 3, H, W], n may be 0. packed: int64 [t], where the tokens

@@ -34,7 +34,7 @@ from megatron_kosmosg.parallel.platform import transformer_impl
 
 @dataclass(frozen=True)
 class Provider:
-    """The building blocks of a layer."""
+    """The classes that a layer is built of: linears, norms and attention."""
 
     column_parallel: type
     row_parallel: type
@@ -99,8 +99,8 @@ def causal_layer(lora: LoraConfig) -> ModuleSpec:
 
 
 def with_adapters(parts: Provider, lora: LoraConfig) -> Provider:
-    """The same building blocks; the linears of self-attention and feed-forward have adapters, on
-    what the sub-norm gives where there is one."""
+    """The same building blocks, except that the linears of self-attention and feed-forward have
+    adapters. Where there is a sub-norm, the adapters read what it gives."""
     row = adapted_row(parts.row_parallel, lora)
     sub_norm_row = type(f"SubLN{row.__name__}", (SubLN, row), {})
     column = adapted_column(parts.column_parallel, lora)

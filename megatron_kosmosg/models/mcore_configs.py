@@ -15,7 +15,7 @@ LAYERNORM_EPSILON = 1e-5
 
 
 def gelu_fp32(x: torch.Tensor) -> torch.Tensor:
-    """Exact (erf) GELU, computed in float32."""
+    """The exact GELU (by erf), computed in float32."""
     return F.gelu(x.float()).to(x.dtype)
 
 

@@ -25,7 +25,8 @@ _ROW_MULTIPLE = 128
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """Rows of the embedding over all ranks."""
+    """Number of rows of the embedding over all ranks: the vocabulary, padded to a number that the
+    tensor ranks can divide."""
     multiple = math.lcm(_ROW_MULTIPLE, tp_size)
     return -(-vocab_size // multiple) * multiple
 
@@ -120,7 +121,8 @@ class OutputHead(ColumnParallelLinear):
         self._num_tokens_here = max(0, min(vocab_size - first_row, self.output_size_per_partition))
 
     def forward(self, hidden: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        """hidden [s, b, h] -> [s, b, v/tp]; padding rows of the vocabulary are minus infinity."""
+        """The logits [s, b, v/tp] of hidden [s, b, h]; padding rows of the vocabulary are minus
+        infinity."""
         logits, _ = super().forward(hidden, weight=weight)
         if self._num_tokens_here < self.output_size_per_partition:
             logits[..., self._num_tokens_here :] = float("-inf")

@@ -12,8 +12,8 @@ import torch
 
 
 def no_images(features: torch.Tensor, inputs: Iterable[torch.Tensor]) -> torch.Tensor:
-    """`features`, which have no rows, such that in backward every one of `inputs` that wants a
-    gradient gets one of zero."""
+    """`features`, which have no rows, tied to `inputs` such that in backward every one of these
+    that wants a gradient gets one of zero."""
     return _NoImages.apply(features, *(x for x in inputs if x.requires_grad))
 
 

@@ -29,7 +29,7 @@ class StagePieces:
 
     @property
     def has_decoder(self) -> bool:
-        """Whether any of the decoder is on this stage."""
+        """Whether any layer of the decoder is on this stage."""
         return self.num_decoder_layers > 0 or self.ends_decoder
 
 
@@ -63,7 +63,7 @@ def pipeline_pieces(config: RunConfig, aligner_parts: tuple[str, ...]) -> list[S
 
 
 def chunks_per_rank(config: RunConfig) -> int:
-    """Pipeline stages that each rank holds."""
+    """Number of pipeline stages that each rank holds."""
     return config.parallel.virtual_pipeline_model_parallel_size or 1
 
 

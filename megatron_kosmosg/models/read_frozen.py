@@ -31,7 +31,8 @@ _OF_THE_FILES = (
 
 @contextmanager
 def reading_frozen(given: str) -> Iterator[None]:
-    """Inside, files of `given` (as "model.diffusion.path=/models/sd") are read into networks.
+    """Context in which files of `given` (as "model.diffusion.path=/models/sd") are read into
+    networks.
 
     Raises ConfigError for files that cannot be; lets pass what may be over at the next start.
     """

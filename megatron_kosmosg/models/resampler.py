@@ -18,7 +18,8 @@ from megatron_kosmosg.models.no_images import no_images
 
 
 class Resampler(MegatronModule):
-    """[n, p+1, h_v] -> [n, q, h]."""
+    """Turns patch features [n, p+1, h_v] into [n, q, h], the embeddings of an image in the
+    decoder's input."""
 
     def __init__(self, config: RunConfig, process_groups: ProcessGroupCollection) -> None:
         super().__init__(resampler_config(config))
@@ -36,7 +37,7 @@ class Resampler(MegatronModule):
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """features: [n, p+1, h_v]; n may be 0."""
+        """The embeddings [n, q, h] of features [n, p+1, h_v]; n may be 0."""
         num_images = features.shape[0]
         if num_images == 0:
             shape = (0, *self.latent_query.shape)

@@ -54,5 +54,6 @@ def relative_error(found: torch.Tensor, plain: torch.Tensor) -> float:
 
 
 def fixed_normal(shape: tuple[int, ...]) -> torch.Tensor:
-    """The same numbers in every process, drawn from no generator of the run."""
+    """Normally distributed numbers that are the same in every process and drawn from no generator
+    of the run."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))

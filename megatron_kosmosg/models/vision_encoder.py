@@ -22,14 +22,14 @@ from megatron_kosmosg.models.read_frozen import reading_frozen
 
 
 class VisionEncoder(nn.Module):
-    """[n, 3, H, W] -> [n, p+1, h_v], the class token first."""
+    """Turns images [n, 3, H, W] into features [n, p+1, h_v], the class token first."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.tower = CLIPVisionModel(tower_config(config.model.vision))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """pixel_values: [n, 3, H, W], normalised; n may be 0."""
+        """The features [n, p+1, h_v] of normalised pixel_values [n, 3, H, W]; n may be 0."""
         tower = self.tower
         if len(pixel_values) == 0:
             shape = (0, tower.embeddings.num_positions, tower.config.hidden_size)

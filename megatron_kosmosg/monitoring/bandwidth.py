@@ -23,7 +23,8 @@ class Bandwidth:
 
 
 def measure_bandwidth(node: str, device: torch.device) -> Bandwidth:
-    """The same on every rank; a collective over torch.distributed's world. node: of this rank."""
+    """Measures, as a collective over torch.distributed's world, and returns the same on every rank.
+    `node` is this rank's."""
     names: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(names, node)
     own = 0.0

@@ -116,7 +116,8 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def _is_of_the_disk(error: BaseException) -> bool:
-    """Whether a disk is full, read-only or over its quota: no start changes that."""
+    """Whether the error is of a disk that is full, read-only or over its quota: no new start
+    changes that."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 
 

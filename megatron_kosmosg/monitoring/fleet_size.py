@@ -1,4 +1,4 @@
-"""How many score ranks a run needs, by what its decoder ranks and score ranks measured."""
+"""The number of score ranks that a run needs, by what its decoder and score ranks measured."""
 
 from __future__ import annotations
 

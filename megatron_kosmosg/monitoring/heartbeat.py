@@ -30,7 +30,7 @@ MAX_NAMED = 8
 
 @dataclass(frozen=True)
 class Beat:
-    """What one rank said of itself."""
+    """One rank's latest sign of life."""
 
     rank: int
     node: str
@@ -50,8 +50,13 @@ class Heartbeat:
     """Context manager of one rank; `at` says what it does from now on."""
 
     def __init__(self, place: Place, stall_seconds: float, file: Path) -> None:
-        """place: of this rank. stall_seconds: without progress until a report. file: JSON that
-        rank 0 keeps up to date."""
+        """Entering the context starts the signs of life.
+
+        Args:
+            place: of this rank.
+            stall_seconds: time without progress after which a report is made.
+            file: JSON file that rank 0 keeps up to date.
+        """
         self._place, self._stall_seconds, self._file = place, stall_seconds, file
         self._interval = max(0.1, min(10.0, stall_seconds / 4))
         self._node = node_name()
@@ -184,7 +189,8 @@ class Watch:
 
 
 def innermost_line(frame: FrameType | None) -> str:
-    """ "training/step.py:81" for a stack that is in there, however deep; "?" outside."""
+    """The innermost line of this package on a stack, as "training/step.py:81"; "?" where the stack
+    is outside."""
     while frame is not None:
         if frame.f_code.co_filename.startswith(PACKAGE):
             return f"{Path(frame.f_code.co_filename).relative_to(PACKAGE)}:{frame.f_lineno}"

@@ -33,7 +33,7 @@ def gpu_problems(expected: int, program: str = "nvidia-smi") -> list[str]:
 
 
 def count_problems(counters: str, expected: int) -> list[str]:
-    """counters: what nvidia-smi said to QUERY, a line per GPU."""
+    """The problems that nvidia-smi's answer to QUERY shows, which has a line for each GPU."""
     found = len(counters.splitlines())
     return [] if found == expected else [f"{expected} GPUs promised, {found} answer"]
 
@@ -69,7 +69,7 @@ def link_problems(status: str) -> list[str]:
 
 
 def disk_problems(folder: Path, gib: float) -> list[str]:
-    """folder: may not exist yet. gib: free space needed there."""
+    """The problem of a folder, which may not exist yet, on a disk with less than `gib` GiB free."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent

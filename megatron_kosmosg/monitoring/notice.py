@@ -23,20 +23,25 @@ SECONDS = 10.0
 
 
 class Notices:
-    """Of one start, on rank 0; says nothing without a target."""
+    """The notices of one start, on rank 0; without a target nobody is told."""
 
     def __init__(
         self, target: str | None, stage: str, folder: Path, say: Callable[[str], None]
     ) -> None:
-        """target: http(s)://..., which gets JSON by POST, or a command line, which gets it on
-        stdin. say: is told what went wrong with a notice."""
+        """A notice is sent when a method is called.
+
+        Args:
+            target: http(s)://..., which gets JSON by POST, or a command line, which gets it on
+                stdin.
+            say: is told what went wrong with a notice.
+        """
         self._target, self._stage, self._folder, self._say = target, stage, folder, say
 
     def started(self) -> None:
         self._send("start", None, None)
 
     def ended(self, code: int) -> None:
-        """code: the exit code of this start."""
+        """Tells that this start has ended with the exit code `code`."""
         events = {exit_codes.DONE: "end", exit_codes.STOPPED: "stop"}
         event = events.get(code, "failure")
         self._send(event, code, self._first_error() if event == "failure" else None)
@@ -81,7 +86,7 @@ class Notices:
 
 
 def is_webhook(target: str) -> bool:
-    """Whether a target is an address, and no command line."""
+    """Whether a target is an address, and not a command line."""
     return target.startswith(("http://", "https://"))
 
 

@@ -69,7 +69,12 @@ class RunOwner:
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        """say: is told when the folder is taken over, and that this waits."""
+        """Entering the context takes the folder.
+
+        Args:
+            folder: the run's folder.
+            say: is told when the folder is taken over, and that this waits.
+        """
         self._path, self._say = folder / OWNER_FILE, say
         job, restart = find_job()
         self._own = Holder(
@@ -116,7 +121,7 @@ class RunOwner:
             )
 
     def _create(self) -> bool:
-        """Whether the file was made; False where there is one."""
+        """Whether this call made the file; False where there is one already."""
         try:
             with open_itself(self._path, "x", encoding="utf-8") as file:
                 json.dump(asdict(self._own), file)
@@ -203,7 +208,8 @@ class RunOwner:
 
 
 def _read(path: Path) -> Holder | None:
-    """None where there is no file, or one that says nothing: its maker may be writing it."""
+    """The holder that a file names. None where there is no file, or one that says nothing: its
+    maker may be writing it."""
     try:
         return Holder(**read_json(path))
     except (OSError, ValueError, TypeError):
@@ -219,7 +225,8 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When the process began; "" where there is none, or it is dead and not yet collected."""
+    """The time when the process began; "" where there is none, or where it is dead and not yet
+    collected."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

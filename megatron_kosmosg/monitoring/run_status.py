@@ -1,4 +1,4 @@
-"""How a run is, read from its folder alone: by whoever can read it, from any machine."""
+"""The state of a run, read from its folder alone: by whoever can read it, from any machine."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class RunStatus:
 
     @property
     def is_well(self) -> bool:
-        """Whether nobody has to look after it."""
+        """Whether all is well, so that nobody has to look after the run."""
         return self.state in ("starting", "running", "done")
 
 
 def run_status(folder: Path) -> RunStatus:
-    """Of the run in `folder`. Raises InputError where there is none."""
+    """The status of the run in `folder`. Raises InputError where there is none."""
     config_file = folder / "config.yaml"
     if not config_file.is_file():
         owner = _owner(folder)
@@ -104,7 +104,7 @@ def run_status(folder: Path) -> RunStatus:
 
 
 def to_text(status: RunStatus) -> str:
-    """For people: what is not known is left out."""
+    """The status in lines for people; what is not known is left out."""
     share = status.iteration / status.train_iters
     lines = [
         f"{status.stage} in {status.folder}: {status.state}",

@@ -39,7 +39,7 @@ def no_record(name: str, **about: About) -> AbstractContextManager[None]:
 
 @dataclass
 class Span:
-    """One stretch."""
+    """One stretch of time with its name."""
 
     name: str
     about: dict[str, About]
@@ -61,7 +61,7 @@ class Spans:
 
     @contextlib.contextmanager
     def __call__(self, name: str, **about: About) -> Iterator[None]:
-        """Names the time inside."""
+        """Context whose time is recorded under `name`."""
         span = self.begin(name, **about)
         try:
             yield
@@ -69,19 +69,19 @@ class Spans:
             self.end(span)
 
     def begin(self, name: str, **about: About) -> Span:
-        """A stretch that `end` ends."""
+        """Begins a stretch, which `end` ends."""
         span = Span(name, about, time.time())
         self._spans.append(span)
         self._mark(span)
         return span
 
     def end(self, span: Span) -> None:
-        """The stretch is over."""
+        """Ends a stretch that `begin` began."""
         self._mark(span)
         span.end = time.time()
 
     def over(self, items: Iterator[Any], name: str) -> Iterator[Any]:
-        """The same items; getting each of them is a stretch."""
+        """The same items; the time of getting each of them is recorded."""
         while True:
             with self(name):
                 try:
@@ -91,7 +91,7 @@ class Spans:
             yield item
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Forgets all stretches."""
         self._spans.clear()
 
     def finished(self) -> list[Span]:
@@ -126,7 +126,7 @@ def _least(value: About) -> int:
 
 
 class MegatronTimers:
-    """What Megatron-Core calls `timers`: stretches instead of sums."""
+    """Stands for what Megatron-Core calls `timers`; it records stretches instead of sums."""
 
     def __init__(self, spans: Spans) -> None:
         self._spans = spans
@@ -147,8 +147,8 @@ class _Timer:
         self._open: Span | None = None
 
     def start(self, barrier: bool = False) -> None:
-        """barrier: Megatron-Core's wish that ranks wait for each other, which would change what
-        is looked at; not done."""
+        """Begins a stretch. `barrier` is Megatron-Core's wish that ranks wait for each other; it is
+        not granted, because waiting would change what is looked at."""
         about = {}
         if self._name in self.NUMBERED:
             about["micro_batch"] = self._count

@@ -10,7 +10,8 @@ from megatron_kosmosg.parallel.devices import has_stream, timing_event
 
 
 class Stopwatch:
-    """`start`, `stop`, then `seconds`; on a GPU the time of its stream, without waiting for it."""
+    """Measures time with `start`, `stop`, then `seconds`; on a GPU the time of its stream, without
+    waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._events: list[torch.Event] = []

@@ -24,7 +24,13 @@ class Stragglers:
     def __init__(
         self, chunks: list[DistributedDataParallel], layout: Layout, interval: int
     ) -> None:
-        """chunks: after `connect`."""
+        """Hooks into the end of the backward passes. Collective over all decoder ranks.
+
+        Args:
+            chunks: the wrapped model, whose finalize_model_grads_func must be set already
+                (`connect`).
+            interval: iterations between two reports.
+        """
         self._layout, self._interval = layout, interval
         self._watch = Stopwatch(layout.device)
         self._seconds: list[float] = []
@@ -40,7 +46,7 @@ class Stragglers:
         """{rank: name of its node}."""
 
     def start(self) -> None:
-        """Call when an iteration begins."""
+        """Begins the time of an iteration; call it when one begins."""
         self._watch.start()
 
     def report(self, iteration: int) -> dict[str, float]:

@@ -24,7 +24,7 @@ _ASKED = 8
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank did."""
+    """What one rank did: its share of the trace."""
 
     name: str
     """What the rank is, for people."""
@@ -43,12 +43,13 @@ class TraceExchange:
         """Seconds to add to this node's time to have rank 0's."""
 
     def publish(self, name: str, spans: Sequence[Span]) -> None:
-        """Leaves this rank's part for rank 0."""
+        """Leaves this rank's part where rank 0 finds it."""
         part = Part(name, [self._on_shared_clock(span) for span in spans])
         self._store.set(_key(self._rank), zlib.compress(json.dumps(asdict(part)).encode()))
 
     def collected(self, *, only_all: bool) -> dict[int, Part]:
-        """{rank: its part}; with only_all nothing until no rank's is missing. Never waits."""
+        """The parts that have come, by rank; with only_all, none before all have come. Never
+        waits."""
         keys = [_key(rank) for rank in range(self._world_size)]
         if only_all and not self._store.check(keys):
             return {}

@@ -24,23 +24,24 @@ _CHARTS = {"loss": {"train and held out": ["Multiline", ["train/loss$", "heldout
 
 
 class Tracker(Protocol):
-    """One place that shows a run."""
+    """One place that shows a run, such as TensorBoard."""
 
     def numbers(self, group: str, values: Mapping[str, float], iteration: int) -> None:
-        """group: train or heldout."""
+        """Shows numbers of an iteration. `group` is train or heldout."""
         ...
 
     def image(self, name: str, image: Image.Image, words: Sequence[str], iteration: int) -> None:
-        """words: what the rows of the image are of; shown beside it."""
+        """Shows an image. `words` say what its rows are of, and are shown beside it."""
         ...
 
     def close(self) -> None:
-        """Everything told so far is kept."""
+        """Keeps everything that was told so far, and ends."""
         ...
 
 
 def open_trackers(config: RunConfig, start_iteration: int) -> list[Tracker]:
-    """Those that `config` asks for. start_iteration: what was told of later ones is void.
+    """The trackers that `config` asks for. What earlier starts told of iterations after
+    start_iteration is void.
 
     Raises ConfigError where Weights & Biases refuses to begin.
     """
@@ -133,12 +134,12 @@ class WeightsAndBiases:
 
 
 def _numbered(words: Sequence[str]) -> list[str]:
-    """One line for each row of an image."""
+    """The words in one line for each row of an image."""
     return [f"{row} {' '.join(text.split())}" for row, text in enumerate(words, start=1)]
 
 
 def _run_id(file: Path) -> str:
-    """The same at every start of a run."""
+    """The run's name at Weights & Biases, the same at every start of the run."""
     if file.is_file():
         found = file.read_text(encoding="utf-8").strip()
         if re.fullmatch("[0-9a-f]{16}", found):

@@ -46,14 +46,16 @@ _ASKS_FOR_TYPE = "model_type" in inspect.signature(schedules.backward_step).para
 
 
 def gradients_for_norm(optimizer: Any) -> list[torch.Tensor]:
-    """Those of one optimizer that this rank counts; shared and copied parameters once. Since 0.19
-    parameters may be in groups with norms of their own, and the method has another name."""
+    """The gradients of one optimizer that this rank counts in the norm; shared and copied
+    parameters count once. Since 0.19 parameters may be in groups with norms of their own, and the
+    method has another name."""
     named = ("get_grads_for_grad_norm", "get_main_grads_for_grad_norm")
     return next(getattr(optimizer, name) for name in named if hasattr(optimizer, name))()
 
 
 def mlp_submodule(submodules: MLPSubmodules) -> Any:
-    """What a layer builds its MLP from. Since 0.18 a builder; a spec draws a warning."""
+    """The part from which a layer builds its MLP: since 0.18 a builder, because a spec draws a
+    warning there."""
     build = getattr(MLP, "as_mlp_submodule", None)
     if build is None:
         return ModuleSpec(module=MLP, submodules=submodules)

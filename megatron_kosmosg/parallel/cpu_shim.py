@@ -68,26 +68,27 @@ def _cpu_view() -> types.ModuleType:
 
 
 def current_device() -> torch.device:
-    """What torch.cuda.current_device says there; the next ones likewise."""
+    """Stands for torch.cuda.current_device: the CPU. The functions below stand for their namesakes
+    likewise."""
     return _CPU
 
 
 def synchronize(device: Any = None) -> None:
-    """Nothing to wait for."""
+    """Returns at once: on a CPU there is nothing to wait for."""
 
 
 def get_rng_state(device: Any = None) -> torch.Tensor:
-    """Of the one generator."""
+    """The state of the CPU's generator, which is the only one."""
     return torch.get_rng_state()
 
 
 def set_rng_state(state: torch.Tensor, device: Any = None) -> None:
-    """Of the one generator."""
+    """Sets the state of the CPU's generator."""
     torch.set_rng_state(state)
 
 
 def manual_seed(seed: int) -> None:
-    """Of the one generator."""
+    """Seeds the CPU's generator."""
     torch.default_generator.manual_seed(seed)
 
 

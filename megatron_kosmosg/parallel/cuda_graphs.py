@@ -46,5 +46,6 @@ class _Recorded:
 
 
 def _form(x: torch.Tensor) -> tuple:
-    """What must be equal for a replay. Where no gradient is recorded, none is wanted."""
+    """The properties of the inputs that must be equal for a replay. Where no gradient is recorded,
+    none is wanted."""
     return x.shape, x.dtype, x.requires_grad

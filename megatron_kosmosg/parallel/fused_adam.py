@@ -69,8 +69,8 @@ class FusedLayoutAdamW(torch.optim.Optimizer):
 
 
 def multi_tensor_update(group: dict, parameters: list, exp_avgs: list, exp_avg_sqs: list) -> None:
-    """In place, by a few operations over all tensors: a CPU's numbers stay those of any version of
-    torch."""
+    """Updates in place, by a few operations over all tensors: a CPU's numbers stay those of any
+    version of torch."""
     beta1, beta2 = group["betas"]
     grads = [p.grad.to(p.dtype) for p in parameters]
     correction1 = 1 - beta1 ** group["step"]
@@ -86,8 +86,8 @@ def multi_tensor_update(group: dict, parameters: list, exp_avgs: list, exp_avg_s
 
 
 def fused_update(group: dict, parameters: list, exp_avgs: list, exp_avg_sqs: list) -> None:
-    """The same in place, by torch's kernel that reads and writes every tensor once: 28 bytes a
-    parameter instead of 80."""
+    """The same update in place, by torch's kernel that reads and writes every tensor once: 28 bytes
+    a parameter instead of 80."""
     beta1, beta2 = group["betas"]
     step = torch.full((), float(group["step"]), device=parameters[0].device)
     torch._fused_adamw_(

@@ -19,7 +19,7 @@ from megatron_kosmosg.unusable_packages import Unusable
 
 @dataclass(frozen=True)
 class Choice:
-    """One part of a run."""
+    """Which implementation one part of a run takes on this machine, and why."""
 
     part: str
     taken: str
@@ -100,7 +100,7 @@ def _others(*reasons: tuple[str, str | None]) -> tuple[str, ...]:
 
 
 def _why_not(module: str, unusable: Mapping[str, Unusable]) -> str | None:
-    """None for a package that works."""
+    """The reason why a package cannot be used; None for one that works."""
     if module in unusable:
         found = unusable[module]
         return f"{found.reason}; to repair: {found.repair}" if found.repair else found.reason
@@ -108,7 +108,7 @@ def _why_not(module: str, unusable: Mapping[str, Unusable]) -> str | None:
 
 
 def _why_no_gpu() -> str:
-    """In torch's words, which names the driver where the driver is the reason."""
+    """The reason in torch's words, which name the driver where the driver is the reason."""
     version = importlib.metadata.version("torch")
     if torch.version.cuda is None:
         return f"torch {version} is built without CUDA"

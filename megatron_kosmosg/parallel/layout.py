@@ -39,7 +39,7 @@ class Layout:
 
     @property
     def num_devices(self) -> int:
-        """All ranks of the run."""
+        """Number of all ranks of the run, score ranks included."""
         return self.world_size + self.num_score_ranks
 
     @property
@@ -55,7 +55,7 @@ class Layout:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank computes the loss."""
+        """Whether this rank is in the last pipeline stage, which computes the loss."""
         return self.pp_rank == self.pp_size - 1
 
 
@@ -114,6 +114,6 @@ def lone_layout(device: torch.device | str) -> Layout:
 
 
 def destroy_groups() -> None:
-    """Forget Megatron's groups and buffers."""
+    """Makes Megatron-Core forget its process groups and buffers."""
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_global_memory_buffer()

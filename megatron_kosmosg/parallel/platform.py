@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def holds_unet_alone(config: RunConfig) -> bool:
-    """Whether this rank is a score rank: score/connect.py and not `initialize` is for it."""
+    """Whether this rank is a score rank, which score/connect.py sets up instead of `initialize`."""
     place = find_place()
     return world_layout(config, place.world_size).place(place.rank).role == "score"
 
@@ -129,14 +129,14 @@ def teardown() -> None:
 
 
 def device() -> torch.device:
-    """The device of this process."""
+    """The device that this process computes on."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def torch_dtype(precision: str) -> torch.dtype:
-    """The dtype of `training.precision`."""
+    """The torch dtype that `training.precision` names."""
     return DTYPES[precision]
 
 
@@ -161,7 +161,8 @@ def has_gradient_accumulation_fusion() -> bool:
 
 
 def transformer_impl() -> str:
-    """ "transformer_engine" where it imports on a GPU, else "local"."""
+    """The implementation of layers: "transformer_engine" where it imports on a GPU, otherwise
+    "local"."""
     if not torch.cuda.is_available():
         return "local"
     try:

@@ -19,10 +19,15 @@ from megatron_kosmosg.parallel.rendezvous import connect
 
 
 class ReplacementExchange:
-    """One rank's end; of every stage, the tensor rank that loads."""
+    """One rank's end of the exchange; on every pipeline stage only the tensor rank that loads data
+    has one."""
 
     def __init__(self, layout: Layout, stream: str, timeout_seconds: float) -> None:
-        """stream: name of what is read, the same on all stages."""
+        """Connects to the job's store, through which the stages exchange indices.
+
+        Args:
+            stream: a name for what is read, the same on all stages.
+        """
         timeout = timedelta(seconds=timeout_seconds)
         self._layout, self._stream = layout, stream
         self._store = connect(find_place(), timeout)

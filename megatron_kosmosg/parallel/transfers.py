@@ -30,7 +30,7 @@ def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 def upload_numbers(
     numbers: Sequence[float], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """[n] on `device`."""
+    """The numbers as a tensor [n] on `device`; nobody waits for the copy."""
     return upload(torch.tensor(numbers, dtype=dtype), device)
 
 
@@ -50,5 +50,5 @@ class Download:
             self._event.record()
 
     def has_arrived(self) -> bool:
-        """Whether all of them are here; any thread may ask."""
+        """Whether all of the tensors are on the host; any thread may ask."""
         return self._event is None or self._event.query()

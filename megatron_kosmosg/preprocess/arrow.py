@@ -24,7 +24,8 @@ class ArrowReader:
     """Rows of a stream of record batches, mapped; values as the Parquet reader gives them."""
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
-        """See Reader. `offset` is a record batch; a batch is never parted."""
+        """Cuts the file into shards, as Reader asks for. `offset` is a record batch; a batch is
+        never parted."""
         shards: list[Shard] = []
         start = first = rows = number = 0
         try:

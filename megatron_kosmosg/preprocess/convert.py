@@ -18,7 +18,7 @@ NOT_PACKED = np.zeros((0, 2), np.int32)
 
 
 class Conversion:
-    """See data.kinds.kind.Conversion, which kinds convert with."""
+    """What records are converted with, as the kinds ask for it (data.kinds.kind.Conversion)."""
 
     def __init__(self, tokenizer: Tokenizer, options: Options | None = None) -> None:
         self.options = options or Options()
@@ -39,11 +39,11 @@ class Conversion:
         return text, ids
 
     def image(self, record: Record, fields: dict[str, Any], name: str) -> bytes:
-        """See PictureCheck.read."""
+        """The stored form of a field's picture (PictureCheck.read)."""
         return self.pictures.read(record, fields, name)
 
     def mask(self, record: Record, fields: dict[str, Any], name: str, image: bytes) -> bytes | None:
-        """See PictureCheck.read_mask."""
+        """The stored form of a field's mask (PictureCheck.read_mask)."""
         return self.pictures.read_mask(record, fields, name, image)
 
     def sentences(self, kind: SampleKind, converted: Converted) -> np.ndarray:

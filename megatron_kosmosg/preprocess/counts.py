@@ -1,4 +1,5 @@
-"""What came of some records, added up over shards, and the table that a run ends with."""
+"""How many records were taken, left out and why, added up over shards, and the table that a run
+ends with."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ NUM_SAID = 4
 
 @dataclass(frozen=True)
 class Counts:
-    """What came of some records."""
+    """How many records were taken and left out, and for which reasons."""
 
     samples: int = 0
     tokens: int = 0
@@ -38,7 +39,7 @@ class Counts:
 
     @staticmethod
     def of(stored: dict[str, Any]) -> Counts:
-        """Of the fields as they come from JSON."""
+        """The counts whose fields were stored as JSON."""
         names = ("rejects", "left_out", "notes")
         reasons: dict[str, Any] = {name: Counter(stored[name]) for name in names}
         return Counts(**(stored | reasons))
@@ -78,7 +79,7 @@ def last_line(counts: Counts) -> str:
 
 
 def said_reasons(what: str, reasons: Counter[str]) -> str:
-    """The number, and its largest reasons."""
+    """A number of things left out, and the most frequent reasons, in words."""
     named = [f"{reason} {number:,}" for reason, number in reasons.most_common(NUM_SAID)]
     named += ["..."] if len(reasons) > NUM_SAID else []
     return f"{reasons.total():,} {what}" + (f" ({', '.join(named)})" if named else "")
@@ -95,7 +96,8 @@ def verification(counts: Counts) -> str:
 
 
 def _by_part(left_out: Counter[str]) -> dict[str, Counter[str]]:
-    """{"images": {"image is truncated": ..}, ..} of {"images: image is truncated": ..}."""
+    """The reasons of {"images: image is truncated": n} apart by what they are of: {"images":
+    {"image is truncated": n}}."""
     parts: dict[str, Counter[str]] = {}
     for name, number in sorted(left_out.items()):
         what, _, reason = name.partition(": ")

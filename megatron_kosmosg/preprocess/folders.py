@@ -37,7 +37,8 @@ def folder_format(folder: Path, kind: SampleKind) -> str:
 
 
 def arrow_files(folder: Path) -> list[Path] | None:
-    """Of a dataset that Hugging Face `datasets` saved, in its order; None for another folder.
+    """The files of a dataset that Hugging Face `datasets` saved, in its order; None for another
+    folder.
 
     Raises ValueError for several splits and for rows that were chosen or shuffled.
     """
@@ -66,7 +67,7 @@ def arrow_files(folder: Path) -> list[Path] | None:
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """os.walk in the order of names, through links, into every folder once."""
+    """Walks folders like os.walk, in the order of names, through links, into every folder once."""
     top = os.stat(root)
     seen = {(top.st_dev, top.st_ino)}
     for place, folders, names in os.walk(root, followlinks=True):
@@ -81,8 +82,8 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 
 def expand_glob(pattern: str) -> Iterator[str]:
-    """glob with `**`, but into every folder once: a link to a folder above would otherwise give
-    each file some forty names."""
+    """The paths that a glob with `**` matches, but into every folder once: a link to a folder above
+    would otherwise give each file some forty names."""
     parts = pattern.split("/")
     if "**" not in parts:
         yield from glob.iglob(pattern)

@@ -64,7 +64,7 @@ class Input:
     """What its records call it, where its name alone does not tell it from another input."""
 
     def reader(self, options: Options) -> Reader:
-        """The reader of the format."""
+        """The reader of the input's format."""
         if self.format == "txt":
             return TxtReader(options.text_documents)
         return {
@@ -173,7 +173,8 @@ def _tails(paths: list[Path]) -> list[str]:
 
 
 def _open(path: Path, kind: SampleKind, asked: str) -> list[Input]:
-    """What a name stands for: a file, a folder, the files that a folder or a listing names."""
+    """The inputs that a name stands for: a file, a folder, or the files that a folder or a listing
+    names."""
     refuse_streams(path)
     if path.is_dir():
         saved = arrow_files(path)

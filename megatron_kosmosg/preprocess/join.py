@@ -32,7 +32,7 @@ DUPLICATE = Rejected("duplicate key")
 
 @dataclass(frozen=True)
 class CopyJob:
-    """Which bytes of a shard go where."""
+    """Which bytes of a shard are copied where."""
 
     source: str
     target: str
@@ -43,7 +43,7 @@ class CopyJob:
 
 @dataclass(frozen=True)
 class JoinPlan:
-    """What the dataset will hold."""
+    """The contents of the joined dataset, and where each shard's part of it goes."""
 
     kind: SampleKind
     shards: list[ShardIndex]
@@ -54,7 +54,7 @@ class JoinPlan:
     """(source, key) per shard of the samples that were left out."""
 
     def counts(self, worked: Counts) -> Counts:
-        """`worked`, less the duplicates."""
+        """The counts `worked`, less the duplicates."""
         num_duplicates = sum(map(len, self.duplicates))
         return replace(
             worked,
@@ -67,7 +67,7 @@ class JoinPlan:
 
 
 def plan_join(kind: SampleKind, jobs: list[ShardJob], joined: Path) -> JoinPlan:
-    """Where each shard goes. Of samples with one key in one input, the first stays."""
+    """Plans where each shard goes. Of samples with one key in one input, the first stays."""
     itemsize = kind.item_type.itemsize
     indexes = [ShardIndex.read(job.prefix) for job in jobs]
     keeps = _first_of_each_key(indexes, jobs)
@@ -95,7 +95,7 @@ def copy_shard(job: CopyJob) -> None:
 
 
 def copy_runs(reading: IO[bytes], writing: IO[bytes], runs: tuple[tuple[int, int], ...]) -> None:
-    """[start, end) bytes of what is read, one run after the other."""
+    """Copies stretches [start, end) of the bytes that are read, one after the other."""
     for start, end in runs:
         reading.seek(start)
         while start < end:
@@ -163,7 +163,7 @@ def move_into_place(joined: Path, prefix: Path) -> None:
 
 
 def _first_of_each_key(indexes: list[ShardIndex], jobs: list[ShardJob]) -> list[np.ndarray]:
-    """bool [samples] per shard: False where an earlier sample of the same input has the key."""
+    """For each shard whether a sample is the first of its input with its key: bool [samples]."""
     keeps = [np.ones(len(index.keys), bool) for index in indexes]
     by_input: dict[Path, list[int]] = {}
     for number, job in enumerate(jobs):
@@ -177,7 +177,8 @@ def _first_of_each_key(indexes: list[ShardIndex], jobs: list[ShardJob]) -> list[
 
 
 def first_of_each(keys: list[np.ndarray]) -> list[np.ndarray]:
-    """bool, as long as each of the lists of hashes: False where a key came up before, in any."""
+    """For each list of hashes whether a key comes up for the first time, in any list: bool, as long
+    as the list."""
     together = np.concatenate(keys)
     _, first = np.unique(together, return_index=True)
     keep = together == b""
@@ -186,7 +187,7 @@ def first_of_each(keys: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def sample_sizes(index: ShardIndex, itemsize: int) -> np.ndarray:
-    """Bytes of each sample."""
+    """Size of each sample in bytes."""
     ends = np.concatenate([[0], np.cumsum(index.lengths, dtype=np.int64)]) * itemsize
     return np.diff(ends[np.concatenate([[0], np.cumsum(index.num_parts, dtype=np.int64)])])
 

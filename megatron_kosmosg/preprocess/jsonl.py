@@ -21,7 +21,7 @@ class JsonlReader:
     """Blank lines are skipped and counted in line numbers."""
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
-        """See Reader."""
+        """Cuts the file into shards at line ends, as Reader asks for."""
         with suppress(Rejected):  # where the file is damaged, its lines are read up to there
             refuse_array(path)
         return line_shards(path, limit, size.records, size.text_bytes)
@@ -47,7 +47,7 @@ def refuse_array(path: Path) -> None:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """A JSON object. Raises Rejected."""
+    """The JSON object in some bytes. Raises Rejected for anything else."""
     try:
         fields = parse_json(decode_utf8(data))
     except ValueError as error:

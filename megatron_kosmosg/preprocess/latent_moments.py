@@ -48,7 +48,7 @@ NUM_SHOWN, REASON_LENGTH = 3, 200
 
 @dataclass(frozen=True)
 class LatentJob:
-    """One dataset to encode."""
+    """One dataset whose targets are to be encoded, and how."""
 
     store: SampleStore
     name: str
@@ -77,7 +77,7 @@ class BadTargets:
     """Sample and reason of the first few."""
 
     def text(self, num_samples: int) -> str:
-        """For people, in one line."""
+        """The bad targets in one line for people."""
         shown = "; ".join(self.first)
         more = "; ..." if 0 < len(self.first) < self.count else ""
         return (
@@ -88,7 +88,7 @@ class BadTargets:
 
 @dataclass(frozen=True)
 class CachedLatents:
-    """What `cache_latents` leaves behind."""
+    """The result of `cache_latents`."""
 
     is_complete: bool
     """False while other ranks still work on it."""
@@ -177,12 +177,12 @@ def _of_finished(job: LatentJob, manifest: LatentManifest) -> CachedLatents:
 
 
 def _bad_targets(job: LatentJob, notes: list[dict]) -> BadTargets:
-    """Of the shards that `notes` tell of."""
+    """The bad targets of the shards that `notes` tell of."""
     return _with_more(job, BadTargets(0, ()), [each for note in notes for each in note["bad"]])
 
 
 def _with_more(job: LatentJob, bad: BadTargets, more: list[list]) -> BadTargets:
-    """`bad` and [sample number, reason] of others."""
+    """The bad targets `bad` and `more`, which are [sample number, reason] of others."""
     room = max(0, NUM_SHOWN - len(bad.first))
     shown = [
         f"sample {job.store[index].info['key']}: {reason[:REASON_LENGTH]}"
@@ -201,7 +201,8 @@ def _encode_shard(
     parts: ShardFolder,
     bad_before: BadTargets,
 ) -> BadTargets:
-    """Those of before and of this shard; raises TooManyBadImages as soon as they are too many."""
+    """Encodes a shard, and returns the bad targets so far, this shard's included. Raises
+    TooManyBadImages as soon as they are too many."""
     samples, bad, encoded = _samples(job, shard), [], []
     for first, pixels, errors in _decoded(job, samples, decoder, pool):
         bad += [[first + error.index, error.reason] for error in errors]
@@ -217,7 +218,7 @@ def _encode_shard(
 def _decoded(
     job: LatentJob, samples: range, decoder: ImageDecoder, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[int, torch.Tensor, list[BadImage]]]:
-    """(first sample, pixels uint8, bad ones among them) of one batch after the other, read
+    """Yields (first sample, pixels uint8, bad ones among them) for one batch after the other, read
     ahead."""
     target = job.store.sample_kind.instruct.target
 
@@ -256,12 +257,13 @@ def _complete(
 
 
 def _notes(job: LatentJob, parts: ShardFolder) -> list[dict]:
-    """What is noted of the shards that are done, in their order."""
+    """The notes of the shards that are done, in their order."""
     return [parts.read(shard) for shard in range(job.num_shards) if parts.is_done(shard)]
 
 
 def _finished(prefix: str, source: LatentSource) -> LatentManifest | None:
-    """Of the cache that is there already. Raises ValueError when it is another one, or none."""
+    """The manifest of the cache that is there already. Raises ValueError when it is of another
+    source, or none."""
     path = Path(f"{prefix}.json")
     if not path.exists():
         return None

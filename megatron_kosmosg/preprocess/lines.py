@@ -58,7 +58,8 @@ def line_shards(path: Path, limit: int | None, max_records: int, max_bytes: int)
 
 
 def read_lines(shard: Shard) -> Iterator[tuple[str, bytes]]:
-    """(`file:line`, the line without its end); lines are counted from 1, blank ones left out.
+    """Yields (`file:line`, the line without its end); lines are counted from 1, blank ones left
+    out.
 
     A byte order mark, which editors of Windows put before a file, is no part of its first line.
     """
@@ -77,8 +78,8 @@ def read_lines(shard: Shard) -> Iterator[tuple[str, bytes]]:
 
 
 def bounded_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(length, line) from the file's position on; of a line longer than MAX_TEXT_BYTES only its
-    beginning, which `decode_utf8` refuses."""
+    """Yields (length, line) from the file's position on; of a line longer than MAX_TEXT_BYTES only
+    the beginning, which `decode_utf8` refuses."""
     while line := file.readline(MAX_TEXT_BYTES + 1):
         length, end = len(line), line[-1:]
         while length > MAX_TEXT_BYTES and end != b"\n" and (piece := file.readline(_PIECE)):
@@ -146,7 +147,7 @@ def _refuse_utf16(start: bytes, path: Path) -> None:
 
 
 def decode_utf8(data: bytes) -> str:
-    """Text. Raises Rejected."""
+    """The text of some bytes. Raises Rejected where they are not UTF-8 or too many."""
     if len(data) > MAX_TEXT_BYTES:
         raise Rejected("text is too long", f"more than {MAX_TEXT_BYTES >> 20} MiB")
     try:

@@ -54,7 +54,7 @@ def choose_workers(size: int | None, environment: Mapping[str, str] | None = Non
 
 
 class MpiWorkers:
-    """See Workers."""
+    """Workers that are the ranks of an MPI job."""
 
     def __init__(self, world: MPI.Comm) -> None:
         self._world = world
@@ -67,7 +67,7 @@ class MpiWorkers:
         items: Sequence[Item],
         done: Done[Result] | None = None,
     ) -> list[Result]:
-        """See Workers."""
+        """The function's results for the items, in their order (Workers.map)."""
         mine = range(self._world.rank, len(items), self.size)
         if self.is_leader:
             outcome = self._map_as_leader(function, items, mine, done)
@@ -77,7 +77,7 @@ class MpiWorkers:
         return _value(self._world.bcast(outcome))
 
     def lead(self, function: Callable[[], Result]) -> Result:
-        """See Workers."""
+        """The result of a function that one rank alone calls (Workers.lead)."""
         outcome = _attempt(function) if self.is_leader else None
         return _value(self._world.bcast(outcome))
 

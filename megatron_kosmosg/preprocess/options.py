@@ -21,7 +21,8 @@ MAX_IMAGE_PIXELS = 89_478_485
 
 @dataclass(frozen=True)
 class Options:
-    """See the options of `kosmosg preprocess`."""
+    """The options of `kosmosg preprocess` that decide what is written; that command's help explains
+    them."""
 
     verify_images: Verification = "decode"
     """"header" does not notice a truncated file."""

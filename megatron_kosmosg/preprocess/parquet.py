@@ -28,7 +28,7 @@ class ParquetReader:
     """Rows as Python values; pictures are bytes, {"bytes", "path"} or file names."""
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
-        """See Reader. `offset` is the row group."""
+        """Cuts the file into shards, as Reader asks for. `offset` is the row group."""
         try:
             file = _open(path)
         except Rejected:
@@ -81,7 +81,7 @@ def python_rows(batch: RecordBatch) -> list[dict[str, Any] | Rejected]:
 
 
 def import_pyarrow(path: Path, what: str) -> ModuleType:
-    """pyarrow. Raises ValueError where it is not installed."""
+    """The module pyarrow. Raises ValueError where it is not installed."""
     try:
         import pyarrow
         import pyarrow.ipc

@@ -44,7 +44,7 @@ class PictureCheck:
         self.seconds = 0.0
 
     def read(self, record: Record, fields: dict[str, Any], name: str) -> bytes:
-        """What is stored of the picture of a field, after it was verified."""
+        """The stored form of a field's picture, after it was verified."""
         data, image = self.find(record, fields, name)
         with rejecting(name):
             return stored_form(data, image)
@@ -150,13 +150,14 @@ class PictureCheck:
 
 
 def encode_mask(mask: np.ndarray) -> bytes:
-    """PNG of uint8 [h, w]."""
+    """A mask uint8 [h, w] as a PNG."""
     return encode_png(Image.fromarray(mask))
 
 
 @contextmanager
 def rejecting(name: str) -> Iterator[None]:
-    """What cannot be read is a reason to reject the record; `name` is the picture's field."""
+    """Context in which a picture that cannot be read becomes a reason to reject the record; `name`
+    is the picture's field."""
     try:
         with warnings.catch_warnings():
             # Of a hundred million pictures, many have an odd tag that Pillow warns of.

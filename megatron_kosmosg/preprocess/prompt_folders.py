@@ -29,14 +29,14 @@ class PromptFolderReader:
     """Records {"key", "caption", "image", "instruction", "target"}, one for each pair."""
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
-        """See Reader. A limit counts prompts."""
+        """Cuts the folder into shards, as Reader asks for. A limit counts prompts."""
         prompts = tuple(islice(_prompts(path), limit))
         step = max(1, size.records // 4)
         parts = ((start, prompts[start : start + step]) for start in range(0, len(prompts), step))
         return [Shard(path, start, start, len(part), part) for start, part in parts]
 
     def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
-        """Records named `folder/SEED`."""
+        """Yields records named `folder/SEED`."""
         for name, seeds in shard.folders:
             try:
                 for record in _pairs(shard.path, name, seeds):

@@ -54,7 +54,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardSize:
-    """Where a shard ends: at whichever comes first."""
+    """The most that a shard holds: it ends at whichever of these comes first."""
 
     records: int
     text_bytes: int
@@ -71,5 +71,5 @@ class Reader(Protocol):
         ...
 
     def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
-        """The records of a shard in order."""
+        """Yields the records of a shard in order."""
         ...

@@ -21,12 +21,12 @@ _ENDINGS = [str(path) for path in dataset_files("")]
 
 
 def rejects_path(prefix: str | Path) -> Path:
-    """PREFIX.rejects.jsonl."""
+    """The file of a dataset's rejects: PREFIX.rejects.jsonl."""
     return Path(f"{prefix}{ENDING}")
 
 
 def reject_line(source: str, key: str, rejected: Rejected) -> str:
-    """A line of a rejects file."""
+    """The line of a rejects file for one record."""
     line = {"source": source, "key": key, "reason": rejected.reason}
     if rejected.detail:
         line["detail"] = rejected.detail

@@ -59,7 +59,7 @@ class TooManyRejects(ValueError):
 
 @dataclass(frozen=True)
 class PreprocessJob:
-    """What to do."""
+    """What a preprocessing run reads, makes and writes."""
 
     kind: str
     """A name in data.kinds.KINDS."""
@@ -97,7 +97,7 @@ class PreprocessJob:
 
 @dataclass(frozen=True)
 class Report:
-    """What was done."""
+    """What a preprocessing run did."""
 
     counts: Counts
     seconds: float
@@ -167,7 +167,7 @@ def _identity(job: PreprocessJob, inputs: list[Input], tokenizer: Tokenizer) -> 
 
 
 def _plan(job: PreprocessJob, inputs: list[Input], workers: Workers) -> list[tuple[Stretch, ...]]:
-    """What each shard is made of."""
+    """The stretches of the input that each shard is made of."""
     size = workers.lead(lambda: shard_size(inputs))
     cut = partial(_shards, options=job.options, limit=job.limit, size=size)
     per_input = limited(workers.map(cut, inputs), job.limit)

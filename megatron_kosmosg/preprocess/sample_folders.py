@@ -26,7 +26,7 @@ class SampleFolderReader:
     """Records whose key is the place in the folder, such as 00000/000000000."""
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
-        """See Reader."""
+        """Cuts the folder into shards, as Reader asks for."""
         samples = tuple(islice(_samples(path), limit))
         if not samples:
             raise ValueError(
@@ -38,7 +38,7 @@ class SampleFolderReader:
         return [Shard(path, start, start, len(part), part) for start, part in parts]
 
     def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
-        """Records named by their keys."""
+        """Yields records named by their keys."""
         for name, endings in shard.folders:
             source = shard.within(name)
             try:
@@ -51,7 +51,7 @@ class SampleFolderReader:
 
 
 def _samples(root: Path) -> Iterator[Folder]:
-    """(place and name up to the dot, endings)."""
+    """Yields (place and name up to the dot, endings) of each sample."""
     for place, folders, names in walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         groups: dict[str, list[str]] = {}

@@ -67,7 +67,7 @@ class ShardIndex:
 
 
 def key_hash(key: str | None, scope: str = "") -> bytes:
-    """What duplicates are found by; keys of different scopes are different."""
+    """The hash by which duplicates are found; keys of different scopes are different."""
     if key is None:
         return b""
     data = key.encode("utf-8", "replace")
@@ -99,7 +99,7 @@ class ShardWriter:
         num_images: int,
         name: Name,
     ) -> None:
-        """One sample."""
+        """Adds one sample."""
         for part in parts:
             self.add_bytes(part.data)
         self.add_arrays(
@@ -138,7 +138,7 @@ class ShardWriter:
                 arrays.clear()
 
     def finish(self) -> None:
-        """Completes the files."""
+        """Completes the files of the shard."""
         self._gather()
         self._data.close()
         self._names.close()
@@ -159,7 +159,7 @@ class ShardWriter:
 
 
 def read_names(prefix: str) -> list[tuple[str, str]]:
-    """(source, key) of the samples of a shard; the key of one without is its source."""
+    """(source, key) of each sample of a shard; the key of one that has none is its source."""
     with Path(f"{prefix}.names.jsonl").open(encoding="utf-8") as file:
         pairs = [json.loads(line) for line in file]
     return [(source, source if key is None else key) for source, key in pairs]

@@ -47,17 +47,18 @@ class ShardJob:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """What it reads from."""
+        """The files that the shard is read from."""
         return tuple(given.path for given, _ in self.stretches)
 
     @property
     def prefix(self) -> str:
-        """Of the shard's own files."""
+        """The prefix of the shard's own files."""
         return str(self.folder.path / f"{self.number:08d}")
 
     @property
     def rejects_path(self) -> Path:
-        """One JSON object a line: source, key, reason, detail."""
+        """The file of the shard's rejects: one JSON object a line with source, key, reason and
+        detail."""
         return rejects_path(self.prefix)
 
 
@@ -108,7 +109,8 @@ class _ShardWork:
             self._reject(shard.name, shard.name, rejected)
 
     def _scope_of(self, given: Input) -> str:
-        """A key may come up in two inputs."""
+        """The scope of an input's keys, for inputs in which the same key may stand for different
+        records."""
         return str(given.path.absolute()) if self._job.has_scopes else ""
 
     def counts(self, seconds: float) -> Counts:
@@ -174,6 +176,7 @@ def _with_members(rejected: Rejected, record: Record) -> Rejected:
 
 @lru_cache(maxsize=1)
 def encoders(model: str) -> tuple[Tokenizer, WordCache]:
-    """Of this process, for all its shards; forked workers inherit those of their parent."""
+    """The tokenizer and the word cache of this process, for all its shards; forked workers inherit
+    those of their parent."""
     tokenizer = Tokenizer(model)
     return tokenizer, WordCache(tokenizer)

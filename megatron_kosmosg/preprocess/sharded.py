@@ -46,7 +46,7 @@ ENDING = ".shards"
 
 
 def shards_folder(prefix: str | Path) -> Path:
-    """PREFIX.shards."""
+    """The folder of a dataset's shards: PREFIX.shards."""
     return Path(f"{prefix}{ENDING}")
 
 
@@ -80,7 +80,8 @@ def grouped(
 
 
 def _bytes_of(path: Path, stretches: list[Stretch], size: ShardSize) -> float:
-    """Of a folder, whose size says nothing, as many as its stretches were made for."""
+    """The size of an input in bytes. A folder's own size says nothing, so it counts as many as its
+    stretches were made for."""
     return len(stretches) * size.image_bytes if path.is_dir() else path.stat().st_size
 
 
@@ -165,7 +166,7 @@ def write_in_shards(
 def _to_finish(
     jobs: list[ShardJob], duplicates: list[np.ndarray], folder: WorkFolder
 ) -> list[_Finish]:
-    """Of the shards that hold anything, under the names that they will have."""
+    """The shards that hold anything, under the names that they will have."""
     found: list[_Finish] = []
     for job, left_out in zip(jobs, duplicates, strict=True):
         own = Counts.of(job.folder.read(job.number))

@@ -17,7 +17,7 @@ from megatron_kosmosg.data.store import SampleStore
 
 @dataclass(frozen=True)
 class CheckedShard:
-    """What was found of one shard."""
+    """What was found in one shard."""
 
     entry: ShardEntry
     problem: str | None
@@ -77,7 +77,7 @@ def shard_entry(prefix: str, shard: str) -> tuple[Manifest, ShardEntry]:
 
 
 def joined_manifest(manifests: Sequence[Manifest], entries: Sequence[ShardEntry]) -> Manifest:
-    """Of a dataset of these shards."""
+    """The manifest of a dataset that consists of these shards."""
     first = manifests[0]
     return Manifest(
         first.kind,

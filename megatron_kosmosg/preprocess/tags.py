@@ -25,7 +25,8 @@ COLOURS = frozenset(
 
 
 def tag_entities(caption: str, tags: list[str]) -> list[tuple[int, dict[str, Any]]]:
-    """(number of the tag, {"text", "span"}) for the tags that the caption says, in its order."""
+    """(number of the tag, {"text", "span"}) of each tag that the caption says, in the caption's
+    order."""
     found = []
     for number, tag in enumerate(tags):
         if not tag or tag.lower() in COLOURS:

@@ -33,7 +33,8 @@ class TarReader:
     """Uncompressed tar files. A damaged one gives the samples before the damage and a reject."""
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
-        """See Reader. The last shard runs to the end, so that its reader meets any damage."""
+        """Cuts the archive into shards, as Reader asks for. The last shard runs to the end, so that
+        its reader meets any damage."""
         shards: list[Shard] = []
         start = first = number = 0
         try:
@@ -112,7 +113,8 @@ def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo | None]:
 
 
 def _members_of_archive(file: IO[bytes], end: int) -> Iterator[tarfile.TarInfo]:
-    """At the end the file stands behind the block that marks it."""
+    """The members of one archive. After them the file stands behind the block that marks the
+    archive's end."""
     try:
         with tarfile.TarFile(fileobj=file) as archive:
             while (member := archive.next()) is not None:
@@ -133,7 +135,7 @@ def _members_of_archive(file: IO[bytes], end: int) -> Iterator[tarfile.TarInfo]:
 
 
 def _next_archive(file: IO[bytes]) -> int | None:
-    """Where the first block that is not all zeros begins; None where there is none."""
+    """The place where the first block that is not all zeros begins; None where there is none."""
     at = file.tell()
     while block := file.read(BLOCK):
         if block.strip(b"\0"):

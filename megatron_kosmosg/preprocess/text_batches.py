@@ -32,7 +32,7 @@ class TextBatches:
         self._characters = 0
 
     def add(self, record: Record) -> None:
-        """Takes a document. Raises Rejected."""
+        """Takes a document into the batch. Raises Rejected."""
         text = self._kind.plain_text(record)
         self._records.append(record)
         self._texts.append(text)
@@ -40,7 +40,7 @@ class TextBatches:
 
     @property
     def is_full(self) -> bool:
-        """Whether `flush` is due."""
+        """Whether the batch is full, so that `flush` is due."""
         return len(self._texts) >= MAX_DOCUMENTS or self._characters >= MAX_CHARACTERS
 
     def flush(self) -> list[tuple[Record, Rejected]]:

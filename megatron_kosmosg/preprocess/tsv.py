@@ -15,10 +15,10 @@ from megatron_kosmosg.preprocess.records import BadRecord, Shard, ShardSize
 
 
 class TsvReader:
-    """One record a line."""
+    """Reads one record from each line."""
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
-        """See Reader."""
+        """Cuts the file into shards at line ends, as Reader asks for."""
         return line_shards(path, limit, size.records, size.image_bytes)
 
     def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:

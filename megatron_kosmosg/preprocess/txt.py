@@ -30,13 +30,13 @@ CUT = "documents cut after 1 MiB without a blank line"
 
 
 class TxtReader:
-    """Documents as records {"text"}."""
+    """Reads documents as records {"text"}."""
 
     def __init__(self, documents: DocumentBreak) -> None:
         self._documents = documents
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
-        """See Reader."""
+        """Cuts the file into shards, as Reader asks for."""
         if self._documents == "line":
             return line_shards(path, limit, size.records, size.text_bytes)
         if self._documents == "file":
@@ -52,7 +52,7 @@ class TxtReader:
                 yield BadRecord(source, rejected)
 
     def _texts(self, shard: Shard) -> Iterator[tuple[str, bytes, str | None]]:
-        """(source, document, note)."""
+        """Yields (source, document, note) of each document."""
         if self._documents == "line":
             for source, line in read_lines(shard):
                 yield source, line, None
@@ -109,7 +109,8 @@ class _Document:
 
 
 def _paragraphs(file: IO[bytes], start: int) -> Iterator[_Document]:
-    """From the file's position `start` on. Memory does not grow with a document."""
+    """Yields the paragraphs from the file's position `start` on. Memory does not grow with a
+    document."""
     lines: list[bytes] = []
     at, length = start, 0
     for line in _pieces(file):
@@ -144,7 +145,7 @@ def _pieces(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _last_character(data: bytes) -> int:
-    """Where the last character, which may be cut, begins."""
+    """The place where the last character begins, which may be cut."""
     at = len(data) - 1
     while at > len(data) - 4 and data[at] & 0xC0 == 0x80:
         at -= 1

@@ -22,7 +22,7 @@ _CONTROL = re.compile(r"[^\x20-\x7e\n]")
 
 
 class WordCache:
-    """Encodes batches of texts."""
+    """Encodes batches of texts word by word, and remembers the ids of words."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -32,7 +32,7 @@ class WordCache:
         self._forget()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """The same as Tokenizer.encode_batch."""
+        """The ids of each text, the same as Tokenizer.encode_batch gives."""
         if not (texts and self._is_usable):
             return self._tokenizer.encode_batch(texts)
         if max(map(len, texts)) <= MAX_CHARACTERS:
@@ -89,7 +89,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _words(text: str) -> list[str]:
-    """Between spaces and line ends; some may be empty, which stands for no token."""
+    """The words between spaces and line ends. Some may be empty, which stands for no token."""
     if text.isascii() and _CONTROL.search(text) is None:
         return text.split()
     # split() without an argument knows more blanks (tabs, no-break spaces) than are meant here.

@@ -24,7 +24,8 @@ def is_work_folder(folder: Path) -> bool:
 
 
 class WorkFolder:
-    """`.NAME.partial` beside the output prefix .../NAME."""
+    """The folder `.NAME.partial` beside the output prefix .../NAME, locked by the run that works in
+    it."""
 
     def __init__(self, prefix: Path) -> None:
         self.path = prefix.parent / f".{prefix.name}{_ENDING}"
@@ -56,7 +57,7 @@ class WorkFolder:
         self.close()
 
     def close(self) -> None:
-        """Gives the lock back."""
+        """Gives up the lock on the folder."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None

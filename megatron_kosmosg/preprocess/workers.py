@@ -55,7 +55,8 @@ class LocalWorkers:
         items: Sequence[Item],
         done: Done[Result] | None = None,
     ) -> list[Result]:
-        """See Workers. Raises ValueError when a process dies."""
+        """The function's results for the items, in their order (Workers.map). Raises ValueError
+        when a process dies."""
         results: list[Result] = []
 
         def take(result: Result) -> None:
@@ -89,7 +90,7 @@ class LocalWorkers:
         return results
 
     def lead(self, function: Callable[[], Result]) -> Result:
-        """See Workers."""
+        """The result of a function that one process alone calls (Workers.lead)."""
         return function()
 
 

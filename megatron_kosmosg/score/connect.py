@@ -55,7 +55,8 @@ def open_remote_score(config: RunConfig, layout: Layout) -> RemoteScore | None:
 
 
 def open_fleet(config: RunConfig, layout: Layout) -> Fleet:
-    """This decoder rank's end, where score ranks find it; collective over those that ask them."""
+    """This decoder rank's end of the links, open where score ranks find it; collective over the
+    decoder ranks that ask score ranks."""
     place = find_place()
     world = world_layout(config, place.world_size)
     replica = world.place(place.rank).replica
@@ -89,7 +90,7 @@ def open_fleet(config: RunConfig, layout: Layout) -> Fleet:
 
 
 def limits(config: RunConfig) -> Limits:
-    """What a message of the run can hold."""
+    """The most that a message of the run can hold."""
     aligner = config.model.aligner
     return Limits(
         max(config.training.micro_batch_size, config.logging.num_images),
@@ -125,7 +126,7 @@ def listening_host(config: RunConfig, place: Place) -> str:
 
 @dataclass(frozen=True)
 class ScoreRank:
-    """What a rank that holds the U-Net alone knows of the run."""
+    """A rank that holds the U-Net alone, with its connection and what it knows of the run."""
 
     device: torch.device
     name: str
@@ -136,7 +137,8 @@ class ScoreRank:
 
 
 def join_as_score_rank(config: RunConfig) -> ScoreRank:
-    """This rank of the run's job, connected; torch.distributed's world does not have it."""
+    """Connects this rank of the run's job as a score rank; torch.distributed's world does not have
+    it."""
     joined = join(config)
     world, place = joined.world, joined.place
     store = _store(joined.store, config)
@@ -154,7 +156,7 @@ def join_as_score_rank(config: RunConfig) -> ScoreRank:
 
 
 def join_as_guest(config: RunConfig, address: RunAddress, device: torch.device) -> ScoreRank:
-    """This process, which is no rank of the run's job, connected to the run."""
+    """Connects this process, which is no rank of the run's job, to the run as a score rank."""
     name = f"joined rank {node_name()}:{os.getpid()}"
     membership = open_membership(config, address, device, name, lambda _: Standing.JOINED)
     return ScoreRank(device, name, membership)

@@ -19,7 +19,8 @@ NOISE = ("timesteps", "posterior_noise", "noise")
 
 @dataclass(frozen=True)
 class ScoreKey:
-    """Where keyed random draws come from: every draw also takes a stream position and a tag."""
+    """The part of the key of random draws that is the same in a whole run: every draw also takes a
+    stream position and a tag."""
 
     seed: int
     stream: str
@@ -41,19 +42,20 @@ class ScoreKey:
 
 
 def drawn_before(batch: dict[str, torch.Tensor]) -> Drawn | None:
-    """The noise that a batch came with."""
+    """The noise that a batch brings with it; None where it has none."""
     return {name: batch[name] for name in NOISE} if NOISE[0] in batch else None
 
 
 @dataclass(frozen=True)
 class ScoreDraws:
-    """The draws of a run."""
+    """The random draws of the score in one run."""
 
     config: ScoreConfig
     seed: int
 
     def condition_drop(self, positions: torch.Tensor, stream: str) -> Drawn:
-        """condition_drop: bool [b], True = the sample trains on the null condition. On the CPU."""
+        """{"condition_drop": bool [b]} on the CPU, True where the sample trains on the null
+        condition."""
         chance = ScoreKey(self.seed, stream).uniform(positions, CONDITION_DROP)
         return {CONDITION_DROP: chance < self.config.condition_drop_prob}
 
@@ -64,7 +66,7 @@ class ScoreDraws:
         shape: tuple[int, ...],
         num_timesteps: int,
     ) -> Drawn:
-        """timesteps: int64 [b]; posterior_noise, noise: float32 [b, *shape]. On the CPU.
+        """{"timesteps": int64 [b], "posterior_noise" and "noise": float32 [b, *shape]} on the CPU.
 
         shape: of an image's latents; num_timesteps: of the noise schedule.
         """
@@ -76,7 +78,7 @@ class ScoreDraws:
         }
 
     def timesteps(self, uniform: torch.Tensor, num_timesteps: int) -> torch.Tensor:
-        """int64 [b] by `score.timestep_sampling`; uniform: [b] in [0, 1)."""
+        """Timesteps int64 [b] by `score.timestep_sampling`, from uniform numbers [b] in [0, 1)."""
         if self.config.timestep_sampling == "power":
             uniform = uniform**self.config.timestep_power
         return (uniform * num_timesteps).long().clamp(max=num_timesteps - 1)

@@ -42,7 +42,7 @@ class ScoreRankFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a decoder rank waits; seconds."""
+    """How many seconds a decoder rank waits for score ranks."""
 
     answer: float
     """For an answer, before the request goes to another rank, too."""
@@ -54,7 +54,7 @@ class Patience:
 
 
 class Fleet:
-    """A decoder rank's end. `close` it."""
+    """A decoder rank's end of the links to all score ranks. It has to be closed (`close`)."""
 
     def __init__(
         self,
@@ -65,8 +65,14 @@ class Fleet:
         audit_rate: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """host: the address to listen at. secret: (public, secret) key of this end. audit_rate:
-        share of the answers of joined ranks that another rank computes again."""
+        """Listens from now on; `admit` begins to serve the ranks that come.
+
+        Args:
+            host: the address to listen at.
+            secret: (public, secret) key of this end.
+            audit_rate: share of the answers of joined ranks that another rank computes again.
+            seed: of the choice between score ranks.
+        """
         self._limits, self._patience = limits, patience
         self._audit_rate, self._random = audit_rate, random.Random(seed)
         self._roster = Roster(patience.answer, seed)
@@ -127,7 +133,7 @@ class Fleet:
                 self._changed.wait()
 
     def pop_bytes(self) -> int:
-        """Sent and received since the last call."""
+        """Bytes sent and received since the last call."""
         with self._changed:
             num_bytes, self._num_bytes = self._num_bytes, 0
         return num_bytes
@@ -235,7 +241,7 @@ class Fleet:
         return is_coming
 
     def _send(self, identity: bytes, frames: Frames) -> bool:
-        """Whether the rank is still there."""
+        """Sends frames to a score rank, and says whether it is still there."""
         try:
             self._router.send_multipart([identity, *frames], zmq.NOBLOCK)
         except zmq.Again:
@@ -304,8 +310,8 @@ class Fleet:
             raise BadMessage(f"{message.name}, which is not for a decoder rank")
 
     def _welcome(self, identity: bytes, words: dict[str, Any]) -> None:
-        """Of a rank that starts to load, that has loaded, or whose connection broke: what it was
-        asked before is asked again."""
+        """Takes in a rank that starts to load, that has loaded, or whose connection broke; what it
+        was asked before is asked again."""
         try:
             standing, name = Standing(words["standing"]), str(words["name"])
             hardware, prints = str(words["hardware"]), words["prints"]

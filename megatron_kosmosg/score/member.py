@@ -52,7 +52,7 @@ class KeyIsOld(NotAdmitted):
 
 @dataclass(frozen=True)
 class DecoderAddress:
-    """Where a decoder rank listens."""
+    """The address at which a decoder rank listens, and the key of that end."""
 
     replica: int
     address: str
@@ -86,9 +86,15 @@ class Membership:
         standing: Callable[[int], Standing],
         prepare: Callable[[Rows], None] = lambda rows: None,
     ) -> None:
-        """key: (public, secret) of the run's score ranks. name, hardware: told to people.
-        standing: this rank's, by replica. prepare: is called, in the thread, with rows whose
-        condition will come."""
+        """Connects to all decoder ranks; a thread keeps the connections.
+
+        Args:
+            key: (public, secret) key of the run's score ranks.
+            name: of this rank, told to people.
+            hardware: kind of this rank's device, told to people.
+            standing: whom this rank is for, by replica.
+            prepare: is called, in the thread, with rows whose condition will come.
+        """
         self._decoders, self._limits = list(decoders), limits
         self._about = {"name": name, "hardware": hardware}
         self._standing = standing
@@ -147,7 +153,8 @@ class Membership:
         return is_the_runs or not self._has_answered or exit_code_of(error) != exit_codes.FAILURE
 
     def is_loaded(self, prints: dict[str, str]) -> None:
-        """This rank can work from now on; prints: fingerprints of what it has loaded."""
+        """Says that this rank can work from now on. `prints` are fingerprints of what it has
+        loaded."""
         self._prints = prints
         for decoder in range(len(self._decoders)):
             self._say(decoder, self._hello(decoder))
@@ -169,7 +176,7 @@ class Membership:
         return self._working
 
     def wake(self) -> None:
-        """Ends a wait in `take`: there is other work."""
+        """Ends a wait in `take`, because there is other work."""
         self._asked.put(None)
 
     @property
@@ -180,7 +187,7 @@ class Membership:
         return max(self._ends.values())
 
     def reply(self, asked: Asked, answer: Answer) -> None:
-        """Sends an answer and returns."""
+        """Sends an answer; returns without waiting until it has arrived."""
         answer = replace(answer, waiting=self._asked.qsize())
         self._has_answered = True
         self._say(asked.decoder, wire.pack_answer(asked.number, answer))
@@ -283,7 +290,8 @@ class Membership:
                 )
 
     def _end_a_rank_that_loads(self) -> None:
-        """Where nobody waits for it any more. Nothing else can: the program is in a read."""
+        """Ends this process where nobody waits any more for it to load. Nothing else can end it:
+        the program is in a read."""
         if self._prints is not None or (self.end is None and self._trouble is None):
             return
         now = time.monotonic()

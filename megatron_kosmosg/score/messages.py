@@ -9,7 +9,7 @@ import torch
 
 
 class Kind(IntEnum):
-    """What a decoder rank asks for."""
+    """The kinds of work that a decoder rank asks for."""
 
     GRADIENT = 0
     """Loss, and its gradient by the condition."""
@@ -50,7 +50,7 @@ class Request:
 
     @property
     def num_values(self) -> int:
-        """Numbers in the payload of its answer."""
+        """Number of values in the payload of its answer."""
         if self.kind is Kind.PICTURES:
             return len(self.rows.positions) * 3 * self.image_size**2
         return self.condition.numel() if self.kind is Kind.GRADIENT else 0
@@ -58,7 +58,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a score rank computed."""
+    """What a score rank computed for a request."""
 
     loss: float
     """Sum over the rows."""

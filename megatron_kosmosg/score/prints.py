@@ -12,7 +12,8 @@ from megatron_kosmosg.models.diffusion import FrozenDiffusion
 
 
 def diffusion_prints(config: RunConfig, diffusion: FrozenDiffusion) -> dict[str, str]:
-    """Of U-Net, VAE and noise schedule as loaded, and of the settings that they run with."""
+    """The fingerprints of U-Net, VAE and noise schedule as loaded, and of the settings that they
+    run with."""
     described = dict(diffusion.noise_scheduler.config).items()
     schedule = {name: value for name, value in described if not name.startswith("_")}
     return {

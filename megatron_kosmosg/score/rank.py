@@ -87,7 +87,8 @@ def _heartbeat(config: RunConfig, rank: ScoreRank) -> Iterator[Callable[[int, st
 
 
 def _rows_at_once(config: RunConfig, rank: ScoreRank) -> int:
-    """Of the requests for a gradient: a whole micro-batch, or where these are few a part of one."""
+    """Rows in a request for a gradient: a whole micro-batch, or a part of one where these are
+    few."""
     rows = config.training.micro_batch_size
     if rank.world is None or rank.place is None:
         return rows

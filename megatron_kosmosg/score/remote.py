@@ -65,8 +65,13 @@ class RemoteScore:
         tp_group: ProcessGroup,
         device: torch.device,
     ) -> None:
-        """fleet: on tensor rank 0. num_score_ranks: of this replica, in the config.
-        num_microbatches: of one global batch."""
+        """Nothing is sent before `loss` is called.
+
+        Args:
+            fleet: the links to score ranks, on tensor rank 0; None on the others.
+            num_score_ranks: score ranks of this replica by the config.
+            num_microbatches: of one global batch.
+        """
         self._fleet, self._num_score_ranks = fleet, num_score_ranks
         self._num_microbatches, self._tp_group = num_microbatches, tp_group
         self._number = 0
@@ -173,7 +178,7 @@ class RemoteScore:
         self._pass_on(received)
 
     def close(self, end: RunEnd) -> None:
-        """Ends the score ranks' service."""
+        """Ends the service of the score ranks."""
         if self._fleet is not None:
             self._fleet.close(end)
 
@@ -203,7 +208,7 @@ class RemoteScore:
         return [rows for rows in shares if rows.start < rows.stop]
 
     def _receive(self, pending: _Pending) -> torch.Tensor:
-        """fp32 [_HEAD + values]: the answers to a request, on all tensor ranks."""
+        """The answers to a request, on all tensor ranks: fp32 [_HEAD + values]."""
         if self._pending.popleft() is not pending:
             raise RuntimeError("answers of score ranks are awaited in another order than asked for")
         device, width = pending.reported.device, pending.values_per_row
@@ -246,7 +251,7 @@ def _rows(positions: torch.Tensor, replacements: torch.Tensor, is_heldout: bool)
 
 
 class _Pending:
-    """A condition whose answer is under way."""
+    """A condition that was sent and whose answer is awaited."""
 
     def __init__(
         self,
@@ -272,7 +277,7 @@ class _Pending:
         return message[_HEAD:]
 
     def gradient(self) -> torch.Tensor:
-        """The same in the condition's shape."""
+        """The awaited gradient, in the condition's shape."""
         return self.wait().view(self._shape)
 
 

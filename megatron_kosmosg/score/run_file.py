@@ -38,7 +38,7 @@ class RunAddress:
 
 
 def config_hash(text: str) -> str:
-    """Of a config.yaml."""
+    """A hash of the text of a config.yaml."""
     return hashlib.blake2b(text.encode(), digest_size=12, person=b"kosmosg-config").hexdigest()
 
 

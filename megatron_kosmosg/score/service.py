@@ -87,7 +87,8 @@ def serve(
 def _next(
     rank: ScoreRank, reader: TargetReader, trace: ScoreTrace, stop: StopRequest
 ) -> tuple[Asked | None, float]:
-    """(the next request, seconds that were waited for it); None when the service is over."""
+    """(the next request, seconds that were waited for it); (None, seconds) when the service is
+    over."""
     idle, membership, watch = 0.0, rank.membership, Stopwatch(rank.device)
     is_guest = rank.place is None
     while True:
@@ -105,7 +106,7 @@ def _next(
 
 
 class _Work:
-    """Answers to requests."""
+    """Computes the answers to requests."""
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class _Work:
         self._denoise, self._draw = denoise, draw
 
     def answer(self, request: Request, idle: float, signal: int) -> Answer:
-        """idle, signal: what the answer says besides."""
+        """The answer to a request. `idle` and `signal` are put into it besides."""
         started = time.perf_counter()
         condition = upload(request.condition, self._device)
         positions = torch.tensor(request.rows.positions)
@@ -135,7 +136,7 @@ class _Work:
     def _score(
         self, request: Request, condition: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, int, torch.Tensor]:
-        """(sum of losses, number of bad targets, gradient of the unscaled sum: fp32)."""
+        """(sum of losses, number of bad targets, gradient of the unscaled sum in fp32)."""
         targets = self._reader.take(request.rows)
         wants_gradient = request.kind is Kind.GRADIENT
         condition = condition.float().requires_grad_(wants_gradient)

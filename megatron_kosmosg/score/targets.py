@@ -27,7 +27,7 @@ _MOST_AHEAD = 8
 
 @dataclass
 class Targets:
-    """Of the rows of a request."""
+    """The target images of the rows of a request."""
 
     values: torch.Tensor
     """Pixels as the VAE takes them, or the moments of their posteriors; on the device."""
@@ -47,7 +47,12 @@ class TargetReader:
         open_stream: OpenStream,
         encode: Encode | None = None,
     ) -> None:
-        """encode: None leaves pixels as they are."""
+        """A stream is opened when targets of its split are first read.
+
+        Args:
+            open_stream: opens the stream of a split.
+            encode: encodes targets ahead of their condition; None leaves pixels as they are.
+        """
         self._config, self._device, self._encode = config, device, encode
         self._open_stream = open_stream
         self._streams: dict[str, InstructStream] = {}
@@ -101,11 +106,11 @@ class TargetReader:
         return self._on_device(batch)
 
     def fingerprints(self, split: str) -> dict[str, str]:
-        """Of the datasets of a split."""
+        """The fingerprints of the datasets of a split, by name."""
         return self._stream(split).fingerprints()
 
     def close(self) -> None:
-        """Ends reading ahead."""
+        """Ends reading ahead, and its threads."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 

@@ -29,7 +29,7 @@ class ScoreTrace:
         self.record = no_record if self._exchange is None else self._spans
 
     def received(self, request: Request) -> None:
-        """Call for every request, before it is answered."""
+        """Notes a request; call it for every one, before it is answered."""
         if self.record is no_record or request.kind is not Kind.GRADIENT:
             return
         size = self._config.training.global_batch_size
@@ -40,7 +40,7 @@ class ScoreTrace:
             self.ended()
 
     def ended(self) -> None:
-        """Call when no request comes any more."""
+        """Completes the trace; call it when no request comes any more."""
         if self.record is no_record:
             return
         place, world = self._rank.place, self._rank.world

@@ -24,7 +24,7 @@ Frames = list[Any]
 
 
 class Message(IntEnum):
-    """Kinds of messages."""
+    """The kinds of messages between decoder ranks and score ranks."""
 
     HELLO = 1
     """Of a score rank: who it is, and whether it can work yet."""
@@ -75,13 +75,13 @@ class Limits:
 
     @property
     def most_bytes(self) -> int:
-        """In one frame, as it travels: encrypted."""
+        """The most bytes in one frame, as it travels: encrypted."""
         numbers = _ASK.size + 2 * 8 * self.most_rows
         return max(PIECE_BYTES, MOST_WORDS, numbers) + _ENCRYPTION
 
     @property
     def most_frames(self) -> int:
-        """In one message."""
+        """The most frames in one message."""
         c, d = self.condition
         pictures = self.most_rows * 3 * self.image_size**2 * 4
         largest = max((self.most_rows + 1) * c * d * 4, pictures)
@@ -115,12 +115,12 @@ def pack(message: Message, request_id: int = 0, *parts: Any) -> Frames:
 
 
 def pack_words(message: Message, words: dict[str, Any]) -> Frames:
-    """A message of a few words."""
+    """A message of a few words, as frames."""
     return pack(message, 0, json.dumps(words).encode())
 
 
 def unpack(frames: Sequence[Any], limits: Limits) -> tuple[Message, int, Sequence[Any]]:
-    """(the message, request id, its other frames)."""
+    """(the message's kind, its request id, its other frames)."""
     if not 1 <= len(frames) <= limits.most_frames:
         raise BadMessage(f"{len(frames)} frames")
     magic, version, message, _, request_id = _fields(_HEADER, frames[0])
@@ -135,7 +135,7 @@ def unpack(frames: Sequence[Any], limits: Limits) -> tuple[Message, int, Sequenc
 
 
 def unpack_words(parts: Sequence[Any]) -> dict[str, Any]:
-    """The words of a message of a few words."""
+    """The words in the frames of a message of a few words."""
     if len(parts) != 1 or len(_bytes(parts[0])) > MOST_WORDS:
         raise BadMessage("words of another form")
     try:
@@ -148,7 +148,7 @@ def unpack_words(parts: Sequence[Any]) -> dict[str, Any]:
 
 
 def pack_rows(rows: Rows) -> Frames:
-    """PREPARE."""
+    """The frames of a PREPARE message."""
     head = _ROWS.pack(rows.is_heldout, len(rows.positions))
     return pack(Message.PREPARE, 0, head, *_numbers(rows))
 
@@ -161,7 +161,7 @@ def unpack_rows(parts: Sequence[Any], limits: Limits) -> Rows:
 
 
 def pack_request(request_id: int, request: Request) -> Frames:
-    """ASK."""
+    """The frames of an ASK message."""
     count, c, d = request.condition.shape
     rows = request.rows
     head = _ASK.pack(
@@ -197,7 +197,7 @@ def unpack_request(parts: Sequence[Any], limits: Limits) -> Request:
 
 
 def pack_answer(request_id: int, answer: Answer) -> Frames:
-    """ANSWER."""
+    """The frames of an ANSWER message."""
     numbers = answer.loss, answer.idle, answer.seconds
     waiting = min(answer.waiting, 0xFFFF)
     counts = waiting, answer.bad_samples, answer.payload.numel()
@@ -206,7 +206,7 @@ def pack_answer(request_id: int, answer: Answer) -> Frames:
 
 
 def unpack_answer(parts: Sequence[Any], num_values: int) -> Answer:
-    """num_values: what the request asked for."""
+    """The answer in some frames. `num_values` is what the request asked for."""
     if len(parts) < 2:
         raise BadMessage("an answer of another form")
     signal, waiting, bad_samples, values, loss, idle, seconds = _fields(_ANSWER, parts[0])
@@ -238,7 +238,7 @@ def _rows(positions: Any, replacements: Any, n: int, is_heldout: bool, limits: L
 
 
 def _pieces(tensor: torch.Tensor) -> list[memoryview]:
-    """Its memory in frames; an empty tensor has one, too."""
+    """The tensor's memory in frames; an empty tensor has one, too."""
     whole = memory(tensor)
     return [whole[at : at + PIECE_BYTES] for at in range(0, max(1, len(whole)), PIECE_BYTES)]
 
@@ -265,6 +265,6 @@ def _fields(form: struct.Struct, part: Any) -> tuple:
 
 
 def _bytes(part: Any) -> memoryview:
-    """Of a frame as the transport gives it, or bytes."""
+    """The bytes of a frame as the transport gives it, or of bytes."""
     data = memoryview(getattr(part, "buffer", part))
     return data if data.format == "B" else data.cast("B")

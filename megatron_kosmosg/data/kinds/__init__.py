@@ -32,5 +32,5 @@ def read_by(stage: str) -> list[SampleKind]:
 
 
 def names_read_by(stage: str) -> str:
-    """The same for messages."""
+    """The names of the kinds that `stage` reads, for messages."""
     return ", ".join(kind.name for kind in read_by(stage))

@@ -30,7 +30,7 @@ USUAL = UsualSize(length=40, images=0.0)
 
 
 def convert(record: Record, use: Conversion) -> Converted:
-    """{"key", "image", "caption"}."""
+    """Converts a record {"key", "image", "caption"}."""
     caption, ids = use.text_field(record.fields, "caption")
     image = use.image(record, record.fields, "image")
     info = {"key": record.key, "caption": caption}
@@ -55,7 +55,7 @@ class CaptionPrompts:
         return None if num_tokens > MAX_TOKENS else 1 + num_tokens
 
     def __call__(self, raw: RawSample, draws: Draws) -> Prompt:
-        """The prompt; draws nothing."""
+        """The prompt of the caption; nothing is drawn at random."""
         (ids,) = raw.tokens()
         builder = SequenceBuilder(self._format).add_start().add_text(ids)
         return builder.prompt(target_picture(raw), raw.info["caption"])

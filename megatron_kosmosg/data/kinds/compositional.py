@@ -34,7 +34,8 @@ OVERLAP = "entities: words overlap the entity before"
 
 
 def convert(record: Record, use: Conversion) -> Converted:
-    """{"key", "caption", "image", "entities": [{"text", "span", "image", "mask"}, ...]}."""
+    """Converts a record {"key", "caption", "image", "entities": [{"text", "span", "image", "mask"},
+    ...]}."""
     fields = record.fields
     caption, _ = use.text_field(fields, "caption")
     target = use.image(record, fields, "image")
@@ -66,7 +67,8 @@ def target_picture(raw: RawSample) -> memoryview:
 
 
 class CompositionalPrompts:
-    """<s> caption with a picture after (or, words dropped, in place of) each entity."""
+    """Makes prompts <s> caption, with a picture after each entity or, where its words are dropped,
+    in their place."""
 
     def __init__(
         self,
@@ -81,7 +83,7 @@ class CompositionalPrompts:
         self._background_keep_prob = background_keep_prob
 
     def length(self, sizes: PartSizes, draws: Draws) -> int:
-        """Tokens of the prompt."""
+        """Length of the prompt in tokens."""
         texts = [size for mode, size in sizes if mode == TOKENS]
         num_entities = len(texts) // 2
         chosen = sum(
@@ -128,7 +130,7 @@ def masks(raw: RawSample) -> dict[int, int]:
 
 
 def check(raw: RawSample, sizes: Sequence[ImageSize]) -> Iterator[str]:
-    """What is wrong with the caption's spans."""
+    """Yields what is wrong with the spans of the caption."""
     caption, entities = raw.info["caption"], raw.info["entities"]
     expected = [IMAGE]
     for entity in entities:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def convert(record: Record, use: Conversion) -> Converted:
-    """{"key", "caption", "image", "instruction", "target"}."""
+    """Converts a record {"key", "caption", "image", "instruction", "target"}."""
     fields = record.fields
     caption, caption_ids = "", use.encode("")
     if is_filled(fields.get("caption")):
@@ -46,14 +46,14 @@ def target_picture(raw: RawSample) -> memoryview:
 
 
 class EditPrompts:
-    """<s> [caption] picture instruction; the edited picture is the target."""
+    """Makes prompts <s> [caption] picture instruction; the edited picture is the target."""
 
     def __init__(self, sequence_format: SequenceFormat, caption_drop_prob: float) -> None:
         self._format = sequence_format
         self._caption_drop_prob = caption_drop_prob
 
     def length(self, sizes: PartSizes, draws: Draws) -> int:
-        """Tokens of the prompt."""
+        """Length of the prompt in tokens."""
         (_, caption), (_, instruction), *_ = sizes
         said = 0 if self._drops_caption(draws) else caption
         return 1 + said + self._format.image_length + instruction

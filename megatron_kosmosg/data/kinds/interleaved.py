@@ -17,7 +17,8 @@ from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part
 
 
 def convert(record: Record, use: Conversion) -> Converted:
-    """{"key", "content": [{"text"} | {"image"}, ...]}."""
+    """Converts a record {"key", "content": [...]} whose content are texts {"text"} and pictures
+    {"image"} in any order."""
     info = {"key": record.key} | extra_fields(record.fields, ("key", "content"))
     parts, left_out = [Part.json(info)], []
     num_images = 0

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Converted:
-    """One sample, ready to be written."""
+    """One sample as it is going to be stored."""
 
     parts: list[Part]
     """The JSON part first."""
@@ -51,12 +51,12 @@ class Converted:
 
     @property
     def num_images(self) -> int:
-        """Pictures, masks included."""
+        """Number of pictures, masks included."""
         return sum(part.mode == IMAGE for part in self.parts)
 
 
 class ConversionOptions(Protocol):
-    """The options of preprocessing that single kinds have; see SampleKind.options."""
+    """The options of preprocessing that only some kinds have, see SampleKind.options."""
 
     @property
     def min_images(self) -> int: ...
@@ -75,7 +75,7 @@ class Conversion(Protocol):
     def options(self) -> ConversionOptions: ...
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a run of text."""
+        """The token ids of a run of text."""
         ...
 
     def text_field(self, fields: dict[str, Any], name: str) -> tuple[str, np.ndarray]:
@@ -83,7 +83,7 @@ class Conversion(Protocol):
         ...
 
     def image(self, record: Record, fields: dict[str, Any], name: str) -> bytes:
-        """What is stored of the picture of a field, after it was verified."""
+        """The stored form of a field's picture, after it was verified."""
         ...
 
     def mask(self, record: Record, fields: dict[str, Any], name: str, image: bytes) -> bytes | None:
@@ -94,7 +94,7 @@ class Conversion(Protocol):
 
 @dataclass(frozen=True)
 class UsualSize:
-    """Of an ordinary prompt or packed row, for plans, which open no data."""
+    """The size of an ordinary prompt or packed row, for plans, which open no data."""
 
     length: int
     """Decoder positions: 64 a picture, its two marks, a sentence."""
@@ -102,12 +102,12 @@ class UsualSize:
     """In the prompt or row."""
 
     def within(self, seq_length: int) -> UsualSize:
-        """Cut at the longest prompt."""
+        """The same size, cut at the longest prompt."""
         return UsualSize(min(self.length, seq_length), self.images)
 
 
 def in_stored_order(modes: Sequence[int]) -> Sequence[int]:
-    """Parts are read as they are stored."""
+    """The order of parts for kinds that are read in the order in which they are stored."""
     return range(len(modes))
 
 
@@ -121,7 +121,7 @@ class PackedDocuments:
     """(modes of the parts) -> numbers of the parts as they are read; the JSON part has none."""
 
     def document(self, raw: RawSample, sequence_format: SequenceFormat) -> SequenceBuilder:
-        """<s> texts and pictures </s>."""
+        """The sample as a document: <s>, its texts and pictures in order, </s>."""
         builder = SequenceBuilder(sequence_format).add_start()
         for number in self.reading_order(raw.modes):
             part = raw.parts[number]
@@ -132,7 +132,7 @@ class PackedDocuments:
         return builder.add_end()
 
     def usual_size(self, seq_length: int) -> UsualSize:
-        """Of a row."""
+        """The ordinary size of a packed row of `seq_length` tokens."""
         return UsualSize(seq_length, self.images_per_row * seq_length / 2048)
 
     def content(self, raw: RawSample, tokenizer: Tokenizer) -> list[np.ndarray | None]:
@@ -153,7 +153,7 @@ class Captions:
     usual: UsualSize
 
     def usual_size(self, seq_length: int) -> UsualSize:
-        """Of a caption."""
+        """The ordinary size of a caption."""
         return self.usual.within(seq_length)
 
 
@@ -179,7 +179,7 @@ class Prompts:
     usual: UsualSize
 
     def usual_size(self, seq_length: int) -> UsualSize:
-        """Of a prompt."""
+        """The ordinary size of a prompt."""
         return self.usual.within(seq_length)
 
 
@@ -188,12 +188,12 @@ ImageSize = tuple[int, int] | None
 
 
 def nothing_more(raw: RawSample, sizes: Sequence[ImageSize]) -> Iterator[str]:
-    """A kind without a check of its own."""
+    """The check of kinds that have none of their own: finds nothing."""
     return iter(())
 
 
 def no_masks(raw: RawSample) -> dict[int, int]:
-    """A kind whose pictures are all pictures."""
+    """The masks of kinds that store none."""
     return {}
 
 
@@ -233,7 +233,8 @@ class SampleKind:
 
     @property
     def item_type(self) -> np.dtype:
-        """Of one item of the dataset's sequences: a token id of plain text, else a byte."""
+        """The type of one item of the dataset's sequences: a token id for plain text, a byte for
+        all others."""
         import numpy as np  # not needed by help texts, which list the kinds
 
         return np.dtype(TOKEN_TYPE if self.is_plain_text else np.uint8)

@@ -39,12 +39,12 @@ class Record:
 
     @property
     def key(self) -> str:
-        """The record's own key, or its source."""
+        """The key that the record brings, or else the place that it comes from."""
         return str(self.fields["key"]) if self.has_own_key else self.source
 
     @property
     def has_own_key(self) -> bool:
-        """Whether the input names the record."""
+        """Whether the input gives the record a key."""
         return self.fields.get("key") is not None
 
     def with_fields(self, fields: dict[str, Any]) -> Record:
@@ -81,7 +81,7 @@ def text_field(fields: dict[str, Any], name: str) -> str:
 
 
 def list_field(fields: dict[str, Any], name: str) -> list[Any]:
-    """A list, possibly empty."""
+    """The field's list, which may be empty. Raises Rejected for anything else."""
     if name not in fields:
         raise Rejected(f"no field {name}")
     if not isinstance(fields[name], list):
