@@ -1,4 +1,5 @@
-"""`python -m megatron_kosmosg COMMAND`, as `kosmosg COMMAND` where the package is installed."""
+"""Makes `python -m megatron_kosmosg COMMAND` the same as `kosmosg COMMAND`, also where the package
+is not installed."""
 
 from megatron_kosmosg.cli.main import start
 

@@ -74,7 +74,7 @@ def begin_folder(path: Path, *, only_writer: bool = False) -> Path:
 def finish_folder(
     temporary: Path, path: Path, *, only_writer: bool = False, replaces: bool = False
 ) -> None:
-    """Gives the filled folder its name, see `new_folder`."""
+    """Gives the filled folder of `new_folder` its name."""
     if replaces:
         remove_folder(path, only_writer=only_writer)
     try:
@@ -110,7 +110,7 @@ def remove(path: Path) -> None:
 
 
 def own_folder(path: Path) -> Path:
-    """`path`, made if need be, to keep files in that are replaced and deleted.
+    """The folder `path`, made if need be, for files that are going to be replaced and deleted.
 
     Raises OSError where it is a link: they would be replaced and deleted in a folder of another
     name, which whoever made the link has chosen.
@@ -128,7 +128,8 @@ def refuse_link(path: Path) -> None:
 
 
 def open_itself(path: Path, mode: str, encoding: str | None = None) -> IO[Any]:
-    """`path.open(mode)`. Raises OSError where it is a link, whatever that leads to."""
+    """Opens a file as `path.open(mode)` does, but raises OSError where it is a link, whatever that
+    leads to."""
     try:
         return open(path, mode, encoding=encoding, opener=_without_following)
     except OSError:
@@ -141,7 +142,7 @@ def _without_following(path: str, flags: int) -> int:
 
 
 def write_text(path: Path, text: str, *, only_writer: bool = False) -> None:
-    """The file in UTF-8, whole or not at all."""
+    """Writes the text as UTF-8; the file appears whole or not at all."""
     with replacing(path, only_writer=only_writer) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -178,7 +179,7 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 def fingerprint(*paths: Path) -> str:
-    """16 hexadecimal digits for the contents of files and folders (without hidden files).
+    """A name of 16 hexadecimal digits for the contents of files and folders (without hidden files).
 
     Of every file the name, the size and samples of its bytes count, which takes a moment even for
     large models; training changes all weights, so that samples notice it. The location does not

@@ -29,7 +29,7 @@ class OutsideFolder(ValueError):
 
 
 def inside(folder: Path, name: str, also: Path | None = None) -> Path:
-    """`folder / name`. Raises OutsideFolder unless it lies in `folder`, or in `also`.
+    """The path `folder / name`. Raises OutsideFolder unless it lies in `folder`, or in `also`.
 
     What counts is the name: a link inside the folder may lead out of it, as published datasets and
     caches of downloads are folders of links. With `..` in the name, it is where it leads.

@@ -149,7 +149,7 @@ def attempt() -> str:
 
 
 def node_name() -> str:
-    """Of this machine, as Slurm knows it; else its host name."""
+    """The name of this machine, as Slurm knows it; else its host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 

@@ -37,7 +37,7 @@ def reconstruction_loss(
     num_queries: int,
     padding_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(c / s) times the mean squared error per sample of N(M(hidden)), summed over samples.
+    """(c / s) times the mean squared error of N(M(hidden)) per sample, summed over samples.
 
     reconstruction, hidden: [b, s, h], where s includes padding: padded positions count, as in the
     authors' code. num_queries: c, positions of the condition. padding_mask: bool [b, s], True =

@@ -25,7 +25,8 @@ ProgressCallback = Callable[[int, int], None]
 
 
 class Progress:
-    """Call it with (done, in all) as often as is convenient: a ProgressCallback.
+    """Shows how far work is. Call it with (done, in all) as often as is convenient: it is a
+    ProgressCallback.
 
     The first call starts the clock, and what is done by then does not count for the rate. The work
     ends when all is done; a further call begins the next, of another size. What there is in all may
@@ -60,7 +61,8 @@ class Progress:
         self.close()
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """note: what else is worth knowing now, behind the time left."""
+        """Shows that `done` of `total` are done. `note` says what else is worth knowing now, behind
+        the time left."""
         self.total = total
         if not self._is_shown or total == 0:
             return
@@ -152,4 +154,4 @@ class _Lines:
         print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Every line is ended already."""
+        """Does nothing, because every line is ended already."""

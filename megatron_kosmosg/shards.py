@@ -31,7 +31,8 @@ class ShardFolder:
 
     @property
     def is_begun(self) -> bool:
-        """Whether settings are noted; without them, what lies in the folder says nothing."""
+        """Whether the settings of the work are noted; without them, what lies in the folder says
+        nothing."""
         return self._settings.exists()
 
     def begin(self, settings: dict[str, Any], names: Mapping[str, str] | None = None) -> None:
@@ -66,7 +67,7 @@ class ShardFolder:
         return self.mark_of(number).exists()
 
     def to_do(self, numbers: Iterable[int]) -> list[int]:
-        """Those that are not finished."""
+        """The shards that are not finished."""
         return [number for number in numbers if not self.is_done(number)]
 
     def finish(self, number: int, note: Any) -> None:
@@ -74,7 +75,7 @@ class ShardFolder:
         write_json(self.mark_of(number), note, indent=None)
 
     def read(self, number: int) -> Any:
-        """What `finish` noted."""
+        """The values that `finish` noted for a shard."""
         return json.loads(self.mark_of(number).read_text(encoding="utf-8"))
 
     def clear(self, keep: Iterable[str] = ()) -> None:

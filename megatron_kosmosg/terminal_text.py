@@ -20,7 +20,8 @@ def printable(text: object) -> str:
 
 
 def printable_lines(text: object) -> str:
-    """The same of a text of several lines: ends of lines and tabs stay."""
+    """A text of several lines as a terminal may show it: like `printable`, but ends of lines and
+    tabs stay."""
     return _IN_LINES.sub(_spelt, str(text))
 
 

@@ -75,7 +75,7 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of this rank."""
+    """Trains the stage of the config, and returns the exit code of this rank."""
     parsed = build_parser().parse_intermixed_args(arguments)
     quieten_imports()
     try:
@@ -162,7 +162,7 @@ def _be_apart(config: RunConfig) -> None:
 
 
 def _notices(config: RunConfig, owner: RunOwner | None) -> Notices:
-    """Of rank 0; those of the others go nowhere."""
+    """The notices that rank 0 sends; those of the other ranks go nowhere."""
     from megatron_kosmosg.monitoring.notice import Notices
 
     target = config.logging.notify if owner is not None else None
@@ -184,7 +184,8 @@ def _owner(config: RunConfig) -> Iterator[RunOwner | None]:
 
 
 def _train(config: RunConfig, started: float, owner: RunOwner | None, at_end: ExitStack) -> int:
-    """at_end: closed when a failure has been reported, so that others know its cause."""
+    """Trains, and returns the exit code. What is put on `at_end` is closed when a failure has been
+    reported, so that others know its cause."""
     from megatron_kosmosg.monitoring.failure import forget_failure, raise_together
     from megatron_kosmosg.parallel import platform
     from megatron_kosmosg.planning.pipeline_balance import with_default_layout
