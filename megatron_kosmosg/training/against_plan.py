@@ -17,7 +17,7 @@ COMPARED_AT, _WARM_UP = 50, 10
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What is compared."""
+    """The planned figures that measured ones are compared with."""
 
     gpu: str
     samples_per_second: float
@@ -26,7 +26,7 @@ class PlannedRun:
 
 
 class AgainstPlan:
-    """Of one start; says nothing without a plan."""
+    """The comparison of one start of a run; says nothing without a plan."""
 
     def __init__(self, planned: PlannedRun | None, batch: int, device: torch.device) -> None:
         self._planned, self._batch, self._device = planned, batch, device

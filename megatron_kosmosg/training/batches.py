@@ -120,6 +120,6 @@ class BatchFeed:
             self._loader.prepare()
 
     def close(self, *, wait: bool = True) -> None:
-        """Ends reading. wait: for the reads under way."""
+        """Ends reading. With `wait` it returns when the reads under way are over."""
         if self._loader is not None:
             self._loader.close(wait=wait)

@@ -25,7 +25,8 @@ from megatron_kosmosg.training.wrapping import whole_parameters
 
 
 class Evaluations:
-    """When a run evaluates, and where the numbers go. All methods are collectives but `is_due`."""
+    """Decides when a run evaluates, and where the numbers go. All methods are collectives but
+    `is_due`."""
 
     def __init__(
         self,

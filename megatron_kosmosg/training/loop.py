@@ -51,10 +51,23 @@ def fit(
     owner: RunOwner | None = None,
     planned: PlannedRun | None = None,
 ) -> bool:
-    """True when all iterations are done, False when a signal asked to stop and state is saved.
+    """Trains until the config's last iteration or until a signal asks to stop.
 
-    owner: of rank 0, its claim on the run's folder; it raises RunFolderTaken when that is lost.
-    planned: of rank 0, what its speed and memory are compared with.
+    Collective over the decoder ranks, whose groups exist (`parallel.platform.initialize`).
+
+    Args:
+        stage: what is trained, as `build_stage` gives it.
+        layout: this rank's place, as `initialize` gives it.
+        owner: on rank 0 its claim on the run's folder.
+        planned: on rank 0 the plan that measured speed and memory are compared with.
+
+    Returns:
+        True when all iterations are done, False when it stopped before and its state is saved.
+
+    Raises:
+        ConfigError: the config, its data or its checkpoint cannot be used; the message says why.
+        RunFolderTaken: another run has taken the folder of this one.
+        FloatingPointError, TooManyBadImages: the run has met more than the config allows.
     """
     place, stall_seconds = find_place(), config.parallel.stall_seconds
     with (
@@ -85,9 +98,11 @@ def _fit(
     assert data is not None  # only a stop leaves it out
     # What is trained: from the newest checkpoint, else from the stage's initial weights.
     heart.at(0, "model")
+    # Before the model is built: a run that is resumed need not read the weights it began from.
     resume_from = newest_checkpoint(config, layout)
     trained = build_trained(stage, config, layout, takes_initial_weights=resume_from is None)
     chunks, optimizer, scheduler = trained.chunks, trained.optimizer, trained.scheduler
+    # It wraps the end of the backward passes, which `build_trained` has connected.
     stragglers = Stragglers(chunks, layout, config.logging.log_interval)
     trace = DecoderTrace(config, layout, chunks, optimizer, stage.remote_score)
 
@@ -105,7 +120,8 @@ def _fit(
         resumed = resume(checkpointer, layout, resume_from)
         progress = resumed.progress
 
-    # What is told. Files of an earlier start are cut back to the checkpoint.
+    # What is told. Files of an earlier start are cut back to the checkpoint, so this comes after
+    # it is known which one could be read.
     writes = layout.rank == 0
     if writes:
         output_folder(config).mkdir(parents=True, exist_ok=True)
@@ -124,6 +140,7 @@ def _fit(
 
     def save() -> None:
         heart.at(progress.iteration, "saving")
+        # A checkpoint promises that the lines up to its iteration are there.
         metrics.flush()
         with whole_parameters(chunks):
             checkpointer.save(progress)
@@ -144,7 +161,9 @@ def _fit(
             heart.at(progress.iteration + 1, "training")
             started = time.perf_counter()
             stragglers.start()
+            # Only where an iteration can be taken back: without score ranks none is.
             before = rng_state() if layout.num_score_ranks else {}
+            # Before the update: the first takes iteration 1's rate and not the warm-up's zero.
             scheduler.step(1)
             with trace.over(progress.iteration + 1, iterators) as batches:
                 update = train_step(
@@ -182,11 +201,13 @@ def _fit(
             display.step(progress.iteration, seconds, update.totals.losses, record)
             if (compared := against_plan.after(seconds)) is not None:
                 display.say(compared)
+            # After the line is written: what ends the run here has its numbers on disk.
             if not update.made:
                 note_skipped(display, progress, config)
             check_bad_images(progress.bad_samples, config.data.max_bad_images)
 
-            # The ranks agree to stop, then evaluate unless they stop, then save if it is time.
+            # The ranks agree to stop, then evaluate unless they stop, then save if it is time: the
+            # time that a signal leaves is for saving, and an evaluation can be made up for.
             checkpointer.poll()
             note_trace(display, config, trace.write(only_all=True))
             stopping = stop.agreed(layout.device)
@@ -204,6 +225,7 @@ def _fit(
         elif progress.iteration >= config.training.train_iters:
             refuse_nonfinite_end(progress, config)
     finally:
+        # A stop does not wait for reads under way, which may take long.
         feed.close(wait=not stopping)
         metrics.close()
         display.close()

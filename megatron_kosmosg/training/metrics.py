@@ -105,7 +105,7 @@ class MetricsWriter:
         self._trackers = open_trackers(config, start_iteration)
 
     def iteration(self, record: dict[str, float | None]) -> None:
-        """Appends the line of one iteration."""
+        """Appends the line of one iteration to metrics.jsonl."""
         if self._file is not None:
             self._write(record, "train", int(record["iteration"] or 0))
 

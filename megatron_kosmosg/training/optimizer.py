@@ -75,8 +75,8 @@ def build_lr_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optim
 
 
 def squared_gradient_norm(optimizer: MegatronOptimizer, device: torch.device) -> torch.Tensor:
-    """Of the gradients of all ranks, as `apply_update` will find them; fp32 scalar on `device`,
-    infinite where fp16 gradients overflowed (their loss scale is then lowered).
+    """The squared norm of the gradients of all ranks, as `apply_update` will find them: a fp32
+    scalar on `device`, infinite where fp16 gradients overflowed (their loss scale is then lowered).
 
     Megatron-Core's own waits for the device once for every parameter where neither
     TransformerEngine nor apex is installed.

@@ -26,7 +26,7 @@ class ProgressDisplay:
         self._bar(start_iteration, self._total)
 
     def say(self, text: str) -> None:
-        """Prints one line above the bar."""
+        """Prints one line above the progress bar."""
         if self._enabled:
             self._bar.say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 

@@ -49,7 +49,8 @@ class Probe:
 
 
 class Stage(Protocol):
-    """One training phase. `config` is the whole run's config, unchanged."""
+    """What a training stage has to offer to the loop, which knows no more of it. `config` is the
+    whole run's config, unchanged."""
 
     name: str
     config: RunConfig

@@ -30,7 +30,7 @@ from megatron_kosmosg.training.stage import Stage
 
 @dataclass(frozen=True)
 class Totals:
-    """What one pass over a global batch gives, equal on every rank."""
+    """The sums over one pass over a global batch, equal on every rank."""
 
     losses: dict[str, float]
     """`loss` and its parts, means over the global batch's items."""
@@ -67,10 +67,13 @@ def connect(
         pg_collection: ProcessGroupCollection,
         **named: Any,
     ) -> None:
+        # Known now and not later: all backward passes are over, and `drain` will forget it.
         if remote_score is not None:
             num_items -= remote_score.left_out().to(num_items)
+        # Given no number of items, Megatron-Core adds up the gradients and leaves the division to
+        # the lines below: its own, in 0.16, waits for the device to see whether there is anything.
         finalize_model_grads(model, None, pg_collection=pg_collection, **named)
-        # Megatron-Core would divide, too; that of 0.16 asks the device whether there is anything.
+        # Only the last stage counted the items: it tells the others, then the replicas add up.
         stages = pg_collection.pp
         dist.broadcast(num_items, dist.get_global_rank(stages, stages.size() - 1), group=stages)
         dist.all_reduce(num_items, group=pg_collection.dp_cp)
@@ -91,7 +94,8 @@ class Reporter:
     """Sums losses, work and waiting time over ranks; loss names are exchanged once."""
 
     def __init__(self, layout: Layout, remote_score: RemoteScore | None = None) -> None:
-        """remote_score: the stage's, which counts what passed over the links."""
+        """Begins with no sums. `remote_score` is the stage's, which counts what passed over the
+        links to score ranks."""
         self._layout, self._remote_score = layout, remote_score
         self._names: list[str] | None = None
 
@@ -108,6 +112,7 @@ class Reporter:
         count]; equal on the tensor-parallel ranks of a replica. beside: scalar on the device.
         """
         layout = self._layout
+        # Stages before the last report no losses, but the vector has to be as long on every rank.
         if self._names is None:
             gathered: list[list[str]] = [[] for _ in range(layout.world_size)]
             dist.all_gather_object(gathered, list(losses[0]) if losses else [])
@@ -141,7 +146,10 @@ class Reporter:
                 vector[: pairs.numel()] += pairs.to(vector)
         own = vector.new_zeros(1) if beside is None else beside.to(vector).view(1)
         dist.all_reduce(vector)
+        # `beside` is equal on all ranks already. It joins behind the sum, for the one transfer.
         numbers = torch.cat([vector, own]).tolist()
+        # A score rank's stop signal came with its answers. Raised now that they are all here, it
+        # counts when the ranks next agree whether to stop.
         if remote is not None:
             remote.pass_on_signal()
         known = numbers.pop()
@@ -169,17 +177,28 @@ def train_step(
     average: WeightAverage | None = None,
 ) -> Update:
     """One global batch forward and backward, and one update of the parameters and of their
-    average."""
+    average.
+
+    Args:
+        feed: counts what the iterators gave, and how long this rank waited for it.
+        iterators: one for each model chunk of this rank, over the same micro-batches.
+        average: of the weights, where one is kept.
+    """
+    # Megatron-Core adds to its gradient buffers, and the optimizer keeps gradients of its own.
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     losses = _run_schedule(stage, config, layout, chunks, iterators, forward_only=False)
+    # The norm is begun on the device before anything is read from it, so that the host waits once:
+    # in `totals`, which brings the norm along. In fp16 this also unscales the gradients.
     squares = squared_gradient_norm(optimizer, layout.device)
     totals, squared_norm = reporter.totals(losses, feed, squares)
     grad_norm = squared_norm**0.5
+    # Gradients are incomplete without an answer; all ranks know it from the sum, and leave alike.
     if totals.score.unanswered:
         return Update(totals, grad_norm, made=False)
     is_made = apply_update(optimizer, totals.losses["loss"], grad_norm)
+    # A skipped update must not pull the average towards weights that it has seen already.
     if is_made and average is not None:
         average.update()
     return Update(totals, grad_norm, is_made)
@@ -194,7 +213,7 @@ def forward_losses(
     iterators: list[Iterator[Batch]],
     reporter: Reporter,
 ) -> Totals:
-    """The same pass over one global batch without gradients."""
+    """The totals of a pass over one global batch without gradients."""
     losses = _run_schedule(stage, config, layout, chunks, iterators, forward_only=True)
     return reporter.totals(losses, feed)[0]
 
@@ -219,6 +238,8 @@ def _run_schedule(
         micro_batch_size=config.training.micro_batch_size,
         forward_only=forward_only,
     )
+    # Gradients took their answers in backward. Of a forward-only pass nothing has waited for them:
+    # without this the losses would be read before they have come.
     if stage.remote_score is not None:
         stage.remote_score.drain()
     return losses

@@ -48,7 +48,7 @@ def _count_padding(chunk: DistributedDataParallel) -> None:
 
 @contextmanager
 def whole_parameters(chunks: list[DistributedDataParallel]) -> Iterator[None]:
-    """Inside, every rank's parameters are those of the last update.
+    """Context in which every rank's parameters are those of the last update.
 
     With overlapped gathering a rank has only its own share until the next forward pass asks.
     """
