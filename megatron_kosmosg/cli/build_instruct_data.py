@@ -54,7 +54,7 @@ SHEET_CELL = 160
 
 
 def build_parser() -> CommandParser:
-    """The options, by what they are about."""
+    """The parser of the command, with its options grouped by what they are about."""
     parser = command_parser("build-data", __doc__, EPILOG)
     add = parser.add_argument
     add(
@@ -136,7 +136,8 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when this process's share is done; else a message on stderr."""
+    """Returns 0 when this process's share is done; otherwise another exit code, with a message on
+    stderr."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     if args.masks is not None and args.entities is None:

@@ -41,7 +41,7 @@ examples:
 
 
 def build_parser() -> CommandParser:
-    """The options."""
+    """The parser of the command and its options."""
     parser = command_parser("cache-latents", __doc__, EPILOG)
     add = parser.add_argument
     add("prefixes", nargs="+", metavar="PREFIX", help="datasets to encode")
@@ -83,8 +83,8 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when this rank's share is done; with a message on stderr 2 wrong input, 3 too many
-    undecodable images, 130 interrupted."""
+    """Returns 0 when this rank's share is done; with a message on stderr 2 for wrong input, 3 for
+    too many undecodable images, 130 when interrupted."""
     args = build_parser().parse_args(arguments)
     return run(lambda: _cache(args), "interrupted; the same command goes on from here")
 

@@ -153,7 +153,8 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when all is done, 2 (message on stderr) when nothing was written, 3 when models differ."""
+    """Returns 0 when all is done, 2 (with a message on stderr) when nothing was written, 3 when
+    models differ."""
     args = build_parser().parse_args(arguments)
     return run(lambda: _convert(args))
 

@@ -26,7 +26,7 @@ examples:
 
 
 def build_parser() -> CommandParser:
-    """The options."""
+    """The parser of the command and its options."""
     parser = command_parser("shards", __doc__, EPILOG)
     parser.add_argument("prefix", metavar="PREFIX", type=some_text, help="of the whole dataset")
     parser.add_argument(
@@ -36,7 +36,7 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0; 1 when a shard is bad; 2 when the input cannot be used."""
+    """Returns 0 when all is well, 1 when a shard is bad, 2 when the input cannot be used."""
     args = build_parser().parse_args(arguments)
     return run(lambda: _shards(args))
 

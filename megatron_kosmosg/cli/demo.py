@@ -41,7 +41,7 @@ use this machine's GPU. Ctrl-C ends it and removes what was uploaded and drawn. 
 
 
 def build_parser() -> CommandParser:
-    """The options, by what they are about."""
+    """The parser of the command, with its options grouped by what they are about."""
     parser = command_parser("demo", __doc__.splitlines()[0], EPILOG)
     parser.add_argument(
         "--model",
@@ -116,7 +116,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when it was ended, 2 when it could not begin; a message on stderr."""
+    """Returns 0 when the page was ended, and 2, with a message on stderr, when it could not
+    begin."""
     args = parse(arguments)
     return run(lambda: _serve(args))
 

@@ -32,12 +32,12 @@ TESTED = {"torch": ("2.13.0", "2.13.0"), "megatron-core": ("0.16.1", "0.19.2")}
 
 
 def build_parser() -> CommandParser:
-    """No options: it says what is."""
+    """The parser of the command, which has no options: it says what is."""
     return command_parser("doctor", __doc__, EPILOG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, whatever was found."""
+    """Prints the diagnosis and returns 0, whatever was found."""
     build_parser().parse_args(arguments)
     return run(_print)
 
@@ -80,7 +80,8 @@ def _versions() -> list[str]:
 
 
 def _release(version: str) -> list[int]:
-    """[2, 10] of 2.10.0a0+b558c986e8.nv25.11: by minor releases, patches are taken for equal."""
+    """The major and minor number of a version: [2, 10] of 2.10.0a0+b558c986e8.nv25.11. Patches are
+    taken for equal."""
     return [int(number) for number in version.split(".")[:2]]
 
 

@@ -46,7 +46,7 @@ input; 130 interrupted.
 
 
 def build_parser() -> CommandParser:
-    """The options."""
+    """The parser of the command and its options."""
     parser = command_parser("evaluate dreambench", __doc__, EPILOG)
     parser.add_argument(
         "--dreambooth",
@@ -86,7 +86,7 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 for input that cannot be used; a message on stderr."""
+    """Returns 0, or 2 for input that cannot be used, with a message on stderr."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     if args.num_prompts > 25:

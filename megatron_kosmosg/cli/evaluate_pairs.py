@@ -47,7 +47,7 @@ input; 130 interrupted.
 
 
 def build_parser() -> CommandParser:
-    """The options."""
+    """The parser of the command and its options."""
     parser = command_parser("evaluate pairs", __doc__, EPILOG)
     parser.add_argument(
         "--generated", type=existing_folder, metavar="FOLDER", help="images to be scored"
@@ -68,7 +68,7 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 for input that cannot be used; a message on stderr."""
+    """Returns 0, or 2 for input that cannot be used, with a message on stderr."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     folders = (args.generated, args.reference)
@@ -133,7 +133,8 @@ def _items(args: argparse.Namespace, weights: dict[str, Weights]) -> list[Item]:
 
 
 def _sides(args: argparse.Namespace, items: Sequence[Item]) -> tuple[list[Path], list[Path]]:
-    """Images whose distribution is compared."""
+    """(generated images, real images): the two sets whose distributions FID compares. Raises
+    ConfigError for a set of fewer than two."""
     from megatron_kosmosg.config.errors import ConfigError
     from megatron_kosmosg.evaluation.pairs import images_in
 

@@ -88,7 +88,7 @@ def add_generation(
 
 
 def takes(args: argparse.Namespace, step: str) -> bool:
-    """Whether this command is to do that step."""
+    """Whether this call of the command is to do that step."""
     return args.only in (None, step)
 
 
@@ -142,7 +142,7 @@ def draw(
 
 
 def image_of(args: argparse.Namespace, name: str, index: int) -> Path:
-    """Where an image of a prompt is. Raises ConfigError if it is not there."""
+    """The file of an image of a prompt. Raises ConfigError if it is not there."""
     from megatron_kosmosg.config.errors import ConfigError
 
     path: Path = args.output / IMAGES / f"{name}-{index}.png"
@@ -152,7 +152,7 @@ def image_of(args: argparse.Namespace, name: str, index: int) -> Path:
 
 
 def said_of(args: argparse.Namespace) -> dict[str, object]:
-    """Of the generation, for the result."""
+    """The settings of the generation that the result states."""
     return {
         "images of a prompt": args.num_images,
         "noise": f"seed {args.seed}" if args.noise == SEEDS else AUTHORS_NOISE,

@@ -50,7 +50,8 @@ def add_networks(parser: CommandParser, protocol: str | None = None) -> None:
 
 
 def add_scoring(parser: CommandParser) -> None:
-    """Where to, on what, and how."""
+    """Adds the options that say where the result goes, and on which device and how scores are
+    computed."""
     parser.add_argument(
         "--output", type=file_path, required=True, metavar="FOLDER", help="for the result"
     )

@@ -58,7 +58,7 @@ written; 2 wrong arguments or input; 130 interrupted.
 
 
 def build_parser() -> CommandParser:
-    """The options, by what they are about."""
+    """The parser of the command, with its options grouped by what they are about."""
     parser = command_parser("generate", __doc__.splitlines()[0], EPILOG)
     parser.add_argument(
         "--model",
@@ -239,8 +239,8 @@ def _records(args: argparse.Namespace) -> list[PromptRecord]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when this rank's images are all there, 2 when nothing was drawn, 1 when one could not be
-    written, 130 on Ctrl-C; a message on stderr."""
+    """Returns 0 when this rank's images are all there; with a message on stderr 2 when nothing
+    was drawn, 1 when one could not be written, 130 on Ctrl-C."""
     args = parse(arguments)
     return run(lambda: _generate(args), "stopped; the same command continues")
 

@@ -35,7 +35,7 @@ examples:
 
 
 def build_parser() -> CommandParser:
-    """The options."""
+    """The parser of the command and its options."""
     parser = command_parser("inspect", __doc__, EPILOG)
     parser.add_argument("prefix", metavar="PREFIX", help="dataset, without an extension")
     add_tokenizer_model(parser, "the config's")
@@ -58,7 +58,7 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0; 1 when --check found a problem; 2 when the input cannot be used."""
+    """Returns 0, or 1 when --check found a problem, or 2 when the input cannot be used."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     if args.config is None and args.tokenizer_model is None:

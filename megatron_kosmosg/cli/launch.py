@@ -49,7 +49,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def build_parser() -> CommandParser:
-    """The parser of this command."""
+    """The parser of the command and its options."""
     parser = command_parser(
         "launch", "Starts a command on several ranks of this machine, or of several.", EPILOG
     )
@@ -120,7 +120,8 @@ def _host_and_port(text: str) -> tuple[str, int]:
 def _start(
     command: list[str], place: dict[str, object], listener: socket.socket | None
 ) -> subprocess.Popen:
-    """place: environment variables. listener: of the rank at which the others arrive."""
+    """Starts one rank's process. `place` holds the environment variables that say which rank it is;
+    `listener` is the socket at which the other ranks arrive, for the rank that has it."""
     told = {name: str(value) for name, value in place.items()}
     environment = {"OMP_NUM_THREADS": "1", **os.environ, **told}
     environment.pop(LISTENER, None)

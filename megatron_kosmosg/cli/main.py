@@ -20,7 +20,7 @@ from megatron_kosmosg.launcher import as_typed
 
 @dataclass(frozen=True)
 class Command:
-    """One line of `kosmosg --help`."""
+    """One command, which is one line of `kosmosg --help`."""
 
     name: str
     """One word, or two, the first of which several commands share."""
@@ -89,12 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def start() -> None:
-    """`kosmosg` and `python -m megatron_kosmosg`: ends the process."""
+    """Runs `kosmosg` or `python -m megatron_kosmosg`, and ends the process with the command's exit
+    code."""
     exit_codes.leave(main())
 
 
 def _show_versions() -> int:
-    """Also of what runs depend on: Python decides which megatron-core is installed."""
+    """Prints the versions of the package and of what runs depend on: Python decides which
+    megatron-core is installed."""
     from megatron_kosmosg import __version__
 
     print(f"megatron-kosmosg {__version__}, Python {platform.python_version()}")

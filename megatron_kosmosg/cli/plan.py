@@ -1,4 +1,5 @@
-"""What a run on many GPUs will hold, compute, send and take; planned in one process without any."""
+"""Plans a run on many GPUs, in one process without any: what each rank will hold, compute, send and
+take."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ examples:
 
 
 def build_parser() -> CommandParser:
-    """The options."""
+    """The parser of the command and its options."""
     parser = command_parser("plan", __doc__, EPILOG)
     add_config(parser, required=True)
     parser.add_argument(
@@ -83,7 +84,7 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when the plan fits the GPU, 1 when it does not, 2 for what cannot be planned."""
+    """Returns 0 when the plan fits the GPU, 1 when it does not, 2 for what cannot be planned."""
     args = build_parser().parse_intermixed_args(arguments)
     return run(lambda: _plan(args))
 

@@ -32,7 +32,7 @@ Exit codes: 0 fit; 1 not fit; 2 wrong arguments; 130 interrupted.
 
 
 def build_parser() -> CommandParser:
-    """The options of `node` and of `network`."""
+    """The parser of the command, with the options of `node` and of `network`."""
     parser = command_parser("preflight", __doc__, EPILOG)
     commands = parser.add_subparsers(dest="command", required=True)
     node = commands.add_parser("node", help="this node's GPUs and disk")
@@ -69,7 +69,7 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when the node, or all of them, are fit; 1 with what is wrong on stderr."""
+    """Returns 0 when the node, or all of them, are fit; else 1, with what is wrong on stderr."""
     args = build_parser().parse_args(arguments)
     node = node_name()
     check = check_node if args.command == "node" else check_network
@@ -131,7 +131,7 @@ def check_network(args: argparse.Namespace, node: str) -> int:
 
 
 def _count(text: str) -> int:
-    """8, or Slurm's form h100:8."""
+    """The number of GPUs that a text states: "8", or Slurm's form "h100:8"."""
     return natural_int(text.rsplit(":", 1)[-1])
 
 

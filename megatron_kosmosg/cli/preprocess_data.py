@@ -66,7 +66,7 @@ def _records() -> str:
 
 
 def build_parser() -> CommandParser:
-    """The options, by what they are about."""
+    """The parser of the command, with its options grouped by what they are about."""
     parser = command_parser("preprocess", __doc__, EPILOG.format(records=_records()))
     add = parser.add_argument
     add("--kind", choices=KINDS, required=True, help="what a record is")
@@ -165,7 +165,8 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when the dataset is complete, else a message on stderr and no new dataset."""
+    """Returns 0 when the dataset is complete; otherwise there is a message on stderr and no new
+    dataset."""
     args = build_parser().parse_args(arguments)
     return run(lambda: _preprocess(args), "interrupted; --resume goes on from here")
 

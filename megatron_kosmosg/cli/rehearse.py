@@ -41,7 +41,7 @@ examples:
 
 
 def build_parser() -> CommandParser:
-    """The options."""
+    """The parser of the command and its options."""
     parser = command_parser("rehearse", __doc__, EPILOG)
     add_config(parser, required=True)
     parser.add_argument(
@@ -61,7 +61,7 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when every kind of rank made its update, 1 when one did not, 2 for bad input."""
+    """Returns 0 when every kind of rank made its update, 1 when one did not, 2 for bad input."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     args = build_parser().parse_intermixed_args(words)
     return run(lambda: _rehearse(args, words))

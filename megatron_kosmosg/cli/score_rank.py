@@ -42,7 +42,7 @@ _LOOK_SECONDS = 1.0
 
 
 def build_parser() -> CommandParser:
-    """The options."""
+    """The parser of the command and its options."""
     parser = command_parser("score-rank", __doc__, EPILOG)
     parser.add_argument(
         "--run", type=existing_folder, required=True, metavar="FOLDER", help="the run's folder"
@@ -58,7 +58,7 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code; see the epilog."""
+    """Works until told to stop, and returns the exit code that the command's help explains."""
     args = build_parser().parse_args(arguments)
     return run(lambda: _join(args))
 

@@ -1,4 +1,5 @@
-"""How a run is: progress, time left, latest sign of life, checkpoint, disk, owner, last error."""
+"""Prints how a run is: progress, time left, latest sign of life, checkpoint, disk, owner, last
+error."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ examples:
 
 
 def build_parser() -> CommandParser:
-    """The options."""
+    """The parser of the command and its options."""
     parser = command_parser("status", __doc__, EPILOG)
     parser.add_argument("run", type=existing_folder, metavar="RUN", help="folder of a run")
     parser.add_argument("--json", type=file_path, metavar="FILE", help="also write it there")
@@ -38,7 +39,8 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where all is well with the run, 1 where somebody should look, 2 for no run."""
+    """Returns 0 where all is well with the run, 1 where somebody should look after it, 2 where
+    there is no run."""
     args = build_parser().parse_args(arguments)
     return run(lambda: _show(args.run, args.json))
 

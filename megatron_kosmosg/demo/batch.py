@@ -49,7 +49,8 @@ def draw_batch(
     progress: Progress,
     stop: threading.Event,
 ) -> Path:
-    """`folder`/images.zip with every image, and a sheet of the first prompts.
+    """Draws a list of prompts. Returns `folder`/images.zip, which has every image, and a sheet
+    of the first prompts.
 
     folder: new and empty. images: files that the records name, each by its own name. defaults: for
     what a record does not say. Raises PromptError before anything is drawn, Cancelled soon after

@@ -37,7 +37,7 @@ CONTROL_IMAGES = {
 
 @dataclass(frozen=True)
 class NamedControlNet:
-    """One of the command line."""
+    """A ControlNet that the command line names."""
 
     model: ControlNetModel
     digest: str
@@ -45,13 +45,14 @@ class NamedControlNet:
 
 
 def control_image_of(name: str) -> str:
-    """What the control image is, as far as the name of a ControlNet tells its kind."""
+    """The kind of image that a ControlNet wants, as far as its name tells."""
     kinds = (kind for kind in CONTROL_IMAGES if kind in name.lower())
     return CONTROL_IMAGES.get(next(kinds, ""), "the image that it was trained on")
 
 
 def named_folders(given: Sequence[str]) -> dict[str, Path]:
-    """{name: folder} of `NAME=FOLDER` or `FOLDER`, which is its own name. Raises ConfigError."""
+    """The folders by their names, from arguments `NAME=FOLDER` or `FOLDER`, which is its own name.
+    Raises ConfigError."""
     found: dict[str, Path] = {}
     for words in given:
         name, equals, folder = words.partition("=")
@@ -69,7 +70,7 @@ def named_folders(given: Sequence[str]) -> dict[str, Path]:
 def opened(
     folders: dict[str, Path], opening: Callable[[Path], ControlNetModel]
 ) -> dict[str, NamedControlNet]:
-    """Every one of them, by name."""
+    """The ControlNets of the folders, opened, by their names."""
     return {
         name: NamedControlNet(opening(folder), fingerprint(folder))
         for name, folder in folders.items()

@@ -50,7 +50,7 @@ LAUNCH: dict[str, Any] = {
 
 
 def build_page(studio: Studio, start: StartValues, folder: Path) -> gr.Blocks:
-    """The page; `folder` takes what it draws."""
+    """Builds the page; what it draws is written to `folder`."""
     sessions = Sessions(folder / "drawn")
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, delete_cache=(600, KEPT_SECONDS), fill_width=False

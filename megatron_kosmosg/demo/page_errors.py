@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def errors_for_people(*files: Path) -> Iterator[None]:
-    """What cannot be done is a message on the page; names of files stand there without folders."""
+    """Context in which an error becomes a message on the page; names of files stand there without
+    their folders."""
     try:
         yield
     except (PromptError, ConfigError) as error:

@@ -43,7 +43,7 @@ SCHEDULER_NAMES = (SAVED, *SCHEDULERS)
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """One press of the button."""
+    """What the page asks for with one press of its button."""
 
     prompt: str
     images: tuple[Path, ...]
@@ -128,13 +128,14 @@ def check_images(images: Sequence[Path]) -> None:
 
 
 def _size(data: bytes) -> tuple[int, int]:
-    """From the header alone: what decodes to too much is not decoded."""
+    """The (width, height) of an image, from its header alone: what would decode to too much is not
+    decoded."""
     image: Image.Image = open_image(data)
     return image.size
 
 
 def count_line(prompt: str, num_images: int) -> tuple[bool, str]:
-    """(whether they fit, what the page says of the numbers of placeholders and images)."""
+    """(whether they fit, what the page says about the numbers of placeholders and images)."""
     count = prompt.count(PLACEHOLDER)
     said = f"{count} {PLACEHOLDER} in the text, {num_images} image{'s' * (num_images != 1)} added"
     if count < num_images:
@@ -168,7 +169,8 @@ def page_values(settings: Mapping[str, Any]) -> dict[str, Any]:
 def said_additions(
     settings: Mapping[str, Any],
 ) -> tuple[tuple[str, float] | None, list[tuple[str, float]]]:
-    """(fingerprint and strength of the ControlNet, those of each LoRA) of a drawn PNG.
+    """(fingerprint and strength of the ControlNet, those of each LoRA) with which a PNG was drawn,
+    from what it says of itself.
 
     Raises PromptError for settings that `kosmosg` has not written.
     """
@@ -186,7 +188,7 @@ def said_additions(
 
 
 def image_names(settings: Mapping[str, Any]) -> list[str]:
-    """Of the images in the prompt of a drawn PNG, as far as it says them."""
+    """The names of the images in the prompt of a drawn PNG, as far as it says them."""
     shown, content = settings.get("shown"), settings.get("content")
     if not (isinstance(shown, list) and isinstance(content, list)):
         return []

@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass
 class Session:
-    """One tab's."""
+    """The state of one browser tab."""
 
     folder: Path
     stop: threading.Event = field(default_factory=threading.Event)
@@ -27,7 +27,8 @@ class Sessions:
         self._lock = threading.Lock()
 
     def begin(self, name: str | None) -> tuple[threading.Event, Path]:
-        """(set when the work is to stop, new folder for what it makes) for one piece of work.
+        """Begins one piece of work: returns (an event that is set when the work is to stop, a new
+        folder for what it makes).
 
         name: None is a caller without a tab, whom nobody can stop.
         """

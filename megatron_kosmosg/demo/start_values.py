@@ -1,4 +1,4 @@
-"""What the page's controls show when it is opened."""
+"""The values that the page's controls show when it is opened."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_kosmosg.inference.noise_schedules import SAVED
 
 @dataclass(frozen=True)
 class StartValues:
-    """Of the controls, and an example prompt."""
+    """The first values of the page's controls, and an example prompt."""
 
     prompt: str
     guidance: float

@@ -38,7 +38,7 @@ class Cancelled(Exception):
 
 
 class Studio:
-    """One model, which does one thing at a time, for all sessions."""
+    """One opened model, which does one thing at a time, for all sessions."""
 
     def __init__(
         self,
@@ -47,7 +47,14 @@ class Studio:
         dtype: str,
         controlnets: Mapping[str, NamedControlNet] | None = None,
     ) -> None:
-        """controlnets: by the names that the page offers."""
+        """Takes the opened model.
+
+        Args:
+            drawer: draws; it shows no progress of its own from now on.
+            source: the files that the model was made of; the pictures say them.
+            dtype: name of the type of its weights; the pictures say it, too.
+            controlnets: by the names that the page offers.
+        """
         self.drawer = drawer
         drawer.show_steps(False)
         self._dtype = dtype
@@ -78,16 +85,16 @@ class Studio:
 
     @property
     def max_images(self) -> int:
-        """As many as a prompt without words has room for, after its <s>."""
+        """The most images that a prompt has room for, when it has no words but its <s>."""
         return (self.longest_prompt - 1) // self.image_positions
 
     @property
     def controlnet_names(self) -> list[str]:
-        """That a request may ask for, besides none."""
+        """The names of ControlNets that a request may ask for, besides none."""
         return list(self._controlnets)
 
     def plan(self, request: DrawRequest, defaults: DrawingOptions = DEFAULTS) -> PicturePlan:
-        """What each picture's settings become, drawn as `request` says. Raises PromptError."""
+        """The pictures that the request asks for, with the settings of each. Raises PromptError."""
         chosen = self._chosen(request)
         return PicturePlan(
             RunSettings(
@@ -117,8 +124,8 @@ class Studio:
         return self._controlnets[request.controlnet]
 
     def additions(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """controlnet, control_scale and lora_scale of the settings that a drawn PNG says, as far as
-        what it was drawn with was given to this page."""
+        """The controlnet, control_scale and lora_scale that a drawn PNG says it was drawn with, as
+        far as these additions were given to this page."""
         control, loras = said_additions(settings)
         values: dict[str, Any] = {"controlnet": NONE, "control_scale": 1.0, "lora_scale": 1.0}
         for name, known in self._controlnets.items():
@@ -157,7 +164,7 @@ class Studio:
         ]
 
     def caption(self, prompt: str, images: Sequence[Path], max_new_tokens: int) -> str:
-        """What the language model says after the prompt. Raises PromptError."""
+        """The words that the language model says after the prompt. Raises PromptError."""
         check_images(images)
         text = prompt if PLACEHOLDER in prompt or not images else PLACEHOLDER * len(images) + prompt
         content = split_prompt(text, list(images), "prompt")
@@ -178,7 +185,8 @@ class Studio:
 
 
 def steps_of(options: DrawingOptions) -> int:
-    """That are made: a share of those asked for where there is a start image."""
+    """The number of denoising steps that are made: a share of those asked for where there is a
+    start image."""
     assert options.steps is not None, "see RunSettings"
     if options.start_image is None or options.strength is None:
         return options.steps

@@ -21,7 +21,7 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class StageActivations:
-    """Bytes on one rank."""
+    """The bytes that are kept on one rank for the backward pass of a micro-batch."""
 
     saved: float
     """Of each micro-batch between its forward and its backward."""
@@ -55,7 +55,7 @@ class _Stack:
         return kept * self.element + mask + inner / self.width * self.heads * _FP32
 
     def feed_forward(self, positions: float) -> float:
-        """Norm, both linears and their residual."""
+        """Bytes of the feed-forward block: norm, both linears and their residual."""
         outer = positions / (self.tp if self.sequence_parallel else 1)
         inner = positions / self.tp * self.ffn_width
         kept = 2 * outer * self.width * self.element  # residual, normed
@@ -70,11 +70,11 @@ class _Stack:
         return kept * self.element
 
     def layer(self, positions: float) -> float:
-        """One layer without cross-attention."""
+        """Bytes of one layer without cross-attention."""
         return self.self_attention(positions) + self.feed_forward(positions)
 
     def encoder(self, positions: float, recompute: bool) -> float:
-        """All layers and the final norm."""
+        """Bytes of all layers and the final norm."""
         return self._stacked(self.layer(positions), positions, recompute)
 
     def decoder(self, queries: float, keys: float, recompute: bool) -> float:
@@ -97,7 +97,7 @@ class _Stack:
 def stage_activations(
     config: RunConfig, pieces: StagePieces, is_last: bool, batch: MicroBatch
 ) -> StageActivations:
-    """Of one pipeline stage, the frozen U-Net left out."""
+    """The activations of one pipeline stage, without those of the frozen U-Net."""
     element = ELEMENT_BYTES[config.training.precision]
     recompute = config.training.recompute == "full"
     decoder, aligner = _decoder(config, pieces, element), _aligner(config, element)

@@ -23,7 +23,7 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank sends, and in how many messages."""
+    """How much one rank sends, and in how many messages."""
 
     sent: float = 0.0
     """Bytes."""
@@ -45,7 +45,7 @@ class Traffic:
 def tensor_traffic(
     config: RunConfig, pieces: StagePieces, is_last: bool, batch: MicroBatch
 ) -> tuple[Traffic, Traffic]:
-    """(forward, backward) of one micro-batch within the tensor-parallel group."""
+    """The traffic of one micro-batch within the tensor-parallel group, as (forward, backward)."""
     parallel, facts = config.parallel, stage_facts(config.stage)
     tp = parallel.tensor_model_parallel_size
     if tp == 1:
@@ -85,7 +85,7 @@ def tensor_traffic(
 
 
 def boundary_traffic(config: RunConfig, world: WorldLayout, batch: MicroBatch) -> Traffic:
-    """One hand-over between pipeline stages, in one direction."""
+    """The traffic of one hand-over between pipeline stages, in one direction."""
     if world.pp_size == 1:
         return Traffic()
     element = ELEMENT_BYTES[config.training.precision]
@@ -96,7 +96,7 @@ def boundary_traffic(config: RunConfig, world: WorldLayout, batch: MicroBatch) -
 def data_traffic(
     config: RunConfig, world: WorldLayout, count: RankCount
 ) -> tuple[Traffic, Traffic]:
-    """(gradients, parameters) of one update within the data-parallel group."""
+    """The traffic of one update within the data-parallel group, as (gradients, parameters)."""
     share = (world.num_replicas - 1) / world.num_replicas
     gradients = count.gradient_elements * _FP32 * share
     if not share:

@@ -91,7 +91,7 @@ def _as_setting(value: object) -> str:
 
 
 def in_words(candidate: Candidate) -> str:
-    """The layout in a line."""
+    """The layout of a candidate in one line."""
     choice, planned = candidate.choice, candidate.estimate
     words = [
         f"TP{choice.tensor} PP{choice.pipeline} DP{planned.world.num_replicas}",
@@ -109,7 +109,8 @@ def in_words(candidate: Candidate) -> str:
 
 
 def reasons(result: SearchResult) -> list[str]:
-    """For each setting, how the best layout with another value compares, and what it loses to."""
+    """For each setting a line that says how the best layout with another value compares, and what
+    it loses to."""
     best, lines = result.candidates[0], []
     for question, answer in _QUESTIONS.items():
         mine = answer(best.choice)
@@ -141,7 +142,7 @@ def _loss(best: Candidate, other: Candidate) -> str:
 
 
 def as_dict(candidate: Candidate) -> dict:
-    """What the JSON says of one candidate."""
+    """One candidate as the JSON states it."""
     planned = candidate.estimate
     return asdict(candidate.choice) | {
         "seconds": planned.seconds,

@@ -63,7 +63,8 @@ def describe(config: RunConfig) -> str:
 
 
 def planned_world_size(config: RunConfig) -> int:
-    """parallel.world_size, else the ranks this was started with, else one copy of the model."""
+    """Number of ranks of the run: parallel.world_size, else the ranks this was started with, else
+    what one copy of the model needs."""
     if config.parallel.world_size is not None:
         return config.parallel.world_size
     return max(find_place().world_size, model_parallel_size(config))
@@ -79,7 +80,7 @@ def parameter_table(counts: ModelCounts) -> str:
 
 
 def per_rank_table(config: RunConfig, world: WorldLayout, counts: ModelCounts) -> str:
-    """What the ranks of each pipeline stage hold, and the score ranks."""
+    """A table of what the ranks of each pipeline stage hold, and the score ranks."""
     lines = [
         f"pipeline rank {index}: {rank.trainable + rank.frozen:,} held, {rank.trainable:,} trained "
         f"on each of {world.num_replicas * world.tp_size} ranks\n  {rank.pieces}"

@@ -1,4 +1,4 @@
-"""What one update of a layout costs: seconds, FLOPs, bytes sent, memory; by formulae alone."""
+"""The cost of one update of a layout by formulae alone: seconds, FLOPs, bytes sent, memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HIDDEN_SHARE = 0.8
 
 @dataclass(frozen=True)
 class Estimate:
-    """One update."""
+    """What one update of a layout costs."""
 
     world: WorldLayout
     num_microbatches: int
@@ -141,7 +141,7 @@ def _timeline(
 
 
 def _exposed(seconds: float, cover: float) -> float:
-    """What is left of an exchange that overlaps with a pass; its last bucket never does."""
+    """The seconds of an exchange that do not overlap with a pass; its last bucket never does."""
     return max(0.05 * seconds, seconds - _HIDDEN_SHARE * cover)
 
 

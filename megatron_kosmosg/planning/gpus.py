@@ -25,7 +25,7 @@ from megatron_kosmosg.config.load import read_yaml
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU in its usual node of eight."""
+    """One kind of GPU, in its usual node of eight."""
 
     name: str
     memory_gib: float
@@ -146,7 +146,7 @@ def _needed() -> list[str]:
 
 
 def _gpu_of(path: Path, given: Mapping[str, Any]) -> Gpu:
-    """What a file says of a GPU; its name is that of the file where it gives none."""
+    """The GPU that a file describes; it has the file's name where the file gives it none."""
     types = typing.get_type_hints(Gpu)
     unknown, missing = sorted(given.keys() - types), [k for k in _needed() if k not in given]
     if unknown or missing:

@@ -35,7 +35,7 @@ _BUCKET = 40_000_000, 1_000_000
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes, of a rank or of a node."""
+    """The bytes of the machine's own memory that a rank, or a node, takes."""
 
     programs: float
     batches: float
@@ -63,7 +63,7 @@ class HostPlan:
     """Checkpoints at a time, the one being written included; None for all."""
 
     def lines(self) -> list[str]:
-        """For people; slurm/checks.sh reads the GiB of a rank."""
+        """The plan in lines for people; slurm/checks.sh reads the GiB of a rank from them."""
         gib = {name: value / GIB for name, value in asdict(self.node).items()}
         several = "" if self.kept is None else f", {self.kept} at a time"
         return [
@@ -91,8 +91,14 @@ def plan_host(
     parameters: tuple[int, int],
     per_node: int,
 ) -> HostPlan:
-    """batches: of one replica in one update. parameters: of the whole model, those that train and
-    those that do not, without the networks beside it. per_node: ranks."""
+    """Plans the memory of a node.
+
+    Args:
+        batches: the micro-batches of one replica in one update.
+        parameters: numbers of those of the whole model that train and that do not, without the
+            networks beside it.
+        per_node: ranks of a node.
+    """
     ranks = min(per_node, world.world_size)
     fullest = _fullest(config, world, shares, batches, ranks)
     sums = zip(*(asdict(memory).values() for memory in fullest), strict=True)
@@ -124,7 +130,7 @@ def _fullest(
 
 
 def checkpoint_bytes(config: RunConfig, trained: int, frozen: int) -> float:
-    """Of one checkpoint on disk, all ranks' files together."""
+    """Size of one checkpoint on disk, all ranks' files together."""
     return ELEMENT_BYTES[config.training.precision] * (trained + frozen) + (
         _state_bytes(config) * trained
     )
@@ -167,7 +173,7 @@ def _helpers(config: RunConfig) -> float:
 
 
 def _batches(config: RunConfig, batches: Sequence[MicroBatch]) -> float:
-    """What the threads of a rank that reads hold."""
+    """The bytes of batches that the threads of a reading rank hold."""
     data, facts = config.data, stage_facts(config.stage)
     threads = data.num_workers
     side = config.model.vision.image_size

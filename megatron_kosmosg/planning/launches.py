@@ -15,7 +15,7 @@ from megatron_kosmosg.stages import stage_facts
 
 
 class Launches(NamedTuple):
-    """Kernels of one micro-batch."""
+    """The numbers of kernels that the passes of one micro-batch launch."""
 
     forward: float
     backward: float
@@ -50,7 +50,7 @@ UPDATE_BUCKET, BUCKET_ELEMENTS = 7, 40e6
 
 
 def launches(config: RunConfig, pieces: StagePieces, is_last: bool, pictures: float) -> Launches:
-    """Of a pipeline stage, the frozen U-Net left out."""
+    """The kernels of a pipeline stage, without those of the frozen U-Net."""
     is_first = pieces.first_decoder_layer == 0
     facts = stage_facts(config.stage)
     split = config.parallel.tensor_model_parallel_size > 1
@@ -73,7 +73,7 @@ def launches(config: RunConfig, pieces: StagePieces, is_last: bool, pictures: fl
 
 
 def score_launches(config: RunConfig) -> Launches:
-    """Of the frozen U-Net, and of the VAE's encoder unless its moments are cached."""
+    """The kernels of the frozen U-Net, and of the VAE's encoder unless its moments are cached."""
     recorded = config.performance.compile == "cudagraph"
     forward, backward = (RECORDED, RECORDED) if recorded else UNET
     encoder = RECORDED if recorded else VAE_ENCODER.forward
@@ -85,7 +85,8 @@ def score_launches(config: RunConfig) -> Launches:
 def update_launches(
     config: RunConfig, world: WorldLayout, pieces: StagePieces, elements: float
 ) -> float:
-    """Of the optimizer's step on a rank of a pipeline stage. elements: of its gradients."""
+    """The kernels of the optimizer's step on a rank of a pipeline stage that updates `elements`
+    gradient elements."""
     sharing = world.num_replicas if config.parallel.use_distributed_optimizer else 1
     trained = stage_facts(config.stage).trains_decoder * pieces.num_decoder_layers
     copies = UPDATE_DECODER_LAYER * trained

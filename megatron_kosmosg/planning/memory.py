@@ -32,7 +32,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Peak bytes on one rank."""
+    """The peak of the bytes that one rank holds, by what they are for."""
 
     parameters: float
     """In the training precision, trained and frozen."""
@@ -57,7 +57,7 @@ class RankMemory:
 
     @property
     def overhead(self) -> float:
-        """What no memory tracker sees."""
+        """The bytes that no memory tracker sees."""
         return self.context + self.workspaces + self.fragmentation
 
     @property
@@ -66,7 +66,7 @@ class RankMemory:
 
     @property
     def tensors(self) -> float:
-        """Without the overhead: what a memory tracker sees."""
+        """The bytes that a memory tracker sees: all but the overhead."""
         return self.total - self.overhead
 
 
@@ -79,7 +79,8 @@ def decoder_memory(
     batches: Sequence[MicroBatch],
     efficiency: Efficiency,
 ) -> RankMemory:
-    """Of the ranks of one pipeline stage. batches: the replica's micro-batches of one update."""
+    """The memory of the ranks of one pipeline stage. `batches` are the replica's micro-batches of
+    one update."""
     parallel, precision = config.parallel, config.training.precision
     element = ELEMENT_BYTES[precision]
     is_last = pp_rank == world.pp_size - 1
@@ -108,7 +109,7 @@ def decoder_memory(
 
 
 def score_memory(config: RunConfig, rows: int, efficiency: Efficiency) -> RankMemory:
-    """Of a dedicated score rank that takes `rows` images at once."""
+    """The memory of a dedicated score rank that takes `rows` images at once."""
     weights = sum(frozen_helpers(config).values()) * ELEMENT_BYTES[config.training.precision]
     activations = _score_activations(config, rows)
     overhead = _overhead(weights + activations, efficiency)
@@ -134,14 +135,14 @@ def _score_activations(config: RunConfig, rows: int) -> float:
 
 
 def _overhead(tensors: float, efficiency: Efficiency) -> tuple[float, float, float]:
-    """Context, workspaces, fragmentation."""
+    """The bytes of (context, workspaces, fragmentation)."""
     context = (efficiency.context_gib + efficiency.nccl_gib) * GIB
     return context, efficiency.workspace_gib * GIB, efficiency.fragmentation * tensors
 
 
 @dataclass(frozen=True)
 class RankKind:
-    """Ranks that do the same."""
+    """The ranks that do the same, and so hold the same."""
 
     name: str
     holds: str
@@ -158,7 +159,8 @@ def rank_kinds(
     batches: Sequence[MicroBatch],
     efficiency: Efficiency,
 ) -> list[RankKind]:
-    """In the order of the pipeline, score ranks last. batches: of one replica in one update."""
+    """The kinds of rank in the order of the pipeline, score ranks last. `batches` are those of one
+    replica in one update."""
     found = [
         RankKind(
             name=f"decoder_stage_{stage}" if world.pp_size > 1 else "decoder",
@@ -186,7 +188,8 @@ MAPS_OF_VAE = 5.1
 
 @cache
 def unet_bytes(path: str | None, image_size: int, condition_length: int) -> tuple[int, int]:
-    """(bytes saved per image, largest feature map of the VAE's encoder per image), in float32."""
+    """(bytes that the U-Net saves for one image, the largest feature map of the VAE's encoder for
+    one image), in float32."""
     unet, vae = unet_and_vae(path)
     side = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
     condition = torch.empty(
@@ -224,7 +227,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _SavesInputsAndOutput(torch.autograd.Function):
-    """Only its bookkeeping is used: on the meta device there are no numbers."""
+    """A function of which only the bookkeeping is used: on the meta device there are no numbers."""
 
     @staticmethod
     def forward(ctx, query, key, value):

@@ -28,7 +28,7 @@ from megatron_kosmosg.training.stage import Stage
 
 @dataclass(frozen=True)
 class Part:
-    """Parameters of one module of the stage."""
+    """The parameters of one module of the stage."""
 
     trainable: int
     frozen: int
@@ -48,7 +48,7 @@ class RankCount:
 
 @dataclass(frozen=True)
 class ModelShares:
-    """A layout; frozen helpers left out."""
+    """The parameters of every rank of a layout, without the frozen helpers."""
 
     pieces: list[StagePieces]
     """Of the pipeline stages."""
@@ -108,7 +108,7 @@ def whole_model(config: RunConfig) -> torch.nn.Module:
 
 
 def trained_and_frozen(module: torch.nn.Module) -> tuple[int, int]:
-    """Numbers of parameters."""
+    """(number of parameters that train, number of those that do not)."""
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return trained, sum(p.numel() for p in module.parameters() if not p.requires_grad)
 
@@ -131,7 +131,7 @@ def frozen_helpers(config: RunConfig) -> dict[str, int]:
 
 
 def model_shares(config: RunConfig, model: torch.nn.Module) -> ModelShares:
-    """How `model` (whole_model) is spread over the pipeline and tensor ranks of `config`."""
+    """The share of `model` (whole_model) that each pipeline and tensor rank of `config` holds."""
     facts = stage_facts(config.stage)
     stages = pipeline_pieces(config, facts.aligner_parts)
     tp_size = config.parallel.tensor_model_parallel_size

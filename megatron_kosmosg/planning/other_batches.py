@@ -38,14 +38,15 @@ def other_batches(
 def faster_batches(
     config: RunConfig, planned: Estimate, candidates: list[Candidate]
 ) -> list[Faster]:
-    """Those of `other_batches` that are much faster than the plan of `config`, fastest first."""
+    """The batches of `other_batches` that are much faster than the plan of `config`, fastest
+    first."""
     compared = [beside(config, planned, candidate) for candidate in candidates]
     worth = [faster for faster in compared if faster.times > WORTH_SAYING]
     return sorted(worth, key=lambda faster: -faster.times)
 
 
 def nearest_batches(candidates: list[Candidate]) -> str:
-    """Those of `other_batches` in words; empty without any."""
+    """The batches of `other_batches` in words; empty without any."""
     return "; ".join(
         f"training.global_batch_size={candidate.config.training.global_batch_size}: "
         f"{candidate.samples_per_second:,.0f} samples/s with {in_words(candidate)}"
@@ -56,7 +57,7 @@ def nearest_batches(candidates: list[Candidate]) -> str:
 def more_gpus(
     config: RunConfig, world_size: int, gpu: Gpu, efficiency: Efficiency, model: torch.nn.Module
 ) -> str:
-    """In words, how many GPUs of this sort are enough: two, four or eight times as many."""
+    """How many GPUs of this sort are enough (two, four or eight times as many), in words."""
     for more in (2 * world_size, 4 * world_size, 8 * world_size):
         try:
             best = search(config, more, gpu, efficiency, model).candidates[0]

@@ -13,7 +13,7 @@ from megatron_kosmosg.stages import stage_facts
 
 
 def with_default_layout(config: RunConfig) -> RunConfig:
-    """`config` with the balanced pipeline_layout where it has several stages and names none.
+    """The config with the balanced pipeline_layout, where it has several stages and names none.
 
     The kinds of its datasets are those of their manifests, as in `workload.with_kinds`, which says
     what it raises.

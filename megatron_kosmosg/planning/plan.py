@@ -58,8 +58,8 @@ class Plan:
 
 
 def planned_config(config: RunConfig, world_size: int, gpu: Gpu) -> tuple[RunConfig, list[str]]:
-    """`config` made for `world_size` GPUs of that sort, with the kinds of its datasets, and notes:
-    what was changed for it or assumed. Raises as `with_kinds` does."""
+    """The config made for `world_size` GPUs of that sort, with the kinds of its datasets; and notes
+    on what was changed for it or assumed. Raises as `with_kinds` does."""
     config = with_kinds(config)
     notes = assumed_kinds(config)
     if config.training.precision == "bf16" and not gpu.bf16_tflops:
@@ -71,9 +71,16 @@ def planned_config(config: RunConfig, world_size: int, gpu: Gpu) -> tuple[RunCon
 def make_plan(
     config: RunConfig, world_size: int, gpu: Gpu, efficiency: Efficiency, notes: list[str]
 ) -> Plan:
-    """The plan of the layout in `config`, with those that are planned faster.
+    """Plans the layout in `config`, and names those that would be faster.
 
-    Raises ConfigError when it is not valid.
+    Args:
+        world_size: number of GPUs, those of score ranks included.
+        gpu: the kind of GPU.
+        efficiency: how much of the GPU's stated speed is reached.
+        notes: what was assumed so far, which the plan then says.
+
+    Raises:
+        ConfigError: the layout is not valid.
     """
     try:
         validate_layout(config, world_size, stage_facts(config.stage))
@@ -202,7 +209,7 @@ def _idle_note(
 
 
 def written_config(config: RunConfig, plan: Plan, gpu: str) -> RunConfig:
-    """`config`, as the user gave it, with what the plan settled and which GPU it was made for."""
+    """The config as the user gave it, with what the plan settled and which GPU it was made for."""
     planned = plan.config
     return replace(
         config,
@@ -290,7 +297,7 @@ def to_json(plan: Plan) -> dict:
 
 
 def to_text(plan: Plan) -> str:
-    """The same for people."""
+    """The plan as text for people."""
     facts = to_json(plan)
     layout, iteration, schedule = facts["layout"], facts["iteration"], facts["schedule"]
     batch = f"{layout['micro_batch_size']} per micro-batch x {layout['num_micro_batches']}"

@@ -37,7 +37,8 @@ class Rates:
     efficiency: Efficiency
 
     def seconds(self, work: Work, flops: float) -> float:
-        """Of `flops` of some work, at the share of the peak that its batch reaches."""
+        """The seconds that `flops` of some work take, at the share of the peak that its batch
+        reaches."""
         if not flops:
             return 0.0
         reached = {

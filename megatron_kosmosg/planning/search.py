@@ -41,7 +41,7 @@ _SMALL_WORLD = 16
 
 @dataclass(frozen=True)
 class Choice:
-    """The settings that a search varies."""
+    """A value for each of the settings that a search varies."""
 
     tensor: int
     pipeline: int
@@ -57,7 +57,7 @@ class Choice:
 
     @property
     def score(self) -> str:
-        """Placement and ratio, in short."""
+        """Placement and ratio of score ranks in short."""
         if self.placement == "colocated":
             return "colocated"
         if self.replicas_per_rank > 1:
@@ -91,7 +91,7 @@ class Choice:
 
 
 def with_choice(config: RunConfig, choice: Choice, world_size: int) -> RunConfig:
-    """`config` with the settings of a choice; exchanges overlap wherever there are replicas."""
+    """The config with the settings of a choice; exchanges overlap wherever there are replicas."""
     return replace(
         config,
         parallel=replace(
@@ -138,12 +138,12 @@ class Candidate:
 
     @property
     def largest_memory_gib(self) -> float:
-        """Of the kinds of rank."""
+        """Memory of the kind of rank that holds most, in GiB."""
         return max(kind.memory.total for kind in self.estimate.kinds) / GIB
 
 
 class NothingFits(ConfigError):
-    """A search without a result."""
+    """No layout fits: the search has no result."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,8 @@ class SearchResult:
 def search(
     config: RunConfig, world_size: int, gpu: Gpu, efficiency: Efficiency, model: torch.nn.Module
 ) -> SearchResult:
-    """All valid layouts of `config` on `world_size` GPUs. Raises NothingFits when none is left."""
+    """Estimates all valid layouts of `config` on `world_size` GPUs, best first. Raises NothingFits
+    when none is left."""
     fitting, tried, too_large = [], 0, []
     estimator = _Estimator(world_size, gpu, efficiency, model)
     for choices in _choices(config, world_size):

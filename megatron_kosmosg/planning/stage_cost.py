@@ -119,7 +119,7 @@ def _recomputed(work: Work) -> float:
 
 @dataclass(frozen=True)
 class StageCost:
-    """One update."""
+    """What one update costs a rank of a pipeline stage."""
 
     forward: list[float]
     """Seconds of every micro-batch, exchange with the neighbours included."""
@@ -145,7 +145,7 @@ def stage_cost(
     gpu: Gpu,
     rates: Rates,
 ) -> StageCost:
-    """Of pipeline stage `stage`; the U-Net only where it is colocated."""
+    """The cost of pipeline stage `stage`; the U-Net is part of it only where it is colocated."""
     is_last = stage == world.pp_size - 1
     neighbours = (stage > 0) + (not is_last)
     has_unet = stage_facts(config.stage).has_unet

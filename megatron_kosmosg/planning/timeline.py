@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Timeline:
-    """One update without gradient exchange and optimizer."""
+    """One update as it passes in time, without the exchange of gradients and the optimizer."""
 
     seconds: float
     decoder_busy: float
@@ -93,7 +93,7 @@ def _ready(
     stages: int,
     dedicated: bool,
 ) -> float | None:
-    """When the inputs of a pass are there; None while that is unknown."""
+    """The time when the inputs of a pass are there; None while that is unknown."""
     if name == "F":
         return 0.0 if stage == 0 else done.get(("F", replica, stage - 1, i))
     if stage < stages - 1:

@@ -21,7 +21,7 @@ from megatron_kosmosg.stages import stage_facts
 
 @dataclass(frozen=True)
 class MixtureEntry:
-    """An ordinary sample of one dataset."""
+    """The size of an ordinary sample of one dataset."""
 
     dataset: str
     kind: str
@@ -35,7 +35,7 @@ class MixtureEntry:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass works on."""
+    """The sizes of what one forward pass works on."""
 
     images: int
     """Rows that count: target images, captions, packed rows."""
@@ -48,12 +48,12 @@ class MicroBatch:
 
     @property
     def positions(self) -> int:
-        """Decoder positions, padding included."""
+        """Positions of the decoder, padding included."""
         return self.rows * self.length
 
 
 def with_kinds(config: RunConfig) -> RunConfig:
-    """`config` with the kind of every dataset of data.blend that its manifest or the config says.
+    """The config with the kind of every dataset of data.blend that its manifest or the config says.
 
     Raises ConfigError where the two differ, and for a manifest that cannot be read.
     """
@@ -130,7 +130,7 @@ def micro_batches(config: RunConfig, count: int) -> list[MicroBatch]:
 
 
 def _shares(entries: list[MixtureEntry], start: float, stop: float) -> list[float]:
-    """How much of each dataset lies between two quantiles of the samples sorted by length."""
+    """The share of each dataset between two quantiles of the samples sorted by length."""
     shares, position = [], 0.0
     for entry in entries:
         overlap = min(stop, position + entry.share) - max(start, position)
@@ -141,7 +141,7 @@ def _shares(entries: list[MixtureEntry], start: float, stop: float) -> list[floa
 
 @dataclass(frozen=True)
 class ScoreShare:
-    """What a dedicated score rank gets of a micro-batch."""
+    """The share of a micro-batch that a dedicated score rank gets."""
 
     images: int
     """At once."""

@@ -68,7 +68,8 @@ def why_not() -> str | None:
 
 
 def load_guard() -> None:
-    """Call it before anything imports torch. Raises CalledProcessError when g++ fails."""
+    """Loads the guard; call it before anything imports torch. Raises CalledProcessError when g++
+    fails."""
     if "torch" in sys.modules:
         raise RuntimeError("the stand-in for CUDA must be loaded before torch, which is imported")
     library = ctypes.CDLL(str(_compiled()), mode=ctypes.RTLD_GLOBAL)

@@ -54,7 +54,7 @@ class DeviceMemory:
         self.peak = self.now
 
     def take_highest(self) -> int:
-        """Most bytes at once since the last call."""
+        """The most bytes that were alive at once since the last call."""
         highest, self._highest = self._highest, self.now
         return highest
 

@@ -22,7 +22,7 @@ _NUM_DIMENSIONS = 3
 
 
 class _Done:
-    """Of an operation that is over at once."""
+    """The handle of an operation that is over at once."""
 
     def wait(self, *_: Any) -> bool:
         return True
@@ -49,7 +49,7 @@ class _Store(dist.Store):
 
 
 class Collectives:
-    """`torch.distributed` of one rank."""
+    """Stands for `torch.distributed` on one rank."""
 
     def __init__(self, recorder: Recorder, numbers: Numbers) -> None:
         self._recorder, self._numbers = recorder, numbers
@@ -64,7 +64,8 @@ class Collectives:
         """What the other ranks give `all_gather_object` where this rank has nothing to say."""
 
     def install(self) -> None:
-        """Before anything takes names out of `torch.distributed`; for the rest of the process."""
+        """Replaces torch.distributed's functions for the rest of the process; has to come before
+        anything takes names out of it."""
         real_group, real_start = dist.new_group, dist.init_process_group
 
         def new_group(ranks: Sequence[int] | None = None, *_: Any, **named: Any):

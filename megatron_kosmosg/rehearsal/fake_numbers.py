@@ -16,31 +16,33 @@ _KNOWN = "rehearsed_list"
 
 
 class Numbers:
-    """What a program reads out of tensors that hold nothing."""
+    """The numbers that a program reads out of tensors that hold nothing."""
 
     def __init__(self) -> None:
         self.flag = True
         """Of booleans and bytes, by which ranks tell each other facts."""
 
     def item(self, dtype: torch.dtype) -> bool | int | float:
-        """0: no overflow was found, no signal received; flags apart."""
+        """The value that a single number has: 0, so that no overflow was found and no signal
+        received; flags apart."""
         if dtype in (torch.bool, torch.uint8):
             return self.flag if dtype is torch.bool else int(self.flag)
         return 0.0 if dtype.is_floating_point else 0
 
     def tolist(self, tensor: torch.Tensor) -> Any:
-        """What `set_list` said, else ones (counts that are divided by), and zeros for integers."""
+        """The list that `set_list` set, else ones, because counts are divided by, and zeros for
+        integers."""
         known = getattr(tensor, _KNOWN, None)
         if known is not None:
             return known
         return _nested(tuple(tensor.shape), 1.0 if tensor.is_floating_point() else 0)
 
     def set_list(self, tensor: torch.Tensor, numbers: list) -> None:
-        """What `tensor.tolist()` is to give."""
+        """Sets what `tensor.tolist()` is to give."""
         setattr(tensor, _KNOWN, numbers)
 
     def follow(self, name: str, args: tuple, results: list[torch.Tensor]) -> None:
-        """What is known of a list of numbers holds for its copies and its slices."""
+        """Makes what is known of a list of numbers hold for its copies and slices, too."""
         known = getattr(args[0], _KNOWN, None) if args else None
         if known is None or name not in ("_to_copy", "clone", "detach", "alias", "slice"):
             return
@@ -94,21 +96,21 @@ def answer_for_tensors(recorder: Recorder, numbers: Numbers) -> None:
 
 
 def _nested(shape: tuple[int, ...], filling: Any) -> Any:
-    """Lists of lists of that shape."""
+    """Lists of lists of that shape, filled with `filling`."""
     if not shape:
         return filling
     return [_nested(shape[1:], filling) for _ in range(shape[0])]
 
 
 def _read(data: Any) -> Any:
-    """`data` with numbers in place of the tensors inside its lists, which C++ cannot read."""
+    """The data with numbers in place of the tensors inside its lists, which C++ cannot read."""
     if isinstance(data, (list, tuple)):
         return [x.item() if isinstance(x, FakeTensor) else _read(x) for x in data]
     return data
 
 
 def _apply(self: torch.nn.Module, fn: Callable, recurse: bool = True) -> torch.nn.Module:
-    """nn.Module's: parameters stay the objects that they are and get new data.
+    """Stands for nn.Module's `_apply`: parameters stay the objects that they are and get new data.
 
     torch would swap fake ones for others, which it cannot while there are weak references to them.
     """

@@ -46,9 +46,9 @@ def answer_for_files() -> None:
 
 
 def with_frozen_folders(config: RunConfig, folder: Path) -> RunConfig:
-    """`config` with folders of Stable Diffusion v1.5's sizes, written into `folder`, in place of
-    those that its stage reads and that are not on this machine; without the image tower's, which
-    has weights alone."""
+    """The config with folders of Stable Diffusion v1.5's sizes, written into `folder`, in place of
+    those that its stage reads and that are not on this machine. The image tower's folder, which has
+    only weights, is left out."""
     model, missing = config.model, missing_folders(config)
     model = replace(model, vision=replace(model.vision, path=None))
     if UNET in missing:

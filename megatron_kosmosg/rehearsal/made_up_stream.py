@@ -27,8 +27,14 @@ class MadeUpStream:
         reads: str = "all",
         decodes: bool = True,
     ) -> None:
-        """reads: `prompts` leaves the targets out, `targets` leaves out all but these. decodes:
-        False on ranks without the image tower."""
+        """Makes batches of always the same sizes.
+
+        Args:
+            length: tokens of a row.
+            images: pictures of a micro-batch.
+            reads: `prompts` leaves the targets out, `targets` leaves out all but these.
+            decodes: False on ranks without the image tower.
+        """
         self._config, self._length, self._images = config, length, images
         self._reads, self._decodes = reads, decodes
 
@@ -99,7 +105,8 @@ class MadeUpStream:
 
 
 def _positions(samples: list[int]) -> torch.Tensor:
-    """int64 [rows]; pipeline stages tell each other by these numbers of which rows they speak."""
+    """Stream positions of the rows, int64 [rows]. By these numbers pipeline stages tell each other
+    of which rows they speak."""
     positions = torch.tensor(samples)
     Numbers().set_list(positions, list(samples))
     return positions

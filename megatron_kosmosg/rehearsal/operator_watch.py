@@ -37,7 +37,7 @@ _ONE_DTYPE = frozenset(
 
 
 class OperatorWatch(TorchDispatchMode):
-    """Enter it inside FakeTensorMode."""
+    """Counts the operators that run inside it; enter it inside FakeTensorMode."""
 
     def __init__(self, recorder: Recorder, numbers: Numbers) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class OperatorWatch(TorchDispatchMode):
         return out
 
     def _answer(self, name: str, args: tuple) -> Any:
-        """What stands for the result of an operator that reads numbers; None for all others."""
+        """The result that stands in for an operator that reads numbers; None for all others."""
         if name == "_local_scalar_dense":
             (tensor,) = args
             if tensor.device.type == "cuda":
@@ -94,7 +94,7 @@ class OperatorWatch(TorchDispatchMode):
         return None
 
     def _count_copy(self, name: str, args: tuple, kwargs: dict) -> bool:
-        """Whether this is a copy between host and device."""
+        """Counts a copy between host and device, and says whether this is one."""
         if name == "_to_copy":
             source = args[0]
             target = torch.device(kwargs.get("device") or source.device)

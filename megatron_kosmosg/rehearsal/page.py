@@ -42,7 +42,7 @@ class Chart:
 
 
 def write_chart(kind: dict[str, Any]) -> Chart:
-    """Of one kind of rank that got to the end of its update."""
+    """The chart of one kind of rank that got to the end of its update."""
     answer, planned = kind["rehearsed"], kind["planned"]
     timeline = answer["timeline"]
     heights, total = timeline["bytes"], timeline["kernels"]

@@ -24,7 +24,8 @@ SERVE = "serve"
 
 
 def name_phases(recorder: Recorder) -> None:
-    """Before anything takes names out of Megatron-Core's schedules; for the rest of the process."""
+    """Has the phases named for the rest of the process; has to come before anything takes names out
+    of Megatron-Core's schedules."""
     schedules.forward_step = _named(recorder, FORWARD, schedules.forward_step)
     schedules.backward_step = _named(recorder, BACKWARD, schedules.backward_step)
     P2PCommunicator._communicate = _named(recorder, EXCHANGE, P2PCommunicator._communicate)

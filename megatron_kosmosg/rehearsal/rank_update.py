@@ -38,7 +38,7 @@ def run_config(case: Case) -> RunConfig:
 
 
 def resolved_config(case: Case, stand_ins: StandIns) -> RunConfig:
-    """`run_config` with frozen models whose sizes are on this machine."""
+    """The config of the case with frozen models whose sizes are on this machine."""
     return with_frozen_folders(run_config(case), stand_ins.folder)
 
 
@@ -59,9 +59,9 @@ def take_place(case: Case, stand_ins: StandIns) -> None:
 
 
 def run_update(case: Case, stand_ins: StandIns) -> dict:
-    """{"phases": counts of the last update, "timeline": its memory, "num_micro_batches": in it,
-    "held": bytes between updates, "trains": whether anything does on this rank or before it,
-    "sent": shapes by rank, "told": through the store}."""
+    """Runs updates of the case's rank. Returns {"phases": counts of the last update, "timeline":
+    its memory, "num_micro_batches": in it, "held": bytes between updates, "trains": whether
+    anything does on this rank or before it, "sent": shapes by rank, "told": through the store}."""
     config, recorder = resolved_config(case, stand_ins), stand_ins.recorder
     take_place(case, stand_ins)
     with stand_ins.device():
@@ -100,7 +100,7 @@ class Rank:
     (parameters and gradients), `optimizer`, and the `total`."""
 
     def update(self) -> None:
-        """One update, as the training loop makes it."""
+        """Makes one update, as the training loop does."""
         for chunk in self.trained.chunks:
             chunk.train()
         parts = self.stage, self.config, self.layout, self.trained.chunks, self.trained.optimizer
@@ -116,7 +116,7 @@ class Rank:
 
 
 def start(config: RunConfig, case: Case, stand_ins: StandIns) -> Rank:
-    """The rank before its first update."""
+    """Starts the rank up to its first update."""
     memory, collectives = stand_ins.recorder.memory, stand_ins.collectives
     layout = platform.initialize(config)
     remote_score = open_remote_score(config, layout)

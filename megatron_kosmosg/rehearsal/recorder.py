@@ -1,4 +1,4 @@
-"""What one update did, by phase of the program, and which line of it did so."""
+"""Counts what one update did, by phase of the program, and which line of it did so."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNSEEN = (_HERE, f"{Path(torch.__file__).parent}/", "<")
 
 @dataclass
 class Traffic:
-    """What passed through one kind of collective on one group."""
+    """How much passed through one kind of collective on one group."""
 
     calls: int = 0
     num_bytes: int = 0
@@ -64,7 +64,7 @@ class Phase:
     """The largest tensor that came into being: bytes, shape, dtype, place."""
 
     def as_dict(self) -> dict:
-        """What JSON can hold."""
+        """The phase's counts as JSON holds them."""
         collectives = {name: vars(traffic) for name, traffic in self.collectives.items()}
         return vars(self) | {"collectives": collectives}
 
@@ -81,27 +81,28 @@ class Recorder:
         self.now = self._open()
 
     def enter(self, name: str) -> None:
-        """Until `leave`, counts go to the phase `name`."""
+        """Begins the phase `name`: counts go to it until `leave`."""
         self._close()
         self._names.append(name)
         self.now = self._open()
 
     def leave(self) -> None:
-        """Back to the phase before."""
+        """Ends a phase, and goes back to the one before."""
         self._close()
         self._names.pop()
         self.now = self._open()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """`enter` and `leave`; the phase stays where an error ends it, for whoever reports it."""
+        """Context of a phase: `enter` and `leave`. After an error the phase stays the one in which
+        it happened, for whoever reports it."""
         self.enter(name)
         yield
         self.leave()
 
     @property
     def name(self) -> str:
-        """Of the present phase."""
+        """The name of the present phase."""
         return self._names[-1]
 
     def forget(self) -> None:
@@ -118,7 +119,7 @@ class Recorder:
         self.now = self._open()
 
     def launch(self, name: str) -> None:
-        """A kernel."""
+        """Counts a kernel that the GPU would run."""
         self.now.kernels[name] += 1
         self._heights.append(self.memory.take_highest())
 
@@ -127,20 +128,20 @@ class Recorder:
         self.now.waits[f"{what} at {where or place()}"] += 1
 
     def see(self, value: torch.Tensor) -> None:
-        """A tensor that an operator returned."""
+        """Takes note of a tensor that an operator returned."""
         size = self.memory.see(value)
         if size > self.now.largest["bytes"]:
             shape, dtype = tuple(value.shape), str(value.dtype)
             self.now.largest = {"bytes": size, "shape": shape, "dtype": dtype, "place": place()}
 
     def as_dict(self) -> dict[str, dict]:
-        """Counts of every phase, for JSON."""
+        """The counts of every phase, for JSON."""
         self._close()
         return {name: phase.as_dict() for name, phase in self.phases.items()}
 
     def timeline(self, most: int = 600) -> dict:
-        """{"kernels", "bytes": most alive at each of up to `most` points, "spans": [phase, from
-        which kernel on]}: memory over the order in which kernels are launched."""
+        """Memory over the order in which kernels are launched: {"kernels", "bytes": most alive at
+        each of up to `most` points, "spans": [phase, from which kernel on]}."""
         step = max(1, -(-len(self._heights) // most))
         starts = range(0, len(self._heights), step)
         return {

@@ -26,11 +26,22 @@ def rehearse(
     gpu: str,
     on_progress: ProgressCallback,
 ) -> dict[str, Any]:
-    """What `rehearsed_ranks.describe` says of the run, "gpu" and "num_gpus", and for each of its
-    "kinds" besides "rehearsed": what `run_update` or `run_service` returns, or {"error": ...}.
+    """Rehearses one update of every kind of rank of a run.
 
-    A pipeline stage behind one with an error is not rehearsed: {"skipped": why}. config, overrides:
-    of the run, checked. Raises FakeDeviceError when the device ends, or cannot describe the run.
+    Args:
+        device: where the ranks are rehearsed.
+        config: config file or shipped name, already checked; so are overrides.
+        num_gpus: ranks of the run.
+        gpu: their kind, by its name in a plan.
+        on_progress: is told how many kinds are done.
+
+    Returns:
+        dict: what `rehearsed_ranks.describe` says of the run, "gpu" and "num_gpus". Each of its
+        "kinds" has besides, under "rehearsed", what `run_update` or `run_service` returns or the
+        "error" that ended it. Behind a stage with an error it is not rehearsed, and has "skipped".
+
+    Raises:
+        FakeDeviceError: the device ends, or cannot describe the run.
     """
     plain = Case(config, tuple(overrides), 0, 0, world_size=num_gpus, gpu=gpu)
     described = device.ask(dataclasses.replace(plain, do=_DESCRIBE))
@@ -66,7 +77,7 @@ def rehearse(
 
 
 def behind(case: Case, before: dict[str, Any]) -> Case:
-    """`case`, whose rank is on the pipeline stage behind the one that did `before`."""
+    """The case of the rank on the pipeline stage behind the one that did `before`."""
     sent = list(before["sent"].values())  # the first went to the stage behind, others back
     return dataclasses.replace(
         case,

@@ -22,7 +22,7 @@ SCORE = "score"
 
 
 def describe(case: Case, stand_ins: StandIns) -> dict:
-    """Of the case its config counts, and the number of ranks.
+    """Describes the case: what its config counts, and the number of ranks.
 
     {"stage", "precision", "notes", "micro_batch_size", "length": of every row, "images": of a
     micro-batch's prompts, "num_micro_batches": of an update, "rehearsed": of these,

@@ -29,7 +29,7 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class PhaseRow:
-    """One phase of one rank."""
+    """What one rank did in one phase."""
 
     name: str
     of: str
@@ -59,7 +59,7 @@ class Wait:
 
 
 def phase_rows(answer: dict[str, Any]) -> list[PhaseRow]:
-    """In the order in which they came."""
+    """The rows of a rank's phases in the order in which these came."""
     rows = []
     for name, phase in answer["phases"].items():
         if name == "setup":
@@ -105,7 +105,7 @@ def waits(answer: dict[str, Any]) -> list[Wait]:
 
 
 def _causes(phase: dict[str, Any]) -> Iterator[tuple[str, str, int, int]]:
-    """(what, where, calls, bytes)."""
+    """Yields (what, where, calls, bytes) of everything that would wait or copy in a phase."""
     for cause, calls in phase["waits"].items():
         what, _, where = cause.partition(" at ")
         yield f"{_HOST} {what}", where, calls, 0
@@ -118,7 +118,7 @@ def _causes(phase: dict[str, Any]) -> Iterator[tuple[str, str, int, int]]:
 
 
 def attention(answer: dict[str, Any]) -> dict[str, Counter[str]]:
-    """{kernel: calls by shape} of one rank."""
+    """How often one rank calls each attention kernel, by shape: {kernel: Counter}."""
     found: dict[str, Counter[str]] = {}
     for phase in answer["phases"].values():
         for kernel, shapes in phase["attention"].items():
@@ -137,7 +137,7 @@ def has_errors(report: dict[str, Any]) -> bool:
 
 
 def headline(report: dict[str, Any]) -> list[str]:
-    """What was rehearsed, and the notes."""
+    """Lines that say what was rehearsed, and the notes."""
     lines = [
         f"{report['stage']} on {report['num_gpus']} x {report['gpu']}, {report['precision']}: "
         "rehearsed on fake GPUs, not measured",
@@ -149,7 +149,7 @@ def headline(report: dict[str, Any]) -> list[str]:
 
 
 def title(kind: dict[str, Any]) -> str:
-    """Of one kind of rank."""
+    """The title of one kind of rank."""
     return (
         f"{kind['name']}: {kind['count']} ranks, rehearsed as rank {kind['rank']}; " + kind["holds"]
     )
@@ -182,7 +182,7 @@ def memory_lines(kind: dict[str, Any]) -> list[str]:
 
 
 def to_text(report: dict[str, Any]) -> str:
-    """For people; the lists are cut short."""
+    """The report as text for people; its lists are cut short."""
     lines = headline(report)
     for kind in report["kinds"]:
         lines += ["", title(kind)]

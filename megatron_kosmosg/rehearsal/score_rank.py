@@ -62,7 +62,7 @@ def run_service(case: Case, stand_ins: StandIns) -> dict:
 
 
 def _requests(config: RunConfig, world: WorldLayout, place: RankPlace) -> list[Request]:
-    """Those of one global batch from all replicas that the rank is for, if none is late."""
+    """The requests of one global batch from all replicas that the rank is for, if none is late."""
     total = num_microbatches(config, world.num_replicas)
     rows, ranks, index = (
         config.training.micro_batch_size,

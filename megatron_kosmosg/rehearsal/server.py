@@ -42,7 +42,7 @@ def main(folder: str) -> None:
 
 
 def _in_child(case: Case, stand_ins: StandIns) -> str:
-    """The answer's line."""
+    """Runs the case in a child process, and returns the answer's line."""
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
@@ -80,7 +80,7 @@ def _run(case: Case, stand_ins: StandIns) -> dict:
 
 
 def _place(frames: traceback.StackSummary) -> str:
-    """file:line of the program, where it went wrong."""
+    """The line of the program where something went wrong, as file:line."""
     package, here = Path(__file__).parents[1], Path(__file__).parent
     own = [x for x in frames if package in Path(x.filename).parents]
     program = [x for x in own if here not in Path(x.filename).parents] or own or list(frames)
@@ -90,7 +90,7 @@ def _place(frames: traceback.StackSummary) -> str:
 
 
 def _tuples(fields: dict) -> dict:
-    """JSON knows lists only."""
+    """The fields with tuples in place of lists, since JSON knows lists only."""
 
     def restored(value: object) -> object:
         return tuple(map(restored, value)) if isinstance(value, list) else value

@@ -38,7 +38,7 @@ class StandIns:
     """For sizes of frozen models that are not on this machine."""
 
     def device(self) -> FakeDevice:
-        """Inside it tensors have no memory, and operators are counted."""
+        """Context in which tensors have no memory, and operators are counted."""
         return FakeDevice(self.recorder, self.numbers)
 
 

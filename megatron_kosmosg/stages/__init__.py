@@ -44,6 +44,12 @@ def build_stage(
     remote_score: RemoteScore | None = None,
     evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
 ) -> Stage:
-    """The stage named by `config.stage`. remote_score: the score ranks of `instruct`, opened by
-    who trains; evaluators: measure what it draws, by name."""
+    """The stage named by `config.stage`, ready for `training.loop.fit`.
+
+    Args:
+        config: the whole run's config.
+        layout: this rank's place, as `parallel.platform.initialize` gives it.
+        remote_score: the links to score ranks of `instruct`, opened by who trains.
+        evaluators: measure what the stage draws, by name.
+    """
     return pkgutil.resolve_name(_CLASSES[config.stage])(config, layout, remote_score, evaluators)

@@ -42,7 +42,8 @@ class AlignStage:
         remote_score: RemoteScore | None = None,
         evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
     ) -> None:
-        """evaluators: nothing to measure here, as no images are drawn."""
+        """Builds this rank's part of the model. `evaluators` have nothing to measure here, as no
+        images are drawn."""
         self.config = config
         self.remote_score = remote_score
         self._layout = layout

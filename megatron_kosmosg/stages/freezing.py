@@ -36,8 +36,8 @@ def build_frozen(facts: StageFacts, config: RunConfig, layout: Layout) -> list[K
 def train_only(
     chunks: list[KosmosG], names: Iterable[str], layout: Layout, *, adapters: bool = False
 ) -> list[KosmosG]:
-    """`chunks`, frozen but for the parts of these names (as in `StageFacts.trained`), and where
-    asked for the decoder's adapters.
+    """The chunks, frozen except for the parts of these names (as in `StageFacts.trained`) and,
+    where asked for, the decoder's adapters.
 
     A part held elsewhere is left out. All ranks call this together: pipeline stages learn whether
     anything before them trains.

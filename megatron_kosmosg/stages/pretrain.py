@@ -35,7 +35,8 @@ class PretrainStage:
         remote_score: RemoteScore | None = None,
         evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
     ) -> None:
-        """evaluators: nothing to measure here, as no images are drawn."""
+        """Builds this rank's part of the model. `evaluators` have nothing to measure here, as no
+        images are drawn."""
         self.config = config
         self.remote_score = remote_score
         self._layout = layout
@@ -72,13 +73,14 @@ class PretrainStage:
         return output, loss_func
 
     def initial_weights(self) -> InitialWeights | None:
-        """None (from scratch, CLIP from `model.vision.path`), or another pretrain checkpoint."""
+        """None, to begin from scratch (CLIP from `model.vision.path`), or another pretrain
+        checkpoint."""
         if self.config.checkpoint.load is None:
             return None
         return InitialWeights(self.config.checkpoint.load, stage="pretrain")
 
     def probe(self, model: list[nn.Module], iteration: int) -> Probe:
-        """Nothing beyond the held-out loss."""
+        """Empty: nothing is reported beyond the held-out loss."""
         return Probe()
 
     def flops_per_iteration(self, num_tokens: int, num_images: int, num_targets: int) -> float:

@@ -80,5 +80,6 @@ def join_parts(parts: Sequence[str], num_entities: int) -> tuple[str, list[tuple
 
 
 def caption(scene: Scene, words: str = "mix", seed: int | Sequence[int] = 0) -> str:
-    """For example "a crimson circle with navy dots and a lime square on a yellow background"."""
+    """A caption of the scene, for example "a crimson circle with navy dots and a lime square on a
+    yellow background"."""
     return join_parts(caption_parts(scene, words, seed), len(scene.entities))[0]

@@ -25,7 +25,7 @@ IMAGES, DINO, CLIP = "dreambooth", "dino.pth", "clip"
 
 @dataclass(frozen=True)
 class ToyDreamBench:
-    """What decides the files; the same values give the same images and weights."""
+    """The settings that decide the files; the same values give the same images and weights."""
 
     seed: int
     version: int = 1

@@ -31,7 +31,7 @@ HELDOUT_SHARE, MIN_HELDOUT, MAX_HELDOUT = 0.1, 16, 256
 
 @dataclass(frozen=True)
 class World:
-    """What decides the files; the same values give the same bytes."""
+    """The settings that decide the files; the same values give the same bytes."""
 
     size: int
     seed: int
@@ -44,7 +44,7 @@ class World:
             raise ValueError(f"seed={self.seed}: must not be negative")
 
     def count(self, split: str, kind: str) -> int:
-        """Records in SPLIT/KIND.jsonl."""
+        """Number of records in SPLIT/KIND.jsonl."""
         if split == "train":
             return max(1, round(self.size * SHARES[kind]))
         return min(MAX_HELDOUT, max(MIN_HELDOUT, round(self.size * HELDOUT_SHARE)))
@@ -57,11 +57,8 @@ def is_complete(folder: Path, world: World) -> bool:
 
 
 def write_world(folder: Path, world: World, report: ProgressCallback) -> None:
-    """Writes the world beside `folder` and renames it; an older world there is replaced.
-
-    report: of records. Raises ValueError when `folder` holds anything
-    else.
-    """
+    """Writes the world beside `folder` and renames it; an older world there is replaced. `report`
+    is told of records. Raises ValueError when `folder` holds anything else."""
     if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files that are not a toy world; name another folder")
     with new_folder(folder, only_writer=True, replaces=True) as temporary:

@@ -21,7 +21,7 @@ Record = tuple[dict[str, Any], dict[str, Any]]
 
 
 class Pictures(Protocol):
-    """Where pictures go; both calls give the name to write into the record."""
+    """Where the pictures of records go; both calls return the name to write into the record."""
 
     def add(self, scene: Scene) -> str: ...
 
@@ -44,7 +44,7 @@ def _subject(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str]:
 
 
 def text(rng: np.random.Generator, heldout: bool, pictures: Pictures) -> Record:
-    """{"text"}."""
+    """A record {"text"}."""
     return {"text": document(rng, heldout)}, {}
 
 
@@ -68,14 +68,14 @@ def _sentence(rng: np.random.Generator, heldout: bool) -> str:
 
 
 def captioned(rng: np.random.Generator, heldout: bool, pictures: Pictures) -> Record:
-    """{"image", "caption"}."""
+    """A record {"image", "caption"}."""
     scene = _scene(rng, heldout)
     said = caption(scene, "mix", _seed(rng))
     return {"image": pictures.add(scene), "caption": said}, {"scene": scene.to_json()}
 
 
 def interleaved(rng: np.random.Generator, heldout: bool, pictures: Pictures) -> Record:
-    """{"content"}: pictures, each followed by the words that name it."""
+    """A record {"content"}: pictures, each followed by the words that name it."""
     content: list[dict[str, str]] = []
     shown: list[Scene] = []
 
@@ -119,7 +119,7 @@ def _inline(
 
 
 def compositional(rng: np.random.Generator, heldout: bool, pictures: Pictures) -> Record:
-    """{"caption", "image", "entities"}: every entity has a picture of its own."""
+    """A record {"caption", "image", "entities"}; every entity has a picture of its own."""
     scene = _scene(rng, heldout)
     parts = caption_parts(scene, "mix", _seed(rng))
     said, spans = join_parts(parts, len(scene.entities))
@@ -136,7 +136,7 @@ def compositional(rng: np.random.Generator, heldout: bool, pictures: Pictures) -
 
 
 def edit(rng: np.random.Generator, heldout: bool, pictures: Pictures) -> Record:
-    """{"caption", "image", "instruction", "target"}."""
+    """A record {"caption", "image", "instruction", "target"}."""
     scene = _scene(rng, heldout, 1)
     instruction, edited = sample_edit(scene, rng)
     record = {

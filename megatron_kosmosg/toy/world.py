@@ -57,7 +57,7 @@ class Scene:
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> Scene:
-        """The scene that `to_json` wrote."""
+        """The scene that `to_json` wrote down."""
         entities = tuple(Entity(**entity) for entity in record["entities"])
         return Scene(entities, record["background_hue"])
 
@@ -199,7 +199,7 @@ def render_batch(scenes: Sequence[Scene]) -> Tensor:
 
 
 def _masks(entities: Sequence[Entity]) -> tuple[Tensor, Tensor]:
-    """bool [n, 64, 64] pair: inside the shape; showing the second colour."""
+    """(inside the shape, showing the second colour): two masks bool [n, 64, 64]."""
     u, v = _offsets(
         *(torch.tensor([getattr(e, k) for e in entities]) for k in ("x", "y", "radius"))
     )
@@ -214,12 +214,12 @@ def render(scene: Scene) -> Tensor:
 
 
 def coverages(entities: Sequence[Entity]) -> Tensor:
-    """float32 [n, 2, 32, 32] in [0, 1]: share of each pixel that shows hue A, and hue B."""
+    """The share of each pixel that shows hue A, and hue B: float32 [n, 2, 32, 32] in [0, 1]."""
     inside, second = _masks(entities)
     parts = torch.stack([inside & ~second, inside & second], 1).float()
     return torch.nn.functional.avg_pool2d(parts, 2)
 
 
 def entity_masks(entities: Sequence[Entity]) -> Tensor:
-    """float32 [n, 32, 32] in [0, 1]: share of each pixel that the entity covers."""
+    """The share of each pixel that the entity covers, float32 [n, 32, 32] in [0, 1]."""
     return coverages(entities).sum(1)

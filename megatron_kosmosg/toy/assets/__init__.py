@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def path() -> Path:
-    """The folder that holds them."""
+    """The folder that holds the frozen parts."""
     return Path(__file__).resolve().parent

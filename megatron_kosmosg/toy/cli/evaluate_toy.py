@@ -126,7 +126,7 @@ def write(results: Results, output: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0; 2 for runs that cannot be read; 3 when a threshold is missed."""
+    """Returns 0, or 2 for runs that cannot be read, or 3 when a threshold is missed."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     names = [name for name, equals, folder in (r.partition("=") for r in args.run) if folder]

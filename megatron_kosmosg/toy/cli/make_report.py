@@ -11,7 +11,7 @@ from megatron_kosmosg.command_line import CommandParser, command_parser, file_pa
 
 
 def build_parser() -> CommandParser:
-    """The one option."""
+    """The parser of the command and its option."""
     parser = command_parser("toy make-report", __doc__)
     parser.add_argument(
         "--output", type=file_path, required=True, metavar="FOLDER", help="folder of the quickstart"
@@ -21,7 +21,8 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when the page is written, 2 (message on stderr) when the folder has not what it needs."""
+    """Returns 0 when the page is written, and 2, with a message on stderr, when the folder has not
+    what it needs."""
     args = build_parser().parse_args(arguments)
     return run(lambda: _report(args))
 

@@ -25,7 +25,7 @@ as it is; another one in the same folder is replaced when the new one is complet
 
 
 def build_parser() -> CommandParser:
-    """The options."""
+    """The parser of the command and its options."""
     parser = command_parser("toy make-world", __doc__, EPILOG)
     parser.add_argument(
         "--output", type=file_path, required=True, metavar="FOLDER", help="folder to write"
@@ -38,7 +38,8 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when the world is there, 2 (message on stderr) when it could not be written."""
+    """Returns 0 when the world is there, and 2, with a message on stderr, when it could not be
+    written."""
     args = build_parser().parse_args(arguments)
     return run(lambda: _make(args), "interrupted; the same command begins it anew")
 

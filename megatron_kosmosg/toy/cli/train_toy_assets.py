@@ -34,7 +34,7 @@ leaves a finished part as it is. `export` also works while the decoder is being 
 
 
 def build_parser() -> CommandParser:
-    """The parts and what they are made of."""
+    """The parser of the command: which parts are trained, and what they are made of."""
     parser = command_parser("toy train-assets", __doc__, EPILOG)
     parser.add_argument("part", choices=(*PARTS, "all"), help="what to make; see below")
     parser.add_argument(
@@ -62,7 +62,8 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when the parts are made, 2 (message on stderr) when one that is needed is missing."""
+    """Returns 0 when the parts are made, and 2, with a message on stderr, when one that is needed
+    is missing."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     if args.train_iters is not None and args.part not in ITERATIONS:

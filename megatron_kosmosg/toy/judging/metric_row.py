@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class MetricRow:
-    """`value` out of `n` prompts of one seed, beside what chance and a perfect model would give."""
+    """One measured value, from `n` prompts of one seed, beside what chance and a perfect model
+    would give."""
 
     group: str
     name: str

@@ -72,7 +72,7 @@ class Cell:
         self._ceiling = truth.verdicts(self._truths)
 
     def value(self, measure: Measure) -> float:
-        """The measure of this cell alone."""
+        """The value of a measure on this cell alone."""
         return measure(self._verdicts)
 
     def row(

@@ -18,7 +18,7 @@ STREAM = "toy-evaluation"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn; the same for every model that is compared."""
+    """The settings of drawing; the same for every model that is compared."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -34,7 +34,7 @@ class Drawn:
     seen: list[Scene]
 
     def verdicts(self, truths: Sequence[Scene]) -> list[Verdict]:
-        """Each picture against its truth."""
+        """The comparison of each picture with its truth."""
         return [compare(seen, truth) for seen, truth in zip(self.seen, truths, strict=True)]
 
 

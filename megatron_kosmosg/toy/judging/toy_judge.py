@@ -43,7 +43,7 @@ GRID_STEP = 0.5
 
 @dataclass(frozen=True)
 class EntityVerdict:
-    """One entity of a picture against its truth; errors in degrees."""
+    """The comparison of one entity of a picture with its truth; errors are in degrees."""
 
     shape_correct: bool
     pattern_correct: bool
@@ -54,13 +54,13 @@ class EntityVerdict:
 
     @property
     def all_correct(self) -> bool:
-        """Shape, pattern and coarse first colour."""
+        """Whether shape, pattern and coarse first colour are all right."""
         return self.shape_correct and self.pattern_correct and self.colour_word_correct
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One picture against its truth; the background's error in degrees."""
+    """The comparison of one picture with its truth; the background's error is in degrees."""
 
     entities: tuple[EntityVerdict, ...]
     background_hue_error: float

@@ -50,7 +50,7 @@ class ToyEvaluator:
     """Measures scenes of the toy world alone; of other images it has nothing to say."""
 
     def __init__(self, config: RunConfig) -> None:
-        """The toy world has no settings."""
+        """Opens nothing, because the toy world has no settings."""
 
     def run(self, images: DrawnImages) -> Iterator[tuple[str, float]]:
         """Shares right and hue errors in degrees of the results against the targets."""

@@ -22,7 +22,7 @@ Parts = list[str | Image.Image]
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt and the scene it asks for."""
+    """One prompt and the scene that it asks for."""
 
     parts: Parts
     scene: Scene
@@ -39,17 +39,20 @@ def subject_picture(entity: Entity, seed: int) -> Image.Image:
 
 
 def words_only(scene: Scene, seed: int) -> Parts:
-    """`a red circle and a ... on a yellow background`, coarse colour words."""
+    """A prompt of words alone: `a red circle and a ... on a yellow background`, in coarse colour
+    words."""
     return [caption(scene, "coarse", seed)]
 
 
 def images_only(scene: Scene, seed: int) -> Parts:
-    """`a <picture> and a <picture> on a yellow background`."""
+    """A prompt whose entities are pictures: `a <picture> and a <picture> on a yellow
+    background`."""
     return _interleave(scene, seed, with_words=False)
 
 
 def words_and_images(scene: Scene, seed: int) -> Parts:
-    """`a red circle <picture> ... on a yellow background`."""
+    """A prompt whose entities are words and pictures: `a red circle <picture> ... on a yellow
+    background`."""
     return _interleave(scene, seed, with_words=True)
 
 
@@ -64,7 +67,8 @@ def _interleave(scene: Scene, seed: int, with_words: bool) -> Parts:
 
 
 def background_image(scene: Scene, seed: int) -> Parts:
-    """`a <picture> on a <picture of the plain background>`."""
+    """A prompt whose background is a picture, too: `a <picture> on a <picture of the plain
+    background>`."""
     background = to_picture(render(Scene((), scene.background_hue)))
     return [*images_only(scene, seed)[:-1], "on a", background]
 
@@ -90,7 +94,7 @@ def cases(
 
 
 def edit_cases(seed: int, count: int) -> list[Case]:
-    """`<picture of one entity> make it blue` and its like; the truth is the edited scene."""
+    """Prompts such as `<picture of one entity> make it blue`; the truth is the edited scene."""
     result = []
     for i, scene in enumerate(scenes(seed, count, 1)):
         rng = np.random.default_rng((seed, i, 13))

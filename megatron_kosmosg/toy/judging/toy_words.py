@@ -65,7 +65,8 @@ def _accuracy(model: TrainedModel, pictures: list, words: list[str]) -> dict[str
 def _judge_words(
     model: TrainedModel, words: list[str], scores: torch.Tensor, hits: dict[str, list[bool]]
 ) -> None:
-    """scores: [len(words) + 1, v]."""
+    """Notes in `hits` which of the words the model would have said. `scores` is [len(words) + 1,
+    v]."""
 
     def chosen(position: int, candidates: tuple[str, ...]) -> str:
         ids = [_id(model, word) for word in candidates]

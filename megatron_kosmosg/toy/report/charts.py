@@ -104,7 +104,7 @@ def _finish(axes: Axes, title: str) -> None:
 
 
 def _thin(points: Points) -> Points:
-    """At most _MOST_POINTS of the points, evenly, with the last one."""
+    """At most _MOST_POINTS of the points, evenly spaced, the last one among them."""
     iterations, values = points
     step = max(1, -(-len(values) // _MOST_POINTS))
     if step == 1:

@@ -25,7 +25,7 @@ class History:
     last_iteration: int
 
     def losses(self) -> list[str]:
-        """`loss` first, then its parts."""
+        """The names of the losses: `loss` first, then its parts."""
         return sorted(
             (n for n in self._measures() if n.endswith("loss")), key=lambda n: n != "loss"
         )
@@ -35,7 +35,7 @@ class History:
         return [name for name in self._measures() if not name.endswith("loss")]
 
     def held_out(self, name: str) -> Points | None:
-        """The same measure on held-out data."""
+        """The same measure on held-out data; None where it was not taken."""
         return self.series.get(_HELD_OUT + name)
 
     def median(self, name: str) -> float | None:

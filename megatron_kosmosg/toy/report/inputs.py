@@ -148,8 +148,8 @@ def _picture(entry: dict[str, Any], evaluation: Path) -> Picture:
 
 
 def _own(picture: Path, folder: Path) -> Path:
-    """`picture`. Raises ValueError where it lies elsewhere, also through a link: the page would
-    carry along a file that its reader was not meant to have."""
+    """The picture's path. Raises ValueError where it lies outside of the folder, also through a
+    link: the page would carry along a file that its reader was not meant to have."""
     if not picture.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{picture} lies outside {folder}; it is not put on the page")
     return picture

@@ -1,4 +1,4 @@
-"""What each section of the page says, as values: verdict, headline numbers, metrics, curves."""
+"""The values of each section of the page: verdict, headline numbers, metrics, curves."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Chart:
 
 
 def charts(inputs: ReportInputs) -> list[Chart]:
-    """One for each training."""
+    """One chart for each training."""
     made = []
     for name, history in inputs.histories.items():
         title = _STAGE_TITLES.get(name, name.replace("ablations/", "ablation: "))
@@ -96,7 +96,7 @@ class Track:
 
 
 def track(row: dict[str, Any]) -> Track | None:
-    """None where there is nothing to compare with."""
+    """The track of a row of metrics; None where there is nothing to compare with."""
     chance, ceiling, value = row["chance"], row["ceiling"], row["value"]
     if None in (chance, ceiling, value) or chance == ceiling or not math.isfinite(value):
         return None
@@ -110,7 +110,7 @@ def track(row: dict[str, Any]) -> Track | None:
 
 
 def duration(seconds: float) -> str:
-    """`8.4 s`, `3 min 20 s` or `1 h 5 min`."""
+    """Seconds in words: `8.4 s`, `3 min 20 s` or `1 h 5 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -120,7 +120,7 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float | int | None) -> str:
-    """In the metrics table."""
+    """A number as the metrics table shows it."""
     if value is None:
         return "–"
     return str(value) if isinstance(value, int) else f"{value:.4g}"

@@ -81,7 +81,7 @@ class TextTower(nn.Module):
 
 
 class Pair(nn.Module):
-    """The two towers and the temperature."""
+    """The image tower, the text tower and the temperature of the comparison."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Pair(nn.Module):
 
 
 def word_ids(captions: list[str]) -> Tensor:
-    """int64 [n, MAX_WORDS] of captions made of toy words."""
+    """The ids of captions made of toy words, int64 [n, MAX_WORDS]."""
     ids = torch.zeros(len(captions), MAX_WORDS, dtype=torch.long)
     for row, said in enumerate(captions):
         found = [WORD_IDS[word] for word in said.split()]

@@ -42,7 +42,8 @@ def crops(seed: int, count: int, heldout: bool) -> list[Scene]:
 
 @torch.no_grad()
 def features(tower: CLIPVisionModel, scenes: list[Scene], mean: bool) -> Tensor:
-    """float64 [n, tokens * width + 1], or [n, width + 1] of the tokens' mean."""
+    """The inputs of the probe, float64: [n, tokens * width + 1] of all tokens, or [n, width + 1] of
+    their mean."""
     parts = [F.normalize(clip.tokens(tower, p), dim=-1) for p in pool.pictures(scenes).split(128)]
     tokens = torch.cat(parts).double()
     flat = tokens.mean(1) if mean else tokens.flatten(1)
@@ -50,7 +51,8 @@ def features(tower: CLIPVisionModel, scenes: list[Scene], mean: bool) -> Tensor:
 
 
 def targets(scenes: list[Scene]) -> Tensor:
-    """float64 [n, 2 + shapes + patterns]: cos and sin of the hue, then one-hot rows."""
+    """The outputs of the probe, float64 [n, 2 + shapes + patterns]: cos and sin of the hue, then
+    one-hot rows."""
     entities = [scene.entities[0] for scene in scenes]
     angle = torch.tensor([e.hue_a for e in entities], dtype=torch.float64) * (math.pi / 180)
     shape = F.one_hot(torch.tensor([SHAPES.index(e.shape) for e in entities]), len(SHAPES))
@@ -61,7 +63,7 @@ def targets(scenes: list[Scene]) -> Tensor:
 def probe(
     tower: CLIPVisionModel, mean: bool, count: int = 4000, heldout: int = 600, seed: int = 5
 ) -> Probe:
-    """What ridge regression reads from the tower's tokens, or from their mean."""
+    """How well ridge regression reads a subject from the tower's tokens, or from their mean."""
     train, test = crops(seed, count, False), crops(seed + 1, heldout, True)
     inputs, outputs = features(tower, train, mean), targets(train)
     gram = inputs.T @ inputs / count

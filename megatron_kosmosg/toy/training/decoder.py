@@ -64,12 +64,13 @@ class Conditions:
 
     @torch.no_grad()
     def of(self, captions: list[str]) -> Tensor:
-        """[n, positions, width]."""
+        """The conditions of captions, [n, positions, width]."""
         ids = torch.tensor(token_ids(self._tokenizer, captions))
         return self._text_model(ids).last_hidden_state
 
     def for_training(self, captions: list[str], generator: torch.Generator) -> Tensor:
-        """[n, positions, width], drops and noise from the generator."""
+        """The conditions of captions, [n, positions, width], with drops and noise from the
+        generator."""
         states = self.of(captions)
         dropped = torch.rand(len(captions), generator=generator) < CAPTION_DROP
         states = torch.where(dropped[:, None, None], self._empty, states)

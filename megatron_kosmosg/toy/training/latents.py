@@ -31,7 +31,7 @@ class Posteriors:
         self.rows = {number: (counts == number).nonzero().flatten() for number in (1, 2)}
 
     def sample(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """float32 latents [len(rows), channels, 8, 8]."""
+        """Latents drawn from the posteriors of some rows, float32 [len(rows), channels, 8, 8]."""
         mean = self.mean[rows].float()
         return mean + self.std[rows].float() * torch.randn(mean.shape, generator=generator)
 
@@ -59,7 +59,7 @@ def posteriors(
 
 @torch.no_grad()
 def encode(codec: AutoencoderKL, scenes: list[Scene]) -> dict[str, Tensor]:
-    """{"mean", "std"} of the scaled posteriors, float16 [n, channels, 8, 8]."""
+    """The scaled posteriors of the scenes: {"mean", "std"}, float16 [n, channels, 8, 8]."""
     found = [
         codec.encode(render_batch(scenes[start : start + pool.CHUNK])).latent_dist
         for start in range(0, len(scenes), pool.CHUNK)

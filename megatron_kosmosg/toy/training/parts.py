@@ -23,7 +23,7 @@ from megatron_kosmosg.toy.training import (
 
 
 class Parts:
-    """The parts of one run folder."""
+    """The parts that are trained in one run folder."""
 
     def __init__(self, run: Path, target: Path, steps: dict[str, int], files: int) -> None:
         self.run, self.target, self.steps, self.files = run, target, steps, files

@@ -17,7 +17,7 @@ CHUNK = 64
 
 
 def scenes(seed: int, count: int, two_entities: float) -> list[Scene]:
-    """`count` scenes, of which the share `two_entities` holds two."""
+    """`count` training scenes, of which the share `two_entities` holds two."""
     return [
         sample_scene((seed, i), 2 if ((i * 997) % 1000) / 1000 < two_entities else 1, False)
         for i in range(count)
@@ -37,7 +37,7 @@ def with_subjects(seed: int, drawn: list[Scene], every: int) -> list[Scene]:
 
 
 def pictures(drawn: list[Scene]) -> Tensor:
-    """uint8 [n, 3, 32, 32] of the scenes."""
+    """The pictures of the scenes, uint8 [n, 3, 32, 32]."""
     parts = [
         to_bytes(render_batch(drawn[start : start + CHUNK]))
         for start in range(0, len(drawn), CHUNK)
@@ -46,12 +46,12 @@ def pictures(drawn: list[Scene]) -> Tensor:
 
 
 def to_bytes(image: Tensor) -> Tensor:
-    """uint8 of an image in [-1, 1]."""
+    """An image in [-1, 1] as uint8."""
     return ((image + 1.0) * 127.5).round().clamp(0, 255).byte()
 
 
 def from_bytes(image: Tensor) -> Tensor:
-    """float32 in [-1, 1] of a uint8 image."""
+    """A uint8 image as float32 in [-1, 1]."""
     return image.float() / 127.5 - 1.0
 
 

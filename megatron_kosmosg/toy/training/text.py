@@ -83,7 +83,8 @@ def targets(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def readable(ids: Tensor, tokenizer: CLIPTokenizer) -> Tensor:
-    """bool [n, positions, 5]: which hues (order of `targets`) the words so far have named."""
+    """Which hues (in the order of `targets`) the words so far have named, bool [n, positions,
+    5]."""
     joins = [tokenizer.convert_tokens_to_ids(word + "</w>") for word in ("and", "on")]
     phrases = torch.isin(ids, torch.tensor(joins)).cumsum(1)
     over = (ids == tokenizer.convert_tokens_to_ids(END)).cumsum(1)
