@@ -55,11 +55,14 @@ def load_weights(
 ) -> None:
     """Fills the bare chunks from the checkpoint folder `path`; a collective over all ranks.
 
-    absent: prefixes of model keys that the checkpoint must not have (they keep their values).
-    unused: prefixes of checkpoint keys that the model must not have.
-    new: ends of model keys that the checkpoint may lack (those keep their values).
-    stage: the stage that must have written the checkpoint; None takes any.
-    Raises ConfigError naming the stage or the keys that break these rules.
+    Args:
+        absent: prefixes of model keys that the checkpoint must not have (they keep their values).
+        unused: prefixes of checkpoint keys that the model must not have.
+        stage: the stage that must have written the checkpoint; None takes any.
+        new: ends of model keys that the checkpoint may lack (those keep their values).
+
+    Raises:
+        ConfigError: names the stage or the keys that break these rules.
     """
     written_by = load_saved_config(path / CONFIG_FILE).stage
     if stage is not None and written_by != stage:

@@ -30,16 +30,21 @@ from megatron_kosmosg.config.schema import RunConfig
 def load_config(
     path: str | Path | None, overrides: list[str], *, note: Note | None = None
 ) -> RunConfig:
-    """The run's config: schema defaults, then the YAML file, then `a.b=value` strings in order.
+    """The config of a run: the schema's defaults, then the YAML file, then the overrides, in this
+    order.
 
-    path: a file, or the name of a shipped config, such as `toy_instruct`. A file may start from
-    another one, named by its key `include` (relative to itself, or a shipped name), and drop what
-    that one has by setting it to null: one entry of data.blend, say, or all of data.heldout.
-    Relative paths: see input_paths.py.
+    A file may start from another one, named by its key `include` (relative to itself, or a shipped
+    name), and drop what that one has by setting it to null: one entry of data.blend, say, or all of
+    data.heldout. input_paths.py says what relative paths in it mean.
 
-    note: is told each key that is called something else today; by default it goes to stderr.
+    Args:
+        path: a YAML file, or the name of a shipped config, such as `toy_instruct`; None takes
+            defaults.
+        overrides: settings as `section.key=value`, of which later ones win.
+        note: is told each key that is called something else today; by default it goes to stderr.
 
-    Raises ConfigError for an unreadable file, an unknown or missing key, a value of another type.
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown, missing or of another type.
     """
     merged = OmegaConf.structured(RunConfig)
     for source, layer in _layers(path, overrides, _on_stderr if note is None else note):

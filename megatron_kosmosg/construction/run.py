@@ -88,9 +88,16 @@ class Built:
 
 
 def build(job: BuildJob, place: Place, models: ModelSettings) -> Built:
-    """Does this process's share; who finds all shards finished writes the report.
+    """Does this process's share of building a dataset; the process that finds all shards finished
+    writes the report.
 
-    Raises ValueError for arguments and inputs that cannot be used, before any model is opened.
+    Args:
+        job: what is built, and from what.
+        place: which of the processes this is.
+        models: how models are run.
+
+    Raises:
+        ValueError: arguments or inputs cannot be used; raised before any model is opened.
     """
     job.options.check(CAPTION)
     origins = _Origins(job, models)

@@ -29,11 +29,24 @@ def export_hf(
     *,
     ema: bool = False,
 ) -> list[str]:
-    """Writes the diffusers folder of an `align` or `instruct` checkpoint; returns notes.
+    """Writes an `align` or `instruct` checkpoint as a folder for diffusers.
 
-    dtype None keeps the checkpoint's for the language side and the folder's for Stable Diffusion.
-    tokenizer: SentencePiece model, when the one that the checkpoint names is not to be used.
-    ema: the averages of the weights instead of the weights (ConversionError where there are none).
+    Args:
+        checkpoint: a run's folder, its checkpoints, or one of them.
+        sd: a folder of Stable Diffusion in diffusers' form, whose U-Net, VAE and scheduler are
+            taken.
+        output: the folder to write; it appears whole or not at all.
+        dtype: of the weights; None keeps the checkpoint's for the language side and the folder's
+            for Stable Diffusion.
+        tokenizer: SentencePiece model, where the one that the checkpoint names is not to be used.
+        progress: is told how far the writing is.
+        ema: take the averages of the weights instead of the weights.
+
+    Returns:
+        Notes for the user, such as what the folder does not hold.
+
+    Raises:
+        ConversionError: the checkpoint has no AlignerNet, or no averages where `ema` asks for them.
     """
     source = CheckpointTensors(checkpoint, ema=ema)
     config, dtype = source.config, dtype or source.export_dtype
@@ -70,10 +83,10 @@ def export_mllm(
     *,
     ema: bool = False,
 ) -> list[str]:
-    """Writes the language model of any checkpoint with its tokenizer and image processor.
+    """Writes the language model of any checkpoint with its tokenizer and image processor: one
+    folder for `AutoModelForImageTextToText`, `AutoProcessor` and the pipeline of that task.
 
-    One folder for `AutoModelForImageTextToText`, `AutoProcessor` and the pipeline of that task.
-    Returns notes; the other arguments are `export_hf`'s.
+    Returns notes for the user; the arguments are those of `export_hf`.
     """
     source = CheckpointTensors(checkpoint, ema=ema)
     config, dtype = source.config, dtype or source.export_dtype

@@ -33,9 +33,9 @@ def export_lora(
 ) -> list[str]:
     """Writes the decoder's adapters for the `mllm/` that the run started from; returns notes.
 
-    ema: their averages.
-    Raises ConversionError for a run without adapters, and for one that also trained another part
-    of the language model, which an adapter cannot carry.
+    With `ema` the averages of the adapters are written; the other arguments are those of
+    `export_hf`. Raises ConversionError for a run without adapters, and for one that also trained
+    another part of the language model, which an adapter cannot carry.
     """
     source = CheckpointTensors(checkpoint, ema=ema)
     dtype = dtype or source.export_dtype

@@ -43,7 +43,7 @@ _PRECISIONS = {dtype: name for name, dtype in platform.DTYPES.items()}
 
 @dataclass(frozen=True)
 class FairseqImport:
-    """What is imported, and what the user says about it."""
+    """The file of the authors that is imported, and what the user says about it."""
 
     input: Path
     output: Path
@@ -59,7 +59,8 @@ class FairseqImport:
 
 
 def import_fairseq(job: FairseqImport, progress: ProgressCallback | None = None) -> Imported:
-    """Writes `job.output/iter_0000000`; its stage follows from the parts the file holds.
+    """Writes a checkpoint of the authors as `job.output/iter_0000000`; its stage follows from the
+    parts that the file holds.
 
     Raises ConversionError or ConfigError before anything is written.
     """

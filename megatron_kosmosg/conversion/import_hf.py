@@ -43,10 +43,17 @@ def import_hf(
     overrides: Sequence[str] = (),
     progress: ProgressCallback | None = None,
 ) -> Imported:
-    """The inverse of `export-hf` (an `instruct` checkpoint) and of `export-mllm` (`pretrain`).
+    """Writes an exported folder as a checkpoint: the inverse of `export-hf` (an `instruct`
+    checkpoint) and of `export-mllm` (`pretrain`).
 
-    dtype None keeps the folder's. Sizes are the folder's; config_file and overrides give the other
-    settings. The tokenizer is the SentencePiece model in the folder.
+    Args:
+        folder: the exported folder. Sizes and the tokenizer's SentencePiece model are taken from
+            it.
+        output: folder of the checkpoint.
+        dtype: of the weights; None keeps the folder's.
+        config_file: a config that gives the settings beyond the sizes.
+        overrides: such settings as `section.key=value`.
+        progress: is told how far the writing is.
     """
     parts = exported_parts(folder)
     sizes, settings = _language_facts(parts.mllm, parts.image_processor)
@@ -77,10 +84,14 @@ def import_kosmos2(
     tokenizer: Path | None = None,
     progress: ProgressCallback | None = None,
 ) -> Imported:
-    """A `pretrain` checkpoint from the layout of microsoft/kosmos-2-patch14-224.
+    """Writes a `pretrain` checkpoint from a folder such as microsoft/kosmos-2-patch14-224. The rows
+    of Kosmos-2's grounding tokens are cut off.
 
-    The rows of Kosmos-2's grounding tokens are cut off. tokenizer: SentencePiece model, default the
-    folder's; either way every id must mean the same in the folder's tokenizer.
+    Args:
+        tokenizer: SentencePiece model, by default the folder's. Either way every id must mean the
+            same in the folder's tokenizer.
+
+    The other arguments are those of `import_hf`.
     """
     sizes, settings = _language_facts(folder, folder)
     tokenizer = tokenizer or folder_model(folder, ", or give --tokenizer-model")

@@ -56,11 +56,18 @@ def verify(
     trust: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[Difference]:
-    """Differences of hidden states, logits and, where both have M, of the condition.
+    """The differences between the outputs of two models for the same random prompts: hidden states,
+    logits and, where both have M, conditions.
 
-    a, b: a run or checkpoint of ours, an authors' file, or a folder of export-hf or export-mllm.
-    The other arguments are for authors' files. Raises ConversionError when the two cannot be
-    compared.
+    Args:
+        a: a run or checkpoint of ours, an authors' file, or a folder of export-hf or export-mllm.
+        b: another one.
+        seed: of the prompts.
+        config_file: for an authors' file, as in `import_fairseq`; so are overrides and trust.
+        say: is told what is compared.
+
+    Raises:
+        ConversionError: the two cannot be compared.
     """
     if (config_file is not None or overrides) and not (a.is_file() or b.is_file()):
         raise ConversionError(

@@ -39,9 +39,17 @@ from megatron_kosmosg.data.tokenizer import Tokenizer
 
 
 class SampleStore:
-    """Random access to the samples under a prefix; safe to read from several threads.
+    """Random access to the samples of a dataset; safe to read from several threads.
 
-    Raises FileNotFoundError when the dataset is missing and InputError when it is damaged.
+    `len(store)` is their number and `store[i]` the sample `i`, a RawSample: token ids, encoded
+    pictures and a small JSON object.
+
+    Args:
+        prefix: path of the dataset without `.bin`, `.idx` or `.json`.
+
+    Raises:
+        FileNotFoundError: the dataset is missing.
+        InputError: it is damaged.
     """
 
     def __init__(self, prefix: str | Path) -> None:

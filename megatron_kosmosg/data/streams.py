@@ -33,8 +33,12 @@ Split = Literal["train", "heldout"]
 def pretrain_stream(
     config: RunConfig, split: Split, device_id: int | None = None, decodes: bool = True
 ) -> PretrainStream:
-    """Packed rows; `device_id` is the CUDA device that decodes pictures, None the CPU. `decodes`:
-    False leaves pictures undecoded, for ranks without the image tower."""
+    """The stream of packed rows.
+
+    Args:
+        device_id: CUDA device that decodes pictures; None decodes on the CPU.
+        decodes: False leaves pictures undecoded, for ranks without the image tower.
+    """
     parts = _StreamParts(config, "pretrain", split)
     sequence_format = parts.sequence_format
     datasets = {
@@ -60,7 +64,7 @@ def pretrain_stream(
 
 
 def align_stream(config: RunConfig, split: Split) -> AlignStream:
-    """Captions for the decoder and the CLIP text encoder."""
+    """The stream of captions for the decoder and the CLIP text encoder."""
     parts = _StreamParts(config, "align", split)
     captions = {}
     for name, store in parts.stores.items():
@@ -90,12 +94,15 @@ def instruct_stream(
     decodes_prompts: bool = True,
     draw: Draw | None = None,
 ) -> InstructStream:
-    """Prompts and targets; `device_id` is the CUDA device that decodes pictures, None the CPU.
+    """The stream of prompts and targets.
 
-    `decodes_prompts`: False leaves prompt pictures undecoded, for ranks without the image tower.
-    `vae`: fingerprint of the run's VAE where data.latent_cache is set and targets are read; the
-    held-out stream decodes its targets all the same, because its pictures are shown. `draw`: see
-    InstructStream.
+    Args:
+        device_id: CUDA device that decodes pictures; None decodes on the CPU.
+        vae: fingerprint of the run's VAE, where data.latent_cache is set and targets are read. The
+            held-out stream decodes its targets all the same, because its pictures are shown.
+        reads: which pictures are read: all, or those of prompts or targets alone.
+        decodes_prompts: False leaves prompt pictures undecoded, for ranks without the image tower.
+        draw: further tensors of a batch, see InstructStream.
     """
     parts = _StreamParts(config, "instruct", split)
     data = config.data

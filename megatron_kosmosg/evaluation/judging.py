@@ -53,8 +53,8 @@ def check_networks(weights: Mapping[str, Weights]) -> None:
 
 
 def score(scoring: Scoring) -> FeatureFiles:
-    """This rank's share of the features; what is there already stays. Raises InputError for a file
-    that is no image, and ConfigError for weights of another network."""
+    """Computes this rank's share of the features; what is there already stays. Raises InputError
+    for a file that is no image, and ConfigError for weights of another network."""
     files = features_of(scoring)
     with Progress("score", "image", is_shown=scoring.place.rank == 0) as progress:
         files.extract(scoring.place, scoring.device, scoring.threads, progress)
@@ -69,7 +69,8 @@ def features_of(scoring: Scoring) -> FeatureFiles:
 def report(
     scoring: Scoring, judge: Callable[[FeatureFiles], Judgement]
 ) -> tuple[Path, Path] | None:
-    """The JSON file and the page; None where another rank has not finished, which writes them when
-    it has. Two ranks that finish together write the same bytes."""
+    """Writes the JSON file and the page of a judgement, and returns their paths. None where another
+    rank has not finished, which then writes them. Two ranks that finish together write the same
+    bytes."""
     files = features_of(scoring)
     return write_judgement(scoring.output, judge(files)) if files.is_whole() else None

@@ -133,11 +133,19 @@ class KosmosGPipeline(StableDiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
     ):
-        """StableDiffusionPipelineOutput, or a tuple with return_dict=False.
+        """Draws images of prompts.
 
-        images belong to the `<image>` of a string; a batch has a list of them for each prompt. Each
-        is a PIL image, a path, an address, an array [h, w, c] or a tensor [c, h, w] (uint8, or 0 to
-        1). All other arguments are StableDiffusionPipeline's.
+        Args:
+            prompt: a string with `<image>` places, a list of texts and images, or a batch of
+                either.
+            images: for the `<image>` of a string; a batch has a list of them for each prompt. Each
+                is a PIL image, a path, an address, an array [h, w, c] or a tensor [c, h, w] (uint8,
+                or 0 to 1).
+
+        All other arguments are StableDiffusionPipeline's.
+
+        Returns:
+            StableDiffusionPipelineOutput, or a tuple with return_dict=False.
         """
         self._guidance_scale = guidance_scale
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
@@ -177,11 +185,12 @@ class KosmosGPipeline(StableDiffusionPipeline):
         clip_skip: int | None = None,
         images: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(prompt_embeds, negative_prompt_embeds), each [b * num_images_per_prompt, c, d].
+        """(prompt_embeds, negative_prompt_embeds), each [b * num_images_per_prompt, c, d], which
+        any pipeline of Stable Diffusion 1.5 takes.
 
-        Any pipeline of Stable Diffusion 1.5 takes them. The negative is a text; without one it is
-        the empty prompt, and None without guidance. Embeddings that are given pass through;
-        lora_scale and clip_skip are CLIP's and have no meaning here.
+        The negative is a text; without one it is the empty prompt, and None without guidance.
+        Embeddings that are given pass through; lora_scale and clip_skip are CLIP's and have no
+        meaning here.
         """
         device = device or self._execution_device
         if clip_skip is not None:

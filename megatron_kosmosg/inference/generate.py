@@ -60,7 +60,8 @@ def group_key(picture: Picture) -> tuple[object, ...]:
 
 
 def generate(job: Job, open_drawer: Callable[[], Drawer], report: Report) -> int:
-    """Number of pictures drawn. The model is opened only if a picture is missing.
+    """Draws this rank's missing pictures and returns their number. The model is opened only if a
+    picture is missing.
 
     Raises PromptError before anything is written if one of this rank's prompts cannot be used, and
     ConfigError if a picture would be written over one that a prompt shows.

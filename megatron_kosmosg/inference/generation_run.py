@@ -51,7 +51,8 @@ class Finished:
 
 
 def run(request: Request, place: Place) -> Finished:
-    """Draws this rank's share. Raises PromptError or ConfigError before anything is written."""
+    """Draws this rank's share of what is asked for. Raises PromptError or ConfigError before
+    anything is written."""
     source = request.source
     output = request.output.absolute()
     above = next(path for path in (output, *output.parents) if path.exists())

@@ -86,10 +86,8 @@ def open_controlnet(folder: Path, dtype: torch.dtype) -> ControlNetModel:
 def open_pipeline(
     source: ModelSource, dtype: torch.dtype, device: torch.device, draws: bool = True
 ) -> KosmosGPipeline:
-    """The pipeline alone, on `device`. Raises ConversionError for a folder that is not whole.
-
-    draws=False: without U-Net, VAE and scheduler, for its conditions alone.
-    """
+    """The pipeline alone, on `device`. With draws=False it has no U-Net, VAE and scheduler, and is
+    asked for conditions alone. Raises ConversionError for a folder that is not whole."""
     # Megatron-Core, which takes seconds to import, is needed for checkpoints only.
     if not source.is_exported:
         from megatron_kosmosg.inference.from_checkpoint import pipeline_from_checkpoint

@@ -38,7 +38,8 @@ def check_dataset(
     num_workers: int,
     progress: ProgressCallback,
 ) -> Iterator[Problem]:
-    """All problems, in the order of the samples; those of the dataset as a whole last."""
+    """Reads every sample as training would, and yields all problems in the order of the samples;
+    those of the dataset as a whole come last."""
     checker = _Checker(store, tokenizer)
     starts = range(0, len(store), CHUNK)
     progress(0, len(store))

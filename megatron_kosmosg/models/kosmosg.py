@@ -31,9 +31,14 @@ from megatron_kosmosg.parallel.layout import Layout
 class KosmosG(LanguageModule):
     """One pipeline stage's part of the model, in float32 on `layout.device`, initialised.
 
-    output_head: build the tied language head (`pretrain`). aligner_parts: (), ("M",) or ("M", "N").
-    chunk: which of this rank's stages. After `requires_grad` is decided, all ranks call
-    `agree_on_freezing` (chunks.py).
+    After `requires_grad` is decided, all ranks call `agree_on_freezing` (chunks.py).
+
+    Args:
+        config: the whole run's config.
+        layout: this rank's place.
+        output_head: build the tied language head (`pretrain`).
+        aligner_parts: (), ("M",) or ("M", "N").
+        chunk: which of this rank's stages, where it holds several.
     """
 
     def __init__(

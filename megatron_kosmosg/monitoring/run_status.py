@@ -58,7 +58,8 @@ class RunStatus:
 
 
 def run_status(folder: Path) -> RunStatus:
-    """The status of the run in `folder`. Raises InputError where there is none."""
+    """The status of the run in `folder`, which needs not be this machine's. Raises InputError where
+    there is none."""
     config_file = folder / "config.yaml"
     if not config_file.is_file():
         owner = _owner(folder)

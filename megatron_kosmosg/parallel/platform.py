@@ -65,7 +65,8 @@ resampler and AlignerNet, with several widths, dtypes and lengths: evaluation ne
 
 
 def initialize(config: RunConfig) -> Layout:
-    """This decoder rank's layout, with groups, seeds and (on a CPU) the shim in place.
+    """Sets up this decoder rank and returns its layout: groups, seeds and (on a CPU) the shim are
+    then in place.
 
     Ranks come from torchrun or Slurm; without either the process runs alone. Pair it with
     `teardown`, also after an error.

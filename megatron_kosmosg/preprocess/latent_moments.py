@@ -105,13 +105,19 @@ def cache_latents(
     world_size: int,
     progress: ProgressCallback,
 ) -> CachedLatents:
-    """Encodes this rank's share; whoever finds all shards done completes the cache.
+    """Encodes this rank's share of a dataset's targets; the rank that finds all shards done
+    completes the cache.
 
-    vae: on the device and in the precision to encode with. vae_mark: its `vae_fingerprint`, which
-    needs the weights in float32.
-    progress: of this rank's samples. Raises ValueError for kinds without
-    target images, and when an unfinished cache of that name was begun with other settings;
-    TooManyBadImages when more targets than job.max_bad_images cannot be decoded, or none can.
+    Args:
+        job: the dataset, and how its targets are encoded.
+        vae: on the device and in the precision to encode with.
+        vae_mark: its `vae_fingerprint`, which needs the weights in float32.
+        progress: of this rank's samples.
+
+    Raises:
+        ValueError: the kind has no target images, or an unfinished cache of that name was begun
+            with other settings.
+        TooManyBadImages: more targets than job.max_bad_images cannot be decoded, or none can.
     """
     if job.store.sample_kind.instruct is None:
         raise ValueError(

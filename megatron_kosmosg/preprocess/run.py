@@ -106,8 +106,15 @@ class Report:
 def preprocess(job: PreprocessJob, progress: Progress, workers: Workers | None = None) -> Report:
     """Writes the dataset `job.output_prefix`, replacing an older one.
 
-    Raises ValueError for unusable input and TooManyRejects; then nothing of that name changes but
-    PREFIX.rejects.jsonl.
+    Args:
+        job: what is read, made and written.
+        progress: shows how far the work is.
+        workers: who does it; None chooses processes of this machine or ranks of an MPI job.
+
+    Raises:
+        ValueError: the input cannot be used.
+        TooManyRejects: more records were left out than the job allows. In both cases nothing of
+            that name changes but PREFIX.rejects.jsonl.
     """
     started = time.perf_counter()
     workers = workers or LocalWorkers(job.workers)
