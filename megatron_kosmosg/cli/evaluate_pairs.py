@@ -1,4 +1,8 @@
-"""Scores any images: two folders, or a JSONL file of (generated, reference, text)."""
+"""Scores any images: two folders, or a JSONL file of (generated, reference, text).
+
+Two kinds of score: of pairs (each image against its references and its text: DINO, CLIP-I, CLIP-T),
+and of two whole sets of images, which need no partners (FID).
+"""
 
 from __future__ import annotations
 
@@ -72,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(arguments)
     folders = (args.generated, args.reference)
+    # Exactly one of the two forms, and both folders or none.
     if (args.pairs is None) == (folders == (None, None)) or (None in folders and any(folders)):
         parser.error("give --generated and --reference, or --pairs")
     if args.image_root is not None and args.pairs is None:
@@ -107,6 +112,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         generated, real = _sides(args, items)
         groups += fid_groups(args.fid_protocol, generated, real)
     scoring = scoring_of(args, groups, weights)
+    # Every rank computes its share of the features; the rank that finds all of them has `judge`
+    # called, which needs no network any more.
     score(scoring)
 
     def judge(files):
@@ -122,6 +129,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _items(args: argparse.Namespace, weights: dict[str, Weights]) -> list[Item]:
+    """The generated images, each with the references and the text that it is scored against; none
+    where FID alone is asked for."""
     from megatron_kosmosg.evaluation.pairs import items_of_file, items_of_folders
 
     if args.pairs is not None:

@@ -18,8 +18,16 @@ def known_keys() -> list[str]:
 
 
 def refuse_unknown_keys(source: str, given: Any, schema: Any = RunConfig, prefix: str = "") -> None:
-    """Raises ConfigError for a name in `given` that the schema does not have, and for one value
-    where settings belong. source: where `given` stands. prefix: dotted name of what holds it."""
+    """Raises ConfigError for a name that does not exist, and for a plain value where settings
+    belong.
+
+    Args:
+        source: where the settings stand, for the message.
+        given: settings as nested mappings, such as a YAML file has.
+        schema: the dataclass that says which names there are: RunConfig, or a section of it, since
+            this calls itself for each section.
+        prefix: dotted name of the section with a dot behind it; empty for the whole config.
+    """
     hints = typing.get_type_hints(schema)
     for name, value in given.items():
         key = f"{prefix}{name}"
@@ -31,6 +39,7 @@ def refuse_unknown_keys(source: str, given: Any, schema: Any = RunConfig, prefix
             refuse_unknown_keys(source, value, hints[name], f"{key}.")
         elif section is not None and value is not None:
             _refuse_no_settings(source, key, value, None)
+            # Entries (data.blend.NAME) may have any name; null drops one of an included file.
             for entry, content in value.items():
                 if content is not None:
                     _refuse_no_settings(source, f"{key}.{entry}", content, section)
@@ -53,6 +62,7 @@ def _suggest(key: str) -> str:
     sections = [item.name for item in dataclasses.fields(RunConfig)]
     names = known_keys() + sections
     leaf = key.rsplit(".", 1)[-1]
+    # First a right name in the wrong section, then a misspelt whole, last a misspelt end.
     same_leaf = [name for name in names if name.rsplit(".", 1)[-1] == leaf]
     near = same_leaf or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     if not near:
@@ -68,6 +78,7 @@ def _suggest(key: str) -> str:
 
 
 def _schema_leaves(schema: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, type) of every single setting; sections are followed to their ends."""
     for name, annotation in typing.get_type_hints(schema).items():
         key = f"{prefix}{name}"
         if dataclasses.is_dataclass(annotation):
@@ -79,7 +90,8 @@ def _schema_leaves(schema: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def mapped_section(annotation: Any) -> type | None:
-    """The dataclass D of a `dict[str, D]` annotation, else None."""
+    """The dataclass D of a section whose entries have free names, which is annotated `dict[str, D]`
+    (data.blend); None for everything else."""
     if typing.get_origin(annotation) is not dict:
         return None
     section = typing.get_args(annotation)[1]

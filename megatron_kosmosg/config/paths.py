@@ -1,4 +1,8 @@
-"""The files and folders of a run: their names inside its output folder."""
+"""The files and folders that a run writes: where each of them lies.
+
+All are in its output folder, but for the checkpoints where `checkpoint.save` names another folder.
+What a run reads is in input_paths.py.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,15 @@ from pathlib import Path
 
 from megatron_kosmosg.config.schema import RunConfig
 
-METRICS_FILE, FAILURE_FILE = "metrics.jsonl", "failure.txt"
+METRICS_FILE = "metrics.jsonl"
+"""Name of the file of the run's numbers: a line of JSON for each iteration and evaluation."""
+FAILURE_FILE = "failure.txt"
+"""Name of the file with the error that ended the latest start; only of a start that failed."""
 LOST_RANKS_FILE = "lost_ranks.txt"
-"""Errors of ranks without which the run went on, of all its starts."""
+"""Name of the file with the errors of ranks without which the run went on, of all its starts."""
 COMPLETE_FILE = "complete.json"
-"""In a checkpoint folder: its files, written last."""
+"""Name of a file in each checkpoint's folder, not in the run's. It lists the checkpoint's files and
+is written last, so a folder without it is no whole checkpoint."""
 
 
 def output_folder(config: RunConfig) -> Path:

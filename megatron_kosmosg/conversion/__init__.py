@@ -1,0 +1,1 @@
+"""Checkpoints of other projects to ours, and ours to theirs: one name table for both ways."""

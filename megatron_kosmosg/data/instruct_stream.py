@@ -114,10 +114,10 @@ class InstructStream:
         pad_to: int,
         replacements: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        """tokens, image_mask, padding_mask [b, s], and `packed` as of pad_rows; pixel_values
-        uint8 [n, 3, H, W], n over (b, position), n = 0 where prompt pictures are not decoded;
-        stream_positions, replacements int64 [b]; bad_samples int64 []. `replacements`: see
-        samples.PictureStream.
+        """A batch of prompts. tokens, image_mask, padding_mask [b, s], and `packed` as of pad_rows;
+        pixel_values uint8 [n, 3, H, W], n over (b, position), n = 0 where prompt pictures are not
+        decoded; stream_positions, replacements int64 [b]; bad_samples int64 []. The argument
+        `replacements` is explained at samples.PictureStream.
 
         Targets: target_pixel_values uint8 [b, 3, T, T], or, where they are cached,
         target_moments float16 [b, 2, channels, height, width] (mean and deviation); and

@@ -1,4 +1,5 @@
-"""From items to the two files: features by all ranks, the report by whoever finds them whole."""
+"""Judges items: all ranks compute features, and whoever finds these whole writes the two files of
+the report."""
 
 from __future__ import annotations
 

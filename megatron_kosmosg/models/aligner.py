@@ -57,7 +57,8 @@ class AlignerM(MegatronModule):
         self.decoder = _decoder(self.config, process_groups)
 
     def forward(self, hidden: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
-        """hidden [b, s, h], padding_mask bool [b, s] (True = padding) -> condition [b, c, d].
+        """The condition [b, c, d] of hidden states [b, s, h]; padding_mask is bool [b, s], True =
+        padding.
 
         Padding has no influence on the result.
         """
@@ -138,7 +139,8 @@ class LinearM(nn.Module):
         self.projection = nn.Linear(config.model.decoder.hidden_size, aligner.hidden_size)
 
     def forward(self, hidden: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
-        """hidden [b, s, h], padding_mask bool [b, s] (True = padding) -> condition [b, c, d]."""
+        """The condition [b, c, d] of hidden states [b, s, h]; padding_mask is bool [b, s], True =
+        padding."""
         first = self.projection(hidden[:, : self.num_queries])
         first = first.masked_fill(padding_mask[:, : self.num_queries, None], 0)
         return F.pad(first, (0, 0, 0, self.num_queries - first.shape[1]))

@@ -46,7 +46,8 @@ class CoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedPrompts | None = None,
     ) -> torch.Tensor:
-        """query [sq, b, heads, hn], key and value [sk, b, heads, hn] -> [sq, b, heads*hn].
+        """Attention of query [sq, b, heads, hn] over key and value [sk, b, heads, hn] -> [sq, b,
+        heads*hn].
 
         attention_mask: broadcastable to [b, heads, sq, sk], as `additive` gives it; ignored by
         causal attention. packed_seq_params: query, key and value are

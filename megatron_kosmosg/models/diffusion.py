@@ -69,7 +69,7 @@ def unet_pass(
 
 @torch.no_grad()
 def vae_moments(vae: AutoencoderKL, pixel_values: torch.Tensor) -> torch.Tensor:
-    """[b, 2, channels, h, w], float32: mean and standard deviation of the posterior, not scaled.
+    """Mean and standard deviation of the posterior, not scaled: float32 [b, 2, channels, h, w].
 
     pixel_values: [b, 3, height, width] in [-1, 1].
     """

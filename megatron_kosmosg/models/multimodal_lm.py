@@ -56,7 +56,8 @@ class MultimodalEmbedding(MegatronModule):
         image_embeddings: torch.Tensor,
         packed: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """tokens, image_mask (True = image slot), padding_mask (True = padding): [b, s].
+        """The decoder's input. tokens, image_mask (True = image slot) and padding_mask (True =
+        padding) are [b, s].
 
         image_embeddings: [n, q, h], filling the slots in row-major order over (b, s). packed: int64
         [t], where the tokens lie in the flattened [b, s]; they come out as one row, [t, 1, h].
@@ -90,7 +91,8 @@ class MultimodalEmbedding(MegatronModule):
 
 
 class OutputHead(ColumnParallelLinear):
-    """[s, b, h] -> logits of this rank's vocabulary shard, with the embedding's weight.
+    """Maps hidden states [s, b, h] to the logits of this rank's vocabulary shard, with the
+    embedding's weight.
 
     On the embedding's own pipeline stage it has no weight and is handed the embedding's; elsewhere
     it holds a copy that Megatron keeps equal.

@@ -23,7 +23,8 @@ def position_indices(padding_mask: torch.Tensor) -> torch.Tensor:
 
 
 def sinusoid_table(num_rows: int, width: int, device: torch.device | None = None) -> torch.Tensor:
-    """float32 [num_rows, width]: sines in the first half, cosines in the second; row 1 is zero.
+    """The table of positions, float32 [num_rows, width]: sines in the first half, cosines in the
+    second; row 1 is zero.
 
     Frequencies are exp(-i ln(10000) / (width/2 - 1)), i < width/2.
     """
@@ -52,7 +53,8 @@ class SinusoidalPositions:
     def __call__(
         self, padding_mask: torch.Tensor, packed: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """float32 [b, s, width] for padding_mask bool [b, s], True = padding.
+        """The positions' embeddings, float32 [b, s, width], for padding_mask bool [b, s], True =
+        padding.
 
         packed: int64 [t], places in the flattened [b, s]; then [1, t, width], of these alone.
         """

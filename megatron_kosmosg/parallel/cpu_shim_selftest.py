@@ -1,7 +1,10 @@
-"""Checks every place of Megatron-Core that needs the CPU shim in training, by asking from there.
+"""Checks that the CPU shim (cpu_shim.py) works at every place of Megatron-Core that training needs.
 
-A megatron-core upgrade that moves one of them stops the run at its start with the name of the
-place, instead of an obscure CUDA error (or none) later.
+The shim gives each module of Megatron-Core its own view of torch, so one place can be right and
+another wrong. Short expressions (`_QUESTIONS`) are therefore evaluated inside the modules' own
+namespaces (`SITES`), where the name `torch` means what it means to the module; and whole parts of
+Megatron-Core are run (`CHECKS`). A megatron-core upgrade that moves a place stops the run at its
+start with the name of the place, instead of an obscure CUDA error (or none) later.
 """
 
 from __future__ import annotations
@@ -75,10 +78,12 @@ _QUESTIONS = {
     "Tensor.cuda": "torch.ones(1).cuda().is_cpu",
     "Tensor.type": "torch.ones(1).type() == 'torch.cuda.FloatTensor'",
 }
-"""Each as the code in a module would ask it, and what must come out."""
+"""Expressions as the code of a module would write them, true where the shim answers there. They are
+texts because a function would see the `torch` of this file."""
 
 
 def _answers(module: str, question: str) -> bool:
+    """Whether the question's expression is true inside the module megatron.core.MODULE."""
     scope = vars(importlib.import_module(f"megatron.core.{module}"))
     return bool(eval(_QUESTIONS[question], scope))
 
@@ -107,6 +112,8 @@ def _clip_by_norm() -> bool:
 
 
 def _tracker() -> bool:
+    """Whether a fork of the tracker has random numbers of its own seed, and leaves those outside
+    as they would have been."""
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     tracker = CudaRNGStatesTracker()
@@ -121,6 +128,8 @@ def _tracker() -> bool:
 
 
 def _recompute() -> bool:
+    """Whether a recomputed forward pass draws the same dropout as the first, whose random state
+    Megatron-Core puts back through the shim."""
     from megatron.core.tensor_parallel import random
 
     seen = []

@@ -14,7 +14,8 @@ Pass = Callable[..., torch.Tensor]
 
 
 def record_passes(run: Pass, inputs: Sequence[torch.Tensor]) -> Pass:
-    """`run`, replayed for inputs with the shapes and dtypes of `inputs`, run for others.
+    """The pass `run`, which is replayed for inputs with the shapes and dtypes of `inputs` and run
+    for others.
 
     Those of `inputs` that want a gradient get one. RuntimeError without a GPU. Call it before other
     threads use the GPU or pin memory: they would break the recording.

@@ -102,7 +102,8 @@ class RemoteScore:
         *,
         is_heldout: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(a loss whose backward awaits the gradient, the pair [sum of losses, images]).
+        """Sends a condition, and returns (a loss whose backward awaits the gradient, the pair [sum
+        of losses, images]).
 
         Both hold zero for the loss until the answer came, which may also take images off the count:
         those whose targets are bad (`left_out`). condition: [b, c, d]; positions,

@@ -52,8 +52,13 @@ class BatchFeed:
         start_sample: int,
         split: str = "train",
     ) -> None:
-        """dataset: on ranks behind the first pipeline stage, one that leaves pictures undecoded.
-        split: of which it is the stream."""
+        """Begins to read at sample `start_sample`.
+
+        Args:
+            dataset: on ranks behind the first pipeline stage one that leaves pictures undecoded.
+            start_sample: samples that all ranks have consumed.
+            split: the split that the dataset is the stream of.
+        """
         self._dataset, self._config, self._layout, self._split = dataset, config, layout, split
         self._exchange: ReplacementExchange | None = None
         self._work = Work()

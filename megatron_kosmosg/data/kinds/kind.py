@@ -116,7 +116,7 @@ class PackedDocuments:
     """How `pretrain` reads a kind: <s> texts and pictures </s>, packed into rows."""
 
     images_per_row: float
-    """Usual pictures of a packed row of 2,048 positions, for plans."""
+    """Usual pictures of a packed row of 2,048 positions, for plans, which open no data."""
     reading_order: Callable[[Sequence[int]], Sequence[int]] = in_stored_order
     """(modes of the parts) -> numbers of the parts as they are read; the JSON part has none."""
 

@@ -1,7 +1,9 @@
-"""Kind `text`: one document of plain text.
+"""Kind `text`: one document of plain text, for `pretrain` alone.
 
-Stored as an ordinary Megatron token dataset: one document is one sequence of ids that ends in </s>.
-Documents are tokenised many at a time (preprocess/text_batches.py).
+It has no sample of JSON and parts as the other kinds have. A dataset of it is an ordinary Megatron
+token dataset, which other tools write, too: one document is one sequence of ids that ends in </s>.
+So this file says only which field of a record is the document; preprocess/text_batches.py makes the
+ids, many documents at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +18,6 @@ TEXT = SampleKind(
     fields=("text",),
     plain_text=lambda record: text_field(record.fields, "text"),
     formats=("jsonl", "txt", "parquet", "arrow"),
-    part_modes=(TOKENS,),
+    part_modes=(TOKENS,),  # a document is read as if it were one part: its ids
     pretrain=PackedDocuments(images_per_row=0.0),
 )

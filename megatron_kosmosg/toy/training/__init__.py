@@ -1,0 +1,1 @@
+"""Trains the frozen parts that the toy world ships with (`toy/assets`)."""
