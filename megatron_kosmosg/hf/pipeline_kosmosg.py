@@ -133,7 +133,8 @@ class KosmosGPipeline(StableDiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
     ):
-        """Draws images of prompts.
+        """Draws images of prompts. Returns StableDiffusionPipelineOutput, or a tuple with
+        return_dict=False.
 
         Args:
             prompt: a string with `<image>` places, a list of texts and images, or a batch of
@@ -143,9 +144,6 @@ class KosmosGPipeline(StableDiffusionPipeline):
                 or 0 to 1).
 
         All other arguments are StableDiffusionPipeline's.
-
-        Returns:
-            StableDiffusionPipelineOutput, or a tuple with return_dict=False.
         """
         self._guidance_scale = guidance_scale
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
@@ -215,8 +213,7 @@ class KosmosGPipeline(StableDiffusionPipeline):
 
     @property
     def _execution_device(self) -> torch.device:
-        """The device that the models run on, as diffusers finds it, also where only some models are
-        offloaded by accelerate."""
+        """The device of the models, also where accelerate offloads only some of them."""
         device = super()._execution_device
         if device.type == "meta":  # of a weight that its hook brings when it is needed
             parts = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
@@ -321,8 +318,8 @@ class KosmosGPipeline(StableDiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any):
-        """The pipeline that diffusers' own from_pipe makes, with the aligner, which that leaves
-        behind because it does not know the class."""
+        """The pipeline of diffusers' from_pipe, with the aligner, whose class that does not
+        know."""
         if getattr(pipeline, "aligner", None) is not None:
             kwargs.setdefault("aligner", pipeline.aligner)
         return super().from_pipe(pipeline, **kwargs)

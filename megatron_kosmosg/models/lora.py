@@ -67,7 +67,7 @@ class _Adapter(_Linear):
             if name not in self.split_axes:
                 # A mark as Megatron's own, which finalize_model_grads looks for. By name, because
                 # type checkers know no such attribute of a parameter.
-                setattr(parameter, "sequence_parallel", self._is_sequence_split)  # noqa: B010
+                setattr(parameter, "sequence_parallel", self._is_sequence_split)  # noqa: B010 - see above
             self.register_parameter(name, parameter)
 
     def forward(self, x: torch.Tensor, *given: Any, **named: Any) -> Any:

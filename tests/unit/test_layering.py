@@ -7,6 +7,9 @@ Long because it holds every rule, and a breach of each that the rule must notice
 from __future__ import annotations
 
 import ast
+import io
+import re
+import tokenize
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -266,6 +269,23 @@ def imports_of_other_tests(file: Source) -> Iterator[str]:
                 yield f"{file.path} imports {name}: what tests share is in tests/support"
 
 
+def telegrams(file: Source) -> Iterator[str]:
+    """Docstrings whose subject is somewhere else: "Of the content.", "See Reader."."""
+    for node in file.nodes:
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            text = ast.get_docstring(node) or ""
+            if re.match(r"(Of|See)\b", text):
+                yield f"{file.path}:{node.body[0].lineno}: {text[:40]!r} is no sentence"
+
+
+def exceptions_without_reason(file: Source) -> Iterator[str]:
+    """Checkers that are told to be silent, without a word behind it that says why."""
+    for token in tokenize.generate_tokens(io.StringIO(file.text).readline):
+        told = re.search(r"(noqa|(type|pyright): ignore)(: [A-Z]+\d+|\[[\w-]+\])?", token.string)
+        if token.type == tokenize.COMMENT and told and not token.string[told.end() :].strip(" -#"):
+            yield f"{file.path}:{token.start[0]}: say why behind {told[0]!r}"
+
+
 def test_the_files_were_found(package, repository):
     assert len(package) > 40 and {file.layer for file in package} >= {"config", "training"}
     assert {file.path.split("/")[0] for file in repository} == set(FOLDERS)
@@ -299,6 +319,14 @@ def test_no_default_is_read_at_the_import(repository):
     check(defaults_read_at_import, repository)
 
 
+def test_docstrings_are_sentences(package):
+    check(telegrams, package)
+
+
+def test_what_a_checker_is_told_to_let_pass_has_a_reason(repository):
+    check(exceptions_without_reason, repository)
+
+
 @pytest.mark.parametrize(
     ("rule", "path", "text"),
     [
@@ -324,6 +352,9 @@ def test_no_default_is_read_at_the_import(repository):
         (defaults_read_at_import, "tools/x.py", "from time import monotonic as m\nlambda x=m(): x"),
         (defaults_read_at_import, "tools/x.py", "def f(folder=pathlib.Path.cwd()): ..."),
         (defaults_read_at_import, "tools/x.py", "class C:\n    at: float = time.time()"),
+        (telegrams, "data/x.py", "def f():\n    'Of the content; see fingerprint.py.'"),
+        (exceptions_without_reason, "tools/x.py", "import x  # noqa: F401"),
+        (exceptions_without_reason, "tools/x.py", "x = None  # type: ignore[assignment]"),
     ],
 )
 def test_each_rule_notices_its_breach(rule, path, text):
@@ -338,6 +369,8 @@ def test_each_rule_notices_its_breach(rule, path, text):
         (device_choices, "parallel/x.py", "torch.cuda.current_device()"),
         (long_or_silent_files, "data/__init__.py", ""),
         (swallowed_errors, "data/x.py", "zip(a, b, strict=False)"),
+        (telegrams, "data/x.py", "def f():\n    'Offsets of the samples.'"),
+        (exceptions_without_reason, "tools/x.py", "import x  # noqa: F401 - is it there?"),
         (
             defaults_read_at_import,
             "tools/x.py",
