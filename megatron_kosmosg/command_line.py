@@ -90,7 +90,8 @@ def nearest(wrong: str, names: Iterable[str]) -> str | None:
 def run(work: Callable[[], int], interrupted: str = "interrupted") -> int:
     """The exit code of `work`, also where it raises for an input that cannot be used.
 
-    interrupted: what a user reads after Ctrl-C.
+    Args:
+        interrupted: what a user reads after Ctrl-C.
     """
     quieten_imports()
     try:

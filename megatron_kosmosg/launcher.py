@@ -54,7 +54,10 @@ ALONE = Place(rank=0, world_size=1, local_rank=0)
 def find_place(environment: Environment | None = None) -> Place:
     """This process's place according to torchrun's variables, else Slurm's, else alone.
 
-    environment: None is that of the process. Raises ConfigError where half of them are set.
+    Args:
+        environment: the variables to look at; None takes the process's.
+
+    Raises ConfigError where half of them are set.
     """
     environment = os.environ if environment is None else environment
     if "RANK" in environment:

@@ -15,7 +15,10 @@ def token_cross_entropy(
 ) -> torch.Tensor:
     """Next-token cross-entropy summed over the positions that count.
 
-    logits: [s, b, v/tp], this rank's vocabulary shard; labels: [b, s]; loss_mask: [b, s], 1 counts.
+    Args:
+        logits: [s, b, v/tp], this rank's vocabulary shard.
+        labels: [b, s].
+        loss_mask: [b, s], 1 counts.
     """
     losses = tensor_parallel.vocab_parallel_cross_entropy(
         logits.float(), labels.transpose(0, 1).contiguous()
@@ -26,7 +29,8 @@ def token_cross_entropy(
 def alignment_loss(condition: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error per sample between M's output and the text encoder's, summed over samples.
 
-    condition, target: [b, c, d].
+    Args:
+        condition, target: [b, c, d].
     """
     return (condition.float() - target.float()).square().mean(dim=(1, 2)).sum()
 
@@ -39,9 +43,12 @@ def reconstruction_loss(
 ) -> torch.Tensor:
     """(c / s) times the mean squared error of N(M(hidden)) per sample, summed over samples.
 
-    reconstruction, hidden: [b, s, h], where s includes padding: padded positions count, as in the
-    authors' code. num_queries: c, positions of the condition. padding_mask: bool [b, s], True =
-    padding, which then does not count: s is each sample's own number of positions.
+    Args:
+        reconstruction, hidden: [b, s, h], where s includes padding: padded positions count, as in
+            the authors' code.
+        num_queries: c, positions of the condition.
+        padding_mask: bool [b, s], True = padding, which then does not count: s is each sample's own
+            number of positions.
     """
     error = (reconstruction.float() - hidden.float()).square()
     if padding_mask is None:

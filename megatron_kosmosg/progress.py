@@ -45,8 +45,10 @@ class Progress:
     ) -> None:
         """unit: of what is counted, in the singular; B (bytes) is shown with k, M and G.
 
-        stream: None is stderr. is_shared: other processes write to it, too, which get lines on a
-        terminal as well. delay: work that is over within so many seconds shows nothing.
+        Args:
+            stream: None is stderr.
+            is_shared: other processes write to it, too, which get lines on a terminal as well.
+            delay: work that is over within so many seconds shows nothing.
         """
         self._name, self._unit, self._stream = name, unit, stream
         self._is_shown, self._is_shared, self._delay = is_shown, is_shared, delay

@@ -55,9 +55,11 @@ def check_resume(
 ) -> list[str]:
     """One line per harmless difference between the checkpoint's config and this run's.
 
-    saved_data, current_data: fingerprint of each dataset of data.blend, by name; a dataset that
-    only moved may, one of other content may not. Raises ConfigError naming all differences that
-    change what is learnt and are not accepted.
+    Args:
+        saved_data, current_data: fingerprint of each dataset of data.blend, by name; a dataset that
+            only moved may, one of other content may not.
+
+    Raises ConfigError naming all differences that change what is learnt and are not accepted.
     """
     accepted = current.checkpoint.accept_changes
     both = saved_data.keys() & current_data.keys()

@@ -120,7 +120,10 @@ def set_aside(folder: Path) -> None:
 def find_checkpoint(path: Path, given_as: str = "checkpoint.load=") -> Path:
     """The checkpoint meant by a run folder, a checkpoint folder or an `iter_` folder.
 
-    given_as: how the user named it. Raises ConfigError if there is no whole checkpoint.
+    Args:
+        given_as: how the user named it.
+
+    Raises ConfigError if there is no whole checkpoint.
     """
     if (path / COMPLETE_FILE).is_file():
         problem = damage(path)

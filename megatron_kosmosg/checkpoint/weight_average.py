@@ -74,8 +74,10 @@ class WeightAverage:
     def state(self, models: dict[str, ShardedStateDict], *, is_loading: bool) -> dict[str, Any]:
         """What a checkpoint holds of the averages; a collective over the ranks of `group`.
 
-        models: the state of this rank's model (`weights.model_state`), whose keys and splits they
-        take. is_loading: with room for the averages instead of them.
+        Args:
+            models: the state of this rank's model (`weights.model_state`), whose keys and splits
+                they take.
+            is_loading: with room for the averages instead of them.
         """
         return {
             "updates": self._updates,

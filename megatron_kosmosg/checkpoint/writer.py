@@ -30,8 +30,9 @@ filesystem_async._results_queue = queue.Queue()
 class ThreadSaveStrategy(SaveStrategy):
     """Megatron-Core's format and plan; each rank writes one file in the thread that runs it.
 
-    in_background: tensors are copied first, so that training may change them while they are
-    written.
+    Args:
+        in_background: tensors are copied first, so that training may change them while they are
+            written.
     """
 
     def __init__(self, *, in_background: bool) -> None:

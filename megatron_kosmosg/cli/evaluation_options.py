@@ -24,7 +24,8 @@ FID_PROTOCOL_NAMES = ("kosmosg-first-run", "kosmosg-rerun", "metaquery", "clean-
 def add_networks(parser: CommandParser, protocol: str | None = None) -> None:
     """Weight files; nothing is downloaded.
 
-    protocol: of FID where another one is not asked for; None leaves FID out.
+    Args:
+        protocol: FID's, where no other is asked for; None leaves FID out.
     """
     group = parser.add_argument_group("networks", "files that you have; nothing is downloaded")
     group.add_argument(

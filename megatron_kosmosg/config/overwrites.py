@@ -30,8 +30,10 @@ def refuse_to_overwrite(outputs: Iterable[Path], inputs: Iterable[Path], option:
     """Raises ConfigError, naming both, when one of `outputs` is one of `inputs` or a folder that
     one of them lies in. To be called before anything is written.
 
-    outputs: what is made anew, files and folders, there or not. inputs: files and folders; those
-    that are not there are left to their readers. option: what to change, as "--output-prefix".
+    Args:
+        outputs: what is made anew, files and folders, there or not.
+        inputs: files and folders; those that are not there are left to their readers.
+        option: what to change, as "--output-prefix".
     """
     read: dict[FileId | None, Path] = {}
     places: set[Path] = set()
@@ -53,7 +55,8 @@ def refuse_to_write_into(output: Path, inputs: Iterable[Path], option: str) -> N
     """Raises ConfigError, naming both, when `output`, a file or folder that need not be there, is
     one of the folders `inputs` or lies in one: it would be read as a part of that.
 
-    option: as for `refuse_to_overwrite`.
+    Args:
+        option: as for `refuse_to_overwrite`.
     """
     read = {_file_id(path): path for path in inputs}
     for place in (output, *output.resolve().parents):
@@ -71,7 +74,8 @@ def refuse_to_run_over_inputs(
     """Raises ConfigError when a run's folder, or that of its checkpoints, is or lies in a folder
     that it reads, and when one of its files is one that it reads.
 
-    files, folders: what the run reads beside `checkpoint.load`.
+    Args:
+        files, folders: what the run reads beside `checkpoint.load`.
     """
     output, save = output_folder(config), save_folder(config)
     read = list(folders)

@@ -36,8 +36,11 @@ Layer = dict[str, Any]
 def rename_keys(layers: list[tuple[str, Layer]], note: Note) -> None:
     """Moves values from keys of earlier versions to today's, in place, with one note a key.
 
-    layers: (where it comes from, settings). Raises ConfigError where one of them has both keys, or
-    a value that the earlier key did not have.
+    Args:
+        layers: (where it comes from, settings).
+
+    Raises ConfigError where one of them has both keys, or a value that the earlier key did not
+    have.
     """
     for old, renamed in RENAMED_KEYS.items():
         changes = []

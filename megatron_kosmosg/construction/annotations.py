@@ -30,7 +30,8 @@ class Annotations:
     def __init__(self, path: Path, image_root: str | None = None) -> None:
         """Reads the file once. Raises ValueError, naming the line, where it cannot be used.
 
-        image_root: where masks may lie besides the folder of the file.
+        Args:
+            image_root: another folder in which masks may lie, besides that of the file.
         """
         self.path = path
         self._also = None if image_root is None else Path(image_root)

@@ -32,7 +32,8 @@ _UNUSED_ATTENTION = {
 def authors_table(model: ModelConfig, *, fused_vision: bool = False) -> RuleTable:
     """The table for a model of these sizes, of which vocabulary and head counts matter.
 
-    fused_vision: the image tower has OpenAI's fused attention and no `ts_attn`.
+    Args:
+        fused_vision: the image tower has OpenAI's fused attention and no `ts_attn`.
     """
     heads, aligner_heads = model.decoder.num_attention_heads, model.aligner.num_attention_heads
     rules = [

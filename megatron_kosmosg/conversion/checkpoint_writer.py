@@ -71,7 +71,8 @@ def write_checkpoint(
     Raises ConversionError, before anything is written, unless the source has exactly the tensors
     of `config.stage`'s model. What was begun is removed again when something fails.
 
-    progress: of bytes.
+    Args:
+        progress: is told how many bytes are written.
     """
     infos = source.names()
     check_complete(infos, model_tensors(config))

@@ -123,7 +123,8 @@ def write_processor(folder: Path, config: RunConfig) -> None:
 def write_index(folder: Path, stable_diffusion: dict[str, list[str]]) -> None:
     """Writes model_index.json and the pipeline's .py file.
 
-    stable_diffusion: the entries of unet, vae and scheduler.
+    Args:
+        stable_diffusion: the entries of unet, vae and scheduler.
     """
     absent = ("text_encoder", "safety_checker", "feature_extractor", "image_encoder")
     parts = {

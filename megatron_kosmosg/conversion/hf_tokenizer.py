@@ -107,7 +107,8 @@ def write_tokenizer(model_path: Path, folder: Path, model_max_length: int) -> No
 def folder_model(folder: Path, otherwise: str = "") -> Path:
     """The SentencePiece model of a tokenizer folder. Raises ConversionError if it has none.
 
-    otherwise: what a user can do besides putting it there.
+    Args:
+        otherwise: what a user can do besides putting it there.
     """
     path = folder / MODEL_FILE
     if not path.is_file():

@@ -31,9 +31,11 @@ def imported_config(
     """The config that comes of config_file, settings, sizes and overrides (`section.key=value`); of
     these, later ones win.
 
-    sizes: {dotted key: value} that the imported model has, whatever the config file says.
-    settings: the same for what overrides may change. Raises ConversionError for a bad file or
-    override, and for an override that contradicts a size.
+    Args:
+        sizes: {dotted key: value} that the imported model has, whatever the config file says.
+        settings: the same for what overrides may change.
+
+    Raises ConversionError for a bad file or override, and for an override that contradicts a size.
     """
     facts = [f"{key}={json.dumps(value)}" for key, value in {**settings, **sizes}.items()]
     try:

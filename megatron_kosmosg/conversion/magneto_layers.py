@@ -24,7 +24,8 @@ def stack_rules(
 ) -> list[Rule]:
     """Rules of all layers `ours.layers.{i}` = `theirs.layers.{i}` and the final LayerNorm.
 
-    heads: attention heads of the stack.
+    Args:
+        heads: attention heads of the stack.
     """
     mine, other = f"{ours}.layers.{{i}}", f"{theirs}.layers.{{i}}"
     rules = weight_and_bias(same, f"{ours}.final_layernorm", f"{theirs}.layer_norm")

@@ -45,8 +45,9 @@ _NO_TEXT_TOWER = "CLIP's text tower: KOSMOS-G reads text itself"
 def tower_rules(prefix: str, *, fused_attention: bool) -> list[Rule]:
     """Rules of the tower under `prefix`.
 
-    fused_attention: q, k and v in one `attn.in_proj_*` (OpenAI), else `ts_attn` with separate ones
-    (the authors).
+    Args:
+        fused_attention: q, k and v in one `attn.in_proj_*` (OpenAI), else `ts_attn` with separate
+            ones (the authors).
     """
     rules = [same(TOWER + ours, prefix + theirs) for ours, theirs in _TENSORS.items()]
     for ours, theirs in _MODULES.items():

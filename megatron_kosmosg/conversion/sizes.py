@@ -80,7 +80,10 @@ def head_counts(
 ) -> dict[str, int]:
     """The numbers of heads beyond those `given` in the config, by dotted setting.
 
-    decoder_heads: what the file itself says. Raises ConversionError when nothing says it.
+    Args:
+        decoder_heads: what the file itself says.
+
+    Raises ConversionError when nothing says it.
     """
     released = ModelConfig()
     counts: dict[str, int] = {}

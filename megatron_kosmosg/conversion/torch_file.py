@@ -72,7 +72,9 @@ class Placeholder:
 def load_lazily(path: Path, *, trust: bool = False) -> Any:
     """What `torch.save` was given, with a LazyTensor in place of every tensor.
 
-    trust: also rebuild Python objects other than tensors and plain containers.
+    Args:
+        trust: also rebuild Python objects other than tensors and plain containers.
+
     Raises ConversionError for a file that is not whole, is of another kind, or needs `trust`.
     """
     try:

@@ -22,7 +22,9 @@ def by_length(lengths: np.ndarray, micro_batch_size: int, dp_size: int) -> np.nd
     """Places in the global batch for each rank and micro-batch, balanced by length: int64 [dp_size,
     micro-batches, micro_batch_size].
 
-    lengths: of the samples of the global batch, int64 [n]. Equal lengths keep the stream's order.
+    Args:
+        lengths: of the samples of the global batch, int64 [n]. Equal lengths keep the stream's
+            order.
     """
     deal = np.argsort(-lengths, kind="stable").reshape(-1, dp_size)
     deal[1::2] = deal[1::2, ::-1]

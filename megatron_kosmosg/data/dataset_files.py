@@ -26,7 +26,8 @@ def files_read(config: RunConfig, *, of_shards: bool = True) -> list[Path]:
     """Files that a run of `config` opens: its datasets, the tokenizer model and weights of an
     evaluator. Model folders and the checkpoint that it starts from are `folders_read`.
 
-    of_shards: with those of datasets' shards, of which there may be thousands.
+    Args:
+        of_shards: with those of datasets' shards, of which there may be thousands.
     """
     entries = [*config.data.blend.values(), *config.data.heldout.values()]
     files_of = files_of_all_shards if of_shards else dataset_files

@@ -155,9 +155,11 @@ def eight_bits(image: Image.Image) -> Image.Image:
 def over_white(image: Image.Image, mask: Image.Image | None = None) -> Image.Image:
     """RGB: `image` where it is opaque, white where it is not, mixed in between.
 
-    mask: "L" of the same size, 255 = shown; the picture is then shown as far as both allow, once,
-    as masks are often made from the transparency. Opaque pixels keep their values. Raises what
-    Pillow raises for a damaged file, ValueError where sizes differ.
+    Args:
+        mask: "L" of the same size, 255 = shown; the picture is then shown as far as both allow,
+            once, as masks are often made from the transparency. Opaque pixels keep their values.
+
+    Raises what Pillow raises for a damaged file, ValueError where sizes differ.
     """
     if mask is not None and mask.size != image.size:
         raise ValueError(f"a mask of {mask.size} for an image of {image.size}")

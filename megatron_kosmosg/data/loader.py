@@ -132,7 +132,8 @@ class MicroBatchIterator(Iterator[Batch]):
         """Ends the threads once each has finished what it is reading; the iterator cannot be used
         any more.
 
-        wait: False returns at once.
+        Args:
+            wait: False returns at once.
         """
         for future in self._pending:
             future.cancel()

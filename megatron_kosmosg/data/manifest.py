@@ -120,8 +120,10 @@ def kind_on_disk(prefix: str | Path) -> str | None:
 def dataset_kind(key: str, entry: BlendEntry) -> str | None:
     """Kind of a dataset of the config: that on disk, else `entry.kind`; None when neither says.
 
-    key: where the config has the entry, e.g. `data.blend.laion`. Raises ConfigError when the two
-    differ, and for a manifest that cannot be read.
+    Args:
+        key: where the config has the entry, e.g. `data.blend.laion`.
+
+    Raises ConfigError when the two differ, and for a manifest that cannot be read.
     """
     try:
         found = kind_on_disk(entry.path)

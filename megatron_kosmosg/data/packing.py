@@ -42,7 +42,8 @@ FORMAT_VERSION = 1
 class PackedDataset:
     """The rows of one dataset by how often it was drawn; random access, thread-safe.
 
-    `capacity`: tokens of a row, one more than the model reads because labels are shifted.
+    Args:
+        capacity: tokens of a row, one more than the model reads because labels are shifted.
     """
 
     def __init__(

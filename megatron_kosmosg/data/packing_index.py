@@ -51,7 +51,8 @@ class RowPacker:
     def add(self, ends: np.ndarray) -> np.ndarray:
         """The boundaries of the rows that further cuts cannot change, int64.
 
-        `ends`: where a cut is allowed, increasing, no two further apart than `capacity`.
+        Args:
+            ends: where a cut is allowed, increasing, no two further apart than `capacity`.
         """
         ends = np.concatenate([self._pending, ends])
         starts = np.concatenate([[self._start], ends[:-1]])

@@ -52,9 +52,12 @@ def draw_batch(
     """Draws a list of prompts. Returns `folder`/images.zip, which has every image, and a sheet
     of the first prompts.
 
-    folder: new and empty. images: files that the records name, each by its own name. defaults: for
-    what a record does not say. Raises PromptError before anything is drawn, Cancelled soon after
-    `stop` is set.
+    Args:
+        folder: new and empty.
+        images: files that the records name, each by its own name.
+        defaults: for what a record does not say.
+
+    Raises PromptError before anything is drawn, Cancelled soon after `stop` is set.
     """
     records = gathered(jsonl, images, folder / "prompts")
     plan = studio.plan(defaults, defaults.options)

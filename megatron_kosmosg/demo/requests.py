@@ -71,9 +71,10 @@ def draw_request(
 ) -> DrawRequest:
     """The request of the page's values. Raises PromptError naming the field.
 
-    given: negative_prompt, guidance, steps, scheduler, seed, num_images, and perhaps height and
-    width (pixels; 0 or None: the model's own), start_image and strength, controlnet, control_image
-    and control_scale, and lora_scale.
+    Args:
+        given: negative_prompt, guidance, steps, scheduler, seed, num_images, and perhaps height and
+            width (pixels; 0 or None: the model's own), start_image and strength, controlnet,
+            control_image and control_scale, and lora_scale.
     """
     scheduler = given["scheduler"]
     if scheduler not in SCHEDULER_NAMES:

@@ -30,7 +30,8 @@ class Sessions:
         """Begins one piece of work: returns (an event that is set when the work is to stop, a new
         folder for what it makes).
 
-        name: None is a caller without a tab, whom nobody can stop.
+        Args:
+            name: None is a caller without a tab, whom nobody can stop.
         """
         with self._lock:
             key = name or uuid.uuid4().hex

@@ -222,7 +222,8 @@ PAIRS = tuple(
 def pair_cases(*, with_class: bool = False) -> Iterator[Case]:
     """UNO's 750 of 30 pairs. The model is given the same sentence with images for the subjects.
 
-    with_class: their words stand before the images.
+    Args:
+        with_class: whether the subjects' words stand before the images.
     """
     by_name = {subject.name: subject for subject in SUBJECTS}
     for names in PAIRS:

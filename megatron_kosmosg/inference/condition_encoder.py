@@ -28,7 +28,9 @@ class ConditionEncoder:
     ) -> None:
         """path: an exported folder, or a run or checkpoint of align or instruct.
 
-        resting_device: where the weights wait between two calls (None: they stay on `device`).
+        Args:
+            resting_device: where the weights wait between two calls (None: they stay on `device`).
+
         Raises ConfigError or ConversionError for what cannot be opened.
         """
         self._device, self._resting = device, resting_device or device

@@ -23,7 +23,8 @@ class SheetRow:
 def contact_sheet(rows: Sequence[SheetRow], cell: int) -> Image.Image:
     """The sheet; results start in the same column in every row.
 
-    cell: pixels per side of the square that a picture is fitted into, its proportions kept.
+    Args:
+        cell: pixels per side of the square that a picture is fitted into, its proportions kept.
     """
     step = cell + GAP
     before = max(len(row.prompt_pictures) for row in rows) * step

@@ -44,9 +44,10 @@ def open_drawer(
 ) -> PipelineDrawer:
     """The model ready to draw. Raises ConfigError naming the part that cannot be opened.
 
-    offload: weights wait in the CPU's memory until `device` needs them. "model": whole parts (the
-    U-Net, the VAE, ...) take turns on the device. "sequential": single layers do, which is slower
-    and needs the least memory. None: everything stays on the device.
+    Args:
+        offload: weights wait in the CPU's memory until `device` needs them. "model": whole parts
+            (the U-Net, the VAE, ...) take turns on the device. "sequential": single layers do,
+            which is slower and needs the least memory. None: everything stays on the device.
     """
     if offload is not None and not has_stream(device):
         raise ConfigError(f"--offload {offload} needs a GPU; the model is on {device.type} already")

@@ -113,7 +113,8 @@ RECORD_FIELDS = ("id", *_PROMPT_FIELDS, *OPTION_FIELDS)
 def read_records(path: Path, image_root: Path | None = None) -> list[PromptRecord]:
     """The records of a JSONL file. Raises PromptError for the first bad one, naming its line.
 
-    image_root: where pictures may lie besides the folder of the file.
+    Args:
+        image_root: another folder in which pictures may lie, besides that of the file.
     """
     try:
         # Not splitlines: JSON allows U+2028, which it takes for a line's end, inside strings.

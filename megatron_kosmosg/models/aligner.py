@@ -96,7 +96,8 @@ class AlignerN(MegatronModule):
         """The rebuilt states [b, seq_length, h] of a condition [b, c, d]; padded positions are
         rebuilt like others.
 
-        padding_mask: bool [b, seq_length], True = a position without influence on the others.
+        Args:
+            padding_mask: bool [b, seq_length], True = a position without influence on the others.
         """
         hidden_keys = None
         if padding_mask is not None:

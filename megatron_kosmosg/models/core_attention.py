@@ -49,9 +49,11 @@ class CoreAttention(MegatronModule):
         """Attention of query [sq, b, heads, hn] over key and value [sk, b, heads, hn] -> [sq, b,
         heads*hn].
 
-        attention_mask: broadcastable to [b, heads, sq, sk], as `additive` gives it; ignored by
-        causal attention. packed_seq_params: query, key and value are
-        [t, heads, hn] and the result [t, heads*hn]; causal attention alone has it.
+        Args:
+            attention_mask: broadcastable to [b, heads, sq, sk], as `additive` gives it; ignored by
+                causal attention.
+            packed_seq_params: query, key and value are [t, heads, hn] and the result [t, heads*hn];
+                causal attention alone has it.
         """
         if attention_bias is not None:
             raise NotImplementedError("this attention has no bias")

@@ -50,7 +50,9 @@ def updates(config: RunConfig, part: str) -> int:
     """How many forward passes of a part of the model an update takes as FLOPs. Only adapters
     (`lora`) leave parts frozen that gradients pass through, and parts that none reaches.
 
-    part: of those that train in `pretrain` and `instruct`, by its name in the model."""
+    Args:
+        part: name in the model of a part that trains in `pretrain` and `instruct`.
+    """
     lora = config.lora
     if not lora.rank or part in lora.trains:
         return TRAINED

@@ -59,8 +59,11 @@ class MultimodalEmbedding(MegatronModule):
         """The decoder's input. tokens, image_mask (True = image slot) and padding_mask (True =
         padding) are [b, s].
 
-        image_embeddings: [n, q, h], filling the slots in row-major order over (b, s). packed: int64
-        [t], where the tokens lie in the flattened [b, s]; they come out as one row, [t, 1, h].
+        Args:
+            image_embeddings: [n, q, h], filling the slots in row-major order over (b, s).
+            packed: int64 [t], where the tokens lie in the flattened [b, s]; they come out as one
+                row, [t, 1, h].
+
         Raises ValueError when the number of image embeddings is not that of the slots.
         """
         if packed is not None:

@@ -55,8 +55,10 @@ def pack_prompts(packed: Tensor, padding_mask: Tensor, multiple: int) -> PackedP
     """The places of the prompts in one packed row, from `packed` (int64 [tokens], as
     data/padding.py gives it) and padding_mask (bool [b, s], True = padding).
 
-    multiple: of which the row's length is one. What is added to it at the end is a prompt of its
-    own to kernels, which would leave positions outside of every prompt as they find them.
+    Args:
+        multiple: the row's length is a multiple of it. To kernels what is added for that at the
+            end is a prompt of its own: they would leave positions outside of every prompt as they
+            find them.
     """
     lengths = (~padding_mask).sum(dim=1, dtype=torch.int32)
     added = -len(packed) % multiple

@@ -16,7 +16,8 @@ PADDING_INDEX = 1
 def position_indices(padding_mask: torch.Tensor) -> torch.Tensor:
     """Row of the position table for every token: 2, 3, ... for tokens, 1 for padding.
 
-    padding_mask: bool [b, s], True = padding.
+    Args:
+        padding_mask: bool [b, s], True = padding.
     """
     is_token = (~padding_mask).long()
     return is_token.cumsum(dim=1) * is_token + PADDING_INDEX
@@ -56,7 +57,8 @@ class SinusoidalPositions:
         """The positions' embeddings, float32 [b, s, width], for padding_mask bool [b, s], True =
         padding.
 
-        packed: int64 [t], places in the flattened [b, s]; then [1, t, width], of these alone.
+        Args:
+            packed: int64 [t], places in the flattened [b, s]; then [1, t, width], of these alone.
         """
         rows = padding_mask.shape[1] + PADDING_INDEX + 1
         table = self._table

@@ -26,7 +26,8 @@ def tried(
     """The pass that `build` gives, where its results, [output, gradient], are those wanted; None,
     said in one line, where they are not, or where it cannot be built or run here.
 
-    dtype: that it computes in.
+    Args:
+        dtype: the type that it computes in.
     """
     try:
         faster = build()

@@ -23,8 +23,11 @@ def generate(
 ) -> torch.Tensor:
     """Images [n, 3, height, width] in [-1, 1], float32.
 
-    condition: [n, c, d]; null_condition: [1, c, d]; initial_noise: [n, channels, h, w], N(0, 1).
-    guidance_scale: 1 or less samples without guidance, at half the cost.
+    Args:
+        condition: [n, c, d].
+        null_condition: [1, c, d].
+        initial_noise: [n, channels, h, w], N(0, 1).
+        guidance_scale: 1 or less samples without guidance, at half the cost.
     """
     scheduler = DPMSolverMultistepScheduler.from_config(diffusion.noise_scheduler.config)
     scheduler.set_timesteps(num_inference_steps, device=condition.device)

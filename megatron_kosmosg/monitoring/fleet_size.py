@@ -17,7 +17,8 @@ def size_advice(iterations: Sequence[Mapping[str, Any]]) -> str | None:
     """What to do about the number of score ranks; None for too few iterations, without score ranks
     and where nothing was measured.
 
-    iterations: the latest lines of metrics.jsonl, of one start.
+    Args:
+        iterations: the latest lines of metrics.jsonl, of one start.
     """
     names = ("decoder_idle", "score_idle", "score_ranks")
     known = [line for line in iterations if all(_is_number(line.get(name)) for name in names)]

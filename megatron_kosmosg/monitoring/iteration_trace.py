@@ -54,7 +54,9 @@ class DecoderTrace:
     ) -> None:
         """Collective with the score ranks' `ScoreTrace`, unless the config asks for no trace.
 
-        recorded: what else names its stretches of time while a trace is made."""
+        Args:
+            recorded: what else names its stretches of time while a trace is made.
+        """
         self._config, self._layout, self._recorded = config, layout, recorded
         self._configs = [chunk.config for chunk in chunks]
         self._configs += [part.config for part in (optimizer, *optimizer.chained_optimizers)]

@@ -85,7 +85,9 @@ def disk_problems(folder: Path, gib: float) -> list[str]:
 def memory_warnings(gib: float, root: Path = Path("/")) -> list[str]:
     """Whether the run may need more of the machine's memory than there is for it.
 
-    gib: what it may need. root: of the file system with proc/ and sys/.
+    Args:
+        gib: memory that it may need.
+        root: folder that holds proc/ and sys/.
     """
     free = memory_gib(root)
     if free is None or free >= gib:

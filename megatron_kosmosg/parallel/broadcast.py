@@ -14,8 +14,9 @@ def broadcast_batch(
 ) -> dict[str, torch.Tensor]:
     """The batch of tp_rank 0 on every rank of its tensor-parallel group, on their devices.
 
-    batch: CPU tensors of any dtype and shape on tp_rank 0, None elsewhere. What is for the host
-    (samples.FOR_THE_HOST) stays on the CPU.
+    Args:
+        batch: CPU tensors of any dtype and shape on tp_rank 0, None elsewhere. What is for the host
+            (samples.FOR_THE_HOST) stays on the CPU.
     """
     if layout.tp_size == 1:
         return {key: _placed(key, value, layout.device) for key, value in batch.items()}

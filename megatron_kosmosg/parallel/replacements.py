@@ -35,7 +35,8 @@ class ReplacementExchange:
     def share(self, position: int, own: Sequence[int]) -> list[int]:
         """The first stage's indices of the micro-batch that begins at stream position `position`.
 
-        own: what this rank found; counts on the first stage.
+        Args:
+            own: what this rank found; counts on the first stage.
         """
         layout = self._layout
         if layout.is_first_stage:

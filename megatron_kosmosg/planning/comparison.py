@@ -44,7 +44,8 @@ def faster_layouts(
     """The best of a search, the best that reads the same targets as `config` (cached latents or
     pictures), and the best with the same placement of the U-Net; only what is much faster.
 
-    candidates: those that fit, fastest first.
+    Args:
+        candidates: those that fit, fastest first.
     """
     cached = config.data.latent_cache is not None
     first = [

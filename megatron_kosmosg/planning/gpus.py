@@ -130,7 +130,8 @@ def name_from_anywhere(name: str) -> str:
 def recognised_gpu(device_name: str, memory_gib: float) -> Gpu | None:
     """The GPU of the table that a driver calls `device_name`; None for another one.
 
-    memory_gib: GiB that the device has, which tells apart what is sold in two sizes.
+    Args:
+        memory_gib: GiB that the device has, which tells apart what is sold in two sizes.
     """
     words = device_name.upper().replace("RTX ", "RTX").replace("-", " ").split()
     for gpu in GPUS.values():

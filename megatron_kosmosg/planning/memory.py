@@ -253,7 +253,8 @@ def memory_table(
 ) -> str:
     """GiB of each kind of rank; whether they fit, where the GPU's memory is given.
 
-    memory_error: share of its memory that a rank may take beyond the plan.
+    Args:
+        memory_error: share of its memory that a rank may take beyond the plan.
     """
     lines = [f"{'GiB a rank':<18}{'ranks':>6}" + "".join(f"{h:>11}" for h in _COLUMNS.values())]
     for kind in kinds:

@@ -141,7 +141,9 @@ def search_plan(
 ) -> tuple[Plan, str, dict]:
     """The plan of the fastest layout, the list of the `top` fastest as text, both for the JSON.
 
-    may_cache_latents: whether the plan may ask for latents that `config` does not have.
+    Args:
+        may_cache_latents: whether the plan may ask for latents that `config` does not have.
+
     Raises ConfigError, with the nearest batches and their speeds, where no layout is left.
     """
     model = whole_model(config)

@@ -35,9 +35,11 @@ def play(
 ) -> Timeline:
     """Seconds of the whole. forward, backward: [stage][micro-batch] seconds.
 
-    score: seconds of each micro-batch on a dedicated score rank; None where it is colocated.
-    replicas: that share the score ranks. ahead: extra warm-up forwards of every stage. link:
-    seconds that a condition takes to a score rank, and its answer back.
+    Args:
+        score: seconds of each micro-batch on a dedicated score rank; None where it is colocated.
+        replicas: number of those that share the score ranks.
+        ahead: extra warm-up forwards of every stage.
+        link: seconds that a condition takes to a score rank, and its answer back.
     """
     stages, count = len(forward), len(forward[0])
     orders = [pass_order(stages, stage, count, ahead) for stage in range(stages)]

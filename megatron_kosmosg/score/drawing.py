@@ -19,7 +19,8 @@ def draw_pictures(
 ) -> torch.Tensor:
     """Pictures [n, 3, size, size] in [-1, 1], float32, with noise keyed by position [n].
 
-    condition: [n + 1, c, d], its last row the null condition.
+    Args:
+        condition: [n + 1, c, d], its last row the null condition.
     """
     key = ScoreKey(config.training.seed, "held-out-pictures")
     shape = diffusion.latent_shape((size, size))

@@ -68,7 +68,9 @@ class ScoreDraws:
     ) -> Drawn:
         """{"timesteps": int64 [b], "posterior_noise" and "noise": float32 [b, *shape]} on the CPU.
 
-        shape: of an image's latents; num_timesteps: of the noise schedule.
+        Args:
+            shape: of an image's latents.
+            num_timesteps: of the noise schedule.
         """
         key = ScoreKey(self.seed, stream)
         return {

@@ -22,7 +22,8 @@ def drop_condition(
 ) -> torch.Tensor:
     """Condition [b, c, d] whose rows under `drop` [b] (True = dropped) are the null condition.
 
-    null_condition: [1, c, d]; gradient flows into it.
+    Args:
+        null_condition: [1, c, d]; gradient flows into it.
     """
     return torch.where(drop[:, None, None].to(condition.device), null_condition, condition)
 
@@ -47,10 +48,14 @@ class ColocatedScore:
     ) -> torch.Tensor:
         """Denoising loss summed over the micro-batch's images, equal on every tensor rank.
 
-        condition: [b, c, d]; targets: pixels [b, 3, height, width] in [-1, 1], or the moments of
-        their posteriors [b, 2, channels, h, w]; weights: of the images in the sum [b]; positions:
-        stream positions [b], on the CPU; stream: name of the sample stream (key of the draws);
-        drawn: what `ScoreDraws.noise` drew for them, where it was drawn before.
+        Args:
+            condition: [b, c, d].
+            targets: pixels [b, 3, height, width] in [-1, 1], or the moments of their posteriors [b,
+                2, channels, h, w].
+            weights: of the images in the sum [b].
+            positions: stream positions [b], on the CPU.
+            stream: name of the sample stream (key of the draws).
+            drawn: what `ScoreDraws.noise` drew for them, where it was drawn before.
         """
         rows = row_range(len(condition), self._layout)
         mine = take_rows(condition, self._layout)

@@ -137,8 +137,9 @@ class RemoteScore:
         """Pictures [n, 3, size, size] in [-1, 1], drawn by a score rank; for tensor rank 0 alone.
         None: no score rank is left, the run is about to be stopped.
 
-        condition: [n + 1, c, d] in the dtype of the U-Net, its last row the null condition;
-        positions: of the prompts [n], on the host.
+        Args:
+            condition: [n + 1, c, d] in the dtype of the U-Net, its last row the null condition.
+            positions: of the prompts [n], on the host.
         """
         assert self._fleet is not None
         about = _rows(positions, torch.zeros_like(positions), is_heldout=True)

@@ -186,7 +186,8 @@ class Roster:
     ) -> Evicted | None:
         """Takes an answer; whom to evict for it, or for one that it shows to be wrong.
 
-        is_doubted: another rank has to confirm it where there is one.
+        Args:
+            is_doubted: another rank has to confirm it where there is one.
         """
         member = self.members[identity]
         sent = member.held.pop(number, None)

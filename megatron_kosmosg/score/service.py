@@ -48,8 +48,9 @@ def serve(
     """Answers until the decoder ranks end; True when their run is done, False when it was stopped,
     or this rank, which is no rank of the run's job, was told to.
 
-    encode: of target images before their condition comes; None leaves that to `denoise`. prints:
-    fingerprints of what this rank has loaded.
+    Args:
+        encode: encodes target images before their condition comes; None leaves that to `denoise`.
+        prints: fingerprints of what this rank has loaded.
     """
     membership = rank.membership
     reader = TargetReader(config, rank.device, open_stream, encode)

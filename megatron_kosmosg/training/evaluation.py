@@ -100,8 +100,9 @@ def evaluate(
     """Metrics and pictures; None if the ranks agreed to stop meanwhile. Training continues
     afterwards as if this had not happened.
 
-    heldout: the stream whose first `training.eval_iters` global batches give a mean loss, in
-    evaluation mode; None leaves the loss out.
+    Args:
+        heldout: the stream whose first `training.eval_iters` global batches give a mean loss, in
+            evaluation mode; None leaves the loss out.
     """
     state = rng_state()
     for chunk in chunks:

@@ -24,8 +24,9 @@ def picture_grid(
 ) -> Image.Image:
     """One sheet with a row per entry of `rows`; None leaves its cell white.
 
-    cell: pixels per side of a cell; smaller pictures are enlarged to it. headings: short words
-    above the columns.
+    Args:
+        cell: pixels per side of a cell; smaller pictures are enlarged to it.
+        headings: short words above the columns.
     """
     columns = max(len(row) for row in rows)
     step, top = cell + gap, HEADING_PIXELS if headings else 0

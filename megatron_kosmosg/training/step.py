@@ -58,7 +58,9 @@ def connect(
 ) -> None:
     """Tells Megatron-Core's schedules how to scale the loss and finish the gradients.
 
-    remote_score: the stage's; images whose targets its ranks could not read do not count."""
+    Args:
+        remote_score: the stage's; images whose targets its ranks could not read do not count.
+    """
 
     def finish(
         model: list[DistributedDataParallel],
