@@ -36,7 +36,7 @@ needs gradio: pip install 'megatron-kosmosg[web]'. Only this machine reaches it 
 another one, forward the port: ssh -L 7860:127.0.0.1:7860 HOST. --host lets everyone in who reaches
 the address, and --share opens it to the internet through gradio's servers: whoever has the link can
 use this machine's GPU. Ctrl-C ends it and removes what was uploaded and drawn. Exit codes: 0 ended;
-2 wrong arguments, a model or port that cannot be used, no gradio.
+2 wrong arguments, a model or port that cannot be used, no gradio; 130 Ctrl-C while it opens.
 """
 
 

@@ -66,7 +66,7 @@ def add_generation(
     )
     add_seed(group, "of --noise seeds")
     group.add_argument(
-        "--steps", type=positive_int, default=steps, metavar="N", help=f"of the sampler ({steps})"
+        "--steps", type=positive_int, default=steps, metavar="N", help=f"of the scheduler ({steps})"
     )
     group.add_argument(
         "--guidance-scale",
@@ -79,7 +79,7 @@ def add_generation(
         "--scheduler",
         choices=(SAVED, *SCHEDULERS),
         default=scheduler,
-        help=f"the sampler ({scheduler})",
+        help=f"the scheduler ({scheduler})",
     )
     add_dtype(group, "all weights", None, "fp16 on a GPU, fp32 on a CPU")
     group.add_argument(

@@ -99,7 +99,7 @@ def build_parser() -> CommandParser:
     )
     add_seed(drawing, "of the start noise")
     drawing.add_argument(
-        "--steps", type=positive_int, default=50, metavar="N", help="of the sampler (50)"
+        "--steps", type=positive_int, default=50, metavar="N", help="of the scheduler (50)"
     )
     drawing.add_argument(
         "--guidance-scale",
@@ -112,7 +112,7 @@ def build_parser() -> CommandParser:
     drawing.add_argument("--height", type=positive_int, metavar="PIXELS", help="(the model's)")
     drawing.add_argument("--width", type=positive_int, metavar="PIXELS", help="(the model's)")
     drawing.add_argument(
-        "--scheduler", choices=(SAVED, *SCHEDULERS), default=SAVED, help="the sampler (as saved)"
+        "--scheduler", choices=(SAVED, *SCHEDULERS), default=SAVED, help="which sampler (as saved)"
     )
     added = parser.add_argument_group("additions")
     added.add_argument(

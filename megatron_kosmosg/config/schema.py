@@ -183,11 +183,11 @@ class ScoreConfig:
 
     placement: Literal["colocated", "dedicated"] = "colocated"
     ranks_per_replica: int = 1
-    """U-Net ranks per decoder replica (`dedicated`)."""
+    """Score ranks per decoder replica (`dedicated`)."""
     replicas_per_rank: int = 1
-    """Decoder replicas that share one U-Net rank (`dedicated`)."""
+    """Decoder replicas that share one score rank (`dedicated`)."""
     window: int = 2
-    """Micro-batches in flight between decoder and U-Net ranks (`dedicated`), at most 16; decoder
+    """Micro-batches in flight between decoder and score ranks (`dedicated`), at most 16; decoder
     ranks keep the activations of one fewer in addition to their own."""
     condition_drop_prob: float = 0.1
     """Probability per image that the condition is replaced by the null condition."""
@@ -201,15 +201,15 @@ class ScoreConfig:
     recompute: bool = False
     """Gradient checkpointing inside the U-Net."""
     answer_seconds: float = 60.0
-    """Seconds without an answer after which another U-Net rank gets the request, too
+    """Seconds without an answer after which another score rank gets the request, too
     (`dedicated`)."""
     wait_seconds: float = 120.0
-    """Seconds that training waits for a U-Net rank when none is left, before it saves and stops; at
+    """Seconds that training waits for a score rank when none is left, before it saves and stops; at
     most half of parallel.timeout_seconds (`dedicated`)."""
     audit_rate: float = 0.0
-    """Share of the answers of joined U-Net ranks that a rank of the job computes again."""
+    """Share of the answers of joined score ranks that a rank of the job computes again."""
     listen_address: str | None = None
-    """Address at which decoder ranks listen for U-Net ranks; null: of the interface through which
+    """Address at which decoder ranks listen for score ranks; null: of the interface through which
     the ranks of the job meet (`dedicated`)."""
 
 

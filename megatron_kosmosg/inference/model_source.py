@@ -6,6 +6,7 @@ Finding and fingerprinting them needs no library that takes long to import; open
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
@@ -70,6 +71,8 @@ def find_model(
             "with --stable-diffusion"
         )
     found = tuple((lora_file(path), strength) for path, strength in loras)
+    if found and find_spec("peft") is None:
+        raise ConfigError("--lora needs peft: pip install 'megatron-kosmosg[diffusers]'")
     if controlnet is not None:
         check_controlnet(controlnet[0])
     return ModelSource(folder, is_exported, stable_diffusion, tokenizer_model, found, controlnet)

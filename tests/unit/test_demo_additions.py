@@ -14,6 +14,7 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.demo.controlnets import control_image_of, named_folders, opened
 from megatron_kosmosg.demo.requests import draw_request, page_values
 from megatron_kosmosg.demo.studio import Studio
+from megatron_kosmosg.inference import model_source
 from megatron_kosmosg.inference.model_source import find_model
 from megatron_kosmosg.inference.open_model import open_controlnet
 from megatron_kosmosg.inference.picture_files import read_settings
@@ -141,3 +142,9 @@ def test_a_folder_of_one_lora_is_its_file(additions, tmp_path):
     for path, message in ((tmp_path, "0 .safetensors files"), (tmp_path / "x", "no such file")):
         with pytest.raises(ConfigError, match=message):
             find_model(assets.path() / "kosmosg", loras=((path, 1.0),))
+
+
+def test_a_lora_without_peft_says_what_to_install(additions, monkeypatch):
+    monkeypatch.setattr(model_source, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"--lora needs peft: pip install .*\[diffusers\]"):
+        find_model(assets.path() / "kosmosg", loras=((additions / "lora", 1.0),))

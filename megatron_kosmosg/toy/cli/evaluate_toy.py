@@ -51,7 +51,7 @@ def build_parser() -> CommandParser:
     )
     add_seed(parser, "draws prompts and start noise")
     parser.add_argument(
-        "--steps", type=positive_int, default=8, metavar="N", help="of the sampler (8)"
+        "--steps", type=positive_int, default=8, metavar="N", help="of the scheduler (8)"
     )
     parser.add_argument(
         "--guidance-scale",
