@@ -22,7 +22,8 @@ from megatron_kosmosg.inference.prompt_records import PromptError
 def caption_tab(studio: Studio, start: StartValues, sessions: Sessions) -> None:
     gr.Markdown(
         "The language model continues a prompt of images and words. It was trained to do so in "
-        "`pretrain`; `instruct`, whose loss is that of drawn images, may have made it forget."
+        "`pretrain`; `instruct`, whose loss is that of drawn images, may have made it forget"
+        f"{', as it has the toy: it repeats a word' if start.is_toy else ''}."
     )
     prompt = gr.MultimodalTextbox(
         label="Images, and words to begin with",
