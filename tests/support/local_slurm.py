@@ -58,8 +58,13 @@ TreeWidth=64
 SlurmdParameters=config_overrides
 GresTypes=gpu
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=1-00:00:00 DefaultTime=00:10:00 State=UP
-PartitionName=lab Nodes=ALL AllowAccounts=lab State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=1-00:00:00 DefaultTime=00:10:00 State=UP \
+    PriorityTier=2 PreemptMode=OFF
+PartitionName=lab Nodes=ALL AllowAccounts=lab State=UP PriorityTier=2 PreemptMode=OFF
+# Its jobs give way to those of the others: TERM, and a minute later the end.
+PartitionName=spare Nodes=ALL State=UP PriorityTier=1 GraceTime=60
 """
 
 

@@ -60,6 +60,11 @@ class PreloadedPython:
         self.venv = folder
         self._address = str(folder / "socket")
 
+    @property
+    def server(self) -> int:
+        """Process id of the server: the parent of all programs."""
+        return self._server.pid
+
     def __enter__(self) -> PreloadedPython:
         python = self.venv / "bin" / "python"
         python.parent.mkdir(parents=True)
