@@ -26,7 +26,7 @@ from megatron_kosmosg.score.wire import Limits, RunEnd
 
 LIMITS = Limits(most_rows=4, condition=(3, 8), dtype=torch.bfloat16, image_size=8)
 PRINTS = {"U-Net": "a", "VAE": "b"}
-PATIENCE = Patience(answer=2.0, alone=1.5, load=3.0)
+PATIENCE = Patience(answer=2.0, alone=1.0, load=2.0)
 TROUBLE = ArithmeticError("own trouble")
 
 
@@ -198,7 +198,7 @@ def test_with_no_rank_coming_the_wait_ends_and_was_said(link, capfd):
     assert link.fleet.take(ask(link, 1)) is None
     assert PATIENCE.load <= time.monotonic() - started < PATIENCE.load + 5
     said = capfd.readouterr().err
-    assert "no score rank has come yet: training waits up to 3 s for one" in said
+    assert "no score rank has come yet: training waits up to 2 s for one" in said
     assert "no score rank works: the run is saved and stops" in said
 
 
@@ -209,7 +209,7 @@ def test_a_rank_that_loads_for_ever_is_not_waited_for_longer_than_said(link, cap
     assert link.fleet.take(ask(link, 1)) is None
     assert PATIENCE.load <= time.monotonic() - started < PATIENCE.load + 5
     said = capfd.readouterr().err
-    assert "no score rank has loaded the U-Net yet: training waits up to 3 s for one" in said
+    assert "no score rank has loaded the U-Net yet: training waits up to 2 s for one" in said
     loading.close()
 
 
@@ -224,7 +224,7 @@ def test_with_no_rank_left_the_wait_ends(link, capfd):
     started = time.monotonic()
     assert link.fleet.take(number) is None
     assert PATIENCE.alone <= time.monotonic() - started < PATIENCE.alone + 5
-    assert "no score rank is left: training waits up to 2 s for one" in capfd.readouterr().err
+    assert "no score rank is left: training waits up to 1 s for one" in capfd.readouterr().err
 
 
 def test_ranks_that_come_and_die_while_they_load_do_not_prolong_the_wait(link):
