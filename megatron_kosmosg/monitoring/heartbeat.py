@@ -44,20 +44,26 @@ class Beat:
     """Innermost line of this package that the main thread is in."""
     waits: bool
     """Whether the main thread is inside a collective or a receive."""
+    may_go: bool = False
+    """Whether the others go on when it is gone, so that its silence is no stall."""
 
 
 class Heartbeat:
     """Context manager of one rank; `at` says what it does from now on."""
 
-    def __init__(self, place: Place, stall_seconds: float, file: Path) -> None:
+    def __init__(
+        self, place: Place, stall_seconds: float, file: Path, *, may_go: bool = False
+    ) -> None:
         """Entering the context starts the signs of life.
 
         Args:
             place: of this rank.
             stall_seconds: time without progress after which a report is made.
             file: JSON file that rank 0 keeps up to date.
+            may_go: whether the run goes on without this rank.
         """
         self._place, self._stall_seconds, self._file = place, stall_seconds, file
+        self._may_go = may_go
         self._interval = max(0.1, min(10.0, stall_seconds / 4))
         self._node = node_name()
         self._main = threading.get_ident()
@@ -124,6 +130,7 @@ class Heartbeat:
             seconds=time.monotonic() - since,
             place=innermost_line(frame),
             waits=is_waiting(frame),
+            may_go=self._may_go,
         )
 
     def _write(self, report: str | None) -> None:
@@ -156,9 +163,12 @@ class Watch:
             for rank, (_, since) in self._heard.items()
             if now - since > self._stall_seconds
         }
+        gone = {rank for rank in late if (beat := self._heard[rank][0]) and beat.may_go}
+        late = {rank: seconds for rank, seconds in late.items() if rank not in gone}
         # A rank that has never spoken is no stall by itself: it may still load its weights.
         silent = {rank: seconds for rank, seconds in late.items() if self._heard[rank][0]}
-        speaking = [beat for beat, _ in self._heard.values() if beat and beat.rank not in silent]
+        heard = [beat for beat, _ in self._heard.values() if beat]
+        speaking = [beat for beat in heard if beat.rank not in silent.keys() | gone]
         stuck = [beat for beat in speaking if beat.seconds > self._stall_seconds]
         if not silent and (not speaking or len(stuck) < len(speaking)):
             self._reported = None

@@ -82,7 +82,8 @@ def _heartbeat(config: RunConfig, rank: ScoreRank) -> Iterator[Callable[[int, st
     if rank.place is None:
         yield lambda iteration, phase: None
         return
-    with Heartbeat(find_place(), config.parallel.stall_seconds, heartbeat_file(config)) as heart:
+    place, stall_seconds = find_place(), config.parallel.stall_seconds
+    with Heartbeat(place, stall_seconds, heartbeat_file(config), may_go=True) as heart:
         yield heart.at
 
 

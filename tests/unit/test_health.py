@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_kosmosg.monitoring.bandwidth import slow_nodes
@@ -121,6 +123,17 @@ def test_a_silent_rank_is_named_with_its_last_words():
         assert watch.report(beats, float(second)) is None
     said = watch.report({0: beat(0, 99, 9.0, waits=True), 1: beat(1, 0, 1.0, waits=False)}, 11.0)
     assert "no sign of life from rank 1 on n1" in said and "training/x.py:1" in said
+
+
+def test_a_score_rank_that_is_gone_is_no_stall_and_hides_none():
+    watch = Watch(range(3), stall_seconds=10)
+    last_words = replace(beat(2, 1, 1.0, waits=False, phase="scoring"), may_go=True)
+    for second in range(0, 40, 2):
+        beats = {rank: beat(rank, second, 1.0, waits=True) for rank in range(2)}
+        assert watch.report({**beats, 2: last_words}, float(second)) is None
+    stuck = {rank: beat(rank, 99, 11.0, waits=rank == 0) for rank in range(2)}
+    said = watch.report({**stuck, 2: last_words}, 42.0)
+    assert "held up by rank 1 on n1" in said and "rank 2" not in said
 
 
 def test_a_rank_that_never_spoke_is_named_when_the_others_stall():
