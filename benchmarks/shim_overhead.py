@@ -3,7 +3,10 @@
 Two figures per model size. (1) Calls that pass through the shim in one update, counted, times what
 a call costs more than the plain torch call, measured: the shim's own share. (2) The whole update
 (Megatron's layers, schedule, gradient buffers, clipping, optimizer) against the same arithmetic in
-plain PyTorch, alternating, after checking that both give the same loss. One thread, fp32.
+plain PyTorch, alternating, after checking that both give the same loss. One thread, fp32, the CPU
+time of the process. The plain side clips and steps AdamW, too; it has no image tower and resampler
+(no images are in the batch), no buffer to which micro-batches add their gradients, and no check
+that they are finite.
 
     OMP_NUM_THREADS=1 python benchmarks/shim_overhead.py [--rounds 5]
 """

@@ -5,11 +5,17 @@ of changing torch for everybody, each `megatron.core` module gets a view of torc
 functions map a CUDA device to the CPU and `torch.cuda` answers for the CPU. Everything else in the
 process sees the real torch, and no call costs anything extra. Only two Tensor methods (`cuda`,
 `type`) are replaced on the class; they answer differently to callers inside Megatron-Core alone.
+
+Beside that, what only a CPU would pay for is left out: gloo's copies of a buffer that one rank has
+for itself, and memory that goes to the kernel and comes back, page by page, in every update.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -44,6 +50,9 @@ CREATION_FUNCTIONS = (
     "rand", "randn", "tensor", "zeros", "zeros_like",
 )  # fmt: skip
 _CPU = torch.device("cpu")
+_KEPT_MEMORY = {-1: 2**30, -3: 2**25}
+"""glibc's M_TRIM_THRESHOLD (bytes free at the end of the heap before they are given back) and
+M_MMAP_THRESHOLD (size of an allocation that has pages of its own; this is the largest)."""
 
 
 def install() -> None:
@@ -55,6 +64,8 @@ def install() -> None:
         if name.startswith("megatron.core") and vars(module).get("torch") is torch:
             module.torch = view
     _patch_random(view)
+    _spare_lone_ranks()
+    _keep_freed_memory()
     for method, answer in (("cuda", _cuda_for_megatron), ("type", _type_for_megatron)):
         original = getattr(torch.Tensor, method)
         if not isinstance(original, types.FunctionType):  # torch's own is a C function
@@ -136,6 +147,42 @@ def _patch_random(view: types.ModuleType) -> None:
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(
         new_state
     )
+
+
+def _spare_lone_ranks() -> None:
+    """Makes collectives of gradient and parameter buffers nothing where their group has one rank.
+
+    Their output is their input then, which NCCL knows; gloo makes three copies an update.
+    """
+    buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        collective = getattr(buffers, name)
+        if not isinstance(collective, functools.partial):
+            setattr(buffers, name, functools.partial(_unless_alone, collective))
+
+
+def _unless_alone(
+    collective: Callable[..., Any],
+    output: torch.Tensor,
+    given: torch.Tensor,
+    *,
+    group: torch.distributed.ProcessGroup,
+    **named: Any,
+) -> Any:
+    if group.size() == 1 and output.data_ptr() == given.data_ptr():
+        return None
+    return collective(output, given, group=group, **named)
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep up to 1 GiB that an update frees for the next one, unless the environment
+    decides; other C libraries have no such call."""
+    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in _KEPT_MEMORY.items():
+            mallopt(option, value)
 
 
 def _called_by_megatron() -> bool:

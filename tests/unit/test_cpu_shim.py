@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import json
+import os
+import resource
 from pathlib import Path
+from platform import libc_ver
 
 import pytest
 import torch
@@ -94,3 +98,43 @@ def test_installing_twice_changes_nothing() -> None:
     cpu_shim.install()
     assert torch.Tensor.type is before
     assert cpu_shim_selftest.run_self_test()
+
+
+class _Group:
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+
+    def size(self) -> int:
+        return self._ranks
+
+
+def test_a_rank_alone_copies_no_buffer() -> None:
+    """What gloo would make of a buffer is the buffer; every other call goes through."""
+    made = []
+
+    def collective(output, given, *, group, async_op) -> str:
+        made.append((group.size(), async_op))
+        return "work"
+
+    buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        run = functools.partial(getattr(buffers, name).func, collective)
+        whole = torch.arange(4.0)
+        assert run(whole, whole[:], group=_Group(1), async_op=True) is None and not made
+        assert run(whole, torch.ones(4), group=_Group(1), async_op=False) == "work"
+        assert run(whole, whole[:2], group=_Group(2), async_op=True) == "work"
+        assert made == [(1, False), (2, True)]
+        made.clear()
+
+
+@pytest.mark.skipif("MALLOC_TRIM_THRESHOLD_" in os.environ, reason="the environment decides")
+@pytest.mark.skipif(libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_stays_for_the_next_update() -> None:
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.ones(2**20) for _ in range(16)]
+        del tensors
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert faults() < 16 * 2**22 // resource.getpagesize() // 4
