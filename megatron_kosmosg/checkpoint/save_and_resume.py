@@ -27,6 +27,7 @@ from megatron_kosmosg.checkpoint import folder as checkpoint_folder
 from megatron_kosmosg.checkpoint.changed_settings import check_resume
 from megatron_kosmosg.checkpoint.errors import explain_write_errors, load_state
 from megatron_kosmosg.checkpoint.layout_signature import compare_layouts, layout_signature
+from megatron_kosmosg.checkpoint.optimizer_form import FormChange
 from megatron_kosmosg.checkpoint.optimizer_state import restore_settings, set_num_updates
 from megatron_kosmosg.checkpoint.plain_data import read_common
 from megatron_kosmosg.checkpoint.rng_state import restore_rng_state, rng_state
@@ -40,6 +41,9 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel.core_versions import adopt_learning_rates
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.seeds import set_seeds
+
+OPTIMIZER_SHARDING = "fully_reshardable"
+"""Megatron-Core's name for a state by parameter, which any layout takes."""
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Progress:
 def checkpoint_metadata(layout: Layout) -> dict[str, Any]:
     """What `sharded_state_dict` of model and optimizer must know: optimizer state is stored per
     parameter, so that it can be split anew for another layout."""
-    return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": layout.dp_group}
+    return {"distrib_optim_sharding_type": OPTIMIZER_SHARDING, "dp_cp_group": layout.dp_group}
 
 
 class Checkpointer:
@@ -136,7 +140,10 @@ class Checkpointer:
                 "the checkpoint holds no average of the weights (optimizer.ema_decay): it begins "
                 "with the checkpoint's weights"
             )
+        form = FormChange(saved_config, self._config, OPTIMIZER_SHARDING)
+        form.ask(wanted)
         loaded = load_state(path, wanted, strategy)
+        form.take(wanted, loaded)
         set_model_state(self._chunks, loaded)
         progress = Progress(**loaded["progress"])
         settings = self._config.optimizer

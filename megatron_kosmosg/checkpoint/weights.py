@@ -18,6 +18,8 @@ from megatron_kosmosg.config.load import load_saved_config
 
 NOT_MODEL = ("optimizer.", "rng/", f"{AVERAGE}.")
 """Prefixes of checkpoint keys that are not weights of the model."""
+MODEL = "model"
+"""What the names of the model's chunks in a checkpoint's state begin with."""
 
 
 def model_state(chunks: list[torch.nn.Module], metadata: dict) -> dict[str, ShardedStateDict]:
@@ -27,7 +29,7 @@ def model_state(chunks: list[torch.nn.Module], metadata: dict) -> dict[str, Shar
     Per-layer `_extra_state` objects (Transformer Engine's FP8 history) are left out.
     """
     return {
-        f"model{index}": {
+        f"{MODEL}{index}": {
             name: value
             for name, value in chunk.sharded_state_dict(metadata=metadata).items()
             if not name.endswith("_extra_state")
@@ -41,7 +43,7 @@ def set_model_state(chunks: list[torch.nn.Module], state: dict[str, dict]) -> No
     for index, chunk in enumerate(chunks):
         own = chunk.state_dict()
         extra = {name: value for name, value in own.items() if name.endswith("_extra_state")}
-        chunk.load_state_dict({**extra, **state[f"model{index}"]}, strict=True)
+        chunk.load_state_dict({**extra, **state[f"{MODEL}{index}"]}, strict=True)
 
 
 def load_weights(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 
 import pytest
 
@@ -68,6 +69,26 @@ def test_a_checkpoint_continues_on_another_layout(tmp_path, first, second):
     dataset = FakeDataset("train")
     each = [sum(bool(dataset[8 * i + j][0] > BAD_ABOVE) for j in range(8)) for i in range(6)]
     assert bad[0] == bad[1] == [sum(each[: i + 1]) for i in range(6)] and bad[0][-1] > 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("distributed_first", [True, False], ids=["to-plain", "from-plain"])
+def test_a_checkpoint_continues_with_the_other_kind_of_optimizer(
+    tmp_path, precision, distributed_first
+):
+    """On two replicas: the same state under other keys and at another depth."""
+    common = {"training": {"precision": precision}, "checkpoint": {"save_interval": 3}}
+
+    def config(is_distributed: bool):
+        parallel = {"use_distributed_optimizer": is_distributed}
+        return fake_config(str(tmp_path), parallel=parallel, **common)
+
+    run_ranks(2, train, config(distributed_first))
+    straight = curve(tmp_path), norms(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "iter_0000006")
+    run_ranks(2, train, config(not distributed_first))
+    assert curve(tmp_path) == pytest.approx(straight[0], rel=1e-6)
+    assert norms(tmp_path) == pytest.approx(straight[1], rel=1e-5)
 
 
 def test_background_saves_end_as_whole_checkpoints(tmp_path):
