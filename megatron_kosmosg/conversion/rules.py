@@ -35,9 +35,9 @@ class Rule:
     duplicates: tuple[str, ...] = ()
 
 
-def same(ours: str, theirs: str, duplicates: Sequence[str] = ()) -> Rule:
+def same(ours: str, theirs: str) -> Rule:
     """The rule for a tensor that has another name in the other format and is otherwise the same."""
-    return Rule((ours,), (theirs,), list, list, tuple(duplicates))
+    return Rule((ours,), (theirs,), list, list)
 
 
 def first_rows(ours: str, theirs: str, rows: int, duplicates: Sequence[str] = ()) -> Rule:

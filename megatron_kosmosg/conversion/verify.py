@@ -54,7 +54,6 @@ def verify(
     config_file: Path | None = None,
     overrides: Sequence[str] = (),
     trust: bool = False,
-    say: Callable[[str], None] = print,
 ) -> list[Difference]:
     """The differences between the outputs of two models for the same random prompts: hidden states,
     logits and, where both have M, conditions.
@@ -64,7 +63,6 @@ def verify(
         b: another one.
         seed: of the prompts.
         config_file: for an authors' file, as in `import_fairseq`; so are overrides and trust.
-        say: is told what is compared.
 
     Raises:
         ConversionError: the two cannot be compared.
@@ -82,7 +80,7 @@ def verify(
     prompts = random_prompts(sides[0].shape, seed)
     found = []
     for side in sides:
-        say(f"running {side.description}")
+        print(f"running {side.description}")
         found.append(side.run(prompts))
     return differences(found[0], found[1], prompts["padding_mask"])
 

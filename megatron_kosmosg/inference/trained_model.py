@@ -30,6 +30,8 @@ from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
 
 Parts = Sequence[str | Image.Image]
+ROWS_PER_PASS = 32
+"""Prompts of one forward pass."""
 
 
 @contextmanager
@@ -59,13 +61,11 @@ class TrainedModel:
         self._layout = layout
 
     @torch.no_grad()
-    def conditions(
-        self, prompts: Sequence[Parts], rows_per_pass: int = 32
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def conditions(self, prompts: Sequence[Parts]) -> tuple[torch.Tensor, torch.Tensor]:
         """(conditions [n, c, d] of the prompts, null condition [1, c, d])."""
         found = []
-        for start in range(0, len(prompts), rows_per_pass):
-            batch = self.batch(prompts[start : start + rows_per_pass])
+        for start in range(0, len(prompts), ROWS_PER_PASS):
+            batch = self.batch(prompts[start : start + ROWS_PER_PASS])
             found.append(forward_with_null_row(batch, self.model)["condition"])
         return torch.cat([rows[:-1] for rows in found]), found[0][-1:]
 

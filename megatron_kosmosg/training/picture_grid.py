@@ -8,6 +8,8 @@ import torch
 from PIL import Image, ImageDraw
 
 HEADING_PIXELS = 20
+GAP = 4
+"""Pixels between cells, and around all of them."""
 
 
 def to_picture(pixels: torch.Tensor) -> Image.Image:
@@ -20,7 +22,6 @@ def picture_grid(
     rows: Sequence[Sequence[Image.Image | None]],
     cell: int,
     headings: Sequence[str] = (),
-    gap: int = 4,
 ) -> Image.Image:
     """One sheet with a row per entry of `rows`; None leaves its cell white.
 
@@ -29,14 +30,14 @@ def picture_grid(
         headings: short words above the columns.
     """
     columns = max(len(row) for row in rows)
-    step, top = cell + gap, HEADING_PIXELS if headings else 0
-    sheet = Image.new("RGB", (columns * step + gap, top + len(rows) * step + gap), "white")
+    step, top = cell + GAP, HEADING_PIXELS if headings else 0
+    sheet = Image.new("RGB", (columns * step + GAP, top + len(rows) * step + GAP), "white")
     for j, heading in enumerate(headings):
-        place = (gap + j * step + cell / 2, top / 2 + gap / 2)
+        place = (GAP + j * step + cell / 2, top / 2 + GAP / 2)
         ImageDraw.Draw(sheet).text(place, heading, fill="black", anchor="mm", font_size=12)
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             if picture is not None:
                 resized = picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
-                sheet.paste(resized, (gap + j * step, top + gap + i * step))
+                sheet.paste(resized, (GAP + j * step, top + GAP + i * step))
     return sheet

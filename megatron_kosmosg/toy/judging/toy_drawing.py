@@ -14,6 +14,8 @@ from megatron_kosmosg.toy.judging.toy_judge import Verdict, compare, read_scenes
 from megatron_kosmosg.toy.world import Scene, render_batch
 
 STREAM = "toy-evaluation"
+ROWS_PER_PASS = 64
+"""Pictures that are drawn at once."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,6 @@ def draw(
     null_condition: torch.Tensor,
     num_entities: int,
     sampling: Sampling,
-    rows_per_pass: int = 64,
 ) -> Drawn:
     """Pictures of the conditions [n, c, d]; start noise depends on seed and row only."""
     shape = diffusion.latent_shape()
@@ -59,13 +60,13 @@ def draw(
         [
             generate(
                 diffusion,
-                condition[start : start + rows_per_pass],
+                condition[start : start + ROWS_PER_PASS],
                 null_condition,
-                noise[start : start + rows_per_pass],
+                noise[start : start + ROWS_PER_PASS],
                 num_inference_steps=sampling.num_inference_steps,
                 guidance_scale=sampling.guidance_scale,
             )
-            for start in range(0, len(condition), rows_per_pass)
+            for start in range(0, len(condition), ROWS_PER_PASS)
         ]
     )
     return Drawn(images, read_scenes(images, [num_entities] * len(images)))

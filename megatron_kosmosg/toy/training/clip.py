@@ -24,6 +24,7 @@ from megatron_kosmosg.toy.world import IMAGE_SIZE, Scene
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 EMBEDDING_WIDTH = 96
+TEXT_WIDTH = 96
 MAX_WORDS = 20
 POOL_SIZE = 24000
 SUBJECT_EVERY = 2
@@ -63,8 +64,9 @@ def tokens(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
 class TextTower(nn.Module):
     """Word ids [n, MAX_WORDS], 0 = none, to caption embeddings; used in this training only."""
 
-    def __init__(self, width: int = 96) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        width = TEXT_WIDTH
         self.words = nn.Embedding(len(WORD_IDS) + 1, width, padding_idx=0)
         self.positions = nn.Parameter(0.1 * torch.randn(MAX_WORDS, width))
         layer = nn.TransformerEncoderLayer(

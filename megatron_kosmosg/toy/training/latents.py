@@ -17,9 +17,9 @@ from megatron_kosmosg.toy.world import Scene, render_batch, sample_scene
 PER_FILE = 2048
 
 
-def scenes_of(seed: int, file: int, count: int = PER_FILE) -> list[Scene]:
+def scenes_of(seed: int, file: int) -> list[Scene]:
     """The scenes of one file: two of three hold two entities."""
-    return [sample_scene((seed, file, i), 2 if i % 3 else 1, False) for i in range(count)]
+    return [sample_scene((seed, file, i), 2 if i % 3 else 1, False) for i in range(PER_FILE)]
 
 
 class Posteriors:
@@ -36,16 +36,14 @@ class Posteriors:
         return mean + self.std[rows].float() * torch.randn(mean.shape, generator=generator)
 
 
-def posteriors(
-    run: Path, codec: AutoencoderKL, files: int, seed: int, per_file: int = PER_FILE
-) -> Posteriors:
+def posteriors(run: Path, codec: AutoencoderKL, files: int, seed: int) -> Posteriors:
     """All files of RUN/latents; those that are missing are made first."""
     progress = pool.StepProgress("latents", files, 1)
     scenes: list[Scene] = []
     parts = []
     for file in range(files):
-        drawn = scenes_of(seed, file, per_file)
-        path = run / "latents" / f"{seed}-{per_file}-{file:03d}.pt"
+        drawn = scenes_of(seed, file)
+        path = run / "latents" / f"{seed}-{PER_FILE}-{file:03d}.pt"
         part = checkpoint.load(path)
         if part is None:
             part = encode(codec, drawn)
