@@ -15,7 +15,7 @@ import heapq
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,13 +29,11 @@ SETTLING = 3
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds, of one micro-batch."""
+    """Seconds."""
 
-    forward: float
-    backward: float
-    unet: float
-    link: float
-    """There and back."""
+    forward: Sequence[float]
+    """Of each micro-batch of an update."""
+    backward: Sequence[float]
     spread: float
     """Standard deviation of each, as a share of it."""
 
@@ -51,7 +49,10 @@ class Result:
 class _Rank:
     """A score rank, for all replicas."""
 
-    slowness: float = 1.0
+    unet: float
+    """Seconds for a request."""
+    link: float
+    """There and back."""
     queue: deque[tuple[int, int]] = field(default_factory=deque)
     busy: float = 0.0
     is_working: bool = False
@@ -61,11 +62,9 @@ class _Rank:
 class Fleet:
     """Replicas, score ranks and a clock."""
 
-    def __init__(
-        self, replicas: int, micro_batches: int, window: int, times: Times, seed: int = 0
-    ) -> None:
+    def __init__(self, replicas: int, window: int, times: Times, seed: int = 0) -> None:
         self._times, self._random = times, random.Random(seed)
-        self._micro_batches, self._window = micro_batches, window
+        self._micro_batches, self._window = len(times.forward), window
         self._now, self._count = 0.0, itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._rosters = [Roster(1e9, replica) for replica in range(replicas)]
@@ -74,14 +73,15 @@ class Fleet:
         self._awaited: dict[int, tuple[int, float]] = {}
         self.waited = 0.0
 
-    def join(self, own_of: int | None = None, slowness: float = 1.0) -> None:
-        """A score rank comes: of the job, for one replica, or a guest."""
-        name, self._ranks = str(len(self._ranks)), [*self._ranks, _Rank(slowness)]
+    def join(self, unet: float, link: float, own_of: Container[int] | None = None) -> None:
+        """A score rank comes: of the job, for some replicas, or a guest. unet: seconds that it
+        takes for a request; link: seconds there and back."""
+        name, self._ranks = str(len(self._ranks)), [*self._ranks, _Rank(unet, link)]
         for replica, roster in enumerate(self._rosters):
             standing = Standing.JOINED
             if own_of is not None:
-                standing = Standing.OWN if own_of == replica else Standing.RESERVE
-            roster.members[name.encode()] = Member(name, standing, is_ready=True)
+                standing = Standing.OWN if replica in own_of else Standing.RESERVE
+            roster.members[name.encode()] = Member(name, standing, f"{unet:g}", is_ready=True)
             self._give(replica)
 
     def kill(self, rank: int) -> None:
@@ -110,16 +110,17 @@ class Fleet:
     def _program(self, replica: int) -> Iterator[float | int]:
         """Seconds of work, and numbers of requests that are awaited."""
         asked: deque[int] = deque()
+        behind = iter(self._times.backward)
         for position in range(self._micro_batches):
-            yield self._lasts(self._times.forward)
+            yield self._lasts(self._times.forward[position])
             rows = Rows((replica * self._micro_batches + position,), (0,))
             asked.append(self._ask(replica, rows))
             if len(asked) >= self._window:
                 yield -asked.popleft()
-                yield self._lasts(self._times.backward)
+                yield self._lasts(next(behind))
         while asked:
             yield -asked.popleft()
-            yield self._lasts(self._times.backward)
+            yield self._lasts(next(behind))
 
     def _go_on(self, replica: int) -> None:
         step = next(self._programs[replica], None)
@@ -146,7 +147,7 @@ class Fleet:
             if identity is None:
                 continue
             rank = self._ranks[int(identity)]
-            self._after(self._times.link / 2, lambda r=rank, n=number: self._arrives(r, replica, n))
+            self._after(rank.link / 2, lambda r=rank, n=number: self._arrives(r, replica, n))
 
     def _arrives(self, rank: _Rank, replica: int, number: int) -> None:
         rank.queue.append((replica, number))
@@ -157,13 +158,13 @@ class Fleet:
         rank.is_working = bool(rank.queue) and not rank.is_gone
         if rank.is_working:
             replica, number = rank.queue.popleft()
-            seconds = self._lasts(self._times.unet * rank.slowness)
+            seconds = self._lasts(rank.unet)
             self._after(seconds, lambda: self._done(rank, replica, number, seconds))
 
     def _done(self, rank: _Rank, replica: int, number: int, seconds: float) -> None:
         rank.busy += seconds
         answer = Answer(0.0, 0, 0, 0.0, seconds, torch.zeros(0), len(rank.queue))
-        self._after(self._times.link / 2, lambda: self._answered(rank, replica, number, answer))
+        self._after(rank.link / 2, lambda: self._answered(rank, replica, number, answer))
         self._work(rank)
 
     def _answered(self, rank: _Rank, replica: int, number: int, answer: Answer) -> None:
@@ -208,7 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=float, default=seconds, metavar="SECONDS")
     parser.add_argument("--spread", type=float, default=0.1, help="of all times, a share (0.1)")
     args = parser.parse_args(arguments)
-    times = Times(args.forward, args.backward, args.unet, args.link, args.spread)
+    passes = [args.forward] * args.micro_batches, [args.backward] * args.micro_batches
+    times = Times(*passes, args.spread)
     replicas, ranks = args.replicas, args.score_ranks
     images = replicas * args.micro_batches * args.rows
     print(
@@ -216,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
     def show(name: str, speed: float, come: Callable[[Fleet], None], there: int) -> None:
-        fleet = Fleet(replicas, args.micro_batches, args.window, times)
+        fleet = Fleet(replicas, args.window, times)
         come(fleet)
         found = measured(fleet, args.updates, replicas, there, images)
         busy = replicas * args.micro_batches
@@ -230,11 +232,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def own(fleet: Fleet) -> None:
         for rank in range(ranks):
-            fleet.join(own_of=rank % replicas)
+            fleet.join(args.unet, args.link, own_of=(rank % replicas,))
 
     def guests(fleet: Fleet) -> None:
         for _ in range(ranks):
-            fleet.join()
+            fleet.join(args.unet, args.link)
 
     def halved(fleet: Fleet) -> None:
         guests(fleet)
@@ -243,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def slow(fleet: Fleet) -> None:
         for rank in range(ranks):
-            fleet.join(slowness=1.0 + rank % 2)
+            fleet.join(args.unet * (1 + rank % 2), args.link)
 
     half = ranks - len(range(0, ranks, 2))
     show(f"{ranks} of the job", ranks, own, ranks)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -23,7 +24,8 @@ _PICTURES_TAKE = 20
 _MEMORY = 0.8
 """Share of the past in the mean time that a rank takes for a request."""
 _FORGOTTEN = 20
-"""Times that a rank takes for a request after which it counts as twice as fast, if it has none."""
+"""Times that a rank takes for a request after which it counts as twice as fast, if it has none and
+there is one other: with more, as many times longer, so that trying them again costs the same."""
 _GUESTS_LOOKED_AT = 2
 """When one is chosen."""
 _MOST_EXPECTED = 64
@@ -69,6 +71,8 @@ class Member:
     """Mean time from a request to its answer, waiting behind this replica's others left out."""
     others: int = 0
     """Requests of other replicas that waited for it when it last answered."""
+    crowd: float = 0.0
+    """Mean of that: what one that seems to have done all that waited has got meanwhile."""
     prints: dict[str, str] | None = None
     """Fingerprints of what it has loaded; None while it loads."""
 
@@ -76,18 +80,19 @@ class Member:
     def is_free(self) -> bool:
         return self.is_ready and len(self.held) < MOST_AT_ONCE
 
-    def expected(self, now: float) -> float:
-        """Seconds that it would take. That of a rank that is not asked counts for less and less:
-        what has held it up may be over."""
+    def expected(self, now: float, usual: float, num_others: int) -> float:
+        """Seconds that it would take; `usual` where it has not answered yet. That of a rank that is
+        not asked counts for less and less: what has held it up may be over. num_others: ranks that
+        can be asked instead."""
         if not self.seconds:
-            return 0.0
+            return usual
         unasked = 0.0 if self.held else max(0.0, now - self.last)
-        return self.seconds / (1 + unasked / (_FORGOTTEN * self.seconds))
+        return self.seconds / (1 + unasked / (_FORGOTTEN * max(1, num_others) * self.seconds))
 
     def queue(self, now: float) -> float:
         """Requests before one that it would get now, as far as one can say."""
         done = (now - self.last) / self.seconds if self.seconds else 0.0
-        return len(self.held) + max(0.0, self.others - done)
+        return len(self.held) + max(self.crowd, self.others - done)
 
 
 @dataclass
@@ -192,9 +197,11 @@ class Roster:
         member = self.members[identity]
         sent = member.held.pop(number, None)
         if sent is not None:
+            member.others = max(0, answer.waiting - len(member.held))
+            first = not member.seconds
+            member.crowd = member.others if first else _mixed(member.crowd, member.others)
             member.seconds = _mean(member.seconds, answer.seconds)
             member.latency = _mean(member.latency, now - max(sent, member.last))
-            member.others = max(0, answer.waiting - len(member.held))
         member.last, member.is_late = now, False
         job = self._open.get(number)
         if job is None:
@@ -271,8 +278,9 @@ class Roster:
 
         def cost(identity: bytes) -> tuple[float, float]:
             member = close[identity]
+            usual = _usual_seconds(member.hardware, close)
             work = 1 + member.queue(now) + (expected.count(identity) if with_work else 0)
-            return work * member.expected(now), work
+            return work * member.expected(now, usual, len(close) - 1), work
 
         return min(looked_at, key=cost, default=None)
 
@@ -314,8 +322,19 @@ class Roster:
         self.answers[number] = answer
 
 
+def _usual_seconds(hardware: str, members: Mapping[bytes, Member]) -> float:
+    """What ranks of the same hardware take for a request, else any; 0: none has answered yet."""
+    known = [member for member in members.values() if member.seconds]
+    known = [member for member in known if member.hardware == hardware] or known
+    return sum(member.seconds for member in known) / max(1, len(known))
+
+
 def _mean(known: float, value: float) -> float:
-    return _MEMORY * known + (1 - _MEMORY) * value if known else value
+    return _mixed(known, value) if known else value
+
+
+def _mixed(known: float, value: float) -> float:
+    return _MEMORY * known + (1 - _MEMORY) * value
 
 
 MOST_DIFFERENCE = 0.05

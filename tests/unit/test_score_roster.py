@@ -75,14 +75,28 @@ def test_the_jobs_own_rank_for_the_replica_comes_before_those_for_others():
 
 def test_replicas_do_not_all_choose_the_same_ranks():
     """Half of the speed that a fleet without queues would have is lost where they do."""
-    times = score_fleet.Times(0.1, 0.2, 0.121, 0.025, spread=0.1)
-    fleet = score_fleet.Fleet(replicas=32, micro_batches=8, window=2, times=times)
+    times = score_fleet.Times([0.1] * 8, [0.2] * 8, spread=0.1)
+    fleet = score_fleet.Fleet(replicas=32, window=2, times=times)
     for _ in range(32):
-        fleet.join()
+        fleet.join(unet=0.121, link=0.025)
     found = score_fleet.measured(fleet, updates=2, replicas=32, ranks=32, images=32 * 8 * 16)
-    without_queues = 32 * 16 / (times.forward + times.backward)
+    without_queues = 32 * 16 / (0.1 + 0.2)
     assert found.images_per_second > 0.7 * without_queues
     assert found.decoder_idle < 0.15
+
+
+def test_slower_ranks_that_join_do_not_slow_down_replicas_whose_own_suffice():
+    """A third of the speed is lost where those that nobody asks are tried too often."""
+    times, speeds = score_fleet.Times([0.15] * 8, [0.28] * 8, spread=0.1), []
+    for guests in (0, 16):
+        fleet = score_fleet.Fleet(replicas=16, window=2, times=times)
+        for replica in range(16):
+            fleet.join(unet=0.22, link=0.025, own_of=(replica,))
+        for _ in range(guests):
+            fleet.join(unet=0.55, link=0.05)
+        found = score_fleet.measured(fleet, updates=4, replicas=16, ranks=16, images=16 * 8 * 16)
+        speeds.append(found.images_per_second)
+    assert speeds[1] > 0.9 * speeds[0]
 
 
 def test_an_answer_of_real_size_travels_in_pieces():
