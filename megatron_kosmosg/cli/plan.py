@@ -37,6 +37,8 @@ examples:
   kosmosg plan --config instruct_256gpu --num-gpus 64 --gpu a100-80 \\
       --json plan.json score.placement=dedicated score.ranks_per_replica=2
   kosmosg plan --config pretrain_256gpu --num-gpus 256 --gpu v100-32 --search
+  kosmosg plan --config instruct_256gpu --num-gpus 64 --gpu h100-80 --score-ranks 64xl40s \\
+      --search
   kosmosg plan --config instruct_256gpu --num-gpus 24 --gpu my_card.yaml --search \\
       --write-config mine.yaml
 """
@@ -54,6 +56,12 @@ def build_parser() -> CommandParser:
         required=True,
         metavar="GPU",
         help=f"what they are: {', '.join(GPUS)}, or a YAML file with the figures of another one",
+    )
+    parser.add_argument(
+        "--score-ranks",
+        metavar="COUNTxGPU",
+        help="score ranks of other jobs that join the run (kosmosg score-rank), as 64xl40s-48; "
+        "several with commas between them; GPU as for --gpu",
     )
     parser.add_argument(
         "--search",
@@ -95,6 +103,7 @@ def _plan(args: argparse.Namespace) -> int:
     from megatron_kosmosg.config.overwrites import refuse_to_overwrite, refuse_to_write_into
     from megatron_kosmosg.data.dataset_files import files_read, folders_read
     from megatron_kosmosg.planning.gpus import efficiency_with, gpu_named, name_from_anywhere
+    from megatron_kosmosg.planning.joined import joined_ranks
     from megatron_kosmosg.planning.plan import (
         make_plan,
         planned_config,
@@ -105,13 +114,15 @@ def _plan(args: argparse.Namespace) -> int:
     )
 
     gpu, efficiency = gpu_named(args.gpu), efficiency_with(args.assume)
+    joined = () if args.score_ranks is None else joined_ranks(args.score_ranks)
     given = config = load_config(args.config, args.overrides)
     world_size = args.num_gpus or config.parallel.world_size
     if world_size is None or world_size < 1:
         raise ConfigError("how many GPUs? give --num-gpus or parallel.world_size")
+    cards = [args.gpu]
+    cards += [part.partition("x")[2] for part in (args.score_ranks or "").split(",")]
     reads = [*config_files(args.config), *files_read(config)]
-    if args.gpu not in GPUS:
-        reads.append(Path(args.gpu))
+    reads += [Path(name) for name in cards if Path(name).suffix in (".yaml", ".yml")]
     outputs = {"--json": args.json, "--svg": args.svg, "--write-config": args.write_config}
     for option, output in outputs.items():
         if output is not None:
@@ -127,11 +138,12 @@ def _plan(args: argparse.Namespace) -> int:
             efficiency,
             notes,
             args.top,
+            joined,
             may_cache_latents=args.write_config is None and not args.keep_targets,
         )
         print(printable_lines(found) + "\n")
     else:
-        plan = make_plan(config, world_size, gpu, efficiency, notes)
+        plan = make_plan(config, world_size, gpu, efficiency, notes, joined)
     print(printable_lines(to_text(plan)))
     if args.json is not None:
         write_text(args.json, json.dumps(to_json(plan) | facts, indent=2) + "\n")

@@ -19,6 +19,8 @@ from megatron_kosmosg.planning.workload import MicroBatch
 from megatron_kosmosg.stages import stage_facts
 
 _FP32 = 4
+_LEAST_BUCKET, _BUCKET_A_REPLICA = 40_000_000, 1_000_000
+"""Gradient elements in a bucket of Megatron-Core: at least, and for every replica."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,32 @@ def data_traffic(
     return Traffic(gradients, 1), Traffic(count.gradient_elements * element * share, 1)
 
 
+def bucket_elements(
+    config: RunConfig, world: WorldLayout, elements: float, *, is_first: bool
+) -> float:
+    """How many of a rank's `elements` of gradients its replicas exchange at once.
+
+    Megatron-Core splits them only where the exchange overlaps with the backward pass, and only on
+    the first pipeline stage (`is_first`), behind whose exchange nobody else has work.
+    """
+    if not config.parallel.overlap_grad_reduce or not is_first:
+        return elements
+    return min(elements, max(_LEAST_BUCKET, _BUCKET_A_REPLICA * world.num_replicas))
+
+
 def score_link_traffic(config: RunConfig, images: float) -> Traffic:
     """A micro-batch's condition to a dedicated score rank and its float32 gradient back."""
     numbers = images * config.model.aligner.num_queries * config.model.aligner.hidden_size
     return Traffic(numbers * (ELEMENT_BYTES[config.training.precision] + _FP32), 2)
+
+
+def score_link_seconds(
+    config: RunConfig, images: float, gb_s: float, efficiency: Efficiency
+) -> float:
+    """There and back, over a wire of `gb_s` GB/s; hosts encrypt, send and check no faster than
+    `score_link_gb_s`."""
+    slowest = min(gb_s, efficiency.score_link_gb_s / efficiency.bandwidth)
+    return score_link_traffic(config, images).seconds(slowest, efficiency)
 
 
 def data_gb_s(world: WorldLayout, gpu: Gpu, pp_rank: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_kosmosg.config.batching import num_microbatches
@@ -9,11 +10,18 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.world import WorldLayout
 from megatron_kosmosg.planning import communication as comm
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
-from megatron_kosmosg.planning.launches import score_launches, update_launches
+from megatron_kosmosg.planning.joined import (
+    Joined,
+    JoinedEstimate,
+    JoinedPlay,
+    own_servers,
+    play_joined,
+)
+from megatron_kosmosg.planning.launches import update_launches
 from megatron_kosmosg.planning.memory import GIB, RankKind, rank_kinds
 from megatron_kosmosg.planning.model_counts import ModelShares, RankCount
 from megatron_kosmosg.planning.rates import Rates
-from megatron_kosmosg.planning.stage_cost import StageCost, needed_flops, score_work, stage_cost
+from megatron_kosmosg.planning.stage_cost import StageCost, needed_flops, stage_cost
 from megatron_kosmosg.planning.timeline import Timeline, play
 from megatron_kosmosg.planning.workload import MicroBatch, ScoreShare, micro_batches, score_share
 
@@ -45,6 +53,8 @@ class Estimate:
     """Bytes sent by a rank per update, by group; the largest over the kinds of rank."""
     fits: bool
     """On the GPU, with `memory_error` to spare."""
+    joined: list[JoinedEstimate]
+    """Score ranks of other jobs."""
 
     @property
     def total_flops(self) -> float:
@@ -52,11 +62,17 @@ class Estimate:
 
 
 def estimate(
-    config: RunConfig, world: WorldLayout, gpu: Gpu, efficiency: Efficiency, shares: ModelShares
+    config: RunConfig,
+    world: WorldLayout,
+    gpu: Gpu,
+    efficiency: Efficiency,
+    shares: ModelShares,
+    joined: Sequence[Joined] = (),
 ) -> Estimate:
     """The update of `config` on `world`. shares: `model_counts.model_shares` of `config`.
 
-    Raises ConfigError for a batch that does not divide, or a precision that the GPU lacks.
+    joined: score ranks of other jobs, of use to dedicated layouts alone. Raises ConfigError for a
+    batch that does not divide, or a precision that a GPU lacks.
     """
     count = num_microbatches(config, world.num_replicas)
     batches = micro_batches(config, count)
@@ -68,9 +84,14 @@ def estimate(
         stage_cost(config, world, stage, piece, batches, gpu, rates)
         for stage, piece in enumerate(pieces)
     ]
-    link = comm.score_link_traffic(config, config.training.micro_batch_size)
-    on_the_way = link.seconds(comm.group_gb_s(list(range(world.unit_size)), gpu), efficiency)
-    timeline = _timeline(config, world, costs, scored, rates, on_the_way / 2)
+    fleet: JoinedPlay | None = None
+    if joined and dedicated:
+        fleet = play_joined(config, world, costs, scored, rates, joined)
+        timeline: Timeline = fleet.timeline
+        score_busy = timeline.score_busy
+    else:
+        timeline = _timeline(config, world, costs, scored, rates)
+        score_busy = timeline.score_busy * scored.used
     data, optimizer, traffic = 0.0, 0.0, []
     for stage, (held, cost) in enumerate(zip(counts, costs, strict=True)):
         exchange = comm.data_traffic(config, world, held)
@@ -88,6 +109,7 @@ def estimate(
         traffic.append(cost.sent | {"data": sum(t.sent for t in exchange)})
     fixed = efficiency.iteration_ms * 1e-3
     seconds = timeline.seconds + data + optimizer + fixed
+    others = fleet.estimates(config, scored, seconds, efficiency) if fleet else []
     kinds = rank_kinds(config, world, shares, batches, efficiency)
     mean = {name: sum(c.parts[name] for c in costs) / len(costs) for name in costs[0].parts}
     return Estimate(
@@ -106,12 +128,14 @@ def estimate(
         },
         bubble=max(0.0, 1 - timeline.decoder_busy / timeline.seconds),
         decoder_idle=1 - timeline.decoder_busy / seconds,
-        score_idle=1 - timeline.score_busy * scored.used / seconds if dedicated else None,
+        score_idle=1 - score_busy / seconds if dedicated else None,
         traffic={name: max(sent[name] for sent in traffic) for name in traffic[0]},
         fits=all(
             kind.memory.total * (1 + efficiency.memory_error) <= gpu.memory_gib * GIB
             for kind in kinds
-        ),
+        )
+        and all(one.fits for one in others),
+        joined=others,
     )
 
 
@@ -121,22 +145,19 @@ def _timeline(
     costs: list[StageCost],
     scored: ScoreShare,
     rates: Rates,
-    link: float,
 ) -> Timeline:
     forward, backward = [cost.forward for cost in costs], [cost.backward for cost in costs]
     if not world.score_ranks_per_unit:
         return play(forward, backward)
-    work = score_work(config, scored.images)
-    once = sum(rates.seconds(w, w.forward + w.backward) for w in work)
-    once = max(once, rates.launching(sum(score_launches(config))))
+    own = own_servers(config, world, scored, rates)
     return play(
         forward,
         backward,
-        [once] * len(forward[0]),
+        [own.seconds] * len(forward[0]),
         score_ranks=scored.groups,
         replicas=world.replicas_per_unit,
         ahead=config.score.window - 1,
-        link=link,
+        link=own.link,
     )
 
 

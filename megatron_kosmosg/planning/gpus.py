@@ -204,6 +204,9 @@ class Efficiency:
     `instruct` with 6,365 takes 310 ms on an H200's host even with few rows."""
     collective_us: float = 10
     """Microseconds that a collective takes whatever its size, for every doubling of its ranks."""
+    score_link_gb_s: float = 0.23
+    """GB/s of a condition and its gradient, encrypted, between a decoder and a score rank: 5.7 MB
+    there and back took 25 ms over loopback, and 17 on a quieter day (benchmarks/score_link.py)."""
     iteration_ms: float = 15
     """Milliseconds per update for what does not scale: batches, loss totals, launches."""
     context_gib: float = 1.3

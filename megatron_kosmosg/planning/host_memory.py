@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.world import WorldLayout
 from megatron_kosmosg.planning.activations import ELEMENT_BYTES
+from megatron_kosmosg.planning.communication import bucket_elements
 from megatron_kosmosg.planning.memory import GIB
 from megatron_kosmosg.planning.model_counts import ModelShares, RankCount, frozen_helpers
 from megatron_kosmosg.planning.workload import MicroBatch
@@ -29,8 +30,6 @@ DECODED_BYTES = 2 * 3 * 24_000_000
 _STATE_BYTES = 12
 """float32 weight and two Adam moments in a checkpoint."""
 _AVERAGE_BYTES = 4
-_BUCKET = 40_000_000, 1_000_000
-"""Megatron-Core's gradient bucket where its exchange overlaps: elements at least, and a replica."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,8 @@ def _fullest(
 ) -> list[HostMemory]:
     """The ranks that take most: a node may hold just these."""
     kinds = [
-        (world.num_replicas * world.tp_size, _decoder_rank(config, world, held, batches))
-        for held in shares.counts
+        (world.num_replicas * world.tp_size, _decoder_rank(config, world, stage, held, batches))
+        for stage, held in enumerate(shares.counts)
     ]
     if world.score_ranks_per_unit:
         reads = _batches(config, batches)
@@ -141,17 +140,18 @@ def _state_bytes(config: RunConfig) -> int:
 
 
 def _decoder_rank(
-    config: RunConfig, world: WorldLayout, held: RankCount, batches: Sequence[MicroBatch]
+    config: RunConfig,
+    world: WorldLayout,
+    stage: int,
+    held: RankCount,
+    batches: Sequence[MicroBatch],
 ) -> HostMemory:
     parallel, trained = config.parallel, held.gradient_elements
     element, states = ELEMENT_BYTES[config.training.precision], _state_bytes(config) * trained
     replicas = world.num_replicas
     weights = element * (trained + held.frozen) / replicas  # this rank writes its part of them
     if parallel.use_distributed_optimizer:
-        bucket = trained
-        if parallel.overlap_grad_reduce:
-            least, each = _BUCKET
-            bucket = min(trained, max(least, each * replicas))
+        bucket = bucket_elements(config, world, trained, is_first=stage == 0)
         # All states of this rank's weights; first with its own of a bucket and one state of all of
         # the bucket twice, then with what is copied for the writer.
         copied = weights + (states / replicas if config.checkpoint.async_save else 0)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.world import WorldLayout
 from megatron_kosmosg.models.pipeline_pieces import StagePieces
+from megatron_kosmosg.planning.communication import bucket_elements
 from megatron_kosmosg.stages import stage_facts
 
 
@@ -45,8 +46,10 @@ UPDATE_DECODER_LAYER, UPDATE_ALIGNER_LAYER = 16, 40
 """Copies between a parameter and its float32 copy, less where replicas share the optimizer."""
 UPDATE_SPLIT_LAYER = 5
 """Sums of the norms' gradients over tensor ranks, of a decoder layer."""
-UPDATE_BUCKET, BUCKET_ELEMENTS = 7, 40e6
-"""What a replica's share of a bucket adds, and Megatron-Core's size of one."""
+MOST_PIECES, PIECE_ELEMENTS = 6, 1e6
+"""Parameters, and parts of them, of which the first replica's share of a bucket of gradients
+consists, each a copy more: one and one for every million elements, up to six. Rehearsed with 4, 8
+and 128 replicas."""
 
 
 def launches(config: RunConfig, pieces: StagePieces, is_last: bool, pictures: float) -> Launches:
@@ -91,7 +94,10 @@ def update_launches(
     trained = stage_facts(config.stage).trains_decoder * pieces.num_decoder_layers
     copies = UPDATE_DECODER_LAYER * trained
     copies += UPDATE_ALIGNER_LAYER * config.model.aligner.num_layers * len(pieces.aligner_parts)
-    buckets = UPDATE_BUCKET * elements / BUCKET_ELEMENTS
+    is_first = pieces.first_decoder_layer == 0
+    bucket = bucket_elements(config, world, elements, is_first=is_first)
+    pieces_of_one = min(MOST_PIECES, 1 + bucket / sharing / PIECE_ELEMENTS)
+    buckets = pieces_of_one * elements / bucket if elements else 0.0
     split = config.parallel.tensor_model_parallel_size > 1
     sums = UPDATE_SPLIT_LAYER * trained * split
     return UPDATE + sums + copies / sharing + buckets * (1 - 1 / sharing)

@@ -3,6 +3,7 @@ layout fits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,28 +12,43 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.planning.comparison import WORTH_SAYING, Faster, beside, in_words
 from megatron_kosmosg.planning.estimate import Estimate
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
-from megatron_kosmosg.planning.search import Candidate, NothingFits, search
+from megatron_kosmosg.planning.joined import Joined
+from megatron_kosmosg.planning.search import PLACEMENTS, Candidate, NothingFits, search
 
 
 def other_batches(
-    config: RunConfig, world_size: int, gpu: Gpu, efficiency: Efficiency, model: torch.nn.Module
+    config: RunConfig,
+    world_size: int,
+    gpu: Gpu,
+    efficiency: Efficiency,
+    model: torch.nn.Module,
+    joined: Sequence[Joined] = (),
 ) -> list[Candidate]:
     """The fastest layout of each multiple of the GPUs next to the batch; none where that is one.
 
-    A multiple is what lets every GPU hold a replica, usually the fastest layout there is.
+    A multiple is what lets every GPU hold a replica, usually the fastest layout there is; where
+    others have `joined`, every GPU but the fewest that have to be score ranks.
     """
     batch, found = config.training.global_batch_size, []
-    lower = batch // world_size * world_size
-    for size in (lower, lower + world_size) if batch % world_size else ():
+    replicas = _most_replicas(world_size) if joined else world_size
+    lower = batch // replicas * replicas
+    for size in (lower, lower + replicas) if batch % replicas else ():
         if not size:
             continue
         other = replace(config, training=replace(config.training, global_batch_size=size))
         try:
-            result = search(other, world_size, gpu, efficiency, model)
+            result = search(other, world_size, gpu, efficiency, model, joined)
         except NothingFits:
             continue
         found.append(result.candidates[0])
     return found
+
+
+def _most_replicas(world_size: int) -> int:
+    """How many replicas of one GPU each there can be, beside score ranks that they share."""
+    shared = [r for _, _, r in PLACEMENTS if world_size % (r + 1) == 0]
+    most = max(shared, default=1)
+    return max(1, world_size * most // (most + 1))
 
 
 def faster_batches(

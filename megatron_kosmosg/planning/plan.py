@@ -7,6 +7,7 @@ what is planned have no other reader.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -17,8 +18,10 @@ from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.planning.comparison import Faster, as_dict, faster_layouts, in_words, reasons
 from megatron_kosmosg.planning.estimate import Estimate, estimate
+from megatron_kosmosg.planning.fleet_plan import FleetPlan, check_joined, fleet_plan
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
 from megatron_kosmosg.planning.host_memory import HostPlan, plan_host
+from megatron_kosmosg.planning.joined import Joined
 from megatron_kosmosg.planning.memory import GIB, memory_table
 from megatron_kosmosg.planning.model_counts import (
     BuiltShard,
@@ -55,6 +58,8 @@ class Plan:
     notes: list[str]
     faster: list[Faster]
     """Layouts to think about instead of this one."""
+    fleet: FleetPlan | None
+    """Score ranks of other jobs that join; None without any."""
 
 
 def planned_config(config: RunConfig, world_size: int, gpu: Gpu) -> tuple[RunConfig, list[str]]:
@@ -69,7 +74,12 @@ def planned_config(config: RunConfig, world_size: int, gpu: Gpu) -> tuple[RunCon
 
 
 def make_plan(
-    config: RunConfig, world_size: int, gpu: Gpu, efficiency: Efficiency, notes: list[str]
+    config: RunConfig,
+    world_size: int,
+    gpu: Gpu,
+    efficiency: Efficiency,
+    notes: list[str],
+    joined: Sequence[Joined] = (),
 ) -> Plan:
     """Plans the layout in `config`, and names those that would be faster.
 
@@ -78,9 +88,10 @@ def make_plan(
         gpu: the kind of GPU.
         efficiency: how much of the GPU's stated speed is reached.
         notes: what was assumed so far, which the plan then says.
+        joined: score ranks of other jobs, which `world_size` does not count.
 
     Raises:
-        ConfigError: the layout is not valid.
+        ConfigError: the layout is not valid, or those that `joined` cannot join it.
     """
     try:
         validate_layout(config, world_size, stage_facts(config.stage))
@@ -88,13 +99,14 @@ def make_plan(
         raise ConfigError(
             f"{error}; or add --search, which tries every layout of {world_size} GPUs"
         ) from None
+    check_joined(config, joined, searches=False)
     config = with_default_layout(config)
     model = whole_model(config)
-    plan = plan_layout(config, world_size, gpu, efficiency, notes, model)
-    others = other_batches(config, world_size, gpu, efficiency, model)
+    plan = plan_layout(config, world_size, gpu, efficiency, notes, model, joined)
+    others = other_batches(config, world_size, gpu, efficiency, model, joined)
     faster = faster_batches(config, plan.estimate, others)
     try:
-        found = search(config, world_size, gpu, efficiency, model).candidates
+        found = search(config, world_size, gpu, efficiency, model, joined).candidates
     except NothingFits as nothing:
         return replace(plan, notes=[*plan.notes, str(nothing)], faster=faster)
     return replace(plan, faster=[*faster_layouts(config, plan.estimate, found), *faster])
@@ -107,6 +119,7 @@ def plan_layout(
     efficiency: Efficiency,
     notes: list[str],
     model: torch.nn.Module,
+    joined: Sequence[Joined] = (),
 ) -> Plan:
     """The plan of the layout in `config` alone. model: `whole_model(config)`.
 
@@ -120,13 +133,14 @@ def plan_layout(
         )
     world = world_layout(config, world_size)
     shares = model_shares(config, model)
-    planned = estimate(config, world, gpu, efficiency, shares)
+    planned = estimate(config, world, gpu, efficiency, shares, joined)
     if stage_facts(config.stage).has_unet:
-        notes = [*notes, _idle_note(config, world_size, gpu, efficiency, shares)]
+        notes = [*notes, _idle_note(config, world_size, gpu, efficiency, shares, joined)]
+    fleet = fleet_plan(config, gpu, efficiency, shares, planned) if planned.joined else None
     parameters = trained_and_frozen(model)
     host = plan_host(config, world, shares, planned.micro_batches, parameters, gpu.per_node)
     shards = build_shards(config, world)
-    return Plan(config, gpu, efficiency, planned, host, shards, notes, faster=[])
+    return Plan(config, gpu, efficiency, planned, host, shards, notes, faster=[], fleet=fleet)
 
 
 def search_plan(
@@ -136,28 +150,35 @@ def search_plan(
     efficiency: Efficiency,
     notes: list[str],
     top: int,
+    joined: Sequence[Joined] = (),
     *,
     may_cache_latents: bool = True,
 ) -> tuple[Plan, str, dict]:
     """The plan of the fastest layout, the list of the `top` fastest as text, both for the JSON.
 
     Args:
+        joined: score ranks of other jobs; layouts that they cannot join are then left out.
         may_cache_latents: whether the plan may ask for latents that `config` does not have.
 
     Raises ConfigError, with the nearest batches and their speeds, where no layout is left.
     """
+    check_joined(config, joined, searches=True)
     model = whole_model(config)
-    others = other_batches(config, world_size, gpu, efficiency, model)
+    others = other_batches(config, world_size, gpu, efficiency, model, joined)
     try:
-        result = search(config, world_size, gpu, efficiency, model)
+        result = every = search(config, world_size, gpu, efficiency, model, joined)
+        if joined:
+            result = _with_score_ranks(result)
         if not may_cache_latents:
             result = _without_new_latents(config, result)
     except NothingFits as nothing:
         advice = nearest_batches(others) or more_gpus(config, world_size, gpu, efficiency, model)
         raise ConfigError(f"{nothing}; {advice}") from None
     best = result.candidates[0]
-    plan = plan_layout(best.config, world_size, gpu, efficiency, notes, model)
-    plan = replace(plan, faster=faster_batches(best.config, plan.estimate, others))
+    plan = plan_layout(best.config, world_size, gpu, efficiency, notes, model, joined)
+    instead = faster_layouts(best.config, plan.estimate, every.candidates) if joined else []
+    faster = faster_batches(best.config, plan.estimate, others)
+    plan = replace(plan, faster=[*instead, *faster])
     settings, why = best.choice.overrides(stage_facts(config.stage)), reasons(result)
     lines = [f"{len(result.candidates)} of {result.num_tried} layouts fit; the fastest:"]
     lines += [
@@ -176,6 +197,16 @@ def search_plan(
     return plan, "\n".join(lines), facts
 
 
+def _with_score_ranks(result: SearchResult) -> SearchResult:
+    """The candidates that others can join."""
+    kept = [c for c in result.candidates if c.estimate.world.score_ranks_per_unit]
+    if not kept:
+        raise NothingFits(
+            "no layout with score.placement=dedicated fits, and only such can be joined"
+        )
+    return replace(result, candidates=kept)
+
+
 def _without_new_latents(config: RunConfig, result: SearchResult) -> SearchResult:
     """The candidates that read what `config` reads."""
     cached = config.data.latent_cache is not None
@@ -189,7 +220,12 @@ def _without_new_latents(config: RunConfig, result: SearchResult) -> SearchResul
 
 
 def _idle_note(
-    config: RunConfig, world_size: int, gpu: Gpu, efficiency: Efficiency, shares: ModelShares
+    config: RunConfig,
+    world_size: int,
+    gpu: Gpu,
+    efficiency: Efficiency,
+    shares: ModelShares,
+    joined: Sequence[Joined],
 ) -> str:
     """The smallest multiple of the batch at which decoder ranks idle less than the goal."""
     training = config.training
@@ -197,7 +233,7 @@ def _idle_note(
         larger = replace(training, global_batch_size=times * training.global_batch_size)
         planned = estimate(
             replace(config, training=larger),
-            world_layout(config, world_size), gpu, efficiency, shares,
+            world_layout(config, world_size), gpu, efficiency, shares, joined,
         )  # fmt: skip
         if planned.decoder_idle < IDLE_GOAL:
             return (
@@ -289,6 +325,7 @@ def to_json(plan: Plan) -> dict:
             "decoder_idle": planned.decoder_idle,
             "score_idle": planned.score_idle,
         },
+        "score_fleet": plan.fleet.as_dict() if plan.fleet else None,
         "schedule": {
             "iterations": iterations,
             "samples": images * iterations,
@@ -331,6 +368,7 @@ def to_text(plan: Plan) -> str:
         f"{iteration['decoder_idle']:.1%}"
         + (f", score ranks {iteration['score_idle']:.1%}" if iteration["score_idle"] else "")
         + f"; bubble {iteration['bubble']:.1%}",
+        *(plan.fleet.lines() if plan.fleet else []),
         f"{schedule['iterations']:,} updates: {schedule['days']:.2f} days, "
         f"{schedule['gpu_hours']:,.0f} GPU-hours",
         "",

@@ -8,7 +8,7 @@ beside the search that varies them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.config.world import WorldLayout, world_layout
 from megatron_kosmosg.planning.estimate import Estimate, estimate
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
+from megatron_kosmosg.planning.joined import Joined
 from megatron_kosmosg.planning.memory import GIB
 from megatron_kosmosg.planning.model_counts import ModelShares, model_shares
 from megatron_kosmosg.planning.pipeline_balance import balanced_layout
@@ -156,12 +157,17 @@ class SearchResult:
 
 
 def search(
-    config: RunConfig, world_size: int, gpu: Gpu, efficiency: Efficiency, model: torch.nn.Module
+    config: RunConfig,
+    world_size: int,
+    gpu: Gpu,
+    efficiency: Efficiency,
+    model: torch.nn.Module,
+    joined: Sequence[Joined] = (),
 ) -> SearchResult:
-    """Estimates all valid layouts of `config` on `world_size` GPUs, best first. Raises NothingFits
-    when none is left."""
+    """Estimates all valid layouts of `config` on `world_size` GPUs, best first; those with score
+    ranks beside the ones that `joined`. Raises NothingFits when none is left."""
     fitting, tried, too_large = [], 0, []
-    estimator = _Estimator(world_size, gpu, efficiency, model)
+    estimator = _Estimator(world_size, gpu, efficiency, model, joined)
     for choices in _choices(config, world_size):
         for choice in choices:  # with ever more recomputation
             candidate = estimator.candidate(config, choice)
@@ -259,10 +265,15 @@ class _Estimator:
     """Estimates choices; how a model is spread is counted once for every tensor and pipeline."""
 
     def __init__(
-        self, world_size: int, gpu: Gpu, efficiency: Efficiency, model: torch.nn.Module
+        self,
+        world_size: int,
+        gpu: Gpu,
+        efficiency: Efficiency,
+        model: torch.nn.Module,
+        joined: Sequence[Joined],
     ) -> None:
         self._world_size, self._gpu, self._efficiency = world_size, gpu, efficiency
-        self._model = model
+        self._model, self._joined = model, joined
         self._shares: dict[tuple, ModelShares] = {}
 
     def candidate(self, config: RunConfig, choice: Choice) -> Candidate | None:
@@ -274,7 +285,8 @@ class _Estimator:
             validate_layout(planned, self._world_size, stage_facts(planned.stage))
             if key not in self._shares:
                 self._shares[key] = model_shares(planned, self._model)
-            found = estimate(planned, world, self._gpu, self._efficiency, self._shares[key])
+            shares = self._shares[key]
+            found = estimate(planned, world, self._gpu, self._efficiency, shares, self._joined)
         except ConfigError:
             return None
         return Candidate(choice, planned, found)

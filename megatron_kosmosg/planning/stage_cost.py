@@ -82,6 +82,13 @@ def score_work(config: RunConfig, images: float) -> list[Work]:
     return done
 
 
+def score_seconds(config: RunConfig, images: float, rates: Rates) -> float:
+    """How long a dedicated score rank takes for a request of `images` images."""
+    work = score_work(config, images)
+    computing = sum(rates.seconds(w, w.forward + w.backward) for w in work)
+    return max(computing, rates.launching(sum(score_launches(config))))
+
+
 def needed_flops(
     config: RunConfig, world: WorldLayout, pieces: list[StagePieces], batches: list[MicroBatch]
 ) -> dict[str, float]:

@@ -72,6 +72,7 @@ INPUTS = {
     "--svg": ["text-file/below", "folder", ""],
     "--write-config": ["text-file/below", "folder", ""],
     "--gpu": ["h100", "text-file", "missing.yaml", ""],
+    "--score-ranks": ["64", "0xl40s", "1.5xl40s", "8xa100", "8xmissing.yaml", "8xl40s,", ""],
     "--page": ["text-file/below", "folder", ""],
     "--device": ["x", "cuda:99", ""],
     "--field": ["x", "=", "nothing=else", ""],

@@ -52,7 +52,10 @@ def stable_diffusion(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("stage", "overrides"),
     [
-        ("pretrain", []),
+        (
+            "pretrain",
+            ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"],
+        ),
         ("align", ["parallel.pipeline_model_parallel_size=2"]),
         ("instruct", ["parallel.pipeline_model_parallel_size=4", "score.placement=colocated"]),
         ("instruct", []),
@@ -210,7 +213,7 @@ def test_micro_batches_are_as_long_as_their_longest_row():
 
 def test_tensor_traffic_of_the_decoder():
     """Megatron's figure: four all-gathers or reduce-scatters a layer forward, six backward."""
-    config = full_size("pretrain", "parallel.pipeline_model_parallel_size=1")
+    config = full_size("pretrain", "parallel.tensor_model_parallel_size=2")
     (piece,) = model_shares(config, whole_model(config)).pieces
     batch = MicroBatch(images=1, rows=1, length=2048, pictures=0)
     forward, backward = tensor_traffic(config, piece, False, batch)

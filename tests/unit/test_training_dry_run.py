@@ -82,14 +82,15 @@ def test_every_module_of_a_stage_has_the_published_count(stage, wanted):
 def test_pretrain_batch_is_the_papers():
     report = describe(full_size("pretrain"))
     assert "1,179,648 tokens an update (576 rows of 2048" in report
-    assert "1 per micro-batch x 9 micro-batches x 64 replicas" in report
+    assert "9 per micro-batch x 1 micro-batches x 64 replicas" in report
 
 
 def test_parameters_per_rank_add_up_to_the_model():
     """Halves of tensor-split parameters and whole replicated ones: both ranks of all stages hold
     the model once, the replicated parts twice, and the tied embedding twice."""
-    one = count_model(full_size("pretrain", "parallel.tensor_model_parallel_size=1"))
-    two = count_model(full_size("pretrain"))
+    stages = "parallel.pipeline_model_parallel_size=2"
+    one = count_model(full_size("pretrain", stages, "parallel.tensor_model_parallel_size=1"))
+    two = count_model(full_size("pretrain", stages, "parallel.tensor_model_parallel_size=2"))
     embedding = 2048 * (64128 - 64007)  # padding that one rank adds to the published count
     tied_copy = 2048 * 64128
     assert sum(r.trainable + r.frozen for r in one.ranks) == (
@@ -127,7 +128,12 @@ def test_uneven_pipeline_is_counted_where_it_is():
 
 def test_interleaved_stages_are_counted_on_their_ranks():
     """Of 4 ranks with 2 stages each, rank 1 holds stages 1 and 5."""
-    plain = ["parallel.pipeline_model_parallel_size=4", "training.global_batch_size=512"]
+    plain = [
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.pipeline_model_parallel_size=4",
+        "training.micro_batch_size=1",
+        "training.global_batch_size=512",
+    ]
     layout = "|".join(["decoder*3"] * 8)
     interleaved = full_size(
         "pretrain",
