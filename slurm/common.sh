@@ -43,7 +43,7 @@ bash SCRIPT --check [SBATCH OPTIONS] [OPTIONS] [-- ...]
 
   --check         submit nothing: dry run, plan, and whether Slurm would take the job;
                   with sbatch: dry run on the nodes and one empty task for every GPU
-  --fastest       the fastest layout that is planned for so many GPUs of kind KOSMOSG_GPU; pictures
+  --fastest       the fastest layout that is planned for so many GPUs of kind KOSMOSG_GPU; images
                   or cached latents as the settings say
   --config FILE   train this config instead of the script's own
   --sweep FILE    in a job array: further settings, line N for array task N

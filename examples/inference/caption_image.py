@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Words for pictures, by the language model of an exported folder: greedy or beam search.
+"""Words for images, by the language model of an exported folder: greedy or beam search.
 
-Needs torch, transformers and Pillow only, and no remote code. Stock Kosmos-2 hands several pictures
+Needs torch, transformers and Pillow only, and no remote code. Stock Kosmos-2 hands several images
 to the wrong beams (it repeats their features in another order than the rows), without an error. The
-embedded prompt is therefore built first here, which is right for any number of pictures and beams.
+embedded prompt is therefore built first here, which is right for any number of images and beams.
 """
 
 from __future__ import annotations

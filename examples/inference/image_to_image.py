@@ -1,4 +1,4 @@
-"""Starts from a picture instead of noise; the prompt with its own pictures says what it becomes.
+"""Starts from an image instead of noise; the prompt with its own images says what it becomes.
 
     python examples/inference/image_to_image.py kosmos-g --prompt "<image> at night" \\
         --image house.png --start sketch.png --strength 0.7

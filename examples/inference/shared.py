@@ -1,4 +1,4 @@
-"""What the examples share: the arguments of a drawing, loading a folder, saving the pictures.
+"""What the examples share: the arguments of a drawing, loading a folder, saving the images.
 
 Needs diffusers and transformers, and the package or the folder's own two .py files: those run only
 with --trust-remote-code, so read them before.

@@ -1,4 +1,4 @@
-"""A picture from text and pictures.
+"""An image from text and images.
 
     python examples/inference/text_to_image.py kosmos-g --prompt "<image> wearing <image>" \\
         --image dog.png --image hat.png --num-images 4

@@ -1,9 +1,9 @@
 """`python -m own_pictures`: what the pictures of a folder show, told by their names. Started by
 own_pictures.sh, before the first command that reads the pictures.
 
-A picture shows the folder that it lies in (`my dog/3.jpg`), else what it is called itself
+An image shows the folder that it lies in (`my dog/3.jpg`), else what it is called itself
 (`red_teapot_2.jpg`). A text of the same name beside it (`3.txt`) says more. Exit codes: 0 done;
-2 wrong arguments, or pictures that nothing names.
+2 wrong arguments, or images that nothing names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Judges toy runs on held-out prompts: a table (metrics.json), pictures and their list."""
+"""Judges toy runs on held-out prompts: a table (metrics.json), images and their list."""
 
 from __future__ import annotations
 

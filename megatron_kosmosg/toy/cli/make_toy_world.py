@@ -1,4 +1,4 @@
-"""Writes the toy world as ordinary files: OUTPUT/{train,heldout}/KIND.jsonl and their pictures."""
+"""Writes the toy world as ordinary files: OUTPUT/{train,heldout}/KIND.jsonl and their images."""
 
 from __future__ import annotations
 
