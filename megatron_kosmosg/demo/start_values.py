@@ -25,5 +25,6 @@ class StartValues:
 START_VALUES = StartValues("<image> in the snow", 6.0, 50, SAVED, 4, "")
 """The authors' demo."""
 TOY_START_VALUES = StartValues(
-    "a <image> on a yellow background", 2.0, 8, "dpm++", 4, "", is_toy=True
+    "a red circle on a yellow background", 2.0, 8, "dpm++", 4, "", is_toy=True
 )
+"""Without an image, so that the first press of Draw draws; the examples below have some."""

@@ -27,6 +27,7 @@ from megatron_kosmosg.demo.batch import draw_batch
 from megatron_kosmosg.demo.requests import count_line, draw_request, image_names, page_values
 from megatron_kosmosg.demo.serving import check_address
 from megatron_kosmosg.demo.sessions import Sessions
+from megatron_kosmosg.demo.start_values import TOY_START_VALUES
 from megatron_kosmosg.demo.studio import Cancelled, Studio
 from megatron_kosmosg.inference.model_source import find_model
 from megatron_kosmosg.inference.open_model import open_drawer
@@ -351,3 +352,7 @@ def test_a_wrong_model_is_said_in_one_line_before_libraries_are_loaded(tmp_path)
     )
     assert said.returncode == 2 and said.stdout == "[]\n"
     assert said.stderr.startswith("error: --model none") and said.stderr.count("\n") == 1
+
+
+def test_the_shipped_toy_s_page_opens_with_a_prompt_that_can_be_drawn():
+    assert count_line(TOY_START_VALUES.prompt, 0)[0]
