@@ -194,6 +194,7 @@ def _train(config: RunConfig, started: float, owner: RunOwner | None, at_end: Ex
     from megatron_kosmosg.score.rank import run_score_rank
     from megatron_kosmosg.score.wire import RunEnd
     from megatron_kosmosg.training.loop import fit
+    from megatron_kosmosg.training.optimizer import check_optimizer
 
     config, planned = with_default_layout(config), None
     if find_place().rank == 0:
@@ -204,6 +205,7 @@ def _train(config: RunConfig, started: float, owner: RunOwner | None, at_end: Ex
     else:
         layout = platform.initialize(config)
         raise_together(lambda: check_files(config))
+        raise_together(lambda: check_optimizer(config, layout.device))
         remote_score = open_remote_score(config, layout)
         if remote_score is not None:
             at_end.callback(remote_score.close, RunEnd.FAILED)  # unless it is closed by then

@@ -42,6 +42,8 @@ FREE_TO_CHANGE = (
     "training.max_nonfinite_iters",
     "training.train_iters",  # refused below when it moves the end of the learning-rate decay
     "optimizer.lr_decay_iters",
+    "optimizer.optimizer_cpu_offload",  # the same updates up to rounding
+    "optimizer.optimizer_offload_fraction",
     "optimizer.ema_decay",  # what is averaged does not depend on the average
 )
 """Keys and sections; every other setting changes what is learnt."""

@@ -28,7 +28,12 @@ from megatron_kosmosg.checkpoint.changed_settings import check_resume
 from megatron_kosmosg.checkpoint.errors import explain_write_errors, load_state
 from megatron_kosmosg.checkpoint.layout_signature import compare_layouts, layout_signature
 from megatron_kosmosg.checkpoint.optimizer_form import FormChange
-from megatron_kosmosg.checkpoint.optimizer_state import restore_settings, set_num_updates
+from megatron_kosmosg.checkpoint.optimizer_state import (
+    add_own_settings,
+    drop_own_settings,
+    restore_settings,
+    set_num_updates,
+)
 from megatron_kosmosg.checkpoint.plain_data import read_common
 from megatron_kosmosg.checkpoint.rng_state import restore_rng_state, rng_state
 from megatron_kosmosg.checkpoint.weight_average import AVERAGE, WeightAverage
@@ -148,6 +153,7 @@ class Checkpointer:
         progress = Progress(**loaded["progress"])
         settings = self._config.optimizer
         adopt_learning_rates(loaded["optimizer"], settings.lr, settings.min_lr)
+        add_own_settings(self._optimizer, loaded["optimizer"])
         with torch.no_grad():  # Megatron-Core copies into fp32 parameters in place
             self._optimizer.load_state_dict(loaded["optimizer"])
         restore_settings(self._config, self._optimizer, progress.updates)
@@ -195,12 +201,14 @@ class Checkpointer:
         models = model_state(self._chunks, metadata)
         flat = models["model0"] if len(models) == 1 else models
         average = self._average
+        optimizer = self._optimizer.sharded_state_dict(
+            flat, is_loading=is_loading, metadata=metadata
+        )
+        drop_own_settings(self._optimizer, optimizer)
         return {
             **models,
             **({AVERAGE: average.state(models, is_loading=is_loading)} if average else {}),
-            "optimizer": self._optimizer.sharded_state_dict(
-                flat, is_loading=is_loading, metadata=metadata
-            ),
+            "optimizer": optimizer,
             "scheduler": self._scheduler.state_dict(),
             "progress": asdict(progress),
             "layout": self._layout_signature(),

@@ -284,6 +284,17 @@ class OptimizerConfig:
     """Decay of the exponential moving average of the weights that train, by update, e.g. 0.9999;
     the first updates decay faster. Kept beside the weights, saved with them, and exported with
     `kosmosg convert export-hf --ema`. 0 keeps none."""
+    optimizer_cpu_offload: bool = False
+    """Float32 weights and Adam's moments in the machine's memory, where its processors update them:
+    12 bytes a trained weight less on the GPU, shared out over replicas, and slower updates (a GPU;
+    has not run on one)."""
+    optimizer_offload_fraction: float = 1.0
+    """Share of the trained weights that `optimizer_cpu_offload` concerns."""
+    use_precision_aware_optimizer: bool = False
+    """Adam's moments in `exp_avg_dtype` and `exp_avg_sq_dtype`, by TransformerEngine's FusedAdam (a
+    GPU; has not run on one). Checkpoints hold float32 in any case."""
+    exp_avg_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     initial_loss_scale: float = 1024.0
     """fp16 only. The loss is a sum over the micro-batch's items, hence lower than elsewhere."""
     min_loss_scale: float = 1.0

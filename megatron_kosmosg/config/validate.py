@@ -25,6 +25,7 @@ def validate_layout(config: RunConfig, world_size: int, facts: StageFacts) -> No
     _check_tensor_parallel(config, facts)
     _check_pipeline(config)
     _check_overlap(config)
+    _check_optimizer_states(config)
     _check_score(config)
     _check_grid(config, facts)
     _check_packing(config, facts)
@@ -276,6 +277,46 @@ def _check_overlap(config: RunConfig) -> None:
             "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true "
             "and parallel.overlap_grad_reduce=true"
         )
+
+
+def _check_optimizer_states(config: RunConfig) -> None:
+    settings, precision = config.optimizer, config.training.precision
+    fraction = settings.optimizer_offload_fraction
+    if not 0 < fraction <= 1:
+        raise ConfigError(
+            f"optimizer.optimizer_offload_fraction={fraction} must be above 0 and at most 1; "
+            "optimizer.optimizer_cpu_offload=false keeps all states on the GPU"
+        )
+    aware, offload = "optimizer.use_precision_aware_optimizer", "optimizer.optimizer_cpu_offload"
+    for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        dtype = getattr(settings, name)
+        if dtype != "fp32" and not settings.use_precision_aware_optimizer:
+            raise ConfigError(
+                f"optimizer.{name}={dtype} needs {aware}=true (and TransformerEngine); "
+                f"set optimizer.{name}=fp32"
+            )
+    if settings.use_precision_aware_optimizer and settings.optimizer_cpu_offload:
+        raise ConfigError(
+            f"{offload}=true keeps float32 states on the host and {aware}=true others on the GPU: "
+            "set one of them to false"
+        )
+    on = [(aware, settings.use_precision_aware_optimizer)]
+    on.append((offload, settings.optimizer_cpu_offload))
+    for key in [key for key, is_on in on if is_on]:
+        if not config.parallel.use_distributed_optimizer:
+            raise ConfigError(
+                f"{key}=true needs parallel.use_distributed_optimizer=true, also on one GPU"
+            )
+        if precision == "fp32":
+            raise ConfigError(
+                f"{key}=true needs training.precision=bf16 or fp16: float32 weights are their own "
+                f"float32 copy; set {key}=false"
+            )
+        if settings.ema_decay:
+            raise ConfigError(
+                f"optimizer.ema_decay={settings.ema_decay} averages the optimizer's float32 "
+                f"weights, which {key}=true keeps out of its reach; set one of them to 0 or false"
+            )
 
 
 def _check_schedule(config: RunConfig) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -51,6 +52,14 @@ def gradients_for_norm(optimizer: Any) -> list[torch.Tensor]:
     method has another name."""
     named = ("get_grads_for_grad_norm", "get_main_grads_for_grad_norm")
     return next(getattr(optimizer, name) for name in named if hasattr(optimizer, name))()
+
+
+def prepare_offload(config: OptimizerConfig) -> None:
+    """Sends an optimizer on the host the way that Megatron-Core has for it, that of the
+    precision-aware one. 0.16 would first compare the version of TransformerEngine, which this does
+    not need, and fail where there is none."""
+    config.use_precision_aware_optimizer = True
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
 
 
 def mlp_submodule(submodules: MLPSubmodules) -> Any:

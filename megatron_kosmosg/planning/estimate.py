@@ -27,6 +27,10 @@ from megatron_kosmosg.planning.workload import MicroBatch, ScoreShare, micro_bat
 
 _HIDDEN_SHARE = 0.8
 """Share of a pass behind which gradient exchange or parameter gathering hides."""
+_OFFLOADED_TRAFFIC = 4 + 4 + 28
+"""Bytes of a weight that the host updates: its gradient in, the weight out, and those of AdamW."""
+_HOST_SPEED = 20e9
+"""Bytes a second that a rank moves so, where eight share a host. An assumption."""
 
 
 @dataclass(frozen=True)
@@ -171,5 +175,8 @@ def _optimizer_seconds(
 ) -> float:
     """Clearing and norming the gradients, then reading and writing the optimizer's share."""
     sharing = world.num_replicas if config.parallel.use_distributed_optimizer else 1
-    moved = held.gradient_elements * (4 + 4 / sharing + 30 / sharing)
-    return moved / (gpu.memory_gb_s * 1e9 * efficiency.bandwidth)
+    settings = config.optimizer
+    offloaded = settings.optimizer_offload_fraction if settings.optimizer_cpu_offload else 0.0
+    moved = held.gradient_elements * (4 + 4 / sharing + 30 * (1 - offloaded) / sharing)
+    by_host = held.gradient_elements * offloaded / sharing * _OFFLOADED_TRAFFIC
+    return moved / (gpu.memory_gb_s * 1e9 * efficiency.bandwidth) + by_host / _HOST_SPEED

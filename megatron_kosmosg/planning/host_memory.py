@@ -30,6 +30,11 @@ DECODED_BYTES = 2 * 3 * 24_000_000
 _STATE_BYTES = 12
 """float32 weight and two Adam moments in a checkpoint."""
 _AVERAGE_BYTES = 4
+_OFFLOADED_BYTES = 4 + 2 * 4 + 2 * 4
+"""A weight that the host updates: itself, its moments, and its gradient in pinned memory, which
+torch rounds up to a power of two."""
+_OFFLOADING_BYTES = 4 + 2 * 2
+"""A weight before it is shared out over replicas: float32, and pinned as it was."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class HostMemory:
     """The bytes of the machine's own memory that a rank, or a node, takes."""
 
     programs: float
+    optimizer: float
+    """States of weights that the host updates."""
     batches: float
     """Read ahead and in the making, pinned copies included."""
     saving: float
@@ -46,7 +53,7 @@ class HostMemory:
 
     @property
     def total(self) -> float:
-        return self.programs + max(self.batches + self.saving, self.starting)
+        return self.programs + self.optimizer + max(self.batches + self.saving, self.starting)
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,12 @@ class HostPlan:
     def lines(self) -> list[str]:
         """The plan in lines for people; slurm/checks.sh reads the GiB of a rank from them."""
         gib = {name: value / GIB for name, value in asdict(self.node).items()}
+        offloaded = f", optimizer {gib['optimizer']:.1f}" if self.node.optimizer else ""
         several = "" if self.kept is None else f", {self.kept} at a time"
         return [
             f"the machine's memory: at most {math.ceil(self.rank.total / GIB)} GiB a rank, "
             f"{self.node.total / GIB:.0f} GiB on a node of {self.ranks}: programs "
-            f"{gib['programs']:.0f}, and batches {gib['batches']:.1f} with a save "
+            f"{gib['programs']:.0f}{offloaded}, and batches {gib['batches']:.1f} with a save "
             f"{gib['saving']:.1f}, or a start {gib['starting']:.1f}",
             f"a checkpoint: {self.checkpoint / 1e9:.1f} GB on disk{several}",
         ]
@@ -123,7 +131,9 @@ def _fullest(
     ]
     if world.score_ranks_per_unit:
         reads = _batches(config, batches)
-        kinds.append((world.num_score_ranks, HostMemory(PROCESS_BYTES, reads, 0, _helpers(config))))
+        kinds.append(
+            (world.num_score_ranks, HostMemory(PROCESS_BYTES, 0, reads, 0, _helpers(config)))
+        )
     ranks = [memory for count, memory in kinds for _ in range(min(count, number))]
     return sorted(ranks, key=lambda memory: -memory.total)[:number]
 
@@ -160,11 +170,14 @@ def _decoder_rank(
     else:
         saving = weights + states / replicas
     helpers = _helpers(config) if not world.score_ranks_per_unit else 0.0
+    settings = config.optimizer
+    offloaded = trained * settings.optimizer_offload_fraction * settings.optimizer_cpu_offload
     return HostMemory(
         programs=PROCESS_BYTES,
+        optimizer=_OFFLOADED_BYTES * offloaded / replicas,
         batches=_batches(config, batches) / world.tp_size,  # one of them reads for all
         saving=saving,
-        starting=max(helpers, states + weights),
+        starting=max(helpers, states + weights, _OFFLOADING_BYTES * offloaded),
     )
 
 

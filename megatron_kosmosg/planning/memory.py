@@ -40,10 +40,11 @@ class RankMemory:
     """float32, for what trains here."""
     optimizer: float
     """float32 copy of the parameters, two Adam moments and the average of the weights where one is
-    kept, this rank's share."""
+    kept, this rank's share; without what is kept on the host (`host_memory.py`)."""
     activations: float
     """Of all micro-batches in flight, and what passes through the layer at work beyond what the
-    U-Net, which works at another time, takes anyway."""
+    U-Net, which works at another time, takes anyway. Moments of less than float32 in float32, for
+    the update, where that is more."""
     frozen_helpers: float
     """Weights of U-Net and VAE, or of the text encoder."""
     score_activations: float
@@ -88,8 +89,7 @@ def decoder_memory(
     activations = stage_activations(config, pieces, is_last, largest)
     in_flight = min(world.pp_size - pp_rank + _ahead(config, world), len(batches))
     sharing = world.num_replicas if parallel.use_distributed_optimizer else 1
-    master_copy = 4 if precision != "fp32" else 0  # fp32 parameters are their own master copy
-    average = 4 if config.optimizer.ema_decay else 0
+    states, updating = _optimizer_bytes(config)
     helpers = is_last and not world.score_ranks_per_unit
     helper_bytes, score_bytes = 0.0, 0.0
     if helpers:
@@ -99,9 +99,13 @@ def decoder_memory(
     tensors = (
         count.gradient_elements * element + count.frozen * element,
         count.gradient_elements * 4,
-        count.gradient_elements / sharing * (8 + master_copy + average),
-        # The decoder's backward starts when the U-Net's is over: the larger of the two counts.
-        activations.saved * in_flight + max(0, activations.passing - score_bytes),
+        count.gradient_elements / sharing * states,
+        # The decoder's backward starts when the U-Net's is over, and the update after both: the
+        # larger counts.
+        max(
+            activations.saved * in_flight + max(0, activations.passing - score_bytes),
+            count.gradient_elements / sharing * updating - score_bytes,
+        ),
         helper_bytes,
         score_bytes,
     )
@@ -114,6 +118,19 @@ def score_memory(config: RunConfig, rows: int, efficiency: Efficiency) -> RankMe
     activations = _score_activations(config, rows)
     overhead = _overhead(weights + activations, efficiency)
     return RankMemory(0, 0, 0, 0, weights, activations, *overhead)
+
+
+def _optimizer_bytes(config: RunConfig) -> tuple[float, float]:
+    """On the GPU, of a weight that trains: always, and during an update."""
+    settings, precision = config.optimizer, config.training.precision
+    master_copy = 4 if precision != "fp32" else 0  # fp32 parameters are their own master copy
+    average = 4 if settings.ema_decay else 0
+    dtypes = settings.exp_avg_dtype, settings.exp_avg_sq_dtype
+    moments = sum(ELEMENT_BYTES[dtype] for dtype in dtypes)
+    # TransformerEngine's FusedAdam works on float32 copies of all moments at once.
+    updating = sum(4 for dtype in dtypes if dtype != "fp32")
+    kept = 1 - settings.optimizer_offload_fraction if settings.optimizer_cpu_offload else 1
+    return (moments + master_copy) * kept + average, updating
 
 
 def _ahead(config: RunConfig, world: WorldLayout) -> int:

@@ -23,6 +23,7 @@ from megatron_kosmosg.rehearsal.stand_ins import StandIns
 from megatron_kosmosg.score.connect import open_remote_score
 from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.training.batches import BatchFeed
+from megatron_kosmosg.training.optimizer import check_optimizer
 from megatron_kosmosg.training.setup import Trained, build_trained
 from megatron_kosmosg.training.stage import Stage
 from megatron_kosmosg.training.step import Reporter, forward_losses, train_step
@@ -119,6 +120,7 @@ def start(config: RunConfig, case: Case, stand_ins: StandIns) -> Rank:
     """Starts the rank up to its first update."""
     memory, collectives = stand_ins.recorder.memory, stand_ins.collectives
     layout = platform.initialize(config)
+    check_optimizer(config, layout.device)
     remote_score = open_remote_score(config, layout)
     stage = build_stage(config, layout, remote_score)
     helpers = memory.now

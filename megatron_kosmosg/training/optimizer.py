@@ -7,6 +7,7 @@ leaves those out. The learning rate of update n is lr*n/warm-up, then falls line
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -14,12 +15,31 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_kosmosg.checkpoint.optimizer_state import begin_state
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.parallel import core_versions
+from megatron_kosmosg.parallel import core_versions, fused_adam
 from megatron_kosmosg.parallel.platform import torch_dtype
 
 _NORM_EPSILON = 1e-6
 """Megatron-Core's, added to the norm before the division."""
+
+
+def check_optimizer(config: RunConfig, device: torch.device) -> None:
+    """Raises ConfigError where this rank cannot keep the optimizer's states as `config` says."""
+    if config.optimizer.optimizer_cpu_offload and device.type == "cpu":
+        raise ConfigError(
+            "optimizer.optimizer_cpu_offload=true takes states out of the memory of a GPU, and "
+            "this run is on the CPU; set optimizer.optimizer_cpu_offload=false"
+        )
+    found = fused_adam.install()
+    if config.optimizer.use_precision_aware_optimizer and found != "transformer_engine":
+        raise ConfigError(
+            "optimizer.use_precision_aware_optimizer=true needs the FusedAdam of "
+            f"TransformerEngine, and Adam is here that of: {found}; install the extra `gpu` "
+            "(docs/install.md), or set optimizer.use_precision_aware_optimizer=false (and "
+            "optimizer.exp_avg_dtype and optimizer.exp_avg_sq_dtype to fp32)"
+        )
 
 
 def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -42,14 +62,27 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) ->
         loss_scale_window=settings.loss_scale_window,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
+        use_precision_aware_optimizer=settings.use_precision_aware_optimizer,
+        # TransformerEngine would give their last 16 bits alone to a checkpoint, as if they were
+        # the weights.
+        store_param_remainders=False,
+        exp_avg_dtype=torch_dtype(settings.exp_avg_dtype),
+        exp_avg_sq_dtype=torch_dtype(settings.exp_avg_sq_dtype),
+        optimizer_cpu_offload=settings.optimizer_cpu_offload,
+        optimizer_offload_fraction=settings.optimizer_offload_fraction,
     )
     # {} and not None: None selects Megatron's own exceptions from weight decay.
-    optimizer = get_megatron_optimizer(
-        mcore, chunks, config_overrides={}, use_gloo_process_groups=False
-    )
+    if mcore.optimizer_cpu_offload:
+        core_versions.prepare_offload(mcore)
+    with warnings.catch_warnings():
+        # It takes torch 2.13 for an older one than 2.3.
+        warnings.filterwarnings("ignore", "CPU offload is recommended for PyTorch")
+        optimizer = get_megatron_optimizer(
+            mcore, chunks, config_overrides={}, use_gloo_process_groups=False
+        )
     for part in optimizer.chained_optimizers:
         if not part.is_stub_optimizer:  # a save before the first update needs Adam's state, too
-            part.init_state_fn(part.optimizer, mcore)
+            begin_state(part)
     return optimizer
 
 
@@ -106,7 +139,10 @@ def apply_update(optimizer: MegatronOptimizer, loss: float, norm: float) -> bool
     if not math.isfinite(norm) or not math.isfinite(loss):
         return False
     clip = optimizer.config.clip_grad
-    gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+    # Of another precision than the parameter, which torch forbids `grad`.
+    kept = "decoupled_grad" if optimizer.config.use_precision_aware_optimizer else "grad"
+    found = [getattr(parameter, kept, None) for parameter in _parameters(optimizer)]
+    gradients = [gradient for gradient in found if gradient is not None]
     factor = clip / (norm + _NORM_EPSILON)
     if 0 < factor < 1 and gradients:
         torch._foreach_mul_(gradients, factor)

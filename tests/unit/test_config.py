@@ -175,6 +175,10 @@ def test_batch_arithmetic():
     assert "4 or 6" in refusal(data_parallel_size, config, 5)
 
 
+OFFLOAD = ("training.precision=bf16", "optimizer.optimizer_cpu_offload=true")
+AWARE = ("training.precision=bf16", "optimizer.use_precision_aware_optimizer=true")
+
+
 def _interleaved(stages: int, chunks: int) -> list[str]:
     """Of 24 ranks with tensor size 2: 4 replicas at 3 stages."""
     return [
@@ -230,6 +234,15 @@ def _interleaved(stages: int, chunks: int) -> list[str]:
         (["parallel.tensor_model_parallel_size=16"], ["num_attention_heads=12", "1, 2, 4"]),
         (["parallel.world_size=256"], ["256", "24 ranks"]),
         (["optimizer.lr_warmup_iters=10", "training.train_iters=10"], ["lr_warmup_iters=10"]),
+        (["optimizer.exp_avg_dtype=bf16"], ["exp_avg_dtype=bf16", "aware_optimizer=true"]),
+        ([*OFFLOAD, "optimizer.optimizer_offload_fraction=0"], ["fraction=0.0", "at most 1"]),
+        ([*OFFLOAD, *AWARE], ["set one of them to false"]),
+        ([*OFFLOAD, "training.precision=fp32"], ["cpu_offload=true", "training.precision=bf16"]),
+        ([*AWARE, "parallel.use_distributed_optimizer=false"], ["use_distributed_optimizer=true"]),
+        (
+            [*AWARE, "optimizer.ema_decay=0.99"],
+            ["ema_decay=0.99", "precision_aware_optimizer=true"],
+        ),
         (["score.condition_drop_prob=1.5"], ["condition_drop_prob=1.5"]),
         (
             ["score.placement=dedicated", "stage=instruct", "score.ranks_per_replica=30"],

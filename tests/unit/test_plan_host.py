@@ -20,6 +20,8 @@ from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.monitoring.node_health import memory_gib, memory_warnings
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.fake_world import pretend_rank
+from megatron_kosmosg.planning.estimate import Estimate, estimate
+from megatron_kosmosg.planning.gpus import GPUS, Efficiency
 from megatron_kosmosg.planning.host_memory import HostPlan, plan_host
 from megatron_kosmosg.planning.model_counts import (
     model_shares,
@@ -41,6 +43,14 @@ def planned(config: RunConfig, world_size: int, per_node: int = 8) -> HostPlan:
     shares, parameters = model_shares(config, model), trained_and_frozen(model)
     batches = micro_batches(config, num_microbatches(config, world.num_replicas))
     return plan_host(config, world, shares, batches, parameters, per_node)
+
+
+def estimated(overrides: list[str]) -> tuple[Estimate, HostPlan]:
+    """What is planned for the update, and for the machine, of the recipe for one GPU."""
+    config = load_config("instruct_1gpu", overrides)
+    world, shares = world_layout(config, 1), model_shares(config, whole_model(config))
+    found = estimate(config, world, GPUS["a100-80"], Efficiency(), shares)
+    return found, planned(config, 1)
 
 
 def saved(config: RunConfig) -> float:
@@ -97,6 +107,40 @@ def test_the_fullest_node_counts_and_checkpoints_at_a_time():
     adapted = dataclasses.replace(config, lora=LoraConfig(rank=64))
     assert planned(adapted, 256).node.saving < 0.3 * plan.node.saving
     assert planned(replace_section(config, "checkpoint", keep_last=0), 256).kept is None
+
+
+OFFLOAD = "optimizer.optimizer_cpu_offload=true"
+MOMENTS = ("exp_avg_dtype", "exp_avg_sq_dtype")
+AWARE = ["optimizer.use_precision_aware_optimizer=true", *(f"optimizer.{n}=bf16" for n in MOMENTS)]
+
+
+def test_states_that_the_host_keeps_move_from_the_gpu_to_the_machine():
+    """All 12 bytes of a weight that trains, or half of them; the host has gradients beside them,
+    and the update takes its time."""
+    usual, half, moved = (
+        estimated(more)
+        for more in ([], [OFFLOAD, "optimizer.optimizer_offload_fraction=0.5"], [OFFLOAD])
+    )
+    on_gpu = [found.kinds[0].memory for found, _ in (usual, half, moved)]
+    trained = on_gpu[0].gradients / 4
+    assert [memory.optimizer for memory in on_gpu] == [12 * trained, 6 * trained, 0]
+    assert on_gpu[2].total < on_gpu[0].total - 12 * trained
+    nodes = [plan.node for _, plan in (usual, half, moved)]
+    assert [node.optimizer for node in nodes] == [0, 10 * trained, 20 * trained]
+    assert nodes[2].total >= nodes[0].total + 20 * trained
+    lines = [plan.lines()[0] for _, plan in (usual, moved)]
+    assert ["optimizer" in line for line in lines] == [False, True]
+    seconds = [found.parts["optimizer"] for found, _ in (usual, half, moved)]
+    assert 20 * seconds[0] < seconds[2] and seconds[1] < 0.6 * seconds[2]
+
+
+def test_moments_in_bf16_take_half_and_more_while_they_are_updated():
+    usual, small = (estimated(more)[0].kinds[0].memory for more in ([], AWARE))
+    trained = usual.gradients / 4
+    assert (usual.optimizer, small.optimizer) == (12 * trained, 8 * trained)
+    # FusedAdam makes float32 of all moments, when activations are gone.
+    at_work = usual.activations + usual.score_activations
+    assert small.activations + small.score_activations == max(at_work, 8 * trained)
 
 
 # Warnings of the preflight

@@ -66,6 +66,11 @@ def test_a_tenth_of_the_card_stays_free(name, card):
     assert largest_gib(config) <= 0.9 * CARDS[card]
 
 
+def test_all_that_trains_fits_24_gb_with_adams_states_on_the_host():
+    config = load_config("instruct_1gpu", ["optimizer.optimizer_cpu_offload=true"])
+    assert largest_gib(config) <= 0.9 * CARDS[24]
+
+
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
 def test_as_it_is_a_config_fits_the_smallest_card_that_trains_all(name):
     settings = advice(name)
