@@ -222,11 +222,14 @@ def compare(name: str, size: tuple[int, ...], rounds: int, extra: float, folder:
                 raise SystemExit(f"{name}: losses differ: {first} and {second}")
         times: dict[Callable, list[float]] = {ours: [], plain: []}
         for _ in range(rounds):
-            for update, measured in times.items():
-                started = time.process_time()
-                for _ in range(updates):
+            spent = dict.fromkeys(times, 0.0)
+            for _ in range(updates):  # in turn one by one: other work on the machine slows both
+                for update in times:
+                    started = time.process_time()
                     update()
-                measured.append((time.process_time() - started) / updates)
+                    spent[update] += time.process_time() - started
+            for update, measured in times.items():
+                measured.append(spent[update] / updates)
         mine, other = (statistics.median(times[update]) for update in (ours, plain))
         calls = count_shim_calls(ours)
         share = calls * extra / mine
