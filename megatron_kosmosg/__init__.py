@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from megatron_kosmosg.unusable_packages import hide_unusable_before_megatron
+from megatron_kosmosg.unusable_packages import hide_unusable_in_time
 
 if TYPE_CHECKING:
     from megatron_kosmosg.config.load import load_config
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megatron_kosmosg.stages import build_stage
     from megatron_kosmosg.training.loop import fit
 
-hide_unusable_before_megatron()
+hide_unusable_in_time()
 
 __version__ = "0.1.0"
 

@@ -1,11 +1,12 @@
-"""Packages with GPU kernels that are installed and do not work are hidden before Megatron-Core and
-this package see them, each with one line that says why and how to repair it.
+"""Packages with GPU kernels that are installed and do not work are hidden before Megatron-Core,
+peft and this package see them, each with one line that says why and how to repair it.
 
 Whether one works is found by importing it. `pip install transformer-engine` without extras brings a
-package whose import raises RuntimeError; Megatron-Core expects nothing but ImportError, so that
-every command would end in a traceback. PyPI's `apex` is another project, and NVIDIA's can be built
-without its CUDA extensions, or for another torch: it imports and fails at the first call. Where no
-GPU is visible all of them are hidden, those that work, too: their optimizers cannot run there.
+package whose import raises RuntimeError; Megatron-Core expects nothing but ImportError, and peft,
+which diffusers imports, nothing at all, so that every command would end in a traceback. PyPI's
+`apex` is another project, and NVIDIA's can be built without its CUDA extensions, or for another
+torch: it imports and fails at the first call. Where no GPU is visible all of them are hidden, those
+that work, too: their optimizers cannot run there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
 _MEGATRON = "megatron.core"
+_READERS = (_MEGATRON, "peft")
+"""Who imports them, and fails where they do not work."""
 _APEX = "build NVIDIA's (github.com/NVIDIA/apex) with --cpp_ext --cuda_ext for the installed torch"
 
 
@@ -77,11 +80,11 @@ class Unusable:
     """"" for one that works where there is a GPU."""
 
 
-def hide_unusable_before_megatron() -> None:
-    """Look at the packages when `megatron.core` is first imported, and no sooner: the look takes
-    seconds and imports torch."""
+def hide_unusable_in_time() -> None:
+    """Look at the packages when one that reads them is first imported, and no sooner: the look
+    takes seconds and imports torch."""
     if _MEGATRON not in sys.modules:
-        sys.meta_path.insert(0, _BeforeMegatron())
+        sys.meta_path.insert(0, _BeforeReaders())
 
 
 def hide_unusable() -> tuple[Unusable, ...]:
@@ -101,11 +104,11 @@ def hide_unusable() -> tuple[Unusable, ...]:
     return tuple(found)
 
 
-class _BeforeMegatron(MetaPathFinder):
+class _BeforeReaders(MetaPathFinder):
     """Finds nothing; it is asked first and sees which module is about to be imported."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
-        if fullname == _MEGATRON and self in sys.meta_path:
+        if fullname in _READERS and self in sys.meta_path:
             sys.meta_path.remove(self)
             for unusable in hide_unusable():
                 if unusable.repair:

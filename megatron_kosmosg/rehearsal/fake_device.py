@@ -32,8 +32,12 @@ class FakeDeviceError(RuntimeError):
 class FakeDevice:
     """Context manager; the process starts with the first case."""
 
-    def __init__(self) -> None:
-        """Raises ConfigError where this machine cannot pretend to have a GPU."""
+    def __init__(self, server: str = SERVER) -> None:
+        """server: module that is the process; another one changes libraries before the first case.
+
+        Raises ConfigError where this machine cannot pretend to have a GPU.
+        """
+        self._server = server
         reason = why_not()
         if reason is not None:
             raise ConfigError(f"nothing can be rehearsed here: {reason}")
@@ -59,7 +63,7 @@ class FakeDevice:
         """
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", SERVER, self._folder.name],
+                [sys.executable, "-W", "ignore", "-m", self._server, self._folder.name],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join([str(_BESIDE), *_python_path()])},
                 start_new_session=True,  # so that it ends as a whole, with the case that it runs
                 stdin=subprocess.PIPE,

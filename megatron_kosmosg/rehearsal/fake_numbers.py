@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._device import _device_constructors
 
 from megatron_kosmosg.rehearsal.recorder import Recorder
 
@@ -81,6 +82,8 @@ def answer_for_tensors(recorder: Recorder, numbers: Numbers) -> None:
         recorder.memory.pin(pinned)
         return pinned
 
+    # `with torch.device(...)` knows functions by identity, from when it is first asked: from now.
+    _device_constructors()
     answers: tuple[tuple[Any, str, Callable], ...] = (
         (torch, "tensor", tensor),
         (torch.Tensor, "tolist", tolist),

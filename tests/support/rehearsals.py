@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from megatron_kosmosg.rehearsal.case import Case
-from megatron_kosmosg.rehearsal.fake_device import FakeDevice
+from megatron_kosmosg.rehearsal.fake_device import SERVER, FakeDevice
 from megatron_kosmosg.rehearsal.rehearse import behind, rehearse
 from megatron_kosmosg.rehearsal.report import MICRO_BATCH_PHASES, attention, peak
 
@@ -124,8 +124,8 @@ class Report:
 class Rehearsals:
     """Context manager around the process with the fake device; answers are kept."""
 
-    def __init__(self, folder: Path) -> None:
-        """folder: for the configurations of the frozen models."""
+    def __init__(self, folder: Path, server: str = SERVER) -> None:
+        """folder: for the configurations of the frozen models. server: of `FakeDevice`."""
         self._folder = folder
         files = _TINY_FOLDER | {"scheduler/scheduler_config.json": _SCHEDULER}
         for name, content in files.items():
@@ -133,7 +133,7 @@ class Rehearsals:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(content))
         self._answers: dict[Case, dict] = {}
-        self._device = FakeDevice()
+        self._device = FakeDevice(server)
 
     def __enter__(self) -> Rehearsals:
         return self

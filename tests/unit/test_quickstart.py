@@ -290,6 +290,7 @@ def test_the_script_refuses_bad_arguments_before_installing(arguments, code, mes
         "tests/run.sh",
         "tests/oldest_versions.sh",
         "tests/second_environment.sh",
+        "tests/transformer_engine.sh",
         ".ci/run",
     ],
 )

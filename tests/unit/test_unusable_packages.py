@@ -75,6 +75,14 @@ def test_megatron_alone_would_end_in_a_traceback(tmp_path):
     assert done.returncode == 1 and "RuntimeError: Found empty" in done.stderr
 
 
+def test_peft_is_not_broken_by_one_either(tmp_path):
+    """Commands that draw images import diffusers, and with it peft, before Megatron-Core."""
+    alone = run(tmp_path / "alone", EMPTY, "-c", "import peft")
+    assert alone.returncode == 1 and "RuntimeError: Found empty" in alone.stderr
+    done = run(tmp_path / "with", EMPTY, "-c", "import megatron_kosmosg, peft, megatron.core")
+    assert done.returncode == 0 and done.stderr.count("transformer-engine does not work") == 1
+
+
 @pytest.mark.parametrize("files", [EMPTY, WITHOUT_TORCH], ids=["empty", "half"])
 def test_a_command_works_and_says_how_to_repair_it(tmp_path, files):
     command = (

@@ -83,6 +83,12 @@ def test_ci_runs_the_oldest_versions() -> None:
     assert "tests/oldest_versions.sh" in (REPOSITORY / ".ci" / "run").read_text()
 
 
+def test_the_transformer_engine_that_is_tested_is_one_that_the_extra_takes(package) -> None:
+    tested = pinned(REPOSITORY / "constraints.txt")["transformer-engine"]
+    wanted = map(Requirement, package["extras_require"]["gpu"])
+    assert all(requirement.specifier.contains(tested) for requirement in wanted)
+
+
 def test_doctor_names_the_versions_of_the_constraints() -> None:
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     found = {
