@@ -76,7 +76,9 @@ install_torch() {
     else
         echo "  torch $version, default build"
     fi
-    require_free_space "$(dirname "$log")" 9000 "the CUDA build of torch"
+    # 4.7 GB, and 1.6 GB of all else; of its wheels, 2.7 GB, pip keeps each until all are there.
+    require_free_space "$(dirname "$log")" 6500 "an environment with the CUDA build of torch"
+    require_free_space "${TMPDIR:-/tmp}" 3000 "downloading the CUDA build of torch"
     run_logged "$log" "$PYTHON" -m pip install "torch==$version"
 }
 
