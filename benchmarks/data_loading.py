@@ -1,8 +1,8 @@
 """Images per second of the instruct stream against a plain PIL loader, in one run.
 
-The plain loader does what the authors' does: a tab-separated line a sample, base64 pictures, PIL
+The plain loader does what the authors' does: a tab-separated line a sample, base64 images, PIL
 decoding, torchvision's resize and crop written with PIL, float64 numpy arithmetic. Both load the
-same edits (one 224-pixel prompt picture, one 512-pixel target) on as many threads; rounds
+same edits (one 224-pixel prompt image, one 512-pixel target) on as many threads; rounds
 alternate, so that a change of the machine's speed meets all. With a GPU, DALI also decodes there.
 
     python benchmarks/data_loading.py --images 96 --rounds 3 --threads 1
@@ -38,10 +38,10 @@ CLIP_MEAN = np.array((0.48145466, 0.4578275, 0.40821073))
 CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711))
 
 
-def write_pictures(folder: Path, count: int, width: int, height: int) -> list[bytes]:
+def write_images(folder: Path, count: int, width: int, height: int) -> list[bytes]:
     """JPEG photographs of noise with photograph-like detail (about 110 KB at 640 x 480)."""
     rng = np.random.default_rng(0)
-    pictures = []
+    images = []
     for i in range(count):
         layers = np.zeros((height, width, 3), np.float32)
         for cells, strength in ((6, 120), (40, 60), (160, 40), (width, 14)):
@@ -50,28 +50,28 @@ def write_pictures(folder: Path, count: int, width: int, height: int) -> list[by
             layers += np.asarray(grid.resize((width, height), Image.BICUBIC), np.float32) - 128
         out = io.BytesIO()
         Image.fromarray((layers + 128).clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
-        pictures.append(out.getvalue())
-        (folder / f"{i}.jpg").write_bytes(pictures[-1])
-    return pictures
+        images.append(out.getvalue())
+        (folder / f"{i}.jpg").write_bytes(images[-1])
+    return images
 
 
 def write_dataset(folder: Path, count: int) -> tuple[str, str]:
-    """(prefix, tokenizer model) of edits over the pictures in `folder`."""
+    """(prefix, tokenizer model) of edits over the images in `folder`."""
     records = folder / "records.jsonl"
     with records.open("w") as file:
         for i in range(count):
             texts = {"caption": "a red circle", "instruction": "a blue square"}
-            pictures = {"image": f"{i}.jpg", "target": f"{(i + 1) % count}.jpg"}
-            file.write(json.dumps({"key": str(i)} | texts | pictures) + "\n")
+            images = {"image": f"{i}.jpg", "target": f"{(i + 1) % count}.jpg"}
+            file.write(json.dumps({"key": str(i)} | texts | images) + "\n")
     model = str(assets.path() / "sentencepiece.model")
     prefix = str(folder / "edits")
     preprocess(PreprocessJob("edit", (str(records),), model, prefix), lambda *_: None)
     return prefix, model
 
 
-def write_tsv(path: Path, pictures: list[bytes]) -> list[str]:
-    """The authors' layout: texts, then base64 pictures before and after."""
-    encoded = [base64.b64encode(data).decode() for data in pictures]
+def write_tsv(path: Path, images: list[bytes]) -> list[str]:
+    """The authors' layout: texts, then base64 images before and after."""
+    encoded = [base64.b64encode(data).decode() for data in images]
     following = [*encoded[1:], encoded[0]]
     lines = [
         "\t".join(("a red circle", "a blue square", before, after))
@@ -81,7 +81,7 @@ def write_tsv(path: Path, pictures: list[bytes]) -> list[str]:
     return lines
 
 
-def plain_picture(encoded: str, size: int, resample: int, mean, std) -> torch.Tensor:
+def plain_image(encoded: str, size: int, resample: int, mean, std) -> torch.Tensor:
     image = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
     width, height = (int(size * side / min(image.size)) for side in image.size)
     image = image.resize((width, height), resample)
@@ -95,8 +95,8 @@ def plain_loader(path: Path, threads: int, count: int) -> None:
 
     def sample(line: str) -> tuple[torch.Tensor, torch.Tensor]:
         _, _, before, after = line.rstrip("\n").split("\t")
-        prompt = plain_picture(before, 224, Image.BICUBIC, CLIP_MEAN, CLIP_STD)
-        return prompt, plain_picture(after, 512, Image.BILINEAR, 0.5, 0.5)
+        prompt = plain_image(before, 224, Image.BICUBIC, CLIP_MEAN, CLIP_STD)
+        return prompt, plain_image(after, 512, Image.BILINEAR, 0.5, 0.5)
 
     with path.open() as file, ThreadPoolExecutor(threads) as pool:
         lines = [next(file) for _ in range(count)]
@@ -135,10 +135,10 @@ def main() -> None:
     samples = max(BATCH, given.images // 2 // BATCH * BATCH)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pictures = write_pictures(folder, samples, given.width, given.height)
+        images = write_images(folder, samples, given.width, given.height)
         prefix, model = write_dataset(folder, samples)
         tsv = folder / "edits.tsv"
-        write_tsv(tsv, pictures)
+        write_tsv(tsv, images)
         config = inspection_config(prefix, None, model, 0, folder)
         arms: dict[str, Callable[[int], None]] = {
             "plain PIL, base64 TSV": lambda count: plain_loader(tsv, given.threads, count)
@@ -155,7 +155,7 @@ def main() -> None:
             arms[f"stream, {backend}"] = stream_loader(chosen, None, given.threads)
             if backend == "dali" and device.type != "cpu":
                 arms["stream, dali on the GPU"] = stream_loader(chosen, device.index, given.threads)
-        size = sum(map(len, pictures)) / len(pictures) / 1000
+        size = sum(map(len, images)) / len(images) / 1000
         print(
             f"{2 * samples} pictures a round ({given.width} x {given.height}, {size:.0f} KB), "
             f"{given.threads} thread(s), {given.rounds} rounds, median (lowest to highest)"

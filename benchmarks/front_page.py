@@ -1,4 +1,4 @@
-"""The two pictures of the front page, made anew.
+"""The two images of the front page, made anew.
 
 usage, in the repository:
     python -m benchmarks.front_page grid [--output docs/prompts_and_results.png]
@@ -83,7 +83,7 @@ def rows() -> list[Row]:
         found.append(
             Row(
                 prompt,
-                [_picture(image) for image in images],
+                [_image(image) for image in images],
                 _verdicts(images * 2.0 - 1.0, Scene.from_json(truth["scene"])),
             )
         )
@@ -94,7 +94,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _picture(image: Any) -> Image.Image:
+def _image(image: Any) -> Image.Image:
     levels = (image.permute(1, 2, 0) * 255).round().byte().numpy()
     return Image.fromarray(levels)
 
@@ -110,7 +110,7 @@ def _verdicts(images: Any, truth: Any) -> list[bool]:
     ]
 
 
-def picture_of(found: Sequence[Row]) -> Image.Image:
+def image_of(found: Sequence[Row]) -> Image.Image:
     """Prompts in two columns, the first half on the left: the parts, an arrow, the results."""
     font = ImageFont.load_default(FONT)
     texts = [[part if _is_image(part) else _wrapped(part, font) for part in r.parts] for r in found]
@@ -224,14 +224,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("picture", choices=("grid", "curve"))
+    parser.add_argument("image", choices=("grid", "curve"))
     parser.add_argument("--runs", type=Path, help="folder with pretrain/, align/ and instruct/")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(arguments)
-    if args.picture == "grid":
+    if args.image == "grid":
         found = rows()
         output = args.output or GRID
-        picture_of(found).save(output, optimize=True)
+        image_of(found).save(output, optimize=True)
         right = sum(sum(row.is_right) for row in found)
         print(f"{output}: {right} of {len(found) * NUM_DRAWN} results are read as right")
         return 0

@@ -30,7 +30,7 @@ import megatron.core
 import numpy as np
 import torch
 
-from benchmarks.trace_picture import draw_trace
+from benchmarks.trace_image import draw_trace
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.paths import output_folder, trace_file
 from megatron_kosmosg.config.schema import RunConfig
@@ -50,11 +50,11 @@ FIRST_WORD = 4
 
 @dataclass(frozen=True)
 class RandomPrompts:
-    """Stands for the data: prompts of one length with one picture each, and random targets."""
+    """Stands for the data: prompts of one length with one image each, and random targets."""
 
     config: RunConfig
     length: int
-    """Positions of a prompt, its picture included."""
+    """Positions of a prompt, its image included."""
     reads: Reads
 
     def __getitem__(self, position: int) -> int:
@@ -90,8 +90,8 @@ class RandomPrompts:
             )
             batch["image_mask"] = image_mask
             batch["padding_mask"] = torch.zeros_like(image_mask)
-            picture = (rows, 3, model.vision.image_size, model.vision.image_size)
-            batch["pixel_values"] = torch.randn(picture, generator=generator)
+            image = (rows, 3, model.vision.image_size, model.vision.image_size)
+            batch["pixel_values"] = torch.randn(image, generator=generator)
         return batch
 
 
@@ -203,9 +203,7 @@ def _median(speeds: Sequence[Speed], name: str) -> float:
     return statistics.median(getattr(speed, name) for speed in speeds)
 
 
-def picture(
-    config: RunConfig, ranks: int, length: int, count: int, pause: Pause, file: Path
-) -> None:
+def image(config: RunConfig, ranks: int, length: int, count: int, pause: Pause, file: Path) -> None:
     """Draws the trace of the last iteration but one of a dedicated run."""
     with tempfile.TemporaryDirectory() as folder:
         run = placed(in_folder(config, folder), "dedicated", ranks, count)
@@ -260,7 +258,7 @@ def main() -> None:
     pause = Pause(*arguments.pause)
     sweep(config, ranks, length, arguments.sweep, pause)
     if arguments.svg is not None:
-        picture(config, ranks, length, arguments.micro_batches, pause, arguments.svg)
+        image(config, ranks, length, arguments.micro_batches, pause, arguments.svg)
 
 
 if __name__ == "__main__":

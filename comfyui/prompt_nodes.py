@@ -99,10 +99,10 @@ class EncodePrompt:
 
     def encode(self, kosmosg, text, negative, **images):
         ordered = sorted(images.items(), key=lambda item: int(item[0].removeprefix("image")))
-        pictures = [
-            picture for _, batch in ordered if batch is not None for picture in pillow_images(batch)
+        opened = [
+            image for _, batch in ordered if batch is not None for image in pillow_images(batch)
         ]
-        positive, null = kosmosg.encode(text, pictures, negative)
+        positive, null = kosmosg.encode(text, opened, negative)
         return ([[positive, {}]], [[null, {}]])
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_FILE_BYTES = 512 << 20
-"""Of a file that is read as a whole, such as a picture."""
+"""Of a file that is read as a whole, such as an image."""
 MAX_JSON_BYTES = 32 << 20
 """Of one JSON value. Parsed, it takes some twenty times as much memory at worst."""
 MAX_JSON_DEPTH = 100

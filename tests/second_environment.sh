@@ -78,7 +78,7 @@ failed=()
 
 # Left to the first environment: what is ours alone (which rank waits for which, pictures, counts of
 # the rehearsal), and of the table of layouts all but the stage with most parts in the layouts that meet most of the core.
-ours="test_overlap or test_evaluation_references or held_out_pictures or score_placement or bounds_of_low_precision"
+ours="test_overlap or test_evaluation_references or held_out_images or score_placement or bounds_of_low_precision"
 simpler="ten_iterations and (pretrain or align or instruct-tp2] or selective or pp2_full or pp3_v2])"
 "$PYTHON" -m pytest -m "not slow" -k "not ($ours)" -n 2 --dist loadfile --durations=10 \
     tests/unit/test_cpu_shim.py tests/unit/test_fused_adam.py tests/parity \

@@ -137,7 +137,7 @@ def data_rows(sizes: Sizes, folder: Path, device: torch.device) -> Iterator[Row]
     )
     blend = {"edits": BlendEntry(prefix)}
     config = replace(base, data=replace(base.data, blend=blend, heldout={}))
-    pictures = [path.read_bytes() for path in sorted(folder.glob("pictures/*.jpg"))]
+    images = [path.read_bytes() for path in sorted(folder.glob("pictures/*.jpg"))]
     mean, std = tuple(config.data.image_mean), tuple(config.data.image_std)
     transform = ImageTransform(config.model.vision.image_size, "bicubic", mean, std)
     for backend, title, place in (("pillow", "Pillow", None), ("dali", "DALI", device.index)):
@@ -147,8 +147,8 @@ def data_rows(sizes: Sizes, folder: Path, device: torch.device) -> Iterator[Row]
         except ConfigError as error:
             yield not_run("data", name, str(error))
             continue
-        found = _decoding(decoder, pictures, transform, threads, device, sizes.seconds)
-        details = {"threads": threads, "JPEG": "{1} x {2}".format(*sizes.pictures)}
+        found = _decoding(decoder, images, transform, threads, device, sizes.seconds)
+        details = {"threads": threads, "JPEG": "{1} x {2}".format(*sizes.images)}
         yield Row("data", name, value=found.per_second, unit="images/s", details=details)
     fingerprint = vae_fingerprint(load_vae(folder / "models", torch.float32))
     yield _caching(sizes, folder, device, prefix, size, fingerprint, threads)
@@ -158,20 +158,20 @@ def data_rows(sizes: Sizes, folder: Path, device: torch.device) -> Iterator[Row]
 
 def _decoding(
     decoder: ImageDecoder,
-    pictures: list[bytes],
+    images: list[bytes],
     transform: ImageTransform,
     threads: int,
     device: torch.device,
     seconds: float,
 ) -> Speed:
-    starts = range(0, len(pictures), DECODED_AT_ONCE)
-    batches = [pictures[i : i + DECODED_AT_ONCE] for i in starts]
+    starts = range(0, len(images), DECODED_AT_ONCE)
+    batches = [images[i : i + DECODED_AT_ONCE] for i in starts]
     with ThreadPoolExecutor(threads) as pool:
 
         def decode() -> None:
             list(pool.map(lambda batch: decoder.decode(batch, transform), batches))
 
-        return speed(decode, len(pictures), device, seconds, warm_up=1)
+        return speed(decode, len(images), device, seconds, warm_up=1)
 
 
 def _caching(
@@ -262,8 +262,8 @@ def _cache_of(sizes: Sizes) -> str:
 
 
 def _edits(sizes: Sizes, folder: Path) -> tuple[str, str]:
-    """(prefix, tokenizer model) of edits between JPEG pictures with detail at every scale."""
-    count, width, height = sizes.pictures
+    """(prefix, tokenizer model) of edits between JPEG images with detail at every scale."""
+    count, width, height = sizes.images
     place = folder / "pictures"
     place.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -277,8 +277,8 @@ def _edits(sizes: Sizes, folder: Path) -> tuple[str, str]:
                 grid = grid.resize((width, height), Image.Resampling.BILINEAR)
                 layers += np.asarray(grid, np.float32) - 128
             out = io.BytesIO()
-            picture = Image.fromarray(layers.clip(0, 255).astype(np.uint8))
-            picture.save(out, "JPEG", quality=90)
+            image = Image.fromarray(layers.clip(0, 255).astype(np.uint8))
+            image.save(out, "JPEG", quality=90)
             (place / f"{i:04d}.jpg").write_bytes(out.getvalue())
             texts = {"caption": "a red circle", "instruction": "make it a blue square"}
             images = {"image": f"{i:04d}.jpg", "target": f"{(i + 1) % count:04d}.jpg"}

@@ -54,8 +54,8 @@ class Sizes:
     """{what: batches to try, ascending}."""
     seconds: float
     """Of every timing."""
-    pictures: tuple[int, int, int]
-    """How many encoded pictures, their width and their height."""
+    images: tuple[int, int, int]
+    """How many encoded images, their width and their height."""
     compiler: str
     """torch.compile's backend."""
     readers: int
@@ -99,7 +99,7 @@ FULL = Sizes(
         "vae": (8, 16, 32),
     },
     seconds=3,
-    pictures=(512, 640, 512),
+    images=(512, 640, 512),
     compiler="inductor",
     readers=1,
 )
@@ -140,7 +140,7 @@ SMOKE = Sizes(
     batches=dict.fromkeys(("pretrain", "align", "packed", "unet", "vae"), (2,))
     | {"instruct": (2, 4)},
     seconds=0,
-    pictures=(8, 48, 40),
+    images=(8, 48, 40),
     compiler="eager",
     readers=0,
 )

@@ -54,13 +54,13 @@ class Captioner:
 
     @torch.no_grad()
     def continue_prompt(
-        self, prompt: str, pictures: Sequence[Image.Image], **generation: object
+        self, prompt: str, images: Sequence[Image.Image], **generation: object
     ) -> list[str]:
-        """The words that follow `prompt`, best first; `<image>` stands where a picture goes.
+        """The words that follow `prompt`, best first; `<image>` stands where an image goes.
 
         generation: what `transformers`' generate takes (num_beams, max_new_tokens, ...).
         """
-        embeds = self.embed(prompt, pictures)
+        embeds = self.embed(prompt, images)
         ids = self.model.text_model.generate(
             inputs_embeds=embeds,
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
@@ -69,12 +69,12 @@ class Captioner:
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     @torch.no_grad()
-    def embed(self, prompt: str, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        """[1, s, h]: the embedded prompt, pictures in place, before scaling and positions."""
+    def embed(self, prompt: str, images: Sequence[Image.Image]) -> torch.Tensor:
+        """[1, s, h]: the embedded prompt, images in place, before scaling and positions."""
         fragments = prompt.split(PLACEHOLDER)
-        if len(fragments) - 1 != len(pictures):
+        if len(fragments) - 1 != len(images):
             raise ValueError(
-                f"{len(fragments) - 1} {PLACEHOLDER} in the prompt, {len(pictures)} image(s)"
+                f"{len(fragments) - 1} {PLACEHOLDER} in the prompt, {len(images)} image(s)"
             )
         model, slots = self.model, self.model.config.latent_query_num
         start, end = self.tokenizer.convert_tokens_to_ids(["<image>", "</image>"])
@@ -90,9 +90,9 @@ class Captioner:
             ids += words
             is_slot += [False] * len(words)
         embeds = model.text_model.get_input_embeddings()(torch.tensor(ids, device=model.device))
-        if pictures:
+        if images:
             size = model.config.vision_config.image_size
-            squares = [resize_and_crop(upright_rgb(picture), size) for picture in pictures]
+            squares = [resize_and_crop(upright_rgb(image), size) for image in images]
             pixels = self.images(
                 squares, do_resize=False, do_center_crop=False, return_tensors="pt"
             )
@@ -167,11 +167,11 @@ def main() -> int:
     given = parser.parse_args()
     prompt = PLACEHOLDER * len(given.image) if given.prompt is None else given.prompt
     try:
-        pictures = [Image.open(path) for path in given.image]
+        images = [Image.open(path) for path in given.image]
         captioner = Captioner(given.model, given.device)
         words = captioner.continue_prompt(
             prompt,
-            pictures,
+            images,
             num_beams=given.beams,
             num_return_sequences=given.beams,
             max_new_tokens=given.max_new_tokens,

@@ -13,7 +13,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from shared import embeddings, load, open_image, run, sampling
 
 EMBEDDING_CHANNELS = (16, 32, 96, 256)
-"""Of Stable Diffusion 1.5, whose VAE halves a picture three times."""
+"""Of Stable Diffusion 1.5, whose VAE halves an image three times."""
 
 
 def draw(args):

@@ -17,20 +17,20 @@ def draw(args):
     pipeline = load(args).to(args.device)
     condition = embeddings(pipeline, args)
 
-    def picture():
+    def image():
         return pipeline(**condition, **sampling(args)).images[0]
 
-    pictures = [picture()]
+    images = [image()]
     file = Path(args.lora)
     pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="style")
     for scale in (0.5, 1.0):
         pipeline.set_adapters("style", scale)
-        pictures.append(picture())
+        images.append(image())
     pipeline.fuse_lora()  # as fast as the plain U-Net; `unfuse_lora` undoes it
-    pictures.append(picture())
+    images.append(image())
     pipeline.unfuse_lora()
     pipeline.unload_lora_weights()
-    return pictures
+    return images
 
 
 if __name__ == "__main__":

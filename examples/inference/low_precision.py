@@ -23,10 +23,10 @@ def draw(args):
     pipeline.vae.enable_tiling()
     pipeline.vae.enable_slicing()
     size = {"height": args.height, "width": args.width}
-    pictures = pipeline(**prompt(args), **sampling(args), **size).images
+    images = pipeline(**prompt(args), **sampling(args), **size).images
     if args.device.startswith("cuda"):
         print(f"peak on the device: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    return pictures
+    return images
 
 
 def add_arguments(parser):

@@ -20,14 +20,14 @@ PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 def draw(args):
     pipeline = load(args).to(args.device)
     condition = embeddings(pipeline, args)
-    pictures = pipeline(**condition, **sampling(args)).images
+    images = pipeline(**condition, **sampling(args)).images
     for name, kind in PARTS.items():
         if Path(args.checkpoint).is_file():
             part = kind.from_single_file(args.checkpoint)
         else:
             part = kind.from_pretrained(args.checkpoint, subfolder=name)
         setattr(pipeline, name, part.to(args.device))
-    return [*pictures, *pipeline(**condition, **sampling(args)).images]
+    return [*images, *pipeline(**condition, **sampling(args)).images]
 
 
 if __name__ == "__main__":

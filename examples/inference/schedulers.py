@@ -22,15 +22,15 @@ SAMPLERS = (
 
 def draw(args):
     pipeline = load(args).to(args.device)
-    condition, pictures = embeddings(pipeline, args), []
+    condition, images = embeddings(pipeline, args), []
     for scheduler, steps in SAMPLERS:
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
         started = time.perf_counter()
         steps = args.steps or steps
         settings = {**sampling(args), "num_inference_steps": steps}
-        pictures += pipeline(**condition, **settings).images
+        images += pipeline(**condition, **settings).images
         print(f"{scheduler.__name__}, {steps} steps: {time.perf_counter() - started:.1f} s")
-    return pictures
+    return images
 
 
 if __name__ == "__main__":

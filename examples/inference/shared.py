@@ -33,7 +33,7 @@ def run(
     description: str,
     add_arguments: Callable[[argparse.ArgumentParser], Any] = lambda parser: None,
 ) -> None:
-    """Parses the command line, draws, and writes the pictures side by side."""
+    """Parses the command line, draws, and writes the images side by side."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -57,11 +57,11 @@ def run(
     add_arguments(parser)
     args = parser.parse_args()
     try:
-        pictures = draw(args)
+        images = draw(args)
     except (OSError, SyntaxError, TypeError, ValueError) as error:
         parser.error(str(error))
-    make_image_grid(pictures, rows=1, cols=len(pictures)).save(args.output)
-    print(f"{len(pictures)} x {pictures[0].width} x {pictures[0].height}: {args.output}")
+    make_image_grid(images, rows=1, cols=len(images)).save(args.output)
+    print(f"{len(images)} x {images[0].width} x {images[0].height}: {args.output}")
 
 
 def load(

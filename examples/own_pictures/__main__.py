@@ -1,5 +1,5 @@
-"""`python -m own_pictures`: what the pictures of a folder show, told by their names. Started by
-own_pictures.sh, before the first command that reads the pictures.
+"""`python -m own_pictures`: what the images of a folder show, told by their names. Started by
+own_pictures.sh, before the first command that reads the images.
 
 An image shows the folder that it lies in (`my dog/3.jpg`), else what it is called itself
 (`red_teapot_2.jpg`). A text of the same name beside it (`3.txt`) says more. Exit codes: 0 done;
@@ -27,10 +27,10 @@ SCENES = ("on a beach", "in the snow", "in front of a city at night")
 
 @dataclass(frozen=True)
 class Described:
-    """One picture."""
+    """One image."""
 
     path: str
-    """Below the folder of pictures."""
+    """Below the folder of images."""
     subject: str
     caption: str
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def describe(folder: Path) -> list[Described]:
-    """Every picture below `folder`, in the order of the names.
+    """Every image below `folder`, in the order of the names.
 
     Raises ValueError where there is none, or where nothing says what one shows.
     """
@@ -81,7 +81,7 @@ def describe(folder: Path) -> list[Described]:
 
 
 def subject_of(path: Path) -> str:
-    """The subject that a picture's folder names, else its own name; "" where neither does."""
+    """The subject that an image's folder names, else its own name; "" where neither does."""
     name = path.parent.name if len(path.parts) > 1 else path.stem
     words = re.sub(r"[\W_\d]+", " ", name).split()
     if all(word.lower() in CAMERA_NAMES for word in words):
@@ -99,14 +99,14 @@ def _described(folder: Path, path: Path) -> Described:
     return Described(path.as_posix(), subject, said if is_named else f"{subject}, {said}")
 
 
-def _annotation(picture: Described) -> dict:
-    """As `kosmosg build-data` takes it. No mask: the entity's picture is the whole square."""
-    start = picture.caption.index(picture.subject)
-    span = [start, start + len(picture.subject)]
-    entity = {"text": picture.subject, "span": span, "mask": None}
+def _annotation(image: Described) -> dict:
+    """As `kosmosg build-data` takes it. No mask: the entity's image is the whole square."""
+    start = image.caption.index(image.subject)
+    span = [start, start + len(image.subject)]
+    entity = {"text": image.subject, "span": span, "mask": None}
     return {
-        "key": plain_key(picture.path),
-        "caption": picture.caption,
+        "key": plain_key(image.path),
+        "caption": image.caption,
         "entities": [entity],
     }
 
@@ -115,11 +115,11 @@ def _prompts(folder: Path, firsts: Sequence[Described]) -> list[dict]:
     """As `kosmosg generate --prompts` takes them: every subject in every scene."""
     return [
         {
-            "id": f"{picture.subject.replace(' ', '_')}-{number}",
+            "id": f"{image.subject.replace(' ', '_')}-{number}",
             "prompt": f"<image> {scene}",
-            "images": [str(folder / picture.path)],
+            "images": [str(folder / image.path)],
         }
-        for picture in firsts
+        for image in firsts
         for number, scene in enumerate(SCENES)
     ]
 

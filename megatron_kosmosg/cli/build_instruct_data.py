@@ -177,7 +177,7 @@ def _build(args: argparse.Namespace) -> int:
 
 def _job(args: argparse.Namespace) -> BuildJob:
     from megatron_kosmosg.construction.entity_prompt import CAPTION, PROMPT
-    from megatron_kosmosg.construction.records import PictureForm
+    from megatron_kosmosg.construction.records import ImageFormat
     from megatron_kosmosg.construction.run import BuildJob
     from megatron_kosmosg.preprocess.options import Options
 
@@ -193,7 +193,7 @@ def _job(args: argparse.Namespace) -> BuildJob:
         entities=args.entities,
         masks=args.masks,
         options=Options(min_image_side=args.min_image_side, image_root=args.image_root),
-        form=PictureForm(args.image_size, args.image_format),
+        form=ImageFormat(args.image_size, args.image_format),
         limit=args.limit,
         max_entities=args.max_entities,
         threshold=args.threshold,
@@ -212,7 +212,7 @@ def _write_sheet(records: StepFolder, num_shards: int, args: argparse.Namespace)
     from megatron_kosmosg.construction.report import shown_records
     from megatron_kosmosg.construction.run import SHEET_FILE
     from megatron_kosmosg.inference.contact_sheet import SheetRow, contact_sheet
-    from megatron_kosmosg.inference.picture_files import save_atomically
+    from megatron_kosmosg.inference.image_files import save_atomically
 
     rows = [
         SheetRow(shown.caption, [("image", shown.target)], shown.entities)

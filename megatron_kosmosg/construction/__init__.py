@@ -1,1 +1,1 @@
-"""Pictures alone -> captions, entities, masks -> compositional records (the paper's Figure 4)."""
+"""Images alone -> captions, entities, masks -> compositional records (the paper's Figure 4)."""

@@ -1,8 +1,8 @@
-"""Captions, entities and masks that the user has already: one JSONL file, found by picture.
+"""Captions, entities and masks that the user has already: one JSONL file, found by image.
 
     {"key": .., "caption": .., "entities": [{"text", "span", "mask"}, ...]}
 
-`key` (or Open Images' `image_id`) is the picture's name without its ending. Each step takes what it
+`key` (or Open Images' `image_id`) is the image's name without its ending. Each step takes what it
 needs: `caption`; `entities` with `text` and perhaps `span`, or plain strings; the same with `mask`.
 """
 
@@ -25,7 +25,7 @@ KEY_NAMES = ("key", "image_id")
 
 
 class Annotations:
-    """A file of annotations, indexed by key; of several lines for a picture the first counts."""
+    """A file of annotations, indexed by key; of several lines for an image the first counts."""
 
     def __init__(self, path: Path, image_root: str | None = None) -> None:
         """Reads the file once. Raises ValueError, naming the line, where it cannot be used.
@@ -48,7 +48,7 @@ class Annotations:
             raise ValueError(f"{path} holds no annotations")
 
     def find(self, key: str) -> dict[str, Any]:
-        """The annotation of a picture. Raises Rejected where there is none."""
+        """The annotation of an image. Raises Rejected where there is none."""
         if key not in self._offsets:
             example = next(iter(self._offsets))
             raise Rejected(f"not in {self.path.name}", f"a key there is {example!r}")

@@ -1,4 +1,4 @@
-"""Captions by BLIP-2 (the paper's captioner): greedy, from the picture alone."""
+"""Captions by BLIP-2 (the paper's captioner): greedy, from the image alone."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Blip2Captioner:
         self._max_tokens = max_tokens
 
     @torch.inference_mode()
-    def __call__(self, pictures: list[Image.Image]) -> list[str]:
-        """A caption for each RGB picture, as Captioner asks for."""
-        pixels = self._processor(images=pictures, return_tensors="pt")["pixel_values"]
+    def __call__(self, images: list[Image.Image]) -> list[str]:
+        """A caption for each RGB image, as Captioner asks for."""
+        pixels = self._processor(images=images, return_tensors="pt")["pixel_values"]
         ids = self._model.generate(
             pixel_values=pixels.to(self._model.device, self._model.dtype),
             max_new_tokens=self._max_tokens,
             do_sample=False,
         )
-        # Decoders without an encoder repeat the places of the picture before their answer.
+        # Decoders without an encoder repeat the places of the image before their answer.
         config = self._model.config
         if ids.shape[1] > config.num_query_tokens and (ids[:, 0] == config.image_token_id).all():
             ids = ids[:, config.num_query_tokens + 1 :]

@@ -1,4 +1,4 @@
-"""Step 1: a caption for each picture, from a model, from a file, or from the input itself."""
+"""Step 1: a caption for each image, from a model, from a file, or from the input itself."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from PIL import Image
 
 from megatron_kosmosg.construction.annotations import Annotations
 from megatron_kosmosg.construction.on_demand import OnDemand
-from megatron_kosmosg.construction.pictures import SquarePictures
-from megatron_kosmosg.construction.plan import PictureRecord, Plan
+from megatron_kosmosg.construction.plan import Plan, PlannedRecord
 from megatron_kosmosg.construction.read_ahead import in_batches, read_ahead
 from megatron_kosmosg.construction.rows import Row, rejected_row
+from megatron_kosmosg.construction.square_images import SquareImages
 from megatron_kosmosg.data.kinds.record import Rejected, text_field
 
 REPETITION_WORDS, REPETITION_SHARE = 8, 0.4
@@ -21,10 +21,10 @@ REPETITION_WORDS, REPETITION_SHARE = 8, 0.4
 
 
 class Captioner(Protocol):
-    """A model that describes pictures."""
+    """A model that describes images."""
 
-    def __call__(self, pictures: list[Image.Image]) -> list[str]:
-        """A caption for each RGB picture."""
+    def __call__(self, images: list[Image.Image]) -> list[str]:
+        """A caption for each RGB image."""
         ...
 
 
@@ -36,19 +36,19 @@ class GivenCaptions:
     annotations: Annotations | None
 
     def rows(self, shard: int) -> Iterator[Row]:
-        """Yields rows {"key", "caption"} for the pictures of a shard."""
-        for picture in self.plan.pictures(shard):
+        """Yields rows {"key", "caption"} for the images of a shard."""
+        for planned in self.plan.images(shard):
             try:
-                yield {"key": picture.key, "caption": self._caption(picture)}
+                yield {"key": planned.key, "caption": self._caption(planned)}
             except Rejected as rejected:
-                yield rejected_row(picture.key, rejected)
+                yield rejected_row(planned.key, rejected)
 
-    def _caption(self, picture: PictureRecord) -> str:
-        if isinstance(picture.record, Rejected):
-            raise picture.record
+    def _caption(self, planned: PlannedRecord) -> str:
+        if isinstance(planned.record, Rejected):
+            raise planned.record
         if self.annotations is None:
-            return tidy(text_field(picture.record.fields, "caption"))
-        return tidy(text_field(self.annotations.find(picture.key), "caption"))
+            return tidy(text_field(planned.record.fields, "caption"))
+        return tidy(text_field(self.annotations.find(planned.key), "caption"))
 
 
 @dataclass(frozen=True)
@@ -56,30 +56,30 @@ class ModelCaptions:
     """Step 1 with a model that writes the captions."""
 
     plan: Plan
-    pictures: SquarePictures
+    images: SquareImages
     model: OnDemand[Captioner]
     batch_size: int
     num_threads: int
 
     def rows(self, shard: int) -> Iterator[Row]:
-        """Yields rows {"key", "caption"} for the pictures of a shard."""
+        """Yields rows {"key", "caption"} for the images of a shard."""
         model = self.model.get()
         read = read_ahead(
-            self._read, self.plan.pictures(shard), 2 * self.batch_size, self.num_threads
+            self._read, self.plan.images(shard), 2 * self.batch_size, self.num_threads
         )
         for batch in in_batches(read, self.batch_size):
             images = [image for _, image in batch if not isinstance(image, Rejected)]
             captions = iter(model(images) if images else [])
-            for picture, image in batch:
+            for planned, image in batch:
                 if isinstance(image, Rejected):
-                    yield rejected_row(picture.key, image)
+                    yield rejected_row(planned.key, image)
                 else:
-                    yield _checked(picture.key, next(captions))
+                    yield _checked(planned.key, next(captions))
 
-    def _read(self, picture: PictureRecord) -> Image.Image:
-        if isinstance(picture.record, Rejected):
-            raise picture.record
-        return self.pictures.picture(picture.record)
+    def _read(self, planned: PlannedRecord) -> Image.Image:
+        if isinstance(planned.record, Rejected):
+            raise planned.record
+        return self.images.planned(planned.record)
 
 
 def tidy(caption: str) -> str:

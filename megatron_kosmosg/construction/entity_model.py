@@ -1,6 +1,6 @@
 """Entities of captions by an instruction-tuned language model, asked for a JSON list.
 
-The authors sample the answers of MPT-7B-Instruct; here they are greedy, so that a picture's record
+The authors sample the answers of MPT-7B-Instruct; here they are greedy, so that an image's record
 does not depend on chance.
 """
 

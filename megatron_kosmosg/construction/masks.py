@@ -1,4 +1,4 @@
-"""Step 3: where each entity is in its picture, from a segmenter or from files; then the records."""
+"""Step 3: where each entity is in its image, from a segmenter or from files; then the records."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from PIL import Image
 
 from megatron_kosmosg.construction.annotations import Annotations
 from megatron_kosmosg.construction.on_demand import OnDemand
-from megatron_kosmosg.construction.pictures import SquarePictures
-from megatron_kosmosg.construction.plan import PictureRecord, Plan
+from megatron_kosmosg.construction.plan import Plan, PlannedRecord
 from megatron_kosmosg.construction.read_ahead import in_batches, read_ahead
 from megatron_kosmosg.construction.records import (
     CutEntity,
-    PictureForm,
+    ImageFormat,
     RecordWriter,
     record_file,
 )
 from megatron_kosmosg.construction.regions import entity_region, square_around
 from megatron_kosmosg.construction.rows import Row, StepFolder, rejected_row
+from megatron_kosmosg.construction.square_images import SquareImages
 from megatron_kosmosg.data.kinds.record import Record, Rejected, list_field
 
 Named = tuple[Image.Image, str]
-Ready = tuple[PictureRecord, Row, Image.Image]
+Ready = tuple[PlannedRecord, Row, Image.Image]
 HALF = 127
 """Grey value above which a pixel of a mask file counts for the square around it."""
 
 
 class Segmenter(Protocol):
-    """A model that finds named things in pictures."""
+    """A model that finds named things in images."""
 
     def __call__(self, named: Sequence[Named]) -> list[np.ndarray]:
-        """For each (picture, name) the probability that a pixel shows the name, float32 [height,
+        """For each (image, name) the probability that a pixel shows the name, float32 [height,
         width]."""
         ...
 
@@ -45,11 +45,11 @@ class Masks:
     them."""
 
     plan: Plan
-    pictures: SquarePictures
+    images: SquareImages
     entities: StepFolder
     output: StepFolder
     finder: OnDemand[Segmenter] | Annotations
-    form: PictureForm
+    form: ImageFormat
     threshold: float
     min_side: int
     """Pixels; an entity whose square is smaller is left out."""
@@ -57,11 +57,11 @@ class Masks:
     num_threads: int
 
     def rows(self, shard: int) -> Iterator[Row]:
-        """Yields rows {"key", "record", "entities", "areas": share of the picture, "left_out"} of a
+        """Yields rows {"key", "record", "entities", "areas": share of the image, "left_out"} of a
         shard."""
         named = {row["key"]: row for row in self.entities.read(shard) if "rejected" not in row}
-        pictures = (p for p in self.plan.pictures(shard) if p.key in named)
-        read = read_ahead(self._read, pictures, 2 * self.batch_size, self.num_threads)
+        images = (p for p in self.plan.images(shard) if p.key in named)
+        read = read_ahead(self._read, images, 2 * self.batch_size, self.num_threads)
         with record_file(self.output.shard(shard).with_suffix(".tar"), self.form) as writer:
             for batch in in_batches(read, self.batch_size):
                 ready = [(p, named[p.key], i) for p, i in batch if not isinstance(i, Rejected)]
@@ -69,13 +69,13 @@ class Masks:
                 for one, masks in zip(ready, self._find(ready), strict=True):
                     yield self._write(writer, one, masks)
 
-    def _read(self, picture: PictureRecord) -> Image.Image:
-        return self.pictures.picture(_usable(picture))
+    def _read(self, planned: PlannedRecord) -> Image.Image:
+        return self.images.planned(_usable(planned))
 
     def _find(self, ready: list[Ready]) -> list[list[np.ndarray | Rejected | None]]:
-        """A mask (or why there is none) for each entity of each picture."""
+        """A mask (or why there is none) for each entity of each image."""
         if isinstance(self.finder, Annotations):
-            return [self._from_file(self.finder, picture, row) for picture, row, _ in ready]
+            return [self._from_file(self.finder, planned, row) for planned, row, _ in ready]
         named = [(image, entity["text"]) for _, row, image in ready for entity in row["entities"]]
         model = self.finder.get()
         found = (map_ for part in in_batches(named, self.batch_size) for map_ in model(part))
@@ -88,7 +88,7 @@ class Masks:
             return rejected
 
     def _from_file(
-        self, annotations: Annotations, picture: PictureRecord, row: Row
+        self, annotations: Annotations, planned: PlannedRecord, row: Row
     ) -> list[np.ndarray | Rejected | None]:
         try:
             given = list_field(annotations.find(row["key"]), "entities")
@@ -99,7 +99,7 @@ class Masks:
             try:
                 name = _mask_name(entity, given)
                 data = None if name is None else annotations.file(name)
-                mask = None if data is None else self.pictures.mask(_usable(picture), data)
+                mask = None if data is None else self.images.mask(_usable(planned), data)
                 masks.append(mask)
             except Rejected as rejected:
                 masks.append(rejected)
@@ -108,7 +108,7 @@ class Masks:
     def _write(
         self, writer: RecordWriter, ready: Ready, masks: list[np.ndarray | Rejected | None]
     ) -> Row:
-        picture, row, image = ready
+        planned, row, image = ready
         kept: list[CutEntity] = []
         areas, left_out = [], []
         for entity, mask in zip(row["entities"], masks, strict=True):
@@ -120,11 +120,11 @@ class Masks:
             except Rejected as rejected:
                 left_out.append(rejected.reason)
         if not kept:
-            rejected = rejected_row(picture.key, Rejected("no entity has a mask"))
+            rejected = rejected_row(planned.key, Rejected("no entity has a mask"))
             return rejected | {"left_out": left_out}
-        key = writer.add(picture.key, row["caption"], image, kept)
+        key = writer.add(planned.key, row["caption"], image, kept)
         return {
-            "key": picture.key,
+            "key": planned.key,
             "record": key,
             "entities": [entity.text for entity in kept],
             "areas": areas,
@@ -147,10 +147,10 @@ class Masks:
         return CutEntity(entity["text"], entity["span"], image.crop(box), cut_mask)
 
 
-def _usable(picture: PictureRecord) -> Record:
-    if isinstance(picture.record, Rejected):
-        raise picture.record
-    return picture.record
+def _usable(planned: PlannedRecord) -> Record:
+    if isinstance(planned.record, Rejected):
+        raise planned.record
+    return planned.record
 
 
 def _mask_name(entity: dict[str, Any], given: list[Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""Which pictures make a shard. Written once into the output folder, so that every rank and every
+"""Which images make a shard. Written once into the output folder, so that every rank and every
 later run, with whatever number of ranks, works on the same shards."""
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from megatron_kosmosg.construction.sources import Source, find_sources, plain_ke
 from megatron_kosmosg.data.kinds.caption import CAPTION
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.files import exclusive, write_json
+from megatron_kosmosg.preprocess.image_check import ImageCheck
 from megatron_kosmosg.preprocess.layouts import canonical_records
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.pictures import PictureCheck
 from megatron_kosmosg.preprocess.records import BadRecord, Shard, ShardSize
 
 NO_TEXT_LIMIT, SHARD_BYTES = 1 << 62, 1 << 30
@@ -24,8 +24,8 @@ COUNT_FILE = "count.json"
 
 
 @dataclass(frozen=True)
-class PictureRecord:
-    """A picture that is still encoded, with what came with it."""
+class PlannedRecord:
+    """An image that is still encoded, with what came with it."""
 
     key: str
     record: Record | Rejected
@@ -33,15 +33,15 @@ class PictureRecord:
 
 
 class Plan:
-    """The pictures of each shard of an output folder."""
+    """The images of each shard of an output folder."""
 
     def __init__(self, output: Path, num_shards: int, options: Options) -> None:
         self.output, self.num_shards = output, num_shards
         self._options = options
-        self._pictures = PictureCheck(options)
+        self._images = ImageCheck(options)
 
-    def pictures(self, number: int) -> Iterator[PictureRecord]:
-        """The pictures of a shard; keys are unique in it."""
+    def images(self, number: int) -> Iterator[PlannedRecord]:
+        """The images of a shard; keys are unique in it."""
         stored = json.loads(_shard_file(self.output, number).read_text(encoding="utf-8"))
         source = Source(Path(stored["path"]), stored["format"])
         # An output that an earlier version began has no labels.
@@ -56,21 +56,21 @@ class Plan:
         )
         seen: set[str] = set()
         for found in source.reader(self._options).read(shard, self._options):
-            picture = self._canonical(found)
-            if picture.key in seen:
-                unique = f"{picture.key} ({found.source})"
-                picture = PictureRecord(unique, Rejected("duplicate key", picture.key))
-            seen.add(picture.key)
-            yield picture
+            planned = self._canonical(found)
+            if planned.key in seen:
+                unique = f"{planned.key} ({found.source})"
+                planned = PlannedRecord(unique, Rejected("duplicate key", planned.key))
+            seen.add(planned.key)
+            yield planned
 
-    def _canonical(self, found: Record | BadRecord) -> PictureRecord:
+    def _canonical(self, found: Record | BadRecord) -> PlannedRecord:
         if isinstance(found, BadRecord):
-            return PictureRecord(found.source, found.rejected)
+            return PlannedRecord(found.source, found.rejected)
         try:
-            (record,) = canonical_records(CAPTION.name, found, self._options, self._pictures)
+            (record,) = canonical_records(CAPTION.name, found, self._options, self._images)
         except Rejected as rejected:
-            return PictureRecord(plain_key(found.key), rejected)
-        return PictureRecord(plain_key(record.key), record)
+            return PlannedRecord(plain_key(found.key), rejected)
+        return PlannedRecord(plain_key(record.key), record)
 
 
 def make_plan(
@@ -78,7 +78,7 @@ def make_plan(
 ) -> Plan:
     """The plan in `output`, made by the first process that asks.
 
-    Raises ValueError for inputs without pictures and for an output that was begun with others.
+    Raises ValueError for inputs without images and for an output that was begun with others.
     """
     folder = StepFolder(output, "plan")
     sources = find_sources(inputs)

@@ -1,4 +1,4 @@
-"""Pictures are decoded in threads while a model works on the ones before them."""
+"""Images are decoded in threads while a model works on the ones before them."""
 
 from __future__ import annotations
 

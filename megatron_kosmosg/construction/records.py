@@ -21,51 +21,51 @@ import numpy as np
 from PIL import Image
 
 from megatron_kosmosg.files import remove, temporary_name
-from megatron_kosmosg.preprocess.pictures import encode_mask
+from megatron_kosmosg.preprocess.image_check import encode_mask
 
 JPEG_QUALITY = 95
 
 
 @dataclass(frozen=True)
 class CutEntity:
-    """An entity's picture: the square around it, and which part of that it is."""
+    """An entity's image: the square around it, and which part of that it is."""
 
     text: str
     span: list[int]
-    picture: Image.Image
+    image: Image.Image
     mask: np.ndarray | None
-    """uint8, the size of the picture, 255 = entity; None: there is no background to remove."""
+    """uint8, the size of the image, 255 = entity; None: there is no background to remove."""
 
 
 @dataclass(frozen=True)
-class PictureForm:
-    """The form in which pictures are stored."""
+class ImageFormat:
+    """The form in which images are stored."""
 
     max_side: int
     """Larger ones are made smaller; none is enlarged."""
     format: str
     """"jpg" or "png"."""
 
-    def encode(self, picture: Image.Image) -> bytes:
-        """A square RGB picture as the bytes of a file."""
+    def encode(self, image: Image.Image) -> bytes:
+        """A square RGB image as the bytes of a file."""
         out = io.BytesIO()
         if self.format == "png":
-            self._fitted(picture).save(out, "PNG")
+            self._fitted(image).save(out, "PNG")
         else:
-            self._fitted(picture).save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+            self._fitted(image).save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)
         return out.getvalue()
 
     def encode_mask(self, mask: np.ndarray) -> bytes:
-        """PNG of uint8 [side, side], of the same size as its picture."""
+        """PNG of uint8 [side, side], of the same size as its image."""
         return encode_mask(np.asarray(self._fitted(Image.fromarray(mask))))
 
-    def _fitted(self, picture: Image.Image) -> Image.Image:
-        side = min(self.max_side, picture.width)
-        return picture.resize((side, side), Image.Resampling.BICUBIC)
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        side = min(self.max_side, image.width)
+        return image.resize((side, side), Image.Resampling.BICUBIC)
 
 
 @contextmanager
-def record_file(path: Path, form: PictureForm) -> Iterator[RecordWriter]:
+def record_file(path: Path, form: ImageFormat) -> Iterator[RecordWriter]:
     """A tar file that appears when the block ends without an error and with a record."""
     temporary = temporary_name(path, only_writer=True)
     remove(temporary)
@@ -82,7 +82,7 @@ def record_file(path: Path, form: PictureForm) -> Iterator[RecordWriter]:
 class RecordWriter:
     """Adds records to an open tar file."""
 
-    def __init__(self, tar: tarfile.TarFile, stem: str, form: PictureForm) -> None:
+    def __init__(self, tar: tarfile.TarFile, stem: str, form: ImageFormat) -> None:
         self._tar, self._stem, self._form = tar, stem, form
         self.num_records = 0
 
@@ -95,7 +95,7 @@ class RecordWriter:
         described: list[dict[str, Any]] = []
         for i, entity in enumerate(entities):
             names = {"image": f"entity_{i}.{ending}", "mask": None}
-            files[f"entity_{i}.{ending}"] = self._form.encode(entity.picture)
+            files[f"entity_{i}.{ending}"] = self._form.encode(entity.image)
             if entity.mask is not None:
                 names["mask"] = f"mask_{i}.png"
                 files[f"mask_{i}.png"] = self._form.encode_mask(entity.mask)

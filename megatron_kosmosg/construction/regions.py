@@ -1,7 +1,7 @@
 """How sure a segmenter is of each pixel -> the region of an entity, and the square around it.
 
 The authors' builder: threshold 0.3, dilation by a hundredth of the height, the largest connected
-component, and a square around it that is shifted inside the picture. Here the map is enlarged
+component, and a square around it that is shifted inside the image. Here the map is enlarged
 before the threshold, which gives smoother edges than after it.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 from megatron_kosmosg.data.kinds.record import Rejected
 
 WINDOW_SHARE = 100
-"""A region grows by a window of this share of the picture's height: a hundredth."""
+"""A region grows by a window of this share of the image's height: a hundredth."""
 
 
 def entity_region(probability: np.ndarray, threshold: float) -> np.ndarray:
@@ -72,8 +72,8 @@ def largest_component(region: np.ndarray) -> np.ndarray:
 
 
 def square_around(region: np.ndarray) -> tuple[int, int, int]:
-    """(left, top, side) of the square around a region of a square picture; it lies inside the
-    picture."""
+    """(left, top, side) of the square around a region of a square image; it lies inside the
+    image."""
     rows, columns = (np.flatnonzero(region.any(axis)) for axis in (1, 0))
     height, width = (int(line[-1] - line[0]) + 1 for line in (rows, columns))
     side = max(height, width)

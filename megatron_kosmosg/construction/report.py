@@ -1,4 +1,4 @@
-"""What came of all pictures: counts, reasons, distributions; and the rows of a contact sheet."""
+"""What came of all images: counts, reasons, distributions; and the rows of a contact sheet."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ AREA_EDGES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.9)
 
 @dataclass
 class StepCounts:
-    """How many pictures reached a step, and what it made of them."""
+    """How many images reached a step, and what it made of them."""
 
     name: str
     kept: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
-    """Pictures left out, by reason."""
+    """Images left out, by reason."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Entities left out, by reason."""
 
@@ -41,7 +41,7 @@ class Report:
     entities: Counter[int]
     """Records by the number of their entities."""
     areas: Counter[str]
-    """Entities by the share of the picture that they cover."""
+    """Entities by the share of the image that they cover."""
     names: Counter[str]
     """Entities by their words."""
 
@@ -85,9 +85,9 @@ class Report:
 
     def last_line(self) -> str:
         """What was taken and left out, with the reasons of all steps."""
-        pictures = sum((step.rejected for step in self.steps), Counter())
+        images = sum((step.rejected for step in self.steps), Counter())
         entities = sum((step.left_out for step in self.steps), Counter())
-        said = [said_reasons("images left out", pictures)]
+        said = [said_reasons("images left out", images)]
         said += [said_reasons("entities left out", entities)] if entities else []
         return ", ".join([f"{self.num_records:,} records made", *said])
 
@@ -136,7 +136,7 @@ class ShownRecord:
     caption: str
     target: Image.Image
     entities: list[tuple[str, Image.Image]]
-    """Words, and the picture of the entity, its background white where there is a mask."""
+    """Words, and the image of the entity, its background white where there is a mask."""
 
 
 def shown_records(records: StepFolder, num_shards: int, count: int) -> Iterator[ShownRecord]:

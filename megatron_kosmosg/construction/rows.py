@@ -1,6 +1,6 @@
-"""Rows: what a step made of each picture of a shard, as JSON lines; and the settings of a step.
+"""Rows: what a step made of each image of a shard, as JSON lines; and the settings of a step.
 
-A row is {"key", ...} or, for a picture that is left out, {"key", "rejected", "detail"}. The file of
+A row is {"key", ...} or, for an image that is left out, {"key", "rejected", "detail"}. The file of
 a shard appears when the shard is done, so it is also the mark of that.
 """
 
@@ -25,7 +25,7 @@ _CALLED_TODAY = {
 
 
 def rejected_row(key: str, rejected: Rejected) -> Row:
-    """The row of a picture that is left out."""
+    """The row of an image that is left out."""
     return {"key": key, "rejected": rejected.reason, "detail": rejected.detail}
 
 

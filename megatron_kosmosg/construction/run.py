@@ -20,12 +20,12 @@ from megatron_kosmosg.construction.entity_prompt import PROMPT
 from megatron_kosmosg.construction.masks import Masks, Segmenter
 from megatron_kosmosg.construction.model_folders import check_type, model_type
 from megatron_kosmosg.construction.on_demand import OnDemand
-from megatron_kosmosg.construction.pictures import SquarePictures
 from megatron_kosmosg.construction.plan import Plan, make_plan
-from megatron_kosmosg.construction.records import PictureForm
+from megatron_kosmosg.construction.records import ImageFormat
 from megatron_kosmosg.construction.report import Report, make_report
 from megatron_kosmosg.construction.rows import StepFolder
 from megatron_kosmosg.construction.sources import find_sources
+from megatron_kosmosg.construction.square_images import SquareImages
 from megatron_kosmosg.construction.steps import Step, are_done, run_steps
 from megatron_kosmosg.data.kinds.caption import CAPTION
 from megatron_kosmosg.files import write_json, write_text
@@ -51,8 +51,8 @@ class BuildJob:
     entities: str | None
     masks: str | None
     options: Options
-    """How pictures are checked."""
-    form: PictureForm
+    """How images are checked."""
+    form: ImageFormat
     limit: int | None = None
     max_entities: int = 5
     threshold: float = 0.3
@@ -159,7 +159,7 @@ class _Origins:
             return Step(folder, GivenCaptions(plan, given), settings)
         model: OnDemand[Captioner] = OnDemand(self._open_captioner)
         work = ModelCaptions(
-            plan, SquarePictures(job.options), model, job.batch_size, job.num_threads
+            plan, SquareImages(job.options), model, job.batch_size, job.num_threads
         )
         settings |= {
             "--caption-tokens": job.caption_tokens,
@@ -212,7 +212,7 @@ class _Origins:
         folder = self._folder("records")
         work = Masks(
             plan,
-            SquarePictures(job.options),
+            SquareImages(job.options),
             self._folder("entities"),
             folder,
             finder,

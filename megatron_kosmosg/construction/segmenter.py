@@ -24,13 +24,13 @@ class ClipSegmenter:
 
     @torch.inference_mode()
     def __call__(self, named: Sequence[tuple[Image.Image, str]]) -> list[np.ndarray]:
-        """The maps that Segmenter asks for, as large as the pictures: CLIPSeg's are enlarged
+        """The maps that Segmenter asks for, as large as the images: CLIPSeg's are enlarged
         bilinearly."""
         device = self._model.device
         texts = self._tokenizer(
             [name for _, name in named], return_tensors="pt", padding=True, truncation=True
         ).to(device)
-        # Entities of one picture stand together: it is prepared once.
+        # Entities of one image stand together: it is prepared once.
         different = [
             image for i, (image, _) in enumerate(named) if i == 0 or image is not named[i - 1][0]
         ]

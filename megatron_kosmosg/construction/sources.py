@@ -1,7 +1,7 @@
-"""Where pictures come from: a folder, Open Images with its list, or what `--kind caption` reads.
+"""Where images come from: a folder, Open Images with its list, or what `--kind caption` reads.
 
 Everything is read through the readers of `kosmosg preprocess` or two more in their manner, so
-that what is wrong with a picture has one name everywhere.
+that what is wrong with an image has one name everywhere.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from megatron_kosmosg.preprocess.folders import arrow_files, walk
 from megatron_kosmosg.preprocess.lines import decode_utf8, line_shards, read_lines
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.records import BadRecord, Reader, Shard, ShardSize
-from megatron_kosmosg.preprocess.tar import OTHER_EXTENSIONS, PICTURE_EXTENSIONS
+from megatron_kosmosg.preprocess.tar import IMAGE_EXTENSIONS, OTHER_EXTENSIONS
 
 FOLDER, OPEN_IMAGES = "folder", "openimages"
-ENDINGS = (*PICTURE_EXTENSIONS, *OTHER_EXTENSIONS)
+ENDINGS = (*IMAGE_EXTENSIONS, *OTHER_EXTENSIONS)
 ID_COLUMN, SUBSET_COLUMN, ROTATION_COLUMN = "ImageID", "Subset", "Rotation"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder or file of pictures and how it is read: FOLDER, OPEN_IMAGES or a caption format."""
+    """A folder or file of images and how it is read: FOLDER, OPEN_IMAGES or a caption format."""
 
     path: Path
     format: str
@@ -67,17 +67,17 @@ def find_sources(patterns: Sequence[str]) -> list[Source]:
 
 
 def plain_key(name: str) -> str:
-    """A picture's key: its name without the ending of a picture file."""
+    """An image's key: its name without the ending of an image file."""
     stem, dot, ending = name.rpartition(".")
     return stem if dot and ending.lower() in ENDINGS else name
 
 
 class FolderReader:
-    """All pictures below a folder, in the order of their names; a shard lists its pictures."""
+    """All images below a folder, in the order of their names; a shard lists its images."""
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
         """Cuts the folder into shards, as Reader asks for."""
-        names = list(_picture_names(path))[:limit]
+        names = list(_image_names(path))[:limit]
         starts = range(0, len(names), size.records)
         parts = [(start, names[start : start + size.records]) for start in starts]
         return [
@@ -93,9 +93,9 @@ class FolderReader:
 
 
 class OpenImagesReader:
-    """Open Images' `image_ids_and_rotation.csv` beside the pictures: SUBSET/ID.jpg or ID.jpg.
+    """Open Images' `image_ids_and_rotation.csv` beside the images: SUBSET/ID.jpg or ID.jpg.
 
-    `Rotation` says by how many degrees a picture is to be turned counterclockwise.
+    `Rotation` says by how many degrees an image is to be turned counterclockwise.
     """
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
@@ -137,7 +137,7 @@ class OpenImagesReader:
             turned = float(rotation)
         except ValueError as error:
             raise Rejected("rotation is not a number", rotation) from error
-        # Where nobody looked at the picture, the list says "nan".
+        # Where nobody looked at the image, the list says "nan".
         fields = {"key": row[ID_COLUMN], "image": name, "rotation": turned if turned > 0 else 0.0}
         return Record(source, fields, folder)
 
@@ -147,7 +147,7 @@ def _columns(path: Path) -> list[str]:
         return next(csv.reader(file), [])
 
 
-def _picture_names(folder: Path) -> Iterator[str]:
+def _image_names(folder: Path) -> Iterator[str]:
     for place, folders, names in walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:

@@ -17,10 +17,10 @@ Report = Callable[[str, int, int], None]
 
 
 class Work(Protocol):
-    """What a step does: it makes rows of the pictures of a shard."""
+    """What a step does: it makes rows of the images of a shard."""
 
     def rows(self, shard: int) -> Iterator[Row]:
-        """A row for each picture that reached the step."""
+        """A row for each image that reached the step."""
         ...
 
 

@@ -26,9 +26,9 @@ from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.stages import stage_facts
 
 IMAGES_OF_ROW = (2, 1, 0, 0)
-"""Pictures of each random prompt; the last one is `<s>` alone, the null condition."""
+"""Images of each random prompt; the last one is `<s>` alone, the null condition."""
 WORDS = 6
-"""Most words before, between and after pictures."""
+"""Most words before, between and after images."""
 
 
 @dataclass(frozen=True)

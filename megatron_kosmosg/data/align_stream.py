@@ -32,7 +32,7 @@ MAX_REPLACEMENTS = 1000
 
 
 class AlignStream:
-    """The stream of captions for `align`, which reads no pictures; its methods are explained at
+    """The stream of captions for `align`, which reads no images; its methods are explained at
     samples.StreamDataset."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What happens to pictures that cannot be decoded: each is reported, too many end the run.
+"""What happens to images that cannot be decoded: each is reported, too many end the run.
 
 Streams put their number into every batch, so that the count is a function of the samples trained
 on, the same on every layout and after every restart.
@@ -12,13 +12,13 @@ logger = logging.getLogger(__name__)
 
 
 class TooManyBadImages(ValueError):
-    """More pictures were undecodable than data.max_bad_images allows."""
+    """More images were undecodable than data.max_bad_images allows."""
 
 
 def report_bad_image(
     dataset: str, key: str, position: int, reason: str, outcome: str = "replaced"
 ) -> None:
-    """Names one bad picture in the log, and what became of its sample."""
+    """Names one bad image in the log, and what became of its sample."""
     logger.warning(
         "dataset %s, sample %s, stream position %d: bad image %s: %s",
         *(dataset, key, position, outcome, reason),
@@ -26,7 +26,7 @@ def report_bad_image(
 
 
 def check_bad_images(count: int, limit: int) -> None:
-    """Raises TooManyBadImages when `count` bad pictures are more than data.max_bad_images."""
+    """Raises TooManyBadImages when `count` bad images are more than data.max_bad_images."""
     if count > limit:
         raise TooManyBadImages(
             f"{count} undecodable images so far, data.max_bad_images allows {limit}; the log "

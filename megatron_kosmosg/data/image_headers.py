@@ -24,7 +24,7 @@ _HIDDEN_NOTES = (b"Raw profile type", b"XML:com.adobe.xmp")
 
 
 def dali_form(data: bytes) -> bytes | None:
-    """The picture's bytes in a form that DALI reads right, or None where another decoder has to
+    """The image's bytes in a form that DALI reads right, or None where another decoder has to
     read it. Decodes nothing."""
     if data[:3] == b"\xff\xd8\xff":
         return _jpeg(data)

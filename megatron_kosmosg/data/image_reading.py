@@ -77,7 +77,7 @@ def require_certain_pixels(image: Image.Image) -> None:
         raise UnreadableImage("has more than 16 bits a channel", image.mode)
     if image.mode.startswith("I;16") and "transparency" in image.info:
         raise UnreadableImage("has 16 bits and a transparent level")
-    # A camera's JPEG with a preview after it (MPO) counts frames too, but is one picture.
+    # A camera's JPEG with a preview after it (MPO) counts frames too, but is one image.
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise UnreadableImage("is animated")
 
@@ -156,7 +156,7 @@ def over_white(image: Image.Image, mask: Image.Image | None = None) -> Image.Ima
     """RGB: `image` where it is opaque, white where it is not, mixed in between.
 
     Args:
-        mask: "L" of the same size, 255 = shown; the picture is then shown as far as both allow,
+        mask: "L" of the same size, 255 = shown; the image is then shown as far as both allow,
             once, as masks are often made from the transparency. Opaque pixels keep their values.
 
     Raises what Pillow raises for a damaged file, ValueError where sizes differ.
@@ -182,7 +182,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_image(encoded: bytes | EntityImage) -> Image.Image:
-    """RGB, upright, of an encoded picture, its mask painted where it has one.
+    """RGB, upright, of an encoded image, its mask painted where it has one.
 
     Raises UnreadableImage.
     """
@@ -195,10 +195,10 @@ def read_image(encoded: bytes | EntityImage) -> Image.Image:
 
 
 def fitted_mask(data: bytes, size: tuple[int, int], orientation: int) -> Image.Image:
-    """The mask, "L" with 255 = entity, of a picture of `size` stored with this orientation.
+    """The mask, "L" with 255 = entity, of an image of `size` stored with this orientation.
 
-    Upright, as the picture is shown. A mask with a note of its own is turned by that, one of the
-    stored picture's size as the picture is; one of the upright picture's size is upright. So where
+    Upright, as the image is shown. A mask with a note of its own is turned by that, one of the
+    stored image's size as the image is; one of the upright image's size is upright. So where
     the two sizes are equal, a mask without a note is one of the stored pixels. Raises
     UnreadableImage, also where it is not certain which pixels it means (image_masks.py).
     """

@@ -1,4 +1,4 @@
-"""What a library that decodes pictures is handed and gives back; images.py chooses one.
+"""What a library that decodes images is handed and gives back; images.py chooses one.
 
 Needs no torch: workers of preprocessing start without.
 """
@@ -23,7 +23,7 @@ _NOT_USED_AGAIN = re.compile(r"Current pipeline object is no longer valid\.")
 
 
 def decoding_reason(error: Exception) -> str:
-    """What a library said of a picture that it cannot decode, whole and in one line, the same in
+    """What a library said of an image that it cannot decode, whole and in one line, the same in
     every run: Pillow names the buffer that it reads by its address, DALI where in our files its
     pipeline was written down."""
     said = str(error)
@@ -34,7 +34,7 @@ def decoding_reason(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """How a picture becomes a tensor; `mean` and `std` in units of [0, 1] pixel values, which
+    """How an image becomes a tensor; `mean` and `std` in units of [0, 1] pixel values, which
     `images.normalise` applies to the levels that are read."""
 
     size: int
@@ -55,7 +55,7 @@ class UnreadableImage(InputError):
 
 
 class BadImage(ValueError):
-    """A picture that cannot be decoded; `index` is its place in the list handed over."""
+    """An image that cannot be decoded; `index` is its place in the list handed over."""
 
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(f"image {index} cannot be decoded: {reason}")
@@ -64,9 +64,9 @@ class BadImage(ValueError):
 
 
 class Backend(Protocol):
-    """Decodes pictures of one of the libraries."""
+    """Decodes images of one of the libraries."""
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> np.ndarray:
-        """The decoded pictures, uint8 [n, 3, size, size], levels 0 to 255, n >= 1. Raises any
+        """The decoded images, uint8 [n, 3, size, size], levels 0 to 255, n >= 1. Raises any
         exception when one of them cannot be decoded."""
         ...

@@ -1,4 +1,4 @@
-"""Encoded pictures -> tensors of bytes, with DALI or, where it has no wheel, with Pillow.
+"""Encoded images -> tensors of bytes, with DALI or, where it has no wheel, with Pillow.
 
 Shorter side to `size` (antialiased), centre crop, then /255 and normalise, as the authors'
 torchvision transforms do (rounding of sizes and offsets included). Batches carry the bytes and are
@@ -37,24 +37,24 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = (0.5, 16.0)
 """Mean and largest difference between the backends in levels of 255, before normalisation, per
-picture; the largest falls to 3 where a picture shrinks less than twofold."""
+image; the largest falls to 3 where an image shrinks less than twofold."""
 LONGEST_STRIP = 4
-"""Sides to one another; of a longer picture only the part that is kept is resized."""
+"""Sides to one another; of a longer image only the part that is kept is resized."""
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class PillowBackend:
-    """Decodes one picture after the other on the CPU, step by step as the authors' torchvision
+    """Decodes one image after the other on the CPU, step by step as the authors' torchvision
     does."""
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> np.ndarray:
-        """The decoded pictures, uint8 [n, 3, size, size]. Raises what Pillow raises."""
+        """The decoded images, uint8 [n, 3, size, size]. Raises what Pillow raises."""
         pixels = np.stack([_resize_and_crop(read_image(image), transform) for image in images])
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
 def _resize_and_crop(image: Image.Image, transform: ImageTransform) -> np.ndarray:
-    """The picture resized and cropped as `transform` says, uint8 [size, size, 3]."""
+    """The image resized and cropped as `transform` says, uint8 [size, size, 3]."""
     size, method = transform.size, _FILTERS[transform.interpolation]
     width, height = (int(size * side / min(image.size)) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -69,7 +69,7 @@ def _resize_and_crop(image: Image.Image, transform: ImageTransform) -> np.ndarra
 
 
 class BrokenDecoder(ConfigError):
-    """A library that cannot decode even the package's own pictures, for any reason of its own."""
+    """A library that cannot decode even the package's own images, for any reason of its own."""
 
     def __init__(self, backend: str, device_id: int | None, reason: str) -> None:
         other = "pillow" if backend == "dali" else "dali"
@@ -82,10 +82,10 @@ class BrokenDecoder(ConfigError):
 
 
 class ImageDecoder:
-    """Decodes lists of pictures; may be called from several threads.
+    """Decodes lists of images; may be called from several threads.
 
-    A library that does not work must not look like a dataset full of bad pictures. So it decodes
-    pictures known to be good when it is set up and after every failure; BrokenDecoder otherwise.
+    A library that does not work must not look like a dataset full of bad images. So it decodes
+    images known to be good when it is set up and after every failure; BrokenDecoder otherwise.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class ImageDecoder:
         self._require_working(ImageTransform(_KNOWN_SIZE, "bilinear", (0.0,) * 3, (1.0,) * 3))
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> Tensor:
-        """The pictures as float32 [n, 3, size, size], normalised; n may be 0. Raises BadImage for
+        """The images as float32 [n, 3, size, size], normalised; n may be 0. Raises BadImage for
         the first bad one."""
         pixels, bad = self.try_decode(images, transform)
         if bad:
@@ -145,7 +145,7 @@ class ImageDecoder:
     def try_decode(
         self, images: Sequence[Encoded], transform: ImageTransform
     ) -> tuple[Tensor, list[BadImage]]:
-        """The pictures as float32 [n, 3, size, size], normalised, with zeros where one is bad; and
+        """The images as float32 [n, 3, size, size], normalised, with zeros where one is bad; and
         the bad ones."""
         levels, bad = self.try_levels(images, transform)
         pixels = normalise(levels, transform)
@@ -155,7 +155,7 @@ class ImageDecoder:
     def try_levels(
         self, images: Sequence[Encoded], transform: ImageTransform
     ) -> tuple[Tensor, list[BadImage]]:
-        """The pictures as uint8 [n, 3, size, size], not normalised, n may be 0; and the bad ones,
+        """The images as uint8 [n, 3, size, size], not normalised, n may be 0; and the bad ones,
         each of which is blank there: of the levels next to `transform.mean`."""
         shape = (len(images), 3, transform.size, transform.size)
         if not images:
@@ -168,13 +168,13 @@ class ImageDecoder:
             for i, image in enumerate(images):
                 try:
                     pixels[i] = self._decode_one(image, transform)
-                except Exception as error:  # noqa: BLE001 - any failure means: this picture is bad
+                except Exception as error:  # noqa: BLE001 - any failure means: this image is bad
                     bad.append(BadImage(i, _reason(error)))
             self._require_working(transform)
             return torch.from_numpy(pixels), bad
 
     def _decode_one(self, image: Encoded, transform: ImageTransform) -> np.ndarray:
-        """Decodes one picture. Whatever the backend, a picture is bad only if Pillow cannot read
+        """Decodes one image. Whatever the backend, an image is bad only if Pillow cannot read
         it, for Pillow's reason."""
         try:
             return self._backend.decode([image], transform)[0]
@@ -198,7 +198,7 @@ class ImageDecoder:
         return f"{self.name}{place}, image reading {SPECIFICATION}"
 
     def _require_working(self, transform: ImageTransform) -> None:
-        """Raises BrokenDecoder unless known pictures are decoded and have their colour."""
+        """Raises BrokenDecoder unless known images are decoded and have their colour."""
         try:
             pixels = self._backend.decode(_known_good(), transform)
         except Exception as error:  # noqa: BLE001 - libraries raise what they like
@@ -213,13 +213,13 @@ _KNOWN_SIZE, _KNOWN_COLOUR = 16, (200, 100, 50)
 
 @cache
 def _known_good() -> tuple[Encoded, ...]:
-    """One picture of a single colour for each way through a backend: JPEG, PNG, and one with a
+    """One image of a single colour for each way through a backend: JPEG, PNG, and one with a
     mask."""
     side = (_KNOWN_SIZE, _KNOWN_SIZE)
     jpeg, png, mask = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    picture = Image.new("RGB", side, _KNOWN_COLOUR)
-    picture.save(jpeg, "JPEG")
-    picture.save(png, "PNG")
+    image = Image.new("RGB", side, _KNOWN_COLOUR)
+    image.save(jpeg, "JPEG")
+    image.save(png, "PNG")
     Image.new("L", side, 255).save(mask, "PNG")
     masked = EntityImage(png.getvalue(), mask.getvalue())
     return jpeg.getvalue(), png.getvalue(), masked

@@ -1,8 +1,8 @@
-"""Pictures through DALI: decoded from bytes in batches, resized and cropped in one operation.
+"""Images through DALI: decoded from bytes in batches, resized and cropped in one operation.
 
 Only those that DALI decodes as image_reading.py has it (image_headers.py); the others are another
 backend's. Masks are read by image_reading.py: DALI knows neither their forms nor their turns.
-DALI fails a whole batch when one picture is bad and calls the pipeline invalid after that, so a
+DALI fails a whole batch when one image is bad and calls the pipeline invalid after that, so a
 failed pipeline is thrown away. Each thread has its own pipelines.
 """
 
@@ -22,11 +22,11 @@ from megatron_kosmosg.data.image_types import Backend, Encoded, ImageTransform
 from megatron_kosmosg.data.samples import EntityImage
 
 MAX_BATCH = 64
-"""Pictures that one pipeline run takes; longer lists are cut."""
+"""Images that one pipeline run takes; longer lists are cut."""
 MAX_PAINTED_PIXELS = 1 << 22
-"""Of a picture with a mask: painting takes 12 bytes and more of each."""
+"""Of an image with a mask: painting takes 12 bytes and more of each."""
 Feed = tuple[np.ndarray, ...]
-"""Encoded bytes uint8 [n], and where it has one the mask uint8 [h, w, 1] of the upright picture."""
+"""Encoded bytes uint8 [n], and where it has one the mask uint8 [h, w, 1] of the upright image."""
 _FILTERS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 
 
@@ -34,7 +34,7 @@ class DaliBackend:
     """Batched decoding; on `device_id` with the hardware decoder, else on the CPU."""
 
     def __init__(self, device_id: int | None, others: Backend) -> None:
-        """Builds no pipeline yet: each thread builds its own when pictures come.
+        """Builds no pipeline yet: each thread builds its own when images come.
 
         Args:
             device_id: CUDA device on which DALI decodes; None decodes on the CPU.
@@ -45,7 +45,7 @@ class DaliBackend:
         self._local = threading.local()
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> np.ndarray:
-        """The decoded pictures, uint8 [n, 3, size, size]. Raises any exception when one of them is
+        """The decoded images, uint8 [n, 3, size, size]. Raises any exception when one of them is
         bad."""
         pixels = np.empty((len(images), 3, transform.size, transform.size), np.uint8)
         plain, masked = {}, {}
@@ -80,7 +80,7 @@ class DaliBackend:
 
 
 def _feed(encoded: Encoded) -> Feed | None:
-    """What the pipelines are given for a picture; None for one that DALI must not be given."""
+    """What the pipelines are given for an image; None for one that DALI must not be given."""
     is_entity = isinstance(encoded, EntityImage)
     data = dali_form(encoded.image if is_entity else encoded)
     if data is None:
@@ -122,14 +122,14 @@ def _build(transform: ImageTransform, has_mask: bool, device_id: int | None) -> 
 
 
 def _paint_background_white(image: DataNode, mask: DataNode) -> DataNode:
-    """The picture where the mask is 255, white where it is 0, mixed in between; uint8, HWC."""
+    """The image where the mask is 255, white where it is 0, mixed in between; uint8, HWC."""
     keep = fn.cast(mask, dtype=types.FLOAT) / 255.0
     mixed = 255.0 - (255.0 - fn.cast(image, dtype=types.FLOAT)) * keep
     return fn.reinterpret(fn.cast(mixed, dtype=types.UINT8), layout="HWC")
 
 
 def _resize_and_crop(image: DataNode, transform: ImageTransform) -> DataNode:
-    """The picture resized and cropped, uint8 [size, size, 3]; only the region that survives the
+    """The image resized and cropped, uint8 [size, size, 3]; only the region that survives the
     crop is computed."""
     shape = image.shape(dtype=types.FLOAT)
     height, width = shape[0], shape[1]

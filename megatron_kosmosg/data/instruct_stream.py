@@ -1,6 +1,6 @@
-"""The stream of `instruct`: prompts with pictures and the picture to draw, mixed by weight.
+"""The stream of `instruct`: prompts with images and the image to draw, mixed by weight.
 
-A sample whose prompt has a bad picture, or is too long, is replaced by another of its dataset,
+A sample whose prompt has a bad image, or is too long, is replaced by another of its dataset,
 drawn by key. One whose target is bad stays and gets no weight, because ranks without the U-Net do
 not read targets. Lengths come from the index, without reading a sample.
 """
@@ -81,7 +81,7 @@ class InstructStream:
         Args:
             max_length: tokens of the longest prompt.
             transforms: of prompt images and of target images.
-            decodes_prompts: False leaves prompt pictures undecoded, see samples.PictureStream.
+            decodes_prompts: False leaves prompt images undecoded, see samples.PictureStream.
             packs: whether prompts are also given end to end, see padding.pad_rows.
             draw: for the stream positions of a batch, further tensors of the batch.
         """
@@ -115,7 +115,7 @@ class InstructStream:
         replacements: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
         """A batch of prompts. tokens, image_mask, padding_mask [b, s], and `packed` as of pad_rows;
-        pixel_values uint8 [n, 3, H, W], n over (b, position), n = 0 where prompt pictures are not
+        pixel_values uint8 [n, 3, H, W], n over (b, position), n = 0 where prompt images are not
         decoded; stream_positions, replacements int64 [b]; bad_samples int64 []. The argument
         `replacements` is explained at samples.PictureStream.
 
@@ -125,10 +125,10 @@ class InstructStream:
         And what `draw` draws.
         """
         if replacements is None:
-            samples, num_bad, images = self._pictures(list(samples))
+            samples, num_bad, images = self._images(list(samples))
         else:
             samples, num_bad = self._replaced(samples, replacements)
-            images = self._no_pictures()
+            images = self._no_images()
         targets, bad_targets = self._targets(samples)
         for error in bad_targets:
             lost = samples[error.index]
@@ -178,12 +178,12 @@ class InstructStream:
             position, prompt, choice.dataset, raw.info["key"], choice.index, choice.replacement
         )
 
-    def _pictures(
+    def _images(
         self, samples: list[PromptSample]
     ) -> tuple[list[PromptSample], int, dict[str, Tensor]]:
-        """The samples, those with bad prompt pictures replaced; how many were; the pictures."""
+        """The samples, those with bad prompt images replaced; how many were; the images."""
         if self._reads == "targets" or not self._decodes_prompts:
-            return samples, 0, self._no_pictures()
+            return samples, 0, self._no_images()
         num_bad, num_replaced = 0, [0] * len(samples)
         while True:
             owners = [i for i, s in enumerate(samples) for _ in s.prompt.images]
@@ -223,7 +223,7 @@ class InstructStream:
             found.append(sample)
         return found, num_bad
 
-    def _no_pictures(self) -> dict[str, Tensor]:
+    def _no_images(self) -> dict[str, Tensor]:
         if self._reads == "targets":
             return {}
         return {"pixel_values": self._decoder.try_levels([], self._prompt_transform)[0]}

@@ -50,7 +50,7 @@ class LatentSource:
     vae: str
     """Fingerprint of the VAE encoder's weights."""
     transform: str
-    """How the picture becomes pixels."""
+    """How the image becomes pixels."""
     decoder: str = ""
     """`ImageDecoder.description` of what decoded; older caches do not say."""
 
@@ -97,7 +97,7 @@ class LatentManifest:
 
 
 def describe_transform(transform: ImageTransform) -> str:
-    """The part of LatentSource that says how the picture becomes pixels."""
+    """The part of LatentSource that says how the image becomes pixels."""
     return (
         f"{transform.size} px, {transform.interpolation}, centre crop, "
         f"mean {transform.mean}, std {transform.std}"

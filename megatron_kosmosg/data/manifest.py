@@ -38,7 +38,7 @@ class Manifest:
     vocab_size: int
     num_samples: int
     num_tokens: int
-    """Text tokens, without document ends and picture positions."""
+    """Text tokens, without document ends and image positions."""
     num_images: int
     num_rejects: int
     format_version: int = FORMAT_VERSION

@@ -1,4 +1,4 @@
-"""Pictures as bytes -> what the image tower and the VAE take, on the device that computes it.
+"""Images as bytes -> what the image tower and the VAE take, on the device that computes it.
 
 Bytes are a quarter of what has to be copied to a device. On a CPU the numbers are those that the
 authors' transforms give; a device divides in single precision, too.
@@ -17,7 +17,7 @@ from megatron_kosmosg.data.image_types import ImageTransform
 
 
 def normalise(pixels: Tensor, transform: ImageTransform) -> Tensor:
-    """The pictures uint8 [n, 3, size, size] as float32 of the same shape, normalised, on their
+    """The images uint8 [n, 3, size, size] as float32 of the same shape, normalised, on their
     device.
 
     The same on every device: one subtraction and one division in single precision.
@@ -38,7 +38,7 @@ def _levels(transform: ImageTransform, device: torch.device) -> tuple[Tensor, Te
 
 
 def normalise_batch(batch: dict[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
-    """The batch with its pictures normalised; pictures that are no bytes are so already."""
+    """The batch with its images normalised; images that are no bytes are so already."""
     transforms = {"pixel_values": prompt_transform, "target_pixel_values": target_transform}
     return batch | {
         name: normalise(batch[name], transform(config))
@@ -48,7 +48,7 @@ def normalise_batch(batch: dict[str, Tensor], config: RunConfig) -> dict[str, Te
 
 
 def prompt_transform(config: RunConfig) -> ImageTransform:
-    """The transform of the pictures that the image tower sees: bicubic, normalised with CLIP's mean
+    """The transform of the images that the image tower sees: bicubic, normalised with CLIP's mean
     and deviation."""
     mean, std = tuple(config.data.image_mean), tuple(config.data.image_std)
     if len(mean) != 3 or len(std) != 3:
@@ -57,11 +57,11 @@ def prompt_transform(config: RunConfig) -> ImageTransform:
 
 
 def target_transform(config: RunConfig) -> ImageTransform:
-    """The transform of the pictures that the VAE encodes."""
+    """The transform of the images that the VAE encodes."""
     return target_pixels(config.data.target_image_size)
 
 
 def target_pixels(size: int) -> ImageTransform:
-    """The VAE's transform for pictures of `size` pixels a side: bilinear, levels in [-1, 1]."""
+    """The VAE's transform for images of `size` pixels a side: bilinear, levels in [-1, 1]."""
     half = (0.5, 0.5, 0.5)
     return ImageTransform(size, "bilinear", half, half)

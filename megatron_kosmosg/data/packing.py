@@ -2,7 +2,7 @@
 
 An epoch is its documents in shuffled order, each <s> document </s>, laid end to end. A row takes
 sentences until the next one does not fit (the rest is padding); only a sentence longer than a row
-is cut, never inside a picture. A row is thus one stretch of the epoch, found by its number alone
+is cut, never inside an image. A row is thus one stretch of the epoch, found by its number alone
 in the index of packing_index.py.
 """
 
@@ -213,7 +213,7 @@ class PackedDataset:
             place = int(np.searchsorted(document_starts, start, "right")) - 1
             offset = int(document_starts[place])
             _, document = self._document(int(documents[place]))
-            # Every position may be a cut except those inside a picture.
+            # Every position may be a cut except those inside an image.
             allowed = np.ones(document.length + 1, bool)
             for at in document.image_starts:
                 allowed[at + 1 : at + self._format.image_length] = False

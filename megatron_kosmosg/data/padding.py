@@ -20,7 +20,7 @@ def pad_rows(
 ) -> dict[str, Tensor]:
     """The prompts in rows [b, s], s >= pad_to: tokens int64, image_mask and padding_mask bool.
 
-    image_mask: True = picture slot. padding_mask: True = padding. With `packs` also `packed` int64
+    image_mask: True = image slot. padding_mask: True = padding. With `packs` also `packed` int64
     [t]: where each of the t tokens lies in the flattened [b, s], ascending. It is made here, on the
     host, because its length is the length of the decoder's row.
     """

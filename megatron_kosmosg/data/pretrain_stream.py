@@ -1,7 +1,7 @@
-"""The stream of `pretrain`: packed rows of text, captioned pictures and interleaved documents.
+"""The stream of `pretrain`: packed rows of text, captioned images and interleaved documents.
 
-The mixture counts rows. Labels that count are text and </s>; <s>, picture slots, their <image> and
-</image>, and padding do not. A bad picture leaves its row as it is, with a blank picture and no
+The mixture counts rows. Labels that count are text and </s>; <s>, image slots, their <image> and
+</image>, and padding do not. A bad image leaves its row as it is, with a blank image and no
 loss from there to the end of its document.
 """
 
@@ -39,7 +39,7 @@ class PretrainStream:
         """Joins the datasets of the mixture `blend` into one stream.
 
         Args:
-            decodes: False leaves pictures undecoded, see samples.PictureStream.
+            decodes: False leaves images undecoded, see samples.PictureStream.
         """
         self._blend, self._datasets = blend, datasets
         self._format, self._seq_length = sequence_format, seq_length
@@ -62,9 +62,9 @@ class PretrainStream:
         self, samples: Sequence[PackedRow], pad_to: int, replacements: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
         """A batch of packed rows. tokens, labels int64 [b, s]; loss_mask float32 [b, s];
-        image_mask, padding_mask bool [b, s] (True = picture slot, True = padding); pixel_values
-        uint8 [n, 3, H, W], n = 0 where pictures are not decoded; stream_positions int64 [b];
-        bad_samples int64 []; replacements int64 [pictures of the rows], 1 where a blank picture
+        image_mask, padding_mask bool [b, s] (True = image slot, True = padding); pixel_values
+        uint8 [n, 3, H, W], n = 0 where images are not decoded; stream_positions int64 [b];
+        bad_samples int64 []; replacements int64 [images of the rows], 1 where a blank image
         stands for a bad one. The argument `replacements` is explained at samples.PictureStream."""
         images = [(b, image) for b, row in enumerate(samples) for image in row.images]
         decodes = self._decodes and replacements is None

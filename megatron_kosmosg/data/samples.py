@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # kinds of samples, which plans and help texts read, need nei
 
 @dataclass(frozen=True)
 class EntityImage:
-    """A prompt picture of one entity, encoded; with a mask, its background is painted white."""
+    """A prompt image of one entity, encoded; with a mask, its background is painted white."""
 
     image: bytes
     mask: bytes | None = None
@@ -32,9 +32,9 @@ class Prompt:
     image_mask: np.ndarray
     """bool [s], True = slot that an image embedding fills."""
     images: list[bytes | EntityImage] = field(default_factory=list)
-    """Prompt pictures, in the order of their slots."""
+    """Prompt images, in the order of their slots."""
     target: memoryview | None = None
-    """The picture the U-Net learns to draw (`instruct`), encoded; mapped, read when it is used."""
+    """The image the U-Net learns to draw (`instruct`), encoded; mapped, read when it is used."""
     caption: str | None = None
     """The words behind the tokens (`align` hands them to the CLIP text encoder)."""
 
@@ -66,7 +66,7 @@ class CaptionSample:
 
 @dataclass(frozen=True)
 class RowImage:
-    """One picture of a packed row and the stretch of the row that depends on it."""
+    """One image of a packed row and the stretch of the row that depends on it."""
 
     image: bytes
     start: int
@@ -136,11 +136,11 @@ class StreamDataset(Protocol):
         ...
 
 
-class PictureStream(StreamDataset, Protocol):
-    """A stream with pictures, which some ranks leave undecoded: they have no use for them.
+class ImageStream(StreamDataset, Protocol):
+    """A stream with images, which some ranks leave undecoded: they have no use for them.
 
     Its batches have `stream_positions` int64 [b] and `replacements` int64 [k]: the replacement
-    index of every sample (`instruct`) or picture (`pretrain`), 0 where it is the one drawn first.
+    index of every sample (`instruct`) or image (`pretrain`), 0 where it is the one drawn first.
     """
 
     def collate(
@@ -149,7 +149,7 @@ class PictureStream(StreamDataset, Protocol):
         """A batch, as StreamDataset.collate makes it.
 
         Args:
-            replacements: those of a rank that decoded the pictures of these positions. With them
-                nothing is decoded here, and the batch is that rank's except for the pictures.
+            replacements: those of a rank that decoded the images of these positions. With them
+                nothing is decoded here, and the batch is that rank's except for the images.
         """
         ...

@@ -1,9 +1,9 @@
 """Where a document may be cut for packing: the lengths of its sentences.
 
-A sentence is counted as (text tokens, pictures), without <s> and </s>, so that the table does not
-depend on how many positions a picture takes. A picture belongs to the sentence it stands in, and
+A sentence is counted as (text tokens, images), without <s> and </s>, so that the table does not
+depend on how many positions an image takes. An image belongs to the sentence it stands in, and
 one that stands before a sentence belongs to that sentence: a caption is never parted from its
-picture by a cut.
+image by a cut.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from megatron_kosmosg.data.tokenizer import Tokenizer
 
 
 def sentence_table(content: Sequence[np.ndarray | None], tokenizer: Tokenizer) -> np.ndarray:
-    """The sentences of a document, int32 [sentences, 2] of (text tokens, pictures). In `content`
-    text is given by its ids and a picture by None."""
+    """The sentences of a document, int32 [sentences, 2] of (text tokens, images). In `content`
+    text is given by its ids and an image by None."""
     rows: list[tuple[int, int]] = []
     tokens = images = 0
     for part in content:

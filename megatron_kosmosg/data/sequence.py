@@ -1,6 +1,6 @@
-"""Assembly of token sequences: text runs and pictures, as the authors' loaders lay them out.
+"""Assembly of token sequences: text runs and images, as the authors' loaders lay them out.
 
-A picture takes <image>, `num_latent_queries` slots that also hold the id of <image>, and </image>.
+An image takes <image>, `num_latent_queries` slots that also hold the id of <image>, and </image>.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ if TYPE_CHECKING:  # kinds of samples, which help texts list, need no numpy befo
     from megatron_kosmosg.data.tokenizer import Tokenizer
 
 IMAGE_TAGS = 2
-"""Positions that a picture takes beside its slots."""
+"""Positions that an image takes beside its slots."""
 _TEXT, _TAG, _SLOT = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class SequenceFormat:
-    """The ids and the picture width that every sequence of a run shares."""
+    """The ids and the image width that every sequence of a run shares."""
 
     tokenizer: Tokenizer
     num_latent_queries: int
 
     @property
     def image_length(self) -> int:
-        """Number of positions that one picture takes."""
+        """Number of positions that one image takes."""
         return self.num_latent_queries + IMAGE_TAGS
 
 
 class SequenceBuilder:
-    """Collects tokens, masks and pictures from left to right."""
+    """Collects tokens, masks and images from left to right."""
 
     def __init__(self, sequence_format: SequenceFormat) -> None:
         self._format = sequence_format
@@ -42,7 +42,7 @@ class SequenceBuilder:
         self._kinds: list[np.ndarray] = []
         self._images: list[bytes | EntityImage] = []
         self.image_starts: list[int] = []
-        """Position of the <image> token of each picture."""
+        """Position of the <image> token of each image."""
         self.length = 0
 
     def add_start(self) -> SequenceBuilder:
@@ -58,7 +58,7 @@ class SequenceBuilder:
         return self._add(ids, _TEXT)
 
     def add_image(self, image: bytes | EntityImage) -> SequenceBuilder:
-        """Appends one picture."""
+        """Appends one image."""
         tokenizer = self._format.tokenizer
         self.image_starts.append(self.length)
         self._images.append(image)
@@ -90,7 +90,7 @@ class SequenceBuilder:
 
     @property
     def images(self) -> list[bytes | EntityImage]:
-        """The pictures of the sequence, in order."""
+        """The images of the sequence, in order."""
         return self._images
 
     def _kind_array(self) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The sample store: a Megatron multimodal indexed dataset plus a manifest, read at random.
 
 One document is one sample; its sequences are the sample's parts, told apart by Megatron's mode
-byte. The container is uint8: encoded pictures stay as they were, token ids are little-endian int32.
+byte. The container is uint8: encoded images stay as they were, token ids are little-endian int32.
 Plain text is an ordinary Megatron token dataset, so existing corpora work as they are.
 
 PREFIX.bin, PREFIX.idx  data and index
@@ -42,7 +42,7 @@ class SampleStore:
     """Random access to the samples of a dataset; safe to read from several threads.
 
     `len(store)` is their number and `store[i]` the sample `i`, a RawSample: token ids, encoded
-    pictures and a small JSON object.
+    images and a small JSON object.
 
     Args:
         prefix: path of the dataset without `.bin`, `.idx` or `.json`.
@@ -104,7 +104,7 @@ class SampleStore:
     def part_sizes(self, index: int) -> PartSizes:
         """(mode, size) of each part except the JSON one, from the index alone: no data is read.
 
-        Sizes are token ids, or bytes of a picture.
+        Sizes are token ids, or bytes of an image.
         """
         shard, number = self.shards.locate(index)
         index_of = shard.sequences.index

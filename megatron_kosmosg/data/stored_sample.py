@@ -1,4 +1,4 @@
-"""A sample as it is stored: parts that are token ids, encoded pictures or one small JSON object.
+"""A sample as it is stored: parts that are token ids, encoded images or one small JSON object.
 
 Needs neither torch nor Megatron, so that a preprocessing worker starts in a fraction of a second.
 """
@@ -51,7 +51,7 @@ class RawSample:
 
     info: dict[str, Any]
     parts: list[np.ndarray]
-    """int32 token ids or uint8 picture bytes, as `modes` says; mapped, not copied."""
+    """int32 token ids or uint8 image bytes, as `modes` says; mapped, not copied."""
     modes: list[int]
 
     @staticmethod
@@ -77,7 +77,7 @@ class RawSample:
         return [p for p, mode in zip(self.parts, self.modes, strict=True) if mode == TOKENS]
 
     def images(self) -> list[bytes]:
-        """The parts that are pictures, in order, copied."""
+        """The parts that are images, in order, copied."""
         return [
             p.tobytes() for p, mode in zip(self.parts, self.modes, strict=True) if mode == IMAGE
         ]

@@ -36,8 +36,8 @@ def pretrain_stream(
     """The stream of packed rows.
 
     Args:
-        device_id: CUDA device that decodes pictures; None decodes on the CPU.
-        decodes: False leaves pictures undecoded, for ranks without the image tower.
+        device_id: CUDA device that decodes images; None decodes on the CPU.
+        decodes: False leaves images undecoded, for ranks without the image tower.
     """
     parts = _StreamParts(config, "pretrain", split)
     sequence_format = parts.sequence_format
@@ -97,11 +97,11 @@ def instruct_stream(
     """The stream of prompts and targets.
 
     Args:
-        device_id: CUDA device that decodes pictures; None decodes on the CPU.
+        device_id: CUDA device that decodes images; None decodes on the CPU.
         vae: fingerprint of the run's VAE, where data.latent_cache is set and targets are read. The
-            held-out stream decodes its targets all the same, because its pictures are shown.
-        reads: which pictures are read: all, or those of prompts or targets alone.
-        decodes_prompts: False leaves prompt pictures undecoded, for ranks without the image tower.
+            held-out stream decodes its targets all the same, because its images are shown.
+        reads: which images are read: all, or those of prompts or targets alone.
+        decodes_prompts: False leaves prompt images undecoded, for ranks without the image tower.
         draw: further tensors of a batch, see InstructStream.
     """
     parts = _StreamParts(config, "instruct", split)

@@ -1,7 +1,7 @@
 """Text <-> token ids: a SentencePiece model behind the authors' fairseq dictionary order.
 
 Ids: <s> 0, <pad> 1, </s> 2, <unk> 3, SentencePiece id p >= 3 at p + 1, then six specials, of which
-<image> and </image> bracket a picture. 64,000 pieces give the paper's vocabulary of 64,007.
+<image> and </image> bracket an image. 64,000 pieces give the paper's vocabulary of 64,007.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.data import scripts
 
 IMAGE, END_IMAGE = "<image>", "</image>"
-"""Bracket a picture; <image> also fills its slots and, in texts of users, stands for one."""
+"""Bracket an image; <image> also fills its slots and, in texts of users, stands for one."""
 TRAILING_SPECIALS = ("<mask>", "</doc>", IMAGE, END_IMAGE, "</chunk>", "</line>")
 WORD_START = "\u2581"
 
@@ -133,6 +133,6 @@ class Tokenizer:
         self._starts_unspaced = table(lambda p: scripts.is_unspaced(p) or p[0] in scripts.OPENERS)
         self._ends_unspaced = table(lambda p: scripts.is_unspaced(p[-1]))
         self._starts_word = table(lambda p: p.startswith(WORD_START))
-        # A special token (a document's end, a picture) also follows a finished sentence.
+        # A special token (a document's end, an image) also follows a finished sentence.
         self._starts_word[: self.unk_id] = True
         self._starts_word[self.num_pieces + 1 :] = True

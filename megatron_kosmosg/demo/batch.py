@@ -62,7 +62,7 @@ def draw_batch(
     records = gathered(jsonl, images, folder / "prompts")
     plan = studio.plan(defaults, defaults.options)
     job = Job(records, plan, folder / "images", "contact_sheet.png")
-    total = sum(len(plan.pictures(record)) for record in records)
+    total = sum(len(plan.images(record)) for record in records)
     finished = 0
 
     def report(done: int, everything: int) -> None:

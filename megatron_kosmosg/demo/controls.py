@@ -1,4 +1,4 @@
-"""The page's controls that decide how pictures look, in tabs below the prompt."""
+"""The page's controls that decide how images look, in tabs below the prompt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_kosmosg.demo import requests
 from megatron_kosmosg.demo.controlnets import CONTROL_IMAGES, control_image_of
 from megatron_kosmosg.demo.start_values import StartValues
 from megatron_kosmosg.demo.studio import Studio
-from megatron_kosmosg.inference.picture_plan import STRENGTH
+from megatron_kosmosg.inference.image_plan import STRENGTH
 
 MODEL_QUEUE = "model"
 """What uses the model waits in one queue."""

@@ -21,8 +21,8 @@ from megatron_kosmosg.demo.requests import count_line, draw_request, image_names
 from megatron_kosmosg.demo.sessions import Sessions
 from megatron_kosmosg.demo.start_values import StartValues
 from megatron_kosmosg.demo.studio import Studio
-from megatron_kosmosg.inference.picture_files import read_settings
-from megatron_kosmosg.toy.judging.toy_prompts import subject_picture
+from megatron_kosmosg.inference.image_files import read_settings
+from megatron_kosmosg.toy.judging.toy_prompts import subject_image
 from megatron_kosmosg.toy.world import sample_scene
 
 TITLE = "KOSMOS-G"
@@ -86,7 +86,7 @@ def _leaving(sessions: Sessions) -> Callable[..., None]:
 def _draw_tab(
     studio: Studio, start: StartValues, folder: Path, sessions: Sessions
 ) -> dict[str, Any]:
-    """Returns the controls that decide how pictures look, by name."""
+    """Returns the controls that decide how images look, by name."""
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             prompt = gr.MultimodalTextbox(
@@ -289,7 +289,7 @@ def _toy_examples(folder: Path) -> list[list[dict[str, Any]]]:
     for number in range(4):
         entity = sample_scene((17, number), 1, True).entities[0]
         files.append(str(folder / f"subject-{number + 1}.png"))
-        subject_picture(entity, number).save(files[-1])
+        subject_image(entity, number).save(files[-1])
     texts = {
         "a <image> on a yellow background": files[:1],
         "a <image> and a <image> on a cyan background": files[1:3],

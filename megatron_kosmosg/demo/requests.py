@@ -13,8 +13,8 @@ from megatron_kosmosg.data.image_reading import open_image
 from megatron_kosmosg.data.image_types import UnreadableImage
 from megatron_kosmosg.data.tokenizer import IMAGE as PLACEHOLDER
 from megatron_kosmosg.foreign_files import read_file
+from megatron_kosmosg.inference.image_plan import STRENGTH
 from megatron_kosmosg.inference.noise_schedules import SAVED, SCHEDULERS
-from megatron_kosmosg.inference.picture_plan import STRENGTH
 from megatron_kosmosg.inference.prompt_records import (
     DrawingOptions,
     PromptError,

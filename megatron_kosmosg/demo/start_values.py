@@ -19,7 +19,7 @@ class StartValues:
     caption_prompt: str
     control_scale: float = 1.0
     is_toy: bool = False
-    """Whether the page has the toy's pictures as examples."""
+    """Whether the page has the toy's images as examples."""
 
 
 START_VALUES = StartValues("<image> in the snow", 6.0, 50, SAVED, 4, "")

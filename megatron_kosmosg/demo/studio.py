@@ -16,13 +16,13 @@ from megatron_kosmosg.demo.requests import NONE, DrawRequest, check_images, said
 from megatron_kosmosg.files import fingerprint
 from megatron_kosmosg.inference.captioning import continue_prompt
 from megatron_kosmosg.inference.drawing import PipelineDrawer
+from megatron_kosmosg.inference.image_files import write_image
+from megatron_kosmosg.inference.image_plan import ImagePlan, PlannedImage, RunSettings
 from megatron_kosmosg.inference.model_source import ModelSource
-from megatron_kosmosg.inference.picture_files import write_picture
-from megatron_kosmosg.inference.picture_plan import Picture, PicturePlan, RunSettings
 from megatron_kosmosg.inference.prompt_records import (
     DrawingOptions,
     PromptError,
-    open_picture,
+    open_image,
     split_prompt,
 )
 
@@ -51,8 +51,8 @@ class Studio:
 
         Args:
             drawer: draws; it shows no progress of its own from now on.
-            source: the files that the model was made of; the pictures say them.
-            dtype: name of the type of its weights; the pictures say it, too.
+            source: the files that the model was made of; the images say them.
+            dtype: name of the type of its weights; the images say it, too.
             controlnets: by the names that the page offers.
         """
         self.drawer = drawer
@@ -93,10 +93,10 @@ class Studio:
         """The names of ControlNets that a request may ask for, besides none."""
         return list(self._controlnets)
 
-    def plan(self, request: DrawRequest, defaults: DrawingOptions = DEFAULTS) -> PicturePlan:
-        """The pictures that the request asks for, with the settings of each. Raises PromptError."""
+    def plan(self, request: DrawRequest, defaults: DrawingOptions = DEFAULTS) -> ImagePlan:
+        """The images that the request asks for, with the settings of each. Raises PromptError."""
         chosen = self._chosen(request)
-        return PicturePlan(
+        return ImagePlan(
             RunSettings(
                 self.model_fingerprint,
                 request.scheduler,
@@ -151,16 +151,16 @@ class Studio:
 
         Raises PromptError for what cannot be drawn, Cancelled soon after `stop` is set.
         """
-        pictures = self.plan(request).pictures(request.record())
+        planned_images = self.plan(request).planned_images(request.record())
         with self._busy:
             self.prepare(request)
-            self.drawer.check(pictures)
-            steps = steps_of(pictures[0].options)
+            self.drawer.check(planned_images)
+            steps = steps_of(planned_images[0].options)
             on_step = step_reporter(steps, progress, stop)
-            images = self.drawer.draw(pictures, on_step)
+            images = self.drawer.draw(planned_images, on_step)
         return [
-            write_picture(image, picture, folder)
-            for image, picture in zip(images, pictures, strict=True)
+            write_image(image, planned, folder)
+            for image, planned in zip(images, planned_images, strict=True)
         ]
 
     def caption(self, prompt: str, images: Sequence[Path], max_new_tokens: int) -> str:
@@ -171,7 +171,7 @@ class Studio:
         if not content:
             raise PromptError("add an image, or write some words")
         parts: list[str | Image.Image] = [
-            part if isinstance(part, str) else open_picture(part) for part in content
+            part if isinstance(part, str) else open_image(part) for part in content
         ]
         with self._busy:
             try:
@@ -194,16 +194,16 @@ def steps_of(options: DrawingOptions) -> int:
 
 
 class SteppingDrawer:
-    """A `Drawer` (inference/generate.py) whose pictures can be watched and stopped."""
+    """A `Drawer` (inference/generate.py) whose images can be watched and stopped."""
 
     def __init__(self, drawer: PipelineDrawer, on_step: Callable[[int], None]) -> None:
         self._drawer, self._on_step = drawer, on_step
 
-    def check(self, pictures: Sequence[Picture]) -> None:
-        self._drawer.check(pictures)
+    def check(self, planned_images: Sequence[PlannedImage]) -> None:
+        self._drawer.check(planned_images)
 
-    def draw(self, pictures: Sequence[Picture]) -> list[Image.Image]:
-        return self._drawer.draw(pictures, self._on_step)
+    def draw(self, planned_images: Sequence[PlannedImage]) -> list[Image.Image]:
+        return self._drawer.draw(planned_images, self._on_step)
 
 
 def step_reporter(steps: int, progress: Progress, stop: threading.Event) -> Callable[[int], None]:

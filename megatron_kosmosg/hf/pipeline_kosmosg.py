@@ -267,15 +267,15 @@ class KosmosGPipeline(StableDiffusionPipeline):
     def _pixels(self, prompts: list[Parts], device: torch.device) -> torch.Tensor | None:
         """All images of the batch, prompt by prompt, as [n, 3, H, W]; None without any."""
         size = self.mllm.config.vision_config.image_size
-        pictures = [
+        images = [
             resize_and_crop(part, size, f"image {position} of prompt {number}")
             for number, parts in enumerate(prompts, start=1)
             for position, part in enumerate((p for p in parts if not isinstance(p, str)), start=1)
         ]
-        if not pictures:
+        if not images:
             return None
         inputs = self.mllm_image_processor(
-            pictures, do_resize=False, do_center_crop=False, return_tensors="pt"
+            images, do_resize=False, do_center_crop=False, return_tensors="pt"
         )
         return inputs.pixel_values.to(device, get_parameter_dtype(self.mllm))
 
@@ -469,7 +469,7 @@ def as_batch(prompt: str | list | None, images: Any) -> list[Parts]:
             raise ValueError(f"prompt {number} is a list and holds its images; leave out `images`")
         else:
             parts = item if isinstance(item, (list, tuple)) else [item]
-            batch.append([p if isinstance(p, str) else as_picture(p, number) for p in parts])
+            batch.append([p if isinstance(p, str) else as_image(p, number) for p in parts])
     return batch
 
 
@@ -484,11 +484,11 @@ def interleave(text: str, images: list, number: int) -> Parts:
         )
     parts: Parts = [pieces[0]]
     for image, piece in zip(images, pieces[1:], strict=True):
-        parts += [as_picture(image, number), piece]
+        parts += [as_image(image, number), piece]
     return parts
 
 
-def as_picture(image: Any, number: int) -> Image.Image:
+def as_image(image: Any, number: int) -> Image.Image:
     """The PIL image of whatever diffusers takes for one; ValueError or TypeError for the rest."""
     if isinstance(image, Image.Image):
         return image
@@ -496,7 +496,7 @@ def as_picture(image: Any, number: int) -> Image.Image:
         place = os.fspath(image)
         try:
             if place.startswith(("http://", "https://")):
-                return load_image(place, lambda picture: picture)
+                return load_image(place, lambda image: image)
             return Image.open(place)
         except (OSError, ValueError) as error:
             raise ValueError(f"prompt {number}: {place!r} cannot be read: {error}") from error

@@ -1,4 +1,4 @@
-"""One picture that shows prompts beside what was drawn: words, the prompt's pictures, results."""
+"""One image that shows prompts beside what was drawn: words, the prompt's images, results."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ INK, FAINT, RULE = (20, 20, 20), (110, 110, 110), (205, 205, 205)
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One prompt. Every picture has a label above it."""
+    """One prompt. Every image has a label above it."""
 
     text: str
-    prompt_pictures: Sequence[tuple[str, Image.Image]]
+    prompt_images: Sequence[tuple[str, Image.Image]]
     results: Sequence[tuple[str, Image.Image]]
 
 
@@ -24,10 +24,10 @@ def contact_sheet(rows: Sequence[SheetRow], cell: int) -> Image.Image:
     """The sheet; results start in the same column in every row.
 
     Args:
-        cell: pixels per side of the square that a picture is fitted into, its proportions kept.
+        cell: pixels per side of the square that an image is fitted into, its proportions kept.
     """
     step = cell + GAP
-    before = max(len(row.prompt_pictures) for row in rows) * step
+    before = max(len(row.prompt_images) for row in rows) * step
     before += 2 * GAP if before else 0
     width = GAP + before + max(len(row.results) for row in rows) * step
     width = max(width, MIN_WIDTH)
@@ -42,12 +42,12 @@ def contact_sheet(rows: Sequence[SheetRow], cell: int) -> Image.Image:
         for line in lines:
             draw.text((GAP, y), line, fill=INK, font=font)
             y += LINE_PIXELS
-        for start, pictures in ((GAP, row.prompt_pictures), (GAP + before, row.results)):
-            for j, (label, picture) in enumerate(pictures):
+        for start, images in ((GAP, row.prompt_images), (GAP + before, row.results)):
+            for j, (label, image) in enumerate(images):
                 x = start + j * step
                 place = (x + cell / 2, y + LINE_PIXELS / 2)
                 draw.text(place, label, fill=FAINT, font=font, anchor="mm")
-                fitted = _fit(picture, cell)
+                fitted = _fit(image, cell)
                 offset = ((cell - fitted.width) // 2, (cell - fitted.height) // 2)
                 sheet.paste(fitted, (x + offset[0], y + LINE_PIXELS + offset[1]))
         top += height
@@ -55,10 +55,10 @@ def contact_sheet(rows: Sequence[SheetRow], cell: int) -> Image.Image:
     return sheet
 
 
-def _fit(picture: Image.Image, cell: int) -> Image.Image:
-    factor = cell / max(picture.size)
-    size = tuple(max(1, round(side * factor)) for side in picture.size)
-    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+def _fit(image: Image.Image, cell: int) -> Image.Image:
+    factor = cell / max(image.size)
+    size = tuple(max(1, round(side * factor)) for side in image.size)
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -1,7 +1,7 @@
-"""Draws planned pictures with a KosmosGPipeline, through a ControlNet if there is one, and from
+"""Draws planned images with a KosmosGPipeline, through a ControlNet if there is one, and from
 noise or from a start image under noise.
 
-The start noise of every picture comes from a generator on the CPU with the picture's own seed, so
+The start noise of every image comes from a generator on the CPU with the image's own seed, so
 that it is the same on every device and in every batch.
 """
 
@@ -22,13 +22,13 @@ from diffusers import (
 from PIL import Image, ImageOps
 
 from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline, Parts
+from megatron_kosmosg.inference.image_plan import SIZE_UNIT, PlannedImage
 from megatron_kosmosg.inference.noise_schedules import noise_scheduler
-from megatron_kosmosg.inference.picture_plan import SIZE_UNIT, Picture
 from megatron_kosmosg.inference.prompt_records import (
     DrawingOptions,
     PromptError,
     PromptRecord,
-    open_picture,
+    open_image,
 )
 
 OnStep = Callable[[int], None]
@@ -50,7 +50,7 @@ class PipelineDrawer:
 
         Args:
             pipeline: reads the prompts and, without a ControlNet, draws.
-            controlnet: guides the drawing by each picture's control image.
+            controlnet: guides the drawing by each image's control image.
             control_scale: strength of the ControlNet.
             loras: strength of each adapter of `pipeline`, by its name.
         """
@@ -93,13 +93,13 @@ class PipelineDrawer:
         the one it was made with. Raises ConfigError for one that the U-Net cannot use."""
         self._scheduler = noise_scheduler(name, self._saved_scheduler)
 
-    def check(self, pictures: Sequence[Picture]) -> None:
+    def check(self, planned_images: Sequence[PlannedImage]) -> None:
         """Raises PromptError for a size or a prompt length that the model cannot take."""
         unit = math.lcm(SIZE_UNIT, self._pipeline.vae_scale_factor)
-        for picture in pictures:
-            if picture.index:
+        for planned in planned_images:
+            if planned.index:
                 continue
-            record, options = picture.record, picture.options
+            record, options = planned.record, planned.options
             for name in SIDES:
                 size = getattr(options, name)
                 if size is not None and size % unit:
@@ -114,13 +114,15 @@ class PipelineDrawer:
                     said = str(error).removeprefix("prompt 1 ")
                     raise PromptError(f"{record.id}: the {what} {said}") from error
 
-    def draw(self, pictures: Sequence[Picture], on_step: OnStep | None = None) -> list[Image.Image]:
-        """The pictures of a group of records that share `group_key`."""
-        firsts = [picture for picture in pictures if picture.index == 0]
+    def draw(
+        self, planned_images: Sequence[PlannedImage], on_step: OnStep | None = None
+    ) -> list[Image.Image]:
+        """The images of a group of records that share `group_key`."""
+        firsts = [planned for planned in planned_images if planned.index == 0]
         options = firsts[0].options
         guided = options.guidance > 1
         embeds, negative_embeds = self._pipeline.encode_prompt(
-            [_opened(picture.record) for picture in firsts],
+            [_opened(planned.record) for planned in firsts],
             do_classifier_free_guidance=guided,
             negative_prompt=[p.options.negative_prompt for p in firsts] if guided else None,
         )
@@ -130,9 +132,9 @@ class PipelineDrawer:
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,
             num_images_per_prompt=options.num_images,
-            generator=[torch.Generator("cpu").manual_seed(p.options.seed) for p in pictures],
+            generator=[torch.Generator("cpu").manual_seed(p.options.seed) for p in planned_images],
             output_type="np" if firsts[0].rounds_down else "pil",
-            **self._given(pictures),
+            **self._given(planned_images),
             callback_on_step_end=None if on_step is None else _step_callback(on_step),
         ).images
         if firsts[0].rounds_down:
@@ -172,36 +174,36 @@ class PipelineDrawer:
             **parts,
         )
 
-    def _given(self, pictures: Sequence[Picture]) -> dict[str, Any]:
+    def _given(self, planned_images: Sequence[PlannedImage]) -> dict[str, Any]:
         """The arguments by which the painter is told of size, start and control."""
-        firsts = [picture for picture in pictures if picture.index == 0]
+        firsts = [planned for planned in planned_images if planned.index == 0]
         options = firsts[0].options
         given: dict[str, Any] = dict(self._size(options))
         has_start = options.start_image is not None
         if self._controlnet is not None:
-            controls = [open_picture(picture.options.control_image) for picture in firsts]
+            controls = [open_image(planned.options.control_image) for planned in firsts]
             given["control_image" if has_start else "image"] = controls
             given["controlnet_conditioning_scale"] = self._control_scale
         if not has_start:
-            return given | self._shared_noise(pictures)
+            return given | self._shared_noise(planned_images)
         height, width = self._own_size()
         size = (given.get("width", width), given.get("height", height))
         if self._controlnet is None:  # diffusers takes the size from the image then
             given = {}
-        # One for each picture: of fewer, diffusers repeats the whole list.
-        starts = [open_picture(picture.options.start_image) for picture in pictures]
+        # One for each image: of fewer, diffusers repeats the whole list.
+        starts = [open_image(planned.options.start_image) for planned in planned_images]
         given["image"] = [ImageOps.fit(image, size) for image in starts]
         return given | {"strength": options.strength}
 
-    def _shared_noise(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
-        """{"latents": [n, 4, h, w]} for pictures that start from rows of one draw, {} for others.
+    def _shared_noise(self, planned_images: Sequence[PlannedImage]) -> dict[str, torch.Tensor]:
+        """{"latents": [n, 4, h, w]} for images that start from rows of one draw, {} for others.
 
         Generators of a CPU and of a GPU draw different numbers from one seed.
         """
-        rows = [p.record.noise[p.index] for p in pictures if p.record.noise]
+        rows = [p.record.noise[p.index] for p in planned_images if p.record.noise]
         if not rows:
             return {}
-        unet, size = self._pipeline.unet, self._size(pictures[0].options)
+        unet, size = self._pipeline.unet, self._size(planned_images[0].options)
         default = self._own_size()
         sides = [size.get(name, own) for name, own in zip(SIDES, default, strict=True)]
         scale = self._pipeline.vae_scale_factor
@@ -243,4 +245,4 @@ def _step_callback(on_step: OnStep) -> Callable[..., dict[str, Any]]:
 
 
 def _opened(record: PromptRecord) -> Parts:
-    return [part if isinstance(part, str) else open_picture(part) for part in record.content]
+    return [part if isinstance(part, str) else open_image(part) for part in record.content]

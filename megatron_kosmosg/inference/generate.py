@@ -1,4 +1,4 @@
-"""Draws this rank's share of a list of prompts; pictures that are finished are left as they are.
+"""Draws this rank's share of a list of prompts; images that are finished are left as they are.
 
 Ranks share nothing but the folder. Rank r takes blocks r, r + world_size, .. of `batch_size`
 records each; a block is drawn in the same calls on any number of ranks and in any continued run.
@@ -16,24 +16,24 @@ from PIL import Image
 
 from megatron_kosmosg.config.overwrites import refuse_to_overwrite
 from megatron_kosmosg.inference.contact_sheet import SheetRow, contact_sheet
-from megatron_kosmosg.inference.picture_files import is_finished, save_atomically, write_picture
-from megatron_kosmosg.inference.picture_plan import Picture, PicturePlan
-from megatron_kosmosg.inference.prompt_records import PromptRecord, open_picture
+from megatron_kosmosg.inference.image_files import is_finished, save_atomically, write_image
+from megatron_kosmosg.inference.image_plan import ImagePlan, PlannedImage
+from megatron_kosmosg.inference.prompt_records import PromptRecord, open_image
 
 MIN_CELL, MAX_CELL = 128, 256
 
 Report = Callable[[int, int], None]
-"""Called with (finished, all) pictures of this rank."""
+"""Called with (finished, all) images of this rank."""
 
 
 class Drawer(Protocol):
-    """A model with its sampler, which draws planned pictures."""
+    """A model with its sampler, which draws planned images."""
 
-    def check(self, pictures: Sequence[Picture]) -> None:
+    def check(self, planned_images: Sequence[PlannedImage]) -> None:
         """Raises PromptError for the first prompt that the model cannot take."""
 
-    def draw(self, pictures: Sequence[Picture]) -> list[Image.Image]:
-        """The pictures of one group: all of one or more records with equal `group_key`."""
+    def draw(self, planned_images: Sequence[PlannedImage]) -> list[Image.Image]:
+        """The images of one group: all of one or more records with equal `group_key`."""
         ...
 
 
@@ -42,7 +42,7 @@ class Job:
     """Prompts, how they are drawn, and where to."""
 
     records: Sequence[PromptRecord]
-    plan: PicturePlan
+    plan: ImagePlan
     folder: Path
     sheet_file: str
     batch_size: int = 1
@@ -51,57 +51,57 @@ class Job:
     world_size: int = 1
 
 
-def group_key(picture: Picture) -> tuple[object, ...]:
-    """The values that all pictures of one call must share."""
-    options = picture.options
+def group_key(planned: PlannedImage) -> tuple[object, ...]:
+    """The values that all images of one call must share."""
+    options = planned.options
     size = options.height, options.width
     start = None if options.start_image is None else options.strength
     return *size, options.steps, options.guidance, options.num_images, start
 
 
 def generate(job: Job, open_drawer: Callable[[], Drawer], report: Report) -> int:
-    """Draws this rank's missing pictures and returns their number. The model is opened only if a
-    picture is missing.
+    """Draws this rank's missing images and returns their number. The model is opened only if a
+    image is missing.
 
     Raises PromptError before anything is written if one of this rank's prompts cannot be used, and
-    ConfigError if a picture would be written over one that a prompt shows.
+    ConfigError if an image would be written over one that a prompt shows.
     """
     groups = list(_groups(job))
-    everything = [picture for group in groups for picture in group]
+    everything = [planned for group in groups for planned in group]
     missing = [[p for p in group if not is_finished(p, job.folder)] for group in groups]
     left = sum(map(len, missing))
     done = len(everything) - left
     if not left:
         report(done, done)
         return 0
-    _refuse_to_overwrite(job, [picture for group in missing for picture in group])
+    _refuse_to_overwrite(job, [planned for group in missing for planned in group])
     drawer = open_drawer()
     drawer.check(everything)
     report(done, len(everything))
     for group, wanted in zip(groups, missing, strict=True):
         if not wanted:
             continue
-        for picture, image in zip(group, drawer.draw(group), strict=True):
-            if picture in wanted:
-                write_picture(image, picture, job.folder)
+        for planned, image in zip(group, drawer.draw(group), strict=True):
+            if planned in wanted:
+                write_image(image, planned, job.folder)
                 done += 1
         report(done, len(everything))
     return left
 
 
 def write_sheet(job: Job, num_records: int) -> Path | None:
-    """The contact sheet of the first records, once all their pictures are there (else None).
+    """The contact sheet of the first records, once all their images are there (else None).
 
     The rank that finishes last finds them complete.
     """
     rows, sizes = [], []
     for record in job.records[:num_records]:
-        pictures = job.plan.pictures(record)
-        if not all(is_finished(picture, job.folder) for picture in pictures):
+        planned_images = job.plan.planned_images(record)
+        if not all(is_finished(planned, job.folder) for planned in planned_images):
             return None
-        results = [open_picture(job.folder / picture.file_name) for picture in pictures]
-        shown = [(f"[{i}]", open_picture(path)) for i, path in enumerate(record.images, start=1)]
-        labels = [f"seed {picture.options.seed}" for picture in pictures]
+        results = [open_image(job.folder / planned.file_name) for planned in planned_images]
+        shown = [(f"[{i}]", open_image(path)) for i, path in enumerate(record.images, start=1)]
+        labels = [f"seed {planned.options.seed}" for planned in planned_images]
         rows.append(SheetRow(_numbered(record), shown, list(zip(labels, results, strict=True))))
         sizes += [max(result.size) for result in results]
     if not rows:
@@ -111,20 +111,22 @@ def write_sheet(job: Job, num_records: int) -> Path | None:
     return path
 
 
-def _refuse_to_overwrite(job: Job, missing: Sequence[Picture]) -> None:
-    """Finished pictures may be shown by other prompts: they are not written again."""
+def _refuse_to_overwrite(job: Job, missing: Sequence[PlannedImage]) -> None:
+    """Finished images may be shown by other prompts: they are not written again."""
     shown = [path for record in job.records for path in record.images]
-    others = [path for picture in missing for path in picture.options.images]
-    files = [*(picture.file_name for picture in missing), job.sheet_file]
+    others = [path for planned in missing for path in planned.options.images]
+    files = [*(planned.file_name for planned in missing), job.sheet_file]
     refuse_to_overwrite([job.folder / name for name in files], [*shown, *others], "--output")
 
 
-def _groups(job: Job) -> Iterator[list[Picture]]:
+def _groups(job: Job) -> Iterator[list[PlannedImage]]:
     starts = range(0, len(job.records), job.batch_size)
     for start in starts[job.rank :: job.world_size]:
         block = job.records[start : start + job.batch_size]
-        pictures = [picture for record in block for picture in job.plan.pictures(record)]
-        for _, group in groupby(pictures, group_key):
+        planned_images = [
+            planned for record in block for planned in job.plan.planned_images(record)
+        ]
+        for _, group in groupby(planned_images, group_key):
             yield list(group)
 
 

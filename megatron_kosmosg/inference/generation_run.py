@@ -12,8 +12,8 @@ import torch
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.files import fingerprint
 from megatron_kosmosg.inference.generate import Drawer, Job, generate, write_sheet
+from megatron_kosmosg.inference.image_plan import ImagePlan, RunSettings
 from megatron_kosmosg.inference.model_source import ModelSource
-from megatron_kosmosg.inference.picture_plan import PicturePlan, RunSettings
 from megatron_kosmosg.inference.prompt_records import DrawingOptions, PromptRecord
 from megatron_kosmosg.launcher import Place
 from megatron_kosmosg.progress import Progress
@@ -46,7 +46,7 @@ class Finished:
 
     num_drawn: int
     num_kept: int
-    """Pictures that were finished before."""
+    """Images that were finished before."""
     sheet: Path | None
 
 
@@ -58,7 +58,7 @@ def run(request: Request, place: Place) -> Finished:
     above = next(path for path in (output, *output.parents) if path.exists())
     if not above.is_dir():
         raise ConfigError(f"--output {request.output}: {above} is a file")
-    plan = PicturePlan(
+    plan = ImagePlan(
         RunSettings(
             model=source.model_fingerprint(),
             scheduler=request.scheduler,

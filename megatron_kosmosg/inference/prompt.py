@@ -1,6 +1,6 @@
-"""An interleaved list of words and pictures -> the model's prompt (authors' demo).
+"""An interleaved list of words and images -> the model's prompt (authors' demo).
 
-`["a", picture, "in the snow"]` becomes <s> a <image> slots </image> in the snow; every fragment is
+`["a", image, "in the snow"]` becomes <s> a <image> slots </image> in the snow; every fragment is
 tokenized on its own, and no </s> follows.
 """
 

@@ -1,8 +1,8 @@
-"""What is asked for: words and pictures in order, with settings of their own; one or a JSONL file.
+"""What is asked for: words and images in order, with settings of their own; one or a JSONL file.
 
-A JSONL record is an object with these fields, all but the prompt optional; pictures are named
+A JSONL record is an object with these fields, all but the prompt optional; images are named
 relative to the folder of the file, and lie in it:
-  prompt           words, with `<image>` where a picture goes; needs as many `images`
+  prompt           words, with `<image>` where an image goes; needs as many `images`
   images           list of files
   content          instead of the two: [{"text": ..} or {"image": file}, ...], where words are
                    words, also "<image>"
@@ -31,7 +31,7 @@ from megatron_kosmosg.data.tokenizer import IMAGE as PLACEHOLDER
 from megatron_kosmosg.foreign_files import OutsideFolder, inside, parse_json, read_file
 
 Part = str | Path
-"""Words, or the file of a picture."""
+"""Words, or the file of an image."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
 _WHOLE_NUMBERS = {
@@ -55,7 +55,7 @@ class DrawingOptions:
 
     negative_prompt: str | None = None
     seed: int | None = None
-    """Seed of the first picture; the next ones count up."""
+    """Seed of the first image; the next ones count up."""
     num_images: int | None = None
     steps: int | None = None
     guidance: float | None = None
@@ -86,23 +86,23 @@ class NoiseRow:
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One prompt: words and pictures in order, and how it is to be drawn."""
+    """One prompt: words and images in order, and how it is to be drawn."""
 
     id: str | None
-    """Names its pictures; None until its settings are known."""
+    """Names its images; None until its settings are known."""
     content: tuple[Part, ...]
     options: DrawingOptions = field(default_factory=DrawingOptions)
     noise: tuple[NoiseRow, ...] = ()
-    """Start noise of each of its pictures in place of what their seeds give."""
+    """Start noise of each of its images in place of what their seeds give."""
 
     @property
     def images(self) -> list[Path]:
-        """The files of the prompt's pictures, in order."""
+        """The files of the prompt's images, in order."""
         return [part for part in self.content if isinstance(part, Path)]
 
     @property
     def text(self) -> str:
-        """The prompt for people: words with `<image>` for every picture."""
+        """The prompt for people: words with `<image>` for every image."""
         return " ".join(PLACEHOLDER if isinstance(p, Path) else p for p in self.content)
 
 
@@ -114,7 +114,7 @@ def read_records(path: Path, image_root: Path | None = None) -> list[PromptRecor
     """The records of a JSONL file. Raises PromptError for the first bad one, naming its line.
 
     Args:
-        image_root: another folder in which pictures may lie, besides that of the file.
+        image_root: another folder in which images may lie, besides that of the file.
     """
     try:
         # Not splitlines: JSON allows U+2028, which it takes for a line's end, inside strings.
@@ -147,7 +147,7 @@ def read_records(path: Path, image_root: Path | None = None) -> list[PromptRecor
 def parse_record(
     given: Any, folder: Path, place: str, default_id: str, image_root: Path | None = None
 ) -> PromptRecord:
-    """The record of a JSON object; `place` names it in errors. Its pictures lie in `folder`, by
+    """The record of a JSON object; `place` names it in errors. Its images lie in `folder`, by
     their names relative to it, or in `image_root`."""
     if not isinstance(given, dict):
         raise PromptError(f"{place}: a record is a JSON object, not {_short(given)}")
@@ -170,20 +170,20 @@ def parse_record(
     else:
         content = _placeholder_content(given["prompt"], given.get("images", []), folder, place)
     record = PromptRecord(name, content, _options(given, folder, place))
-    for picture in (*record.images, *record.options.images):
-        if picture is not None:
-            _check_place(picture, folder, place, image_root)
+    for image in (*record.images, *record.options.images):
+        if image is not None:
+            _check_place(image, folder, place, image_root)
     return record
 
 
-def _check_place(picture: Path, folder: Path, place: str, image_root: Path | None) -> None:
-    named = picture.relative_to(folder) if picture.is_relative_to(folder) else picture
+def _check_place(image: Path, folder: Path, place: str, image_root: Path | None) -> None:
+    named = image.relative_to(folder) if image.is_relative_to(folder) else image
     try:
         inside(folder, str(named), image_root)
     except OutsideFolder:
         raise PromptError(
-            f"{place}: {picture} lies outside the folder of the file; --image-root "
-            f"{picture.resolve().parent} allows that one, too"
+            f"{place}: {image} lies outside the folder of the file; --image-root "
+            f"{image.resolve().parent} allows that one, too"
         ) from None
 
 
@@ -257,8 +257,8 @@ def _options(given: Mapping[str, Any], folder: Path, place: str) -> DrawingOptio
     return DrawingOptions(**values)
 
 
-def open_picture(path: Path) -> Image.Image:
-    """The RGB picture of a file, upright. Raises PromptError if it cannot be decoded."""
+def open_image(path: Path) -> Image.Image:
+    """The RGB image of a file, upright. Raises PromptError if it cannot be decoded."""
     try:
         return read_image(read_file(path))
     except FileNotFoundError:

@@ -44,7 +44,7 @@ def one_process(config: RunConfig) -> Iterator[Layout]:
 
 
 class TrainedModel:
-    """A run's model in eval mode. Prompts are interleaved lists of words and pictures."""
+    """A run's model in eval mode. Prompts are interleaved lists of words and images."""
 
     def __init__(self, run: Path, layout: Layout) -> None:
         checkpoint = find_checkpoint(run, given_as="")

@@ -1,4 +1,4 @@
-"""Samples of a stream as what a page shows of them: facts, text, marks and pictures."""
+"""Samples of a stream as what a page shows of them: facts, text, marks and images."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from megatron_kosmosg.pages import data_uri
 STORED_PIXELS, PROMPT_PIXELS, TARGET_PIXELS = 96, 168, 300
 """Longer side of what is shown: twice the heights of page.css."""
 PNG_BYTES, JPEG_QUALITY = 8 << 10, 80
-"""Pictures that are larger as PNG are shown as JPEG: photos, not masks and drawings. A packed row
-of the paper's sizes has up to 31 pictures, so that what one takes decides the size of the page."""
+"""Images that are larger as PNG are shown as JPEG: photos, not masks and drawings. A packed row
+of the paper's sizes has up to 31 images, so that what one takes decides the size of the page."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One token of text, one mark, or one picture in place of its slots."""
+    """One token of text, one mark, or one image in place of its slots."""
 
     text: str = ""
-    picture: str | None = None
-    """Address that holds the picture."""
+    image: str | None = None
+    """Address that holds the image."""
     classes: str = ""
     """Of the page's style."""
     ends_run: bool = False
@@ -47,9 +47,9 @@ class Card:
     facts: str
     prompt: list[Piece]
     target: str | None = None
-    """Address that holds the picture that is learned; None where a sample has none."""
+    """Address that holds the image that is learned; None where a sample has none."""
     stored: list[str | None] | None = None
-    """Addresses of the stored pictures, None for those that cannot be decoded; None where a row
+    """Addresses of the stored images, None for those that cannot be decoded; None where a row
     holds parts of many samples."""
     fields: str = ""
     """JSON of the stored text."""
@@ -78,9 +78,8 @@ class SampleCards:
         bad = int(batch["bad_samples"])
         spoiled = f", {bad} bad images" if bad else ""
         tokens = batch["tokens"][0, :length].tolist()
-        pictures = [
-            _picture(image * self._std + self._mean, PROMPT_PIXELS)
-            for image in batch["pixel_values"]
+        images = [
+            _image(image * self._std + self._mean, PROMPT_PIXELS) for image in batch["pixel_values"]
         ]
         if isinstance(sample, PackedRow):
             counted = batch["loss_mask"][0]
@@ -88,13 +87,13 @@ class SampleCards:
             facts += f", {padding} padding, {int(counted.sum())} labels count{spoiled}"
             # A label belongs to the token it is the label of, one place further on.
             counts = [False, *(counted[: length - 1] > 0).tolist()]
-            return Card(facts, self._pieces(tokens, counts, pictures))
+            return Card(facts, self._pieces(tokens, counts, images))
         facts += f", sample {sample.key}{spoiled}"
         raw = self._store[sample.index]
         return Card(
             facts,
-            self._pieces(tokens, [False] * length, pictures),
-            target=_picture(batch["target_pixel_values"][0] / 2 + 0.5, TARGET_PIXELS),
+            self._pieces(tokens, [False] * length, images),
+            target=_image(batch["target_pixel_values"][0] / 2 + 0.5, TARGET_PIXELS),
             stored=[
                 _encoded(part.tobytes())
                 for part, mode in zip(raw.parts, raw.modes, strict=True)
@@ -103,14 +102,14 @@ class SampleCards:
             fields=json.dumps(raw.info, ensure_ascii=False),
         )
 
-    def _pieces(self, tokens: list[int], counts: list[bool], pictures: list[str]) -> list[Piece]:
-        """Text runs with their token boundaries, marks, and pictures in place of their slots."""
-        tokenizer, place, seen = self._tokenizer, 0, iter(pictures)
+    def _pieces(self, tokens: list[int], counts: list[bool], images: list[str]) -> list[Piece]:
+        """Text runs with their token boundaries, marks, and images in place of their slots."""
+        tokenizer, place, seen = self._tokenizer, 0, iter(images)
         marks = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>"}
         pieces: list[Piece] = []
         while place < len(tokens):
             if tokens[place] == tokenizer.image_id:
-                pieces.append(Piece(picture=next(seen)))
+                pieces.append(Piece(image=next(seen)))
                 place += self._format.image_length
                 continue
             end = place
@@ -136,8 +135,8 @@ class SampleCards:
         return pieces
 
 
-def _picture(pixels: torch.Tensor, side: int) -> str:
-    """A picture for the page. `pixels` is [3, height, width] in [0, 1]; `side` the most that it may
+def _image(pixels: torch.Tensor, side: int) -> str:
+    """An image for the page. `pixels` is [3, height, width] in [0, 1]; `side` the most that it may
     measure on the page."""
     array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     image = Image.fromarray(array)

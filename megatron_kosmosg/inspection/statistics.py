@@ -61,7 +61,7 @@ def looked_at(store: SampleStore) -> np.ndarray:
 
 
 def length_statistics(store: SampleStore) -> list[Lengths]:
-    """Text tokens, pictures and picture bytes per sample, from the index alone; of large datasets
+    """Text tokens, images and image bytes per sample, from the index alone; of large datasets
     those of `looked_at`."""
     chosen = looked_at(store)
     tokens, images, image_bytes = (np.zeros(len(chosen), np.int64) for _ in range(3))

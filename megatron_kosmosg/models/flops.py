@@ -15,10 +15,10 @@ TRAINED, PASSED_THROUGH = 3, 2
 
 
 def pretrain_flops(config: RunConfig, num_tokens: int, num_images: int) -> float:
-    """FLOPs of one update on `num_tokens` packed positions with `num_images` pictures in them."""
+    """FLOPs of one update on `num_tokens` packed positions with `num_images` images in them."""
     rows = num_tokens / config.data.seq_length
     language = decoder_flops(config, num_tokens, rows) + head_flops(config, num_tokens)
-    return TRAINED * language + _pictures(config, num_images)
+    return TRAINED * language + _images(config, num_images)
 
 
 def align_flops(config: RunConfig, num_tokens: int, num_captions: int) -> float:
@@ -31,7 +31,7 @@ def align_flops(config: RunConfig, num_tokens: int, num_captions: int) -> float:
 
 
 def instruct_flops(config: RunConfig, num_tokens: int, num_images: int, num_targets: int) -> float:
-    """FLOPs of one update: `num_targets` prompts, `num_images` pictures in them, `num_tokens`
+    """FLOPs of one update: `num_targets` prompts, `num_images` images in them, `num_tokens`
     positions with padding. The null condition's row is left out."""
     adapters = adapter_flops(config, num_tokens)
     language = updates(config, "decoder") * decoder_flops(config, num_tokens, num_targets)
@@ -42,7 +42,7 @@ def instruct_flops(config: RunConfig, num_tokens: int, num_images: int, num_targ
         config.model.aligner.num_queries,
         with_vae=config.data.latent_cache is None,
     )
-    ours = language + TRAINED * adapters + aligner + _pictures(config, num_images)
+    ours = language + TRAINED * adapters + aligner + _images(config, num_images)
     return ours + num_targets * score
 
 
@@ -147,7 +147,7 @@ def clip_text_flops(config: RunConfig, num_captions: float) -> float:
     return num_captions * shape.num_layers * _layer(shape.width, shape.ffn_width, tokens, tokens)
 
 
-def _pictures(config: RunConfig, num_images: float) -> float:
+def _images(config: RunConfig, num_images: float) -> float:
     """Image tower with its last blocks trained, and the resampler, where they train."""
     trained = updates(config, "vision_encoder") - 1
     return (
@@ -158,7 +158,7 @@ def _pictures(config: RunConfig, num_images: float) -> float:
 
 
 def _patches(config: RunConfig) -> int:
-    """Positions of one picture in the image tower, class token included."""
+    """Positions of one image in the image tower, class token included."""
     return (config.model.vision.image_size // config.model.vision.patch_size) ** 2 + 1
 
 

@@ -1,4 +1,4 @@
-"""From a condition to pictures: the reverse diffusion loop with classifier-free guidance.
+"""From a condition to images: the reverse diffusion loop with classifier-free guidance.
 
 DPM-Solver++ (arXiv 2211.01095) on the folder's own noise schedule, as the authors sample.
 """

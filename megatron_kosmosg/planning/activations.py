@@ -103,8 +103,8 @@ def stage_activations(
     decoder, aligner = _decoder(config, pieces, element), _aligner(config, element)
     facts = stage_facts(config.stage)
     saved, passing = 0.0, 0.0
-    if facts.trains_decoder and pieces.first_decoder_layer == 0 and batch.pictures:
-        saved += _pictures(config, batch.pictures, element)
+    if facts.trains_decoder and pieces.first_decoder_layer == 0 and batch.prompt_images:
+        saved += _image_tower(config, batch.prompt_images, element)
     if pieces.num_decoder_layers:
         held = decoder.encoder(batch.positions, recompute)
         saved += held if facts.trains_decoder else 0
@@ -155,7 +155,7 @@ def _aligner(config: RunConfig, element: int) -> _Stack:
     )
 
 
-def _pictures(config: RunConfig, pictures: float, element: int) -> float:
+def _image_tower(config: RunConfig, prompt_images: float, element: int) -> float:
     """Trained blocks of the image tower, post-norm, scaling, and the resampler."""
     vision, width = config.model.vision, config.model.decoder.hidden_size
     tp = config.parallel.tensor_model_parallel_size
@@ -165,4 +165,4 @@ def _pictures(config: RunConfig, pictures: float, element: int) -> float:
     block = (9 * vision.hidden_size + 3 * vision.ffn_hidden_size) * vision.num_trainable_layers
     tower = patches * (block + 4 * vision.hidden_size)
     resampler = (patches + queries) * width * (1 + 2 / tp) + queries * width * (1 + 2 / tp)
-    return pictures * (tower + resampler) * element
+    return prompt_images * (tower + resampler) * element

@@ -42,7 +42,7 @@ def faster_layouts(
     config: RunConfig, planned: Estimate, candidates: Sequence[Candidate]
 ) -> list[Faster]:
     """The best of a search, the best that reads the same targets as `config` (cached latents or
-    pictures), and the best with the same placement of the U-Net; only what is much faster.
+    images), and the best with the same placement of the U-Net; only what is much faster.
 
     Args:
         candidates: those that fit, fastest first.

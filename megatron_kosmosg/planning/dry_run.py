@@ -135,18 +135,18 @@ def batch_table(config: RunConfig, world_size: int) -> str:
         lines.append(
             f"{tokens:,} tokens an update ({rows} rows of {longest.length}; image slots count)"
         )
-        without_pictures = flops(tokens, 0, rows)
-        picture = flops(tokens, 1, rows) - without_pictures
+        without_images = flops(tokens, 0, rows)
+        image = flops(tokens, 1, rows) - without_images
         lines.append(
-            f"{without_pictures / 1e12:,.4g} TFLOP an update, and {picture / 1e12:.3g} for each "
+            f"{without_images / 1e12:,.4g} TFLOP an update, and {image / 1e12:.3g} for each "
             "image in it"
         )
     else:
-        work = flops(tokens, int(longest.pictures * rows), rows)
-        pictures = f" with {longest.pictures:g} images" if longest.pictures else ""
+        work = flops(tokens, int(longest.prompt_images * rows), rows)
+        prompt_images = f" with {longest.prompt_images:g} images" if longest.prompt_images else ""
         lines.append(
             f"{work / 1e12:,.4g} TFLOP an update for prompts of {longest.length} positions"
-            f"{pictures}"
+            f"{prompt_images}"
         )
     return "\n".join([*lines, *(f"note: {note}" for note in assumed_kinds(config))])
 

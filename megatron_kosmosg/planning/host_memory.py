@@ -196,7 +196,7 @@ def _batches(config: RunConfig, batches: Sequence[MicroBatch]) -> float:
         pixels = 3 * data.target_image_size**2
         targets = 2 * latents + (2 * latents if data.latent_cache is not None else pixels)
     largest = max(
-        batch.positions * (8 + 2) + batch.pictures * 3 * side**2 + batch.images * targets
+        batch.positions * (8 + 2) + batch.prompt_images * 3 * side**2 + batch.images * targets
         for batch in batches
     )
     read_ahead = max(2, 2 * threads)

@@ -52,7 +52,7 @@ consists, each a copy more: one and one for every million elements, up to six. R
 and 128 replicas."""
 
 
-def launches(config: RunConfig, pieces: StagePieces, is_last: bool, pictures: float) -> Launches:
+def launches(config: RunConfig, pieces: StagePieces, is_last: bool, images: float) -> Launches:
     """The kernels of a pipeline stage, without those of the frozen U-Net."""
     is_first = pieces.first_decoder_layer == 0
     facts = stage_facts(config.stage)
@@ -68,7 +68,7 @@ def launches(config: RunConfig, pieces: StagePieces, is_last: bool, pictures: fl
         forward += layers * layer.forward
         if is_trained:
             backward += layers * (layer.backward + again * layer.forward)
-    if is_first and pictures:
+    if is_first and images:
         forward += config.model.vision.num_layers * IMAGE_BLOCK.forward
     if is_last and facts.has_text_encoder:
         forward += 12 * TEXT_ENCODER_LAYER.forward

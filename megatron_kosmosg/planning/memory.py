@@ -85,7 +85,7 @@ def decoder_memory(
     parallel, precision = config.parallel, config.training.precision
     element = ELEMENT_BYTES[precision]
     is_last = pp_rank == world.pp_size - 1
-    largest = max(batches, key=lambda batch: (batch.positions, batch.pictures))
+    largest = max(batches, key=lambda batch: (batch.positions, batch.prompt_images))
     activations = stage_activations(config, pieces, is_last, largest)
     in_flight = min(world.pp_size - pp_rank + _ahead(config, world), len(batches))
     sharing = world.num_replicas if parallel.use_distributed_optimizer else 1

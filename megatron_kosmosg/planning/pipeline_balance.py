@@ -51,7 +51,7 @@ def balanced_layout(config: RunConfig) -> str | None:
 
 
 def _loads(config: RunConfig, parts: tuple[str, ...]) -> tuple[float, float, float]:
-    """FLOPs of an ordinary micro-batch: pictures, one decoder layer, what follows the decoder."""
+    """FLOPs of an ordinary micro-batch: images, one decoder layer, what follows the decoder."""
     (batch,) = micro_batches(config, 1)
     whole = replace(
         config.parallel,

@@ -1,4 +1,4 @@
-"""Pictures of who does what: a table for the terminal, an SVG of the nodes for pages."""
+"""Images of who does what: a table for the terminal, an SVG of the nodes for pages."""
 
 from __future__ import annotations
 

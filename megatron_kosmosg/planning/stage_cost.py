@@ -34,13 +34,13 @@ def stage_work(
     facts = stage_facts(config.stage)
     again = 1 if config.training.recompute == "full" else 0
     done: list[Work] = []
-    if is_first and batch.pictures:
-        seen = flops.vision_flops(config, batch.pictures)
-        trained = flops.trained_vision_flops(config, batch.pictures)
+    if is_first and batch.prompt_images:
+        seen = flops.vision_flops(config, batch.prompt_images)
+        trained = flops.trained_vision_flops(config, batch.prompt_images)
         trained *= flops.updates(config, "vision_encoder") - 1
-        done.append(Work("vision", "vision", seen, trained, batch.pictures))
-        resampled = flops.resampler_flops(config, batch.pictures) / tp
-        queries = batch.pictures * config.model.resampler.num_latent_queries / tp
+        done.append(Work("vision", "vision", seen, trained, batch.prompt_images))
+        resampled = flops.resampler_flops(config, batch.prompt_images) / tp
+        queries = batch.prompt_images * config.model.resampler.num_latent_queries / tp
         back = resampled * (flops.updates(config, "resampler") - 1)
         done.append(Work("resampler", "aligner", resampled, back, queries))
     if pieces.num_decoder_layers:
@@ -221,7 +221,7 @@ def _pass_cost(
 ) -> _PassCost:
     work = stage_work(config, piece, is_last, batch)
     scored = score_work(config, -(-batch.images // world.tp_size)) if scores_itself else []
-    ahead, back = launches(config, piece, is_last, batch.pictures)
+    ahead, back = launches(config, piece, is_last, batch.prompt_images)
     if scores_itself:
         more = score_launches(config)
         ahead, back = ahead + more.forward, back + more.backward

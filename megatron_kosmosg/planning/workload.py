@@ -1,4 +1,4 @@
-"""The samples a plan reckons with: length and pictures of each kind, and how micro-batches pad.
+"""The samples a plan reckons with: length and images of each kind, and how micro-batches pad.
 
 Lengths are those usual for each kind (data/kinds); the data itself is not opened, only its
 manifests, for the kinds. Samples are dealt to micro-batches by
@@ -29,7 +29,7 @@ class MixtureEntry:
     """Of the global batch."""
     length: int
     """Decoder positions."""
-    pictures: float
+    prompt_images: float
     """In the prompt."""
 
 
@@ -43,7 +43,7 @@ class MicroBatch:
     """Rows of the decoder, null condition included."""
     length: int
     """Positions of each row, padding included."""
-    pictures: float
+    prompt_images: float
     """For the image tower, over all rows."""
 
     @property
@@ -123,9 +123,11 @@ def micro_batches(config: RunConfig, count: int) -> list[MicroBatch]:
         span = (index / count, (index + 1) / count) if by_length else (0.0, 1.0)
         shares = _shares(entries, *span)
         length = max(entry.length for entry, share in zip(entries, shares, strict=True) if share)
-        pictures = sum(e.pictures * s for e, s in zip(entries, shares, strict=True)) / sum(shares)
+        prompt_images = sum(
+            e.prompt_images * s for e, s in zip(entries, shares, strict=True)
+        ) / sum(shares)
         rows = images + facts.has_null_row
-        batches.append(MicroBatch(images, rows, length, images * pictures))
+        batches.append(MicroBatch(images, rows, length, images * prompt_images))
     return batches
 
 

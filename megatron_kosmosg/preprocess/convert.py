@@ -1,4 +1,4 @@
-"""What the records of a shard are converted with: the tokenizer, the check of pictures, options."""
+"""What the records of a shard are converted with: the tokenizer, the check of images, options."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron_kosmosg.data.kinds.record import Record, Rejected, text_field
 from megatron_kosmosg.data.sentences import sentence_table
 from megatron_kosmosg.data.stored_sample import RawSample
 from megatron_kosmosg.data.tokenizer import Tokenizer
+from megatron_kosmosg.preprocess.image_check import ImageCheck
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.pictures import PictureCheck
 
 NOT_PACKED = np.zeros((0, 2), np.int32)
 
@@ -22,7 +22,7 @@ class Conversion:
 
     def __init__(self, tokenizer: Tokenizer, options: Options | None = None) -> None:
         self.options = options or Options()
-        self.pictures = PictureCheck(self.options)
+        self.image_check = ImageCheck(self.options)
         self._tokenizer = tokenizer
 
     def encode(self, text: str) -> np.ndarray:
@@ -39,12 +39,12 @@ class Conversion:
         return text, ids
 
     def image(self, record: Record, fields: dict[str, Any], name: str) -> bytes:
-        """The stored form of a field's picture (PictureCheck.read)."""
-        return self.pictures.read(record, fields, name)
+        """The stored form of a field's image (ImageCheck.read)."""
+        return self.image_check.read(record, fields, name)
 
     def mask(self, record: Record, fields: dict[str, Any], name: str, image: bytes) -> bytes | None:
-        """The stored form of a field's mask (PictureCheck.read_mask)."""
-        return self.pictures.read_mask(record, fields, name, image)
+        """The stored form of a field's mask (ImageCheck.read_mask)."""
+        return self.image_check.read_mask(record, fields, name, image)
 
     def sentences(self, kind: SampleKind, converted: Converted) -> np.ndarray:
         """The sentence table of a sample; empty for kinds that are not packed."""

@@ -19,7 +19,7 @@ class Counts:
     tokens: int = 0
     images: int = 0
     output_bytes: int = 0
-    """Bytes of the pictures and tokens that were written."""
+    """Bytes of the images and tokens that were written."""
     rejects: Counter[str] = field(default_factory=Counter)
     """Records left out, by reason."""
     left_out: Counter[str] = field(default_factory=Counter)
@@ -27,7 +27,7 @@ class Counts:
     notes: Counter[str] = field(default_factory=Counter)
     """What else users should know of the records, see Record.note."""
     verified: int = 0
-    """Pictures that were checked."""
+    """Images that were checked."""
     verify_seconds: float = 0.0
     """CPU time of the checks, added over workers."""
     work_seconds: float = 0.0
@@ -86,7 +86,7 @@ def said_reasons(what: str, reasons: Counter[str]) -> str:
 
 
 def verification(counts: Counts) -> str:
-    """One line on what checking the pictures took."""
+    """One line on what checking the images took."""
     share = 100 * counts.verify_seconds / max(counts.work_seconds, 1e-9)
     rate = counts.verified / max(counts.verify_seconds, 1e-9)
     return (

@@ -1,4 +1,4 @@
-"""The JSONL reader: one JSON object a line, pictures named relative to the file's folder."""
+"""The JSONL reader: one JSON object a line, images named relative to the file's folder."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class LatentJob:
     shard_size: int = 1024
     """Samples whose moments are lost at most when a rank ends."""
     num_workers: int = 2
-    """Threads that decode pictures."""
+    """Threads that decode images."""
     max_bad_images: int = 100
     """Target images that may be undecodable; one must be decodable in any case."""
 
@@ -167,7 +167,7 @@ def _refuse_to_overwrite(job: LatentJob, prefix: str) -> None:
 
 
 def _check(job: LatentJob, bad: BadTargets) -> None:
-    """Raises TooManyBadImages, also for a set without one picture that can be decoded."""
+    """Raises TooManyBadImages, also for a set without one image that can be decoded."""
     is_hopeless = bad.count == len(job.store)
     if bad.count > job.max_bad_images or is_hopeless:
         allowed = "one must be" if is_hopeless else f"--max-bad-images allows {job.max_bad_images}"
@@ -230,8 +230,8 @@ def _decoded(
 
     def read(first: int) -> tuple[torch.Tensor, list[BadImage]]:
         batch = range(first, min(first + job.batch_size, samples.stop))
-        pictures = [bytes(target(job.store[i])) for i in batch]
-        return decoder.try_levels(pictures, job.transform)
+        images = [bytes(target(job.store[i])) for i in batch]
+        return decoder.try_levels(images, job.transform)
 
     ahead: deque[tuple[int, Future]] = deque()
     starts = iter(range(samples.start, samples.stop, job.batch_size))

@@ -24,12 +24,12 @@ from megatron_kosmosg.data.kinds.record import (
     text_field,
 )
 from megatron_kosmosg.foreign_files import parse_json
+from megatron_kosmosg.preprocess.image_check import ImageCheck
 from megatron_kosmosg.preprocess.lines import decode_utf8
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.pictures import PictureCheck
 from megatron_kosmosg.preprocess.tags import mask_between, tag_entities
 
-Layout = Callable[[Record, PictureCheck], Iterator[Record]]
+Layout = Callable[[Record, ImageCheck], Iterator[Record]]
 
 UNUSED_TAG = "entities: tag is a colour, in no word or in those of two tags"
 _CAPTION_NAMES = {
@@ -38,7 +38,7 @@ _CAPTION_NAMES = {
 }
 _TEXT_FIELDS = ("key", "text", "caption", "instruction")
 _LIST_FIELDS = ("entities", "content", "text_list", "image_info", "texts", "images")
-"""Fields for which a file that --field names holds text, and JSON; for others a picture."""
+"""Fields for which a file that --field names holds text, and JSON; for others an image."""
 _EDIT_NAMES = {
     "caption": ("original_prompt",),
     "image": ("original_image",),
@@ -48,7 +48,7 @@ _EDIT_NAMES = {
 
 
 def canonical_records(
-    kind: str, record: Record, options: Options, pictures: PictureCheck
+    kind: str, record: Record, options: Options, image_check: ImageCheck
 ) -> Iterator[Record]:
     """The records (several for a row with several pairs) that `record` stands for.
 
@@ -57,12 +57,12 @@ def canonical_records(
     """
     layout = _LAYOUTS.get(kind, _as_it_is)
     if not options.fields:
-        yield from layout(record, pictures)
+        yield from layout(record, image_check)
         return
     named = {ours: _named(record, ours, theirs) for ours, theirs in options.fields}
     fields = record.fields | {ours: value for ours, value in named.items() if is_filled(value)}
     used = {theirs for _, theirs in options.fields} - named.keys()
-    for found in layout(replace(record, fields=fields), pictures):
+    for found in layout(replace(record, fields=fields), image_check):
         rest = {name: value for name, value in found.fields.items() if name not in used}
         yield replace(found, fields=rest)
 
@@ -84,11 +84,11 @@ def _named(record: Record, ours: str, theirs: str) -> object:
     return member
 
 
-def _as_it_is(record: Record, pictures: PictureCheck) -> Iterator[Record]:
+def _as_it_is(record: Record, image_check: ImageCheck) -> Iterator[Record]:
     yield record
 
 
-def _caption(record: Record, pictures: PictureCheck) -> Iterator[Record]:
+def _caption(record: Record, image_check: ImageCheck) -> Iterator[Record]:
     if "columns" not in record.fields:
         yield _renamed(record, _CAPTION_NAMES)
         return
@@ -102,7 +102,7 @@ def _caption(record: Record, pictures: PictureCheck) -> Iterator[Record]:
     )
 
 
-def _interleaved(record: Record, pictures: PictureCheck) -> Iterator[Record]:
+def _interleaved(record: Record, image_check: ImageCheck) -> Iterator[Record]:
     fields = record.fields
     if "content" in fields:
         yield record
@@ -115,7 +115,7 @@ def _interleaved(record: Record, pictures: PictureCheck) -> Iterator[Record]:
 
 
 def _mmc4_content(fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each picture stands before the sentence that MMC4 matched it with."""
+    """Each image stands before the sentence that MMC4 matched it with."""
     sentences = list_field(fields, "text_list")
     before: list[list[dict[str, Any]]] = [[] for _ in sentences]
     for info in list_field(fields, "image_info"):
@@ -151,7 +151,7 @@ def _obelics_content(fields: dict[str, Any]) -> list[dict[str, Any]]:
     return content
 
 
-def _edit(record: Record, pictures: PictureCheck) -> Iterator[Record]:
+def _edit(record: Record, image_check: ImageCheck) -> Iterator[Record]:
     if "columns" not in record.fields:
         yield _renamed(record, _EDIT_NAMES)
         return
@@ -171,7 +171,7 @@ def _edit(record: Record, pictures: PictureCheck) -> Iterator[Record]:
         )
 
 
-def _compositional(record: Record, pictures: PictureCheck) -> Iterator[Record]:
+def _compositional(record: Record, image_check: ImageCheck) -> Iterator[Record]:
     if "columns" not in record.fields:
         yield record
         return
@@ -185,7 +185,7 @@ def _compositional(record: Record, pictures: PictureCheck) -> Iterator[Record]:
     entities = []
     for number, entity in tag_entities(caption, tags):
         crop, on_white = (_base64(columns[3 + 2 * number + i]) for i in (0, 1))
-        shown = [pictures.decoded(data, "image") for data in (crop, on_white)]
+        shown = [image_check.decoded(data, "image") for data in (crop, on_white)]
         mask = mask_between(*shown)
         entities.append(entity | {"image": crop, "mask": mask})
     fields = {"caption": caption, "image": _base64(columns[2]), "entities": entities}

@@ -22,7 +22,7 @@ from megatron_kosmosg.preprocess.arrow import open_zstandard
 from megatron_kosmosg.preprocess.records import Shard
 
 MAX_TEXT_BYTES = 128 << 20
-"""Of a line or a document; lines of TSV hold pictures."""
+"""Of a line or a document; lines of TSV hold images."""
 _PIECE = 1 << 20
 PACKED_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 _BEGINNINGS = {

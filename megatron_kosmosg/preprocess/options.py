@@ -27,21 +27,21 @@ class Options:
     verify_images: Verification = "decode"
     """"header" does not notice a truncated file."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
-    """Width times height beyond which a picture is rejected before it is decoded."""
+    """Width times height beyond which an image is rejected before it is decoded."""
     min_image_side: int = 1
-    """Pixels of the shorter side below which a picture is rejected; not asked of masks."""
+    """Pixels of the shorter side below which an image is rejected; not asked of masks."""
     image_root: str | None = None
-    """Folder that file names of pictures refer to; None: that of the file which names them."""
+    """Folder that file names of images refer to; None: that of the file which names them."""
     fields: tuple[tuple[str, str], ...] = ()
     """(our name of a field, its name in the input)."""
     text_documents: DocumentBreak = "blank"
     """Where a document of a plain text file ends."""
     min_images: int = 0
-    """Pictures that an interleaved document needs."""
+    """Images that an interleaved document needs."""
     max_images: int | None = None
-    """Pictures of an interleaved document that are kept, from its start; None keeps all."""
+    """Images of an interleaved document that are kept, from its start; None keeps all."""
     drop_bad_images: bool = False
-    """Leave unusable pictures out of interleaved documents instead of rejecting the documents."""
+    """Leave unusable images out of interleaved documents instead of rejecting the documents."""
 
     def check(self, kind: SampleKind) -> None:
         """Raises ValueError for choices that are impossible or that `kind` does not know."""

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 BATCH_ROWS = 64
-"""Rows in memory at a time; a row can hold several pictures."""
+"""Rows in memory at a time; a row can hold several images."""
 BUFFER_BYTES = 1 << 20
 """Of each column that are read at a time."""
 
 
 class ParquetReader:
-    """Rows as Python values; pictures are bytes, {"bytes", "path"} or file names."""
+    """Rows as Python values; images are bytes, {"bytes", "path"} or file names."""
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
         """Cuts the file into shards, as Reader asks for. `offset` is the row group."""

@@ -1,4 +1,4 @@
-"""The reader of InstructPix2Pix as it is published: a folder per prompt with its picture pairs.
+"""The reader of InstructPix2Pix as it is published: a folder per prompt with its image pairs.
 
 ROOT/[shard-00/]0000123/prompt.json      {"input" (or "caption"), "edit", "output", ...}
 ROOT/[shard-00/]0000123/SEED_0.jpg, SEED_1.jpg   before and after, any number of seeds
@@ -22,7 +22,7 @@ from megatron_kosmosg.preprocess.records import BadRecord, Folder, Shard, ShardS
 
 _TEXTS = {"caption": ("input", "caption"), "instruction": ("edit",), "output": ("output",)}
 """{our name: names in prompt.json}; the first that says anything is taken."""
-PICTURE_ENDS = ("_0.jpg", "_1.jpg")
+IMAGE_ENDS = ("_0.jpg", "_1.jpg")
 
 
 class PromptFolderReader:
@@ -60,7 +60,7 @@ def _prompts(root: Path) -> Iterator[Folder]:
             subfolders.clear()
             yield name, None
             continue
-        if any(file.endswith(PICTURE_ENDS) for file in files):
+        if any(file.endswith(IMAGE_ENDS) for file in files):
             yield name, None  # its pairs have no prompt: that is for the rejects file to say
         for file in files:
             if not (folder / file).exists():
@@ -80,7 +80,7 @@ def _pairs(root: Path, name: str, seeds: tuple[str, ...] | None) -> Iterator[Rec
         raise Rejected("prompt.json cannot be read", f"{name}: {error.strerror}") from error
     if seeds is None:
         found = (file.name.rpartition("_") for file in folder.iterdir())
-        seeds = tuple(sorted({seed for seed, _, end in found if f"_{end}" in PICTURE_ENDS}))
+        seeds = tuple(sorted({seed for seed, _, end in found if f"_{end}" in IMAGE_ENDS}))
     if not seeds:
         raise Rejected("prompt without images", name)
     texts = {

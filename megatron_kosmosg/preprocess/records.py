@@ -60,7 +60,7 @@ class ShardSize:
     text_bytes: int
     """For inputs that hold text."""
     image_bytes: int
-    """For inputs that hold pictures."""
+    """For inputs that hold images."""
 
 
 class Reader(Protocol):

@@ -1,4 +1,4 @@
-"""The reader of img2dataset's `files` output: pictures beside the .txt and .json of the same name.
+"""The reader of img2dataset's `files` output: images beside the .txt and .json of the same name.
 
 A sample is the files of a folder that share their names up to the dot, as in a tar (tar.py).
 """
@@ -14,9 +14,9 @@ from megatron_kosmosg.foreign_files import read_file
 from megatron_kosmosg.preprocess.folders import walk
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.records import BadRecord, Folder, Shard, ShardSize
-from megatron_kosmosg.preprocess.tar import OTHER_EXTENSIONS, PICTURE_EXTENSIONS, member_fields
+from megatron_kosmosg.preprocess.tar import IMAGE_EXTENSIONS, OTHER_EXTENSIONS, member_fields
 
-SAMPLE_ENDINGS = (*PICTURE_EXTENSIONS, *OTHER_EXTENSIONS, "txt", "json")
+SAMPLE_ENDINGS = (*IMAGE_EXTENSIONS, *OTHER_EXTENSIONS, "txt", "json")
 """One of these tells a sample from a table or a note."""
 STATISTICS_ENDING = "_stats"
 """SHARD_stats.json, which img2dataset leaves beside the folder of a shard."""

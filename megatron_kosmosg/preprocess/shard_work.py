@@ -114,7 +114,7 @@ class _ShardWork:
         return str(given.path.absolute()) if self._job.has_scopes else ""
 
     def counts(self, seconds: float) -> Counts:
-        writer, pictures = self._writer, self._use.pictures
+        writer, image_check = self._writer, self._use.image_check
         return Counts(
             writer.num_samples,
             writer.num_tokens,
@@ -123,8 +123,8 @@ class _ShardWork:
             self._rejects,
             self._left_out,
             self._notes,
-            pictures.num_verified,
-            pictures.seconds,
+            image_check.num_verified,
+            image_check.seconds,
             seconds,
         )
 
@@ -133,7 +133,7 @@ class _ShardWork:
         if record.note is not None:
             self._notes[record.note] += 1
         try:
-            for found in canonical_records(job.kind, record, job.options, self._use.pictures):
+            for found in canonical_records(job.kind, record, job.options, self._use.image_check):
                 if self._kind.is_plain_text:
                     self._texts.add(found)
                     if self._texts.is_full:

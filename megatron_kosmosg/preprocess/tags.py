@@ -2,7 +2,7 @@
 
 Which tags become entities, and where their words stand, follows their loader: no bare colours,
 whole words only, in the order of the caption, each looked for after the one before it. Their second
-crop has a white background; the mask it was painted with is computed back, so that one picture is
+crop has a white background; the mask it was painted with is computed back, so that one image is
 stored and the background is decided when the sample is read.
 """
 
@@ -16,7 +16,7 @@ from PIL import Image
 from megatron_kosmosg.data.image_reading import over_white
 from megatron_kosmosg.data.kinds.record import Rejected
 from megatron_kosmosg.data.scripts import find_words
-from megatron_kosmosg.preprocess.pictures import encode_mask
+from megatron_kosmosg.preprocess.image_check import encode_mask
 
 COLOURS = frozenset(
     "yellow blue red green white black brown grey gray purple pink orange cyan silver gold "
@@ -52,7 +52,7 @@ def mask_between(image: Image.Image, on_white: Image.Image) -> bytes:
     ink_on_white = 255.0 - np.asarray(over_white(on_white), np.float32)
     strength = np.square(ink).sum(-1)
     mask = (ink * ink_on_white).sum(-1) / np.maximum(strength, 1.0)
-    # Where the picture itself is white, both crops are: nothing tells, and nothing depends on it.
+    # Where the image itself is white, both crops are: nothing tells, and nothing depends on it.
     mask[strength == 0] = 1.0
     rounded = np.rint(255.0 * np.clip(mask, 0.0, 1.0)).astype(np.uint8)
     return encode_mask(rounded)

@@ -1,6 +1,6 @@
 """The tar reader: webdataset samples, that is neighbouring members that share a name up to the dot.
 
-KEY.json holds fields, KEY.txt a caption, the other members pictures (as img2dataset writes them).
+KEY.json holds fields, KEY.txt a caption, the other members images (as img2dataset writes them).
 A field of the JSON may call a member by what follows KEY and the dot: {"target": "after.png"}.
 """
 
@@ -22,11 +22,11 @@ from megatron_kosmosg.preprocess.records import BadRecord, Shard, ShardSize
 
 Group = tuple[str, list[tarfile.TarInfo]]
 BLOCK = 512
-PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 OTHER_EXTENSIONS = tuple(
     "jfif jpe avif heic heif jxl jp2 ico tga pcx dds ppm pgm pnm psd svg dng cr2 nef arw".split()
 )
-"""Of pictures, too, most of which are refused: by their content and counted, not by their name."""
+"""Of images, too, most of which are refused: by their content and counted, not by their name."""
 
 
 class TarReader:
@@ -167,19 +167,19 @@ def _record(
 def member_fields(key: str, files: Mapping[str, bytes]) -> dict[str, Any]:
     """The fields of a sample whose parts are files; {what follows KEY and the dot: content}.
 
-    The only picture is `image`, and the .txt `caption`, unless the JSON calls another member so or
-    has a caption: img2dataset writes null for one that it did not find, and addresses for pictures.
+    The only image is `image`, and the .txt `caption`, unless the JSON calls another member so or
+    has a caption: img2dataset writes null for one that it did not find, and addresses for images.
     Raises Rejected.
     """
     fields = parse_object(files["json"]) if "json" in files else {}
     fields["key"] = key
     others = {v for name, v in fields.items() if name != "image" and isinstance(v, str)}
     free = [end for end in files if end not in others]
-    pictures = [end for end in free if end in PICTURE_EXTENSIONS]
-    pictures = pictures or [end for end in free if end in OTHER_EXTENSIONS]
+    images = [end for end in free if end in IMAGE_EXTENSIONS]
+    images = images or [end for end in free if end in OTHER_EXTENSIONS]
     image = fields.get("image")
-    if len(pictures) == 1 and not (isinstance(image, str) and image in files):
-        fields["image"] = pictures[0]
+    if len(images) == 1 and not (isinstance(image, str) and image in files):
+        fields["image"] = images[0]
     if "txt" in files and not is_filled(fields.get("caption")):
         fields["caption"] = decode_utf8(files["txt"])
     return fields

@@ -1,6 +1,6 @@
 """The TSV reader: rows of the authors' files, whose columns layouts.py gives a meaning.
 
-Pictures are base64. A row is `{"columns": [...]}`; nothing is quoted or escaped.
+Images are base64. A row is `{"columns": [...]}`; nothing is quoted or escaped.
 """
 
 from __future__ import annotations

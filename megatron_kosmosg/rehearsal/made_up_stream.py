@@ -31,7 +31,7 @@ class MadeUpStream:
 
         Args:
             length: tokens of a row.
-            images: pictures of a micro-batch.
+            images: images of a micro-batch.
             reads: `prompts` leaves the targets out, `targets` leaves out all but these.
             decodes: False on ranks without the image tower.
         """
@@ -53,7 +53,7 @@ class MadeUpStream:
     def collate(
         self, samples: list[int], pad_to: int, replacements: Sequence[int] | None = None
     ) -> dict[str, torch.Tensor]:
-        """No picture is bad, so there are no `replacements`."""
+        """No image is bad, so there are no `replacements`."""
         rows, stage = len(samples), self._config.stage
         batch = {"bad_samples": torch.zeros((), dtype=torch.int64)}
         if self._reads != "targets":

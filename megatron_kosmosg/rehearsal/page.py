@@ -1,4 +1,4 @@
-"""The page of a rehearsal: memory over time as a picture, and what the GPU would wait for."""
+"""The page of a rehearsal: memory over time as an image, and what the GPU would wait for."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TICKS = 4
 
 @dataclass(frozen=True)
 class Chart:
-    """Geometry of a picture of WIDTH x HEIGHT."""
+    """Geometry of an image of WIDTH x HEIGHT."""
 
     outline: str
     """Points of the polygon under the curve."""

@@ -111,7 +111,7 @@ class Recorder:
         self.restart_timeline()
 
     def restart_timeline(self) -> None:
-        """The picture of the memory begins here; counts go on."""
+        """The image of the memory begins here; counts go on."""
         self._close()
         self._heights.clear()
         self._spans.clear()

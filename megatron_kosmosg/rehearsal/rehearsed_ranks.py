@@ -33,7 +33,7 @@ def describe(case: Case, stand_ins: StandIns) -> dict:
     config = with_frozen_folders(given, stand_ins.folder)
     world = world_layout(config, case.world_size)
     count = num_microbatches(config, world.num_replicas)
-    largest = max(micro_batches(config, count), key=lambda x: (x.positions, x.pictures))
+    largest = max(micro_batches(config, count), key=lambda x: (x.positions, x.prompt_images))
     rehearsed = _enough(config, world, count)
     missing = missing_folders(given)
     notes = [f"{key} is not here: the sizes of Stable Diffusion v1.5 are taken" for key in missing]
@@ -43,7 +43,7 @@ def describe(case: Case, stand_ins: StandIns) -> dict:
         "notes": assumed_kinds(config) + notes,
         "micro_batch_size": config.training.micro_batch_size,
         "length": largest.length,
-        "images": math.ceil(largest.pictures),
+        "images": math.ceil(largest.prompt_images),
         "num_micro_batches": count,
         "rehearsed": rehearsed,
         "global_batch_size": rehearsed * world.num_replicas * config.training.micro_batch_size,

@@ -10,14 +10,14 @@ from megatron_kosmosg.models.sampler import generate
 from megatron_kosmosg.score.draws import ScoreKey
 
 
-def draw_pictures(
+def draw_images(
     config: RunConfig,
     diffusion: FrozenDiffusion,
     condition: torch.Tensor,
     positions: torch.Tensor,
     size: int,
 ) -> torch.Tensor:
-    """Pictures [n, 3, size, size] in [-1, 1], float32, with noise keyed by position [n].
+    """Images [n, 3, size, size] in [-1, 1], float32, with noise keyed by position [n].
 
     Args:
         condition: [n + 1, c, d], its last row the null condition.

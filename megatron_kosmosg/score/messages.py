@@ -15,8 +15,8 @@ class Kind(IntEnum):
     """Loss, and its gradient by the condition."""
     LOSS = 1
     """Loss alone."""
-    PICTURES = 2
-    """Pictures drawn from the condition, whose last row is the null condition."""
+    IMAGES = 2
+    """Images drawn from the condition, whose last row is the null condition."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Rows:
     positions: tuple[int, ...]
     """In their stream."""
     replacements: tuple[int, ...]
-    """Replacement indices of the rows (samples.PictureStream); zeros for pictures."""
+    """Replacement indices of the rows (samples.PictureStream); zeros for images."""
     is_heldout: bool = False
     """Whether the positions are of the held-out stream."""
 
@@ -51,7 +51,7 @@ class Request:
     @property
     def num_values(self) -> int:
         """Number of values in the payload of its answer."""
-        if self.kind is Kind.PICTURES:
+        if self.kind is Kind.IMAGES:
             return len(self.rows.positions) * 3 * self.image_size**2
         return self.condition.numel() if self.kind is Kind.GRADIENT else 0
 

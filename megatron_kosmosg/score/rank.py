@@ -18,7 +18,7 @@ from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.models.faster_passes import take_faster_passes
 from megatron_kosmosg.monitoring.heartbeat import Heartbeat
 from megatron_kosmosg.score.connect import ScoreRank
-from megatron_kosmosg.score.drawing import draw_pictures
+from megatron_kosmosg.score.drawing import draw_images
 from megatron_kosmosg.score.draws import Drawn
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.own_process import ScoreRankLost
@@ -69,7 +69,7 @@ def _work(config: RunConfig, rank: ScoreRank) -> bool:
                 config,
                 rank,
                 denoise,
-                partial(draw_pictures, config, diffusion),
+                partial(draw_images, config, diffusion),
                 lambda split: open_stream(config, rank.device, split, "targets", False, diffusion),
                 diffusion.moments,
                 prints,

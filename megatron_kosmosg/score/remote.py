@@ -134,7 +134,7 @@ class RemoteScore:
     def draw(
         self, condition: torch.Tensor, positions: torch.Tensor, size: int
     ) -> torch.Tensor | None:
-        """Pictures [n, 3, size, size] in [-1, 1], drawn by a score rank; for tensor rank 0 alone.
+        """Images [n, 3, size, size] in [-1, 1], drawn by a score rank; for tensor rank 0 alone.
         None: no score rank is left, the run is about to be stopped.
 
         Args:
@@ -144,7 +144,7 @@ class RemoteScore:
         assert self._fleet is not None
         about = _rows(positions, torch.zeros_like(positions), is_heldout=True)
         one = torch.ones((), device=condition.device)
-        answer = self._fleet.take(self._ask(Kind.PICTURES, about, condition.detach(), one, size))
+        answer = self._fleet.take(self._ask(Kind.IMAGES, about, condition.detach(), one, size))
         if answer is None:
             self._pass_on(_GIVEN_UP)
             return None

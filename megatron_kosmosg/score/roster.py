@@ -19,8 +19,8 @@ from megatron_kosmosg.score.messages import Answer, Kind, Request, Rows
 
 MOST_AT_ONCE = 2
 """Requests of one decoder rank that a score rank holds: one in work, one whose targets it reads."""
-_PICTURES_TAKE = 20
-"""How much longer than a loss pictures may take: they are many passes of the U-Net."""
+_IMAGES_TAKE = 20
+"""How much longer than a loss images may take: they are many passes of the U-Net."""
 _MEMORY = 0.8
 """Share of the past in the mean time that a rank takes for a request."""
 _FORGOTTEN = 20
@@ -257,8 +257,8 @@ class Roster:
         return Lack.LEFT if self._had_rank else Lack.FIRST
 
     def _patience(self, job: _Open) -> float:
-        is_pictures = job.request.kind is Kind.PICTURES
-        return self._answer_seconds * (_PICTURES_TAKE if is_pictures else 1)
+        is_images = job.request.kind is Kind.IMAGES
+        return self._answer_seconds * (_IMAGES_TAKE if is_images else 1)
 
     def _choose(self, without: set[bytes], now: float, *, with_work: bool = False) -> bytes | None:
         """The rank of a few that will be done first; those of other replicas only where nobody else

@@ -30,7 +30,7 @@ Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str, Drawn | None]
 """Loss of each image by (conditions, targets, positions, noise key of their stream, noise where it
 was drawn with the targets)."""
 Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""Pictures [n, 3, size, size] of (condition with the null condition last, positions, size)."""
+"""Images [n, 3, size, size] of (condition with the null condition last, positions, size)."""
 NO_PRINTS: Mapping[str, str] = MappingProxyType({})
 _LOOK_SECONDS = 1.0
 """Between two looks whether a signal came, where nothing is asked."""
@@ -125,7 +125,7 @@ class _Work:
         started = time.perf_counter()
         condition = upload(request.condition, self._device)
         positions = torch.tensor(request.rows.positions)
-        if request.kind is Kind.PICTURES:
+        if request.kind is Kind.IMAGES:
             drawn = self._draw(condition, positions, request.image_size)
             loss, num_bad, payload = torch.zeros(()), 0, drawn
         else:

@@ -124,7 +124,7 @@ class TargetReader:
         stream = self._stream(rows.split)
         samples = [stream[position] for position in rows.positions]
         batch = stream.collate(samples, stream.pad_to(samples, rows.positions))
-        # Where a prompt picture was bad, which is not read here, another sample took the place.
+        # Where a prompt image was bad, which is not read here, another sample took the place.
         for row, replacement in enumerate(rows.replacements):
             if int(batch["replacements"][row]) != replacement:
                 other = stream.collate([stream[rows.positions[row]]], 0, [replacement])

@@ -71,7 +71,7 @@ class Limits:
     dtype: torch.dtype
     """Of the condition."""
     image_size: int
-    """Most pixels per side of a picture."""
+    """Most pixels per side of an image."""
 
     @property
     def most_bytes(self) -> int:
@@ -83,8 +83,8 @@ class Limits:
     def most_frames(self) -> int:
         """The most frames in one message."""
         c, d = self.condition
-        pictures = self.most_rows * 3 * self.image_size**2 * 4
-        largest = max((self.most_rows + 1) * c * d * 4, pictures)
+        images = self.most_rows * 3 * self.image_size**2 * 4
+        largest = max((self.most_rows + 1) * c * d * 4, images)
         return _FRAMES_BESIDES + -(-largest // PIECE_BYTES)
 
 
@@ -187,7 +187,7 @@ def unpack_request(parts: Sequence[Any], limits: Limits) -> Request:
     kind, is_heldout, dtype, size, n, count, c, d, scale = _fields(_ASK, head[: _ASK.size])
     if kind not in list(Kind) or dtype != _DTYPES[limits.dtype] or (c, d) != limits.condition:
         raise BadMessage(f"a request of kind {kind}, dtype {dtype}, rows of {c} x {d}")
-    if size > limits.image_size or count != n + (kind == Kind.PICTURES):
+    if size > limits.image_size or count != n + (kind == Kind.IMAGES):
         raise BadMessage(f"{count} conditions for {n} positions, images of {size} pixels")
     numbers = head[_ASK.size :]
     half = len(numbers) // 2

@@ -23,14 +23,14 @@ from megatron_kosmosg.models.flops import instruct_flops
 from megatron_kosmosg.models.lora import ADAPTERS
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.platform import torch_dtype
-from megatron_kosmosg.score.drawing import draw_pictures
+from megatron_kosmosg.score.drawing import draw_images
 from megatron_kosmosg.score.draws import CONDITION_DROP, ScoreDraws, drawn_before
 from megatron_kosmosg.score.loss import ColocatedScore, drop_condition
 from megatron_kosmosg.score.remote import RemoteScore
 from megatron_kosmosg.score.rows import row_range
 from megatron_kosmosg.score.stream import open_stream
 from megatron_kosmosg.stages.freezing import build_frozen
-from megatron_kosmosg.stages.held_out_pictures import held_out_pictures
+from megatron_kosmosg.stages.held_out_images import held_out_images
 from megatron_kosmosg.stages.instruct_facts import INSTRUCT
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
 from megatron_kosmosg.training.stage import InitialWeights, Probe
@@ -65,7 +65,7 @@ class InstructStage:
         return build_frozen(INSTRUCT, self.config, layout)
 
     def build_dataset(self, split: str) -> StreamDataset:
-        """Prompts that mix text and pictures, on the U-Net's ranks with the image to be drawn."""
+        """Prompts that mix text and images, on the U-Net's ranks with the image to be drawn."""
         reads = "prompts" if self._score is None else "all"
         layout = self._layout
         return open_stream(
@@ -137,7 +137,7 @@ class InstructStage:
         return InitialWeights(path, stage="align", unused=("aligner_n",), new=new)
 
     def probe(self, model: list[nn.Module], iteration: int) -> Probe | None:
-        """Pictures of fixed held-out prompts, and what the evaluators say of them when it is time.
+        """Images of fixed held-out prompts, and what the evaluators say of them when it is time.
 
         Nothing where the run has no held-out data.
         """
@@ -148,7 +148,7 @@ class InstructStage:
             is_last = iteration == self.config.training.train_iters
             is_time = is_last or iteration % every == 0
             num_measured = self.config.evaluation.num_prompts if is_time else 0
-        return held_out_pictures(
+        return held_out_images(
             self.config,
             self._layout,
             self._draw,
@@ -162,7 +162,7 @@ class InstructStage:
         self, condition: torch.Tensor, positions: torch.Tensor, size: int
     ) -> torch.Tensor | None:
         if self.remote_score is None:
-            return draw_pictures(self.config, self._diffusion, condition, positions, size)
+            return draw_images(self.config, self._diffusion, condition, positions, size)
         condition = condition.to(torch_dtype(self.config.training.precision))
         return self.remote_score.draw(condition, positions, size)
 

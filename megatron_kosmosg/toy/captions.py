@@ -1,7 +1,7 @@
 """Captions of toy scenes, and the words they are made of.
 
 A colour is named by a coarse word (60 degrees wide) or a fine one (20 degrees), the background
-always by a coarse one, so that words never say all that the picture shows.
+always by a coarse one, so that words never say all that the image shows.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The toy world as ordinary files: PNG and JPEG pictures, and one JSONL file per kind and split.
+"""The toy world as ordinary files: PNG and JPEG images, and one JSONL file per kind and split.
 
 Training records show no held-out combination; held-out records show only such, except for what an
-edit leads to. A held-out record also states the truth: `scene` (its target picture, else its
-picture) or `scenes` (its pictures in order). `heldout/prompts.jsonl` asks for the first of them in
-the form `kosmosg generate` reads: the entities as pictures only.
+edit leads to. A held-out record also states the truth: `scene` (its target image, else its
+image) or `scenes` (its images in order). `heldout/prompts.jsonl` asks for the first of them in
+the form `kosmosg generate` reads: the entities as images only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_kosmosg.files import new_folder
 from megatron_kosmosg.progress import ProgressCallback
-from megatron_kosmosg.toy.pictures import PictureFiles
+from megatron_kosmosg.toy.image_files import ImageFiles
 from megatron_kosmosg.toy.records import WRITERS
 
 SPLITS = ("train", "heldout")
@@ -69,13 +69,13 @@ def write_world(folder: Path, world: World, report: ProgressCallback) -> None:
         for split, kind in tables:
             records = temporary / split
             records.mkdir(parents=True, exist_ok=True)
-            pictures = PictureFiles(records, kind)
+            images = ImageFiles(records, kind)
             with (records / f"{kind}.jsonl").open("w") as out:
                 for i in range(world.count(split, kind)):
-                    out.write(json.dumps(_record(world, split, kind, i, pictures)) + "\n")
+                    out.write(json.dumps(_record(world, split, kind, i, images)) + "\n")
                     done += 1
                     report(done, total)
-            pictures.finish()
+            images.finish()
         _write_prompts(temporary / "heldout")
         (temporary / MANIFEST).write_text(json.dumps(asdict(world)) + "\n")
 
@@ -88,7 +88,7 @@ def _write_prompts(heldout: Path) -> None:
 
 def prompt_record(record: dict[str, Any]) -> dict[str, Any]:
     """A compositional record as a prompt: its caption, each entity's words replaced by its
-    picture."""
+    image."""
     content, end = [], 0
     for entity in record["entities"]:
         start, next_end = entity["span"]
@@ -98,11 +98,9 @@ def prompt_record(record: dict[str, Any]) -> dict[str, Any]:
     return {"id": record["key"], "content": [part for part in content if part.get("text") != ""]}
 
 
-def _record(
-    world: World, split: str, kind: str, index: int, pictures: PictureFiles
-) -> dict[str, Any]:
+def _record(world: World, split: str, kind: str, index: int, images: ImageFiles) -> dict[str, Any]:
     place = (world.seed, SPLITS.index(split), tuple(WRITERS).index(kind), index)
-    pictures.begin(index)
-    record, truth = WRITERS[kind](np.random.default_rng(place), split == "heldout", pictures)
+    images.begin(index)
+    record, truth = WRITERS[kind](np.random.default_rng(place), split == "heldout", images)
     record = {"key": f"{kind}-{index:06d}"} | record
     return record | truth if split == "heldout" else record

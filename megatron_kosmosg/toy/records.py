@@ -1,4 +1,4 @@
-"""One record of each kind from a random generator: words, pictures, and the truth about them."""
+"""One record of each kind from a random generator: words, images, and the truth about them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Record = tuple[dict[str, Any], dict[str, Any]]
 """A record, and what only a held-out record tells besides."""
 
 
-class Pictures(Protocol):
-    """Where the pictures of records go; both calls return the name to write into the record."""
+class Images(Protocol):
+    """Where the images of records go; both calls return the name to write into the record."""
 
     def add(self, scene: Scene) -> str: ...
 
@@ -37,13 +37,13 @@ def _scene(rng: np.random.Generator, heldout: bool, num_entities: int | None = N
 
 
 def _subject(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str]:
-    """A large picture of one entity, white around it half the time, and its words."""
+    """A large image of one entity, white around it half the time, and its words."""
     entity = scene.entities[rng.integers(len(scene.entities))]
     background = scene.background_hue if rng.random() < 0.5 else None
     return subject_scene(entity, background, _seed(rng)), noun_phrase(entity, "mix", rng)
 
 
-def text(rng: np.random.Generator, heldout: bool, pictures: Pictures) -> Record:
+def text(rng: np.random.Generator, heldout: bool, images: Images) -> Record:
     """A record {"text"}."""
     return {"text": document(rng, heldout)}, {}
 
@@ -67,21 +67,21 @@ def _sentence(rng: np.random.Generator, heldout: bool) -> str:
     return f"{start}{said} ."
 
 
-def captioned(rng: np.random.Generator, heldout: bool, pictures: Pictures) -> Record:
+def captioned(rng: np.random.Generator, heldout: bool, images: Images) -> Record:
     """A record {"image", "caption"}."""
     scene = _scene(rng, heldout)
     said = caption(scene, "mix", _seed(rng))
-    return {"image": pictures.add(scene), "caption": said}, {"scene": scene.to_json()}
+    return {"image": images.add(scene), "caption": said}, {"scene": scene.to_json()}
 
 
-def interleaved(rng: np.random.Generator, heldout: bool, pictures: Pictures) -> Record:
-    """A record {"content"}: pictures, each followed by the words that name it."""
+def interleaved(rng: np.random.Generator, heldout: bool, images: Images) -> Record:
+    """A record {"content"}: images, each followed by the words that name it."""
     content: list[dict[str, str]] = []
     shown: list[Scene] = []
 
     def show(scene: Scene) -> None:
         shown.append(scene)
-        content.append({"image": pictures.add(scene)})
+        content.append({"image": images.add(scene)})
 
     def say(words: str) -> None:
         content.append({"text": words})
@@ -89,8 +89,8 @@ def interleaved(rng: np.random.Generator, heldout: bool, pictures: Pictures) -> 
     for _ in range(rng.integers(3, 6)):
         item = rng.choice(INTERLEAVED_ITEMS)
         if item == "subject":
-            picture, words = _subject(rng, _scene(rng, heldout, 1))
-            show(picture)
+            image, words = _subject(rng, _scene(rng, heldout, 1))
+            show(image)
             say(f"a {words} .")
         elif item == "scene":
             scene = _scene(rng, heldout)
@@ -107,7 +107,7 @@ def _inline(
     show: Callable[[Scene], None],
     say: Callable[[str], None],
 ) -> None:
-    """A caption with each entity's picture just before its words."""
+    """A caption with each entity's image just before its words."""
     whole, spans = join_parts(caption_parts(scene, "mix", _seed(rng)), len(scene.entities))
     start = 0
     for entity, span in zip(scene.entities, spans, strict=False):
@@ -118,37 +118,37 @@ def _inline(
     say(f"{whole[start:]} .")
 
 
-def compositional(rng: np.random.Generator, heldout: bool, pictures: Pictures) -> Record:
-    """A record {"caption", "image", "entities"}; every entity has a picture of its own."""
+def compositional(rng: np.random.Generator, heldout: bool, images: Images) -> Record:
+    """A record {"caption", "image", "entities"}; every entity has an image of its own."""
     scene = _scene(rng, heldout)
     parts = caption_parts(scene, "mix", _seed(rng))
     said, spans = join_parts(parts, len(scene.entities))
     entities = []
     for entity, words, span in zip(scene.entities, parts, spans, strict=False):
         alone = subject_scene(entity, scene.background_hue, _seed(rng))
-        files = {"image": pictures.add(alone), "mask": pictures.add_mask(alone.entities[0])}
+        files = {"image": images.add(alone), "mask": images.add_mask(alone.entities[0])}
         entities.append({"text": words, "span": list(span)} | files)
     if rng.random() < BACKGROUND_ENTITY_SHARE:
-        files = {"image": pictures.add(Scene((), scene.background_hue)), "mask": None}
+        files = {"image": images.add(Scene((), scene.background_hue)), "mask": None}
         entities.append({"text": parts[-1], "span": list(spans[-1])} | files)
-    record = {"caption": said, "image": pictures.add(scene), "entities": entities}
+    record = {"caption": said, "image": images.add(scene), "entities": entities}
     return record, {"scene": scene.to_json()}
 
 
-def edit(rng: np.random.Generator, heldout: bool, pictures: Pictures) -> Record:
+def edit(rng: np.random.Generator, heldout: bool, images: Images) -> Record:
     """A record {"caption", "image", "instruction", "target"}."""
     scene = _scene(rng, heldout, 1)
     instruction, edited = sample_edit(scene, rng)
     record = {
         "caption": caption(scene, "mix", _seed(rng)),
-        "image": pictures.add(scene),
+        "image": images.add(scene),
         "instruction": instruction,
-        "target": pictures.add(edited),
+        "target": images.add(edited),
     }
     return record, {"scene": edited.to_json()}
 
 
-WRITERS: dict[str, Callable[[np.random.Generator, bool, Pictures], Record]] = {
+WRITERS: dict[str, Callable[[np.random.Generator, bool, Images], Record]] = {
     "text": text,
     "caption": captioned,
     "interleaved": interleaved,

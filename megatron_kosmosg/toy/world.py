@@ -1,6 +1,6 @@
 """The toy world: coloured shapes on pastel backgrounds, as a pure function of an integer seed.
 
-Colours are continuous hues, so a picture says more than its caption. One scene is 32x32 RGB, drawn
+Colours are continuous hues, so an image says more than its caption. One scene is 32x32 RGB, drawn
 at 64x64 and averaged 2x2. Combinations of (shape, pattern, coarse colour) in `is_heldout` never
 occur in a training scene.
 """
@@ -177,7 +177,7 @@ def _offsets(x: Tensor, y: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def render_batch(scenes: Sequence[Scene]) -> Tensor:
-    """Pictures float32 [n, 3, 32, 32] in [-1, 1]; white where a scene has no background hue."""
+    """Images float32 [n, 3, 32, 32] in [-1, 1]; white where a scene has no background hue."""
     hues = torch.tensor([scene.background_hue or 0.0 for scene in scenes])
     white = torch.tensor([scene.background_hue is None for scene in scenes])
     saturation = torch.where(white, 0.0, BACKGROUND_SATURATION)
@@ -209,7 +209,7 @@ def _masks(entities: Sequence[Entity]) -> tuple[Tensor, Tensor]:
 
 
 def render(scene: Scene) -> Tensor:
-    """The picture, float32 [3, 32, 32] in [-1, 1]."""
+    """The image, float32 [3, 32, 32] in [-1, 1]."""
     return render_batch([scene])[0]
 
 

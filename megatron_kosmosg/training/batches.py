@@ -1,6 +1,6 @@
 """Micro-batches as the stages see them: loaded on one rank of each stage, broadcast, on device.
 
-Pictures are decoded on the first pipeline stage alone. Also counts the work in the batches and the
+Images are decoded on the first pipeline stage alone. Also counts the work in the batches and the
 time spent waiting for them.
 """
 
@@ -16,7 +16,7 @@ import torch
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.loader import MicroBatchIterator
 from megatron_kosmosg.data.normalise import normalise_batch
-from megatron_kosmosg.data.samples import PictureStream, StreamDataset
+from megatron_kosmosg.data.samples import ImageStream, StreamDataset
 from megatron_kosmosg.parallel.broadcast import broadcast_batch
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.replacements import ReplacementExchange
@@ -46,7 +46,7 @@ class BatchFeed:
 
     def __init__(
         self,
-        dataset: StreamDataset | PictureStream,
+        dataset: StreamDataset | ImageStream,
         config: RunConfig,
         layout: Layout,
         start_sample: int,
@@ -55,7 +55,7 @@ class BatchFeed:
         """Begins to read at sample `start_sample`.
 
         Args:
-            dataset: on ranks behind the first pipeline stage one that leaves pictures undecoded.
+            dataset: on ranks behind the first pipeline stage one that leaves images undecoded.
             start_sample: samples that all ranks have consumed.
             split: the split that the dataset is the stream of.
         """

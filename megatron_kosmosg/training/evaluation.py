@@ -44,7 +44,7 @@ class Evaluations:
         self._metrics, self._display, self._stop = metrics, display, stop
 
     def is_due(self, iteration: int) -> bool:
-        """Whether this iteration is followed by a loss, pictures or a measurement of them."""
+        """Whether this iteration is followed by a loss, images or a measurement of them."""
         config = self._config
         intervals = (config.logging.image_interval, config.evaluation.every)
         return self._has_loss(iteration) or any(is_due(iteration, each) for each in intervals)
@@ -97,7 +97,7 @@ def evaluate(
     heldout: StreamDataset | None,
     stop: StopRequest,
 ) -> Probe | None:
-    """Metrics and pictures; None if the ranks agreed to stop meanwhile. Training continues
+    """Metrics and images; None if the ranks agreed to stop meanwhile. Training continues
     afterwards as if this had not happened.
 
     Args:

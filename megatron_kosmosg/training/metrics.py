@@ -110,7 +110,7 @@ class MetricsWriter:
             self._write(record, "train", int(record["iteration"] or 0))
 
     def evaluation(self, iteration: int, found: Probe) -> None:
-        """Appends the line of one evaluation and shows its pictures."""
+        """Appends the line of one evaluation and shows its images."""
         if self._file is None:
             return
         if found.metrics:

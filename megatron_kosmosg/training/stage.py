@@ -40,7 +40,7 @@ class InitialWeights:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a stage reports beyond its held-out loss: scalars by name and pictures by name."""
+    """What a stage reports beyond its held-out loss: scalars by name and images by name."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     images: dict[str, Image.Image] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class Stage(Protocol):
         ...
 
     def probe(self, model: list[torch.nn.Module], iteration: int) -> Probe | None:
-        """Metrics and pictures of fixed held-out prompts; called on all ranks together. None: the
+        """Metrics and images of fixed held-out prompts; called on all ranks together. None: the
         run is about to be stopped."""
         ...
 

@@ -65,7 +65,7 @@ TARS: dict[str, list[tuple[str, bytes]]] = {
 """{name: members of two samples, red and green}."""
 
 
-def test_a_picture_is_told_by_its_content(tmp_path, commands, model):
+def test_a_image_is_told_by_its_content(tmp_path, commands, model):
     names = [("0.jfif", RED), ("0.txt", b"a red house"), ("1.HEIC", GREEN), ("1.txt", b"a house")]
     names += [("2.avif", b"none"), ("2.txt", b"a dog")]
     path = write_tar(tmp_path / "a.tar", names)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.support.commands import REPOSITORY, CommandFailed
 from tests.support.public import KosmosGPipeline
-from tests.support.tiny_pipeline import picture
+from tests.support.tiny_pipeline import prompt_image
 
 EXAMPLES = REPOSITORY / "examples" / "inference"
 
@@ -64,7 +64,7 @@ def caption(monkeypatch, exported) -> Callable[[Path], torch.Tensor]:
 
 
 def test_a_photo_is_captioned_upright(caption, tmp_path):
-    upright = picture(5, 30, 60)
+    upright = prompt_image(5, 30, 60)
     upright.save(tmp_path / "upright.png")
     exif = Image.Exif()
     exif[0x112] = 6
@@ -74,9 +74,9 @@ def test_a_photo_is_captioned_upright(caption, tmp_path):
 
 
 def test_a_cut_out_is_captioned_as_on_white(caption, tmp_path):
-    image = picture(3).convert("RGBA")
+    image = prompt_image(3).convert("RGBA")
     image.putalpha(Image.new("L", image.size))
-    image.paste(picture(4, 20, 20), (10, 5))
+    image.paste(prompt_image(4, 20, 20), (10, 5))
     image.save(tmp_path / "cut-out.png")
     white = Image.new("RGBA", image.size, "WHITE")
     white.alpha_composite(image)
@@ -99,7 +99,7 @@ def test_a_captioned_image_is_cropped_as_in_training(caption, exported, tmp_path
 
 def test_the_controlnet_goes_to_the_device(monkeypatch, exported, tmp_path):
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    picture(1, 16, 16).save(tmp_path / "pose.png")
+    prompt_image(1, 16, 16).save(tmp_path / "pose.png")
     moved, move = [], ControlNetModel.to
 
     def to(self, *where, **more):

@@ -13,9 +13,9 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 from transformers import pipeline as transformers_pipeline
 
 from tests.support.commands import REPOSITORY, CommandFailed
-from tests.support.tiny_pipeline import picture
+from tests.support.tiny_pipeline import prompt_image
 
-DOG = picture(1)
+DOG = prompt_image(1)
 
 
 @pytest.fixture(scope="module")

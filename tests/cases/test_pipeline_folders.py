@@ -15,9 +15,9 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 
 from tests.support.public import KosmosGPipeline
-from tests.support.tiny_pipeline import picture
+from tests.support.tiny_pipeline import prompt_image
 
-DOG = picture(1)
+DOG = prompt_image(1)
 PROMPT = ["A", DOG, "in snow"]
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.support.public import KosmosGPipeline
-from tests.support.tiny_pipeline import picture
+from tests.support.tiny_pipeline import prompt_image
 
 CLOSE = 1e-5
 """Largest difference between equal embeddings; other images are some 0.1 and more apart."""
@@ -33,7 +33,7 @@ def difference(pipeline, first: Image.Image, second: Image.Image) -> float:
 
 
 def test_other_images_are_far_apart(pipeline):
-    assert difference(pipeline, picture(1), picture(2)) > 1000 * CLOSE
+    assert difference(pipeline, prompt_image(1), prompt_image(2)) > 1000 * CLOSE
 
 
 def cut_out(hidden: int) -> Image.Image:
@@ -51,7 +51,7 @@ def test_a_cut_out_is_what_it_is_on_white(pipeline, hidden):
 
 
 def test_a_photo_on_its_side_is_read_upright(pipeline, tmp_path):
-    upright = picture(5, 30, 60)
+    upright = prompt_image(5, 30, 60)
     exif = Image.Exif()
     exif[0x112] = 6
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.png", exif=exif)
@@ -65,7 +65,7 @@ def test_16_bit_grey_is_what_its_8_bit_copy_is(pipeline, tmp_path):
     assert difference(pipeline, opened, Image.fromarray(levels)) <= CLOSE
 
 
-DOG = picture(1)
+DOG = prompt_image(1)
 
 
 def path(folder: Path) -> str:

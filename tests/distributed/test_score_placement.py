@@ -1,4 +1,4 @@
-"""The U-Net on ranks of its own: the same losses, gradients and pictures as beside the decoder.
+"""The U-Net on ranks of its own: the same losses, gradients and images as beside the decoder.
 
 fp32, dropout 0, half of the conditions dropped so that the null row carries gradient. The bound is
 that of test_stage_parity.py.

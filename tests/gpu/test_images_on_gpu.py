@@ -22,9 +22,9 @@ def test_gpu_decoding_equals_pillow_within_the_stated_tolerance(transform):
     mask = np.zeros(SIZES[3], np.uint8)
     mask[10:40, 20:50] = 255
     masked = EntityImage(noise_image(3, *SIZES[3]), encode_image(mask))
-    pictures = [*(noise_image(i, *size) for i, size in enumerate(SIZES)), masked]
+    images = [*(noise_image(i, *size) for i, size in enumerate(SIZES)), masked]
     decoders = ImageDecoder("pillow"), ImageDecoder("dali", device_id=0)
-    a, b = (levels(decoder.decode(pictures, transform), transform) for decoder in decoders)
+    a, b = (levels(decoder.decode(images, transform), transform) for decoder in decoders)
     mean, largest = np.abs(a - b).mean(axis=(1, 2, 3)), np.abs(a - b).max(axis=(1, 2, 3))
     assert mean.max() <= TOLERANCE[0] and largest.max() <= TOLERANCE[1]
 
@@ -42,7 +42,7 @@ def test_every_format_is_read_or_refused_on_the_gpu_as_everywhere(name):
     assert np.abs(levels(pixels, CLIP) - expected).mean() <= (1.5 if "JPEG" in name else 0.5)
 
 
-def test_a_bad_picture_on_the_gpu_costs_one_picture():
+def test_a_bad_image_on_the_gpu_costs_one_image():
     decoder = ImageDecoder("dali", device_id=0)
     good = [noise_image(i, 30, 40) for i in range(3)]
     expected = decoder.decode(good, CLIP)

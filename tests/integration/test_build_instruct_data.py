@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_kosmosg.construction.records import PictureForm
+from megatron_kosmosg.construction.records import ImageFormat
 from megatron_kosmosg.construction.run import BuildJob, Built, ModelSettings, build
 from megatron_kosmosg.files import fingerprint
 from megatron_kosmosg.launcher import ALONE, Place
@@ -28,7 +28,7 @@ from megatron_kosmosg.toy.training.pool import to_bytes
 from megatron_kosmosg.toy.world import Scene, entity_masks, render, sample_scene
 from tests.support.construction_models import write_blip2, write_clipseg, write_language_model
 from tests.support.data_helpers import write_jsonl, write_tokenizer
-from tests.support.dataset_files import info_of, pictures_of, read_samples
+from tests.support.dataset_files import images_of, info_of, read_samples
 
 TOOL = Path(__file__).parents[2] / "tools" / "build_instruct_data.py"
 NUM_SCENES = 7
@@ -82,7 +82,7 @@ def job(world: Path, output: Path, **changes: object) -> BuildJob:
         entities=file,
         masks=file,
         options=Options(),
-        form=PictureForm(512, "png"),
+        form=ImageFormat(512, "png"),
         min_entity_side=4,
         shard_size=3,
         batch_size=2,
@@ -102,7 +102,7 @@ def complete(built: Built) -> Built:
 
 @pytest.fixture(scope="module")
 def toy_output(world, tmp_path_factory, tool) -> Path:
-    """The toy pictures built by the tool from the user's own annotations."""
+    """The toy images built by the tool from the user's own annotations."""
     output = tmp_path_factory.mktemp("built")
     file = str(world / "annotations.jsonl")
     code = tool.main(
@@ -127,7 +127,7 @@ def test_toy_annotations_become_samples_with_the_true_masks(world, toy_output, t
         info = info_of(sample)
         scene = scene_of(int(info["source"]))
         truth = to_bytes(render(scene)[None])[0].permute(1, 2, 0).numpy()
-        target, *rest = (Image.open(io.BytesIO(data)) for data in pictures_of(sample))
+        target, *rest = (Image.open(io.BytesIO(data)) for data in images_of(sample))
         assert (np.asarray(target) == truth).all()
         masks = (255 * entity_masks(scene.entities)).round().byte().numpy()
         assert [e["has_mask"] for e in info["entities"]] == [True] * len(masks) + [False]
@@ -136,7 +136,7 @@ def test_toy_annotations_become_samples_with_the_true_masks(world, toy_output, t
             ys, xs = np.nonzero(mask > 127)
             side = max(np.ptp(ys), np.ptp(xs)) + 1
             assert crop.shape == (side, side, 3) and found.shape == (side, side)
-            # Where the square lies: it holds the whole shape and is the picture's own pixels.
+            # Where the square lies: it holds the whole shape and is the image's own pixels.
             places = [
                 (top, left)
                 for top in range(max(0, ys.max() - side + 1), min(ys.min(), 32 - side) + 1)
@@ -316,7 +316,7 @@ def test_errors_come_before_any_work(
 
 
 def test_an_image_root_that_is_no_folder_is_refused(world, tmp_path, tool, capsys):
-    """Else every picture would be rejected, one by one."""
+    """Else every image would be rejected, one by one."""
     arguments = [*arguments_of(job(world, tmp_path / "out")), "--image-root", "nowhere"]
     assert tool.main(arguments) == 2
     assert "--image-root nowhere is not a folder" in capsys.readouterr().err

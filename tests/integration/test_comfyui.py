@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_kosmosg.toy import assets
-from megatron_kosmosg.toy.judging.toy_prompts import subject_picture
+from megatron_kosmosg.toy.judging.toy_prompts import subject_image
 from megatron_kosmosg.toy.world import sample_scene
 from tests.support.comfyui_stand_in import PACK
 
@@ -38,9 +38,9 @@ def found(tmp_path_factory) -> dict[str, dict]:
         (folder / part).mkdir(parents=True)
     (folder / "models/kosmosg/toy").symlink_to(assets.path() / "kosmosg")
     (folder / "custom_nodes/kosmosg").symlink_to(PACK)
-    picture = subject_picture(sample_scene(5, 1, True).entities[0], 5)
-    picture.save(folder / "input" / "subject.png")
-    picture.resize((128, 128)).save(folder / "input" / "control.png")
+    image = subject_image(sample_scene(5, 1, True).entities[0], 5)
+    image.save(folder / "input" / "subject.png")
+    image.resize((128, 128)).save(folder / "input" / "control.png")
     program = Path(__file__).parents[1] / "support" / "comfyui_graph.py"
     done = subprocess.run(
         [sys.executable, str(program), str(TREE), str(folder)], capture_output=True, text=True

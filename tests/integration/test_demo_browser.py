@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
-from megatron_kosmosg.inference.picture_files import read_settings
+from megatron_kosmosg.inference.image_files import read_settings
 from megatron_kosmosg.toy import assets
-from megatron_kosmosg.toy.judging.toy_prompts import subject_picture
+from megatron_kosmosg.toy.judging.toy_prompts import subject_image
 from megatron_kosmosg.toy.world import sample_scene
 from tests.support.demo_browser import CHROMIUM, MISSING, browser, served
 from tests.support.unet_additions import write_additions
@@ -75,7 +75,7 @@ def subjects(folder) -> list[str]:
     files = []
     for number in range(2):
         path = folder / f"subject-{number}.png"
-        subject_picture(sample_scene((21, number), 1, True).entities[0], number).save(path)
+        subject_image(sample_scene((21, number), 1, True).entities[0], number).save(path)
         files.append(str(path))
     return files
 

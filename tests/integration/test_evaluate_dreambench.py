@@ -11,7 +11,7 @@ from PIL import Image
 
 from megatron_kosmosg.cli.evaluate_dreambench import main
 from megatron_kosmosg.inference.drawing import PipelineDrawer
-from megatron_kosmosg.inference.picture_plan import PicturePlan, RunSettings
+from megatron_kosmosg.inference.image_plan import ImagePlan, RunSettings
 from megatron_kosmosg.inference.prompt_records import DrawingOptions, NoiseRow, PromptRecord
 from megatron_kosmosg.toy.stand_in_networks import write_clip
 from tests.support.judged_images import write_dreambooth
@@ -121,10 +121,10 @@ def test_a_subject_that_is_none_of_the_thirty_is_named(arguments, tmp_path, caps
 def test_the_authors_noise_is_rows_of_one_draw(tmp_path):
     pipeline = tiny_pipeline(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
-    plan = PicturePlan(RunSettings("m", "saved", "fp32", DrawingOptions("", 0, 2, 2, 3.0)))
+    plan = ImagePlan(RunSettings("m", "saved", "fp32", DrawingOptions("", 0, 2, 2, 3.0)))
     rows = (NoiseRow(1, 6), NoiseRow(4, 6))
-    pictures = plan.pictures(PromptRecord("a", ("a red circle",), noise=rows))
-    found = PipelineDrawer(pipeline).draw(pictures)
+    images = plan.images(PromptRecord("a", ("a red circle",), noise=rows))
+    found = PipelineDrawer(pipeline).draw(images)
     side = pipeline.unet.config.sample_size
     drawn = torch.randn(6, 4, side, side, generator=torch.Generator().manual_seed(0))
     wanted = pipeline(
@@ -133,10 +133,10 @@ def test_the_authors_noise_is_rows_of_one_draw(tmp_path):
         guidance_scale=3.0,
         num_images_per_prompt=2,
         latents=drawn[[1, 4]],
-        generator=[torch.Generator().manual_seed(p.options.seed) for p in pictures],
+        generator=[torch.Generator().manual_seed(p.options.seed) for p in images],
     ).images
     assert [image.tobytes() for image in found] == [image.tobytes() for image in wanted]
     assert found[0].tobytes() != found[1].tobytes()
-    plain = plan.pictures(PromptRecord("a", ("a red circle",)))
-    assert plain[0].settings_hash != pictures[0].settings_hash
+    plain = plan.images(PromptRecord("a", ("a red circle",)))
+    assert plain[0].settings_hash != images[0].settings_hash
     assert "noise" not in plain[0].settings

@@ -34,7 +34,7 @@ from megatron_kosmosg.inference.from_checkpoint import pipeline_from_checkpoint
 from megatron_kosmosg.inference.trained_model import TrainedModel, one_process
 from megatron_kosmosg.toy import assets
 from tests.support.tiny_models import replace_section, tiny_config, write_stable_diffusion
-from tests.support.tiny_pipeline import picture
+from tests.support.tiny_pipeline import prompt_image
 from tools import generate
 
 DRAWING = ("--steps", "4", "--guidance-scale", "3", "--scheduler", "dpm++")
@@ -42,7 +42,7 @@ DRAWING = ("--steps", "4", "--guidance-scale", "3", "--scheduler", "dpm++")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """`run/` (random weights), `exported/`, `sd/`, pictures and `prompts.jsonl`."""
+    """`run/` (random weights), `exported/`, `sd/`, images and `prompts.jsonl`."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("generate")
     sd = write_stable_diffusion(folder / "sd")
@@ -62,7 +62,7 @@ def files(tmp_path_factory) -> Path:
     write_checkpoint(folder / "run" / "checkpoints", config, InMemory(tensors))
     export_hf(folder / "run", sd, folder / "exported")
     for number, name in enumerate(("cat", "dog"), start=1):
-        picture(number).save(folder / f"{name}.png")
+        prompt_image(number).save(folder / f"{name}.png")
     records = [
         {"id": "plain", "prompt": "a red circle"},
         {"id": "cat", "prompt": "<image> on red", "images": ["cat.png"], "seed": 5},
@@ -88,7 +88,7 @@ def pipeline(files) -> KosmosGPipeline:
 
 @pytest.fixture(scope="module")
 def drawn(files) -> Path:
-    """The pictures of `prompts.jsonl` from the export."""
+    """The images of `prompts.jsonl` from the export."""
     assert draw(files, files / "drawn") == 0
     return files / "drawn"
 
@@ -113,8 +113,8 @@ def own(pipeline, prompt, seed: int, **settings) -> np.ndarray:
     return np.asarray(pipeline(prompt, generator=generator, **settings).images[0])
 
 
-def test_pictures_are_the_pipelines_own(files, drawn, pipeline):
-    cat, dog = picture(1), picture(2)
+def test_images_are_the_pipelines_own(files, drawn, pipeline):
+    cat, dog = prompt_image(1), prompt_image(2)
     found = pixels(drawn)
     assert list(found) == [
         "both-0.png",
@@ -153,7 +153,12 @@ def test_a_checkpoint_draws_what_its_export_draws(files, drawn, capsys):
 
 
 def test_the_pipeline_of_a_checkpoint_has_the_trained_models_conditions(files):
-    prompts = [[picture(1), "on red"], ["a", picture(2), "and a", picture(1)], ["a cross"], []]
+    prompts = [
+        [prompt_image(1), "on red"],
+        ["a", prompt_image(2), "and a", prompt_image(1)],
+        ["a cross"],
+        [],
+    ]
     cpu = torch.device("cpu")
     pipeline = pipeline_from_checkpoint(files / "run", files / "sd", torch.float32, cpu)
     found, null = pipeline.encode_prompt(prompts)
@@ -225,7 +230,7 @@ def test_schedulers(files, pipeline, name, scheduler):
     other.set_progress_bar_config(disable=True)
     settings = {"skip_prk_steps": True} if name == "pndm" else {}
     other.scheduler = scheduler.from_config(pipeline.scheduler.config, **settings)
-    assert np.array_equal(found, own(other, ["a", picture(1), "here"], 3))
+    assert np.array_equal(found, own(other, ["a", prompt_image(1), "here"], 3))
 
 
 def test_a_controlnet(files, pipeline):
@@ -254,7 +259,7 @@ def test_a_controlnet(files, pipeline):
     wanted = painter(
         prompt_embeds=embeds,
         negative_prompt_embeds=negative,
-        image=picture(1),
+        image=prompt_image(1),
         num_inference_steps=4,
         guidance_scale=3.0,
         controlnet_conditioning_scale=0.5,

@@ -35,7 +35,7 @@ from tests.support.conversion_models import (
     write_random,
 )
 from tests.support.public_folders import write_kosmos2
-from tests.support.tiny_pipeline import picture
+from tests.support.tiny_pipeline import prompt_image
 
 
 def test_stock_classes_take_every_weight(converted) -> None:
@@ -127,7 +127,7 @@ def test_the_language_model_alone_there_and_back(converted, tmp_path) -> None:
 @pytest.mark.parametrize("texts", [["a red dog"], ["a red dog", "a"]])
 def test_the_stock_processor_says_what_training_says(converted, texts) -> None:
     """Its ids in an image's place are others, but no one reads them: the logits are equal."""
-    dog = picture(1)
+    dog = prompt_image(1)
     processor = AutoProcessor.from_pretrained(converted.mllm)
     inputs = processor(text=texts, images=[dog] * len(texts), return_tensors="pt", padding=True)
     model = AutoModelForImageTextToText.from_pretrained(converted.mllm)

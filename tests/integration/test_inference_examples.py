@@ -14,20 +14,20 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.support.tiny_models import TARGET_SIZE
-from tests.support.tiny_pipeline import picture, tiny_pipeline
+from tests.support.tiny_pipeline import prompt_image, tiny_pipeline
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "inference"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """An exported folder, pictures, another checkpoint and a LoRA."""
+    """An exported folder, images, another checkpoint and a LoRA."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("examples")
     pipeline = tiny_pipeline(folder)
     pipeline.save_pretrained(folder / "exported")
     for seed, name in enumerate(("dog", "hat", "pose")):
-        picture(seed, TARGET_SIZE, TARGET_SIZE).save(folder / f"{name}.png")
+        prompt_image(seed, TARGET_SIZE, TARGET_SIZE).save(folder / f"{name}.png")
     layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     width = pipeline.unet.get_submodule(layer.removeprefix("unet.")).weight.shape[0]
     lora = {f"{layer}.lora_A.weight": torch.randn(2, width)}
@@ -41,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(folder: Path, monkeypatch, name: str, *arguments: str) -> Path:
-    """Runs the example as a script; the picture it wrote."""
+    """Runs the example as a script; the image it wrote."""
     output = folder / f"{name}.png"
     common = ["--prompt", "<image> and <image>", "--image", "dog.png", "--image", "hat.png"]
     command = ["exported", *common, "--steps", "3", "--output", str(output), "--device", "cpu"]
@@ -57,7 +57,7 @@ def run(folder: Path, monkeypatch, name: str, *arguments: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "pictures", "different"),
+    ("name", "arguments", "images", "different"),
     [
         ("text_to_image", ["--num-images", "2"], 2, 2),
         ("controlnet", ["--control", "pose.png"], 1, 1),
@@ -68,14 +68,14 @@ def run(folder: Path, monkeypatch, name: str, *arguments: str) -> Path:
         ("schedulers", [], 3, 2),  # Euler's steps are DDIM's
     ],
 )
-def test_it_draws(folder, monkeypatch, capsys, name, arguments, pictures, different) -> None:
-    """`different`: at least so many of the pictures differ from each other."""
+def test_it_draws(folder, monkeypatch, capsys, name, arguments, images, different) -> None:
+    """`different`: at least so many of the images differ from each other."""
     output = run(folder, monkeypatch, name, *arguments)
     pixels = np.asarray(Image.open(output))
-    assert pixels.shape == (TARGET_SIZE, pictures * TARGET_SIZE, 3)
-    drawn = np.split(pixels, pictures, axis=1)
-    assert len({picture.tobytes() for picture in drawn}) >= different
-    assert f"{pictures} x {TARGET_SIZE}" in capsys.readouterr().out
+    assert pixels.shape == (TARGET_SIZE, images * TARGET_SIZE, 3)
+    drawn = np.split(pixels, images, axis=1)
+    assert len({prompt_image.tobytes() for prompt_image in drawn}) >= different
+    assert f"{images} x {TARGET_SIZE}" in capsys.readouterr().out
 
 
 def test_bad_input_is_said_without_a_traceback(folder, monkeypatch, capsys) -> None:

@@ -48,15 +48,15 @@ def convert(record: Record, use: Conversion) -> Converted:
     words, ids = use.text_field(record.fields, "words")
     if words == "nothing":
         raise Rejected("words that say nothing")
-    pictures = [use.image(record, record.fields, name) for name in ("before", "after")]
+    images = [use.image(record, record.fields, name) for name in ("before", "after")]
     info = {"key": record.key, "words": words}
     info |= extra_fields(record.fields, ("key", "words", "before", "after"))
-    parts = [Part.json(info), *(Part(IMAGE, data) for data in pictures), Part.tokens(ids)]
+    parts = [Part.json(info), *(Part(IMAGE, data) for data in images), Part.tokens(ids)]
     return Converted(parts)
 
 
 class RecolourPrompts:
-    """<s> words picture; the recoloured picture is the target."""
+    """<s> words image; the recoloured image is the target."""
 
     def __init__(self, sequence_format: SequenceFormat) -> None:
         self._format = sequence_format
@@ -111,8 +111,8 @@ def folder(table, tmp_path_factory) -> Path:
         said = toy_caption(sample_scene(i, 1, False), "mix", i)
         for name in ("before", "after"):
             (folder / f"{i}-{name}.png").write_bytes(noise_image(i, 32, 32))
-        pictures = {"before": f"{i}-before.png", "after": f"{i}-after.png"}
-        recolour.append({"key": f"r{i}", "say": said, "shouted": i == SHOUTED} | pictures)
+        images = {"before": f"{i}-before.png", "after": f"{i}-after.png"}
+        recolour.append({"key": f"r{i}", "say": said, "shouted": i == SHOUTED} | images)
         captions.append({"key": f"c{i}", "caption": said, "image": f"{i}-after.png"})
     recolour.append(recolour[0] | {"key": "bad", "say": "nothing"})
     for name, records in (("recolour", recolour), ("caption", captions)):
@@ -197,16 +197,16 @@ def test_every_stage_trains_on_it_in_a_mixture(folder):
 
 
 @pytest.mark.parametrize(
-    ("stage", "length", "pictures"),
+    ("stage", "length", "images"),
     [("pretrain", 96, 30 * 96 / 2048), ("align", 33, 0.0), ("instruct", 77, 1.0)],
 )
-def test_plans_reckon_with_its_usual_size(folder, table, stage, length, pictures):
+def test_plans_reckon_with_its_usual_size(folder, table, stage, length, images):
     path = folder / f"{stage}.json"
     arguments = ["--gpu", next(iter(GPUS)), "--num-gpus", "1", "--json", str(path)]
     assert main_of("tools/plan.py", [*settings(folder, stage), *arguments], table) == 0
     (sample,) = [s for s in json.loads(path.read_text())["samples"] if s["dataset"] == "mine"]
     assert sample["kind"] == "recolour" and sample["length"] == length
-    assert math.isclose(sample["share"], 2 / 3) and math.isclose(sample["pictures"], pictures)
+    assert math.isclose(sample["share"], 2 / 3) and math.isclose(sample["prompt_images"], images)
 
 
 def test_a_kind_that_is_not_in_the_table_is_an_error_that_names_the_kinds(folder, monkeypatch):

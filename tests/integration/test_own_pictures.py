@@ -1,4 +1,4 @@
-"""examples/own_pictures.sh from stand-ins of the public folders to drawn pictures, and what it and
+"""examples/own_pictures.sh from stand-ins of the public folders to drawn images, and what it and
 the commands say of layouts that cannot be read."""
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def script(*arguments: object, **environment: str) -> subprocess.CompletedProces
     )
 
 
-def test_from_public_folders_and_photos_to_pictures(
+def test_from_public_folders_and_photos_to_images(
     photos, kosmos2, half, tmp_path, preloaded_python
 ):
     search = f"{preloaded_python.venv / 'bin'}:{os.environ['PATH']}"
@@ -129,7 +129,7 @@ def test_wrong_arguments_are_one_line(arguments, message):
     assert message in ended.stderr
 
 
-def test_names_and_texts_say_what_a_picture_shows(photos):
+def test_names_and_texts_say_what_a_image_shows(photos):
     found = {each.path: (each.subject, each.caption) for each in describe(photos)}
     assert found == {
         "grace hopper/IMG_1.jpg": ("grace hopper", "a photo of grace hopper"),
@@ -138,7 +138,7 @@ def test_names_and_texts_say_what_a_picture_shows(photos):
     }
 
 
-def test_pictures_that_nothing_names_are_refused(photos, tmp_path, capsys):
+def test_images_that_nothing_names_are_refused(photos, tmp_path, capsys):
     shutil.copy(photos / "navy_hat_1.jpg", tmp_path / "IMG_20240101.jpg")
     code = main(["--pictures", str(tmp_path), "--output", str(tmp_path / "out")])
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The photographs that scikit-image ships, from files to pictures: build, preprocess, inspect, the
+"""The photographs that scikit-image ships, from files to images: build, preprocess, inspect, the
 three stages at debug size, export, generate, and the page of `kosmosg demo`.
 
 The other tests of whole runs read the toy world: 32-pixel drawings in words of 300 pieces. These
@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_kosmosg.inference.picture_files import read_settings
+from megatron_kosmosg.inference.image_files import read_settings
 from megatron_kosmosg.toy import assets
 from tests.support.commands import REPOSITORY, Commands
 from tests.support.demo_browser import served
@@ -181,7 +181,7 @@ def test_the_stages_train_on_photographs_and_no_toy_judge_measures_them(out, exp
     assert "the evaluator toy measures nothing" in (out / "instruct.log").read_text()
 
 
-def test_photographs_draw_pictures(commands, out, exported, photos):
+def test_photographs_draw_images(commands, out, exported, photos):
     prompts = out / "described" / "prompts.jsonl"
     firsts = [
         line for line in prompts.read_text().splitlines() if json.loads(line)["id"][-1] == "0"

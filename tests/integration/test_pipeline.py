@@ -20,9 +20,9 @@ from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
 from megatron_kosmosg.inference.prompt import build_prompt
 from megatron_kosmosg.toy import assets
 from tests.support.tiny_models import CONDITION_WIDTH, NUM_LATENT_QUERIES, NUM_QUERIES, TARGET_SIZE
-from tests.support.tiny_pipeline import IMAGE_SIZE, draw, mllm_config, picture, tiny_pipeline
+from tests.support.tiny_pipeline import IMAGE_SIZE, draw, mllm_config, prompt_image, tiny_pipeline
 
-DOG, CAT, HAT = picture(1), picture(2, 31, 50), picture(3, 90, 47)
+DOG, CAT, HAT = prompt_image(1), prompt_image(2, 31, 50), prompt_image(3, 90, 47)
 CLOSE = {"rtol": 0, "atol": 3e-6}
 
 
@@ -81,7 +81,7 @@ def test_a_prompt_has_the_tokens_of_training(pipeline, parts) -> None:
     assert slots == expected.image_mask.tolist()
 
 
-def test_pictures_have_the_pixels_of_training(pipeline) -> None:
+def test_images_have_the_pixels_of_training(pipeline) -> None:
     processor = pipeline.mllm_image_processor
     transform = ImageTransform(
         IMAGE_SIZE, "bicubic", tuple(processor.image_mean), tuple(processor.image_std)
@@ -188,7 +188,7 @@ def test_stock_stable_diffusion_draws_the_same(pipeline, guidance_scale: float) 
     assert torch.equal(found, again)
 
 
-def test_guidance_and_negative_change_the_picture(pipeline) -> None:
+def test_guidance_and_negative_change_the_image(pipeline) -> None:
     plain = draw(pipeline, [DOG, "x"])
     assert (draw(pipeline, [DOG, "x"], guidance_scale=2.0) - plain).abs().max() > 1e-4
     assert (draw(pipeline, [DOG, "x"], negative_prompt="blue") - plain).abs().max() > 1e-4
@@ -235,7 +235,7 @@ def test_bad_prompts_are_refused(pipeline, prompt, images, message: str) -> None
         pipeline(prompt, images=images)
 
 
-def test_an_unreadable_picture_is_named(pipeline, tmp_path) -> None:
+def test_an_unreadable_image_is_named(pipeline, tmp_path) -> None:
     path = tmp_path / "cut.png"
     HAT.save(path)
     path.write_bytes(path.read_bytes()[:-150])

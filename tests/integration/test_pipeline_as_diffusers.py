@@ -22,9 +22,9 @@ from diffusers.hooks import apply_layerwise_casting
 
 from tests.support.marks import skip_without_group_offload
 from tests.support.public import KosmosGPipeline
-from tests.support.tiny_pipeline import draw, picture, tiny_pipeline
+from tests.support.tiny_pipeline import draw, prompt_image, tiny_pipeline
 
-DOG, CAT = picture(1), picture(2, 31, 50)
+DOG, CAT = prompt_image(1), prompt_image(2, 31, 50)
 PROMPT = ["A", DOG, "in snow"]
 CPU = torch.device("cpu")
 LANGUAGE_SIDE = ("mllm", "aligner", "tokenizer", "mllm_image_processor")
@@ -212,11 +212,11 @@ def test_an_image_may_have_another_form(shared, tmp_path, form) -> None:
 def test_an_array_of_images_is_one_for_each_placeholder(shared) -> None:
     pair = np.stack([np.array(DOG), np.array(DOG)[::-1]])
     found = condition(shared, "<image> and <image>", images=pair)
-    turned = picture(1).transpose(1)
+    turned = prompt_image(1).transpose(1)
     assert torch.equal(found, condition(shared, "<image> and <image>", images=[DOG, turned]))
 
 
-def test_gray_and_transparent_arrays_are_what_their_pictures_are(shared) -> None:
+def test_gray_and_transparent_arrays_are_what_their_images_are(shared) -> None:
     for mode in ("L", "RGBA"):
         image = DOG.convert(mode)
         found = condition(shared, ["a", np.array(image)])
@@ -245,7 +245,7 @@ def test_what_is_no_image_is_named(shared, image, message: str) -> None:
 # Other pipelines --------------------------------------------------------------------------------
 
 
-def test_from_pipe_keeps_parts_and_picture(shared, drawn) -> None:
+def test_from_pipe_keeps_parts_and_image(shared, drawn) -> None:
     again = quiet(KosmosGPipeline.from_pipe(shared))
     assert all(part is shared.components[name] for name, part in again.components.items())
     assert torch.equal(draw(again, PROMPT), drawn)

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
 from tests.support.marks import skip_without_group_offload
 from tests.support.tiny_models import TARGET_SIZE
-from tests.support.tiny_pipeline import draw, picture, tiny_pipeline
+from tests.support.tiny_pipeline import draw, prompt_image, tiny_pipeline
 
-DOG = picture(1)
+DOG = prompt_image(1)
 PROMPT = (["A", DOG, "in snow"],)
 TEXT_ENCODER_LAYER = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_"
 PARTS_OF_STABLE_DIFFUSION = ("vae", "unet", "scheduler", "tokenizer")
@@ -75,7 +75,7 @@ def test_controlnet(pipeline) -> None:
     with torch.no_grad():  # its outputs start at zero
         for block in control.controlnet_down_blocks:
             block.weight.normal_(std=0.3)
-    pose = picture(9, TARGET_SIZE, TARGET_SIZE)
+    pose = prompt_image(9, TARGET_SIZE, TARGET_SIZE)
     made = StableDiffusionControlNetPipeline.from_pipe(pipeline, controlnet=control)
     built = StableDiffusionControlNetPipeline(
         **stable_diffusion_parts(pipeline), controlnet=control
@@ -90,7 +90,7 @@ def test_controlnet(pipeline) -> None:
 
 
 def test_image_to_image(pipeline) -> None:
-    start = picture(9, TARGET_SIZE, TARGET_SIZE)
+    start = prompt_image(9, TARGET_SIZE, TARGET_SIZE)
     made = StableDiffusionImg2ImgPipeline.from_pipe(pipeline)
     built = StableDiffusionImg2ImgPipeline(**stable_diffusion_parts(pipeline))
     results = []
@@ -106,7 +106,7 @@ def test_image_to_image(pipeline) -> None:
     ("scheduler", "steps"), [(DPMSolverMultistepScheduler, 100), (DDIMScheduler, 250)]
 )
 def test_the_papers_schedulers(pipeline, scheduler, steps: int) -> None:
-    """Dropped in by `from_config`; the same picture as stock Stable Diffusion's with them."""
+    """Dropped in by `from_config`; the same image as stock Stable Diffusion's with them."""
     before = draw(pipeline, *PROMPT)
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     count = []

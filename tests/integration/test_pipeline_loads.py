@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support import fresh_loads
-from tests.support.tiny_pipeline import picture, tiny_pipeline
+from tests.support.tiny_pipeline import prompt_image, tiny_pipeline
 
 REPOSITORY = Path(__file__).parents[2]
-DOG = picture(1)
+DOG = prompt_image(1)
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 

@@ -128,11 +128,11 @@ BAD_LINES = {
 def test_every_bad_record_is_named_with_its_reason(tmp_path):
     model = write_tokenizer(tmp_path)
     (good,) = image_records(tmp_path, "caption", 1)
-    picture = (tmp_path / good["image"]).read_bytes()
+    image = (tmp_path / good["image"]).read_bytes()
     for name, data in (
-        ("good.png", picture),
+        ("good.png", image),
         ("empty.png", b""),
-        ("half.png", picture[: len(picture) // 2]),
+        ("half.png", image[: len(image) // 2]),
         ("page.png", b"<html></html>"),
     ):
         (tmp_path / name).write_bytes(data)

@@ -126,7 +126,7 @@ def test_the_program_trains_evaluates_draws_and_saves(name, dedicated, colocated
         if "lr" in line:
             assert 0 < line["decoder_idle"] < 1 and 0 < line["score_idle"] <= 1
             assert line["link_mib"] > 2 * 4 * CONDITION_BYTES / 2**20  # four images, both ways
-        else:  # pictures were drawn by a score rank and judged
+        else:  # images were drawn by a score rank and judged
             assert math.isfinite(line["heldout_loss"]) and "heldout_toy_hue_mean" in line
     assert measured(folder) == [pytest.approx(each, abs=1e-3) for each in measured(colocated)]
     saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
@@ -177,7 +177,7 @@ def test_checkpoints_go_from_either_placement_to_the_other(world, colocated, ded
 
 
 @pytest.fixture
-def with_bad_pictures(world, tmp_path) -> tuple[str, ...]:
+def with_bad_images(world, tmp_path) -> tuple[str, ...]:
     """Settings of a mixture of nearly only `edit`: bad targets, bad prompts, and both."""
     for file in (world / "data" / "train").glob("edit.*"):
         shutil.copy(file, tmp_path / file.name)
@@ -189,8 +189,8 @@ def with_bad_pictures(world, tmp_path) -> tuple[str, ...]:
     return (f"data.blend.edit.path={tmp_path / 'edit'}", *mixture)
 
 
-def test_bad_pictures_cost_the_same_in_every_layout(world, with_bad_pictures, tmp_path):
-    more = (*with_bad_pictures, "training.train_iters=3", "training.global_batch_size=8")
+def test_bad_images_cost_the_same_in_every_layout(world, with_bad_images, tmp_path):
+    more = (*with_bad_images, "training.train_iters=3", "training.global_batch_size=8")
     runs = {
         "beside": (1, ()),
         "apart": (3, (DEDICATED, "score.ranks_per_replica=2")),

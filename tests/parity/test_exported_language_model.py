@@ -71,7 +71,7 @@ def test_the_authors_numbers_without_megatron(number: int) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> tuple[Kosmos2ForConditionalGeneration, dict, dict]:
-    """The stock model, random prompts (two pictures, one, none, `<s>`), our model's outputs."""
+    """The stock model, random prompts (two images, one, none, `<s>`), our model's outputs."""
     torch.set_num_threads(1)
     config = conversion_config("pretrain", tmp_path_factory.mktemp("models"))
     source = InMemory(random_weights(config))
@@ -92,7 +92,7 @@ def test_random_prompts_are_keyed_and_of_all_kinds(models) -> None:
 
 
 @torch.no_grad()
-def test_two_pictures_in_a_row_beside_shorter_rows(models) -> None:
+def test_two_images_in_a_row_beside_shorter_rows(models) -> None:
     model, prompts, ours = models
     output = model(
         pixel_values=prompts["pixel_values"],

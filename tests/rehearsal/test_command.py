@@ -59,10 +59,10 @@ def test_the_page_stands_alone_and_draws_the_memory(report):
     page = to_page(report, "rehearse <x>")
     assert "What the GPU would wait for" in page and "rehearse &lt;x&gt;" in page
     assert not re.search(r"(src|href)=", page)
-    pictures = re.findall("<svg.*?</svg>", page, re.DOTALL)
-    assert len(pictures) == len(report["kinds"])
-    for picture in pictures:
-        shapes = ElementTree.fromstring(picture)
+    images = re.findall("<svg.*?</svg>", page, re.DOTALL)
+    assert len(images) == len(report["kinds"])
+    for image in images:
+        shapes = ElementTree.fromstring(image)
         (curve,) = shapes.findall("polygon")
         points = [tuple(map(float, point.split(","))) for point in curve.get("points").split()]
         assert all(0 <= x <= 1000 and 0 <= y <= 240 for x, y in points) and len(points) > 50

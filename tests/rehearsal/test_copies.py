@@ -1,4 +1,4 @@
-"""Batches reach the device from pinned memory, and pictures as bytes."""
+"""Batches reach the device from pinned memory, and images as bytes."""
 
 from __future__ import annotations
 

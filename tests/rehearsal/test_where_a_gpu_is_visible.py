@@ -25,7 +25,7 @@ def test_the_planner_builds_its_models_without_the_device(rehearse, stage):
 
 def test_held_out_images_are_drawn_on_the_device(rehearse):
     settings = ("logging.num_images=4", "logging.num_inference_steps=3")
-    answer = rehearse.answer(task(rehearse, "instruct", "pictures", *settings))
+    answer = rehearse.answer(task(rehearse, "instruct", "images", *settings))
     assert answer["shape"] == [4, 3, 16, 16] and answer["device"] == "cuda"
     # Guidance doubles the rows and not the passes: one of the U-Net a step.
     assert answer["phases"]["forward of the U-Net"]["kernels"]["convolution"] % 3 == 0

@@ -80,7 +80,7 @@ def write_blip2(folder: Path) -> Path:
         image_token_index=IMAGE_TOKEN,
     )
     model = Blip2ForConditionalGeneration(config)
-    # Pictures have to matter, and the answers have to be words.
+    # Images have to matter, and the answers have to be words.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.5)
@@ -112,7 +112,7 @@ def write_language_model(folder: Path) -> Path:
 
 
 def write_clipseg(folder: Path) -> Path:
-    """A segmenter whose maps depend on picture and words."""
+    """A segmenter whose maps depend on image and words."""
     torch.manual_seed(3)
     size = _words(folder, True, model_max_length=16)
     layers = {"num_hidden_layers": 2, "projection_dim": 8}

@@ -1,4 +1,4 @@
-"""Small inputs for the data tests: a SentencePiece model, pictures, JSONL files, datasets."""
+"""Small inputs for the data tests: a SentencePiece model, images, JSONL files, datasets."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def encode_image(
 
 
 def noise_image(seed: int, height: int = 12, width: int = 12, image_format: str = "PNG") -> bytes:
-    """A smooth random picture."""
+    """A smooth random image."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (height // 4 + 2, width // 4 + 2, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -105,11 +105,11 @@ def text_records(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def image_records(folder: Path, kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Records of one of the kinds with pictures, which are written into `folder`/images."""
+    """Records of one of the kinds with images, which are written into `folder`/images."""
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
 
-    def picture(name: str) -> str:
+    def image(name: str) -> str:
         path = folder / "images" / f"{kind}-{name}.png"
         path.write_bytes(noise_image(int(rng.integers(1 << 30))))
         return f"images/{path.name}"
@@ -126,30 +126,30 @@ def image_records(folder: Path, kind: str, count: int, seed: int = 0) -> list[di
         key = f"{kind}-{i}"
         if kind == "caption":
             caption = sentence(rng, int(rng.integers(2, 7)))
-            record = {"image": picture(str(i)), "caption": caption, "topic": i}
+            record = {"image": image(str(i)), "caption": caption, "topic": i}
         elif kind == "interleaved":
             content: list[dict[str, str]] = []
             for j in range(rng.integers(1, 4)):
-                content.append({"image": picture(f"{i}-{j}")})
+                content.append({"image": image(f"{i}-{j}")})
                 content.append({"text": sentence(rng, int(rng.integers(2, 7)))})
             record = {"content": content}
         elif kind == "edit":
             record = {
                 "caption": sentence(rng, 4),
-                "image": picture(f"{i}-a"),
+                "image": image(f"{i}-a"),
                 "instruction": sentence(rng, 3),
-                "target": picture(f"{i}-b"),
+                "target": image(f"{i}-b"),
             }
         else:
             caption = "a red circle and a blue square on a green background"
             entities = [
-                {"text": text, "span": [at, at + len(text)], "image": picture(f"{i}-{text}")}
+                {"text": text, "span": [at, at + len(text)], "image": image(f"{i}-{text}")}
                 for text in ("red circle", "blue square")
                 for at in [caption.index(text)]
             ]
             entities[0]["mask"] = mask(f"{i}")
             entities[1]["mask"] = None
-            record = {"caption": caption, "image": picture(f"{i}-t"), "entities": entities}
+            record = {"caption": caption, "image": image(f"{i}-t"), "entities": entities}
         records.append({"key": key} | record)
     return records
 
@@ -168,14 +168,14 @@ def build_dataset(folder: Path, kind: str, count: int, seed: int = 0, name: str 
 
 
 def break_image(folder: Path, kind: str, name: str, which: int, part: int) -> str:
-    """A copy of a dataset in which one picture's bytes are overwritten; returns its prefix."""
+    """A copy of a dataset in which one image's bytes are overwritten; returns its prefix."""
     prefix = build_dataset(folder, kind, 8, name=name)
     overwrite_image(prefix, which, part)
     return prefix
 
 
 def overwrite_image(prefix: str | Path, which: int, part: int) -> None:
-    """Zeros in place of picture `part` of sample `which`."""
+    """Zeros in place of image `part` of sample `which`."""
     shard, number = SampleStore(prefix).shards.locate(which)
     data = shard.sequences
     images = [i for i in data.document(number) if data[i][1] == 1]

@@ -39,7 +39,7 @@ def info_of(sample: list[tuple[int, bytes]]) -> dict:
     return json.loads(sample[0][1])
 
 
-def pictures_of(sample: list[tuple[int, bytes]]) -> list[bytes]:
+def images_of(sample: list[tuple[int, bytes]]) -> list[bytes]:
     return [data for mode, data in sample if mode == IMAGE]
 
 
@@ -48,7 +48,7 @@ def texts_of(sample: list[tuple[int, bytes]], tokenizer: Tokenizer) -> list[str]
 
 
 def outline(sample: list[tuple[int, bytes]], tokenizer: Tokenizer) -> list[str | bytes]:
-    """Texts and pictures in the order in which they are stored."""
+    """Texts and images in the order in which they are stored."""
     return [
         tokenizer.decode(np.frombuffer(data, "<i4")) if mode == TOKENS else data
         for mode, data in sample

@@ -13,7 +13,7 @@ from megatron_kosmosg.demo.studio import Studio
 from megatron_kosmosg.inference.model_source import find_model
 from megatron_kosmosg.inference.open_model import open_drawer
 from megatron_kosmosg.toy import assets
-from megatron_kosmosg.toy.judging.toy_prompts import subject_picture
+from megatron_kosmosg.toy.judging.toy_prompts import subject_image
 from megatron_kosmosg.toy.world import sample_scene
 
 GIVEN = {
@@ -42,7 +42,7 @@ def open_toy(
 
 def write_subject(folder: Path) -> Path:
     path = folder / "subject.png"
-    subject_picture(sample_scene(8, 1, True).entities[0], 8).save(path)
+    subject_image(sample_scene(8, 1, True).entities[0], 8).save(path)
     return path
 
 

@@ -100,11 +100,11 @@ def without_package() -> None:
 
 
 def draw(pipeline, inputs: dict) -> torch.Tensor:
-    """The picture of PROMPT with the picture of the inputs."""
+    """The image of PROMPT with the image of the inputs."""
     from PIL import Image
 
-    picture = Image.fromarray(inputs["picture"].numpy())
-    return sample(pipeline, prompt=PROMPT, images=[picture], negative_prompt="blue")
+    image = Image.fromarray(inputs["picture"].numpy())
+    return sample(pipeline, prompt=PROMPT, images=[image], negative_prompt="blue")
 
 
 def sample(pipeline, **arguments) -> torch.Tensor:

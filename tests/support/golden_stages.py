@@ -156,7 +156,7 @@ def instruct_config(golden: dict, parallel: Mapping, stable_diffusion: Path) -> 
 
 
 def instruct_batches(golden: dict) -> list[dict[str, torch.Tensor]]:
-    """The authors' prompts twice, each time with other pictures to draw."""
+    """The authors' prompts twice, each time with other images to draw."""
     inputs = golden["inputs"]
     batches = []
     for index in range(2):

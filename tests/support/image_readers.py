@@ -18,7 +18,7 @@ from PIL import Image
 
 from examples.inference import caption_image
 from examples.inference import shared as other_examples
-from megatron_kosmosg.construction.pictures import SquarePictures
+from megatron_kosmosg.construction.square_images import SquareImages
 from megatron_kosmosg.data.image_reading import read_image
 from megatron_kosmosg.data.image_types import BadImage, ImageTransform, UnreadableImage
 from megatron_kosmosg.data.images import ImageDecoder
@@ -27,7 +27,7 @@ from megatron_kosmosg.data.latent_cache import LatentCache
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.hf import pipeline_kosmosg
-from megatron_kosmosg.inference.prompt_records import PromptError, open_picture
+from megatron_kosmosg.inference.prompt_records import PromptError, open_image
 from megatron_kosmosg.inspection.check import check_dataset
 from megatron_kosmosg.preprocess import latent_moments
 from megatron_kosmosg.preprocess.options import Options
@@ -127,7 +127,7 @@ def by_check(data: bytes, datasets: Datasets, name: str) -> np.ndarray:
 
 def by_construction(data: bytes, datasets: Datasets, name: str) -> np.ndarray:
     record = Record("a", {"image": data}, Path())
-    return cropped(SquarePictures(Options()).picture(record))
+    return cropped(SquareImages(Options()).image(record))
 
 
 def by_pipeline(data: bytes, datasets: Datasets, name: str) -> np.ndarray:
@@ -138,7 +138,7 @@ def by_pipeline(data: bytes, datasets: Datasets, name: str) -> np.ndarray:
 def by_generate(data: bytes, datasets: Datasets, name: str) -> np.ndarray:
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(data)
-        return cropped(open_picture(Path(file.name)))
+        return cropped(open_image(Path(file.name)))
 
 
 def by_caption_image(data: bytes, datasets: Datasets, name: str) -> np.ndarray:

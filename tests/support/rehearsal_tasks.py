@@ -25,7 +25,7 @@ from megatron_kosmosg.rehearsal.rank_update import resolved_config, run_update, 
 from megatron_kosmosg.rehearsal.recorder import Recorder
 from megatron_kosmosg.rehearsal.stand_ins import StandIns
 from megatron_kosmosg.score.connect import ScoreRank
-from megatron_kosmosg.score.drawing import draw_pictures
+from megatron_kosmosg.score.drawing import draw_images
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.member import Asked
 from megatron_kosmosg.score.messages import Kind, Request, Rows
@@ -78,8 +78,8 @@ def gradients_of_a_stage(case: Case, stand_ins: StandIns) -> dict:
     return {"loss": loss, "gradients": sorted(share.tensors)}
 
 
-def pictures(case: Case, stand_ins: StandIns) -> dict:
-    """{"shape", "device": of held-out pictures, "phases": "draw"}."""
+def images(case: Case, stand_ins: StandIns) -> dict:
+    """{"shape", "device": of held-out images, "phases": "draw"}."""
     config, recorder = resolved_config(case, stand_ins), stand_ins.recorder
     take_place(case, stand_ins)
     with stand_ins.device():
@@ -91,7 +91,7 @@ def pictures(case: Case, stand_ins: StandIns) -> dict:
         positions = torch.arange(config.logging.num_images)
         recorder.forget()
         with recorder.phase("draw"):
-            drawn = draw_pictures(
+            drawn = draw_images(
                 config, diffusion, condition, positions, config.data.target_image_size
             )
     return {

@@ -41,9 +41,9 @@ def write_run(out: Path, rows: list[dict], mode: str = "full") -> None:
     evaluation.mkdir()
     (evaluation / "metrics.json").write_text(json.dumps({"rows": rows}))
     Image.new("RGB", (8, 8), "red").save(evaluation / "sheet.png")
-    picture = {"file": "sheet.png", "title": "One subject", "caption": "shown & drawn"}
-    picture |= {"columns": ["prompt", "result"], "rows": ["a <image> on red"]}
-    (evaluation / "images.json").write_text(json.dumps([picture]))
+    image = {"file": "sheet.png", "title": "One subject", "caption": "shown & drawn"}
+    image |= {"columns": ["prompt", "result"], "rows": ["a <image> on red"]}
+    (evaluation / "images.json").write_text(json.dumps([image]))
     step = {"name": "pretrain", "title": "pretrain", "command": "python -m x 'a b'"}
     step |= {"seconds": 75.0, "cpu_seconds": 140.0}
     machine = {"processor": "cpu", "cores": 2, "system": "Linux", "python": "3.11"}

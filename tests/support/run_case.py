@@ -35,7 +35,7 @@ class Ran:
     """Its parameters before the first update."""
     after: Share
     sheet: np.ndarray | None
-    """The pictures of held-out prompts, where they were drawn."""
+    """The images of held-out prompts, where they were drawn."""
 
 
 def run_stage(config: RunConfig, defect: str | None = None) -> Ran | None:

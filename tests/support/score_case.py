@@ -13,12 +13,12 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
-from megatron_kosmosg.score.drawing import draw_pictures
+from megatron_kosmosg.score.drawing import draw_images
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.remote import ScoreWork
 from megatron_kosmosg.score.service import serve
 from megatron_kosmosg.score.wire import RunEnd
-from megatron_kosmosg.stages.held_out_pictures import held_out_pictures
+from megatron_kosmosg.stages.held_out_images import held_out_images
 from megatron_kosmosg.stages.instruct import InstructStage
 from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.step import Reporter, forward_losses
@@ -29,7 +29,7 @@ from tests.support.tiny_stream import TinyStream
 
 @dataclass(frozen=True)
 class Placed:
-    """What one rank knows after an update, an evaluation and a sheet of pictures."""
+    """What one rank knows after an update, an evaluation and a sheet of images."""
 
     is_score_rank: bool
     loss: float = 0.0
@@ -44,7 +44,7 @@ class Placed:
 
 
 def placed_update(config: RunConfig) -> Placed:
-    """This rank's part of one update, one evaluation and one sheet of pictures."""
+    """This rank's part of one update, one evaluation and one sheet of images."""
     try:
         if platform.holds_unet_alone(config):
             return _serve(config)
@@ -76,7 +76,7 @@ def _serve(config: RunConfig) -> Placed:
             config,
             rank,
             DenoisingLoss(diffusion, config.score, config.training.seed),
-            partial(draw_pictures, config, diffusion),
+            partial(draw_images, config, diffusion),
             lambda split: TinyStream("instruct", reads="targets"),
             diffusion.moments,
         )
@@ -101,8 +101,8 @@ def _train(config: RunConfig) -> Placed:
         heldout = forward_losses(
             stage, config, layout, chunks, feed, [iter(feed)], Reporter(layout, stage.remote_score)
         )
-        pictured = TinyStream("instruct", packs=packs)
-        drawn = held_out_pictures(config, layout, stage._draw, pictured, chunks)
+        imaged = TinyStream("instruct", packs=packs)
+        drawn = held_out_images(config, layout, stage._draw, imaged, chunks)
     feed.close()
     if stage.remote_score is not None:
         stage.remote_score.close(RunEnd.DONE)

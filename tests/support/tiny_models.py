@@ -133,19 +133,19 @@ def replace_section(config: RunConfig, section: str, **changes) -> RunConfig:
 
 
 def random_batch(stage: str, rows: int, length: int, seed: int) -> dict[str, torch.Tensor]:
-    """One micro-batch as the stage's dataset collates it: pictures in all rows but the last."""
+    """One micro-batch as the stage's dataset collates it: images in all rows but the last."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(4, IMAGE_ID, (rows, length), generator=generator)
     tokens[:, 0] = 0
     image_mask = torch.zeros(rows, length, dtype=torch.bool)
     padding_mask = torch.zeros(rows, length, dtype=torch.bool)
     padding_mask[-1, length - 3 :] = stage != "pretrain"
-    pictured = [] if stage == "align" else list(range(rows - 1))
-    for row in pictured:
+    imaged = [] if stage == "align" else list(range(rows - 1))
+    for row in imaged:
         image_mask[row, 3 : 3 + NUM_LATENT_QUERIES] = True
         tokens[row, 2 : 3 + NUM_LATENT_QUERIES] = IMAGE_ID
     tokens[padding_mask] = 1
-    pixel_values = torch.randn(len(pictured), 3, 28, 28, generator=generator)
+    pixel_values = torch.randn(len(imaged), 3, 28, 28, generator=generator)
     batch = {
         "tokens": tokens,
         "image_mask": image_mask,

@@ -38,7 +38,7 @@ def tiny_pipeline(folder: Path) -> KosmosGPipeline:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     torch.manual_seed(7)
     mllm = Kosmos2ForConditionalGeneration(mllm_config(len(tokenizer)))
-    with torch.no_grad():  # as it is initialised, pictures hardly change what it says
+    with torch.no_grad():  # as it is initialised, images hardly change what it says
         for parameter in mllm.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     pipeline = KosmosGPipeline(
@@ -88,8 +88,8 @@ def mllm_config(vocab_size: int) -> Kosmos2Config:
     )
 
 
-def picture(seed: int, width: int = 40, height: int = 33) -> Image.Image:
-    """A picture of random blocks; another for every seed."""
+def prompt_image(seed: int, width: int = 40, height: int = 33) -> Image.Image:
+    """An image of random blocks; another for every seed."""
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(blocks.numpy()).resize((width, height), Image.Resampling.NEAREST)

@@ -18,7 +18,7 @@ _PADDING = {"tokens": 1, "padding_mask": True}
 
 
 class TinyStream:
-    """Rows of 11 to 15 positions (pretrain: all 15), every second one with a picture."""
+    """Rows of 11 to 15 positions (pretrain: all 15), every second one with an image."""
 
     def __init__(
         self, stage: str, split: str = "train", reads: Reads = "all", packs: bool = False
@@ -59,7 +59,7 @@ class TinyStream:
     def _row(self, position: int, pad_to: int) -> dict[str, torch.Tensor]:
         (length,) = self.lengths([position])
         pair = random_batch(self._stage, 2, int(length), seed=self._offset + position)
-        index = position % 2  # the first row of the pair has the picture
+        index = position % 2  # the first row of the pair has the image
         row = {key: value[index : index + 1] for key, value in pair.items()}
         return {
             key: F.pad(value, (0, pad_to - length), value=_PADDING.get(key, 0))

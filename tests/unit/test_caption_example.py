@@ -1,4 +1,4 @@
-"""The captioning example against greedy and beam search written out, with several pictures."""
+"""The captioning example against greedy and beam search written out, with several images."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from examples.inference.caption_image import Captioner
-from tests.support.tiny_pipeline import picture, tiny_pipeline
+from tests.support.tiny_pipeline import prompt_image, tiny_pipeline
 
 LENGTH, BEAMS = 4, 3
-CAT, DOG = picture(1), picture(2)
+CAT, DOG = prompt_image(1), prompt_image(2)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,9 @@ def test_the_embedded_prompt_is_what_the_stock_model_builds_itself(captioner):
     model, slots = captioner.model, captioner.model.config.latent_query_num
     tokenizer = captioner.tokenizer
     start, end = tokenizer.convert_tokens_to_ids(["<image>", "</image>"])
-    picture = [start, *[start] * slots, end]
+    prompt_image = [start, *[start] * slots, end]
     words = tokenizer.encode("on", add_special_tokens=False)
-    ids = torch.tensor([[tokenizer.bos_token_id, *picture, *picture, *words]])
+    ids = torch.tensor([[tokenizer.bos_token_id, *prompt_image, *prompt_image, *words]])
     mask = torch.zeros_like(ids)
     for offset in (2, 2 + slots + 2):
         mask[0, offset : offset + slots] = 1
@@ -81,6 +81,6 @@ def test_the_embedded_prompt_is_what_the_stock_model_builds_itself(captioner):
     torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-5)
 
 
-def test_pictures_and_placeholders_must_agree(captioner):
+def test_images_and_placeholders_must_agree(captioner):
     with pytest.raises(ValueError, match="1 <image> in the prompt, 2 image"):
         captioner.embed("<image>", [CAT, DOG])

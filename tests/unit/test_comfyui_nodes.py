@@ -79,11 +79,11 @@ def test_a_prompt_of_two_sizes_is_what_the_pipeline_reads(pack, model):
     assert extras == {} and more == {} and found.dtype == null.dtype == torch.float32
     source = find_model(assets.path() / "kosmosg")
     pipeline = open_pipeline(source, torch.float32, torch.device("cpu"))
-    pictures = [
+    opened = [
         Image.fromarray((image[0].numpy() * 255).round().astype(np.uint8))
         for image in (first, second)
     ]
-    wanted, wanted_null = pipeline.encode_prompt(text, images=pictures, negative_prompt="a circle")
+    wanted, wanted_null = pipeline.encode_prompt(text, images=opened, negative_prompt="a circle")
     assert found.shape == wanted.shape == (1, 21, 96)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(null, wanted_null)

@@ -22,7 +22,7 @@ from tests.support.construction_models import (
 CPU = torch.device("cpu")
 
 
-def pictures(count: int, side: int = 40) -> list[Image.Image]:
+def shown(count: int, side: int = 40) -> list[Image.Image]:
     rng = np.random.default_rng(5)
     return [
         Image.fromarray(rng.integers(0, 256, (side + i, side + i, 3), dtype=np.uint8))
@@ -32,7 +32,7 @@ def pictures(count: int, side: int = 40) -> list[Image.Image]:
 
 def test_captions_do_not_depend_on_the_batch_and_hold_the_answer_only(tmp_path):
     captioner = Blip2Captioner(write_blip2(tmp_path / "blip2"), torch.float32, CPU, max_tokens=5)
-    images = pictures(6)
+    images = shown(6)
     together = captioner(images)
     assert together == [captioner([image])[0] for image in images]
     assert len(set(together)) > 1, "pictures should matter"
@@ -66,10 +66,10 @@ def test_the_prompt_asks_about_one_caption():
     assert PROMPT.count("{caption}") == 1 and PROMPT.endswith("Answer:")
 
 
-def test_each_name_is_looked_for_in_its_own_picture(tmp_path):
+def test_each_name_is_looked_for_in_its_own_image(tmp_path):
     folder = write_clipseg(tmp_path / "clipseg")
     segmenter = ClipSegmenter(folder, torch.float32, CPU)
-    a, b = pictures(2)
+    a, b = shown(2)
     named = [(a, "dog"), (a, "garden cat"), (b, "dog")]
     maps = segmenter(named)
     assert [one.shape for one in maps] == [(40, 40), (40, 40), (41, 41)]

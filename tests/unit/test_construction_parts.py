@@ -20,7 +20,6 @@ from megatron_kosmosg.construction.entities import (
     parse_answer,
 )
 from megatron_kosmosg.construction.noun_phrases import noun_phrases
-from megatron_kosmosg.construction.pictures import SquarePictures
 from megatron_kosmosg.construction.plan import make_plan
 from megatron_kosmosg.construction.regions import (
     dilated,
@@ -28,6 +27,7 @@ from megatron_kosmosg.construction.regions import (
     largest_component,
     square_around,
 )
+from megatron_kosmosg.construction.square_images import SquareImages
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.toy.captions import caption as toy_caption
@@ -184,7 +184,7 @@ def test_squares_are_shifted_inside(box, square):
     assert square_around(region) == square
 
 
-def test_masks_take_the_turns_of_their_picture(tmp_path):
+def test_masks_take_the_turns_of_their_image(tmp_path):
     pixels = np.zeros((8, 12, 3), np.uint8)
     pixels[1, 4] = 255
     exif = Image.Exif()
@@ -192,17 +192,17 @@ def test_masks_take_the_turns_of_their_picture(tmp_path):
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG", exif=exif)
     record = Record("x", {"image": out.getvalue(), "rotation": 90.0}, tmp_path)
-    pictures = SquarePictures(Options())
-    image = np.asarray(pictures.picture(record))
-    mask = pictures.mask(record, encode_image(pixels[..., 0]))
+    images = SquareImages(Options())
+    image = np.asarray(images.image(record))
+    mask = images.mask(record, encode_image(pixels[..., 0]))
     assert image.shape == (8, 8, 3) and (image[..., 0] == mask).all()
-    # Both quarter turns cancel: what is left is the centre of the stored picture.
+    # Both quarter turns cancel: what is left is the centre of the stored image.
     assert (mask == pixels[:, 2:10, 0]).all() and mask.any()
     with pytest.raises(Rejected, match="differ in size"):
-        pictures.mask(record, encode_image(pixels[:4, :4, 0]))
+        images.mask(record, encode_image(pixels[:4, :4, 0]))
 
 
-def test_open_images_list_names_pictures_and_turns(tmp_path):
+def test_open_images_list_names_images_and_turns(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "0a.jpg").write_bytes(noise_image(1, image_format="JPEG"))
     (tmp_path / "image_ids_and_rotation.csv").write_text(
@@ -211,30 +211,30 @@ def test_open_images_list_names_pictures_and_turns(tmp_path):
     )
     listed = str(tmp_path / "image_ids_and_rotation.csv")
     plan = make_plan(tmp_path / "out", [listed], 2, None, Options())
-    found = [p for shard in range(plan.num_shards) for p in plan.pictures(shard)]
+    found = [p for shard in range(plan.num_shards) for p in plan.images(shard)]
     keys = [p.key for p in found]
     assert keys[:2] == ["0a", "0b"] and keys[3] == "0d" and len(keys) == 4
     assert isinstance(found[2].record, Rejected) and "CSV columns" in found[2].record.reason
     turns = [found[i].record.fields["rotation"] for i in (0, 1, 3)]
     assert turns == [270.0, 0.0, 0.0]
-    assert SquarePictures(Options()).picture(found[0].record).size == (12, 12)
+    assert SquareImages(Options()).image(found[0].record).size == (12, 12)
     with pytest.raises(Rejected, match="image cannot be read"):
-        SquarePictures(Options()).picture(found[1].record)
+        SquareImages(Options()).image(found[1].record)
 
 
 def test_a_plan_is_kept_and_others_are_refused(tmp_path):
-    pictures = tmp_path / "pictures" / "a"
-    pictures.mkdir(parents=True)
+    images = tmp_path / "pictures" / "a"
+    images.mkdir(parents=True)
     for name in ("1.jpg", "2.png", "2.jpg"):
-        (pictures / name).write_bytes(noise_image(1))
-    (pictures / "notes.txt").write_text("no picture")
+        (images / name).write_bytes(noise_image(1))
+    (images / "notes.txt").write_text("no picture")
     inputs = [str(tmp_path / "pictures")]
     plan = make_plan(tmp_path / "out", inputs, 4, None, Options())
-    assert [p.key for p in plan.pictures(0)][:2] == ["a/1", "a/2"]
-    assert [isinstance(p.record, Rejected) for p in plan.pictures(0)] == [False, False, True]
-    (pictures / "3.jpg").write_bytes(noise_image(1))
+    assert [p.key for p in plan.images(0)][:2] == ["a/1", "a/2"]
+    assert [isinstance(p.record, Rejected) for p in plan.images(0)] == [False, False, True]
+    (images / "3.jpg").write_bytes(noise_image(1))
     again = make_plan(tmp_path / "out", inputs, 4, None, Options())
-    assert len(list(again.pictures(0))) == 3, "a picture that came later is not in the plan"
+    assert len(list(again.images(0))) == 3, "a picture that came later is not in the plan"
     with pytest.raises(ValueError, match="shard_size: 4 -> 5"):
         make_plan(tmp_path / "out", inputs, 5, None, Options())
     (tmp_path / "none").mkdir()

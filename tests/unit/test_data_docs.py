@@ -63,13 +63,13 @@ def write_public_layouts(folder: Path) -> None:
     write_parquet(folder / "fineweb/0.parquet", [{"text": "red dog .", "id": "x"}])
     members = [
         (f"00000000{i}.{end}", data)
-        for i, picture in enumerate((big, small))
-        for end, data in (("jpg", picture), ("txt", b"red dog"), ("json", b'{"url": "u"}'))
+        for i, image in enumerate((big, small))
+        for end, data in (("jpg", image), ("txt", b"red dog"), ("json", b'{"url": "u"}'))
     ]
     write_tar(folder / "laion/00000.tar", members)
     (folder / "mmc4/images/a.png").write_bytes(small)
-    pictures = [{"image_name": f"{name}.png", "matched_text_index": 0} for name in "ab"]
-    document = {"text_list": ["red dog ."], "image_info": pictures}
+    images = [{"image_name": f"{name}.png", "matched_text_index": 0} for name in "ab"]
+    document = {"text_list": ["red dog ."], "image_info": images}
     write_jsonl(folder / "mmc4/docs_shard_0_v2.jsonl", [document])
     obelics = {"texts": [None, "red dog ."], "images": [{"bytes": small, "path": None}, None]}
     write_parquet(folder / "obelics/0.parquet", [obelics])
@@ -109,7 +109,7 @@ def test_the_commands_for_public_datasets_give_datasets_that_pass_the_check(
         assert len(store) == (2 if kind == "caption" and not is_filtered else 1), here
         kinds.add(kind)
     assert kinds == set(KINDS)
-    # MMC4 named a picture that is not there.
+    # MMC4 named an image that is not there.
     assert re.search(r"images left out +1\n", capsys.readouterr().out)
     (arguments,) = commands("tools/inspect_data.py")
     here = [argument.removeprefix("/") for argument in arguments]

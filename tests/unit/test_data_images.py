@@ -1,4 +1,4 @@
-"""Decoding: both backends agree, and one bad picture costs one picture."""
+"""Decoding: both backends agree, and one bad image costs one image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def decoders():
     return {name: ImageDecoder(name) for name in BACKENDS}
 
 
-def pictures(image_format: str = "PNG") -> list[bytes]:
+def images(image_format: str = "PNG") -> list[bytes]:
     return [noise_image(i, h, w, image_format) for i, (h, w) in enumerate(SIZES)]
 
 
@@ -32,8 +32,8 @@ def test_pillow_follows_torchvisions_geometry(decoders, transform):
     """Resize(size) then CenterCrop(size), written out as torchvision documents them."""
     size = transform.size
     resample = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}[transform.interpolation]
-    got = levels(decoders["pillow"].decode(pictures(), transform), transform)
-    for data, result in zip(pictures(), got, strict=True):
+    got = levels(decoders["pillow"].decode(images(), transform), transform)
+    for data, result in zip(images(), got, strict=True):
         image = Image.open(io.BytesIO(data))
         w, h = image.size
         new = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
@@ -47,7 +47,7 @@ def test_pillow_follows_torchvisions_geometry(decoders, transform):
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
 @pytest.mark.parametrize("transform", [CLIP, VAE], ids=["clip", "vae"])
 def test_dali_equals_pillow_within_the_stated_tolerance(decoders, transform, image_format):
-    data = pictures(image_format)
+    data = images(image_format)
     a, b = (levels(decoders[name].decode(data, transform), transform) for name in BACKENDS)
     mean, largest = np.abs(a - b).mean(axis=(1, 2, 3)), np.abs(a - b).max(axis=(1, 2, 3))
     assert mean.max() <= TOLERANCE[0] and largest.max() <= TOLERANCE[1]
@@ -56,7 +56,7 @@ def test_dali_equals_pillow_within_the_stated_tolerance(decoders, transform, ima
 
 
 @needs_dali
-def test_pictures_of_the_right_size_are_exact(decoders):
+def test_images_of_the_right_size_are_exact(decoders):
     data = [noise_image(i, 24, 24) for i in range(3)]
     a, b = (decoders[name].decode(data, CLIP) for name in BACKENDS)
     assert (a - b).abs().max() < 1e-5
@@ -64,11 +64,11 @@ def test_pictures_of_the_right_size_are_exact(decoders):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_mask_paints_the_background_white(decoders, backend):
-    picture = np.full((24, 24, 3), (10, 100, 200), np.uint8)
+    image = np.full((24, 24, 3), (10, 100, 200), np.uint8)
     mask = np.zeros((24, 24), np.uint8)
     mask[6:18, 6:18] = 255
     mask[0, 0] = 51  # one fifth entity
-    images = [EntityImage(encode_image(picture), encode_image(mask)), encode_image(picture)]
+    images = [EntityImage(encode_image(image), encode_image(mask)), encode_image(image)]
     masked, plain = levels(decoders[backend].decode(images, CLIP), CLIP).round()
     assert (masked[6:18, 6:18] == (10, 100, 200)).all()
     outside = np.ones((24, 24), bool)
@@ -79,7 +79,7 @@ def test_a_mask_paints_the_background_white(decoders, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_grey_palette_and_alpha_pictures_become_rgb(decoders, backend):
+def test_grey_palette_and_alpha_images_become_rgb(decoders, backend):
     grey = np.full((24, 24), 80, np.uint8)
     rgba = np.dstack([np.full((24, 24, 3), 80, np.uint8), np.full((24, 24), 255, np.uint8)])
     palette = io.BytesIO()
@@ -88,7 +88,7 @@ def test_grey_palette_and_alpha_pictures_become_rgb(decoders, backend):
     assert (levels(decoders[backend].decode(data, CLIP), CLIP).round() == 80).all()
 
 
-def bad_pictures() -> dict[str, bytes]:
+def bad_images() -> dict[str, bytes]:
     good, jpeg = noise_image(0, 40, 40), noise_image(0, 40, 40, "JPEG")
     return {
         "empty": b"",
@@ -101,11 +101,11 @@ def bad_pictures() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", list(bad_pictures()))
-def test_a_bad_picture_is_found_and_the_others_are_unharmed(decoders, backend, name):
+@pytest.mark.parametrize("name", list(bad_images()))
+def test_a_bad_image_is_found_and_the_others_are_unharmed(decoders, backend, name):
     good = [noise_image(i, 30, 40, "JPEG") for i in range(4)]
     expected = decoders[backend].decode(good, CLIP)
-    images = [*good[:2], bad_pictures()[name], *good[2:]]
+    images = [*good[:2], bad_images()[name], *good[2:]]
     pixels, bad = decoders[backend].try_decode(images, CLIP)
     assert [error.index for error in bad] == [2] and bad[0].reason
     assert torch.equal(pixels[[0, 1, 3, 4]], expected)
@@ -116,14 +116,14 @@ def test_a_bad_picture_is_found_and_the_others_are_unharmed(decoders, backend, n
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_bad_mask_is_a_bad_picture(decoders, backend):
+def test_a_bad_mask_is_a_bad_image(decoders, backend):
     image = EntityImage(noise_image(0, 24, 24), b"not a mask")
     _, bad = decoders[backend].try_decode([noise_image(1, 24, 24), image], CLIP)
     assert [error.index for error in bad] == [1]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_batch_does_not_change_a_picture(decoders, backend):
+def test_the_batch_does_not_change_a_image(decoders, backend):
     data = [noise_image(i, 20 + i % 7, 30, "JPEG") for i in range(150)]
     together = decoders[backend].decode(data, CLIP)
     for i in (0, 63, 64, 149):
@@ -132,7 +132,7 @@ def test_the_batch_does_not_change_a_picture(decoders, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_threads_get_the_same_tensors(decoders, backend):
-    data = pictures("JPEG")
+    data = images("JPEG")
     expected = decoders[backend].decode(data, CLIP)
     results: list[torch.Tensor] = []
     threads = [
@@ -147,7 +147,7 @@ def test_threads_get_the_same_tensors(decoders, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_pictures_give_an_empty_tensor(decoders, backend):
+def test_no_images_give_an_empty_tensor(decoders, backend):
     assert decoders[backend].decode([], CLIP).shape == (0, 3, 24, 24)
 
 
@@ -175,7 +175,7 @@ class Broken:
         return self.inner.decode(images, transform)
 
 
-def test_a_broken_library_is_not_a_dataset_of_bad_pictures(monkeypatch):
+def test_a_broken_library_is_not_a_dataset_of_bad_images(monkeypatch):
     monkeypatch.setattr(images_module, "PillowBackend", lambda: Broken(working=0))
     with pytest.raises(
         BrokenDecoder, match="image_backend=pillow .* the driver is too old more of it;"
@@ -183,16 +183,16 @@ def test_a_broken_library_is_not_a_dataset_of_bad_pictures(monkeypatch):
         ImageDecoder("pillow")
 
 
-def test_the_reason_for_a_bad_picture_is_the_same_in_every_run():
+def test_the_reason_for_a_bad_image_is_the_same_in_every_run():
     _, (bad,) = ImageDecoder("pillow").try_decode([b"no picture"], CLIP)
     assert bad.reason == "the image is not a known image format"
 
 
-def test_a_library_that_breaks_later_is_not_taken_for_bad_pictures_either(monkeypatch):
+def test_a_library_that_breaks_later_is_not_taken_for_bad_images_either(monkeypatch):
     monkeypatch.setattr(images_module, "PillowBackend", lambda: Broken(working=1))
     decoder = ImageDecoder("pillow")
     with pytest.raises(BrokenDecoder, match="the driver is too old"):
-        decoder.try_decode(pictures(), CLIP)
+        decoder.try_decode(images(), CLIP)
 
 
 def test_a_library_that_gives_other_pixels_is_refused(monkeypatch):

@@ -55,7 +55,7 @@ def walk(store, tokenizer, document):
     atoms = [[[tokenizer.bos_id], False, False]]
     parts = list(zip(raw.parts, raw.modes, strict=True))
     if store.kind == "caption":
-        parts.reverse()  # the picture is stored last and read first
+        parts.reverse()  # the image is stored last and read first
     for part, mode in parts:
         if mode != TOKENS:
             atoms.append([image, False, False])
@@ -141,7 +141,7 @@ def test_the_work_on_a_row_does_not_grow_with_its_document(tmp_path, tokenizer):
     assert peak < len(ids) / 8, "bytes"
 
 
-def test_pictures_are_whole_and_in_their_slots(stores, tokenizer):
+def test_images_are_whole_and_in_their_slots(stores, tokenizer):
     store = stores["interleaved"]
     dataset, _ = packed(store, tokenizer, 17)
     width = QUERIES + 2
@@ -176,7 +176,7 @@ def test_epochs_are_shuffled_anew_and_hold_the_same_tokens(stores, tokenizer):
     assert sorted(first.tolist()) == sorted(second.tolist())
 
 
-def test_a_row_too_short_for_a_picture_is_refused(stores, tokenizer):
+def test_a_row_too_short_for_a_image_is_refused(stores, tokenizer):
     with pytest.raises(ValueError, match=r"raise data\.seq_length"):
         packed(stores["caption"], tokenizer, 7)
 

@@ -41,7 +41,7 @@ def stored(kind: str, fields: dict, tokenizer: Tokenizer, tmp_path) -> RawSample
 
 
 def spell(tokenizer: Tokenizer, *runs: str | None) -> list[int]:
-    """<s>, then each run of text tokenised alone, None a picture."""
+    """<s>, then each run of text tokenised alone, None an image."""
     ids = [tokenizer.bos_id]
     for run in runs:
         if run is None:
@@ -83,12 +83,12 @@ def test_published_example_layout(tokenizer):
     assert len(prompt.tokens) == 67 + len(tail)
 
 
-def test_caption_prompt_draws_its_picture(layout, tokenizer, tmp_path):
-    picture = noise_image(1)
-    fields = {"key": "k", "caption": "the red circle", "image": picture}
+def test_caption_prompt_draws_its_image(layout, tokenizer, tmp_path):
+    image = noise_image(1)
+    fields = {"key": "k", "caption": "the red circle", "image": image}
     prompt = CaptionPrompts(layout)(stored("caption", fields, tokenizer, tmp_path), DRAWS)
     assert prompt.tokens.tolist() == spell(tokenizer, "the red circle")
-    assert prompt.images == [] and prompt.target == picture and not prompt.image_mask.any()
+    assert prompt.images == [] and prompt.target == image and not prompt.image_mask.any()
     assert CaptionPrompts(layout).length([(TOKENS, MAX_TOKENS + 1), (IMAGE, 9)], DRAWS) is None
     assert CaptionPrompts(layout).length([(TOKENS, MAX_TOKENS), (IMAGE, 9)], DRAWS) == 129
 
@@ -118,7 +118,7 @@ def test_entities_keep_or_lose_their_words(layout, tokenizer, tmp_path):
     assert kept.caption == caption
 
 
-def test_entity_at_the_start_leaves_no_tokens_before_its_picture(layout, tokenizer, tmp_path):
+def test_entity_at_the_start_leaves_no_tokens_before_its_image(layout, tokenizer, tmp_path):
     raw = stored(
         "compositional",
         compositional_fields("dog in the snow", ("dog", False)),

@@ -34,7 +34,7 @@ def test_text_is_a_stock_megatron_token_dataset(folder, tokenizer):
     assert store.kind == "text" and np.array_equal(store[3].parts[0], stock[3])
 
 
-def test_pictures_stay_byte_for_byte_and_extra_fields_are_kept(folder, tokenizer):
+def test_images_stay_byte_for_byte_and_extra_fields_are_kept(folder, tokenizer):
     prefix = build_dataset(folder, "caption", 5)
     source = folder / "source-caption"
     records = [json.loads(line) for line in (source / "records.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The streams of the three stages: batches, determinism over layouts, bad pictures."""
+"""The streams of the three stages: batches, determinism over layouts, bad images."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_token_counts_are_balanced_over_ranks_and_micro_batches(folder):
     assert computed[True] < 0.9 * computed[False], "less padding is computed"
 
 
-def test_micro_batches_without_pictures_are_empty_tensors(folder):
+def test_micro_batches_without_images_are_empty_tensors(folder):
     stream = instruct_stream(run_config(folder, "instruct", prefixes(folder, caption=1)), "train")
     batch = stream.collate([stream[0], stream[1]], 1)
     assert batch["pixel_values"].shape == (0, 3, 8, 8)
@@ -276,7 +276,7 @@ def test_align_leaves_out_captions_that_clip_would_cut(folder):
     assert max(ends) <= 29
 
 
-def test_bad_picture_costs_one_sample_is_reported_and_replaced_by_key(folder, caplog):
+def test_bad_image_costs_one_sample_is_reported_and_replaced_by_key(folder, caplog):
     prefix = break_image(folder, "edit", "-broken", 3, 0)
     config = run_config(folder, "instruct", {"edits": (prefix, 1.0)})
     stream = instruct_stream(config, "train")
@@ -316,7 +316,7 @@ def test_bad_target_is_reported_and_counts_for_nothing(folder, caplog):
         assert torch.equal(batch[key], expected[key]), key
 
 
-def test_bad_picture_in_a_row_silences_its_document_only(folder, tokenizer):
+def test_bad_image_in_a_row_silences_its_document_only(folder, tokenizer):
     prefix = break_image(folder, "caption", "-row", 5, 0)
     config = run_config(folder, "pretrain", {"captions": (prefix, 1.0)})
     stream = pretrain_stream(config, "train")

@@ -29,9 +29,9 @@ from megatron_kosmosg.demo.serving import check_address
 from megatron_kosmosg.demo.sessions import Sessions
 from megatron_kosmosg.demo.start_values import TOY_START_VALUES
 from megatron_kosmosg.demo.studio import Cancelled, Studio
+from megatron_kosmosg.inference.image_files import read_settings
 from megatron_kosmosg.inference.model_source import find_model
 from megatron_kosmosg.inference.open_model import open_drawer
-from megatron_kosmosg.inference.picture_files import read_settings
 from megatron_kosmosg.inference.prompt_records import PromptError
 from megatron_kosmosg.toy import assets
 from tests.support.demo_requests import GIVEN, PROMPT, open_toy, pixels, silent, write_subject
@@ -105,7 +105,7 @@ def test_what_is_no_image_or_too_large_is_refused_by_its_name(tmp_path, subject,
         draw_request("<image>", [subject], GIVEN).record()
 
 
-def test_a_picture_says_settings_that_draw_it_again(studio, subject, tmp_path):
+def test_a_image_says_settings_that_draw_it_again(studio, subject, tmp_path):
     said = []
     asked = draw_request(PROMPT, [subject], GIVEN)
     first = studio.draw(

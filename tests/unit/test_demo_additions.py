@@ -15,9 +15,9 @@ from megatron_kosmosg.demo.controlnets import control_image_of, named_folders, o
 from megatron_kosmosg.demo.requests import draw_request, page_values
 from megatron_kosmosg.demo.studio import Studio
 from megatron_kosmosg.inference import model_source
+from megatron_kosmosg.inference.image_files import read_settings
 from megatron_kosmosg.inference.model_source import find_model
 from megatron_kosmosg.inference.open_model import open_controlnet
-from megatron_kosmosg.inference.picture_files import read_settings
 from megatron_kosmosg.inference.prompt_records import PromptError
 from megatron_kosmosg.toy import assets
 from tests.support.demo_requests import GIVEN, PROMPT, open_toy, pixels, silent, write_subject
@@ -49,7 +49,7 @@ def extended(additions) -> Studio:
 
 
 def drawn(studio: Studio, folder: Path, prompt: str = "a red circle", **given) -> np.ndarray:
-    """The first picture."""
+    """The first image."""
     asked = draw_request(prompt, [], GIVEN | {"num_images": 1} | given)
     return pixels(studio.draw(asked, folder, silent, threading.Event())[0]).astype(int)
 

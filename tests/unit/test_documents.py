@@ -234,11 +234,11 @@ def test_messages_of_the_troubleshooting_page_exist():
         assert longest in source, message
 
 
-def test_the_front_page_s_pictures_are_what_the_model_draws():
+def test_the_front_page_s_images_are_what_the_model_draws():
     torch.set_num_threads(1)
     found = front_page.rows()
     assert sum(sum(row.is_right) for row in found) >= 12
-    made, kept = front_page.picture_of(found), Image.open(front_page.GRID)
+    made, kept = front_page.image_of(found), Image.open(front_page.GRID)
     assert made.size == kept.size
     levels = [torch.tensor(list(image.convert("RGB").tobytes())) for image in (made, kept)]
     # Another processor rounds otherwise; another model or another prompt differs by tens.

@@ -35,10 +35,10 @@ from megatron_kosmosg.files import fingerprint
 from megatron_kosmosg.foreign_files import OutsideFolder, inside, parse_json, read_file
 from megatron_kosmosg.inference.prompt_records import PromptError, read_records
 from megatron_kosmosg.preprocess import lines
+from megatron_kosmosg.preprocess.image_check import ImageCheck
 from megatron_kosmosg.preprocess.inputs import find_inputs
 from megatron_kosmosg.preprocess.jsonl import JsonlReader, parse_object
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.pictures import PictureCheck
 from megatron_kosmosg.preprocess.prompt_folders import PromptFolderReader
 from megatron_kosmosg.preprocess.records import BadRecord, ShardSize
 from megatron_kosmosg.preprocess.tar import TarReader
@@ -57,7 +57,7 @@ SIZE = ShardSize(1000, 1 << 20, 1 << 20)
 
 @pytest.fixture
 def given(tmp_path) -> Path:
-    """The folder of an input; beside it lies a picture that is not the input's."""
+    """The folder of an input; beside it lies an image that is not the input's."""
     folder = tmp_path / "given"
     folder.mkdir()
     (tmp_path / "private.png").write_bytes(noise_image(1))
@@ -97,23 +97,23 @@ def test_a_folder_under_another_name_is_the_same_folder(given, tmp_path):
         assert inside(folder, str(named / "own.png")) == named / "own.png"
 
 
-def test_a_picture_from_elsewhere_is_rejected_with_the_flag_that_allows_it(given, tmp_path):
-    # c9c3073 took any picture that the process could read into the dataset.
+def test_a_image_from_elsewhere_is_rejected_with_the_flag_that_allows_it(given, tmp_path):
+    # c9c3073 took any image that the process could read into the dataset.
     elsewhere = str(tmp_path / "private.png")
     record = Record("x", {}, given)
     for name in ("../private.png", elsewhere):
         with pytest.raises(Rejected, match="image lies outside the folder") as rejected:
-            PictureCheck(Options()).read(record, {"image": name}, "image")
+            ImageCheck(Options()).read(record, {"image": name}, "image")
         assert f"--image-root {tmp_path}" in rejected.value.detail
     for name in ("own.png", str(given / "own.png")):
-        assert PictureCheck(Options()).read(record, {"image": name}, "image") == noise_image(2)
-    rooted = PictureCheck(Options(image_root=str(tmp_path)))
+        assert ImageCheck(Options()).read(record, {"image": name}, "image") == noise_image(2)
+    rooted = ImageCheck(Options(image_root=str(tmp_path)))
     for name in ("private.png", elsewhere):
         assert rooted.read(record, {"image": name}, "image") == noise_image(1)
     assert rooted.read(record, {"image": str(given / "own.png")}, "image") == noise_image(2)
 
 
-def test_prompts_show_pictures_of_their_own_folder(given, tmp_path):
+def test_prompts_show_images_of_their_own_folder(given, tmp_path):
     asked = {"prompt": "a <image>", "images": ["../private.png"]}
     path = write_jsonl(given / "prompts.jsonl", [asked])
     with pytest.raises(PromptError, match="prompts.jsonl:1: .* lies outside .*--image-root"):
@@ -163,7 +163,7 @@ def test_an_index_names_shards_of_its_own_folder(tmp_path):
 # ---- how much ------------------------------------------------------------------------------------
 
 
-def test_pipes_devices_and_huge_files_are_no_pictures(given):
+def test_pipes_devices_and_huge_files_are_no_images(given):
     # c9c3073 waited for the pipe's writer, and read /dev/zero until memory ended.
     os.mkfifo(given / "pipe.png")
     (given / "zero.png").symlink_to("/dev/zero")
@@ -172,7 +172,7 @@ def test_pipes_devices_and_huge_files_are_no_pictures(given):
     record = Record("x", {}, given)
     for name, why in (("pipe", "no regular"), ("zero", "no regular"), ("huge", "512 MiB")):
         with pytest.raises(Rejected, match="image cannot be read") as rejected:
-            PictureCheck(Options()).read(record, {"image": f"{name}.png"}, "image")
+            ImageCheck(Options()).read(record, {"image": f"{name}.png"}, "image")
         assert why in rejected.value.detail
 
 
@@ -220,7 +220,7 @@ def test_json_within_the_bounds_is_read():
     assert parse_json(wide.encode()) == json.loads(wide)
 
 
-def test_prompts_ask_for_a_number_of_pictures_that_can_be_drawn(tmp_path):
+def test_prompts_ask_for_a_number_of_images_that_can_be_drawn(tmp_path):
     for field in ("num_images", "steps", "height"):
         path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", field: 10**8}])
         with pytest.raises(PromptError, match=f"{field} is a whole number from 1 to"):

@@ -34,7 +34,7 @@ from megatron_kosmosg.data.latent_cache import LatentManifest, LatentSource
 from megatron_kosmosg.data.manifest import Manifest, kind_on_disk
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.foreign_files import OutsideFolder
-from megatron_kosmosg.inference.prompt_records import PromptError, open_picture, read_records
+from megatron_kosmosg.inference.prompt_records import PromptError, open_image, read_records
 from megatron_kosmosg.preprocess.inputs import find_inputs, shard_size
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.shard_work import ShardJob, work_on_shard
@@ -89,7 +89,7 @@ def preprocessing(kind: str, name: str, write: Callable[[Path], object]) -> Call
     return make
 
 
-def pictures(kind: str) -> Callable[[Path], object]:
+def images(kind: str) -> Callable[[Path], object]:
     return lambda path: write_jsonl(path, image_records(path.parent, kind, 4))
 
 
@@ -128,11 +128,11 @@ def saved_dataset(folder: Path) -> Reader:
     )
 
 
-def picture_file(form: str) -> Callable[[Path], Reader]:
+def image_file(form: str) -> Callable[[Path], Reader]:
     def make(folder: Path) -> Reader:
         path = folder / f"picture.{form.lower()}"
         path.write_bytes(noise_image(1, 24, 24, form))
-        return Reader(path, lambda: open_picture(path), (PromptError,))
+        return Reader(path, lambda: open_image(path), (PromptError,))
 
     return make
 
@@ -305,10 +305,10 @@ def report(name: str) -> Callable[[Path], Reader]:
 
 
 READERS: dict[str, Callable[[Path], Reader]] = {
-    "captions": preprocessing("caption", "records.jsonl", pictures("caption")),
-    "interleaved": preprocessing("interleaved", "records.jsonl", pictures("interleaved")),
-    "compositional": preprocessing("compositional", "records.jsonl", pictures("compositional")),
-    "edits": preprocessing("edit", "records.jsonl", pictures("edit")),
+    "captions": preprocessing("caption", "records.jsonl", images("caption")),
+    "interleaved": preprocessing("interleaved", "records.jsonl", images("interleaved")),
+    "compositional": preprocessing("compositional", "records.jsonl", images("compositional")),
+    "edits": preprocessing("edit", "records.jsonl", images("edit")),
     "texts": preprocessing("text", "t.jsonl", lambda path: write_jsonl(path, text_records(4))),
     "plain text": preprocessing("text", "t.txt", lambda path: path.write_text("a b.\n\nc d.\n")),
     "tar": preprocessing("caption", "s.tar", members),
@@ -317,8 +317,8 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "compressed": preprocessing("text", "t.jsonl.gz", packed),
     "saved dataset": saved_dataset,
     "prompt folders": seeds,
-    "PNG": picture_file("PNG"),
-    "JPEG": picture_file("JPEG"),
+    "PNG": image_file("PNG"),
+    "JPEG": image_file("JPEG"),
     "prompts": prompts,
     "annotations": annotations,
     "manifest": manifest,

@@ -14,8 +14,8 @@ from PIL import Image
 from megatron_kosmosg.files import fingerprint
 from megatron_kosmosg.inference.contact_sheet import SheetRow, contact_sheet
 from megatron_kosmosg.inference.generate import Job, generate, group_key, write_sheet
-from megatron_kosmosg.inference.picture_files import is_finished
-from megatron_kosmosg.inference.picture_plan import Picture, PicturePlan, RunSettings
+from megatron_kosmosg.inference.image_files import is_finished
+from megatron_kosmosg.inference.image_plan import ImagePlan, PlannedImage, RunSettings
 from megatron_kosmosg.inference.prompt_records import (
     DrawingOptions,
     PromptError,
@@ -29,23 +29,23 @@ RUN = RunSettings("model", "saved", "fp32", DEFAULTS)
 
 
 class NoiseDrawer:
-    """Every picture is noise of its own seed; `fail_after` calls it breaks down."""
+    """Every image is noise of its own seed; `fail_after` calls it breaks down."""
 
     def __init__(self, fail_after: int = 10**9) -> None:
         self.calls: list[list[str]] = []
         self._fail_after = fail_after
 
-    def check(self, pictures: Sequence[Picture]) -> None:
-        for picture in pictures:
-            if "too long" in picture.record.text:
-                raise PromptError(f"{picture.record.id}: too long")
+    def check(self, planned_images: Sequence[PlannedImage]) -> None:
+        for planned in planned_images:
+            if "too long" in planned.record.text:
+                raise PromptError(f"{planned.record.id}: too long")
 
-    def draw(self, pictures: Sequence[Picture]) -> list[Image.Image]:
-        assert len({group_key(picture) for picture in pictures}) == 1
+    def draw(self, planned_images: Sequence[PlannedImage]) -> list[Image.Image]:
+        assert len({group_key(planned) for planned in planned_images}) == 1
         if len(self.calls) == self._fail_after:
             raise KeyboardInterrupt
-        self.calls.append([picture.file_name for picture in pictures])
-        seeds = [picture.options.seed for picture in pictures]
+        self.calls.append([planned.file_name for planned in planned_images])
+        seeds = [planned.options.seed for planned in planned_images]
         noise = [np.random.default_rng(seed).integers(0, 256, (8, 8, 3)) for seed in seeds]
         return [Image.fromarray(pixels.astype(np.uint8)) for pixels in noise]
 
@@ -72,7 +72,7 @@ def quiet(done: int, total: int) -> None:
 
 def draw_all(records, folder: Path, drawer: NoiseDrawer | None = None, run=RUN, **job) -> int:
     drawer = drawer or NoiseDrawer()
-    job = Job(records, PicturePlan(run), folder, SHEET, **job)
+    job = Job(records, ImagePlan(run), folder, SHEET, **job)
     return generate(job, lambda: drawer, quiet)
 
 
@@ -80,7 +80,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_pictures_say_how_they_were_made(records, tmp_path):
+def test_images_say_how_they_were_made(records, tmp_path):
     assert draw_all(records, tmp_path / "out") == 11
     with Image.open(tmp_path / "out" / "cat-1.png") as image:
         said = image.info
@@ -126,7 +126,7 @@ def test_an_interrupted_run_continues_and_a_finished_one_opens_no_model(records,
     def no_model():
         raise AssertionError("nothing is missing")
 
-    assert generate(Job(records, PicturePlan(RUN), tmp_path / "out", SHEET), no_model, quiet) == 0
+    assert generate(Job(records, ImagePlan(RUN), tmp_path / "out", SHEET), no_model, quiet) == 0
 
 
 def test_other_settings_draw_again(records, tmp_path):
@@ -150,7 +150,7 @@ def test_other_settings_draw_again(records, tmp_path):
     draw_all(records, tmp_path)
     other = replace(RUN, defaults=replace(DEFAULTS, negative_prompt="red"))
     assert draw_all(records, tmp_path, run=other) == 8
-    # Another picture behind the same name.
+    # Another image behind the same name.
     draw_all(records, tmp_path)
     Image.new("RGB", (9, 6), "green").save(records[1].images[0])
     assert draw_all(records, tmp_path) == 4
@@ -158,8 +158,8 @@ def test_other_settings_draw_again(records, tmp_path):
 
 def test_seeds_belong_to_the_record_and_not_to_its_place(records):
     def seeds(listed):
-        plan = PicturePlan(RUN)
-        return {r.id: [p.options.seed for p in plan.pictures(r)] for r in listed}
+        plan = ImagePlan(RUN)
+        return {r.id: [p.options.seed for p in plan.planned_images(r)] for r in listed}
 
     assert seeds(records) == seeds(records[::-1])
     assert seeds(records)["cat"] == [5, 6]
@@ -182,8 +182,8 @@ def test_one_bad_prompt_and_nothing_is_written(records, tmp_path):
     assert not out.exists()
 
 
-def test_the_sheet_appears_when_all_its_pictures_are_there(records, tmp_path):
-    job = Job(records, PicturePlan(RUN), tmp_path / "out", SHEET)
+def test_the_sheet_appears_when_all_its_images_are_there(records, tmp_path):
+    job = Job(records, ImagePlan(RUN), tmp_path / "out", SHEET)
     assert write_sheet(job, 5) is None
     draw_all(records[:3], tmp_path / "out")
     assert write_sheet(job, 5) is None
@@ -196,7 +196,7 @@ def test_the_sheet_appears_when_all_its_pictures_are_there(records, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_the_sheet_shows_prompt_pictures_left_of_results_and_keeps_proportions():
+def test_the_sheet_shows_prompt_images_left_of_results_and_keeps_proportions():
     red, wide = Image.new("RGB", (10, 10), "red"), Image.new("RGB", (20, 10), "blue")
     rows = [
         SheetRow("cat: [1] in snow", [("1", red)], [("seed 1", wide)]),
@@ -211,13 +211,13 @@ def test_the_sheet_shows_prompt_pictures_left_of_results_and_keeps_proportions()
 
 
 def test_a_prompt_without_a_name_gets_one_from_its_words_and_settings(records):
-    assert PicturePlan(RUN).named(records[1]) == records[1]
+    assert ImagePlan(RUN).named(records[1]) == records[1]
     record = replace(records[1], id=None, content=(*records[1].content, "Snow, (4k)!"))
-    name = PicturePlan(RUN).named(record).id
+    name = ImagePlan(RUN).named(record).id
     assert name.startswith("in-snow-snow-4k-") and len(name) == len("in-snow-snow-4k-") + 8
-    assert PicturePlan(replace(RUN, dtype="fp16")).named(record).id != name
-    only_picture = replace(record, content=record.content[:1])
-    assert len(PicturePlan(RUN).named(only_picture).id) == 8
+    assert ImagePlan(replace(RUN, dtype="fp16")).named(record).id != name
+    only_image = replace(record, content=record.content[:1])
+    assert len(ImagePlan(RUN).named(only_image).id) == 8
 
 
 def test_fingerprints_follow_contents_not_places(tmp_path):
@@ -235,8 +235,8 @@ def test_fingerprints_follow_contents_not_places(tmp_path):
     assert fingerprint(tmp_path / "a", tmp_path / "b") != fingerprint(tmp_path / "b")
 
 
-def test_a_picture_that_is_not_ours_is_not_finished(records, tmp_path):
-    (picture, _) = PicturePlan(RUN).pictures(records[0])
-    assert not is_finished(picture, tmp_path)
-    Image.new("RGB", (4, 4)).save(tmp_path / picture.file_name)
-    assert not is_finished(picture, tmp_path)
+def test_a_image_that_is_not_ours_is_not_finished(records, tmp_path):
+    (planned, _) = ImagePlan(RUN).planned_images(records[0])
+    assert not is_finished(planned, tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / planned.file_name)
+    assert not is_finished(planned, tmp_path)

@@ -158,7 +158,7 @@ def test_soft_masks_stay_as_they_are():
 
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", STORED_AS)
-def test_a_mask_follows_its_picture(orientation, image_format):
+def test_a_mask_follows_its_image(orientation, image_format):
     pixels = np.full((30, 40, 3), 128, np.uint8)
     pixels[INSIDE > 0] = (200, 0, 0)
     exif = Image.Exif()

@@ -316,7 +316,7 @@ def test_a_cache_of_before_says_no_reasons(folder, tmp_path):
     assert LatentManifest.read(tmp_path / "old.json").first_bad == []
 
 
-def test_the_held_out_stream_keeps_its_pictures(folder, vae):
+def test_the_held_out_stream_keeps_its_images(folder, vae):
     blend = {"edit": (str(folder / "edit"), 1.0)}
     config = run_config(
         folder, "instruct", blend, target_image_size=TARGET_SIZE, latent_cache="latents"

@@ -32,7 +32,7 @@ def test_a_resumed_run_has_no_line_twice(tmp_path):
     assert read(tmp_path) == []
 
 
-def test_evaluations_get_their_own_line_and_pictures_go_to_tensorboard(tmp_path):
+def test_evaluations_get_their_own_line_and_images_go_to_tensorboard(tmp_path):
     writer = MetricsWriter(config_in(tmp_path), 0, enabled=True)
     writer.iteration({"iteration": 1, "loss": 0.5})
     grid = Image.new("RGB", (8, 8), "blue")

@@ -24,7 +24,7 @@ from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.normalise import target_pixels
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.inference.generate import Job, generate
-from megatron_kosmosg.inference.picture_plan import PicturePlan, RunSettings
+from megatron_kosmosg.inference.image_plan import ImagePlan, RunSettings
 from megatron_kosmosg.inference.prompt_records import DrawingOptions, PromptRecord
 from megatron_kosmosg.preprocess.inputs import find_inputs
 from megatron_kosmosg.preprocess.latent_moments import LatentJob, cache_latents
@@ -165,19 +165,19 @@ def test_a_page_does_not_replace_its_dataset(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_a_picture_does_not_replace_one_that_a_prompt_shows(tmp_path):
+def test_a_image_does_not_replace_one_that_a_prompt_shows(tmp_path):
     shown = tmp_path / "dog-0.png"
     shown.write_bytes(encode_image(np.zeros((8, 8, 3), np.uint8)))
     defaults = DrawingOptions(negative_prompt="", seed=7, num_images=1, steps=4, guidance=2.0)
-    plan = PicturePlan(RunSettings("model", "saved", "fp32", defaults))
+    plan = ImagePlan(RunSettings("model", "saved", "fp32", defaults))
     record = PromptRecord("dog", ("a", shown), DrawingOptions())
 
     class Drawer:
-        def check(self, pictures):
+        def check(self, images):
             pass
 
-        def draw(self, pictures):
-            return [Image.new("RGB", (8, 8)) for _ in pictures]
+        def draw(self, images):
+            return [Image.new("RGB", (8, 8)) for _ in images]
 
     before = contents(tmp_path)
     with pytest.raises(ConfigError, match="give another --output"):
@@ -271,7 +271,7 @@ def test_a_run_does_not_replace_its_dataset(tmp_path, name):
     ("output", "captions"),
     [("pictures", "input"), ("pictures/built", "input"), ("out", "out/report.json")],
 )
-def test_building_data_replaces_no_picture_and_no_annotation(tmp_path, capsys, output, captions):
+def test_building_data_replaces_no_image_and_no_annotation(tmp_path, capsys, output, captions):
     for name in ("pictures/contact_sheet.png", "out/report.json"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(encode_image(np.zeros((8, 8, 3), np.uint8)))
@@ -283,7 +283,7 @@ def test_building_data_replaces_no_picture_and_no_annotation(tmp_path, capsys, o
     assert contents(tmp_path) == before
 
 
-def test_a_report_does_not_replace_a_picture_that_it_shows(tmp_path, capsys):
+def test_a_report_does_not_replace_a_image_that_it_shows(tmp_path, capsys):
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "report.html").write_text("a picture")
     listed = [{"file": "../report.html", "title": "", "caption": ""}]

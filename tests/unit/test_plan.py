@@ -98,10 +98,10 @@ def counted(function, *inputs: torch.Tensor) -> int:
 
 
 def test_work_of_every_module_is_what_its_real_forward_pass_counts():
-    """Full size on the meta device, one row of 215 positions and two pictures."""
+    """Full size on the meta device, one row of 215 positions and two images."""
     config = full_size("align", "parallel.tensor_model_parallel_size=1")
     (piece,) = model_shares(config, whole_model(config)).pieces
-    batch = MicroBatch(images=1, rows=1, length=215, pictures=2)
+    batch = MicroBatch(images=1, rows=1, length=215, prompt_images=2)
     work = {w.module: w.forward for w in stage_work(config, piece, True, batch)}
 
     def empty(*shape):
@@ -161,10 +161,10 @@ def with_batch(config, rows: int, length: int, precision: str, recompute: str = 
 
 
 def planned_memory(config, rows: int, length: int, ranks: int) -> RankMemory:
-    """Of the only kind of rank; as `random_batch`, with a picture in all rows but the last."""
+    """Of the only kind of rank; as `random_batch`, with an image in all rows but the last."""
     shares = model_shares(config, whole_model(config))
-    pictures = 0 if config.stage == "align" else rows - 1
-    batch = MicroBatch(rows, rows + (config.stage == "instruct"), length, pictures)
+    prompt_images = 0 if config.stage == "align" else rows - 1
+    batch = MicroBatch(rows, rows + (config.stage == "instruct"), length, prompt_images)
     world, (piece,), (count,) = world_layout(config, ranks), shares.pieces, shares.counts
     return decoder_memory(config, world, piece, 0, count, [batch] * 2, Efficiency())
 
@@ -207,7 +207,7 @@ def test_micro_batches_are_as_long_as_their_longest_row():
     assert [b.length for b in micro_batches(config, 1)] == [215]
     several = micro_batches(config, 10)
     assert [b.length for b in several] == [215] * 4 + [100] * 4 + [40] * 2
-    assert [b.pictures for b in several] == [16] * 4 + [8] * 4 + [0] * 2
+    assert [b.prompt_images for b in several] == [16] * 4 + [8] * 4 + [0] * 2
     assert all(b.rows == b.images + 1 for b in several)
 
 
@@ -215,7 +215,7 @@ def test_tensor_traffic_of_the_decoder():
     """Megatron's figure: four all-gathers or reduce-scatters a layer forward, six backward."""
     config = full_size("pretrain", "parallel.tensor_model_parallel_size=2")
     (piece,) = model_shares(config, whole_model(config)).pieces
-    batch = MicroBatch(images=1, rows=1, length=2048, pictures=0)
+    batch = MicroBatch(images=1, rows=1, length=2048, prompt_images=0)
     forward, backward = tensor_traffic(config, piece, False, batch)
     tensor = 2048 * 2048 * 2
     sub_norms = 24 * 2 * 2 * 4 * 2048

@@ -183,7 +183,7 @@ def test_adapters_and_frozen_weights_cost_what_their_real_passes_count():
     ]
     config = load_config("instruct_256gpu", [*settings, "parallel.sequence_parallel=false"])
     (piece,) = model_shares(config, whole_model(config)).pieces
-    batch = MicroBatch(images=1, rows=1, length=215, pictures=2)
+    batch = MicroBatch(images=1, rows=1, length=215, prompt_images=2)
     work = {each.module: each for each in stage_work(config, piece, True, batch)}
     with pretend_rank(world_layout(config, 1), 0) as layout:
         model = KosmosG(config, layout, output_head=False, aligner_parts=("M",))

@@ -1,4 +1,4 @@
-"""Every input layout that docs/data.md lists becomes the sample that its words and pictures say."""
+"""Every input layout that docs/data.md lists becomes the sample that its words and images say."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.data_helpers import (
     write_tar,
     write_tokenizer,
 )
-from tests.support.dataset_files import info_of, outline, pictures_of, read_samples, texts_of
+from tests.support.dataset_files import images_of, info_of, outline, read_samples, texts_of
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +89,13 @@ def test_text_of_jsonl_gzip_and_parquet_is_the_same(tmp_path, model):
 
 
 def test_img2dataset_tars(tmp_path, model, tokenizer):
-    pictures = [noise_image(i, image_format="JPEG") for i in range(3)]
+    images = [noise_image(i, image_format="JPEG") for i in range(3)]
     members = []
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         info = {"url": f"http://x/{i}", "caption": "ignored", "key": "other", "status": "success"}
         if i == 2:
             info["caption"] = "red dog"
-        members += [(f"./00000000{i}.jpg", picture), (f"./00000000{i}.json", json.dumps(info))]
+        members += [(f"./00000000{i}.jpg", image), (f"./00000000{i}.json", json.dumps(info))]
         members += [(f"./00000000{i}.txt", "blue house")] if i != 2 else []
     del members[1]  # a sample may lack its JSON
     data = [(name, d if isinstance(d, bytes) else d.encode()) for name, d in members]
@@ -103,7 +103,7 @@ def test_img2dataset_tars(tmp_path, model, tokenizer):
     path = write_tar(tmp_path / "00000.tar", data)
     samples, rejects = run(model, "caption", path)
     assert not rejects
-    assert [pictures_of(sample) for sample in samples] == [[p] for p in pictures]
+    assert [images_of(sample) for sample in samples] == [[p] for p in images]
     assert [info_of(s)["key"] for s in samples] == ["000000000", "000000001", "000000002"]
     assert texts_of(samples[0], tokenizer) == ["blue house"]
     assert texts_of(samples[2], tokenizer) == ["red dog"]
@@ -132,13 +132,13 @@ def test_tars_are_cut_into_shards_and_limited_without_changing_the_samples(
 
 
 def test_captions_of_parquet_with_bytes_paths_and_hugging_face_structs(tmp_path, model, tokenizer):
-    pictures = [noise_image(i) for i in range(3)]
+    images = [noise_image(i) for i in range(3)]
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "p.png").write_bytes(pictures[1])
-    img2dataset = [{"jpg": pictures[0], "caption": "red dog", "key": "0", "width": 12}]
+    (tmp_path / "images" / "p.png").write_bytes(images[1])
+    img2dataset = [{"jpg": images[0], "caption": "red dog", "key": "0", "width": 12}]
     paths = [{"image": "images/p.png", "text": "blue dog"}]
     structs = [
-        {"image": {"bytes": pictures[2], "path": "x.png"}, "caption": "a house"},
+        {"image": {"bytes": images[2], "path": "x.png"}, "caption": "a house"},
         {"image": {"bytes": None, "path": "images/p.png"}, "caption": "snow"},
     ]
     tables = [
@@ -147,7 +147,7 @@ def test_captions_of_parquet_with_bytes_paths_and_hugging_face_structs(tmp_path,
     ]
     samples, rejects = run(model, "caption", *tables)
     assert not rejects
-    assert [pictures_of(s)[0] for s in samples] == [pictures[i] for i in (0, 1, 2, 1)]
+    assert [images_of(s)[0] for s in samples] == [images[i] for i in (0, 1, 2, 1)]
     assert [texts_of(s, tokenizer) for s in samples] == [
         ["red dog"],
         ["blue dog"],
@@ -163,7 +163,7 @@ def test_image_root_and_hugging_face_image_folders(tmp_path, model):
     path = write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "p.png", "text": "red dog"}])
     options = Options(image_root=str(tmp_path / "elsewhere"))
     samples, _ = run(model, "caption", path, options=options)
-    assert pictures_of(samples[0]) == [noise_image(1)]
+    assert images_of(samples[0]) == [noise_image(1)]
 
 
 def authors_listing(folder: Path, name: str, rows: list[list[str]], data: bool = True) -> Path:
@@ -177,21 +177,21 @@ def authors_listing(folder: Path, name: str, rows: list[list[str]], data: bool =
 
 
 def test_the_authors_laion_rows(tmp_path, model, tokenizer):
-    picture = noise_image(5, image_format="JPEG")
-    rows = [["url", "red dog", b64(picture), "12", "12"], ["u", "x", b64(picture), "None", "3"]]
+    image = noise_image(5, image_format="JPEG")
+    rows = [["url", "red dog", b64(image), "12", "12"], ["u", "x", b64(image), "None", "3"]]
     listing = authors_listing(tmp_path, "0.tsv", rows, data=False)
     samples, rejects = run(model, "caption", listing)
-    assert pictures_of(samples[0]) == [picture] and texts_of(samples[0], tokenizer) == ["red dog"]
+    assert images_of(samples[0]) == [image] and texts_of(samples[0], tokenizer) == ["red dog"]
     assert [reject["reason"] for reject in rejects] == ["width or height is not a number"]
 
 
 def test_the_authors_instruct_pix2pix_rows_give_a_sample_a_pair(tmp_path, model, tokenizer):
-    pictures = [noise_image(i) for i in range(4)]
+    images = [noise_image(i) for i in range(4)]
     listing = authors_listing(
-        tmp_path, "0000.tsv", [["red dog", "make it blue", *map(b64, pictures)]]
+        tmp_path, "0000.tsv", [["red dog", "make it blue", *map(b64, images)]]
     )
     samples, _ = run(model, "edit", listing)
-    assert [pictures_of(s) for s in samples] == [pictures[:2], pictures[2:]]
+    assert [images_of(s) for s in samples] == [images[:2], images[2:]]
     assert all(texts_of(s, tokenizer) == ["red dog", "make it blue"] for s in samples)
     assert [info_of(s)["key"] for s in samples] == ["0000.tsv:1/0", "0000.tsv:1/1"]
 
@@ -284,7 +284,7 @@ def test_tags_become_entities_as_the_authors_loader_has_it(caption, tags, expect
 
 def test_instruct_pix2pix_folders_with_and_without_a_listing(tmp_path, model, tokenizer):
     root = tmp_path / "clip-filtered-dataset"
-    pictures = {}
+    images = {}
     for name, seeds, first in (
         ("shard-00/0000002", ("7", "8"), "input"),
         ("0001", ("3",), "caption"),
@@ -296,14 +296,12 @@ def test_instruct_pix2pix_folders_with_and_without_a_listing(tmp_path, model, to
         (folder / "metadata.jsonl").write_text("{}")
         for seed in seeds:
             for end in "01":
-                pictures[name, seed, end] = noise_image(len(pictures), image_format="JPEG")
-                (folder / f"{seed}_{end}.jpg").write_bytes(pictures[name, seed, end])
+                images[name, seed, end] = noise_image(len(images), image_format="JPEG")
+                (folder / f"{seed}_{end}.jpg").write_bytes(images[name, seed, end])
     samples, _ = run(model, "edit", root)
     keys = [("0001", "3"), ("shard-00/0000002", "7"), ("shard-00/0000002", "8")]
     assert [info_of(s)["key"] for s in samples] == ["/".join(key) for key in keys]
-    assert [pictures_of(s) for s in samples] == [
-        [pictures[*k, "0"], pictures[*k, "1"]] for k in keys
-    ]
+    assert [images_of(s) for s in samples] == [[images[*k, "0"], images[*k, "1"]] for k in keys]
     assert texts_of(samples[0], tokenizer) == ["red dog", "make it blue"]
     assert info_of(samples[1])["output"] == "blue dog"
     (root / "seeds.json").write_text(json.dumps([["shard-00/0000002", ["8"]]]))
@@ -325,7 +323,7 @@ def test_instruct_pix2pix_parquet(tmp_path, model, tokenizer):
     assert info_of(samples[0])["edited_prompt"] == "blue dog"
 
 
-def test_mmc4_pictures_stand_before_their_sentence(tmp_path, model, tokenizer):
+def test_mmc4_images_stand_before_their_sentence(tmp_path, model, tokenizer):
     names = ["a.png", "b.png", "c.png"]
     for i, name in enumerate(names):
         (tmp_path / name).write_bytes(noise_image(i))
@@ -344,7 +342,7 @@ def test_mmc4_pictures_stand_before_their_sentence(tmp_path, model, tokenizer):
     assert info_of(samples[0]) == {"key": "docs.jsonl:1", "url": "page"}
 
 
-def test_obelics_and_the_options_for_pictures(tmp_path, model, tokenizer):
+def test_obelics_and_the_options_for_images(tmp_path, model, tokenizer):
     a, b = noise_image(0), noise_image(1)
     missing = {"bytes": None, "path": "gone.png"}
     place = [{"bytes": data, "path": None} for data in (a, b)]

@@ -67,7 +67,7 @@ def animation(image_format: str) -> bytes:
 
 
 WHOLE_JPEG = noise_image(3, 64, 64, "JPEG")
-BAD_PICTURES = {
+BAD_IMAGES = {
     "image is truncated": [
         *(WHOLE_JPEG[:-300], noise_image(3, 64, 64)[:-200], noise_image(3, 64, 64)[:-20])
     ],
@@ -85,12 +85,12 @@ BAD_PICTURES = {
 }
 
 
-def test_bad_pictures(tmp_path, model):
+def test_bad_images(tmp_path, model):
     records, reasons = [], []
-    for reason, pictures in BAD_PICTURES.items():
-        for picture in pictures:
+    for reason, images in BAD_IMAGES.items():
+        for image in images:
             name = f"{len(records)}.jpg"
-            (tmp_path / name).write_bytes(picture)
+            (tmp_path / name).write_bytes(image)
             records.append({"key": name, "image": name, "caption": "red dog"})
             reasons.append(reason)
     (tmp_path / "good.jpg").write_bytes(WHOLE_JPEG)
@@ -118,7 +118,7 @@ def test_bad_pictures(tmp_path, model):
     assert rejects[-1]["reason"] == "image is too small" and len(samples) == 1
 
 
-def test_a_camera_picture_with_a_preview_is_one_picture(tmp_path, model):
+def test_a_camera_image_with_a_preview_is_one_image(tmp_path, model):
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     data = saved(frames[0], "MPO", save_all=True, append_images=frames[1:])
     (tmp_path / "a.jpg").write_bytes(data)
@@ -228,17 +228,17 @@ def test_bad_entities(tmp_path, model):
 
 
 def test_tar_members_that_lack_or_lie(tmp_path, model):
-    picture, good = noise_image(1), [("z.png", noise_image(2)), ("z.txt", b"red dog")]
+    image, good = noise_image(1), [("z.png", noise_image(2)), ("z.txt", b"red dog")]
     cases = {
         "no field image": [("a.txt", b"red")],
-        "no field caption": [("b.png", picture)],
-        "tar member leaves its folder": [("../../c.png", picture), ("../../c.txt", b"red")],
-        "tar member stands there twice": [("e.png", picture), ("e.png", picture)],
-        "not JSON": [("f.png", picture), ("f.json", b"{")],
-        "invalid UTF-8": [("g.png", picture), ("g.txt", b"\xff\xfe")],
+        "no field caption": [("b.png", image)],
+        "tar member leaves its folder": [("../../c.png", image), ("../../c.txt", b"red")],
+        "tar member stands there twice": [("e.png", image), ("e.png", image)],
+        "not JSON": [("f.png", image), ("f.json", b"{")],
+        "invalid UTF-8": [("g.png", image), ("g.txt", b"\xff\xfe")],
     }
     members = [member for group in cases.values() for member in group]
-    path = write_tar(tmp_path / "a.tar", [*members, ("/abs/d.png", picture), *good])
+    path = write_tar(tmp_path / "a.tar", [*members, ("/abs/d.png", image), *good])
     samples, rejects = run(model, "caption", path)
     assert [r["reason"] for r in rejects] == [*cases, "tar member leaves its folder"]
     assert [info_of(s)["key"] for s in samples] == ["z"]
@@ -257,11 +257,11 @@ def test_tar_members_that_lack_or_lie(tmp_path, model):
 
 
 def test_parquet_nulls_and_damage(tmp_path, model):
-    picture = noise_image(1)
+    image = noise_image(1)
     rows = [
-        {"image": picture, "caption": None},
+        {"image": image, "caption": None},
         {"image": None, "caption": "red dog"},
-        {"image": picture, "caption": "red dog"},
+        {"image": image, "caption": "red dog"},
     ]
     path = write_parquet(tmp_path / "a.parquet", rows)
     samples, rejects = run(model, "caption", path)
@@ -340,8 +340,8 @@ def test_of_one_key_in_one_file_the_first_stays(tmp_path, model, monkeypatch):
     manifest = json.loads(Path(f"{prefix}.json").read_text())
     assert (manifest["num_samples"], manifest["num_images"]) == (9, 9)
     assert manifest["num_rejects"] == 2
-    pictures = [data for sample in samples for mode, data in sample if mode == 1]
-    assert pictures[2] == noise_image(3)
+    images = [data for sample in samples for mode, data in sample if mode == 1]
+    assert images[2] == noise_image(3)
 
 
 def test_mmc4_and_obelics_documents(tmp_path, model):

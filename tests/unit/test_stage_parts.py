@@ -59,7 +59,7 @@ def test_what_trains(stage: str, parts: tuple[str, ...], tmp_path) -> None:
         assert len([name for name in trained if name.startswith(tower)]) == 18
 
 
-def test_a_run_without_held_out_data_draws_no_pictures(tmp_path):
+def test_a_run_without_held_out_data_draws_no_images(tmp_path):
     """Every run probes at its end, also one of a config that names no held-out data."""
     config = tiny_config("instruct", write_stable_diffusion(tmp_path), tmp_path / "out")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, heldout={}))

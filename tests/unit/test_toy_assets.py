@@ -1,4 +1,4 @@
-"""The shipped image tower loads where the model loads it; its tokens tell what pictures show."""
+"""The shipped image tower loads where the model loads it; its tokens tell what images show."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def encoder() -> VisionEncoder:
 
 @torch.no_grad()
 def test_training_reads_the_tokens_that_the_model_reads(encoder):
-    pictures = clip.pool.pictures(clip_probe.crops(1, 4, True))
-    ours = torch.nn.functional.normalize(clip.tokens(encoder.tower, pictures), dim=-1)
-    theirs = encoder(clip.normalise(pictures))
+    images = clip.pool.images(clip_probe.crops(1, 4, True))
+    ours = torch.nn.functional.normalize(clip.tokens(encoder.tower, images), dim=-1)
+    theirs = encoder(clip.normalise(images))
     torch.testing.assert_close(ours, theirs)
 
 

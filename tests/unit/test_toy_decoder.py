@@ -67,8 +67,8 @@ def test_second_colours_belong_to_their_own_entity(pipeline):
     own = [
         coarse_index(there.hue_b) == coarse_index(true.hue_b)
         or hue_distance(there.hue_b, true.hue_b) < 30.0
-        for picture, truth in zip(seen, truths, strict=True)
-        for there, true in zip(picture.entities, truth.entities, strict=True)
+        for image, truth in zip(seen, truths, strict=True)
+        for there, true in zip(image.entities, truth.entities, strict=True)
     ]
     assert sum(own) / len(own) >= 0.9
 

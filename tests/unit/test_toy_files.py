@@ -1,4 +1,4 @@
-"""The toy world as files: the stated truth is what pictures show; writing is all or nothing.
+"""The toy world as files: the stated truth is what images show; writing is all or nothing.
 
 Parts of the tool (arguments, progress) run here, too; what preprocessing makes of the files is
 tested elsewhere.
@@ -49,7 +49,7 @@ def assert_shows(path: Path, scene: dict) -> None:
     assert np.abs(pixels(path) - expected(scene)).mean() <= (0 if limit == 0 else 4), path
 
 
-def test_every_named_picture_is_there_and_both_formats_are_used(world):
+def test_every_named_image_is_there_and_both_formats_are_used(world):
     endings = set()
     for split in SPLITS:
         for kind in WRITERS:
@@ -60,7 +60,7 @@ def test_every_named_picture_is_there_and_both_formats_are_used(world):
     assert endings == {"png", "jpg"}
 
 
-def test_heldout_records_state_what_their_pictures_show(world):
+def test_heldout_records_state_what_their_images_show(world):
     for kind, field in (("caption", "image"), ("compositional", "image"), ("edit", "target")):
         for record in read(world, "heldout", kind):
             assert_shows(world / "heldout" / record[field], record["scene"])
@@ -78,7 +78,7 @@ def test_training_records_tell_no_truth(world):
             assert not {"scene", "scenes"} & set(record)
 
 
-def test_entity_pictures_match_their_masks_and_words(world):
+def test_entity_images_match_their_masks_and_words(world):
     for record in read(world, "train", "compositional"):
         for entity in record["entities"]:
             start, end = entity["span"]
@@ -92,11 +92,11 @@ def test_entity_pictures_match_their_masks_and_words(world):
             outside = image[mask == 0]
             assert 0.1 < (mask == 255).mean() < 0.9
             target = pixels(world / "train" / record["image"])
-            # the entity's picture has the background of the target
+            # the entity's image has the background of the target
             assert np.abs(np.median(outside, 0) - np.median(target[:2], (0, 1))).max() <= 8
 
 
-def test_pictures_come_before_the_words_that_name_them(world):
+def test_images_come_before_the_words_that_name_them(world):
     for record in read(world, "train", "interleaved"):
         assert "text" in record["content"][-1]
         kinds = ["image" if "image" in item else "text" for item in record["content"]]
@@ -152,14 +152,14 @@ def test_the_tool_reuses_a_finished_world_and_refuses_bad_sizes(world):
     assert bad.returncode == 2 and "--size: 0" in bad.stderr and "Traceback" not in bad.stderr
 
 
-def test_prompts_name_entities_by_their_pictures_only(world):
+def test_prompts_name_entities_by_their_images_only(world):
     prompts = read_records(world / "heldout" / "prompts.jsonl")
     records = read(world, "heldout", "compositional")[: len(prompts)]
     assert len(prompts) == 8
     for prompt, record in zip(prompts, records, strict=True):
         words = " ".join(part for part in prompt.content if isinstance(part, str))
-        pictures = [part for part in prompt.content if not isinstance(part, str)]
-        assert pictures == [world / "heldout" / e["image"] for e in record["entities"]]
+        images = [part for part in prompt.content if not isinstance(part, str)]
+        assert images == [world / "heldout" / e["image"] for e in record["entities"]]
         expected_words = record["caption"]
         for entity in record["entities"]:
             assert entity["text"] not in words

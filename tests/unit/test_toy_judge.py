@@ -1,4 +1,4 @@
-"""The judge against pictures of known truth: true, noisy, recoloured, through the codec."""
+"""The judge against images of known truth: true, noisy, recoloured, through the codec."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_hues_are_those_of_the_standard_library():
 
 @pytest.mark.parametrize("heldout", [False, True])
 @pytest.mark.parametrize("number", [1, 2])
-def test_true_pictures_are_read_right(number, heldout):
+def test_true_images_are_read_right(number, heldout):
     truths = scenes(number, heldout)
     for noise, limit in ((0.0, 2.0), (0.1, 2.5)):
         images = render_batch(truths)
@@ -51,7 +51,7 @@ def test_mixed_counts_keep_their_order():
     assert judged(render_batch(truths), truths)["shape"] == 1.0
 
 
-def test_another_picture_is_judged_wrong():
+def test_another_image_is_judged_wrong():
     truths = scenes(1, True, 64)
     result = judged(render_batch(truths[1:] + truths[:1]), truths)
     assert result["all"] < 0.2 and result["hue_mean"] > 45

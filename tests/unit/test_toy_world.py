@@ -85,7 +85,7 @@ def test_areas_are_those_of_the_shapes():
         assert mask.sum().item() == pytest.approx(areas[shape] * radius**2, rel=0.03)
 
 
-def test_the_subject_keeps_its_look_and_fills_the_picture():
+def test_the_subject_keeps_its_look_and_fills_the_image():
     entity = sample_scene(8, 2, False).entities[1]
     alone = subject_scene(entity, None, 3).entities[0]
     assert (alone.shape, alone.pattern, alone.hue_a, alone.hue_b) == (

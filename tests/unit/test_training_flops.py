@@ -39,8 +39,8 @@ def test_head_vision_resampler_and_text_encoder():
 
 
 def test_last_clip_block_trains():
-    pictures = flops._pictures(CONFIG, 1) - 3 * flops.resampler_flops(CONFIG, 1)
-    assert pictures / G == pytest.approx(175.5, rel=1e-3)
+    images = flops._images(CONFIG, 1) - 3 * flops.resampler_flops(CONFIG, 1)
+    assert images / G == pytest.approx(175.5, rel=1e-3)
 
 
 @pytest.mark.parametrize(("length", "expected"), [(80, 32.0), (150, 46.9), (215, 61.1)])
@@ -61,7 +61,7 @@ def test_stable_diffusion_at_512_pixels():
 
 
 def test_a_typical_instruct_sample_costs_what_its_parts_cost():
-    """215 positions, two pictures, cached latents: 2.17 TFLOP of ours and 1.67 of the U-Net."""
+    """215 positions, two images, cached latents: 2.17 TFLOP of ours and 1.67 of the U-Net."""
     cached = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, latent_cache="x"))
     total = flops.instruct_flops(cached, num_tokens=215, num_images=2, num_targets=1)
     assert total / 1e12 == pytest.approx(2.17 + 1.67, rel=5e-3)

@@ -1,7 +1,7 @@
-"""Pictures that look the same are the same, whatever colours lie under transparent pixels.
+"""Images that look the same are the same, whatever colours lie under transparent pixels.
 
 Each reader gets a cut-out whose hidden pixels are black, and one whose are noise; both must be what
-the picture on white is.
+the image on white is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 
 from examples.inference import caption_image
 from examples.inference import shared as example
-from megatron_kosmosg.construction.pictures import SquarePictures
+from megatron_kosmosg.construction.square_images import SquareImages
 from megatron_kosmosg.data.image_headers import dali_form
 from megatron_kosmosg.data.image_reading import over_white
 from megatron_kosmosg.data.image_types import ImageTransform
@@ -28,7 +28,7 @@ from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.hf.pipeline_kosmosg import resize_and_crop
 from megatron_kosmosg.inference.prompt import build_prompt
-from megatron_kosmosg.inference.prompt_records import open_picture
+from megatron_kosmosg.inference.prompt_records import open_image
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.toy import assets
 from tests.support.data_helpers import encode_image
@@ -46,7 +46,7 @@ KINDS = ("RGBA", "LA", "palette", "key", "WEBP")
 
 
 def cut_out(hidden: str, kind: str = "RGBA") -> bytes:
-    """A picture whose left half is transparent and, where the kind can, its middle half so."""
+    """An image whose left half is transparent and, where the kind can, its middle half so."""
     rng = np.random.default_rng(3)
     pixels = np.repeat(rng.integers(0, 200, (SIDE, SIDE, 1), dtype=np.uint8), 3, axis=-1)
     if kind not in ("LA", "key"):
@@ -99,13 +99,13 @@ def decode(backend: str, encoded: bytes | EntityImage) -> np.ndarray:
 
 def construct(encoded: bytes) -> np.ndarray:
     record = Record("a", {"image": encoded}, Path())
-    return np.asarray(SquarePictures(Options()).picture(record))
+    return np.asarray(SquareImages(Options()).image(record))
 
 
 def generate(encoded: bytes, folder: Path) -> np.ndarray:
     """What tools/generate.py opens, and what its checkpoint's prompt holds."""
     (folder / "picture").write_bytes(encoded)
-    opened = open_picture(folder / "picture")
+    opened = open_image(folder / "picture")
     tokenizer = Tokenizer(assets.path() / "sentencepiece.model")
     with Image.open(io.BytesIO(encoded)) as raw:
         prompt = build_prompt(["a", raw], SequenceFormat(tokenizer, 4))
@@ -154,7 +154,7 @@ def test_a_mask_made_of_the_transparency_is_painted_once(backend):
     assert np.abs(found.astype(int) - on_white("RGBA"))[SIDE // 2 :].max() <= 1
 
 
-def test_opaque_pictures_are_not_touched():
+def test_opaque_images_are_not_touched():
     pixels = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     for image_format in ("PNG", "JPEG", "WEBP"):
         encoded = encode_image(pixels, image_format)
@@ -174,7 +174,7 @@ def test_a_mask_of_another_size_is_refused():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_damaged_cut_out_costs_one_picture(backend):
+def test_a_damaged_cut_out_costs_one_image(backend):
     images = [cut_out("black"), cut_out("black")[:-60], encode_image(np.zeros((9, 9, 3), np.uint8))]
     pixels, bad = ImageDecoder(backend).try_decode(images, TRANSFORM)
     assert [error.index for error in bad] == [1]

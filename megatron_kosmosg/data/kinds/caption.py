@@ -1,6 +1,6 @@
-"""Kind `caption`: a picture and what it shows.
+"""Kind `caption`: an image and what it shows.
 
-Stored parts: JSON {key, caption, ...}, tokens of the caption, picture.
+Stored parts: JSON {key, caption, ...}, tokens of the caption, image.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def convert(record: Record, use: Conversion) -> Converted:
     return Converted([Part.json(info), Part.tokens(ids), Part(IMAGE, image)])
 
 
-def target_picture(raw: RawSample) -> memoryview:
-    """The encoded picture that `instruct` learns to draw."""
+def target_image(raw: RawSample) -> memoryview:
+    """The encoded image that `instruct` learns to draw."""
     return memoryview(raw.parts[1])
 
 
 class CaptionPrompts:
-    """Text-to-image prompts: <s> caption, the picture as the target."""
+    """Text-to-image prompts: <s> caption, the image as the target."""
 
     def __init__(self, sequence_format: SequenceFormat) -> None:
         self._format = sequence_format
@@ -58,7 +58,7 @@ class CaptionPrompts:
         """The prompt of the caption; nothing is drawn at random."""
         (ids,) = raw.tokens()
         builder = SequenceBuilder(self._format).add_start().add_text(ids)
-        return builder.prompt(target_picture(raw), raw.info["caption"])
+        return builder.prompt(target_image(raw), raw.info["caption"])
 
 
 CAPTION = SampleKind(
@@ -68,8 +68,8 @@ CAPTION = SampleKind(
     convert=convert,
     formats=("jsonl", "tar", "parquet", "arrow", "tsv", "files"),
     part_modes=(TOKENS, IMAGE),
-    # The picture is stored last and read first.
+    # The image is stored last and read first.
     pretrain=PackedDocuments(images_per_row=20.0, reading_order=lambda modes: (1, 0)),
     align=Captions(tokens=0, words=lambda raw: raw.info["caption"], usual=USUAL),
-    instruct=Prompts(lambda layout, data: CaptionPrompts(layout), target_picture, USUAL),
+    instruct=Prompts(lambda layout, data: CaptionPrompts(layout), target_image, USUAL),
 )

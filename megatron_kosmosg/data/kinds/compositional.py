@@ -1,8 +1,8 @@
-"""Kind `compositional`: a caption whose entities are shown as pictures (the authors' Open Images).
+"""Kind `compositional`: a caption whose entities are shown as images (the authors' Open Images).
 
-Stored parts: JSON {key, caption, entities: [{text, span, has_mask}], ...}, target picture, then for
+Stored parts: JSON {key, caption, entities: [{text, span, has_mask}], ...}, target image, then for
 each entity, in the order of their spans, the tokens of the caption up to its end and up to its
-start (from where the previous entity ended), its picture and, if it has one, its mask; last the
+start (from where the previous entity ended), its image and, if it has one, its mask; last the
 tokens of the tail. Both readings are stored because each run of text is tokenised on its own.
 """
 
@@ -61,13 +61,13 @@ def convert(record: Record, use: Conversion) -> Converted:
     return Converted([Part.json(info), *parts], (OVERLAP,) * num_overlaps)
 
 
-def target_picture(raw: RawSample) -> memoryview:
-    """The encoded picture that `instruct` learns to draw."""
+def target_image(raw: RawSample) -> memoryview:
+    """The encoded image that `instruct` learns to draw."""
     return memoryview(raw.parts[0])
 
 
 class CompositionalPrompts:
-    """Makes prompts <s> caption, with a picture after each entity or, where its words are dropped,
+    """Makes prompts <s> caption, with an image after each entity or, where its words are dropped,
     in their place."""
 
     def __init__(
@@ -93,7 +93,7 @@ class CompositionalPrompts:
         return 1 + chosen + texts[-1]
 
     def __call__(self, raw: RawSample, draws: Draws) -> Prompt:
-        """The prompt; coins decide on the entities' words and on each picture's background."""
+        """The prompt; coins decide on the entities' words and on each image's background."""
         parts = iter(raw.parts[1:])
         builder = SequenceBuilder(self._format).add_start()
         for i, entity in enumerate(raw.info["entities"]):
@@ -101,9 +101,9 @@ class CompositionalPrompts:
             image = next(parts)
             mask = next(parts) if entity["has_mask"] else None
             builder.add_text(without_words if self._drops_words(i, draws) else with_words)
-            builder.add_image(self._picture(i, image, mask, draws))
+            builder.add_image(self._image(i, image, mask, draws))
         builder.add_text(next(parts))
-        return builder.prompt(target_picture(raw), raw.info["caption"])
+        return builder.prompt(target_image(raw), raw.info["caption"])
 
     def _drops_words(self, entity: int, draws: Draws) -> bool:
         tag = "entity text"
@@ -111,7 +111,7 @@ class CompositionalPrompts:
             tag = f"entity text/{entity}"
         return draws.coin(tag, self._text_drop_prob)
 
-    def _picture(
+    def _image(
         self, entity: int, image: np.ndarray, mask: np.ndarray | None, draws: Draws
     ) -> bytes | EntityImage:
         if mask is None or draws.coin(f"background/{entity}", self._background_keep_prob):
@@ -120,7 +120,7 @@ class CompositionalPrompts:
 
 
 def masks(raw: RawSample) -> dict[int, int]:
-    """The target comes first, then each entity's picture and, where it has one, its mask."""
+    """The target comes first, then each entity's image and, where it has one, its mask."""
     found, place = {}, 1
     for entity in raw.info["entities"]:
         if entity["has_mask"]:
@@ -167,5 +167,5 @@ COMPOSITIONAL = SampleKind(
     formats=("jsonl", "tar", "parquet", "arrow", "tsv", "files"),
     masks=masks,
     check=check,
-    instruct=Prompts(_maker, target_picture, UsualSize(length=215, images=2.0)),
+    instruct=Prompts(_maker, target_image, UsualSize(length=215, images=2.0)),
 )

@@ -1,7 +1,7 @@
-"""Kind `edit`: a picture, an instruction, and the picture after it (InstructPix2Pix).
+"""Kind `edit`: an image, an instruction, and the image after it (InstructPix2Pix).
 
 Stored parts: JSON {key, caption, instruction, ...}, tokens of the caption, tokens of the
-instruction, picture before, picture after. Where the picture before has no caption, its text is
+instruction, image before, image after. Where the image before has no caption, its text is
 empty and its tokens are none: the prompt is the one of a dropped caption.
 """
 
@@ -40,13 +40,13 @@ def convert(record: Record, use: Conversion) -> Converted:
     return Converted(parts, () if caption else ("captions: the record has none",))
 
 
-def target_picture(raw: RawSample) -> memoryview:
-    """The encoded picture that `instruct` learns to draw."""
+def target_image(raw: RawSample) -> memoryview:
+    """The encoded image that `instruct` learns to draw."""
     return memoryview(raw.parts[3])
 
 
 class EditPrompts:
-    """Makes prompts <s> [caption] picture instruction; the edited picture is the target."""
+    """Makes prompts <s> [caption] image instruction; the edited image is the target."""
 
     def __init__(self, sequence_format: SequenceFormat, caption_drop_prob: float) -> None:
         self._format = sequence_format
@@ -59,14 +59,14 @@ class EditPrompts:
         return 1 + said + self._format.image_length + instruction
 
     def __call__(self, raw: RawSample, draws: Draws) -> Prompt:
-        """The prompt; one coin decides whether the caption of the first picture is said."""
+        """The prompt; one coin decides whether the caption of the first image is said."""
         caption, instruction = raw.tokens()
         before = raw.parts[2].tobytes()
         builder = SequenceBuilder(self._format).add_start()
         if not self._drops_caption(draws):
             builder.add_text(caption)
         builder.add_image(before).add_text(instruction)
-        return builder.prompt(target_picture(raw), raw.info["instruction"])
+        return builder.prompt(target_image(raw), raw.info["instruction"])
 
     def _drops_caption(self, draws: Draws) -> bool:
         return draws.coin("caption drop", self._caption_drop_prob)
@@ -81,7 +81,7 @@ EDIT = SampleKind(
     part_modes=(TOKENS, TOKENS, IMAGE, IMAGE),
     instruct=Prompts(
         maker=lambda layout, data: EditPrompts(layout, data.caption_drop_prob),
-        target=target_picture,
+        target=target_image,
         usual=UsualSize(length=100, images=1.0),
     ),
 )

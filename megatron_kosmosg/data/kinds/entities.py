@@ -1,4 +1,4 @@
-"""Where the pictures of a caption's entities go (the authors' Open Images assembly).
+"""Where the images of a caption's entities go (the authors' Open Images assembly).
 
 Entities stand in the order in which their words end; the words run on to the next delimiter, in a
 script written without spaces nowhere, and never into the next entity; one whose own words overlap
@@ -23,7 +23,7 @@ WORD_JOINERS = "\u2019\u2010\u2011\u200c\u200d"
 
 @dataclass(frozen=True)
 class PlacedEntity:
-    """One entity and the run of caption that leads to its picture."""
+    """One entity and the run of caption that leads to its image."""
 
     fields: dict[str, Any]
     text: str

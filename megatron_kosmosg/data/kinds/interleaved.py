@@ -1,6 +1,6 @@
-"""Kind `interleaved`: a document of texts and pictures in any order.
+"""Kind `interleaved`: a document of texts and images in any order.
 
-Stored parts: JSON {key, ...}, then tokens and pictures in reading order.
+Stored parts: JSON {key, ...}, then tokens and images in reading order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part
 
 
 def convert(record: Record, use: Conversion) -> Converted:
-    """Converts a record {"key", "content": [...]} whose content are texts {"text"} and pictures
+    """Converts a record {"key", "content": [...]} whose content are texts {"text"} and images
     {"image"} in any order."""
     info = {"key": record.key} | extra_fields(record.fields, ("key", "content"))
     parts, left_out = [Part.json(info)], []

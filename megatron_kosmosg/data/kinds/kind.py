@@ -51,7 +51,7 @@ class Converted:
 
     @property
     def num_images(self) -> int:
-        """Number of pictures, masks included."""
+        """Number of images, masks included."""
         return sum(part.mode == IMAGE for part in self.parts)
 
 
@@ -83,11 +83,11 @@ class Conversion(Protocol):
         ...
 
     def image(self, record: Record, fields: dict[str, Any], name: str) -> bytes:
-        """The stored form of a field's picture, after it was verified."""
+        """The stored form of a field's image, after it was verified."""
         ...
 
     def mask(self, record: Record, fields: dict[str, Any], name: str, image: bytes) -> bytes | None:
-        """What is stored of the mask of `image`, a stored picture, 255 = entity; None where the
+        """What is stored of the mask of `image`, a stored image, 255 = entity; None where the
         field is null."""
         ...
 
@@ -97,7 +97,7 @@ class UsualSize:
     """The size of an ordinary prompt or packed row, for plans, which open no data."""
 
     length: int
-    """Decoder positions: 64 a picture, its two marks, a sentence."""
+    """Decoder positions: 64 an image, its two marks, a sentence."""
     images: float
     """In the prompt or row."""
 
@@ -113,15 +113,15 @@ def in_stored_order(modes: Sequence[int]) -> Sequence[int]:
 
 @dataclass(frozen=True)
 class PackedDocuments:
-    """How `pretrain` reads a kind: <s> texts and pictures </s>, packed into rows."""
+    """How `pretrain` reads a kind: <s> texts and images </s>, packed into rows."""
 
     images_per_row: float
-    """Usual pictures of a packed row of 2,048 positions, for plans, which open no data."""
+    """Usual images of a packed row of 2,048 positions, for plans, which open no data."""
     reading_order: Callable[[Sequence[int]], Sequence[int]] = in_stored_order
     """(modes of the parts) -> numbers of the parts as they are read; the JSON part has none."""
 
     def document(self, raw: RawSample, sequence_format: SequenceFormat) -> SequenceBuilder:
-        """The sample as a document: <s>, its texts and pictures in order, </s>."""
+        """The sample as a document: <s>, its texts and images in order, </s>."""
         builder = SequenceBuilder(sequence_format).add_start()
         for number in self.reading_order(raw.modes):
             part = raw.parts[number]
@@ -136,7 +136,7 @@ class PackedDocuments:
         return UsualSize(seq_length, self.images_per_row * seq_length / 2048)
 
     def content(self, raw: RawSample, tokenizer: Tokenizer) -> list[np.ndarray | None]:
-        """What a sentence table is made of: ids of each text, None for a picture."""
+        """What a sentence table is made of: ids of each text, None for an image."""
         return [
             None if raw.modes[number] == IMAGE else strip_document_end(raw.parts[number], tokenizer)
             for number in self.reading_order(raw.modes)
@@ -171,11 +171,11 @@ class PromptMaker(Protocol):
 
 @dataclass(frozen=True)
 class Prompts:
-    """How `instruct` reads a kind: a prompt, and the picture to draw."""
+    """How `instruct` reads a kind: a prompt, and the image to draw."""
 
     maker: Callable[[SequenceFormat, DataConfig], PromptMaker]
     target: Callable[[RawSample], memoryview]
-    """The encoded picture that the U-Net learns to draw."""
+    """The encoded image that the U-Net learns to draw."""
     usual: UsualSize
 
     def usual_size(self, seq_length: int) -> UsualSize:
@@ -184,7 +184,7 @@ class Prompts:
 
 
 ImageSize = tuple[int, int] | None
-"""(width, height) of a picture as it is shown, None where it cannot be read."""
+"""(width, height) of an image as it is shown, None where it cannot be read."""
 
 
 def nothing_more(raw: RawSample, sizes: Sequence[ImageSize]) -> Iterator[str]:
@@ -219,16 +219,16 @@ class SampleKind:
     part_modes: tuple[int, ...] | None = None
     """Modes of the parts but the JSON one, where all samples have the same."""
     masks: Callable[[RawSample], dict[int, int]] = no_masks
-    """{number of a mask: number of its picture} among the pictures of a stored sample."""
+    """{number of a mask: number of its image} among the images of a stored sample."""
     check: Callable[[RawSample, Sequence[ImageSize]], Iterator[str]] = nothing_more
-    """What is wrong with a stored sample beyond unreadable tokens and pictures, one line each."""
+    """What is wrong with a stored sample beyond unreadable tokens and images, one line each."""
     pretrain: PackedDocuments | None = None
     align: Captions | None = None
     instruct: Prompts | None = None
 
     @property
     def is_plain_text(self) -> bool:
-        """Whether samples are sequences of a token dataset, without JSON and pictures."""
+        """Whether samples are sequences of a token dataset, without JSON and images."""
         return self.plain_text is not None
 
     @property

@@ -23,7 +23,7 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """One record of any input format; pictures are file names or encoded bytes."""
+    """One record of any input format; images are file names or encoded bytes."""
 
     source: str
     """Where it stands, such as `captions.jsonl:12`; the key of records that have none."""
@@ -54,7 +54,7 @@ class Record:
 
 
 def is_filled(value: object) -> bool:
-    """Whether a field says anything: not null, blanks, or Parquet's picture without both parts."""
+    """Whether a field says anything: not null, blanks, or Parquet's image without both parts."""
     if isinstance(value, dict):
         return value.keys() != {"bytes", "path"} or any(map(is_filled, value.values()))
     return value is not None and not (isinstance(value, str) and not value.strip())

@@ -114,9 +114,9 @@ def write(results: Results, output: Path) -> None:
     """The sheets as PNG files, `images.json` that lists them, and `metrics.json`."""
     output.mkdir(parents=True, exist_ok=True)
     listed = []
-    for file, title, caption, picture in results.sheets:
+    for file, title, caption, image in results.sheets:
         with replacing(output / file) as temporary:
-            picture.save(temporary, "PNG")
+            image.save(temporary, "PNG")
         listed.append({"file": file, "title": title, "caption": caption})
     for name, content in (
         ("images.json", listed),

@@ -1,1 +1,1 @@
-"""A program reads the toy world's pictures and compares them with what the prompt asked for."""
+"""A program reads the toy world's images and compares them with what the prompt asked for."""

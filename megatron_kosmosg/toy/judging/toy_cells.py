@@ -1,7 +1,7 @@
-"""What the toy run has to show (three stages), as rows of figures and sheets of pictures.
+"""What the toy run has to show (three stages), as rows of figures and sheets of images.
 
-Every figure is on held-out combinations and stands beside the judge's ceiling (the true pictures)
-and a shuffled control (each picture judged against the next prompt's truth).
+Every figure is on held-out combinations and stands beside the judge's ceiling (the true images)
+and a shuffled control (each image judged against the next prompt's truth).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from megatron_kosmosg.toy.judging.metric_row import MetricRow
-from megatron_kosmosg.toy.judging.toy_drawing import Drawn, true_pictures
+from megatron_kosmosg.toy.judging.toy_drawing import Drawn, true_images
 from megatron_kosmosg.toy.judging.toy_judge import Verdict
 from megatron_kosmosg.toy.world import Scene
 
@@ -37,7 +37,7 @@ def hue(average: Callable[[Sequence[float]], float]) -> Measure:
 
 
 def background_word(verdicts: Sequence[Verdict]) -> float:
-    """Share of pictures whose background has the right coarse colour."""
+    """Share of images whose background has the right coarse colour."""
     return sum(verdict.background_word_correct for verdict in verdicts) / len(verdicts)
 
 
@@ -47,7 +47,7 @@ def background_hue(verdicts: Sequence[Verdict]) -> float:
 
 
 def all_as_asked(verdicts: Sequence[Verdict]) -> float:
-    """Share of pictures in which every entity and the background are right."""
+    """Share of images in which every entity and the background are right."""
     right = [v.background_word_correct and all(e.all_correct for e in v.entities) for v in verdicts]
     return sum(right) / len(right)
 
@@ -60,14 +60,14 @@ HUE_MEAN = hue(statistics.fmean)
 
 
 class Cell:
-    """Pictures drawn for one kind of prompt, with the truths they are compared with."""
+    """Images drawn for one kind of prompt, with the truths they are compared with."""
 
     def __init__(self, group: str, title: str, drawn: Drawn, truths: Sequence[Scene], seed: int):
         self.group, self.title, self.drawn = group, title, drawn
         self._truths, self._seed = list(truths), seed
         self._verdicts = drawn.verdicts(self._truths)
         self._shuffled = drawn.verdicts(self._truths[1:] + self._truths[:1])
-        truth = true_pictures(self._truths)
+        truth = true_images(self._truths)
         self.true_images = truth.images
         self._ceiling = truth.verdicts(self._truths)
 

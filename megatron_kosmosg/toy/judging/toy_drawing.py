@@ -1,4 +1,4 @@
-"""Draws the prompts of a cell and lets the judge read the pictures."""
+"""Draws the prompts of a cell and lets the judge read the images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_kosmosg.toy.world import Scene, render_batch
 
 STREAM = "toy-evaluation"
 ROWS_PER_PASS = 64
-"""Pictures that are drawn at once."""
+"""Images that are drawn at once."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures of one cell and what the judge sees in them."""
+    """Images of one cell and what the judge sees in them."""
 
     images: torch.Tensor
     """[n, 3, height, width] in [-1, 1]."""
     seen: list[Scene]
 
     def verdicts(self, truths: Sequence[Scene]) -> list[Verdict]:
-        """The comparison of each picture with its truth."""
+        """The comparison of each image with its truth."""
         return [compare(seen, truth) for seen, truth in zip(self.seen, truths, strict=True)]
 
 
@@ -48,7 +48,7 @@ def draw(
     num_entities: int,
     sampling: Sampling,
 ) -> Drawn:
-    """Pictures of the conditions [n, c, d]; start noise depends on seed and row only."""
+    """Images of the conditions [n, c, d]; start noise depends on seed and row only."""
     shape = diffusion.latent_shape()
     noise = torch.stack(
         [
@@ -72,7 +72,7 @@ def draw(
     return Drawn(images, read_scenes(images, [num_entities] * len(images)))
 
 
-def true_pictures(truths: Sequence[Scene]) -> Drawn:
+def true_images(truths: Sequence[Scene]) -> Drawn:
     """The scenes as they should look: the judge's ceiling."""
     images = render_batch(truths)
     return Drawn(images, read_scenes(images, [len(scene.entities) for scene in truths]))

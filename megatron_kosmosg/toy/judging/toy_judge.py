@@ -1,8 +1,8 @@
-"""Reads shapes, patterns and hues from a picture of the toy world by analysis through synthesis.
+"""Reads shapes, patterns and hues from an image of the toy world by analysis through synthesis.
 
 Nothing is learnt: for each template (shape, pattern, centre, radius) the best colours are a least
 squares problem over the pixels' coverages, and the template that leaves the least error is what
-the picture shows. Of two entities each is looked for in its half.
+the image shows. Of two entities each is looked for in its half.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ GRID_STEP = 0.5
 
 @dataclass(frozen=True)
 class EntityVerdict:
-    """The comparison of one entity of a picture with its truth; errors are in degrees."""
+    """The comparison of one entity of an image with its truth; errors are in degrees."""
 
     shape_correct: bool
     pattern_correct: bool
@@ -60,7 +60,7 @@ class EntityVerdict:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The comparison of one picture with its truth; the background's error is in degrees."""
+    """The comparison of one image with its truth; the background's error is in degrees."""
 
     entities: tuple[EntityVerdict, ...]
     background_hue_error: float
@@ -80,7 +80,7 @@ class Templates:
 
 
 def read_scenes(images: Tensor, num_entities: Sequence[int]) -> list[Scene]:
-    """What each picture [n, 3, 32, 32] in [-1, 1] shows, given how many entities to look for.
+    """What each image [n, 3, 32, 32] in [-1, 1] shows, given how many entities to look for.
 
     A plain entity's hue B repeats its hue A.
     """

@@ -1,7 +1,7 @@
 """Held-out prompts of the toy world, and the scene that each of them should give.
 
 Every cell of the evaluation is a list of `Case`s made from integer seeds: what the model is shown
-(words, pictures, or both) and the truth the judge compares with.
+(words, images, or both) and the truth the judge compares with.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 from megatron_kosmosg.toy.captions import background_phrase, caption, noun_phrase
 from megatron_kosmosg.toy.edits import sample_edit
 from megatron_kosmosg.toy.world import Entity, Scene, render, sample_scene, subject_scene
-from megatron_kosmosg.training.picture_grid import to_picture
+from megatron_kosmosg.training.image_grid import to_image
 
 Parts = list[str | Image.Image]
 
@@ -33,9 +33,9 @@ def scenes(seed: int, count: int, num_entities: int) -> list[Scene]:
     return [sample_scene((seed, num_entities, i), num_entities, True) for i in range(count)]
 
 
-def subject_picture(entity: Entity, seed: int) -> Image.Image:
+def subject_image(entity: Entity, seed: int) -> Image.Image:
     """The entity alone on white, as a cut-out of its mask would show it."""
-    return to_picture(render(subject_scene(entity, None, (seed, 7))))
+    return to_image(render(subject_scene(entity, None, (seed, 7))))
 
 
 def words_only(scene: Scene, seed: int) -> Parts:
@@ -45,13 +45,13 @@ def words_only(scene: Scene, seed: int) -> Parts:
 
 
 def images_only(scene: Scene, seed: int) -> Parts:
-    """A prompt whose entities are pictures: `a <picture> and a <picture> on a yellow
+    """A prompt whose entities are images: `a <image> and a <image> on a yellow
     background`."""
     return _interleave(scene, seed, with_words=False)
 
 
 def words_and_images(scene: Scene, seed: int) -> Parts:
-    """A prompt whose entities are words and pictures: `a red circle <picture> ... on a yellow
+    """A prompt whose entities are words and images: `a red circle <image> ... on a yellow
     background`."""
     return _interleave(scene, seed, with_words=True)
 
@@ -62,14 +62,14 @@ def _interleave(scene: Scene, seed: int, with_words: bool) -> Parts:
     for i, entity in enumerate(scene.entities):
         article = "a" if i == 0 else "and a"
         words = f"{article} {noun_phrase(entity, 'coarse', rng)}" if with_words else article
-        parts += [words, subject_picture(entity, seed * 10 + i)]
+        parts += [words, subject_image(entity, seed * 10 + i)]
     return [*parts, f"on a {background_phrase(scene)}"]
 
 
 def background_image(scene: Scene, seed: int) -> Parts:
-    """A prompt whose background is a picture, too: `a <picture> on a <picture of the plain
+    """A prompt whose background is an image, too: `a <image> on a <image of the plain
     background>`."""
-    background = to_picture(render(Scene((), scene.background_hue)))
+    background = to_image(render(Scene((), scene.background_hue)))
     return [*images_only(scene, seed)[:-1], "on a", background]
 
 
@@ -94,10 +94,10 @@ def cases(
 
 
 def edit_cases(seed: int, count: int) -> list[Case]:
-    """Prompts such as `<picture of one entity> make it blue`; the truth is the edited scene."""
+    """Prompts such as `<image of one entity> make it blue`; the truth is the edited scene."""
     result = []
     for i, scene in enumerate(scenes(seed, count, 1)):
         rng = np.random.default_rng((seed, i, 13))
         instruction, edited = sample_edit(scene, rng)
-        result.append(Case([to_picture(render(scene)), instruction], edited))
+        result.append(Case([to_image(render(scene)), instruction], edited))
     return result

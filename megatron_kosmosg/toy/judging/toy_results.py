@@ -1,4 +1,4 @@
-"""The toy run's table and pictures: pretrain words, align against the text encoder, instruct cells.
+"""The toy run's table and images: pretrain words, align against the text encoder, instruct cells.
 
 Thresholds are those the quickstart promises; a miss is reported, never hidden.
 """
@@ -29,7 +29,7 @@ from megatron_kosmosg.toy.judging.toy_prompts import (
     words_only,
 )
 from megatron_kosmosg.toy.judging.toy_text_encoder import TextEncoderModel, WithUnconditional
-from megatron_kosmosg.training.picture_grid import picture_grid, to_picture
+from megatron_kosmosg.training.image_grid import image_grid, to_image
 
 CELL_PIXELS = 96
 ROWS_SHOWN = 8
@@ -37,7 +37,7 @@ ROWS_SHOWN = 8
 
 @dataclass
 class Results:
-    """Rows of the table, and sheets as (file name, title, caption, picture)."""
+    """Rows of the table, and sheets as (file name, title, caption, image)."""
 
     rows: list[MetricRow] = field(default_factory=list)
     sheets: list[tuple[str, str, str, Image.Image]] = field(default_factory=list)
@@ -54,7 +54,7 @@ class ToyResults:
         self.results = Results()
 
     def align(self, model: TrainedModel, text_encoder: TextEncoderModel) -> None:
-        """Cosine to the text encoder, and words -> picture beside the text encoder's own."""
+        """Cosine to the text encoder, and words -> image beside the text encoder's own."""
         found, expected = [], []
         for num_entities in (1, 2):
             prompts = [case.parts for case in self._cases(num_entities, words_only)]
@@ -90,7 +90,7 @@ class ToyResults:
             )
 
     def instruct(self, model: TrainedModel, before: TrainedModel | None) -> None:
-        """Pictures alone, swapped, as background, and edited; before: the model it started from."""
+        """Images alone, swapped, as background, and edited; before: the model it started from."""
         limits = {1: (0.95, 0.90, 9.0), 2: (0.95, 0.85, 12.0)}
         for num_entities, (shape, pattern, hue) in limits.items():
             words = self._cell("instruct", "words", model, num_entities, words_only)
@@ -119,7 +119,7 @@ class ToyResults:
         self._edits(model)
 
     def variant(self, name: str, model: TrainedModel) -> None:
-        """One ablation: pictures-only prompts with one and two entities."""
+        """One ablation: images-only prompts with one and two entities."""
         for num_entities in (1, 2):
             cell = self._cell(f"ablation {name}", "images", model, num_entities, images_only)
             for title, measure, unit in (
@@ -129,7 +129,7 @@ class ToyResults:
                 self._add(cell.row(title, measure, unit))
 
     def _swap(self, model: TrainedModel) -> None:
-        """Exchanging two prompt pictures must exchange the result."""
+        """Exchanging two prompt images must exchange the result."""
         plain = self._cases(2, images_only)
         exchanged = [
             Case([c.parts[0], c.parts[3], c.parts[2], c.parts[1], c.parts[4]], swapped(c.scene))
@@ -185,7 +185,7 @@ class ToyResults:
             asked = [case.parts for case in shown[: len(rows)]]
             drawn = self._draw(before, asked, num_entities)
             rows = [
-                [*row[:-1], to_picture(image), row[-1]]
+                [*row[:-1], to_image(image), row[-1]]
                 for row, image in zip(rows, drawn.images, strict=True)
             ]
             caption = "Prompt images, true scene, result before instruct (align only), after"
@@ -204,8 +204,8 @@ class ToyResults:
         return [
             [
                 *(part for part in case.parts if isinstance(part, Image.Image)),
-                to_picture(truth),
-                to_picture(image),
+                to_image(truth),
+                to_image(image),
             ]
             for case, truth, image in zip(
                 shown[:ROWS_SHOWN], truths[:ROWS_SHOWN], cell.drawn.images[:ROWS_SHOWN], strict=True
@@ -234,5 +234,5 @@ class ToyResults:
 
     def _add_sheet(self, name: str, title: str, caption: str, rows, results: Sequence[str]) -> None:
         headings = ["prompt"] * (len(rows[0]) - len(results)) + list(results)
-        sheet = picture_grid(rows, CELL_PIXELS, headings)
+        sheet = image_grid(rows, CELL_PIXELS, headings)
         self.results.sheets.append((f"{name}.png", title, caption, sheet))

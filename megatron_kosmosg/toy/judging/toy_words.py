@@ -1,6 +1,6 @@
-"""Does a `pretrain` model name what a picture shows? Teacher-forced words after a held-out picture.
+"""Does a `pretrain` model name what an image shows? Teacher-forced words after a held-out image.
 
-At each word of "<picture> a red circle with blue dots" the model chooses among the words of that
+At each word of "<image> a red circle with blue dots" the model chooses among the words of that
 kind (four shapes, six coarse colours); the pattern is right when "with" follows the shape exactly
 where there is a pattern, and the pattern's word is chosen.
 """
@@ -13,27 +13,27 @@ import torch
 from megatron_kosmosg.inference.trained_model import TrainedModel
 from megatron_kosmosg.toy.captions import noun_phrase
 from megatron_kosmosg.toy.judging.metric_row import MetricRow
-from megatron_kosmosg.toy.judging.toy_prompts import scenes, subject_picture
+from megatron_kosmosg.toy.judging.toy_prompts import scenes, subject_image
 from megatron_kosmosg.toy.world import COARSE_WORDS, PATTERNS, SHAPES
 
 THRESHOLDS = {"shape": 0.95, "pattern": 0.95, "colour": 0.80}
 CHANCE = {"shape": 1 / 4, "pattern": 1 / 3, "colour": 1 / 6}
 NEAR_CHANCE = 0.15
-"""What a shuffled picture may give above chance: sampling error, and pairs that agree by luck."""
+"""What a shuffled image may give above chance: sampling error, and pairs that agree by luck."""
 
 
 def word_rows(model: TrainedModel, seed: int, count: int, with_thresholds: bool) -> list[MetricRow]:
-    """Accuracy per kind of word with the right picture, and with the next prompt's picture."""
+    """Accuracy per kind of word with the right image, and with the next prompt's image."""
     entities = [scene.entities[0] for scene in scenes(seed, count, 1)]
     rng = np.random.default_rng((seed, 17))
     words = [f"a {noun_phrase(entity, 'coarse', rng)}" for entity in entities]
-    pictures = [subject_picture(entity, seed * 1000 + i) for i, entity in enumerate(entities)]
-    shuffled = pictures[1:] + pictures[:1]
+    images = [subject_image(entity, seed * 1000 + i) for i, entity in enumerate(entities)]
+    shuffled = images[1:] + images[:1]
     rows = []
-    for title, shown in (("the image", pictures), ("another prompt's image", shuffled)):
+    for title, shown in (("the image", images), ("another prompt's image", shuffled)):
         accuracy = _accuracy(model, shown, words)
         for kind, value in accuracy.items():
-            limit = THRESHOLDS[kind] if shown is pictures else CHANCE[kind] + NEAR_CHANCE
+            limit = THRESHOLDS[kind] if shown is images else CHANCE[kind] + NEAR_CHANCE
             rows.append(
                 MetricRow(
                     group="pretrain",
@@ -44,15 +44,15 @@ def word_rows(model: TrainedModel, seed: int, count: int, with_thresholds: bool)
                     seed=seed,
                     chance=CHANCE[kind],
                     threshold=round(limit, 2) if with_thresholds else None,
-                    direction=">=" if shown is pictures else "<=",
+                    direction=">=" if shown is images else "<=",
                 )
             )
     return rows
 
 
-def _accuracy(model: TrainedModel, pictures: list, words: list[str]) -> dict[str, float]:
+def _accuracy(model: TrainedModel, images: list, words: list[str]) -> dict[str, float]:
     hits: dict[str, list[bool]] = {kind: [] for kind in THRESHOLDS}
-    parts = [[picture, text] for picture, text in zip(pictures, words, strict=True)]
+    parts = [[image, text] for image, text in zip(images, words, strict=True)]
     logits, _ = model.logits(parts)
     start = 1 + model.sequence_format.image_length
     for row, text in enumerate(words):

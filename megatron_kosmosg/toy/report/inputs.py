@@ -42,8 +42,8 @@ METRICS_FILE, RECORD_FILE = "metrics.jsonl", "quickstart.json"
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One sheet of pictures. columns, rows: labels of equally large cells, may be empty."""
+class Figure:
+    """One sheet of images. columns, rows: labels of equally large cells, may be empty."""
 
     path: Path
     title: str
@@ -52,7 +52,7 @@ class Picture:
     rows: tuple[str, ...] = ()
 
     def uri(self) -> str:
-        """The picture itself, for the page. Raises ValueError for any other file."""
+        """The image itself, for the page. Raises ValueError for any other file."""
         try:
             content = read_file(self.path)
         except OSError as error:
@@ -73,9 +73,9 @@ class ReportInputs:
     """By stage, or by `ablations/NAME`."""
     rows: list[dict]
     """The evaluation's metrics."""
-    pictures: list[Picture]
+    figures: list[Figure]
     files: list[Path]
-    """What all this was read from, pictures included."""
+    """What all this was read from, images included."""
 
 
 def read_inputs(out: Path) -> ReportInputs:
@@ -106,11 +106,11 @@ def read_inputs(out: Path) -> ReportInputs:
             f"{out} holds no metrics.jsonl of a stage ({', '.join(STAGES)}) and no "
             "evaluation/metrics.json; give the folder that examples/quickstart.sh wrote with --out"
         )
-    pictures = [_picture(entry, evaluation) for entry in _read_json(evaluation / "images.json", [])]
+    figures = [_figure(entry, evaluation) for entry in _read_json(evaluation / "images.json", [])]
     sheet = out / "generated" / "contact_sheet.png"
     if sheet.is_file():
-        pictures.append(
-            Picture(
+        figures.append(
+            Figure(
                 path=_own(sheet, out),
                 title="Drawn by the exported pipeline",
                 caption="Held-out prompts, four starts each, with kosmosg generate from export/, "
@@ -123,22 +123,22 @@ def read_inputs(out: Path) -> ReportInputs:
         steps=steps,
         histories=histories,
         rows=rows,
-        pictures=pictures,
+        figures=figures,
         files=[
             *(out / name / METRICS_FILE for name in histories),
             *(out / RECORD_FILE, evaluation / "metrics.json", evaluation / "images.json"),
-            *(picture.path for picture in pictures),
+            *(figure.path for figure in figures),
         ],
     )
 
 
-def _picture(entry: dict[str, Any], evaluation: Path) -> Picture:
+def _figure(entry: dict[str, Any], evaluation: Path) -> Figure:
     listing = evaluation / "images.json"
     _check(entry, _SHEET, listing)
     entry = {"columns": [], "rows": []} | entry
     if not all(isinstance(text, str) for text in [*entry["columns"], *entry["rows"]]):
         raise ValueError(f"{listing}: columns and rows are lists of texts")
-    return Picture(
+    return Figure(
         path=_own(evaluation / entry["file"], evaluation),
         title=entry["title"],
         caption=entry["caption"],
@@ -147,12 +147,12 @@ def _picture(entry: dict[str, Any], evaluation: Path) -> Picture:
     )
 
 
-def _own(picture: Path, folder: Path) -> Path:
-    """The picture's path. Raises ValueError where it lies outside of the folder, also through a
+def _own(figure: Path, folder: Path) -> Path:
+    """The image's path. Raises ValueError where it lies outside of the folder, also through a
     link: the page would carry along a file that its reader was not meant to have."""
-    if not picture.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{picture} lies outside {folder}; it is not put on the page")
-    return picture
+    if not figure.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{figure} lies outside {folder}; it is not put on the page")
+    return figure
 
 
 def _check(entry: Any, fields: dict[str, tuple[type, ...]], path: Path) -> None:

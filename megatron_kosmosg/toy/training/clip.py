@@ -1,7 +1,7 @@
-"""Trains the toy image tower the way CLIP is trained: pictures against captions, no labels.
+"""Trains the toy image tower the way CLIP is trained: images against captions, no labels.
 
 Scenes and subject crops of training combinations, each with a caption of coarse and fine words;
-symmetric cross-entropy over the pairs of a batch. The picture's embedding is the mean of all
+symmetric cross-entropy over the pairs of a batch. The image's embedding is the mean of all
 post-normed tokens, because the model reads all of them and not the class token alone.
 """
 
@@ -50,13 +50,13 @@ def build() -> CLIPVisionModel:
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Tower input [n, 3, h, w] of uint8 pictures."""
+    """Tower input [n, 3, h, w] of uint8 images."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
     return (pixels.float() / 255.0 - mean) / std
 
 
 def tokens(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
-    """Post-normed tokens [n, 17, 128] of uint8 pictures, class token first."""
+    """Post-normed tokens [n, 17, 128] of uint8 images, class token first."""
     hidden = tower.pre_layrnorm(tower.embeddings(normalise(pixels)))
     return tower.post_layernorm(tower.encoder(inputs_embeds=hidden).last_hidden_state)
 
@@ -92,7 +92,7 @@ class Pair(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1.0 / 0.07)))
 
     def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss, and the share of pictures whose own caption is the nearest."""
+        """Loss, and the share of images whose own caption is the nearest."""
         seen = F.normalize(self.projection(tokens(self.vision, pixels).mean(1)), dim=-1)
         said = F.normalize(self.text(ids), dim=-1)
         logits = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * seen @ said.T
@@ -129,12 +129,12 @@ def train(run: Path, steps: int, batch_size: int, learning_rate: float, seed: in
         start = state["step"]
     scenes = pool.scenes(seed + 1, POOL_SIZE, 0.5)
     scenes = pool.with_subjects(seed + 1, scenes, SUBJECT_EVERY)
-    pictures = pool.pictures(scenes)
+    images = pool.images(scenes)
     progress = pool.StepProgress("clip", steps, 20, start)
     for step in range(start, steps):
         rows = np.random.default_rng((seed, step)).integers(0, len(scenes), batch_size)
         captions = [caption_of(scenes[row], i, step, seed) for i, row in enumerate(rows)]
-        loss, accuracy = model(pictures[rows], word_ids(captions))
+        loss, accuracy = model(images[rows], word_ids(captions))
         decay = 0.5 * (1.0 + math.cos(math.pi * step / steps))
         rate = learning_rate * min(1.0, (step + 1) / 50) * max(decay, 0.02)
         optimizer.param_groups[0]["lr"] = rate

@@ -44,7 +44,7 @@ def crops(seed: int, count: int, heldout: bool) -> list[Scene]:
 def features(tower: CLIPVisionModel, scenes: list[Scene], mean: bool) -> Tensor:
     """The inputs of the probe, float64: [n, tokens * width + 1] of all tokens, or [n, width + 1] of
     their mean."""
-    parts = [F.normalize(clip.tokens(tower, p), dim=-1) for p in pool.pictures(scenes).split(128)]
+    parts = [F.normalize(clip.tokens(tower, p), dim=-1) for p in pool.images(scenes).split(128)]
     tokens = torch.cat(parts).double()
     flat = tokens.mean(1) if mean else tokens.flatten(1)
     return torch.cat([flat, torch.ones(len(flat), 1, dtype=flat.dtype)], 1)

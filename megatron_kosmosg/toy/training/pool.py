@@ -1,4 +1,4 @@
-"""Pools of training scenes and their pictures, drawn once and kept in memory as bytes.
+"""Pools of training scenes and their images, drawn once and kept in memory as bytes.
 
 Only training combinations: `heldout=False` everywhere.
 """
@@ -25,7 +25,7 @@ def scenes(seed: int, count: int, two_entities: float) -> list[Scene]:
 
 
 def with_subjects(seed: int, drawn: list[Scene], every: int) -> list[Scene]:
-    """The scenes, each `every`-th replaced by a large picture of its last entity.
+    """The scenes, each `every`-th replaced by a large image of its last entity.
 
     Half of those keep their background colour, the others are white around the subject.
     """
@@ -36,8 +36,8 @@ def with_subjects(seed: int, drawn: list[Scene], every: int) -> list[Scene]:
     return result
 
 
-def pictures(drawn: list[Scene]) -> Tensor:
-    """The pictures of the scenes, uint8 [n, 3, 32, 32]."""
+def images(drawn: list[Scene]) -> Tensor:
+    """The images of the scenes, uint8 [n, 3, 32, 32]."""
     parts = [
         to_bytes(render_batch(drawn[start : start + CHUNK]))
         for start in range(0, len(drawn), CHUNK)

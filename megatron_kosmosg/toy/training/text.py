@@ -1,7 +1,7 @@
 """Trains the toy CLIPTextModel before it is frozen: its states must name each entity's attributes.
 
 Light linear heads read shapes, patterns and hues of both entities from every token that follows
-their phrase, so that colours are bound to their entity before any picture is drawn. The heads are
+their phrase, so that colours are bound to their entity before any image is drawn. The heads are
 thrown away. Only captions of training combinations are seen.
 """
 

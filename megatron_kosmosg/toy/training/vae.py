@@ -1,4 +1,4 @@
-"""Trains the toy AutoencoderKL: 32x32 pictures <-> 8x8 latents of unit deviation."""
+"""Trains the toy AutoencoderKL: 32x32 images <-> 8x8 latents of unit deviation."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def train(run: Path, steps: int, batch_size: int, learning_rate: float, seed: in
         optimizer.load_state_dict(state["optimizer"])
         average.weights, start = state["average"], state["step"]
     drawn = pool.with_subjects(seed, pool.scenes(seed, 12000, 0.6), 3)
-    images = pool.pictures(drawn)
+    images = pool.images(drawn)
     progress = pool.StepProgress("vae", steps, 100, start)
     for step in range(start, steps):
         noise = torch.Generator().manual_seed(seed * 1_000_003 + step)

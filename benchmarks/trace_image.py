@@ -1,4 +1,4 @@
-"""A trace.json as a picture for documents: one row per rank, micro-batches numbered."""
+"""A trace.json as an image for documents: one row per rank, micro-batches numbered."""
 
 from __future__ import annotations
 

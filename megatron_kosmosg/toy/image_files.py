@@ -1,4 +1,4 @@
-"""Pictures of scenes as files, drawn many at a time because that is faster."""
+"""Images of scenes as files, drawn many at a time because that is faster."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megatron_kosmosg.toy.world import Entity, Scene, entity_masks, render_batch
 
 BATCH = 64
 JPEG_EVERY = 4
-"""Every so many records have JPEG pictures, so that both decoders are used."""
+"""Every so many records have JPEG images, so that both decoders are used."""
 JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
 
 
-class PictureFiles:
+class ImageFiles:
     """Hands out file names at once; all files are there after `finish`."""
 
     def __init__(self, folder: Path, kind: str) -> None:
@@ -30,7 +30,7 @@ class PictureFiles:
         self._record, self._number = record, 0
 
     def add(self, scene: Scene) -> str:
-        """The name of the scene's picture, relative to the folder."""
+        """The name of the scene's image, relative to the folder."""
         name = self._name("jpg" if self._record % JPEG_EVERY == 0 else "png")
         self._scenes.append((name, scene))
         if len(self._scenes) >= BATCH:

@@ -1,6 +1,6 @@
-"""Which pictures a prompt becomes, and everything that decides how each of them looks.
+"""Which images a prompt becomes, and everything that decides how each of them looks.
 
-The settings of a picture depend on its record and the run's defaults alone: not on the rank that
+The settings of an image depend on its record and the run's defaults alone: not on the rank that
 draws it, nor on what else the file holds.
 """
 
@@ -22,7 +22,7 @@ from megatron_kosmosg.inference.prompt_records import (
     Part,
     PromptError,
     PromptRecord,
-    open_picture,
+    open_image,
 )
 
 STREAM = "generate"
@@ -52,16 +52,16 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture that a run draws."""
+class PlannedImage:
+    """One image that a run draws."""
 
     record: PromptRecord
     index: int
-    """Its number among the pictures of the record, from 0."""
+    """Its number among the images of the record, from 0."""
     options: DrawingOptions
-    """Of this picture: `seed` is its generator's."""
+    """Of this image: `seed` is its generator's."""
     settings: dict[str, Any]
-    """All that decides how it looks, as JSON types; pictures as digests of their files."""
+    """All that decides how it looks, as JSON types; images as digests of their files."""
 
     @property
     def file_name(self) -> str:
@@ -70,24 +70,24 @@ class Picture:
 
     @property
     def rounds_down(self) -> bool:
-        """Whether the picture's levels are rounded down, see RunSettings."""
+        """Whether the image's levels are rounded down, see RunSettings."""
         return "rounding" in self.settings
 
     @property
     def settings_hash(self) -> str:
-        """Changes with anything that decides how the picture looks."""
+        """Changes with anything that decides how the image looks."""
         return _digest(json.dumps(self.settings, sort_keys=True).encode())
 
 
-class PicturePlan:
-    """Plans the pictures of records; every picture file is read and decoded once, as a check."""
+class ImagePlan:
+    """Plans the images of records; every image file is read and decoded once, as a check."""
 
     def __init__(self, run: RunSettings) -> None:
         self._run = run
         self._read: dict[Path, tuple[str, tuple[int, int]]] = {}
 
-    def pictures(self, record: PromptRecord) -> list[Picture]:
-        """The pictures of the record in order. Raises PromptError naming it."""
+    def images(self, record: PromptRecord) -> list[PlannedImage]:
+        """The images of the record in order. Raises PromptError naming it."""
         options = _filled(record.options, self._run.defaults)
         assert options.seed is not None and options.num_images is not None, "see RunSettings"
         first = options.seed
@@ -101,7 +101,7 @@ class PicturePlan:
             raise PromptError(f"{record.id or '--prompt'}: {error}") from error
         assert len(record.noise) in (0, options.num_images), "a row for each picture"
         return [
-            Picture(
+            PlannedImage(
                 record,
                 index,
                 dataclasses.replace(options, seed=first + index),
@@ -114,9 +114,9 @@ class PicturePlan:
         """The record; without an id, with one made of its first words and its settings."""
         if record.id is not None:
             return record
-        picture = self.pictures(record)[0]
+        planned = self.images(record)[0]
         words = "-".join(re.findall(r"[a-z0-9]+", record.text.replace(PLACEHOLDER, "").lower()))
-        digest = picture.settings_hash[:8]
+        digest = planned.settings_hash[:8]
         name = f"{words[:40].rstrip('-')}-{digest}" if words else digest
         return dataclasses.replace(record, id=name)
 
@@ -140,7 +140,7 @@ class PicturePlan:
             if options.control_image is None:
                 raise PromptError("a ControlNet needs a control image; give control_image")
             settings["controlnet"] = list(run.controlnet)
-            settings["control_image"] = self._read_picture(options.control_image)[0]
+            settings["control_image"] = self._read_image(options.control_image)[0]
         if options.start_image is None and record.options.strength is not None:
             raise PromptError("strength is of a start image; give start_image")
         if options.start_image is not None:
@@ -151,19 +151,19 @@ class PicturePlan:
                     f"strength {strength:g} of {options.steps} steps is none; give more steps or "
                     "more strength"
                 )
-            settings["start_image"] = self._read_picture(options.start_image)[0]
+            settings["start_image"] = self._read_image(options.start_image)[0]
             settings["strength"] = strength
         return settings
 
     def _described(self, part: Part) -> dict[str, str]:
         if isinstance(part, str):
             return {"text": part}
-        return {"image": self._read_picture(part)[0]}
+        return {"image": self._read_image(part)[0]}
 
-    def _read_picture(self, path: Path) -> tuple[str, tuple[int, int]]:
-        """(digest of the file, (width, height) of the picture)."""
+    def _read_image(self, path: Path) -> tuple[str, tuple[int, int]]:
+        """(digest of the file, (width, height) of the image)."""
         if path not in self._read:
-            size = open_picture(path).size
+            size = open_image(path).size
             self._read[path] = _digest(path.read_bytes()), size
         return self._read[path]
 
@@ -173,7 +173,7 @@ class PicturePlan:
             return options
         width, height = (
             max(1, side // SIZE_UNIT) * SIZE_UNIT
-            for side in self._read_picture(options.control_image)[1]
+            for side in self._read_image(options.control_image)[1]
         )
         return dataclasses.replace(
             options, height=options.height or height, width=options.width or width
@@ -181,7 +181,7 @@ class PicturePlan:
 
 
 def _start_settings(record: PromptRecord, index: int, seed: int) -> dict[str, Any]:
-    """The settings that say what a picture starts from."""
+    """The settings that say what an image starts from."""
     if not record.noise:
         return {"seed": seed}
     noise = record.noise[index]

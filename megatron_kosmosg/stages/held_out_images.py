@@ -16,7 +16,7 @@ from megatron_kosmosg.evaluation.evaluator import DrawnImages, Evaluator, measur
 from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
 from megatron_kosmosg.training.forward import collect_outputs
-from megatron_kosmosg.training.picture_grid import picture_grid, to_picture
+from megatron_kosmosg.training.image_grid import image_grid, to_image
 from megatron_kosmosg.training.stage import Probe
 
 CELL_PIXELS = 96
@@ -24,11 +24,11 @@ SHEET = "held_out_prompts"
 PROMPTS_TOGETHER = 8
 """That are drawn at once where there is no sheet; otherwise as many as it shows."""
 Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor | None]
-"""Pictures of (conditions with the null condition last, positions, pixels per side); None where the
+"""Images of (conditions with the null condition last, positions, pixels per side); None where the
 run is about to be stopped."""
 
 
-def held_out_pictures(
+def held_out_images(
     config: RunConfig,
     layout: Layout,
     draw: Draw,
@@ -37,7 +37,7 @@ def held_out_pictures(
     evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
     num_measured: int | None = None,
 ) -> Probe | None:
-    """A sheet with one row per held-out prompt: its pictures, the true image, the generated one.
+    """A sheet with one row per held-out prompt: its images, the true image, the generated one.
 
     Called on all ranks together; empty on ranks that do not draw (all but one of the last stage).
     draw: called on that one, and so are the evaluators, which give the metrics. None: it drew
@@ -107,23 +107,23 @@ def _drawn(
 
 
 def _sheet(config: RunConfig, batch: dict[str, torch.Tensor], images: DrawnImages) -> Image.Image:
-    prompts = _prompt_pictures(config, batch)
-    width = max(len(pictures) for pictures in prompts)
+    prompts = _prompt_images(config, batch)
+    width = max(len(shown) for shown in prompts)
     rows = [
-        pictures + [None] * (width - len(pictures)) + [to_picture(target), to_picture(result)]
-        for pictures, target, result in zip(prompts, images.targets, images.results, strict=True)
+        shown + [None] * (width - len(shown)) + [to_image(target), to_image(result)]
+        for shown, target, result in zip(prompts, images.targets, images.results, strict=True)
     ]
-    return picture_grid(rows, CELL_PIXELS, ["prompt"] * width + ["truth", "result"])
+    return image_grid(rows, CELL_PIXELS, ["prompt"] * width + ["truth", "result"])
 
 
-def _prompt_pictures(
+def _prompt_images(
     config: RunConfig, batch: dict[str, torch.Tensor]
 ) -> list[list[Image.Image | None]]:
-    """The pictures of each prompt as the image tower saw them."""
+    """The images of each prompt as the image tower saw them."""
     mean = torch.tensor(config.data.image_mean, device=batch["pixel_values"].device)
     std = torch.tensor(config.data.image_std, device=mean.device)
     pixels = (batch["pixel_values"] * std[:, None, None] + mean[:, None, None]) * 2 - 1
     slots = config.model.resampler.num_latent_queries
     counts = (batch["image_mask"].sum(dim=1) // slots).tolist()
-    pictures = iter([to_picture(image) for image in pixels])
-    return [[next(pictures) for _ in range(count)] for count in counts]
+    shown = iter([to_image(image) for image in pixels])
+    return [[next(shown) for _ in range(count)] for count in counts]

@@ -1,4 +1,4 @@
-"""Generated pictures as PNG files that say how they were made, and whether one is finished.
+"""Generated images as PNG files that say how they were made, and whether one is finished.
 
 A file appears under its name only when it is whole. Its text chunks are `prompt`,
 `negative_prompt`, `seed`, `settings` (JSON) and `settings_hash`.
@@ -14,26 +14,26 @@ from PIL import Image, PngImagePlugin
 
 from megatron_kosmosg.files import replacing
 from megatron_kosmosg.foreign_files import parse_json
-from megatron_kosmosg.inference.picture_plan import Picture
+from megatron_kosmosg.inference.image_plan import PlannedImage
 from megatron_kosmosg.inference.prompt_records import PromptError
 
 
-def write_picture(image: Image.Image, picture: Picture, folder: Path) -> Path:
+def write_image(image: Image.Image, planned: PlannedImage, folder: Path) -> Path:
     """The file in `folder`, which is made if need be; an older one of that name is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
-    shown = [part if isinstance(part, str) else part.name for part in picture.record.content]
+    shown = [part if isinstance(part, str) else part.name for part in planned.record.content]
     texts = {
-        "prompt": picture.record.text,
-        "negative_prompt": picture.settings["negative_prompt"],
-        "seed": str(picture.settings["seed"]),
-        "settings": json.dumps(picture.settings | {"shown": shown}, ensure_ascii=False),
-        "settings_hash": picture.settings_hash,
+        "prompt": planned.record.text,
+        "negative_prompt": planned.settings["negative_prompt"],
+        "seed": str(planned.settings["seed"]),
+        "settings": json.dumps(planned.settings | {"shown": shown}, ensure_ascii=False),
+        "settings_hash": planned.settings_hash,
         "Software": "megatron-kosmosg",
     }
     chunks = PngImagePlugin.PngInfo()
     for name, text in texts.items():
         chunks.add_text(name, text)
-    path = folder / picture.file_name
+    path = folder / planned.file_name
     save_atomically(image, path, pnginfo=chunks)
     return path
 
@@ -44,11 +44,11 @@ def save_atomically(image: Image.Image, path: Path, **options: object) -> None:
         image.save(temporary, "PNG", **options)
 
 
-def is_finished(picture: Picture, folder: Path) -> bool:
-    """True if `folder` holds this picture, whole and made with exactly these settings."""
+def is_finished(planned: PlannedImage, folder: Path) -> bool:
+    """True if `folder` holds this image, whole and made with exactly these settings."""
     try:
-        with Image.open(folder / picture.file_name) as image:
-            if image.info.get("settings_hash") != picture.settings_hash:
+        with Image.open(folder / planned.file_name) as image:
+            if image.info.get("settings_hash") != planned.settings_hash:
                 return False
             image.verify()  # the checksums of its chunks
             return True

@@ -1,4 +1,4 @@
-"""The sheet of held-out prompts is the same picture on every layout, drawn by one rank."""
+"""The sheet of held-out prompts is the same image on every layout, drawn by one rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from megatron_kosmosg.evaluation.evaluator import DrawnImages
 from megatron_kosmosg.evaluation.registry import EVALUATORS
 from megatron_kosmosg.parallel import platform
-from megatron_kosmosg.stages.held_out_pictures import held_out_pictures
+from megatron_kosmosg.stages.held_out_images import held_out_images
 from megatron_kosmosg.stages.instruct import InstructStage
 from megatron_kosmosg.training.wrapping import wrap_model
 from tests.support.ranks import run_ranks
@@ -56,7 +56,7 @@ def sheet(config: RunConfig) -> np.ndarray | None:
         chunks = wrap_model(stage.build_model(layout), config)
         for chunk in chunks:
             chunk.eval()
-        drawn = held_out_pictures(config, layout, stage._draw, Prompts(), chunks)
+        drawn = held_out_images(config, layout, stage._draw, Prompts(), chunks)
         return np.asarray(drawn.images["held_out_prompts"]) if drawn.images else None
     finally:
         platform.teardown()

@@ -1,4 +1,4 @@
-"""Rows of small pictures on one sheet, for people who would rather look than read."""
+"""Rows of small images on one sheet, for people who would rather look than read."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ GAP = 4
 """Pixels between cells, and around all of them."""
 
 
-def to_picture(pixels: torch.Tensor) -> Image.Image:
-    """The RGB picture of `pixels` [3, height, width] in [-1, 1]."""
+def to_image(pixels: torch.Tensor) -> Image.Image:
+    """The RGB image of `pixels` [3, height, width] in [-1, 1]."""
     array = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(array.permute(1, 2, 0).numpy())
 
 
-def picture_grid(
+def image_grid(
     rows: Sequence[Sequence[Image.Image | None]],
     cell: int,
     headings: Sequence[str] = (),
@@ -26,7 +26,7 @@ def picture_grid(
     """One sheet with a row per entry of `rows`; None leaves its cell white.
 
     Args:
-        cell: pixels per side of a cell; smaller pictures are enlarged to it.
+        cell: pixels per side of a cell; smaller images are enlarged to it.
         headings: short words above the columns.
     """
     columns = max(len(row) for row in rows)
@@ -36,8 +36,8 @@ def picture_grid(
         place = (GAP + j * step + cell / 2, top / 2 + GAP / 2)
         ImageDraw.Draw(sheet).text(place, heading, fill="black", anchor="mm", font_size=12)
     for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            if picture is not None:
-                resized = picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
+        for j, image in enumerate(row):
+            if image is not None:
+                resized = image.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
                 sheet.paste(resized, (GAP + j * step, top + GAP + i * step))
     return sheet

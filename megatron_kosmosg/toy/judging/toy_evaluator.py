@@ -1,6 +1,6 @@
 """The evaluator `toy`: toy-world metrics of drawn images, by the judge that reads both.
 
-The truth is what the judge reads in the target picture, so no attributes need to travel with data.
+The truth is what the judge reads in the target image, so no attributes need to travel with data.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ MIDDLE, MIN_ROWS = 16, 8
 points of two entities touch fewer."""
 
 
-def count_entities(pictures: torch.Tensor) -> list[int]:
-    """Entities in each true picture [n, 3, 32, 32]: one covers the middle column, two flank it."""
-    background = pictures[:, :, 1, 1, None]
-    covered = (pictures[:, :, :, MIDDLE] - background).norm(dim=1) >= SAME_COLOUR
+def count_entities(images: torch.Tensor) -> list[int]:
+    """Entities in each true image [n, 3, 32, 32]: one covers the middle column, two flank it."""
+    background = images[:, :, 1, 1, None]
+    covered = (images[:, :, :, MIDDLE] - background).norm(dim=1) >= SAME_COLOUR
     return [1 if rows >= MIN_ROWS else 2 for rows in covered.sum(dim=1).tolist()]
 
 
-def are_scenes(pictures: torch.Tensor) -> bool:
-    """Whether all true pictures can be of the toy world: 32 x 32, on a background of one colour
+def are_scenes(images: torch.Tensor) -> bool:
+    """Whether all true images can be of the toy world: 32 x 32, on a background of one colour
     that has a hue. Photos are not."""
-    if tuple(pictures.shape[1:]) != (3, IMAGE_SIZE, IMAGE_SIZE):
+    if tuple(images.shape[1:]) != (3, IMAGE_SIZE, IMAGE_SIZE):
         return False
-    background = pictures[:, :, 1, 1]
-    edges = (pictures[:, :, 0], pictures[:, :, -1], pictures[..., 0], pictures[..., -1])
+    background = images[:, :, 1, 1]
+    edges = (images[:, :, 0], images[:, :, -1], images[..., 0], images[..., -1])
     distance = (torch.cat(edges, -1) - background[..., None]).norm(dim=1)
     chroma = background.amax(1) - background.amin(1)
     flat = (distance < SAME_COLOUR).float().mean(dim=1)

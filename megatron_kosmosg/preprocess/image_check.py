@@ -1,4 +1,4 @@
-"""Which pictures are fit for training; everything else is a reason to reject a record.
+"""Which images are fit for training; everything else is a reason to reject a record.
 
 What can be read, and how, is in data/image_reading.py; beyond that, headers that promise more
 pixels than the cap are left out. Files that training's decoder knows keep their bytes, others
@@ -35,8 +35,8 @@ from megatron_kosmosg.foreign_files import OutsideFolder, inside, read_file
 from megatron_kosmosg.preprocess.options import Options
 
 
-class PictureCheck:
-    """Reads and verifies pictures; counts them and the time it takes."""
+class ImageCheck:
+    """Reads and verifies images; counts them and the time it takes."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -44,13 +44,13 @@ class PictureCheck:
         self.seconds = 0.0
 
     def read(self, record: Record, fields: dict[str, Any], name: str) -> bytes:
-        """The stored form of a field's picture, after it was verified."""
+        """The stored form of a field's image, after it was verified."""
         data, image = self.find(record, fields, name)
         with rejecting(name):
             return stored_form(data, image)
 
     def find(self, record: Record, fields: dict[str, Any], name: str) -> tuple[bytes, Image.Image]:
-        """The file of a field's picture, and the picture, verified. Raises Rejected."""
+        """The file of a field's image, and the image, verified. Raises Rejected."""
         if name not in fields:
             raise Rejected(f"no field {name}")
         data = self._bytes(record, fields[name], name)
@@ -63,9 +63,9 @@ class PictureCheck:
     def read_mask(
         self, record: Record, fields: dict[str, Any], name: str, image: bytes
     ) -> bytes | None:
-        """What is stored of the mask of `image`, a stored picture: one channel, 255 = entity.
+        """What is stored of the mask of `image`, a stored image: one channel, 255 = entity.
 
-        It is the field's picture, or the alpha channel of `image` where the field is absent; None
+        It is the field's image, or the alpha channel of `image` where the field is absent; None
         where the field is null, which says that there is no background to remove.
         """
         if name not in fields:
@@ -84,7 +84,7 @@ class PictureCheck:
                 return data
             exif = Image.Exif()
             if orientation != 1:
-                exif[ExifTags.Base.Orientation] = 1  # upright, unlike its picture
+                exif[ExifTags.Base.Orientation] = 1  # upright, unlike its image
             return encode_png(upright, exif=exif)
 
     def decoded(self, data: bytes, name: str) -> Image.Image:
@@ -94,7 +94,7 @@ class PictureCheck:
             return decode_image(data).pixels
 
     def open(self, data: bytes, name: str) -> Image.Image:
-        """The picture, decoded if the options ask for it. Raises Rejected."""
+        """The image, decoded if the options ask for it. Raises Rejected."""
         started = time.process_time()
         try:
             with rejecting(name):
@@ -156,11 +156,11 @@ def encode_mask(mask: np.ndarray) -> bytes:
 
 @contextmanager
 def rejecting(name: str) -> Iterator[None]:
-    """Context in which a picture that cannot be read becomes a reason to reject the record; `name`
-    is the picture's field."""
+    """Context in which an image that cannot be read becomes a reason to reject the record; `name`
+    is the image's field."""
     try:
         with warnings.catch_warnings():
-            # Of a hundred million pictures, many have an odd tag that Pillow warns of.
+            # Of a hundred million images, many have an odd tag that Pillow warns of.
             warnings.simplefilter("ignore")
             yield
     except UnreadableImage as error:
