@@ -81,7 +81,7 @@ class InstructStream:
         Args:
             max_length: tokens of the longest prompt.
             transforms: of prompt images and of target images.
-            decodes_prompts: False leaves prompt images undecoded, see samples.PictureStream.
+            decodes_prompts: False leaves prompt images undecoded, see samples.ImageStream.
             packs: whether prompts are also given end to end, see padding.pad_rows.
             draw: for the stream positions of a batch, further tensors of the batch.
         """
@@ -117,7 +117,7 @@ class InstructStream:
         """A batch of prompts. tokens, image_mask, padding_mask [b, s], and `packed` as of pad_rows;
         pixel_values uint8 [n, 3, H, W], n over (b, position), n = 0 where prompt images are not
         decoded; stream_positions, replacements int64 [b]; bad_samples int64 []. The argument
-        `replacements` is explained at samples.PictureStream.
+        `replacements` is explained at samples.ImageStream.
 
         Targets: target_pixel_values uint8 [b, 3, T, T], or, where they are cached,
         target_moments float16 [b, 2, channels, height, width] (mean and deviation); and

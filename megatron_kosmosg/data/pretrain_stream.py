@@ -39,7 +39,7 @@ class PretrainStream:
         """Joins the datasets of the mixture `blend` into one stream.
 
         Args:
-            decodes: False leaves images undecoded, see samples.PictureStream.
+            decodes: False leaves images undecoded, see samples.ImageStream.
         """
         self._blend, self._datasets = blend, datasets
         self._format, self._seq_length = sequence_format, seq_length
@@ -65,7 +65,7 @@ class PretrainStream:
         image_mask, padding_mask bool [b, s] (True = image slot, True = padding); pixel_values
         uint8 [n, 3, H, W], n = 0 where images are not decoded; stream_positions int64 [b];
         bad_samples int64 []; replacements int64 [images of the rows], 1 where a blank image
-        stands for a bad one. The argument `replacements` is explained at samples.PictureStream."""
+        stands for a bad one. The argument `replacements` is explained at samples.ImageStream."""
         images = [(b, image) for b, row in enumerate(samples) for image in row.images]
         decodes = self._decodes and replacements is None
         pixels, errors = self._decoder.try_levels(

@@ -57,7 +57,7 @@ def is_finished(planned: PlannedImage, folder: Path) -> bool:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What `write_picture` wrote: `prompt` and the fields of its `settings`.
+    """What `write_image` wrote: `prompt` and the fields of its `settings`.
 
     Raises PromptError for any other file.
     """

@@ -1,7 +1,7 @@
 """The replacement indices of a micro-batch, told to the pipeline stages that decode no images.
 
 Only the first stage has the image tower. A bad image replaces a sample or silences labels, which
-every stage must know (samples.PictureStream). The indices go through the store of the rendezvous,
+every stage must know (samples.ImageStream). The indices go through the store of the rendezvous,
 so that the exchange of tensors between the stages stays as Megatron-Core has it. The first stage
 tells before its forward pass, so that the others, which read after they have received its output,
 do not wait.

@@ -26,7 +26,7 @@ class Rows:
     positions: tuple[int, ...]
     """In their stream."""
     replacements: tuple[int, ...]
-    """Replacement indices of the rows (samples.PictureStream); zeros for images."""
+    """Replacement indices of the rows (samples.ImageStream); zeros for images."""
     is_heldout: bool = False
     """Whether the positions are of the held-out stream."""
 
