@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from benchmarks.score_fleet import Fleet, Times, measured
 from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.planning.estimate import estimate
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu, gpu_named
 from megatron_kosmosg.planning.joined import Joined, joined_ranks, own_servers, play_joined
@@ -63,7 +63,7 @@ def compare(
 ) -> Compared:
     """joined: at most one sort. shares: `model_shares` of `config`, without pipeline stages."""
     efficiency, images = Efficiency(), config.training.global_batch_size
-    world = world_layout(config, config.parallel.world_size or 1)
+    world = rank_grid(config, config.parallel.world_size or 1)
     planned = estimate(config, world, gpu, efficiency, shares, joined)
     batches = planned.micro_batches
     rates = Rates(gpu, config.training.precision, efficiency)

@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from megatron_kosmosg.config import schema
 from megatron_kosmosg.parallel import cpu_shim, platform
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.stages.pretrain import PretrainStage
 from megatron_kosmosg.training.batches import Work
 from megatron_kosmosg.training.optimizer import build_lr_scheduler, build_optimizer
@@ -90,18 +90,18 @@ def run_config(size: tuple[int, ...], folder: str) -> schema.RunConfig:
     )
 
 
-def megatron_update(config: schema.RunConfig, layout: Layout, feed: FixedFeed):
+def megatron_update(config: schema.RunConfig, context: ParallelContext, feed: FixedFeed):
     """(function that makes one update and returns its loss, the bare model)."""
-    stage = PretrainStage(config, layout)
-    chunks = wrap_model(stage.build_model(layout), config)
+    stage = PretrainStage(config, context)
+    chunks = wrap_model(stage.build_model(context), config)
     optimizer = build_optimizer(config, chunks)
     scheduler = build_lr_scheduler(config, optimizer)
     connect(chunks, optimizer, stage.remote_score)
-    reporter = Reporter(layout)
+    reporter = Reporter(context)
 
     def update() -> float:
         scheduler.step(1)
-        made = train_step(stage, config, layout, chunks, optimizer, feed, [feed], reporter)
+        made = train_step(stage, config, context, chunks, optimizer, feed, [feed], reporter)
         return made.totals.losses["loss"]
 
     return update, unwrap_model(chunks)[0]
@@ -210,10 +210,10 @@ def seconds_per_call(function: Callable, repeats: int = 20000) -> float:
 def compare(name: str, size: tuple[int, ...], rounds: int, extra: float, folder: str) -> str:
     """The line of one model size."""
     config = run_config(size, folder)
-    layout = platform.initialize(config)
+    context = platform.initialize(config)
     try:
         feed = FixedFeed(size[2], size[3])
-        ours, model = megatron_update(config, layout, feed)
+        ours, model = megatron_update(config, context, feed)
         plain = plain_update(config, model, feed)
         updates = size[4]
         for _ in range(2):

@@ -31,7 +31,7 @@ Environment = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Rank of this process, where it sits on its node, and where rank 0 listens."""
 
     rank: int
@@ -48,10 +48,10 @@ class Place:
         return range(self.rank, num_shards, self.world_size)
 
 
-ALONE = Place(rank=0, world_size=1, local_rank=0)
+ALONE = RankInfo(rank=0, world_size=1, local_rank=0)
 
 
-def find_place(environment: Environment | None = None) -> Place:
+def find_rank_info(environment: Environment | None = None) -> RankInfo:
     """This process's place according to torchrun's variables, else Slurm's, else alone.
 
     Args:
@@ -67,7 +67,7 @@ def find_place(environment: Environment | None = None) -> Place:
                 f"RANK is set but {', '.join(sorted(missing))} is not; start ranks with torchrun "
                 "or srun, or unset RANK to run alone"
             )
-        return Place(
+        return RankInfo(
             rank=int(environment["RANK"]),
             world_size=int(environment["WORLD_SIZE"]),
             local_rank=int(environment.get("LOCAL_RANK", "0")),
@@ -77,7 +77,7 @@ def find_place(environment: Environment | None = None) -> Place:
         )
     if "SLURM_PROCID" in environment and _SLURM_TASKS in environment:
         step = f"{environment['SLURM_JOB_ID']}{environment.get('SLURM_STEP_ID', '0')}"
-        return Place(
+        return RankInfo(
             rank=int(environment["SLURM_PROCID"]),
             world_size=int(environment[_SLURM_TASKS]),
             local_rank=int(environment["SLURM_LOCALID"]),
@@ -88,7 +88,7 @@ def find_place(environment: Environment | None = None) -> Place:
     return ALONE
 
 
-def find_worker(environment: Environment | None = None) -> Place:
+def find_worker(environment: Environment | None = None) -> RankInfo:
     """The place among processes that share nothing but a folder, and need not meet.
 
     Where neither torchrun nor srun started several, mpirun's ranks count, too; the tasks of a Slurm
@@ -96,15 +96,15 @@ def find_worker(environment: Environment | None = None) -> Place:
     cannot know how many they are.
     """
     environment = os.environ if environment is None else environment
-    place = find_place(environment)
-    if place.world_size == 1:
+    rank_info = find_rank_info(environment)
+    if rank_info.world_size == 1:
         for rank, size, local_rank in _MPI:
             if rank in environment and size in environment:
                 local = int(environment.get(local_rank, environment[rank]))
-                place = Place(int(environment[rank]), int(environment[size]), local)
+                rank_info = RankInfo(int(environment[rank]), int(environment[size]), local)
                 break
     if f"{_ARRAY}ID" not in environment:
-        return place
+        return rank_info
     needed = [f"{_ARRAY}{name}" for name in ("ID", "MIN", "MAX", "COUNT")]
     missing = [name for name in needed if name not in environment]
     if missing:
@@ -115,8 +115,8 @@ def find_worker(environment: Environment | None = None) -> Place:
             f"a job array of {count} tasks from {first} to {last} has gaps, so its tasks cannot "
             "share the work; submit --array=0-N (finished shards are skipped)"
         )
-    rank = (number - first) * place.world_size + place.rank
-    return Place(rank, count * place.world_size, place.local_rank)
+    rank = (number - first) * rank_info.world_size + rank_info.rank
+    return RankInfo(rank, count * rank_info.world_size, rank_info.local_rank)
 
 
 def find_tasks(environment: Environment | None = None) -> tuple[int, str]:

@@ -30,7 +30,7 @@ from megatron_kosmosg.config.paths import output_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.evaluation.registry import build_evaluators, check_evaluators
-from megatron_kosmosg.launcher import find_place, is_first_rank
+from megatron_kosmosg.launcher import find_rank_info, is_first_rank
 from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
 from megatron_kosmosg.monitoring.trackers import check_trackers
 from megatron_kosmosg.planning.gpus import gpu_named
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "logging.output_dir",
             )
         facts = stage_facts(config.stage)
-        validate_layout(config, find_place().world_size, facts)
+        validate_layout(config, find_rank_info().world_size, facts)
         pipeline_pieces(config, facts.aligner_parts)
         if config.logging.planned_gpu is not None:
             gpu_named(config.logging.planned_gpu)  # raises for one that is nowhere
@@ -135,7 +135,7 @@ def run(config: RunConfig) -> int:
                 code = exit_codes.DONE  # a task that fails would end the others
             except (Exception, KeyboardInterrupt) as error:
                 # Before the groups are left: the others then fail, and this error is the cause.
-                report_failure(output_folder(config), find_place().rank, error, started)
+                report_failure(output_folder(config), find_rank_info().rank, error, started)
                 code = exit_code_of(error)
             notices.ended(code)
             return code
@@ -151,14 +151,14 @@ def run(config: RunConfig) -> int:
 
 def _be_apart(config: RunConfig) -> None:
     """Lets a score rank work in a child, before anything is loaded."""
-    from megatron_kosmosg.config.world import has_score_ranks, world_layout
+    from megatron_kosmosg.config.rank_grid import has_score_ranks, rank_grid
     from megatron_kosmosg.score.own_process import go_on_as_child
 
     if not has_score_ranks(config):
         return
-    place = find_place()
-    if world_layout(config, place.world_size).place(place.rank).role == "score":
-        go_on_as_child(f"score rank {place.rank}")
+    rank_info = find_rank_info()
+    if rank_grid(config, rank_info.world_size).coordinates(rank_info.rank).role == "score":
+        go_on_as_child(f"score rank {rank_info.rank}")
 
 
 def _notices(config: RunConfig, owner: RunOwner | None) -> Notices:
@@ -174,7 +174,7 @@ def _owner(config: RunConfig) -> Iterator[RunOwner | None]:
     """The claim on the run's folder, which rank 0 holds; None on the others."""
     from megatron_kosmosg.monitoring.run_owner import RunOwner
 
-    if find_place().rank != 0:
+    if find_rank_info().rank != 0:
         yield None
         return
     folder = output_folder(config)
@@ -197,20 +197,20 @@ def _train(config: RunConfig, started: float, owner: RunOwner | None, at_end: Ex
     from megatron_kosmosg.training.optimizer import check_optimizer
 
     config, planned = with_default_layout(config), None
-    if find_place().rank == 0:
+    if find_rank_info().rank == 0:
         forget_failure(output_folder(config), started)
-        planned = plan_the_run(config, find_place().world_size)
+        planned = plan_the_run(config, find_rank_info().world_size)
     if platform.holds_unet_alone(config):
         finished = run_score_rank(config, join_as_score_rank(config))
     else:
-        layout = platform.initialize(config)
+        context = platform.initialize(config)
         raise_together(lambda: check_files(config))
-        raise_together(lambda: check_optimizer(config, layout.device))
-        remote_score = open_remote_score(config, layout)
+        raise_together(lambda: check_optimizer(config, context.device))
+        remote_score = open_remote_score(config, context)
         if remote_score is not None:
             at_end.callback(remote_score.close, RunEnd.FAILED)  # unless it is closed by then
-        stage = build_stage(config, layout, remote_score, build_evaluators(config))
-        finished = fit(stage, config, layout, owner, planned)
+        stage = build_stage(config, context, remote_score, build_evaluators(config))
+        finished = fit(stage, config, context, owner, planned)
         if remote_score is not None:
             remote_score.close(RunEnd.DONE if finished else RunEnd.STOPPED)
     return exit_codes.DONE if finished else exit_codes.STOPPED

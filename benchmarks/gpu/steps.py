@@ -32,9 +32,11 @@ class OneRank:
 
     def __enter__(self) -> OneRank:
         config = self._config
-        self.layout = platform.initialize(config)
-        self._stage = build_stage(config, self.layout, None)
-        self._trained = build_trained(self._stage, config, self.layout, takes_initial_weights=False)
+        self.context = platform.initialize(config)
+        self._stage = build_stage(config, self.context, None)
+        self._trained = build_trained(
+            self._stage, config, self.context, takes_initial_weights=False
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,21 +55,21 @@ class OneRank:
         config = dataclasses.replace(self._config, training=training)
         if stream is None:
             stream = RandomStream(config, rows, config.data.seq_length, self._images_per_row)
-        feed = BatchFeed(stream, config, self.layout, start_sample=0)
+        feed = BatchFeed(stream, config, self.context, start_sample=0)
         chunks, optimizer = self._trained.chunks, self._trained.optimizer
         iterators = feed.chunk_iterators(len(chunks))
-        reporter = Reporter(self.layout)
+        reporter = Reporter(self.context)
         for chunk in chunks:
             chunk.train()
         waits: list[float] = []
 
         def update() -> None:
-            parts = (self._stage, config, self.layout, chunks, optimizer)
+            parts = (self._stage, config, self.context, chunks, optimizer)
             made = train_step(*parts, feed, iterators, reporter)
             waits.append(made.totals.data_wait)
 
         try:
-            found = speed(update, rows, self.layout.device, seconds)
+            found = speed(update, rows, self.context.device, seconds)
             timed = waits[-found.calls :]
             return found, sum(timed) / (found.calls * found.seconds)
         finally:

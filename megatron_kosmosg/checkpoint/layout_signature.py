@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_kosmosg.config.schema import ParallelConfig
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 
 UNKNOWN_SPLIT = (
     "the checkpoint does not say how the decoder's layers were split over pipeline stages: dropout "
@@ -19,13 +19,13 @@ UNKNOWN_SPLIT = (
 OTHER_LAYOUT = "another parallel layout: dropout masks differ from an unbroken run"
 
 
-def layout_signature(layout: Layout, parallel: ParallelConfig) -> dict[str, Any]:
+def layout_signature(context: ParallelContext, parallel: ParallelConfig) -> dict[str, Any]:
     """What a checkpoint keeps: sizes by name, and what each pipeline stage holds (None: one)."""
-    split = parallel.pipeline_layout if layout.pp_size > 1 else None
+    split = parallel.pipeline_layout if context.pp_size > 1 else None
     return {
-        "tp": layout.tp_size,
-        "pp": layout.pp_size,
-        "dp": layout.dp_size,
+        "tp": context.tp_size,
+        "pp": context.pp_size,
+        "dp": context.dp_size,
         "vp": parallel.virtual_pipeline_model_parallel_size or 1,
         "pipeline_layout": None if split is None else "".join(split.split()),
     }

@@ -13,7 +13,7 @@ from megatron_kosmosg.checkpoint.save_and_resume import Checkpointer, Progress
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.paths import save_folder
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Resumed:
     """Newer checkpoints that are damaged, and how."""
 
 
-def newest_checkpoint(config: RunConfig, layout: Layout) -> Path | None:
+def newest_checkpoint(config: RunConfig, context: ParallelContext) -> Path | None:
     """This run's newest whole checkpoint as rank 0 sees it, on every rank.
 
     Raises ConfigError where there are checkpoints and none is whole: a run that begins anew must be
@@ -36,7 +36,7 @@ def newest_checkpoint(config: RunConfig, layout: Layout) -> Path | None:
     """
     save = save_folder(config)
     found: list = [None, []]
-    if layout.rank == 0:
+    if context.rank == 0:
         found = [checkpoint_folder.latest_valid(save), checkpoint_folder.damages(save)]
     dist.broadcast_object_list(found, src=0)
     newest, damaged = found
@@ -45,19 +45,19 @@ def newest_checkpoint(config: RunConfig, layout: Layout) -> Path | None:
     return newest
 
 
-def resume(checkpointer: Checkpointer, layout: Layout, newest: Path) -> Resumed:
+def resume(checkpointer: Checkpointer, context: ParallelContext, newest: Path) -> Resumed:
     """Takes up `newest`, or the one before it where its content cannot be read, and so on.
 
     What cannot be read is renamed, so that no later start or save takes it for a checkpoint.
     """
     path, passed_over = newest, []
-    if layout.rank == 0:
+    if context.rank == 0:
         passed_over = checkpoint_folder.damages(newest.parent, newer_than=newest)
     while True:
         try:
             return Resumed(path, *checkpointer.resume(path), passed_over)
         except DamagedCheckpoint as error:
-            older = _set_aside(path, layout)
+            older = _set_aside(path, context)
             if older is None:
                 raise ConfigError(f"{error}. There is no older one. {_ADVICE}") from error
             passed_over.append(f"{error}; it is now {path.name}{checkpoint_folder.DAMAGED}")
@@ -67,10 +67,10 @@ def resume(checkpointer: Checkpointer, layout: Layout, newest: Path) -> Resumed:
 _ADVICE = "Remove them to begin anew, or set checkpoint.save to another folder"
 
 
-def _set_aside(path: Path, layout: Layout) -> Path | None:
+def _set_aside(path: Path, context: ParallelContext) -> Path | None:
     """The next older checkpoint on every rank, None if there is none: then `path` stays."""
     older: list[Path | None] = [None]
-    if layout.rank == 0:
+    if context.rank == 0:
         older = [checkpoint_folder.latest_valid(path.parent, older_than=path)]
         if older[0] is not None:
             checkpoint_folder.set_aside(path)

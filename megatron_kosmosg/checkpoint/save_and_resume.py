@@ -43,8 +43,8 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_saved_config, to_yaml
 from megatron_kosmosg.config.paths import save_folder
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.parallel.core_versions import adopt_learning_rates
-from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.seeds import set_seeds
 
 OPTIMIZER_SHARDING = "fully_reshardable"
@@ -64,10 +64,10 @@ class Progress:
     """Images that could not be decoded, over all iterations."""
 
 
-def checkpoint_metadata(layout: Layout) -> dict[str, Any]:
+def checkpoint_metadata(context: ParallelContext) -> dict[str, Any]:
     """What `sharded_state_dict` of model and optimizer must know: optimizer state is stored per
     parameter, so that it can be split anew for another layout."""
-    return {"distrib_optim_sharding_type": OPTIMIZER_SHARDING, "dp_cp_group": layout.dp_group}
+    return {"distrib_optim_sharding_type": OPTIMIZER_SHARDING, "dp_cp_group": context.dp_group}
 
 
 class Checkpointer:
@@ -76,7 +76,7 @@ class Checkpointer:
     def __init__(
         self,
         config: RunConfig,
-        layout: Layout,
+        context: ParallelContext,
         chunks: list[torch.nn.Module],
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
@@ -91,7 +91,7 @@ class Checkpointer:
                 resuming.
             average: the average of the weights, where one is kept.
         """
-        self._config, self._layout = config, layout
+        self._config, self._context = config, context
         self._chunks, self._optimizer, self._scheduler = chunks, optimizer, scheduler
         self._datasets, self._average = datasets, average
         self._folder = save_folder(config)
@@ -109,7 +109,7 @@ class Checkpointer:
     def poll(self) -> None:
         """Gives a background save its final name once all ranks have written."""
         with explain_write_errors(self._folder, self._saving):
-            self._background.poll(self._layout.device)
+            self._background.poll(self._context.device)
 
     def wait(self) -> None:
         """Returns when no save is under way any more."""
@@ -134,8 +134,8 @@ class Checkpointer:
         same_layout, layout_notes = compare_layouts(common["layout"], self._layout_signature())
         notes += layout_notes
         strategy = get_default_load_sharded_strategy(str(path))
-        if self._layout.dp_size > 1:
-            strategy = FullyParallelLoadStrategyWrapper(strategy, self._layout.dp_group)
+        if self._context.dp_size > 1:
+            strategy = FullyParallelLoadStrategyWrapper(strategy, self._context.dp_group)
         wanted = self._state(Progress(), is_loading=True)
         if not same_layout:
             del wanted["rng"]
@@ -162,14 +162,14 @@ class Checkpointer:
         if same_layout:
             restore_rng_state(loaded["rng"])
         else:
-            set_seeds(self._config.training.seed + progress.iteration, self._layout)
+            set_seeds(self._config.training.seed + progress.iteration, self._context)
         return progress, notes
 
     def _resume_average(self, loaded: dict[str, Any]) -> None:
         if self._average is None:
             return
         if AVERAGE in loaded:
-            models = model_state(self._chunks, checkpoint_metadata(self._layout))
+            models = model_state(self._chunks, checkpoint_metadata(self._context))
             self._average.load(models, loaded[AVERAGE])
         else:
             self._average.restart()
@@ -177,13 +177,13 @@ class Checkpointer:
     def _save(self, progress: Progress) -> None:
         set_num_updates(self._optimizer, progress.updates)
         temporary = [""]
-        if self._layout.rank == 0:
+        if self._context.rank == 0:
             temporary = [str(checkpoint_folder.begin(self._folder, progress.iteration))]
         dist.broadcast_object_list(temporary, src=0)
         is_async = self._config.checkpoint.async_save
         strategy = ThreadSaveStrategy(in_background=is_async)
-        if self._layout.dp_size > 1:  # replicas share the writing
-            strategy = FullyParallelSaveStrategyWrapper(strategy, self._layout.dp_group)
+        if self._context.dp_size > 1:  # replicas share the writing
+            strategy = FullyParallelSaveStrategyWrapper(strategy, self._context.dp_group)
         request = dist_checkpointing.save(
             self._state(progress, is_loading=False),
             temporary[0],
@@ -197,7 +197,7 @@ class Checkpointer:
             self._background.start(request)
 
     def _state(self, progress: Progress, *, is_loading: bool) -> dict[str, Any]:
-        metadata = checkpoint_metadata(self._layout)
+        metadata = checkpoint_metadata(self._context)
         models = model_state(self._chunks, metadata)
         flat = models["model0"] if len(models) == 1 else models
         average = self._average
@@ -214,15 +214,15 @@ class Checkpointer:
             "layout": self._layout_signature(),
             "datasets": self._datasets,
             "rng": ShardedObject(
-                "rng", rng_state(), (self._layout.world_size,), (self._layout.place_number,)
+                "rng", rng_state(), (self._context.world_size,), (self._context.canonical_rank,)
             ),
         }
 
     def _layout_signature(self) -> dict[str, Any]:
-        return layout_signature(self._layout, self._config.parallel)
+        return layout_signature(self._context, self._config.parallel)
 
     def _complete(self, temporary: Path) -> None:
-        if self._layout.rank == 0:
+        if self._context.rank == 0:
             checkpoint_folder.finish(temporary, to_yaml(self._config))
             kept = self._config.checkpoint
             checkpoint_folder.prune(self._folder, kept.keep_last, kept.keep_every)

@@ -94,15 +94,15 @@ def _cache(args: argparse.Namespace) -> int:
     from megatron_kosmosg.data.images import ImageDecoder
     from megatron_kosmosg.data.normalise import target_pixels
     from megatron_kosmosg.data.store import SampleStore
-    from megatron_kosmosg.launcher import find_place
+    from megatron_kosmosg.launcher import find_rank_info
     from megatron_kosmosg.models.diffusion import load_vae, vae_fingerprint
     from megatron_kosmosg.parallel.devices import choose_device
     from megatron_kosmosg.parallel.platform import torch_dtype
     from megatron_kosmosg.preprocess.latent_moments import LatentJob, cache_latents
     from megatron_kosmosg.progress import Progress
 
-    place = find_place()
-    device = choose_device(place)
+    rank_info = find_rank_info()
+    device = choose_device(rank_info)
     folder = str(args.stable_diffusion)
     mark = vae_fingerprint(load_vae(folder, torch_dtype("fp32")))
     vae = load_vae(folder, torch_dtype(args.dtype)).to(device)
@@ -119,9 +119,11 @@ def _cache(args: argparse.Namespace) -> int:
             num_workers=args.threads,
             max_bad_images=args.max_bad_images,
         )
-        shown = Progress(f"{prefix}.{args.name}", "sample", is_shared=place.world_size > 1)
+        shown = Progress(f"{prefix}.{args.name}", "sample", is_shared=rank_info.world_size > 1)
         try:
-            cached = cache_latents(job, vae, mark, decoder, place.rank, place.world_size, shown)
+            cached = cache_latents(
+                job, vae, mark, decoder, rank_info.rank, rank_info.world_size, shown
+            )
         except TooManyBadImages as error:
             return report(str(error), exit_codes.MISSED)
         state = "this rank's share is done, others still work"

@@ -107,8 +107,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from megatron_kosmosg.inference.prompt_records import NoiseRow, PromptRecord
     from megatron_kosmosg.launcher import find_worker
 
-    place = find_worker()
-    check_ranks(args, place)
+    rank_info = find_worker()
+    check_ranks(args, rank_info)
     weights = find_networks(args.dino, args.clip, args.inception)
     listed = coco.read_captions(args.coco / coco.CAPTIONS_FILE)
     captions = listed.drawn(args.num_captions)
@@ -136,7 +136,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             )
             for i, (name, caption) in enumerate(zip(names, captions, strict=True))
         ]
-        draw(args, records, place, rounds_down=args.rounding == DOWN)
+        draw(args, records, rank_info, rounds_down=args.rounding == DOWN)
     if args.only == "generate":
         return exit_codes.DONE
     items = [
@@ -170,7 +170,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             published=coco.PUBLISHED,
         )
 
-    return finish(report(scoring, judge), scoring.place)
+    return finish(report(scoring, judge), scoring.rank_info)
 
 
 if __name__ == "__main__":

@@ -106,8 +106,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from megatron_kosmosg.evaluation.similarity import Item, similarities, similarity_groups
     from megatron_kosmosg.launcher import find_worker
 
-    place = find_worker()
-    check_ranks(args, place)
+    rank_info = find_worker()
+    check_ranks(args, rank_info)
     weights = find_networks(args.dino, args.clip)
     listed = dreambench.single_cases if args.num_subjects == 1 else dreambench.pair_cases
     cases = [case for case in listed(with_class=args.with_class) if case.prompt < args.num_prompts]
@@ -115,7 +115,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     refuse_to_write_into(args.output, [args.dreambooth, args.model], "--output")
     check_networks(weights)
     if takes(args, "generate"):
-        draw(args, [_record(case, data, args) for case in cases], place)
+        draw(args, [_record(case, data, args) for case in cases], rank_info)
     if args.only == "generate":
         return exit_codes.DONE
     items = [
@@ -169,7 +169,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             },
         )
 
-    return finish(report(scoring, judge), scoring.place)
+    return finish(report(scoring, judge), scoring.rank_info)
 
 
 def _record(case: Case, data: dict[str, Path], args: argparse.Namespace) -> PromptRecord:

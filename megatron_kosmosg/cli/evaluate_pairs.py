@@ -125,7 +125,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         scores = similarities(items, weights, files)
         return Judgement("Images against references", protocol, items, scores, weights, fid)
 
-    return finish(report(scoring, judge), scoring.place)
+    return finish(report(scoring, judge), scoring.rank_info)
 
 
 def _items(args: argparse.Namespace, weights: dict[str, Weights]) -> list[Item]:

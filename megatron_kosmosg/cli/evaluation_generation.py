@@ -21,7 +21,7 @@ from megatron_kosmosg.inference.noise_schedules import SAVED, SCHEDULERS
 
 if TYPE_CHECKING:
     from megatron_kosmosg.inference.prompt_records import PromptRecord
-    from megatron_kosmosg.launcher import Place
+    from megatron_kosmosg.launcher import RankInfo
 
 STEPS = ("generate", "score", "report")
 IMAGES = "images"
@@ -92,21 +92,21 @@ def takes(args: argparse.Namespace, step: str) -> bool:
     return args.only in (None, step)
 
 
-def check_ranks(args: argparse.Namespace, place: Place) -> None:
+def check_ranks(args: argparse.Namespace, rank_info: RankInfo) -> None:
     """Raises ConfigError where ranks would score what others have not drawn yet."""
     from megatron_kosmosg.config.errors import ConfigError
 
-    if place.world_size > 1 and args.only is None:
+    if rank_info.world_size > 1 and args.only is None:
         raise ConfigError(
-            f"{place.world_size} ranks take one step at a time: give --only generate, and when all "
-            "are done --only score, which writes the report, too"
+            f"{rank_info.world_size} ranks take one step at a time: give --only generate, and when "
+            "all are done --only score, which writes the report, too"
         )
 
 
 def draw(
     args: argparse.Namespace,
     records: Sequence[PromptRecord],
-    place: Place,
+    rank_info: RankInfo,
     *,
     rounds_down: bool = False,
 ) -> None:
@@ -117,7 +117,7 @@ def draw(
     from megatron_kosmosg.inference.prompt_records import DrawingOptions
     from megatron_kosmosg.parallel.devices import named_device
 
-    device = named_device(args.device, place)
+    device = named_device(args.device, rank_info)
     request = Request(
         records=records,
         is_list=True,
@@ -136,8 +136,8 @@ def draw(
         batch_size=args.batch_size,
         rounds_down=rounds_down,
     )
-    finished = run(request, place)
-    rank = f"rank {place.rank}: " if place.world_size > 1 else ""
+    finished = run(request, rank_info)
+    rank = f"rank {rank_info.rank}: " if rank_info.world_size > 1 else ""
     print(f"{rank}{finished.num_drawn} drawn, {finished.num_kept} kept in {request.output}")
 
 

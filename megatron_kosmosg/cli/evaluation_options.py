@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_kosmosg.evaluation.feature_files import Group
     from megatron_kosmosg.evaluation.judging import Scoring
     from megatron_kosmosg.evaluation.networks import Weights
-    from megatron_kosmosg.launcher import Place
+    from megatron_kosmosg.launcher import RankInfo
 
 FID_PROTOCOL_NAMES = ("kosmosg-first-run", "kosmosg-rerun", "metaquery", "clean-fid")
 """Of evaluation/preprocessing.py, which loads torch."""
@@ -79,9 +79,9 @@ def scoring_of(
             "references alone"
         )
     check_place(args.output, "--output")
-    place = find_worker()
-    device = named_device(args.device, place)
-    return Scoring(groups, weights, args.output, place, device, args.threads)
+    rank_info = find_worker()
+    device = named_device(args.device, rank_info)
+    return Scoring(groups, weights, args.output, rank_info, device, args.threads)
 
 
 def check_place(folder: Path, option: str) -> None:
@@ -94,13 +94,13 @@ def check_place(folder: Path, option: str) -> None:
         raise ConfigError(f"{option} {folder}: {above} is a file; give a folder")
 
 
-def finish(written: tuple[Path, Path] | None, place: Place) -> int:
+def finish(written: tuple[Path, Path] | None, rank_info: RankInfo) -> int:
     """Says what was found, or that other ranks are at work; the exit code."""
     from megatron_kosmosg.evaluation.result import summary_lines
     from megatron_kosmosg.foreign_files import read_json
 
     if written is None:
-        print(f"rank {place.rank}: done; the rank that finishes last writes the result")
+        print(f"rank {rank_info.rank}: done; the rank that finishes last writes the result")
         return exit_codes.DONE
     result, page = written
     print(printable_lines("\n".join(summary_lines(read_json(result)))))

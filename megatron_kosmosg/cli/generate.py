@@ -33,7 +33,7 @@ from megatron_kosmosg.inference.noise_schedules import SAVED, SCHEDULERS
 if TYPE_CHECKING:
     from megatron_kosmosg.inference.generation_run import Request
     from megatron_kosmosg.inference.prompt_records import PromptRecord
-    from megatron_kosmosg.launcher import Place
+    from megatron_kosmosg.launcher import RankInfo
 
 EPILOG = """\
 examples:
@@ -171,7 +171,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def request_of(args: argparse.Namespace, place: Place) -> Request:
+def request_of(args: argparse.Namespace, rank_info: RankInfo) -> Request:
     """Raises PromptError or ConfigError for what cannot be used."""
     from megatron_kosmosg.config.errors import ConfigError
     from megatron_kosmosg.inference.generation_run import Request
@@ -182,7 +182,7 @@ def request_of(args: argparse.Namespace, place: Place) -> Request:
     if args.output.exists() and not args.output.is_dir():
         raise ConfigError(f"--output {args.output} is a file; give a folder")
     strengths = args.lora_scale or [1.0] * len(args.lora)
-    device = named_device(args.device, place)
+    device = named_device(args.device, rank_info)
     return Request(
         records=_records(args),
         is_list=args.prompts is not None,
@@ -247,14 +247,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     from megatron_kosmosg.inference.generation_run import run as draw
-    from megatron_kosmosg.launcher import find_place
+    from megatron_kosmosg.launcher import find_rank_info
 
-    place = find_place()
+    rank_info = find_rank_info()
     try:
-        finished = draw(request_of(args, place), place)
+        finished = draw(request_of(args, rank_info), rank_info)
     except OSError as error:
         return report(f"{error}; the same command continues", exit_codes.FAILURE)
-    rank = f"rank {place.rank}: " if place.world_size > 1 else ""
+    rank = f"rank {rank_info.rank}: " if rank_info.world_size > 1 else ""
     print(f"{rank}{finished.num_drawn} drawn, {finished.num_kept} kept in {args.output}")
     if finished.sheet is not None:
         print(f"{rank}contact sheet: {finished.sheet}")

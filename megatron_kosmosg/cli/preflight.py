@@ -18,7 +18,7 @@ from megatron_kosmosg.command_line import (
     report,
     run,
 )
-from megatron_kosmosg.launcher import find_place, node_name
+from megatron_kosmosg.launcher import find_rank_info, node_name
 
 EPILOG = """\
 `node` looks at one node in a second and is started once on each; `network` is started like
@@ -99,23 +99,23 @@ def check_network(args: argparse.Namespace, node: str) -> int:
     from megatron_kosmosg.parallel.devices import choose_device, collective_backend
     from megatron_kosmosg.parallel.rendezvous import meet
 
-    place = find_place()
-    device = choose_device(place)
+    rank_info = find_rank_info()
+    device = choose_device(rank_info)
     try:
         timeout = timedelta(seconds=args.timeout)
         dist.init_process_group(
             collective_backend(device),
-            store=meet(place, timeout),
-            rank=place.rank,
-            world_size=place.world_size,
+            store=meet(rank_info, timeout),
+            rank=rank_info.rank,
+            world_size=rank_info.world_size,
             timeout=timeout,
         )
         measured = measure_bandwidth(node, device)
         dist.destroy_process_group()
     except (ConfigError, RuntimeError) as error:
-        return report(f"node {node}, rank {place.rank}: {error}", exit_codes.FAILURE)
+        return report(f"node {node}, rank {rank_info.rank}: {error}", exit_codes.FAILURE)
     slow = slow_nodes(measured.inside, args.slow_share)
-    if place.rank == 0:
+    if rank_info.rank == 0:
         if measured.inside:
             least = min(measured.inside, key=lambda name: measured.inside[name])
             print(
@@ -123,7 +123,7 @@ def check_network(args: argparse.Namespace, node: str) -> int:
                 f"{len(measured.inside)} ({least}), {max(measured.inside.values()):.3g} on the best"
             )
         if measured.across is not None:
-            print(f"all-reduce over all {place.world_size} ranks: {measured.across:.3g} GB/s")
+            print(f"all-reduce over all {rank_info.world_size} ranks: {measured.across:.3g} GB/s")
         for name, share in slow.items():
             print(f"node {name} is slow: {share:.0%} of the median", file=sys.stderr)
     # Ranks of a CPU disturb each other.

@@ -64,14 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _join(args: argparse.Namespace) -> int:
-    from megatron_kosmosg.launcher import find_place
+    from megatron_kosmosg.launcher import find_rank_info
     from megatron_kosmosg.parallel.devices import choose_device
     from megatron_kosmosg.score.connect import join_as_guest
     from megatron_kosmosg.score.member import DecoderLost, KeyIsOld, NotAdmitted
     from megatron_kosmosg.score.rank import run_score_rank
 
     _check_run(args.run)
-    device = choose_device(find_place())
+    device = choose_device(find_rank_info())
     joined: set[str] = set()
     while True:
         found = _next_start(args.run, joined, args.wait)
@@ -99,7 +99,7 @@ def _check_run(folder: Path) -> None:
     from megatron_kosmosg.checkpoint.folder import CONFIG_FILE
     from megatron_kosmosg.config.errors import ConfigError
     from megatron_kosmosg.config.load import load_config
-    from megatron_kosmosg.config.world import has_score_ranks
+    from megatron_kosmosg.config.rank_grid import has_score_ranks
 
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from megatron_kosmosg.config.divisors import neighbours
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import world_layout
 
 
 def model_parallel_size(config: RunConfig) -> int:
@@ -16,7 +16,7 @@ def model_parallel_size(config: RunConfig) -> int:
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
     """Decoder replicas among `world_size` ranks; ranks of the U-Net alone are none."""
-    return world_layout(config, world_size).num_replicas
+    return rank_grid(config, world_size).num_replicas
 
 
 def num_microbatches(config: RunConfig, dp_size: int) -> int:

@@ -29,7 +29,7 @@ from megatron_kosmosg.construction.square_images import SquareImages
 from megatron_kosmosg.construction.steps import Step, are_done, run_steps
 from megatron_kosmosg.data.kinds.caption import CAPTION
 from megatron_kosmosg.files import write_json, write_text
-from megatron_kosmosg.launcher import Place
+from megatron_kosmosg.launcher import RankInfo
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.progress import Progress
 
@@ -87,13 +87,13 @@ class Built:
     """None while others still work."""
 
 
-def build(job: BuildJob, place: Place, models: ModelSettings) -> Built:
+def build(job: BuildJob, rank_info: RankInfo, models: ModelSettings) -> Built:
     """Does this process's share of building a dataset; the process that finds all shards finished
     writes the report.
 
     Args:
         job: what is built, and from what.
-        place: which of the processes this is.
+        rank_info: which of the processes this is.
         models: how models are run.
 
     Raises:
@@ -110,11 +110,11 @@ def build(job: BuildJob, place: Place, models: ModelSettings) -> Built:
 
     def report(name: str, done: int, total: int) -> None:
         if name not in shown:
-            who = f"rank {place.rank}: {name}" if place.world_size > 1 else name
-            shown[name] = Progress(who, "shard", is_shared=place.world_size > 1)
+            who = f"rank {rank_info.rank}: {name}" if rank_info.world_size > 1 else name
+            shown[name] = Progress(who, "shard", is_shared=rank_info.world_size > 1)
         shown[name](done, total)
 
-    run_steps(steps, plan.num_shards, place, report)
+    run_steps(steps, plan.num_shards, rank_info, report)
     records = steps[-1].folder if job.masks is not None else None
     if not are_done(steps, plan.num_shards):
         return Built(records, plan.num_shards, None)

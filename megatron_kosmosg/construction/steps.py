@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from megatron_kosmosg.construction.on_demand import OnDemand
 from megatron_kosmosg.construction.rows import Row, StepFolder
-from megatron_kosmosg.launcher import Place
+from megatron_kosmosg.launcher import RankInfo
 
 Report = Callable[[str, int, int], None]
 """Called with (name of the step, finished, to do) shards of this process, first with 0."""
@@ -36,7 +36,7 @@ class Step:
     """What it may hold in memory."""
 
 
-def run_steps(steps: Sequence[Step], num_shards: int, place: Place, report: Report) -> None:
+def run_steps(steps: Sequence[Step], num_shards: int, rank_info: RankInfo, report: Report) -> None:
     """Finishes this process's shards.
 
     Raises ValueError before any work if the folder of a step was begun with other settings.
@@ -47,7 +47,7 @@ def run_steps(steps: Sequence[Step], num_shards: int, place: Place, report: Repo
         step.folder.begin(settings)
         before = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
     for step in steps:
-        todo = step.folder.shards.to_do(place.share(num_shards))
+        todo = step.folder.shards.to_do(rank_info.share(num_shards))
         name = step.folder.path.name
         report(name, 0, len(todo))
         for done, shard in enumerate(todo, start=1):

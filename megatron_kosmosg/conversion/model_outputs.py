@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from megatron_kosmosg.config.errors import ConversionError
-from megatron_kosmosg.config.one_rank import on_one_rank
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.single_process import single_process_config
 from megatron_kosmosg.conversion.exported_models import load_aligner, load_mllm
 from megatron_kosmosg.conversion.stored_names import EMBEDDING
 from megatron_kosmosg.conversion.tensors import TensorSource
@@ -94,18 +94,18 @@ def outputs_of_ours(
     up Megatron-Core on a CPU checks them.
     """
     alone = dataclasses.replace(
-        on_one_rank(config),
+        single_process_config(config),
         training=dataclasses.replace(config.training, precision="fp32", recompute="none"),
         model=dataclasses.replace(
             config.model, vision=dataclasses.replace(config.model.vision, path=None)
         ),
     )
     parts = ("M",) if stage_facts(config.stage).aligner_parts else ()
-    layout = platform.initialize(alone)
+    context = platform.initialize(alone)
     try:
-        model = KosmosG(alone, layout, output_head=True, aligner_parts=parts)
+        model = KosmosG(alone, context, output_head=True, aligner_parts=parts)
         fill(model.eval().requires_grad_(False), source)
-        inputs = {name: value.to(layout.device) for name, value in prompts.items()}
+        inputs = {name: value.to(context.device) for name, value in prompts.items()}
         output = model(**inputs)
         output["logits"] = output["logits"].transpose(0, 1)[..., : config.model.vocab_size]
         return {name: value.cpu() for name, value in output.items()}

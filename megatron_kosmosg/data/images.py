@@ -31,7 +31,7 @@ from megatron_kosmosg.data.image_types import (
 )
 from megatron_kosmosg.data.normalise import normalise
 from megatron_kosmosg.data.samples import EntityImage
-from megatron_kosmosg.launcher import find_place
+from megatron_kosmosg.launcher import find_rank_info
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class ImageDecoder:
         try:
             self._take("dali")
         except BrokenDecoder as error:
-            if find_place().local_rank == 0:
+            if find_rank_info().local_rank == 0:
                 _warn_once("DALI is installed and not used, Pillow decodes: %s", error.reason)
             return False
         return True

@@ -30,7 +30,7 @@ from megatron_kosmosg.evaluation.networks import (
 )
 from megatron_kosmosg.evaluation.preprocessing import PixelRule, read_rgb
 from megatron_kosmosg.files import replacing
-from megatron_kosmosg.launcher import Place
+from megatron_kosmosg.launcher import RankInfo
 from megatron_kosmosg.progress import ProgressCallback
 
 SHARD_ITEMS = 32
@@ -87,11 +87,11 @@ class FeatureFiles:
         self._shards = [_Shard(group, i) for group in groups for i in range(_num_shards(group))]
 
     def extract(
-        self, place: Place, device: torch.device, threads: int, progress: ProgressCallback
+        self, rank_info: RankInfo, device: torch.device, threads: int, progress: ProgressCallback
     ) -> None:
         """Makes what is missing of this rank's share. Raises InputError that names a file which is
         no image, and ConfigError for weights of another network."""
-        own = [self._shards[i] for i in place.share(len(self._shards))]
+        own = [self._shards[i] for i in rank_info.share(len(self._shards))]
         missing = [shard for shard in own if not self._is_done(shard)]
         total, left = sum(map(_length, own)), sum(map(_length, missing))
         done = total - left

@@ -18,7 +18,7 @@ from megatron_kosmosg.evaluation.networks import (
     open_network,
 )
 from megatron_kosmosg.evaluation.result import Judgement, write_judgement
-from megatron_kosmosg.launcher import Place
+from megatron_kosmosg.launcher import RankInfo
 from megatron_kosmosg.progress import Progress
 
 FEATURES = "features"
@@ -32,7 +32,7 @@ class Scoring:
     groups: Sequence[Group]
     weights: Mapping[str, Weights]
     output: Path
-    place: Place
+    rank_info: RankInfo
     device: torch.device
     threads: int
 
@@ -57,8 +57,8 @@ def score(scoring: Scoring) -> FeatureFiles:
     """Computes this rank's share of the features; what is there already stays. Raises InputError
     for a file that is no image, and ConfigError for weights of another network."""
     files = features_of(scoring)
-    with Progress("score", "image", is_shown=scoring.place.rank == 0) as progress:
-        files.extract(scoring.place, scoring.device, scoring.threads, progress)
+    with Progress("score", "image", is_shown=scoring.rank_info.rank == 0) as progress:
+        files.extract(scoring.rank_info, scoring.device, scoring.threads, progress)
     return files
 
 

@@ -15,7 +15,7 @@ from megatron_kosmosg.inference.generate import Drawer, Job, generate, write_she
 from megatron_kosmosg.inference.image_plan import ImagePlan, RunSettings
 from megatron_kosmosg.inference.model_source import ModelSource
 from megatron_kosmosg.inference.prompt_records import DrawingOptions, PromptRecord
-from megatron_kosmosg.launcher import Place
+from megatron_kosmosg.launcher import RankInfo
 from megatron_kosmosg.progress import Progress
 
 
@@ -50,7 +50,7 @@ class Finished:
     sheet: Path | None
 
 
-def run(request: Request, place: Place) -> Finished:
+def run(request: Request, rank_info: RankInfo) -> Finished:
     """Draws this rank's share of what is asked for. Raises PromptError or ConfigError before
     anything is written."""
     source = request.source
@@ -77,8 +77,8 @@ def run(request: Request, place: Place) -> Finished:
         # Prompts that come one by one into the same folder keep their sheets.
         "contact_sheet.png" if request.is_list else f"{records[0].id}-sheet.png",
         request.batch_size,
-        place.rank,
-        place.world_size,
+        rank_info.rank,
+        rank_info.world_size,
     )
 
     def open_model() -> Drawer:
@@ -91,6 +91,6 @@ def run(request: Request, place: Place) -> Finished:
         drawer.show_steps(not request.is_list and sys.stderr.isatty())
         return drawer
 
-    with Progress("", "image", is_shown=place.rank == 0) as progress:
+    with Progress("", "image", is_shown=rank_info.rank == 0) as progress:
         drawn = generate(job, open_model, progress)
     return Finished(drawn, progress.total - drawn, write_sheet(job, request.sheet_rows))

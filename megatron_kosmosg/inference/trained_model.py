@@ -16,8 +16,8 @@ from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
 from megatron_kosmosg.checkpoint.save_and_resume import checkpoint_metadata
 from megatron_kosmosg.checkpoint.weights import load_weights
 from megatron_kosmosg.config.load import load_saved_config
-from megatron_kosmosg.config.one_rank import on_one_rank
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.single_process import single_process_config
 from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.normalise import prompt_transform
 from megatron_kosmosg.data.padding import pad_rows
@@ -25,7 +25,7 @@ from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.inference.prompt import build_prompt
 from megatron_kosmosg.parallel import platform
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
 
@@ -35,10 +35,10 @@ ROWS_PER_PASS = 32
 
 
 @contextmanager
-def one_process(config: RunConfig) -> Iterator[Layout]:
+def single_process(config: RunConfig) -> Iterator[ParallelContext]:
     """The layout of a process that holds the whole model; groups are left on exit."""
     try:
-        yield platform.initialize(on_one_rank(config))
+        yield platform.initialize(single_process_config(config))
     finally:
         platform.teardown()
 
@@ -46,19 +46,19 @@ def one_process(config: RunConfig) -> Iterator[Layout]:
 class TrainedModel:
     """A run's model in eval mode. Prompts are interleaved lists of words and images."""
 
-    def __init__(self, run: Path, layout: Layout) -> None:
+    def __init__(self, run: Path, context: ParallelContext) -> None:
         checkpoint = find_checkpoint(run, given_as="")
-        self.config = on_one_rank(load_saved_config(checkpoint / CONFIG_FILE))
-        self.stage = build_stage(self.config, layout)
-        (self.model,) = self.stage.build_model(layout)
-        load_weights(checkpoint, [self.model], checkpoint_metadata(layout))
+        self.config = single_process_config(load_saved_config(checkpoint / CONFIG_FILE))
+        self.stage = build_stage(self.config, context)
+        (self.model,) = self.stage.build_model(context)
+        load_weights(checkpoint, [self.model], checkpoint_metadata(context))
         self.model.eval().requires_grad_(False)
         self.tokenizer = Tokenizer(self.config.data.tokenizer_model)
         self.sequence_format = SequenceFormat(
             self.tokenizer, self.config.model.resampler.num_latent_queries
         )
         self._images = ImageDecoder(self.config.data.image_backend)
-        self._layout = layout
+        self._context = context
 
     @torch.no_grad()
     def conditions(self, prompts: Sequence[Parts]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,4 +91,4 @@ class TrainedModel:
             self.tokenizer.pad_id,
         )
         batch["pixel_values"] = pixels
-        return {name: value.to(self._layout.device) for name, value in batch.items()}
+        return {name: value.to(self._context.device) for name, value in batch.items()}

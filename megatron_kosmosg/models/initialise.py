@@ -19,7 +19,7 @@ from megatron_kosmosg.config.schema import ModelConfig
 from megatron_kosmosg.data.keyed import torch_generator
 from megatron_kosmosg.models.lora import LORA_A, LORA_B
 from megatron_kosmosg.models.positions import PADDING_INDEX
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 
 COLUMN_PARALLEL = ("linear_qkv", "linear_q", "linear_kv", "linear_fc1")
 ROW_PARALLEL = ("linear_proj", "linear_fc2")
@@ -68,7 +68,7 @@ def initialise(
     model: nn.Module,
     config: ModelConfig,
     seed: int,
-    layout: Layout,
+    context: ParallelContext,
     first_decoder_layer: int,
 ) -> None:
     """Fill all parameters of this rank's part of the model, except the tied output head's copy."""
@@ -91,11 +91,11 @@ def initialise(
         axis = split_axis(name)
         shape = list(parameter.shape)
         if axis is not None:
-            shape[axis] *= layout.tp_size
+            shape[axis] *= context.tp_size
         full = torch.empty(shape)
-        _draw(full, name, shapes, gains, generator, config, layout.tp_size)
+        _draw(full, name, shapes, gains, generator, config, context.tp_size)
         if axis is not None:
-            full = full.chunk(layout.tp_size, dim=axis)[layout.tp_rank]
+            full = full.chunk(context.tp_size, dim=axis)[context.tp_rank]
         parameter.copy_(full)
 
 

@@ -25,7 +25,7 @@ from megatron_kosmosg.models.packed_prompts import pack_prompts
 from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
 from megatron_kosmosg.models.resampler import Resampler
 from megatron_kosmosg.models.vision_encoder import VisionEncoder, load_tower
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 
 
 class KosmosG(LanguageModule):
@@ -35,7 +35,7 @@ class KosmosG(LanguageModule):
 
     Args:
         config: the whole run's config.
-        layout: this rank's place.
+        context: this rank's place.
         output_head: build the tied language head (`pretrain`).
         aligner_parts: (), ("M",) or ("M", "N").
         chunk: which of this rank's stages, where it holds several.
@@ -44,33 +44,33 @@ class KosmosG(LanguageModule):
     def __init__(
         self,
         config: RunConfig,
-        layout: Layout,
+        context: ParallelContext,
         *,
         output_head: bool,
         aligner_parts: tuple[str, ...] = (),
         chunk: int = 0,
     ) -> None:
         stages = pipeline_pieces(config, aligner_parts)
-        super().__init__(decoder_config(config, stages), pg_collection=layout.process_groups)
+        super().__init__(decoder_config(config, stages), pg_collection=context.process_groups)
         self.model_type = ModelType.encoder_or_decoder
-        stage = chunk * layout.pp_size + layout.pp_rank
+        stage = chunk * context.pp_size + context.pp_rank
         self.vp_stage = chunk if self.vp_size is not None else None
         self.pre_process = stage == 0
         self.post_process = stage == len(stages) - 1
         self.share_embeddings_and_output_weights = output_head
         self.input_tensor: torch.Tensor | None = None
-        self._run_config, self._layout, self._pieces = config, layout, stages[stage]
+        self._run_config, self._context, self._pieces = config, context, stages[stage]
         # None: nothing arrives; False: its gradient is needed upstream; True: nothing there trains.
         self._is_upstream_frozen = None if self.pre_process else False
-        with layout.device:
+        with context.device:
             self._build(config, output_head)
-        self.to(layout.device)  # TransformerEngine allocates on the CPU first
+        self.to(context.device)  # TransformerEngine allocates on the CPU first
         mark_tensor_parallel(self)
-        if layout.device.type != "meta":
+        if context.device.type != "meta":
             self._initialise(config)
 
     def _build(self, config: RunConfig, output_head: bool) -> None:
-        groups, pieces = self._layout.process_groups, self._pieces
+        groups, pieces = self._context.process_groups, self._pieces
         self.vision_encoder = self.resampler = self.embedding = None
         self.decoder = self.output_layer = self.aligner_m = self.aligner_n = None
         if self.pre_process:
@@ -99,7 +99,7 @@ class KosmosG(LanguageModule):
             self,
             config.model,
             config.training.seed,
-            self._layout,
+            self._context,
             self._pieces.first_decoder_layer,
         )
         if self.vision_encoder is not None and config.model.vision.path is not None:

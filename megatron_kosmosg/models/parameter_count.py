@@ -8,7 +8,7 @@ import torch
 
 from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
 from megatron_kosmosg.models.kosmosg import KosmosG
-from megatron_kosmosg.parallel.layout import lone_layout
+from megatron_kosmosg.parallel.context import single_process_context
 
 
 def meta_model(config: RunConfig, output_head: bool, aligner_parts: tuple[str, ...]) -> KosmosG:
@@ -16,7 +16,7 @@ def meta_model(config: RunConfig, output_head: bool, aligner_parts: tuple[str, .
     alone = dataclasses.replace(config, parallel=ParallelConfig())
     return KosmosG(
         alone,
-        lone_layout(torch.device("meta")),
+        single_process_context(torch.device("meta")),
         output_head=output_head,
         aligner_parts=aligner_parts,
     )

@@ -20,7 +20,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from megatron_kosmosg.files import write_json
-from megatron_kosmosg.launcher import Place, node_name
+from megatron_kosmosg.launcher import RankInfo, node_name
 from megatron_kosmosg.parallel.rendezvous import connect
 
 PACKAGE = str(Path(__file__).parents[1])
@@ -52,17 +52,17 @@ class Heartbeat:
     """Context manager of one rank; `at` says what it does from now on."""
 
     def __init__(
-        self, place: Place, stall_seconds: float, file: Path, *, may_go: bool = False
+        self, rank_info: RankInfo, stall_seconds: float, file: Path, *, may_go: bool = False
     ) -> None:
         """Entering the context starts the signs of life.
 
         Args:
-            place: of this rank.
+            rank_info: of this rank.
             stall_seconds: time without progress after which a report is made.
             file: JSON file that rank 0 keeps up to date.
             may_go: whether the run goes on without this rank.
         """
-        self._place, self._stall_seconds, self._file = place, stall_seconds, file
+        self._rank_info, self._stall_seconds, self._file = rank_info, stall_seconds, file
         self._may_go = may_go
         self._interval = max(0.1, min(10.0, stall_seconds / 4))
         self._node = node_name()
@@ -70,8 +70,8 @@ class Heartbeat:
         self._state = (0, "start", time.monotonic())
         self._number = 0
         self._ended = threading.Event()
-        watched = {0: range(place.world_size), place.world_size - 1: range(1)}
-        self._watch = Watch(watched.get(place.rank, range(0)), stall_seconds)
+        watched = {0: range(rank_info.world_size), rank_info.world_size - 1: range(1)}
+        self._watch = Watch(watched.get(rank_info.rank, range(0)), stall_seconds)
         self._beats: dict[int, Beat | None] = dict.fromkeys(self._watch.ranks)
         """The latest that was read."""
         self._threads = [
@@ -99,7 +99,7 @@ class Heartbeat:
             own = self._beat()
             try:
                 if store is None:
-                    store = connect(self._place, timedelta(seconds=2 * self._interval + 10))
+                    store = connect(self._rank_info, timedelta(seconds=2 * self._interval + 10))
                 store.set(_key(own.rank), json.dumps(asdict(own)))
                 self._beats = {rank: _read(store, rank) for rank in self._watch.ranks}
             except (RuntimeError, OSError):  # rank 0 has the store: it is gone, or ending
@@ -114,7 +114,7 @@ class Heartbeat:
             report = self._watch.report(self._beats, awake)
             if report is not None and not self._ended.is_set():
                 print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {report}", file=sys.stderr, flush=True)
-            if self._place.rank == 0:
+            if self._rank_info.rank == 0:
                 self._write(report)
 
     def _beat(self) -> Beat:
@@ -122,7 +122,7 @@ class Heartbeat:
         frame = sys._current_frames().get(self._main)
         self._number += 1
         return Beat(
-            rank=self._place.rank,
+            rank=self._rank_info.rank,
             node=self._node,
             number=self._number,
             iteration=iteration,

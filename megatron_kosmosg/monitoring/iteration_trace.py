@@ -16,7 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_kosmosg.config.paths import trace_file
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.files import write_json
-from megatron_kosmosg.launcher import find_place
+from megatron_kosmosg.launcher import find_rank_info
 from megatron_kosmosg.monitoring.spans import (
     SEND,
     UNET,
@@ -27,7 +27,7 @@ from megatron_kosmosg.monitoring.spans import (
     no_record,
 )
 from megatron_kosmosg.monitoring.trace_exchange import Part, TraceExchange
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 
 T = TypeVar("T")
 """A batch, of whatever form."""
@@ -47,7 +47,7 @@ class DecoderTrace:
     def __init__(
         self,
         config: RunConfig,
-        layout: Layout,
+        context: ParallelContext,
         chunks: list[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         recorded: Recorded | None = None,
@@ -57,7 +57,7 @@ class DecoderTrace:
         Args:
             recorded: what else names its stretches of time while a trace is made.
         """
-        self._config, self._layout, self._recorded = config, layout, recorded
+        self._config, self._context, self._recorded = config, context, recorded
         self._configs = [chunk.config for chunk in chunks]
         self._configs += [part.config for part in (optimizer, *optimizer.chained_optimizers)]
         self._exchange = open_exchange(config)
@@ -69,13 +69,13 @@ class DecoderTrace:
         if self._exchange is None or iteration != self._config.logging.trace_iteration:
             yield iterators
             return
-        layout, spans = self._layout, Spans(self._layout.device)
+        context, spans = self._context, Spans(self._context.device)
         with self._recording(spans), spans(ITERATION, number=iteration):
             yield [spans.over(iterator, "wait for data") for iterator in iterators]
-        place = find_place()
+        place = find_rank_info()
         self._exchange.publish(
-            f"rank {place.rank}: decoder replica {layout.dp_rank}, stage {layout.pp_rank}, "
-            f"tensor {layout.tp_rank}",
+            f"rank {place.rank}: decoder replica {context.dp_rank}, stage {context.pp_rank}, "
+            f"tensor {context.tp_rank}",
             spans.finished(),
         )
         self._is_pending = place.rank == 0
@@ -180,4 +180,4 @@ def open_exchange(config: RunConfig) -> TraceExchange | None:
     """How this rank hands its part to rank 0; None where no trace is asked for. Collective."""
     if config.logging.trace_iteration is None:
         return None
-    return TraceExchange(find_place(), config.parallel.timeout_seconds)
+    return TraceExchange(find_rank_info(), config.parallel.timeout_seconds)

@@ -13,16 +13,16 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_kosmosg.launcher import find_place, node_name
+from megatron_kosmosg.launcher import find_rank_info, node_name
 from megatron_kosmosg.monitoring.stopwatch import Stopwatch
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 
 
 class Stragglers:
     """Times this rank's forward and backward passes; compares the ranks every `interval`."""
 
     def __init__(
-        self, chunks: list[DistributedDataParallel], layout: Layout, interval: int
+        self, chunks: list[DistributedDataParallel], context: ParallelContext, interval: int
     ) -> None:
         """Hooks into the end of the backward passes. Collective over all decoder ranks.
 
@@ -31,16 +31,16 @@ class Stragglers:
                 (`connect`).
             interval: iterations between two reports.
         """
-        self._layout, self._interval = layout, interval
-        self._watch = Stopwatch(layout.device)
+        self._context, self._interval = context, interval
+        self._watch = Stopwatch(context.device)
         self._seconds: list[float] = []
         for chunk in chunks:
             finish = chunk.config.finalize_model_grads_func
             chunk.config.finalize_model_grads_func = self._stopping_before(finish)
-        places: list[tuple[int, str]] = [(0, "")] * layout.world_size
+        places: list[tuple[int, str]] = [(0, "")] * context.world_size
         node = node_name()
         # As the launcher counts: torch.distributed's ranks leave score ranks out.
-        dist.all_gather_object(places, (find_place().rank, node))
+        dist.all_gather_object(places, (find_rank_info().rank, node))
         self._ranks = [rank for rank, _ in places]
         self.nodes = dict(places)
         """{rank: name of its node}."""
@@ -53,12 +53,12 @@ class Stragglers:
         """Every `interval` iterations, on every rank: `slowest_rank`, its own time as a multiple
         of the median (`slowest_rank_ratio`), and that median in seconds; else empty."""
         self._seconds.append(self._watch.seconds())
-        if self._layout.world_size == 1 or iteration % self._interval:
+        if self._context.world_size == 1 or iteration % self._interval:
             return {}
         mean = sum(self._seconds) / len(self._seconds)
         self._seconds.clear()
-        own = torch.tensor([mean], dtype=torch.float64, device=self._layout.device)
-        gathered = [torch.empty_like(own) for _ in range(self._layout.world_size)]
+        own = torch.tensor([mean], dtype=torch.float64, device=self._context.device)
+        gathered = [torch.empty_like(own) for _ in range(self._context.world_size)]
         dist.all_gather(gathered, own)
         return compare(dict(zip(self._ranks, torch.cat(gathered).tolist(), strict=True)))
 

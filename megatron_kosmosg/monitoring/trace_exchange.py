@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from megatron_kosmosg.launcher import Place, node_name
+from megatron_kosmosg.launcher import RankInfo, node_name
 from megatron_kosmosg.monitoring.spans import Span
 from megatron_kosmosg.parallel.rendezvous import connect
 
@@ -36,9 +36,9 @@ class Part:
 class TraceExchange:
     """One rank's end. Collective: all ranks of the job open it, and wait for the others there."""
 
-    def __init__(self, place: Place, timeout_seconds: float) -> None:
-        self._rank, self._world_size = place.rank, place.world_size
-        self._store = connect(place, timedelta(seconds=timeout_seconds))
+    def __init__(self, rank_info: RankInfo, timeout_seconds: float) -> None:
+        self._rank, self._world_size = rank_info.rank, rank_info.world_size
+        self._store = connect(rank_info, timedelta(seconds=timeout_seconds))
         self.clock_offset = self._agree()
         """Seconds to add to this node's time to have rank 0's."""
 

@@ -11,7 +11,7 @@ import threading
 import time
 from datetime import timedelta
 
-from megatron_kosmosg.launcher import Place
+from megatron_kosmosg.launcher import RankInfo
 from megatron_kosmosg.parallel.rendezvous import connect
 
 SECONDS = 25.0
@@ -23,13 +23,13 @@ _TRY = timedelta(seconds=5)
 class Arrivals:
     """Context manager around the first wait of one rank."""
 
-    def __init__(self, place: Place, seconds: float = SECONDS) -> None:
-        self._place, self._seconds = place, seconds
+    def __init__(self, rank_info: RankInfo, seconds: float = SECONDS) -> None:
+        self._rank_info, self._seconds = rank_info, seconds
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="arrivals", daemon=True)
 
     def __enter__(self) -> Arrivals:
-        if self._place.address is not None and self._place.world_size > 1:
+        if self._rank_info.address is not None and self._rank_info.world_size > 1:
             self._thread.start()
         return self
 
@@ -42,23 +42,25 @@ class Arrivals:
         missing: list[int] | None = None
         while True:
             try:
-                store = connect(self._place, _TRY)
+                store = connect(self._rank_info, _TRY)
                 if not signed:
-                    store.set(_key(self._place.rank), "here")
+                    store.set(_key(self._rank_info.rank), "here")
                     signed = True
-                if self._place.rank != 0:
+                if self._rank_info.rank != 0:
                     return
                 missing = [
-                    rank for rank in range(self._place.world_size) if not store.check([_key(rank)])
+                    rank
+                    for rank in range(self._rank_info.world_size)
+                    if not store.check([_key(rank)])
                 ]
                 if not missing:
                     return
             except (RuntimeError, OSError):  # rank 0 listens later, or has given up
-                missing = [0] if self._place.rank != 0 else missing
+                missing = [0] if self._rank_info.rank != 0 else missing
             waited = time.monotonic() - started
             if waited >= self._seconds * (spoken + 1) and missing and not self._ended.is_set():
                 spoken += 1
-                if self._place.local_rank == 0:
+                if self._rank_info.local_rank == 0:
                     self._say(missing, waited)
             if self._ended.wait(min(1.0, self._seconds / 4)):
                 return
@@ -67,11 +69,11 @@ class Arrivals:
         several = "s" if len(missing) > 1 else ""
         names = ", ".join(map(str, missing[:_NAMED]))
         more = len(missing) - _NAMED
-        place = self._place
+        rank_info = self._rank_info
         print(
-            f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {place.rank} has waited {waited:.0f} s at "
-            f"{place.address}:{place.port} for rank{several} {names}"
-            f"{f' and {more} more' if more > 0 else ''} of {place.world_size}; was one process "
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank_info.rank} has waited {waited:.0f} s "
+            f"at {rank_info.address}:{rank_info.port} for rank{several} {names}"
+            f"{f' and {more} more' if more > 0 else ''} of {rank_info.world_size}; was one process "
             "started for each?",
             file=sys.stderr,
             flush=True,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from megatron_kosmosg.data.samples import FOR_THE_HOST
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.parallel.transfers import upload
 
 
 def broadcast_batch(
-    batch: dict[str, torch.Tensor] | None, layout: Layout
+    batch: dict[str, torch.Tensor] | None, context: ParallelContext
 ) -> dict[str, torch.Tensor]:
     """The batch of tp_rank 0 on every rank of its tensor-parallel group, on their devices.
 
@@ -18,9 +18,9 @@ def broadcast_batch(
         batch: CPU tensors of any dtype and shape on tp_rank 0, None elsewhere. What is for the host
             (samples.FOR_THE_HOST) stays on the CPU.
     """
-    if layout.tp_size == 1:
-        return {key: _placed(key, value, layout.device) for key, value in batch.items()}
-    source = torch.distributed.get_global_rank(layout.tp_group, 0)
+    if context.tp_size == 1:
+        return {key: _placed(key, value, context.device) for key, value in batch.items()}
+    source = torch.distributed.get_global_rank(context.tp_group, 0)
     description: list = [None]
     if batch is not None:
         host = {key: value.clone() for key, value in batch.items() if key in FOR_THE_HOST}
@@ -28,17 +28,17 @@ def broadcast_batch(
             (key, v.dtype, tuple(v.shape)) for key, v in batch.items() if key not in FOR_THE_HOST
         ]
         description = [(host, shapes)]
-    torch.distributed.broadcast_object_list(description, source, group=layout.tp_group)
+    torch.distributed.broadcast_object_list(description, source, group=context.tp_group)
     received, shapes = description[0]
     for key, dtype, shape in shapes:
-        if layout.tp_rank == 0:
-            value = upload(batch[key], layout.device).contiguous()
+        if context.tp_rank == 0:
+            value = upload(batch[key], context.device).contiguous()
         else:
-            value = torch.empty(shape, dtype=dtype, device=layout.device)
+            value = torch.empty(shape, dtype=dtype, device=context.device)
         if value.numel():
             # Backends have no boolean all over; bytes always travel.
             wire = value.view(torch.uint8) if dtype is torch.bool else value
-            torch.distributed.broadcast(wire, source, group=layout.tp_group)
+            torch.distributed.broadcast(wire, source, group=context.tp_group)
         received[key] = value
     return received
 

@@ -6,25 +6,25 @@ from __future__ import annotations
 import torch
 
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.launcher import Place
+from megatron_kosmosg.launcher import RankInfo
 
 
-def choose_device(place: Place) -> torch.device:
+def choose_device(rank_info: RankInfo) -> torch.device:
     """The GPU of this rank (made current) or the CPU."""
     found = torch.cuda.device_count()
     if not found:
         return torch.device("cpu")
     # Slurm may show each task one GPU only, which is then number 0.
-    chosen = torch.device("cuda", place.local_rank % found)
+    chosen = torch.device("cuda", rank_info.local_rank % found)
     torch.cuda.set_device(chosen)
     return chosen
 
 
-def named_device(name: str | None, place: Place) -> torch.device:
+def named_device(name: str | None, rank_info: RankInfo) -> torch.device:
     """The device of --device, `choose_device` without one. Raises ConfigError for one that is not
     there."""
     if name is None:
-        return choose_device(place)
+        return choose_device(rank_info)
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -60,7 +60,7 @@ def has_stream(device: torch.device) -> bool:
 
 
 def convolution_format(device: torch.device) -> torch.memory_format:
-    """Layout in which a frozen network's convolutions and norms are fastest as they are.
+    """ParallelContext in which a frozen network's convolutions and norms are fastest as they are.
 
     On a CPU channels last. On a GPU its convolutions would be faster, too, but torch's GroupNorm
     copies to contiguous and back: on one H200 in bf16, 64 rows, the frozen U-Net made 139 passes a

@@ -13,34 +13,34 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_kosmosg.config.world import WorldLayout
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.config.rank_grid import RankGrid
+from megatron_kosmosg.parallel.context import ParallelContext
 
 _BACKEND = "fake"
 
 
 @contextmanager
-def pretend_rank(world: WorldLayout, rank: int) -> Iterator[Layout]:
+def pretend_rank(world: RankGrid, rank: int) -> Iterator[ParallelContext]:
     """The layout of decoder rank `rank` of `world`, on the meta device, while the block runs.
 
     Needs a process without torch.distributed. Only the groups that the rank is in are made.
     """
-    place = world.place(rank)
-    if place.role != "decoder":
+    coordinates = world.coordinates(rank)
+    if coordinates.role != "decoder":
         raise ValueError(f"rank {rank} is a score rank; only decoder ranks have groups")
     torch.distributed.init_process_group(
         _BACKEND, store=FakeStore(), rank=rank, world_size=world.world_size
     )
     try:
-        layout = _layout(world, rank)
+        context = _context(world, rank)
         # Two things ask Megatron's global state, not the groups: a pipeline layout for its stage,
         # and cross-attention's linears for the ranks that split them. Without it (its sign is the
         # data group) those linears are built whole, without an error.
-        parallel_state.set_pipeline_model_parallel_rank(place.pp_rank)
+        parallel_state.set_pipeline_model_parallel_rank(coordinates.pp_rank)
         parallel_state.set_pipeline_model_parallel_world_size(world.pp_size)
-        parallel_state._TENSOR_MODEL_PARALLEL_GROUP = layout.tp_group
-        parallel_state._DATA_PARALLEL_GROUP = layout.dp_group
-        yield layout
+        parallel_state._TENSOR_MODEL_PARALLEL_GROUP = context.tp_group
+        parallel_state._DATA_PARALLEL_GROUP = context.dp_group
+        yield context
     finally:
         parallel_state._DATA_PARALLEL_GROUP = None
         parallel_state._TENSOR_MODEL_PARALLEL_GROUP = None
@@ -49,28 +49,28 @@ def pretend_rank(world: WorldLayout, rank: int) -> Iterator[Layout]:
         torch.distributed.destroy_process_group()
 
 
-def _layout(world: WorldLayout, rank: int) -> Layout:
-    place = world.place(rank)
-    pipeline = world.pipeline_group(place.replica, place.tp_rank)
+def _context(world: RankGrid, rank: int) -> ParallelContext:
+    coordinates = world.coordinates(rank)
+    pipeline = world.pipeline_group(coordinates.replica, coordinates.tp_rank)
     ends = sorted({pipeline[0], pipeline[-1]})
     tensor, stages, data, alone = (
         torch.distributed.new_group(ranks, backend=_BACKEND)
         for ranks in (
-            world.tensor_group(place.replica, place.pp_rank),
+            world.tensor_group(coordinates.replica, coordinates.pp_rank),
             pipeline,
-            world.data_group(place.pp_rank, place.tp_rank),
+            world.data_group(coordinates.pp_rank, coordinates.tp_rank),
             [rank],
         )
     )
     tied = torch.distributed.new_group(ends, backend=_BACKEND) if rank in ends else None
-    return Layout(
+    return ParallelContext(
         world_size=world.world_size,
         rank=rank,
-        tp_rank=place.tp_rank,
+        tp_rank=coordinates.tp_rank,
         tp_size=world.tp_size,
-        pp_rank=place.pp_rank,
+        pp_rank=coordinates.pp_rank,
         pp_size=world.pp_size,
-        dp_rank=place.replica,
+        dp_rank=coordinates.replica,
         dp_size=world.num_replicas,
         tp_group=tensor,
         pp_group=stages,

@@ -15,14 +15,14 @@ from datetime import timedelta
 import torch
 from torch.distributed import Store
 
+from megatron_kosmosg.config.rank_grid import RankCoordinates, RankGrid, rank_grid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import RankPlace, WorldLayout, world_layout
-from megatron_kosmosg.launcher import find_place
+from megatron_kosmosg.launcher import find_rank_info
 from megatron_kosmosg.parallel import cpu_shim, fused_adam
 from megatron_kosmosg.parallel.arrivals import Arrivals
+from megatron_kosmosg.parallel.context import ParallelContext, create_groups, destroy_groups
 from megatron_kosmosg.parallel.cpu_shim_selftest import run_self_test
 from megatron_kosmosg.parallel.devices import choose_device, collective_backend
-from megatron_kosmosg.parallel.layout import Layout, create_groups, destroy_groups
 from megatron_kosmosg.parallel.rendezvous import meet
 from megatron_kosmosg.parallel.seeds import set_seeds
 
@@ -33,8 +33,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def holds_unet_alone(config: RunConfig) -> bool:
     """Whether this rank is a score rank, which score/connect.py sets up instead of `initialize`."""
-    place = find_place()
-    return world_layout(config, place.world_size).place(place.rank).role == "score"
+    rank_info = find_rank_info()
+    return rank_grid(config, rank_info.world_size).coordinates(rank_info.rank).role == "score"
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,19 @@ class JoinedRank:
     rank: int
     """Among all ranks of the run."""
     device: torch.device
-    world: WorldLayout
-    place: RankPlace
+    world: RankGrid
+    coordinates: RankCoordinates
     store: Store
 
 
 def join(config: RunConfig) -> JoinedRank:
     """Chooses this rank's device and meets all others; no process group is made."""
-    place = find_place()
-    world = world_layout(config, place.world_size)
-    chosen = choose_device(place)
-    with Arrivals(place):
-        store = meet(place, timedelta(seconds=config.parallel.timeout_seconds))
-    return JoinedRank(place.rank, chosen, world, world.place(place.rank), store)
+    rank_info = find_rank_info()
+    world = rank_grid(config, rank_info.world_size)
+    chosen = choose_device(rank_info)
+    with Arrivals(rank_info):
+        store = meet(rank_info, timedelta(seconds=config.parallel.timeout_seconds))
+    return JoinedRank(rank_info.rank, chosen, world, world.coordinates(rank_info.rank), store)
 
 
 _FUSED_ADD_GRAPHS = 32
@@ -64,7 +64,7 @@ _FUSED_ADD_GRAPHS = 32
 resampler and AlignerNet, with several widths, dtypes and lengths: evaluation needs 8 graphs."""
 
 
-def initialize(config: RunConfig) -> Layout:
+def initialize(config: RunConfig) -> ParallelContext:
     """Sets up this decoder rank and returns its layout: groups, seeds and (on a CPU) the shim are
     then in place.
 
@@ -72,7 +72,7 @@ def initialize(config: RunConfig) -> Layout:
     `teardown`, also after an error.
     """
     joined = join(config)
-    chosen, world, own = joined.device, joined.world, joined.place
+    chosen, world, own = joined.device, joined.world, joined.coordinates
     prepare_megatron(chosen)
     number = joined.rank
     if world.num_score_ranks:  # torch.distributed's world has no score ranks: count without them
@@ -84,23 +84,23 @@ def initialize(config: RunConfig) -> Layout:
         world_size=world.world_size - world.num_score_ranks,
         timeout=timedelta(seconds=config.parallel.timeout_seconds),
     )
-    layout = create_groups(config, chosen, world.num_score_ranks, joined.store)
-    set_seeds(config.training.seed, layout)
-    if layout.rank == 0:
+    context = create_groups(config, chosen, world.num_score_ranks, joined.store)
+    set_seeds(config.training.seed, context)
+    if context.rank == 0:
         logger.info(
             "%d ranks on %s (tensor %d x pipeline %d x data %d, %d score ranks), %s layers, "
             "%s Adam, megatron-core %s",
-            layout.num_devices,
+            context.num_devices,
             chosen.type,
-            layout.tp_size,
-            layout.pp_size,
-            layout.dp_size,
-            layout.num_score_ranks,
+            context.tp_size,
+            context.pp_size,
+            context.dp_size,
+            context.num_score_ranks,
             transformer_impl(),
             fused_adam.install(),
             importlib.metadata.version("megatron-core"),  # without the commit of this folder
         )
-    return layout
+    return context
 
 
 def prepare_megatron(chosen: torch.device) -> None:

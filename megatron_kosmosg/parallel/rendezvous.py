@@ -12,41 +12,45 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.launcher import Place, attempt, has_agent
+from megatron_kosmosg.launcher import RankInfo, attempt, has_agent
 
 if TYPE_CHECKING:
     import torch
 
 
-def meet(place: Place, timeout: timedelta) -> torch.distributed.Store:
+def meet(rank_info: RankInfo, timeout: timedelta) -> torch.distributed.Store:
     """The store that all ranks of the job share. Raises ConfigError when rank 0 cannot be met."""
     import torch
 
-    if place.address is None:
+    if rank_info.address is None:
         return torch.distributed.HashStore()  # alone: no socket, no port
-    assert place.port is not None
+    assert rank_info.port is not None
     try:
-        listener = _listener(place)
+        listener = _listener(rank_info)
         if listener is None:
             met = torch.distributed.rendezvous(
-                f"tcp://{place.address}:{place.port}", place.rank, place.world_size, timeout=timeout
+                f"tcp://{rank_info.address}:{rank_info.port}",
+                rank_info.rank,
+                rank_info.world_size,
+                timeout=timeout,
             )
             store, _, _ = next(iter(met))
         else:
             store = torch.distributed.TCPStore(
-                place.address,
-                place.port,
-                place.world_size,
+                rank_info.address,
+                rank_info.port,
+                rank_info.world_size,
                 is_master=True,
                 timeout=timeout,
                 master_listen_fd=listener,
             )
     except (torch.distributed.DistNetworkError, OSError) as error:
         taken = "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
+        host, port = rank_info.address, rank_info.port
         reason = (
-            f"port {place.port} on {place.address} is in use by another program"
+            f"port {port} on {host} is in use by another program"
             if taken
-            else f"rank {place.rank} could not reach rank 0 at {place.address}:{place.port}"
+            else f"rank {rank_info.rank} could not reach rank 0 at {host}:{port}"
         )
         raise ConfigError(
             f"{reason}; choose a free one with torchrun --master-port or MASTER_PORT"
@@ -55,18 +59,18 @@ def meet(place: Place, timeout: timedelta) -> torch.distributed.Store:
     return store
 
 
-def _listener(place: Place) -> int | None:
+def _listener(rank_info: RankInfo) -> int | None:
     """A socket for rank 0's store, bound to the one address that is meant; None: torch makes one.
 
     torch's listens on all interfaces. That is kept where an agent has the store, and for a host
     name: rank 0 may resolve its own name to another address than the other nodes do.
     """
-    if place.rank != 0 or has_agent():
+    if rank_info.rank != 0 or has_agent():
         return None
-    if place.listener is not None:
-        return place.listener
+    if rank_info.listener is not None:
+        return rank_info.listener
     try:
-        named = "127.0.0.1" if place.address == "localhost" else place.address
+        named = "127.0.0.1" if rank_info.address == "localhost" else rank_info.address
         address = ipaddress.ip_address(str(named))
     except ValueError:
         return None
@@ -74,24 +78,24 @@ def _listener(place: Place) -> int | None:
     with socket.socket(family) as made:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            made.bind((str(address), place.port))
+            made.bind((str(address), rank_info.port))
         except OSError as error:
             if error.errno != errno.EADDRNOTAVAIL:
                 raise
             return None  # in a container whose host has that address
-        made.listen(place.world_size)
+        made.listen(rank_info.world_size)
         return made.detach()
 
 
-def connect(place: Place, timeout: timedelta) -> torch.distributed.Store:
+def connect(rank_info: RankInfo, timeout: timedelta) -> torch.distributed.Store:
     """A further connection to the store that `meet` gives, so that waiting here holds up nobody."""
     import torch
 
-    if place.address is None:
+    if rank_info.address is None:
         return torch.distributed.HashStore()
-    assert place.port is not None
+    assert rank_info.port is not None
     store = torch.distributed.TCPStore(
-        place.address, place.port, is_master=False, timeout=timeout, wait_for_workers=False
+        rank_info.address, rank_info.port, is_master=False, timeout=timeout, wait_for_workers=False
     )
     # torchrun's store outlives ranks that it starts again; what the former ones said is stale.
     return torch.distributed.PrefixStore(f"attempt {attempt()}", store)

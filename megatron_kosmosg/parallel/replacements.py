@@ -13,8 +13,8 @@ import json
 from collections.abc import Sequence
 from datetime import timedelta
 
-from megatron_kosmosg.launcher import find_place
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.launcher import find_rank_info
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.parallel.rendezvous import connect
 
 
@@ -22,15 +22,15 @@ class ReplacementExchange:
     """One rank's end of the exchange; on every pipeline stage only the tensor rank that loads data
     has one."""
 
-    def __init__(self, layout: Layout, stream: str, timeout_seconds: float) -> None:
+    def __init__(self, context: ParallelContext, stream: str, timeout_seconds: float) -> None:
         """Connects to the job's store, through which the stages exchange indices.
 
         Args:
             stream: a name for what is read, the same on all stages.
         """
         timeout = timedelta(seconds=timeout_seconds)
-        self._layout, self._stream = layout, stream
-        self._store = connect(find_place(), timeout)
+        self._context, self._stream = context, stream
+        self._store = connect(find_rank_info(), timeout)
 
     def share(self, position: int, own: Sequence[int]) -> list[int]:
         """The first stage's indices of the micro-batch that begins at stream position `position`.
@@ -38,13 +38,13 @@ class ReplacementExchange:
         Args:
             own: what this rank found; counts on the first stage.
         """
-        layout = self._layout
-        if layout.is_first_stage:
+        context = self._context
+        if context.is_first_stage:
             text = json.dumps(list(own))
-            for stage in range(1, layout.pp_size):
+            for stage in range(1, context.pp_size):
                 self._store.set(self._key(position, stage), text)
             return list(own)
-        key = self._key(position, layout.pp_rank)
+        key = self._key(position, context.pp_rank)
         told = json.loads(self._store.get(key))
         self._store.delete_key(key)
         return told

@@ -8,20 +8,20 @@ import numpy as np
 import torch
 from megatron.core import tensor_parallel
 
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 
 _PER_STAGE = 100  # Megatron-LM's stride between pipeline stages
 _PER_REPLICA = 10
 
 
-def set_seeds(seed: int, layout: Layout) -> None:
+def set_seeds(seed: int, context: ParallelContext) -> None:
     """Seed torch, numpy, python and Megatron's RNG tracker for this rank.
 
     Tensor-parallel ranks share the default stream (dropout of replicated activations) and differ in
     the tracker's (dropout of split ones). Replicas and pipeline stages differ in both, so that
     dropout is not correlated between them.
     """
-    own = seed + _PER_STAGE * layout.pp_rank + _PER_REPLICA * _PER_STAGE * layout.dp_rank
+    own = seed + _PER_STAGE * context.pp_rank + _PER_REPLICA * _PER_STAGE * context.dp_rank
     random.seed(own)
     np.random.seed(own % 2**32)
     torch.manual_seed(own)

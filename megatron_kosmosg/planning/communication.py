@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_kosmosg.config.rank_grid import RankGrid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import WorldLayout
 from megatron_kosmosg.models.pipeline_pieces import StagePieces
 from megatron_kosmosg.planning.activations import ELEMENT_BYTES
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
@@ -86,7 +86,7 @@ def tensor_traffic(
     return ahead, back
 
 
-def boundary_traffic(config: RunConfig, world: WorldLayout, batch: MicroBatch) -> Traffic:
+def boundary_traffic(config: RunConfig, world: RankGrid, batch: MicroBatch) -> Traffic:
     """The traffic of one hand-over between pipeline stages, in one direction."""
     if world.pp_size == 1:
         return Traffic()
@@ -95,9 +95,7 @@ def boundary_traffic(config: RunConfig, world: WorldLayout, batch: MicroBatch) -
     return Traffic(batch.positions * config.model.decoder.hidden_size * element / split, 1)
 
 
-def data_traffic(
-    config: RunConfig, world: WorldLayout, count: RankCount
-) -> tuple[Traffic, Traffic]:
+def data_traffic(config: RunConfig, world: RankGrid, count: RankCount) -> tuple[Traffic, Traffic]:
     """The traffic of one update within the data-parallel group, as (gradients, parameters)."""
     share = (world.num_replicas - 1) / world.num_replicas
     gradients = count.gradient_elements * _FP32 * share
@@ -110,7 +108,7 @@ def data_traffic(
 
 
 def bucket_elements(
-    config: RunConfig, world: WorldLayout, elements: float, *, is_first: bool
+    config: RunConfig, world: RankGrid, elements: float, *, is_first: bool
 ) -> float:
     """How many of a rank's `elements` of gradients its replicas exchange at once.
 
@@ -137,7 +135,7 @@ def score_link_seconds(
     return score_link_traffic(config, images).seconds(slowest, efficiency)
 
 
-def data_gb_s(world: WorldLayout, gpu: Gpu, pp_rank: int) -> float:
+def data_gb_s(world: RankGrid, gpu: Gpu, pp_rank: int) -> float:
     """GB/s of a data-parallel group: inside a node the link, else its members' adapters."""
     group = world.data_group(pp_rank, 0)
     node = group[0] // gpu.per_node

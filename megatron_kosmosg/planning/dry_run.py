@@ -15,10 +15,10 @@ from megatron_kosmosg.config.batching import (
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.needed_files import validate_files
+from megatron_kosmosg.config.rank_grid import RankGrid, rank_grid
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.validate import validate_layout
-from megatron_kosmosg.config.world import WorldLayout, world_layout
-from megatron_kosmosg.launcher import find_place
+from megatron_kosmosg.launcher import find_rank_info
 from megatron_kosmosg.planning.activations import ELEMENT_BYTES
 from megatron_kosmosg.planning.gpus import Efficiency
 from megatron_kosmosg.planning.host_memory import plan_host
@@ -48,7 +48,7 @@ def describe(config: RunConfig) -> str:
     validate_layout(config, world_size, stage_facts(config.stage))
     config = with_default_layout(config)
     resolved, config = config, with_kinds(config)
-    counts, world = count_model(config), world_layout(config, world_size)
+    counts, world = count_model(config), rank_grid(config, world_size)
     sections = [
         ("Resolved config", to_yaml(resolved).rstrip()),
         (f"Ranks ({world_size})", rank_table(world)),
@@ -67,7 +67,7 @@ def planned_world_size(config: RunConfig) -> int:
     what one copy of the model needs."""
     if config.parallel.world_size is not None:
         return config.parallel.world_size
-    return max(find_place().world_size, model_parallel_size(config))
+    return max(find_rank_info().world_size, model_parallel_size(config))
 
 
 def parameter_table(counts: ModelCounts) -> str:
@@ -79,7 +79,7 @@ def parameter_table(counts: ModelCounts) -> str:
     return "\n".join(lines)
 
 
-def per_rank_table(config: RunConfig, world: WorldLayout, counts: ModelCounts) -> str:
+def per_rank_table(config: RunConfig, world: RankGrid, counts: ModelCounts) -> str:
     """A table of what the ranks of each pipeline stage hold, and the score ranks."""
     lines = [
         f"pipeline rank {index}: {rank.trainable + rank.frozen:,} held, {rank.trainable:,} trained "
@@ -99,7 +99,7 @@ def per_rank_table(config: RunConfig, world: WorldLayout, counts: ModelCounts) -
     return "\n".join(lines)
 
 
-def memory_section(config: RunConfig, world: WorldLayout, counts: ModelCounts) -> str:
+def memory_section(config: RunConfig, world: RankGrid, counts: ModelCounts) -> str:
     """Peak of each kind of rank, as `kosmosg plan` reckons it."""
     if config.parallel.virtual_pipeline_model_parallel_size is not None:
         return "not planned for interleaved stages"
@@ -108,7 +108,7 @@ def memory_section(config: RunConfig, world: WorldLayout, counts: ModelCounts) -
     return memory_table(kinds)
 
 
-def host_section(config: RunConfig, world: WorldLayout, counts: ModelCounts) -> str:
+def host_section(config: RunConfig, world: RankGrid, counts: ModelCounts) -> str:
     """An upper bound, as `kosmosg plan` reckons it."""
     batches = micro_batches(config, num_microbatches(config, world.num_replicas))
     helpers = sum(frozen_helpers(config).values())

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_kosmosg.config.batching import num_microbatches
+from megatron_kosmosg.config.rank_grid import RankGrid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import WorldLayout
 from megatron_kosmosg.planning import communication as comm
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
 from megatron_kosmosg.planning.joined import (
@@ -37,7 +37,7 @@ _HOST_SPEED = 20e9
 class Estimate:
     """What one update of a layout costs."""
 
-    world: WorldLayout
+    world: RankGrid
     num_microbatches: int
     micro_batches: list[MicroBatch]
     kinds: list[RankKind]
@@ -67,7 +67,7 @@ class Estimate:
 
 def estimate(
     config: RunConfig,
-    world: WorldLayout,
+    world: RankGrid,
     gpu: Gpu,
     efficiency: Efficiency,
     shares: ModelShares,
@@ -145,7 +145,7 @@ def estimate(
 
 def _timeline(
     config: RunConfig,
-    world: WorldLayout,
+    world: RankGrid,
     costs: list[StageCost],
     scored: ScoreShare,
     rates: Rates,
@@ -171,7 +171,7 @@ def _exposed(seconds: float, cover: float) -> float:
 
 
 def _optimizer_seconds(
-    config: RunConfig, world: WorldLayout, held: RankCount, gpu: Gpu, efficiency: Efficiency
+    config: RunConfig, world: RankGrid, held: RankCount, gpu: Gpu, efficiency: Efficiency
 ) -> float:
     """Clearing and norming the gradients, then reading and writing the optimizer's share."""
     sharing = world.num_replicas if config.parallel.use_distributed_optimizer else 1

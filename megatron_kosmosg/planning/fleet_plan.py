@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.rank_grid import has_score_ranks, rank_grid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import has_score_ranks, world_layout
 from megatron_kosmosg.planning.estimate import Estimate, estimate
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
 from megatron_kosmosg.planning.joined import Joined
@@ -118,7 +118,7 @@ def fleet_plan(
 ) -> FleetPlan:
     """planned: the estimate of `config` with those that joined."""
     images = config.training.global_batch_size
-    world = world_layout(config, planned.world.world_size)
+    world = rank_grid(config, planned.world.world_size)
 
     def with_ranks(*joined: Joined) -> Estimate:
         return estimate(config, world, gpu, efficiency, shares, joined)

@@ -14,8 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from megatron_kosmosg.config.rank_grid import RankGrid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import WorldLayout
 from megatron_kosmosg.planning.activations import ELEMENT_BYTES
 from megatron_kosmosg.planning.communication import bucket_elements
 from megatron_kosmosg.planning.memory import GIB
@@ -92,7 +92,7 @@ class HostPlan:
 
 def plan_host(
     config: RunConfig,
-    world: WorldLayout,
+    world: RankGrid,
     shares: ModelShares,
     batches: Sequence[MicroBatch],
     parameters: tuple[int, int],
@@ -119,7 +119,7 @@ def plan_host(
 
 def _fullest(
     config: RunConfig,
-    world: WorldLayout,
+    world: RankGrid,
     shares: ModelShares,
     batches: Sequence[MicroBatch],
     number: int,
@@ -151,7 +151,7 @@ def _state_bytes(config: RunConfig) -> int:
 
 def _decoder_rank(
     config: RunConfig,
-    world: WorldLayout,
+    world: RankGrid,
     stage: int,
     held: RankCount,
     batches: Sequence[MicroBatch],

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.rank_grid import RankGrid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import WorldLayout
 from megatron_kosmosg.planning import communication as comm
 from megatron_kosmosg.planning.fleet_timeline import FleetTimeline, Servers, play_fleet
 from megatron_kosmosg.planning.gpus import GPUS, Efficiency, Gpu, gpu_named
@@ -105,7 +105,7 @@ class JoinedPlay:
 
 def play_joined(
     config: RunConfig,
-    world: WorldLayout,
+    world: RankGrid,
     costs: Sequence[StageCost],
     scored: ScoreShare,
     rates: Rates,
@@ -130,7 +130,7 @@ def play_joined(
     return JoinedPlay(timeline, joined, servers, requests)
 
 
-def own_servers(config: RunConfig, world: WorldLayout, scored: ScoreShare, rates: Rates) -> Servers:
+def own_servers(config: RunConfig, world: RankGrid, scored: ScoreShare, rates: Rates) -> Servers:
     """The score ranks of the job in a unit, that has some."""
     wire = comm.group_gb_s(list(range(world.unit_size)), rates.gpu)
     link = comm.score_link_seconds(config, scored.images, wire, rates.efficiency) / 2

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from megatron_kosmosg.config.rank_grid import RankGrid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import WorldLayout
 from megatron_kosmosg.models.pipeline_pieces import StagePieces
 from megatron_kosmosg.planning.communication import bucket_elements
 from megatron_kosmosg.stages import stage_facts
@@ -86,7 +86,7 @@ def score_launches(config: RunConfig) -> Launches:
 
 
 def update_launches(
-    config: RunConfig, world: WorldLayout, pieces: StagePieces, elements: float
+    config: RunConfig, world: RankGrid, pieces: StagePieces, elements: float
 ) -> float:
     """The kernels of the optimizer's step on a rank of a pipeline stage that updates `elements`
     gradient elements."""

@@ -17,8 +17,8 @@ from functools import cache
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_kosmosg.config.rank_grid import RankGrid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import WorldLayout
 from megatron_kosmosg.models.diffusion_flops import unet_and_vae
 from megatron_kosmosg.models.pipeline_pieces import StagePieces
 from megatron_kosmosg.planning.activations import ELEMENT_BYTES, stage_activations
@@ -73,7 +73,7 @@ class RankMemory:
 
 def decoder_memory(
     config: RunConfig,
-    world: WorldLayout,
+    world: RankGrid,
     pieces: StagePieces,
     pp_rank: int,
     count: RankCount,
@@ -133,7 +133,7 @@ def _optimizer_bytes(config: RunConfig) -> tuple[float, float]:
     return (moments + master_copy) * kept + average, updating
 
 
-def _ahead(config: RunConfig, world: WorldLayout) -> int:
+def _ahead(config: RunConfig, world: RankGrid) -> int:
     """Micro-batches beyond Megatron's own that wait for a dedicated score rank."""
     return config.score.window - 1 if world.score_ranks_per_unit else 0
 
@@ -171,7 +171,7 @@ class RankKind:
 
 def rank_kinds(
     config: RunConfig,
-    world: WorldLayout,
+    world: RankGrid,
     shares: ModelShares,
     batches: Sequence[MicroBatch],
     efficiency: Efficiency,

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_kosmosg.config.rank_grid import RankGrid, has_score_ranks
 from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
-from megatron_kosmosg.config.world import WorldLayout, has_score_ranks
 from megatron_kosmosg.models.diffusion_flops import clip_text_shape, diffusion_parameters
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
 from megatron_kosmosg.models.pipeline_pieces import StagePieces, pipeline_pieces
+from megatron_kosmosg.parallel.context import ParallelContext, single_process_context
 from megatron_kosmosg.parallel.fake_world import pretend_rank
-from megatron_kosmosg.parallel.layout import Layout, lone_layout
 from megatron_kosmosg.planning.activations import ELEMENT_BYTES
 from megatron_kosmosg.stages import build_stage, stage_facts
 from megatron_kosmosg.training.stage import Stage
@@ -101,7 +101,7 @@ def count_model(config: RunConfig) -> ModelCounts:
 
 def whole_model(config: RunConfig) -> torch.nn.Module:
     """The stage's model on one rank, on the meta device, frozen as in training."""
-    lone = lone_layout(torch.device("meta"))
+    lone = single_process_context(torch.device("meta"))
     alone = dataclasses.replace(config, parallel=ParallelConfig())
     (model,) = bare_stage(alone, lone).build_model(lone)
     return model
@@ -113,11 +113,11 @@ def trained_and_frozen(module: torch.nn.Module) -> tuple[int, int]:
     return trained, sum(p.numel() for p in module.parameters() if not p.requires_grad)
 
 
-def bare_stage(config: RunConfig, layout: Layout | None = None) -> Stage:
+def bare_stage(config: RunConfig, context: ParallelContext | None = None) -> Stage:
     """The stage without its frozen helpers: those are read on the last pipeline stage, and this
     object stands on another one."""
-    layout = layout or lone_layout(torch.device("meta"))
-    return build_stage(config, dataclasses.replace(layout, pp_rank=0, pp_size=2))
+    context = context or single_process_context(torch.device("meta"))
+    return build_stage(config, dataclasses.replace(context, pp_rank=0, pp_size=2))
 
 
 def frozen_helpers(config: RunConfig) -> dict[str, int]:
@@ -216,7 +216,7 @@ class BuiltShard:
     """The ranks of its tensor, pipeline and data group."""
 
 
-def build_shards(config: RunConfig, world: WorldLayout) -> list[BuiltShard]:
+def build_shards(config: RunConfig, world: RankGrid) -> list[BuiltShard]:
     """The shard of the first rank of every kind, U-Net and VAE only where they have own ranks."""
     element = ELEMENT_BYTES[config.training.precision]
     shards = []
@@ -241,10 +241,10 @@ def build_shards(config: RunConfig, world: WorldLayout) -> list[BuiltShard]:
     return shards
 
 
-def _count(config: RunConfig, world: WorldLayout, rank: int) -> tuple[int, int]:
-    with pretend_rank(world, rank) as layout:
-        stage = bare_stage(config, layout)
-        parameters = [p for chunk in stage.build_model(layout) for p in chunk.parameters()]
+def _count(config: RunConfig, world: RankGrid, rank: int) -> tuple[int, int]:
+    with pretend_rank(world, rank) as context:
+        stage = bare_stage(config, context)
+        parameters = [p for chunk in stage.build_model(context) for p in chunk.parameters()]
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
         frozen = sum(p.numel() for p in parameters if not p.requires_grad)
     return trainable, frozen

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megatron_kosmosg.config.rank_grid import has_score_ranks
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import has_score_ranks
 from megatron_kosmosg.models.pipeline_pieces import chunks_per_rank, pipeline_pieces
 from megatron_kosmosg.planning.stage_cost import score_work, stage_work
 from megatron_kosmosg.planning.workload import micro_batches, with_kinds

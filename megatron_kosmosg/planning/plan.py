@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.validate import validate_layout
-from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.planning.comparison import Faster, as_dict, faster_layouts, in_words, reasons
 from megatron_kosmosg.planning.estimate import Estimate, estimate
 from megatron_kosmosg.planning.fleet_plan import FleetPlan, check_joined, fleet_plan
@@ -131,7 +131,7 @@ def plan_layout(
             "parallel.virtual_pipeline_model_parallel_size=null (train --dry-run shows who does "
             "what with them)"
         )
-    world = world_layout(config, world_size)
+    world = rank_grid(config, world_size)
     shares = model_shares(config, model)
     planned = estimate(config, world, gpu, efficiency, shares, joined)
     if stage_facts(config.stage).has_unet:
@@ -233,7 +233,7 @@ def _idle_note(
         larger = replace(training, global_batch_size=times * training.global_batch_size)
         planned = estimate(
             replace(config, training=larger),
-            world_layout(config, world_size), gpu, efficiency, shares, joined,
+            rank_grid(config, world_size), gpu, efficiency, shares, joined,
         )  # fmt: skip
         if planned.decoder_idle < IDLE_GOAL:
             return (

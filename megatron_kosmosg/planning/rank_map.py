@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_kosmosg.config.world import RankPlace, WorldLayout
+from megatron_kosmosg.config.rank_grid import RankCoordinates, RankGrid
 
 MANY_RANKS = 16
 """Above this, the rank table shows the first replicas and the last."""
@@ -11,7 +11,7 @@ _SCORE_COLOUR = "#e45756"
 _CELL, _GAP, _LABEL = 78, 6, 92
 
 
-def rank_table(world: WorldLayout) -> str:
+def rank_table(world: RankGrid) -> str:
     """Replicas, their ranks stage by stage and the score ranks that serve them.
 
     Ranks that share tensors are listed together, pipeline stages follow each other.
@@ -33,7 +33,7 @@ def rank_table(world: WorldLayout) -> str:
     return "\n".join(lines)
 
 
-def svg(world: WorldLayout, per_node: int) -> str:
+def svg(world: RankGrid, per_node: int) -> str:
     """Nodes as rows of GPUs, coloured by role: the first two and the last."""
     num_nodes = -(-world.world_size // per_node)
     shown = sorted({0, 1, num_nodes - 1} & set(range(num_nodes)))
@@ -59,29 +59,33 @@ def svg(world: WorldLayout, per_node: int) -> str:
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
-def _gpu(world: WorldLayout, rank: int, left: int, top: int) -> list[str]:
-    place = world.place(rank)
-    score = place.role == "score"
-    colour = _SCORE_COLOUR if score else _COLOURS[place.pp_rank % len(_COLOURS)]
+def _gpu(world: RankGrid, rank: int, left: int, top: int) -> list[str]:
+    coordinates = world.coordinates(rank)
+    score = coordinates.role == "score"
+    colour = _SCORE_COLOUR if score else _COLOURS[coordinates.pp_rank % len(_COLOURS)]
     lines = [
         f'<rect x="{left}" y="{top}" width="{_CELL}" height="{_CELL}" rx="5" fill="{colour}"/>'
     ]
-    for number, text in enumerate((f"rank {rank}", *_words(world, place))):
+    for number, text in enumerate((f"rank {rank}", *_words(world, coordinates))):
         lines.append(
             f'<text x="{left + 6}" y="{top + 20 + 22 * number}" fill="white">{text}</text>'
         )
     return lines
 
 
-def _words(world: WorldLayout, place: RankPlace) -> tuple[str, str]:
-    if place.role == "score":
-        last = place.replica + world.replicas_per_unit - 1
-        served = f"d{place.replica}" if last == place.replica else f"d{place.replica}-{last}"
-        return f"U-Net {place.score_index}", f"for {served}"
-    return f"d{place.replica}", f"s{place.pp_rank} t{place.tp_rank}"
+def _words(world: RankGrid, coordinates: RankCoordinates) -> tuple[str, str]:
+    if coordinates.role == "score":
+        last = coordinates.replica + world.replicas_per_unit - 1
+        served = (
+            f"d{coordinates.replica}"
+            if last == coordinates.replica
+            else f"d{coordinates.replica}-{last}"
+        )
+        return f"U-Net {coordinates.score_index}", f"for {served}"
+    return f"d{coordinates.replica}", f"s{coordinates.pp_rank} t{coordinates.tp_rank}"
 
 
-def _stages(world: WorldLayout, replica: int) -> str:
+def _stages(world: RankGrid, replica: int) -> str:
     stages = []
     for stage in range(world.pp_size):
         ranks = ", ".join(map(str, world.tensor_group(replica, stage)))

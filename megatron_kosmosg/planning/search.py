@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.rank_grid import RankGrid, rank_grid
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.stage_facts import StageFacts
 from megatron_kosmosg.config.validate import validate_layout
-from megatron_kosmosg.config.world import WorldLayout, world_layout
 from megatron_kosmosg.planning.estimate import Estimate, estimate
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
 from megatron_kosmosg.planning.joined import Joined
@@ -216,7 +216,7 @@ def _choices(config: RunConfig, world_size: int) -> Iterator[list[Choice]]:
             continue
         base = Choice(tp, pp, None, placement, k, r, WINDOWS[0], 1, "none", False, False)
         try:
-            world = world_layout(with_choice(config, base, world_size), world_size)
+            world = rank_grid(with_choice(config, base, world_size), world_size)
         except ConfigError:
             continue
         for size, cached in itertools.product(
@@ -254,7 +254,7 @@ def _micro_batch_sizes(config: RunConfig, replicas: int, world_size: int) -> lis
     ]  # fmt: skip
 
 
-def _windows(config: RunConfig, world: WorldLayout, micro_batch_size: int) -> list[int]:
+def _windows(config: RunConfig, world: RankGrid, micro_batch_size: int) -> list[int]:
     if not world.score_ranks_per_unit:
         return [2]
     count = config.training.global_batch_size // world.num_replicas // micro_batch_size
@@ -281,7 +281,7 @@ class _Estimator:
         planned = with_choice(config, choice, self._world_size)
         key = (choice.tensor, choice.pipeline, choice.pipeline_layout, choice.placement)
         try:
-            world = world_layout(planned, self._world_size)
+            world = rank_grid(planned, self._world_size)
             validate_layout(planned, self._world_size, stage_facts(planned.stage))
             if key not in self._shares:
                 self._shares[key] = model_shares(planned, self._model)

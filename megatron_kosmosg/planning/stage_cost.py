@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from megatron_kosmosg.config.rank_grid import RankGrid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import WorldLayout
 from megatron_kosmosg.models import flops
 from megatron_kosmosg.models.diffusion_flops import diffusion_flops
 from megatron_kosmosg.models.pipeline_pieces import StagePieces
@@ -90,7 +90,7 @@ def score_seconds(config: RunConfig, images: float, rates: Rates) -> float:
 
 
 def needed_flops(
-    config: RunConfig, world: WorldLayout, pieces: list[StagePieces], batches: list[MicroBatch]
+    config: RunConfig, world: RankGrid, pieces: list[StagePieces], batches: list[MicroBatch]
 ) -> dict[str, float]:
     """FLOPs of one update by module, over all replicas; each rank's repeats and recomputation left
     out, padding and the null condition's row included."""
@@ -145,7 +145,7 @@ class StageCost:
 
 def stage_cost(
     config: RunConfig,
-    world: WorldLayout,
+    world: RankGrid,
     stage: int,
     piece: StagePieces,
     batches: list[MicroBatch],
@@ -210,7 +210,7 @@ class _PassCost:
 
 def _pass_cost(
     config: RunConfig,
-    world: WorldLayout,
+    world: RankGrid,
     piece: StagePieces,
     is_last: bool,
     scores_itself: bool,

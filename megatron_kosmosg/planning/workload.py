@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.rank_grid import RankGrid
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
-from megatron_kosmosg.config.world import WorldLayout
 from megatron_kosmosg.data.kinds import read_by
 from megatron_kosmosg.data.kinds.kind import UsualSize
 from megatron_kosmosg.data.manifest import dataset_kind
@@ -153,7 +153,7 @@ class ScoreShare:
     """Share of the unit's score ranks' time that its images take, were all ranks to work."""
 
 
-def score_share(config: RunConfig, world: WorldLayout, num_microbatches: int) -> ScoreShare:
+def score_share(config: RunConfig, world: RankGrid, num_microbatches: int) -> ScoreShare:
     """Whole micro-batches in turn; all ranks share the rows of one where there are fewer."""
     images, ranks = config.training.micro_batch_size, world.score_ranks_per_unit
     if num_microbatches >= ranks:

@@ -29,7 +29,7 @@ from megatron_kosmosg.preprocess.lines import decode_utf8
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.tags import mask_between, tag_entities
 
-Layout = Callable[[Record, ImageCheck], Iterator[Record]]
+RecordLayout = Callable[[Record, ImageCheck], Iterator[Record]]
 
 UNUSED_TAG = "entities: tag is a colour, in no word or in those of two tags"
 _CAPTION_NAMES = {
@@ -193,7 +193,7 @@ def _compositional(record: Record, image_check: ImageCheck) -> Iterator[Record]:
     yield replace(record.with_fields(fields), left_out=unused)
 
 
-_LAYOUTS: dict[str, Layout] = {
+_LAYOUTS: dict[str, RecordLayout] = {
     "caption": _caption,
     "interleaved": _interleaved,
     "edit": _edit,

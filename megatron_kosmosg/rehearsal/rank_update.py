@@ -13,7 +13,7 @@ from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel import platform
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.planning.gpus import gpu_named
 from megatron_kosmosg.planning.pipeline_balance import with_default_layout
 from megatron_kosmosg.rehearsal.case import Case
@@ -43,7 +43,7 @@ def resolved_config(case: Case, stand_ins: StandIns) -> RunConfig:
     return with_frozen_folders(run_config(case), stand_ins.folder)
 
 
-def take_place(case: Case, stand_ins: StandIns) -> None:
+def take_rank(case: Case, stand_ins: StandIns) -> None:
     """Makes this process the case's rank, as torchrun would; says what other ranks would."""
     os.environ.update(
         RANK=str(case.rank),
@@ -64,7 +64,7 @@ def run_update(case: Case, stand_ins: StandIns) -> dict:
     its memory, "num_micro_batches": in it, "held": bytes between updates, "trains": whether
     anything does on this rank or before it, "sent": shapes by rank, "told": through the store}."""
     config, recorder = resolved_config(case, stand_ins), stand_ins.recorder
-    take_place(case, stand_ins)
+    take_rank(case, stand_ins)
     with stand_ins.device():
         rank = start(config, case, stand_ins)
         for number in range(case.num_updates):
@@ -73,11 +73,11 @@ def run_update(case: Case, stand_ins: StandIns) -> dict:
             recorder.restart_timeline()
             with recorder.phase(UPDATE):
                 rank.update()
-    behind_others = rank.layout.pp_rank > 0
+    behind_others = rank.context.pp_rank > 0
     return {
         "phases": recorder.as_dict(),
         "timeline": recorder.timeline(),
-        "num_micro_batches": num_microbatches(config, rank.layout.dp_size),
+        "num_micro_batches": num_microbatches(config, rank.context.dp_size),
         "held": rank.held,
         "trains": rank.held["optimizer"] > 0 or (behind_others and case.upstream_trains),
         "sent": stand_ins.collectives.sent,
@@ -91,7 +91,7 @@ class Rank:
 
     stage: Stage
     config: RunConfig
-    layout: Layout
+    context: ParallelContext
     trained: Trained
     feed: BatchFeed
     iterators: list[Iterator]
@@ -104,14 +104,14 @@ class Rank:
         """Makes one update, as the training loop does."""
         for chunk in self.trained.chunks:
             chunk.train()
-        parts = self.stage, self.config, self.layout, self.trained.chunks, self.trained.optimizer
+        parts = self.stage, self.config, self.context, self.trained.chunks, self.trained.optimizer
         train_step(*parts, self.feed, self.iterators, self.reporter, self.trained.average)
 
     def evaluate(self) -> None:
         """The forward passes of one global batch, as an evaluation makes them."""
         for chunk in self.trained.chunks:
             chunk.eval()
-        parts = self.stage, self.config, self.layout, self.trained.chunks
+        parts = self.stage, self.config, self.context, self.trained.chunks
         with torch.no_grad():
             forward_losses(*parts, self.feed, self.iterators, self.reporter)
 
@@ -119,14 +119,14 @@ class Rank:
 def start(config: RunConfig, case: Case, stand_ins: StandIns) -> Rank:
     """Starts the rank up to its first update."""
     memory, collectives = stand_ins.recorder.memory, stand_ins.collectives
-    layout = platform.initialize(config)
-    check_optimizer(config, layout.device)
-    remote_score = open_remote_score(config, layout)
-    stage = build_stage(config, layout, remote_score)
+    context = platform.initialize(config)
+    check_optimizer(config, context.device)
+    remote_score = open_remote_score(config, context)
+    stage = build_stage(config, context, remote_score)
     helpers = memory.now
     # Megatron-Core gives all ranks the parameter groups of all; where something trains it is one.
     collectives.others_say = [(None, False)]
-    trained = build_trained(stage, config, layout, takes_initial_weights=False)
+    trained = build_trained(stage, config, context, takes_initial_weights=False)
     parameters: list[Any] = [
         parameter for chunk in trained.chunks for parameter in chunk.parameters()
     ]
@@ -140,10 +140,10 @@ def start(config: RunConfig, case: Case, stand_ins: StandIns) -> Rank:
         case.length,
         case.images,
         reads="all" if remote_score is None else "prompts",
-        decodes=layout.is_first_stage,
+        decodes=context.is_first_stage,
     )
-    feed = BatchFeed(stream, config, layout, start_sample=0)
+    feed = BatchFeed(stream, config, context, start_sample=0)
     iterators = feed.chunk_iterators(len(trained.chunks))
     collectives.others_say = ["loss"]  # the names of the losses, which the last stage knows
-    reporter = Reporter(layout, remote_score)
-    return Rank(stage, config, layout, trained, feed, iterators, reporter, held)
+    reporter = Reporter(context, remote_score)
+    return Rank(stage, config, context, trained, feed, iterators, reporter, held)

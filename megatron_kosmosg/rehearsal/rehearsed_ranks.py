@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict
 
 from megatron_kosmosg.config.batching import num_microbatches
+from megatron_kosmosg.config.rank_grid import RankGrid, rank_grid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import WorldLayout, world_layout
 from megatron_kosmosg.planning.gpus import Efficiency
 from megatron_kosmosg.planning.memory import RankKind, rank_kinds
 from megatron_kosmosg.planning.model_counts import model_shares, whole_model
@@ -31,7 +31,7 @@ def describe(case: Case, stand_ins: StandIns) -> dict:
     """
     given = with_kinds(run_config(case))
     config = with_frozen_folders(given, stand_ins.folder)
-    world = world_layout(config, case.world_size)
+    world = rank_grid(config, case.world_size)
     count = num_microbatches(config, world.num_replicas)
     largest = max(micro_batches(config, count), key=lambda x: (x.positions, x.prompt_images))
     rehearsed = _enough(config, world, count)
@@ -51,7 +51,7 @@ def describe(case: Case, stand_ins: StandIns) -> dict:
     }
 
 
-def _enough(config: RunConfig, world: WorldLayout, count: int) -> int:
+def _enough(config: RunConfig, world: RankGrid, count: int) -> int:
     """Micro-batches after which an update only repeats itself: all stages are busy then, and every
     score rank has had one."""
     chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
@@ -59,7 +59,7 @@ def _enough(config: RunConfig, world: WorldLayout, count: int) -> int:
     return min(count, max(world.pp_size * chunks + ahead, world.score_ranks_per_unit))
 
 
-def _kinds(config: RunConfig, world: WorldLayout, batches: list[MicroBatch]) -> list[dict]:
+def _kinds(config: RunConfig, world: RankGrid, batches: list[MicroBatch]) -> list[dict]:
     shares = model_shares(config, whole_model(config))
     is_planned = config.parallel.virtual_pipeline_model_parallel_size is None
     planned: dict[str, RankKind] = {}

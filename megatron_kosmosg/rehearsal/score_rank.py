@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from megatron_kosmosg.config.batching import num_microbatches
+from megatron_kosmosg.config.rank_grid import RankCoordinates, RankGrid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import RankPlace, WorldLayout
 from megatron_kosmosg.data.balance import share
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.parallel.platform import join, torch_dtype
@@ -16,7 +16,7 @@ from megatron_kosmosg.rehearsal.case import Case
 from megatron_kosmosg.rehearsal.fake_links import FakeMembership
 from megatron_kosmosg.rehearsal.made_up_stream import MadeUpStream
 from megatron_kosmosg.rehearsal.phases import FORWARD, SERVE
-from megatron_kosmosg.rehearsal.rank_update import resolved_config, take_place
+from megatron_kosmosg.rehearsal.rank_update import resolved_config, take_rank
 from megatron_kosmosg.rehearsal.stand_ins import StandIns
 from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.loss import DenoisingLoss
@@ -30,7 +30,7 @@ def run_service(case: Case, stand_ins: StandIns) -> dict:
     {"phases", "timeline", "num_micro_batches": answered, "held": bytes before the first request}.
     """
     config, recorder = resolved_config(case, stand_ins), stand_ins.recorder
-    take_place(case, stand_ins)
+    take_rank(case, stand_ins)
     with stand_ins.device():
         joined = join(config)
         diffusion = load_diffusion(config, joined.device)
@@ -47,9 +47,9 @@ def run_service(case: Case, stand_ins: StandIns) -> dict:
             raise RuntimeError("no image is asked for in a training update")
 
         stream: Any = MadeUpStream(config, case.length, case.images, reads="targets")
-        requests = _requests(config, joined.world, joined.place)
+        requests = _requests(config, joined.world, joined.coordinates)
         links: Any = FakeMembership(recorder, requests)
-        rank = ScoreRank(joined.device, "score rank", links, joined.world, joined.place)
+        rank = ScoreRank(joined.device, "score rank", links, joined.world, joined.coordinates)
         recorder.forget()
         with recorder.phase(SERVE):
             serve(config, rank, denoise, draw, lambda _: stream, diffusion.moments)
@@ -61,13 +61,13 @@ def run_service(case: Case, stand_ins: StandIns) -> dict:
     }
 
 
-def _requests(config: RunConfig, world: WorldLayout, place: RankPlace) -> list[Request]:
+def _requests(config: RunConfig, world: RankGrid, coordinates: RankCoordinates) -> list[Request]:
     """The requests of one global batch from all replicas that the rank is for, if none is late."""
     total = num_microbatches(config, world.num_replicas)
     rows, ranks, index = (
         config.training.micro_batch_size,
         world.score_ranks_per_unit,
-        place.score_index,
+        coordinates.score_index,
     )
     if total >= ranks:
         sizes = [rows] * len(range(index, total, ranks))

@@ -20,11 +20,11 @@ from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.paths import output_folder
+from megatron_kosmosg.config.rank_grid import RankCoordinates, RankGrid, rank_grid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import RankPlace, WorldLayout, world_layout
-from megatron_kosmosg.launcher import Place, attempt, find_place, node_name
+from megatron_kosmosg.launcher import RankInfo, attempt, find_rank_info, node_name
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.parallel.devices import hardware_name
-from megatron_kosmosg.parallel.layout import Layout
 from megatron_kosmosg.parallel.platform import join, torch_dtype
 from megatron_kosmosg.score.fleet import Fleet, Patience
 from megatron_kosmosg.score.member import DecoderAddress, Membership
@@ -40,32 +40,32 @@ _SEEN_EVERYWHERE = 60.0
 """Seconds in which a file server shows a new file to all nodes."""
 
 
-def open_remote_score(config: RunConfig, layout: Layout) -> RemoteScore | None:
+def open_remote_score(config: RunConfig, context: ParallelContext) -> RemoteScore | None:
     """The replica's score ranks as this rank sees them; None on ranks that do not compute the loss,
     and where the U-Net sits beside the decoder. Close it when training ends."""
-    if not layout.num_score_ranks or not layout.is_last_stage:
+    if not context.num_score_ranks or not context.is_last_stage:
         return None
     return RemoteScore(
-        open_fleet(config, layout) if layout.tp_rank == 0 else None,
+        open_fleet(config, context) if context.tp_rank == 0 else None,
         config.score.ranks_per_replica,
-        num_microbatches(config, layout.dp_size),
-        layout.tp_group,
-        layout.device,
+        num_microbatches(config, context.dp_size),
+        context.tp_group,
+        context.device,
     )
 
 
-def open_fleet(config: RunConfig, layout: Layout) -> Fleet:
+def open_fleet(config: RunConfig, context: ParallelContext) -> Fleet:
     """This decoder rank's end of the links, open where score ranks find it; collective over the
     decoder ranks that ask score ranks."""
-    place = find_place()
-    world = world_layout(config, place.world_size)
-    replica = world.place(place.rank).replica
-    host = listening_host(config, place)
+    rank_info = find_rank_info()
+    world = rank_grid(config, rank_info.world_size)
+    replica = world.coordinates(rank_info.rank).replica
+    host = listening_host(config, rank_info)
     public, secret = zmq.curve_keypair()
     fleet = Fleet(
         host, (public, secret), limits(config), patience(config), config.score.audit_rate, replica
     )
-    store = _store(layout.store, config)
+    store = _store(context.store, config)
     address = DecoderAddress(replica, f"tcp://{host}:{fleet.port}", public.decode())
     store.set(f"decoder {replica}", json.dumps(vars(address)))
     if replica == 0:
@@ -107,19 +107,19 @@ def patience(config: RunConfig) -> Patience:
     return Patience(config.score.answer_seconds, alone, longest * _LOADING_SHARE)
 
 
-def listening_host(config: RunConfig, place: Place) -> str:
+def listening_host(config: RunConfig, rank_info: RankInfo) -> str:
     """The address at which this rank listens: of the interface through which the ranks meet."""
     if config.score.listen_address is not None:
         return config.score.listen_address
-    if place.address is None:
+    if rank_info.address is None:
         return _LOOPBACK
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((place.address, place.port or 1))  # sends nothing
+            probe.connect((rank_info.address, rank_info.port or 1))  # sends nothing
             return probe.getsockname()[0]
     except OSError as error:
         raise ConfigError(
-            f"no interface leads to {place.address}, where the ranks meet ({error}); set "
+            f"no interface leads to {rank_info.address}, where the ranks meet ({error}); set "
             "score.listen_address to this node's address in the cluster"
         ) from error
 
@@ -131,8 +131,8 @@ class ScoreRank:
     device: torch.device
     name: str
     membership: Membership
-    world: WorldLayout | None = None
-    place: RankPlace | None = None
+    world: RankGrid | None = None
+    coordinates: RankCoordinates | None = None
     """Where it is a rank of the run's job."""
 
 
@@ -140,10 +140,10 @@ def join_as_score_rank(config: RunConfig) -> ScoreRank:
     """Connects this rank of the run's job as a score rank; torch.distributed's world does not have
     it."""
     joined = join(config)
-    world, place = joined.world, joined.place
+    world, coordinates = joined.world, joined.coordinates
     store = _store(joined.store, config)
     start = bytes(store.get("start")).decode()
-    served = range(place.replica, place.replica + world.replicas_per_unit)
+    served = range(coordinates.replica, coordinates.replica + world.replicas_per_unit)
     name = f"score rank {joined.rank}"
     membership = open_membership(
         config,
@@ -152,7 +152,7 @@ def join_as_score_rank(config: RunConfig) -> ScoreRank:
         name,
         lambda replica: Standing.OWN if replica in served else Standing.RESERVE,
     )
-    return ScoreRank(joined.device, name, membership, world, place)
+    return ScoreRank(joined.device, name, membership, world, coordinates)
 
 
 def join_as_guest(config: RunConfig, address: RunAddress, device: torch.device) -> ScoreRank:

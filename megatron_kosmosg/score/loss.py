@@ -11,7 +11,7 @@ import torch
 
 from megatron_kosmosg.config.schema import ScoreConfig
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.parallel.transfers import upload
 from megatron_kosmosg.score.draws import Drawn, ScoreDraws
 from megatron_kosmosg.score.rows import row_range, sum_over_tensor_ranks, take_rows
@@ -32,10 +32,10 @@ class ColocatedScore:
     """The frozen U-Net on the ranks that compute the condition, rows split over tensor ranks."""
 
     def __init__(
-        self, diffusion: FrozenDiffusion, layout: Layout, config: ScoreConfig, seed: int
+        self, diffusion: FrozenDiffusion, context: ParallelContext, config: ScoreConfig, seed: int
     ) -> None:
         self._denoising = DenoisingLoss(diffusion, config, seed)
-        self._layout = layout
+        self._context = context
 
     def __call__(
         self,
@@ -57,12 +57,12 @@ class ColocatedScore:
             stream: name of the sample stream (key of the draws).
             drawn: what `ScoreDraws.noise` drew for them, where it was drawn before.
         """
-        rows = row_range(len(condition), self._layout)
-        mine = take_rows(condition, self._layout)
+        rows = row_range(len(condition), self._context)
+        mine = take_rows(condition, self._context)
         if drawn is not None:
             drawn = {name: values[rows] for name, values in drawn.items()}
         losses = self._denoising(mine, targets[rows], positions[rows], stream, drawn)
-        return sum_over_tensor_ranks((losses * weights[rows]).sum(), self._layout)
+        return sum_over_tensor_ranks((losses * weights[rows]).sum(), self._context)
 
 
 class DenoisingLoss:

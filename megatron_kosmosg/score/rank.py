@@ -13,7 +13,7 @@ from megatron_kosmosg.config.paths import heartbeat_file
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.balance import share
 from megatron_kosmosg.data.keyed import StreamName
-from megatron_kosmosg.launcher import find_place
+from megatron_kosmosg.launcher import find_rank_info
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.models.faster_passes import take_faster_passes
 from megatron_kosmosg.monitoring.heartbeat import Heartbeat
@@ -37,7 +37,7 @@ def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:
     try:
         return _work(config, rank)
     except Exception as error:
-        if rank.place is None or rank.membership.ends_run(error):
+        if rank.coordinates is None or rank.membership.ends_run(error):
             raise
         raise ScoreRankLost(rank.name) from error
 
@@ -79,11 +79,11 @@ def _work(config: RunConfig, rank: ScoreRank) -> bool:
 @contextmanager
 def _heartbeat(config: RunConfig, rank: ScoreRank) -> Iterator[Callable[[int, str], None]]:
     """Says (iteration, phase) to the ranks of the job; a rank outside it has nobody to tell."""
-    if rank.place is None:
+    if rank.coordinates is None:
         yield lambda iteration, phase: None
         return
-    place, stall_seconds = find_place(), config.parallel.stall_seconds
-    with Heartbeat(place, stall_seconds, heartbeat_file(config), may_go=True) as heart:
+    rank_info, stall_seconds = find_rank_info(), config.parallel.stall_seconds
+    with Heartbeat(rank_info, stall_seconds, heartbeat_file(config), may_go=True) as heart:
         yield heart.at
 
 
@@ -91,10 +91,10 @@ def _rows_at_once(config: RunConfig, rank: ScoreRank) -> int:
     """Rows in a request for a gradient: a whole micro-batch, or a part of one where these are
     few."""
     rows = config.training.micro_batch_size
-    if rank.world is None or rank.place is None:
+    if rank.world is None or rank.coordinates is None:
         return rows
     ranks = rank.world.score_ranks_per_unit
     if num_microbatches(config, rank.world.num_replicas) >= ranks:
         return rows
-    part = share(rows, rank.place.score_index, ranks)
+    part = share(rows, rank.coordinates.score_index, ranks)
     return part.stop - part.start

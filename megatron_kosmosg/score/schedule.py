@@ -24,26 +24,26 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.utils import get_model_config
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.parallel.core_versions import backward_step
-from megatron_kosmosg.parallel.layout import Layout
 
 
 def forward_backward_function(
-    config: RunConfig, layout: Layout, *, forward_only: bool
+    config: RunConfig, context: ParallelContext, *, forward_only: bool
 ) -> Callable[..., list]:
     """What runs the micro-batches of a global batch; arguments as of Megatron-Core's schedules."""
     virtual = config.parallel.virtual_pipeline_model_parallel_size
-    if layout.num_score_ranks == 0 or forward_only or virtual is not None:
+    if context.num_score_ranks == 0 or forward_only or virtual is not None:
         return get_forward_backward_func()
 
     def run(**arguments: Any) -> list:
-        return _one_forward_one_backward(layout, config.score.window - 1, **arguments)
+        return _one_forward_one_backward(context, config.score.window - 1, **arguments)
 
     return run
 
 
 def _one_forward_one_backward(
-    layout: Layout,
+    context: ParallelContext,
     extra: int,
     *,
     forward_step_func: Callable,
@@ -56,9 +56,9 @@ def _one_forward_one_backward(
 ) -> list:
     """Reports of the micro-batches on the last stage, else an empty list."""
     assert not forward_only
-    config, groups = get_model_config(model), layout.process_groups
-    link = P2PCommunicator(pp_group=layout.pp_group, config=config)
-    first, last = layout.is_first_stage, layout.is_last_stage
+    config, groups = get_model_config(model), context.process_groups
+    link = P2PCommunicator(pp_group=context.pp_group, config=config)
+    first, last = context.is_first_stage, context.is_last_stage
     shapes = get_tensor_shapes(
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
@@ -67,12 +67,12 @@ def _one_forward_one_backward(
         tp_group=groups.tp,
         cp_group=groups.cp,
     )
-    ahead = min(layout.pp_size - layout.pp_rank - 1 + extra, num_microbatches)
+    ahead = min(context.pp_size - context.pp_rank - 1 + extra, num_microbatches)
     steady = num_microbatches - ahead
     reports: list = []
     kept: deque[tuple[Any, Any]] = deque()
     """Inputs and outputs whose backward pass is still to come."""
-    num_items = torch.zeros((), dtype=torch.int, device=layout.device)
+    num_items = torch.zeros((), dtype=torch.int, device=context.device)
 
     def forward(index: int, received: Any) -> Any:
         output, count = forward_step(

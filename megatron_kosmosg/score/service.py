@@ -91,7 +91,7 @@ def _next(
     """(the next request, seconds that were waited for it); (None, seconds) when the service is
     over."""
     idle, membership, watch = 0.0, rank.membership, Stopwatch(rank.device)
-    is_guest = rank.place is None
+    is_guest = rank.coordinates is None
     while True:
         asked = membership.take(0.0)
         if asked is None and not reader.encode_ahead():

@@ -7,7 +7,7 @@ forgets those that came before. It knows that the iteration is over by the first
 from __future__ import annotations
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.launcher import find_place
+from megatron_kosmosg.launcher import find_rank_info
 from megatron_kosmosg.monitoring.iteration_trace import open_exchange
 from megatron_kosmosg.monitoring.spans import Record, Spans, no_record
 from megatron_kosmosg.score.connect import ScoreRank
@@ -24,7 +24,7 @@ class ScoreTrace:
         """Collective with the other score ranks of the job and the decoder ranks' `DecoderTrace`;
         a rank outside the job is in no trace."""
         self._config, self._rank = config, rank
-        self._exchange = None if rank.place is None else open_exchange(config)
+        self._exchange = None if rank.coordinates is None else open_exchange(config)
         self._spans = Spans(rank.device)
         self.record = no_record if self._exchange is None else self._spans
 
@@ -43,10 +43,10 @@ class ScoreTrace:
         """Completes the trace; call it when no request comes any more."""
         if self.record is no_record:
             return
-        place, world = self._rank.place, self._rank.world
-        assert place is not None and world is not None and self._exchange is not None
-        name = f"rank {find_place().rank}: score rank {place.score_index} of replica "
-        replicas = range(place.replica, place.replica + world.replicas_per_unit)
+        coordinates, world = self._rank.coordinates, self._rank.world
+        assert coordinates is not None and world is not None and self._exchange is not None
+        name = f"rank {find_rank_info().rank}: score rank {coordinates.score_index} of replica "
+        replicas = range(coordinates.replica, coordinates.replica + world.replicas_per_unit)
         name += " and ".join(map(str, replicas))
         self._exchange.publish(name, self._spans.finished())
         self.record = no_record

@@ -19,7 +19,7 @@ from megatron_kosmosg.stages.pretrain_facts import PRETRAIN
 
 if TYPE_CHECKING:
     from megatron_kosmosg.evaluation.evaluator import Evaluator
-    from megatron_kosmosg.parallel.layout import Layout
+    from megatron_kosmosg.parallel.context import ParallelContext
     from megatron_kosmosg.score.remote import RemoteScore
     from megatron_kosmosg.training.stage import Stage
 
@@ -40,7 +40,7 @@ def stage_facts(name: str) -> StageFacts:
 
 def build_stage(
     config: RunConfig,
-    layout: Layout,
+    context: ParallelContext,
     remote_score: RemoteScore | None = None,
     evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
 ) -> Stage:
@@ -48,8 +48,8 @@ def build_stage(
 
     Args:
         config: the whole run's config.
-        layout: this rank's place, as `parallel.platform.initialize` gives it.
+        context: this rank's place, as `parallel.platform.initialize` gives it.
         remote_score: the links to score ranks of `instruct`, opened by who trains.
         evaluators: measure what the stage draws, by name.
     """
-    return pkgutil.resolve_name(_CLASSES[config.stage])(config, layout, remote_score, evaluators)
+    return pkgutil.resolve_name(_CLASSES[config.stage])(config, context, remote_score, evaluators)

@@ -25,7 +25,7 @@ from megatron_kosmosg.evaluation.evaluator import Evaluator
 from megatron_kosmosg.losses import alignment_loss, reconstruction_loss
 from megatron_kosmosg.models.flops import align_flops
 from megatron_kosmosg.models.read_frozen import reading_frozen
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.score.remote import RemoteScore
 from megatron_kosmosg.stages.align_facts import ALIGN
 from megatron_kosmosg.stages.freezing import build_frozen
@@ -38,7 +38,7 @@ class AlignStage:
     def __init__(
         self,
         config: RunConfig,
-        layout: Layout,
+        context: ParallelContext,
         remote_score: RemoteScore | None = None,
         evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
     ) -> None:
@@ -46,12 +46,12 @@ class AlignStage:
         images are drawn."""
         self.config = config
         self.remote_score = remote_score
-        self._layout = layout
-        self._text_encoder = load_text_encoder(config, layout) if layout.is_last_stage else None
+        self._context = context
+        self._text_encoder = load_text_encoder(config, context) if context.is_last_stage else None
 
-    def build_model(self, layout: Layout) -> list[nn.Module]:
+    def build_model(self, context: ParallelContext) -> list[nn.Module]:
         """Decoder without output head, and both halves of AlignerNet."""
-        return build_frozen(ALIGN, self.config, layout)
+        return build_frozen(ALIGN, self.config, context)
 
     def build_dataset(self, split: str) -> StreamDataset:
         """Captions, as decoder tokens and as tokens of the text encoder."""
@@ -109,7 +109,7 @@ class AlignStage:
         return align_flops(self.config, num_tokens, num_targets)
 
 
-def load_text_encoder(config: RunConfig, layout: Layout) -> CLIPTextModel:
+def load_text_encoder(config: RunConfig, context: ParallelContext) -> CLIPTextModel:
     """The diffusion model's text encoder, frozen, on this rank's device.
 
     In fp32 when training in fp32 (CPUs are slow in fp16), else in fp16 as the authors do: bf16
@@ -137,4 +137,4 @@ def load_text_encoder(config: RunConfig, layout: Layout) -> CLIPTextModel:
             f"{aligner.num_queries} x {aligner.hidden_size}; set model.aligner.num_queries and "
             "model.aligner.hidden_size to the text encoder's."
         )
-    return encoder.to(layout.device)
+    return encoder.to(context.device)

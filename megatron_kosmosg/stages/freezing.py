@@ -12,20 +12,20 @@ from megatron_kosmosg.models.chunks import agree_on_freezing, build_chunks
 from megatron_kosmosg.models.faster_passes import compile_frozen_blocks
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.models.lora import ADAPTERS
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 
 
-def build_frozen(facts: StageFacts, config: RunConfig, layout: Layout) -> list[KosmosG]:
+def build_frozen(facts: StageFacts, config: RunConfig, context: ParallelContext) -> list[KosmosG]:
     """This rank's chunks of the model that `facts` describe, frozen but for what trains.
 
     All ranks call this together.
     """
     chunks = build_chunks(
-        config, layout, output_head=facts.has_output_head, aligner_parts=facts.aligner_parts
+        config, context, output_head=facts.has_output_head, aligner_parts=facts.aligner_parts
     )
     has_adapters = config.lora.rank > 0
     trained = config.lora.trains if has_adapters else facts.trained
-    train_only(chunks, trained, layout, adapters=has_adapters)
+    train_only(chunks, trained, context, adapters=has_adapters)
     if config.performance.compile == "regional" and "vision_encoder" in trained:
         for chunk in chunks:
             if chunk.vision_encoder is not None:
@@ -34,7 +34,7 @@ def build_frozen(facts: StageFacts, config: RunConfig, layout: Layout) -> list[K
 
 
 def train_only(
-    chunks: list[KosmosG], names: Iterable[str], layout: Layout, *, adapters: bool = False
+    chunks: list[KosmosG], names: Iterable[str], context: ParallelContext, *, adapters: bool = False
 ) -> list[KosmosG]:
     """The chunks, frozen except for the parts of these names (as in `StageFacts.trained`) and,
     where asked for, the decoder's adapters.
@@ -49,7 +49,7 @@ def train_only(
         for name, parameter in chunk.named_parameters() if adapters else ():
             if name.endswith(ADAPTERS):
                 parameter.requires_grad_(True)
-    agree_on_freezing(chunks, layout)
+    agree_on_freezing(chunks, context)
     return chunks
 
 

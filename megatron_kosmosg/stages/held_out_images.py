@@ -13,7 +13,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.normalise import normalise_batch
 from megatron_kosmosg.data.samples import PromptSample, StreamDataset
 from megatron_kosmosg.evaluation.evaluator import DrawnImages, Evaluator, measure
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
 from megatron_kosmosg.training.forward import collect_outputs
 from megatron_kosmosg.training.image_grid import image_grid, to_image
@@ -30,7 +30,7 @@ run is about to be stopped."""
 
 def held_out_images(
     config: RunConfig,
-    layout: Layout,
+    context: ParallelContext,
     draw: Draw,
     dataset: StreamDataset,
     model: list[nn.Module],
@@ -51,7 +51,7 @@ def held_out_images(
     sheet, words, drawn, is_given_up = {}, {}, [], False
     for start in range(0, count, together):
         positions = range(start, min(start + together, count))
-        found = _drawn(config, layout, draw, dataset, model, positions)
+        found = _drawn(config, context, draw, dataset, model, positions)
         if found is None:
             continue
         batch, images = found
@@ -77,7 +77,7 @@ def held_out_images(
 
 def _drawn(
     config: RunConfig,
-    layout: Layout,
+    context: ParallelContext,
     draw: Draw,
     dataset: StreamDataset,
     model: list[nn.Module],
@@ -87,10 +87,10 @@ def _drawn(
     is about to be stopped; None on ranks that do not draw."""
     samples = [dataset[position] for position in positions]
     batch = dataset.collate(samples, dataset.pad_to(samples, positions))
-    batch = {name: value.to(layout.device) for name, value in batch.items()}
+    batch = {name: value.to(context.device) for name, value in batch.items()}
     batch = normalise_batch(batch, config)
     outputs = collect_outputs(forward_with_null_row, model, iter([batch]), 1)
-    if not outputs or layout.tp_rank != 0 or layout.dp_rank != 0:
+    if not outputs or context.tp_rank != 0 or context.dp_rank != 0:
         return None
     condition = outputs[0]["condition"]
     targets = batch["target_pixel_values"]

@@ -21,7 +21,7 @@ from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_diffusion
 from megatron_kosmosg.models.faster_passes import take_faster_passes
 from megatron_kosmosg.models.flops import instruct_flops
 from megatron_kosmosg.models.lora import ADAPTERS
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.parallel.platform import torch_dtype
 from megatron_kosmosg.score.drawing import draw_images
 from megatron_kosmosg.score.draws import CONDITION_DROP, ScoreDraws, drawn_before
@@ -42,34 +42,34 @@ class InstructStage:
     def __init__(
         self,
         config: RunConfig,
-        layout: Layout,
+        context: ParallelContext,
         remote_score: RemoteScore | None = None,
         evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
     ) -> None:
         self.config = config
         self.remote_score = remote_score
-        self._layout = layout
+        self._context = context
         self._evaluators = evaluators
         self._diffusion: FrozenDiffusion | None = None
         self._score: ColocatedScore | None = None
-        if layout.is_last_stage and remote_score is None:
-            self._diffusion = load_diffusion(config, layout.device)
-            rows = row_range(config.training.micro_batch_size, layout)
+        if context.is_last_stage and remote_score is None:
+            self._diffusion = load_diffusion(config, context.device)
+            rows = row_range(config.training.micro_batch_size, context)
             take_faster_passes(self._diffusion, config, rows.stop - rows.start)
             self._score = ColocatedScore(
-                self._diffusion, layout, config.score, config.training.seed
+                self._diffusion, context, config.score, config.training.seed
             )
 
-    def build_model(self, layout: Layout) -> list[nn.Module]:
+    def build_model(self, context: ParallelContext) -> list[nn.Module]:
         """Decoder without output head, and AlignerNet M."""
-        return build_frozen(INSTRUCT, self.config, layout)
+        return build_frozen(INSTRUCT, self.config, context)
 
     def build_dataset(self, split: str) -> StreamDataset:
         """Prompts that mix text and images, on the U-Net's ranks with the image to be drawn."""
         reads = "prompts" if self._score is None else "all"
-        layout = self._layout
+        context = self._context
         return open_stream(
-            self.config, layout.device, split, reads, layout.is_first_stage, self._diffusion
+            self.config, context.device, split, reads, context.is_first_stage, self._diffusion
         )
 
     def forward_step(self, data_iterator: Iterator[dict[str, torch.Tensor]], model: nn.Module):
@@ -150,9 +150,9 @@ class InstructStage:
             num_measured = self.config.evaluation.num_prompts if is_time else 0
         return held_out_images(
             self.config,
-            self._layout,
+            self._context,
             self._draw,
-            open_stream(self.config, self._layout.device, "heldout", "all", True),
+            open_stream(self.config, self._context.device, "heldout", "all", True),
             model,
             self._evaluators,
             num_measured,

@@ -18,7 +18,7 @@ from megatron_kosmosg.data.streams import pretrain_stream
 from megatron_kosmosg.evaluation.evaluator import Evaluator
 from megatron_kosmosg.losses import token_cross_entropy
 from megatron_kosmosg.models.flops import pretrain_flops
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.score.remote import RemoteScore
 from megatron_kosmosg.stages.freezing import build_frozen
 from megatron_kosmosg.stages.pretrain_facts import PRETRAIN
@@ -31,7 +31,7 @@ class PretrainStage:
     def __init__(
         self,
         config: RunConfig,
-        layout: Layout,
+        context: ParallelContext,
         remote_score: RemoteScore | None = None,
         evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
     ) -> None:
@@ -39,23 +39,23 @@ class PretrainStage:
         images are drawn."""
         self.config = config
         self.remote_score = remote_score
-        self._layout = layout
+        self._context = context
 
-    def build_model(self, layout: Layout) -> list[nn.Module]:
+    def build_model(self, context: ParallelContext) -> list[nn.Module]:
         """Decoder with tied output head, resampler and image tower."""
         is_new = self.config.checkpoint.load is None and self.config.model.vision.path is None
-        if is_new and layout.rank == 0:
+        if is_new and context.rank == 0:
             warnings.warn(
                 "model.vision.path is not set: the image tower starts from random weights, and all "
                 "but its last blocks stay so",
                 stacklevel=2,
             )
-        return build_frozen(PRETRAIN, self.config, layout)
+        return build_frozen(PRETRAIN, self.config, context)
 
     def build_dataset(self, split: str) -> StreamDataset:
         """Packed rows of text, captioned images and interleaved documents."""
-        layout = self._layout
-        return pretrain_stream(self.config, split, layout.device.index, layout.is_first_stage)
+        context = self._context
+        return pretrain_stream(self.config, split, context.device.index, context.is_first_stage)
 
     def forward_step(self, data_iterator: Iterator[dict[str, torch.Tensor]], model: nn.Module):
         """Next-token loss on the text tokens of one micro-batch (mcore's contract)."""

@@ -18,7 +18,7 @@ from megatron_kosmosg.data.loader import MicroBatchIterator
 from megatron_kosmosg.data.normalise import normalise_batch
 from megatron_kosmosg.data.samples import ImageStream, StreamDataset
 from megatron_kosmosg.parallel.broadcast import broadcast_batch
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.parallel.replacements import ReplacementExchange
 from megatron_kosmosg.parallel.transfers import pinned
 
@@ -48,7 +48,7 @@ class BatchFeed:
         self,
         dataset: StreamDataset | ImageStream,
         config: RunConfig,
-        layout: Layout,
+        context: ParallelContext,
         start_sample: int,
         split: str = "train",
     ) -> None:
@@ -59,21 +59,21 @@ class BatchFeed:
             start_sample: samples that all ranks have consumed.
             split: the split that the dataset is the stream of.
         """
-        self._dataset, self._config, self._layout, self._split = dataset, config, layout, split
+        self._dataset, self._config, self._context, self._split = dataset, config, context, split
         self._exchange: ReplacementExchange | None = None
         self._work = Work()
         self._loader: MicroBatchIterator | None = None
-        if layout.tp_rank == 0:  # the other tensor-parallel ranks get the batch by broadcast
+        if context.tp_rank == 0:  # the other tensor-parallel ranks get the batch by broadcast
             self._loader = MicroBatchIterator(
                 dataset,
                 global_batch_size=config.training.global_batch_size,
                 micro_batch_size=config.training.micro_batch_size,
-                dp_rank=layout.dp_rank,
-                dp_size=layout.dp_size,
+                dp_rank=context.dp_rank,
+                dp_size=context.dp_size,
                 start_sample=start_sample,
                 num_workers=config.data.num_workers,
                 balance_tokens=config.data.balance_tokens,
-                finish=partial(pinned, device=layout.device),
+                finish=partial(pinned, device=context.device),
             )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -85,7 +85,7 @@ class BatchFeed:
             loaded = self._agreed(next(self._loader))
             if "packed" not in loaded:
                 self._work.padding += int(loaded["padding_mask"].sum())
-        batch = normalise_batch(broadcast_batch(loaded, self._layout), self._config)
+        batch = normalise_batch(broadcast_batch(loaded, self._context), self._config)
         self._work.tokens += batch["packed" if "packed" in batch else "tokens"].numel()
         self._work.images += batch["pixel_values"].shape[0]
         self._work.rows += batch["tokens"].shape[0]
@@ -94,11 +94,11 @@ class BatchFeed:
 
     def _agreed(self, batch: Batch) -> Batch:
         """The batch as the first pipeline stage has it."""
-        if "replacements" not in batch or self._layout.pp_size == 1:
+        if "replacements" not in batch or self._context.pp_size == 1:
             return batch
         if self._exchange is None:
             timeout = self._config.parallel.timeout_seconds
-            self._exchange = ReplacementExchange(self._layout, self._split, timeout)
+            self._exchange = ReplacementExchange(self._context, self._split, timeout)
         own, positions = batch["replacements"].tolist(), batch["stream_positions"].tolist()
         agreed = self._exchange.share(positions[0], own)
         if agreed == own:

@@ -15,7 +15,7 @@ from megatron_kosmosg.checkpoint.rng_state import restore_rng_state, rng_state
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.monitoring.signals import StopRequest
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.metrics import MetricsWriter
 from megatron_kosmosg.training.progress import ProgressDisplay
@@ -32,14 +32,14 @@ class Evaluations:
         self,
         stage: Stage,
         config: RunConfig,
-        layout: Layout,
+        context: ParallelContext,
         chunks: list[DistributedDataParallel],
         heldout: StreamDataset | None,
         metrics: MetricsWriter,
         display: ProgressDisplay,
         stop: StopRequest,
     ) -> None:
-        self._stage, self._config, self._layout = stage, config, layout
+        self._stage, self._config, self._context = stage, config, context
         self._chunks, self._heldout = chunks, heldout
         self._metrics, self._display, self._stop = metrics, display, stop
 
@@ -64,7 +64,7 @@ class Evaluations:
             probe = evaluate(
                 self._stage,
                 self._config,
-                self._layout,
+                self._context,
                 self._chunks,
                 iteration,
                 stream,
@@ -91,7 +91,7 @@ def is_due(iteration: int, interval: int) -> bool:
 def evaluate(
     stage: Stage,
     config: RunConfig,
-    layout: Layout,
+    context: ParallelContext,
     chunks: list[DistributedDataParallel],
     iteration: int,
     heldout: StreamDataset | None,
@@ -111,9 +111,9 @@ def evaluate(
     with torch.no_grad():
         metrics: dict[str, float] | None = {}
         if heldout is not None:
-            metrics = _heldout_losses(stage, config, layout, chunks, heldout, stop)
+            metrics = _heldout_losses(stage, config, context, chunks, heldout, stop)
         if metrics is not None:
-            probe = _from_last_stage(stage.probe(chunks, iteration), layout)
+            probe = _from_last_stage(stage.probe(chunks, iteration), context)
     for chunk in chunks:
         chunk.train()
     restore_rng_state(state)
@@ -125,31 +125,31 @@ def evaluate(
 def _heldout_losses(
     stage: Stage,
     config: RunConfig,
-    layout: Layout,
+    context: ParallelContext,
     chunks: list[DistributedDataParallel],
     heldout: StreamDataset,
     stop: StopRequest,
 ) -> dict[str, float] | None:
-    feed = BatchFeed(heldout, config, layout, start_sample=0, split="heldout")
+    feed = BatchFeed(heldout, config, context, start_sample=0, split="heldout")
     try:
         iterators = feed.chunk_iterators(len(chunks))
-        reporter = Reporter(layout, stage.remote_score)
+        reporter = Reporter(context, stage.remote_score)
         passes = []
         for _ in range(config.training.eval_iters):
             passes.append(
-                forward_losses(stage, config, layout, chunks, feed, iterators, reporter).losses
+                forward_losses(stage, config, context, chunks, feed, iterators, reporter).losses
             )
-            if stop.agreed(layout.device):
+            if stop.agreed(context.device):
                 return None
     finally:
         feed.close()
     return {name: sum(losses[name] for losses in passes) / len(passes) for name in passes[0]}
 
 
-def _from_last_stage(probe: Probe | None, layout: Layout) -> Probe | None:
+def _from_last_stage(probe: Probe | None, context: ParallelContext) -> Probe | None:
     """The probe of the first replica's last pipeline stage, on every rank; others have none."""
-    speaks = layout.is_last_stage and layout.tp_rank == 0 and layout.dp_rank == 0
-    source = torch.tensor([layout.rank if speaks else 0], device=layout.device)
+    speaks = context.is_last_stage and context.tp_rank == 0 and context.dp_rank == 0
+    source = torch.tensor([context.rank if speaks else 0], device=context.device)
     dist.all_reduce(source, op=dist.ReduceOp.MAX)
     spoken = [probe]
     dist.broadcast_object_list(spoken, src=int(source.item()))

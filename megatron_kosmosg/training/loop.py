@@ -19,13 +19,13 @@ from megatron_kosmosg.config.paths import heartbeat_file, output_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.bad_images import check_bad_images
 from megatron_kosmosg.files import write_text
-from megatron_kosmosg.launcher import find_place
+from megatron_kosmosg.launcher import find_rank_info
 from megatron_kosmosg.monitoring.heartbeat import Heartbeat
 from megatron_kosmosg.monitoring.iteration_trace import DecoderTrace
 from megatron_kosmosg.monitoring.run_owner import RunOwner
 from megatron_kosmosg.monitoring.signals import StopRequest
 from megatron_kosmosg.monitoring.stragglers import Stragglers
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.training.against_plan import AgainstPlan, PlannedRun
 from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.evaluation import Evaluations, is_due
@@ -47,7 +47,7 @@ from megatron_kosmosg.training.wrapping import whole_parameters
 def fit(
     stage: Stage,
     config: RunConfig,
-    layout: Layout,
+    context: ParallelContext,
     owner: RunOwner | None = None,
     planned: PlannedRun | None = None,
 ) -> bool:
@@ -57,7 +57,7 @@ def fit(
 
     Args:
         stage: what is trained, as `build_stage` gives it.
-        layout: this rank's place, as `initialize` gives it.
+        context: this rank's place, as `initialize` gives it.
         owner: on rank 0 its claim on the run's folder.
         planned: on rank 0 the plan that measured speed and memory are compared with.
 
@@ -69,19 +69,19 @@ def fit(
         RunFolderTaken: another run has taken the folder of this one.
         FloatingPointError, TooManyBadImages: the run has met more than the config allows.
     """
-    place, stall_seconds = find_place(), config.parallel.stall_seconds
+    rank_info, stall_seconds = find_rank_info(), config.parallel.stall_seconds
     with (
         StopRequest() as stop,
-        Heartbeat(place, stall_seconds, heartbeat_file(config)) as heart,
+        Heartbeat(rank_info, stall_seconds, heartbeat_file(config)) as heart,
     ):
-        against_plan = AgainstPlan(planned, config.training.global_batch_size, layout.device)
-        return _fit(stage, config, layout, stop, heart, owner, against_plan)
+        against_plan = AgainstPlan(planned, config.training.global_batch_size, context.device)
+        return _fit(stage, config, context, stop, heart, owner, against_plan)
 
 
 def _fit(
     stage: Stage,
     config: RunConfig,
-    layout: Layout,
+    context: ParallelContext,
     stop: StopRequest,
     heart: Heartbeat,
     owner: RunOwner | None,
@@ -93,22 +93,22 @@ def _fit(
     heldout = None
     if config.data.heldout:
         heldout = stop.run_alone(lambda: stage.build_dataset("heldout"))
-    if stop.agreed(layout.device):
+    if stop.agreed(context.device):
         return False
     assert data is not None  # only a stop leaves it out
     # What is trained: from the newest checkpoint, else from the stage's initial weights.
     heart.at(0, "model")
     # Before the model is built: a run that is resumed need not read the weights it began from.
-    resume_from = newest_checkpoint(config, layout)
-    trained = build_trained(stage, config, layout, takes_initial_weights=resume_from is None)
+    resume_from = newest_checkpoint(config, context)
+    trained = build_trained(stage, config, context, takes_initial_weights=resume_from is None)
     chunks, optimizer, scheduler = trained.chunks, trained.optimizer, trained.scheduler
     # It wraps the end of the backward passes, which `build_trained` has connected.
-    stragglers = Stragglers(chunks, layout, config.logging.log_interval)
-    trace = DecoderTrace(config, layout, chunks, optimizer, stage.remote_score)
+    stragglers = Stragglers(chunks, context, config.logging.log_interval)
+    trace = DecoderTrace(config, context, chunks, optimizer, stage.remote_score)
 
     checkpointer = Checkpointer(
         config,
-        layout,
+        context,
         trained.modules,
         optimizer,
         scheduler,
@@ -117,25 +117,25 @@ def _fit(
     )
     progress, resumed = Progress(), None
     if resume_from is not None:
-        resumed = resume(checkpointer, layout, resume_from)
+        resumed = resume(checkpointer, context, resume_from)
         progress = resumed.progress
 
     # What is told. Files of an earlier start are cut back to the checkpoint, so this comes after
     # it is known which one could be read.
-    writes = layout.rank == 0
+    writes = context.rank == 0
     if writes:
         output_folder(config).mkdir(parents=True, exist_ok=True)
         write_text(output_folder(config) / CONFIG_FILE, to_yaml(config), only_writer=True)
     display = ProgressDisplay(config, progress.iteration, enabled=writes)
     metrics = MetricsWriter(config, progress.iteration, enabled=writes)
     announce(display, resumed, trained.modules)
-    feed = BatchFeed(data, config, layout, start_sample=progress.consumed_train_samples)
+    feed = BatchFeed(data, config, context, start_sample=progress.consumed_train_samples)
     iterators = feed.chunk_iterators(len(chunks))
-    reporter = Reporter(layout, stage.remote_score)
+    reporter = Reporter(context, stage.remote_score)
     for chunk in chunks:
         chunk.train()
 
-    evaluations = Evaluations(stage, config, layout, chunks, heldout, metrics, display, stop)
+    evaluations = Evaluations(stage, config, context, chunks, heldout, metrics, display, stop)
     stopping, saved = False, progress.iteration
 
     def save() -> None:
@@ -153,7 +153,7 @@ def _fit(
             stopping = not evaluations.run(progress.iteration)
         if progress.iteration < config.training.train_iters and not stopping:
             stop.run_alone(feed.prepare)
-            stopping = stop.agreed(layout.device)
+            stopping = stop.agreed(context.device)
         if stopping:
             display.say(f"asked to stop: still at iteration {progress.iteration}, nothing to save")
             return False
@@ -162,12 +162,12 @@ def _fit(
             started = time.perf_counter()
             stragglers.start()
             # Only where an iteration can be taken back: without score ranks none is.
-            before = rng_state() if layout.num_score_ranks else {}
+            before = rng_state() if context.num_score_ranks else {}
             # Before the update: the first takes iteration 1's rate and not the warm-up's zero.
             scheduler.step(1)
             with trace.over(progress.iteration + 1, iterators) as batches:
                 update = train_step(
-                    *(stage, config, layout, chunks, optimizer, feed, batches, reporter),
+                    *(stage, config, context, chunks, optimizer, feed, batches, reporter),
                     trained.average,
                 )
             if update.totals.score.unanswered:
@@ -193,7 +193,7 @@ def _fit(
                 bad_samples=progress.bad_samples,
                 lr=scheduler.get_lr({}),
                 seconds=seconds,
-                layout=layout,
+                context=context,
             )
             record |= stragglers.report(progress.iteration)
             metrics.iteration(record)
@@ -210,7 +210,7 @@ def _fit(
             # time that a signal leaves is for saving, and an evaluation can be made up for.
             checkpointer.poll()
             note_trace(display, config, trace.write(only_all=True))
-            stopping = stop.agreed(layout.device)
+            stopping = stop.agreed(context.device)
             heart.at(progress.iteration, "evaluation")
             if not stopping and evaluations.is_due(progress.iteration):
                 stopping = not evaluations.run(progress.iteration)

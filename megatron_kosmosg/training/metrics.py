@@ -17,7 +17,7 @@ from megatron_kosmosg.config.paths import METRICS_FILE, output_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.files import open_itself, write_text
 from megatron_kosmosg.monitoring.trackers import Tracker, open_trackers
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.training.stage import Probe, Stage
 from megatron_kosmosg.training.step import Update
 
@@ -32,7 +32,7 @@ def iteration_record(
     bad_samples: int,
     lr: float,
     seconds: float,
-    layout: Layout,
+    context: ParallelContext,
 ) -> dict[str, float | None]:
     """The line of one iteration.
 
@@ -48,7 +48,7 @@ def iteration_record(
     """
     totals = update.totals
     flops = stage.flops_per_iteration(totals.work.tokens, totals.work.images, totals.work.rows)
-    tflops = flops / seconds / layout.num_devices / 1e12
+    tflops = flops / seconds / context.num_devices / 1e12
     record = {
         "iteration": iteration,
         **{name: _finite(value) for name, value in totals.losses.items()},
@@ -63,14 +63,14 @@ def iteration_record(
         "consumed_train_samples": consumed_train_samples,
         "bad_samples": bad_samples,
     }
-    if layout.num_score_ranks:
+    if context.num_score_ranks:
         score = totals.score
-        record["decoder_idle"] = score.waited / layout.dp_size / seconds
+        record["decoder_idle"] = score.waited / context.dp_size / seconds
         # Others may have joined, and some may be gone.
-        working = max(1.0, score.ranks / layout.dp_size)
+        working = max(1.0, score.ranks / context.dp_size)
         record["score_idle"] = min(1.0, score.idle / working / seconds)
         record["link_mib"] = score.num_bytes / 2**20
-        record["score_ranks"] = score.ranks / layout.dp_size
+        record["score_ranks"] = score.ranks / context.dp_size
         record["score_queue"] = score.queued
         record["score_latency"] = score.latency
     return record

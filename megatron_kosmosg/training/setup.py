@@ -16,7 +16,7 @@ from megatron_kosmosg.checkpoint.weight_average import WeightAverage
 from megatron_kosmosg.checkpoint.weights import load_weights
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.training.optimizer import build_lr_scheduler, build_optimizer
 from megatron_kosmosg.training.stage import Stage
 from megatron_kosmosg.training.step import connect
@@ -37,21 +37,21 @@ class Trained:
 
 
 def build_trained(
-    stage: Stage, config: RunConfig, layout: Layout, *, takes_initial_weights: bool
+    stage: Stage, config: RunConfig, context: ParallelContext, *, takes_initial_weights: bool
 ) -> Trained:
     """Collective over all ranks. takes_initial_weights: False for a run that is resumed, whose
     checkpoint fills the model afterwards."""
-    modules = stage.build_model(layout)
+    modules = stage.build_model(context)
     _check_chunks(config, modules)
     if takes_initial_weights:
-        _take_initial_weights(stage, modules, layout)
+        _take_initial_weights(stage, modules, context)
     chunks = wrap_model(modules, config)
     optimizer = build_optimizer(config, chunks)
     scheduler = build_lr_scheduler(config, optimizer)
     connect(chunks, optimizer, stage.remote_score)
     average, decay = None, config.optimizer.ema_decay
     if decay:
-        average = WeightAverage(decay, modules, optimizer, layout.dp_group)
+        average = WeightAverage(decay, modules, optimizer, context.dp_group)
     return Trained(modules, chunks, optimizer, scheduler, average)
 
 
@@ -64,14 +64,16 @@ def _check_chunks(config: RunConfig, modules: list[torch.nn.Module]) -> None:
         )
 
 
-def _take_initial_weights(stage: Stage, modules: list[torch.nn.Module], layout: Layout) -> None:
+def _take_initial_weights(
+    stage: Stage, modules: list[torch.nn.Module], context: ParallelContext
+) -> None:
     initial = stage.initial_weights()
     if initial is not None:
         source = find_checkpoint(Path(initial.path))
         load_weights(
             source,
             modules,
-            checkpoint_metadata(layout),
+            checkpoint_metadata(context),
             initial.absent,
             initial.unused,
             initial.stage,

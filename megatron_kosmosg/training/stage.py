@@ -14,7 +14,7 @@ from PIL import Image
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.samples import StreamDataset
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.score.remote import RemoteScore
 
 LossFunction = Callable[..., tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
@@ -57,7 +57,7 @@ class Stage(Protocol):
     remote_score: RemoteScore | None
     """The ranks that answer this rank's losses, where others do: a pass waits for all answers."""
 
-    def build_model(self, layout: Layout) -> list[torch.nn.Module]:
+    def build_model(self, context: ParallelContext) -> list[torch.nn.Module]:
         """Model chunks of this rank, fp32, on `layout.device`; `requires_grad` is decided here."""
         ...
 

@@ -19,7 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_kosmosg.checkpoint.weight_average import WeightAverage
 from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.parallel.transfers import upload_numbers
 from megatron_kosmosg.score.remote import RemoteScore, ScoreWork
 from megatron_kosmosg.score.schedule import forward_backward_function
@@ -95,10 +95,10 @@ def connect(
 class Reporter:
     """Sums losses, work and waiting time over ranks; loss names are exchanged once."""
 
-    def __init__(self, layout: Layout, remote_score: RemoteScore | None = None) -> None:
+    def __init__(self, context: ParallelContext, remote_score: RemoteScore | None = None) -> None:
         """Begins with no sums. `remote_score` is the stage's, which counts what passed over the
         links to score ranks."""
-        self._layout, self._remote_score = layout, remote_score
+        self._context, self._remote_score = context, remote_score
         self._names: list[str] | None = None
 
     def totals(
@@ -113,18 +113,18 @@ class Reporter:
         losses: what the micro-batches of the last stage reported, else empty. A value is [sum,
         count]; equal on the tensor-parallel ranks of a replica. beside: scalar on the device.
         """
-        layout = self._layout
+        context = self._context
         # Stages before the last report no losses, but the vector has to be as long on every rank.
         if self._names is None:
-            gathered: list[list[str]] = [[] for _ in range(layout.world_size)]
+            gathered: list[list[str]] = [[] for _ in range(context.world_size)]
             dist.all_gather_object(gathered, list(losses[0]) if losses else [])
             self._names = next(names for names in gathered if names)
-        work, wait, loads = feed.pop_work(), feed.pop_wait(), layout.tp_rank == 0
+        work, wait, loads = feed.pop_work(), feed.pop_wait(), context.tp_rank == 0
         remote = self._remote_score
         score = ScoreWork() if remote is None else remote.pop_work()
         # One rank of each replica counts its work; bad targets are seen where the loss is.
-        speaks_for_input = loads and layout.pp_rank == 0
-        speaks_for_loss = loads and layout.is_last_stage
+        speaks_for_input = loads and context.pp_rank == 0
+        speaks_for_loss = loads and context.is_last_stage
         values = [0.0] * (2 * len(self._names)) + [
             float(work.tokens) if speaks_for_input else 0.0,
             float(work.padding) if speaks_for_input else 0.0,
@@ -141,8 +141,8 @@ class Reporter:
             float(score.queued),
             score.latency,
         ]
-        vector = upload_numbers(values, torch.float64, layout.device)
-        if layout.tp_rank == 0:
+        vector = upload_numbers(values, torch.float64, context.device)
+        if context.tp_rank == 0:
             for reported in losses:
                 pairs = torch.cat([reported[name].detach().view(2) for name in self._names])
                 vector[: pairs.numel()] += pairs.to(vector)
@@ -162,7 +162,7 @@ class Reporter:
         *done, wait, loaders, waited, num_bytes, bad_samples = numbers[2 * len(means) : -5]
         idle, unanswered, ranks, queued, latency = numbers[-5:]
         counts = map(int, (num_bytes, bad_samples, unanswered, ranks, queued))
-        score = ScoreWork(waited, idle, *counts, latency / layout.dp_size)
+        score = ScoreWork(waited, idle, *counts, latency / context.dp_size)
         work = Work(*map(int, (*done, bad_samples)))
         return Totals(means, work, wait / loaders, score), known
 
@@ -170,7 +170,7 @@ class Reporter:
 def train_step(
     stage: Stage,
     config: RunConfig,
-    layout: Layout,
+    context: ParallelContext,
     chunks: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     feed: BatchFeed,
@@ -190,10 +190,10 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    losses = _run_schedule(stage, config, layout, chunks, iterators, forward_only=False)
+    losses = _run_schedule(stage, config, context, chunks, iterators, forward_only=False)
     # The norm is begun on the device before anything is read from it, so that the host waits once:
     # in `totals`, which brings the norm along. In fp16 this also unscales the gradients.
-    squares = squared_gradient_norm(optimizer, layout.device)
+    squares = squared_gradient_norm(optimizer, context.device)
     totals, squared_norm = reporter.totals(losses, feed, squares)
     grad_norm = squared_norm**0.5
     # Gradients are incomplete without an answer; all ranks know it from the sum, and leave alike.
@@ -209,33 +209,33 @@ def train_step(
 def forward_losses(
     stage: Stage,
     config: RunConfig,
-    layout: Layout,
+    context: ParallelContext,
     chunks: list[DistributedDataParallel],
     feed: BatchFeed,
     iterators: list[Iterator[Batch]],
     reporter: Reporter,
 ) -> Totals:
     """The totals of a pass over one global batch without gradients."""
-    losses = _run_schedule(stage, config, layout, chunks, iterators, forward_only=True)
+    losses = _run_schedule(stage, config, context, chunks, iterators, forward_only=True)
     return reporter.totals(losses, feed)[0]
 
 
 def _run_schedule(
     stage: Stage,
     config: RunConfig,
-    layout: Layout,
+    context: ParallelContext,
     chunks: list[DistributedDataParallel],
     iterators: list[Iterator[Batch]],
     *,
     forward_only: bool,
 ) -> list[dict[str, torch.Tensor]]:
     single = len(chunks) == 1
-    run = forward_backward_function(config, layout, forward_only=forward_only)
+    run = forward_backward_function(config, context, forward_only=forward_only)
     losses = run(
         forward_step_func=stage.forward_step,
         data_iterator=iterators[0] if single else iterators,
         model=chunks[0] if single else chunks,
-        num_microbatches=num_microbatches(config, layout.dp_size),
+        num_microbatches=num_microbatches(config, context.dp_size),
         seq_length=config.data.seq_length,
         micro_batch_size=config.training.micro_batch_size,
         forward_only=forward_only,

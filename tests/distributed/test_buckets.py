@@ -21,15 +21,15 @@ OWN_BUCKETS = ("resampler.latent_query", "decoder.final_layernorm.bias")
 
 def saved_main_parameters(config) -> tuple[int, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """(elements of padding between buckets, {parameter: (its value, the saved fp32 one)})."""
-    layout = platform.initialize(config)
+    context = platform.initialize(config)
     try:
-        bare = build_stage(config, layout).build_model(layout)
+        bare = build_stage(config, context).build_model(context)
         named = dict(bare[0].named_parameters())
         for name in OWN_BUCKETS:
             named[name].shared_embedding = True
         chunks = wrap_model(bare, config)
         optimizer = build_optimizer(config, chunks)
-        metadata = checkpoint_metadata(layout)
+        metadata = checkpoint_metadata(context)
         state = model_state(unwrap_model(chunks), metadata)["model0"]
         saved = optimizer.sharded_state_dict(state, is_loading=False, metadata=metadata)
         # All layers of the decoder have one key; the offset tells them apart.

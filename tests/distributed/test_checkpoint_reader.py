@@ -20,9 +20,9 @@ from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from megatron_kosmosg.conversion.checkpoint_writer import model_tensors, write_checkpoint
 from megatron_kosmosg.conversion.stored_names import EMBEDDING
 from megatron_kosmosg.conversion.tensors import InMemory, TensorSource
-from megatron_kosmosg.inference.trained_model import one_process
+from megatron_kosmosg.inference.trained_model import single_process
 from megatron_kosmosg.parallel import platform
-from megatron_kosmosg.parallel.layout import lone_layout
+from megatron_kosmosg.parallel.context import single_process_context
 from tests.support.layout_case import Case, build
 from tests.support.ranks import run_ranks
 from tests.support.shares import Share, parameters, whole
@@ -32,10 +32,10 @@ PARTS = {"output_head": False, "aligner_parts": ("M", "N")}
 
 def save(case: Case, folder: str) -> None:
     """The freshly built model, and something that is none of its weights."""
-    layout = platform.initialize(case.config())
-    state = build(case, layout).sharded_state_dict()
+    context = platform.initialize(case.config())
+    state = build(case, context).sharded_state_dict()
     extra = ShardedTensor.from_rank_offsets(
-        "optimizer.state.exp_avg", torch.ones(3), replica_id=layout.rank
+        "optimizer.state.exp_avg", torch.ones(3), replica_id=context.rank
     )
     dist_checkpointing.save({"model": state, "optimizer": extra}, folder)
     platform.teardown()
@@ -61,8 +61,8 @@ def checkpoint(tmp_path_factory) -> Path:
 def wanted(tmp_path_factory) -> dict[str, torch.Tensor]:
     """The same model on one rank: initial weights do not depend on the layout."""
     case = Case(**PARTS)
-    with one_process(case.config()) as layout:
-        state = build(case, layout).state_dict()
+    with single_process(case.config()) as context:
+        state = build(case, context).state_dict()
     state[EMBEDDING] = state[EMBEDDING][: case.config().model.vocab_size]
     return {name: t.clone() for name, t in state.items() if not name.endswith("_extra_state")}
 
@@ -95,9 +95,9 @@ def test_what_is_written_loads_like_any_checkpoint(tmp_path: Path, wanted) -> No
     changed = dataclasses.replace(
         config, training=dataclasses.replace(config.training, seed=99)
     )  # other initial weights
-    with one_process(changed) as layout:
-        model = build(case, layout)
-        load_weights(path, [model], checkpoint_metadata(layout), stage="align")
+    with single_process(changed) as context:
+        model = build(case, context)
+        load_weights(path, [model], checkpoint_metadata(context), stage="align")
         for name, value in model.state_dict().items():
             if name in wanted:
                 assert torch.equal(value[: len(wanted[name])], wanted[name]), name
@@ -105,10 +105,10 @@ def test_what_is_written_loads_like_any_checkpoint(tmp_path: Path, wanted) -> No
 
 def load(case: Case, folder: str) -> Share:
     """This rank's parameters after loading the checkpoint."""
-    layout = platform.initialize(case.config())
-    model = build(case, layout)
-    load_weights(Path(folder), [model], checkpoint_metadata(layout))
-    share = parameters(model, layout)
+    context = platform.initialize(case.config())
+    model = build(case, context)
+    load_weights(Path(folder), [model], checkpoint_metadata(context))
+    share = parameters(model, context)
     platform.teardown()
     return share
 
@@ -127,7 +127,7 @@ def test_what_is_written_loads_on_several_ranks(tmp_path: Path, wanted) -> None:
 def test_weights_alone_are_no_run_to_continue(tmp_path: Path, wanted) -> None:
     config = align_config(Case(**PARTS), tmp_path)
     path = write_checkpoint(tmp_path / "new", config, InMemory(wanted))
-    checkpointer = Checkpointer(config, lone_layout("cpu"), [], None, None, {})
+    checkpointer = Checkpointer(config, single_process_context("cpu"), [], None, None, {})
     with pytest.raises(ConfigError, match=f"set checkpoint.load={tmp_path / 'new'}"):
         checkpointer.resume(path)
 

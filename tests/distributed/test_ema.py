@@ -81,13 +81,13 @@ def expected(folder: Path, start: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 @pytest.fixture(scope="module")
-def one_rank(stable_diffusion, tmp_path_factory):
+def single_process(stable_diffusion, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     return folder, *train(stable_diffusion, folder, save_interval=1)
 
 
-def test_the_average_is_what_its_definition_says(one_rank):
-    folder, _, start = one_rank
+def test_the_average_is_what_its_definition_says(single_process):
+    folder, _, start = single_process
     found, wanted = averages(folder), expected(folder, start)
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -99,8 +99,10 @@ def test_the_average_is_what_its_definition_says(one_rank):
         assert not np.allclose(found[name], source.read(name).numpy(), atol=1e-6), name
 
 
-def test_training_is_the_same_without_and_no_average_is_kept(one_rank, stable_diffusion, tmp_path):
-    folder, losses, _ = one_rank
+def test_training_is_the_same_without_and_no_average_is_kept(
+    single_process, stable_diffusion, tmp_path
+):
+    folder, losses, _ = single_process
     without, _ = train(stable_diffusion, tmp_path, decay=0.0)
     assert without == losses
     one, other = CheckpointTensors(folder), CheckpointTensors(tmp_path)
@@ -112,16 +114,16 @@ def test_training_is_the_same_without_and_no_average_is_kept(one_rank, stable_di
     assert not (tmp_path / "out").exists()
 
 
-def test_a_resumed_average_is_exactly_the_unbroken_one(one_rank, stable_diffusion, tmp_path):
-    folder, _, _ = one_rank
+def test_a_resumed_average_is_exactly_the_unbroken_one(single_process, stable_diffusion, tmp_path):
+    folder, _, _ = single_process
     train(stable_diffusion, tmp_path, until=2)
     train(stable_diffusion, tmp_path)
     found, wanted = averages(tmp_path), averages(folder)
     assert all(np.array_equal(found[name], value) for name, value in wanted.items())
 
 
-def test_any_layout_takes_back_what_another_saved(one_rank, stable_diffusion, tmp_path):
-    folder, _, start = one_rank
+def test_any_layout_takes_back_what_another_saved(single_process, stable_diffusion, tmp_path):
+    folder, _, start = single_process
     train(stable_diffusion, tmp_path, 2, until=2, parallel=TP2)
     train(stable_diffusion, tmp_path, 2, until=4, parallel=DP2)
     train(stable_diffusion, tmp_path, 2, parallel=PP2)
@@ -163,8 +165,10 @@ def test_a_run_may_begin_and_end_its_average_anywhere(stable_diffusion, tmp_path
         CheckpointTensors(tmp_path, ema=True)
 
 
-def test_exports_take_the_averages_of_weights_and_of_adapters(one_rank, stable_diffusion, tmp_path):
-    folder, _, _ = one_rank
+def test_exports_take_the_averages_of_weights_and_of_adapters(
+    single_process, stable_diffusion, tmp_path
+):
+    folder, _, _ = single_process
     source = CheckpointTensors(folder, ema=True)
     export_hf(folder, stable_diffusion, tmp_path / "averaged", ema=True)
     import_hf(tmp_path / "averaged", tmp_path / "back")

@@ -50,13 +50,13 @@ class Prompts:
 
 def sheet(config: RunConfig) -> np.ndarray | None:
     """The sheet's pixels on the rank that draws."""
-    layout = platform.initialize(config)
+    context = platform.initialize(config)
     try:
-        stage = InstructStage(config, layout)
-        chunks = wrap_model(stage.build_model(layout), config)
+        stage = InstructStage(config, context)
+        chunks = wrap_model(stage.build_model(context), config)
         for chunk in chunks:
             chunk.eval()
-        drawn = held_out_images(config, layout, stage._draw, Prompts(), chunks)
+        drawn = held_out_images(config, context, stage._draw, Prompts(), chunks)
         return np.asarray(drawn.images["held_out_prompts"]) if drawn.images else None
     finally:
         platform.teardown()

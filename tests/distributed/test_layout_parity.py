@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 
-from tests.support.layout_case import Case, on_one_rank, train_step
+from tests.support.layout_case import Case, single_process_config, train_step
 from tests.support.ranks import run_ranks
 from tests.support.shares import whole
 
@@ -62,7 +62,7 @@ def reference(case: Case) -> dict:
 @pytest.mark.parametrize("name", CASES)
 def test_layout_changes_nothing(name: str) -> None:
     num_ranks, case = CASES[name]
-    expected = reference(on_one_rank(case))
+    expected = reference(single_process_config(case))
     results = run_ranks(num_ranks, train_step, case)
 
     losses = {r["dp_rank"]: r["loss"] for r in results if r["loss"] is not None}

@@ -132,7 +132,7 @@ def stable_diffusion(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_rank(stable_diffusion, tmp_path_factory):
+def single_process(stable_diffusion, tmp_path_factory):
     known = {}
 
     def compute(stage: str, precision: str):
@@ -147,11 +147,13 @@ def one_rank(stable_diffusion, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_ten_iterations_equal_those_of_one_rank(stage, name, one_rank, stable_diffusion, tmp_path):
+def test_ten_iterations_equal_those_of_one_rank(
+    stage, name, single_process, stable_diffusion, tmp_path
+):
     row = ROWS[name]
     if row.score and stage != "instruct":
         pytest.skip("this stage has no score ranks")
-    expected = one_rank(stage, row.precision)
+    expected = single_process(stage, row.precision)
     found = run(stage, stable_diffusion, tmp_path, row)
     apart = difference(found, expected, tolerance=1e-6)
     bound = BOUNDS[row.precision]
@@ -163,10 +165,12 @@ def test_ten_iterations_equal_those_of_one_rank(stage, name, one_rank, stable_di
         assert np.abs(drawn.astype(int) - expected[1][0].sheet).max() <= 2
 
 
-def test_fp16_skips_updates_and_its_loss_scale_moves(one_rank):
+def test_fp16_skips_updates_and_its_loss_scale_moves(single_process):
     """What the rows of fp16 are compared with has updates left out at the start, and made later."""
     for stage in STAGES:
-        norms = [line["grad_norm"] for line in one_rank(stage, "fp16")[0] if "grad_norm" in line]
+        norms = [
+            line["grad_norm"] for line in single_process(stage, "fp16")[0] if "grad_norm" in line
+        ]
         assert norms[0] is None and norms[-4:] != [None] * 4
 
 
@@ -178,11 +182,11 @@ def test_fp16_skips_updates_and_its_loss_scale_moves(one_rank):
     ],
 )
 def test_bounds_of_low_precision_notice_a_missing_exchange(
-    name, defect, one_rank, stable_diffusion, tmp_path
+    name, defect, single_process, stable_diffusion, tmp_path
 ):
     row = ROWS[name]
     found = run("pretrain", stable_diffusion, tmp_path, row, defect)
-    apart = difference(found, one_rank("pretrain", row.precision), tolerance=1e9)
+    apart = difference(found, single_process("pretrain", row.precision), tolerance=1e9)
     bound = BOUNDS[row.precision]
     assert apart.update > bound.update and apart.grad_norm > bound.grad_norm, apart
 
@@ -195,13 +199,13 @@ def test_bounds_of_low_precision_notice_a_missing_exchange(
     ],
 )
 def test_checkpoints_do_not_know_of_interleaving(
-    stage, first, then, one_rank, stable_diffusion, tmp_path
+    stage, first, then, single_process, stable_diffusion, tmp_path
 ):
     """Half of the iterations on one layout, the others on another: the numbers of one rank."""
     half = dataclasses.replace(first, training={"train_iters": ITERATIONS // 2})
     run(stage, stable_diffusion, tmp_path, half)
     lines, ran = run(stage, stable_diffusion, tmp_path, then)
-    expected = one_rank(stage, "fp32")
+    expected = single_process(stage, "fp32")
     losses = {line["iteration"]: line["loss"] for line in lines if "loss" in line}
     for line in expected[0]:
         if "loss" in line:

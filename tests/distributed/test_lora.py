@@ -75,7 +75,7 @@ def train(stable_diffusion, folder, ranks, parallel, recompute="none", iteration
 
 
 @pytest.fixture(scope="module")
-def one_rank(stable_diffusion, tmp_path_factory):
+def single_process(stable_diffusion, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     return folder, *train(stable_diffusion, folder, 1, {})
 
@@ -87,8 +87,8 @@ def apart(found: dict, expected: dict, start: dict) -> float:
     return float(np.sqrt(off / way))
 
 
-def test_adapters_and_the_aligner_train_and_nothing_else(one_rank):
-    _, losses, before, after = one_rank
+def test_adapters_and_the_aligner_train_and_nothing_else(single_process):
+    _, losses, before, after = single_process
     moved = {name for name, value in before.items() if not np.array_equal(value, after[name])}
     adapters = {name for name in before if name.endswith(ADAPTERS)}
     assert len(adapters) == 3 * 4 * 2
@@ -98,17 +98,17 @@ def test_adapters_and_the_aligner_train_and_nothing_else(one_rank):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_learns_what_one_rank_does(name, one_rank, stable_diffusion, tmp_path):
+def test_every_layout_learns_what_one_rank_does(name, single_process, stable_diffusion, tmp_path):
     ranks, parallel, recompute = LAYOUTS[name]
     losses, before, after = train(stable_diffusion, tmp_path, ranks, parallel, recompute)
-    _, expected_losses, start, end = one_rank
+    _, expected_losses, start, end = single_process
     assert all(np.array_equal(before[each], value) for each, value in start.items())
     assert losses == pytest.approx(expected_losses, rel=BOUNDS["fp32"].loss)
     assert apart(after, end, start) <= BOUNDS["fp32"].update
 
 
-def test_a_run_goes_on_exactly_and_on_another_layout(one_rank, stable_diffusion, tmp_path):
-    _, expected_losses, start, end = one_rank
+def test_a_run_goes_on_exactly_and_on_another_layout(single_process, stable_diffusion, tmp_path):
+    _, expected_losses, start, end = single_process
     half = ITERATIONS // 2
     train(stable_diffusion, tmp_path / "same", 1, {}, iterations=half)
     losses, _, after = train(stable_diffusion, tmp_path / "same", 1, {})
@@ -120,8 +120,8 @@ def test_a_run_goes_on_exactly_and_on_another_layout(one_rank, stable_diffusion,
     assert apart(after, end, start) <= BOUNDS["fp32"].update
 
 
-def test_a_trained_checkpoint_reads_as_the_merged_weights(one_rank):
-    folder, _, _, after = one_rank
+def test_a_trained_checkpoint_reads_as_the_merged_weights(single_process):
+    folder, _, _, after = single_process
     source = CheckpointTensors(folder)
     assert not [name for name in source.names() if name.endswith(ADAPTERS)]
     for module in source.adapted():

@@ -30,12 +30,12 @@ def sharded(tp: int, mean: float, dtype: torch.dtype) -> dict[str, np.ndarray]:
         stage="pretrain",
         parallel=ParallelConfig(tensor_model_parallel_size=tp, timeout_seconds=60),
     )
-    layout = platform.initialize(config)
+    context = platform.initialize(config)
     x, weight, bias, grad = (
-        t.chunk(tp, dim=-1)[layout.tp_rank].contiguous() for t in _inputs(mean)
+        t.chunk(tp, dim=-1)[context.tp_rank].contiguous() for t in _inputs(mean)
     )
     sizes = SimpleNamespace(layernorm_epsilon=1e-5, params_dtype=dtype)
-    norm = ShardedLayerNorm(sizes, WIDTH, layout.tp_group)
+    norm = ShardedLayerNorm(sizes, WIDTH, context.tp_group)
     with torch.no_grad():
         norm.weight.copy_(weight)
         norm.bias.copy_(bias)

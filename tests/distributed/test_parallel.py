@@ -36,15 +36,15 @@ def _config(tp: int = 1, pp: int = 1, timeout: int = 60) -> RunConfig:
 
 def rows_gradient(num_rows: int, tp: int) -> tuple[float, list, slice]:
     """Loss and gradient of rows that are scored by the rank that owns them."""
-    layout = platform.initialize(_config(tp))
+    context = platform.initialize(_config(tp))
     x = torch.arange(num_rows * 2.0).view(num_rows, 2).requires_grad_()
     weights = torch.arange(1.0, num_rows + 1)
-    share = take_rows(x * 3, layout)
-    part = (share.square().sum(dim=1) * weights[row_range(num_rows, layout)]).sum()
-    loss = sum_over_tensor_ranks(part, layout)
+    share = take_rows(x * 3, context)
+    part = (share.square().sum(dim=1) * weights[row_range(num_rows, context)]).sum()
+    loss = sum_over_tensor_ranks(part, context)
     loss.backward()
     platform.teardown()
-    return loss.item(), x.grad.tolist(), row_range(num_rows, layout)
+    return loss.item(), x.grad.tolist(), row_range(num_rows, context)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8])
@@ -64,17 +64,17 @@ def test_split_rows_have_the_gradient_of_all_rows_on_every_rank(num_rows: int, t
 
 def broadcast(tp: int, pp: int) -> dict[str, list]:
     """The batch as this rank receives it; its loader gives the pipeline rank's number."""
-    layout = platform.initialize(_config(tp, pp))
+    context = platform.initialize(_config(tp, pp))
     batch = None
-    if layout.tp_rank == 0:
+    if context.tp_rank == 0:
         batch = {
-            "ids": torch.full((2, 3), layout.pp_rank),
+            "ids": torch.full((2, 3), context.pp_rank),
             "mask": torch.tensor([[True, False, True]]),
             "none": torch.zeros(0, 3, 4, 4),
             "half": torch.ones(2, dtype=torch.bfloat16) * 1.5,
             "strided": torch.arange(6.0).view(2, 3).T,
         }
-    received = broadcast_batch(batch, layout)
+    received = broadcast_batch(batch, context)
     platform.teardown()
     assert received["mask"].dtype == torch.bool and received["half"].dtype == torch.bfloat16
     assert received["none"].shape == (0, 3, 4, 4)
@@ -113,11 +113,11 @@ def dropped(tp: int, sequence_parallel: bool, recompute: str) -> list[float]:
     """Gradient norm of a training forward with dropout, twice from the same seeds."""
     case = Case(tp=tp, sequence_parallel=sequence_parallel, recompute=recompute)
     config = _with_dropout(case.config(), 0.3)
-    layout = platform.initialize(config)
-    model = KosmosG(config, layout, output_head=False)
+    context = platform.initialize(config)
+    model = KosmosG(config, context, output_head=False)
     norms = []
     for seed in (3, 3, 4):
-        set_seeds(seed, layout)
+        set_seeds(seed, context)
         batch = micro_batch(0)
         output = model(
             batch["tokens"], batch["image_mask"], batch["padding_mask"], batch["pixel_values"]
@@ -149,8 +149,8 @@ def test_dropout_is_reproducible_and_recompute_repeats_it(sequence_parallel: boo
 def too_many_images() -> str:
     """The error of a batch with more images than slots."""
     case = Case()
-    layout = platform.initialize(case.config())
-    model = build(case, layout)
+    context = platform.initialize(case.config())
+    model = build(case, context)
     batch = micro_batch(0)
     images = torch.cat([batch["pixel_values"]] * 2)
     try:
@@ -177,11 +177,11 @@ def test_indivisible_world_is_an_error_on_every_rank() -> None:
 
 def one_fails() -> None:
     """Rank 1 raises, rank 0 waits for it in a collective."""
-    layout = platform.initialize(_config(tp=2, timeout=5))
+    context = platform.initialize(_config(tp=2, timeout=5))
     try:
-        if layout.tp_rank == 1:
+        if context.tp_rank == 1:
             raise ArithmeticError("this rank's own trouble")
-        torch.distributed.all_reduce(torch.ones(1), group=layout.tp_group)
+        torch.distributed.all_reduce(torch.ones(1), group=context.tp_group)
     finally:
         platform.teardown()
 
@@ -196,20 +196,20 @@ def test_a_failing_rank_ends_the_others_within_the_timeout() -> None:
 def frozen_backward(pp: int) -> tuple[int, int]:
     """(parameters that train, gradients computed by the decoder's frozen linears) on this rank."""
     case = Case(pp=pp, aligner_parts=("M", "N"), frozen=True)
-    layout = platform.initialize(case.config())
-    model = build(case, layout)
+    context = platform.initialize(case.config())
+    model = build(case, context)
     calls = []
     for module in model.decoder.modules():
         if type(module).__name__ == "ColumnParallelLinear":
             module.register_full_backward_hook(lambda *args: calls.append(1))
-    if not layout.is_first_stage:
+    if not context.is_first_stage:
         model.set_input_tensor([torch.randn(15, 3, HIDDEN_SIZE, requires_grad=True)])
     batch = micro_batch(0)
     output = model(
         batch["tokens"], batch["image_mask"], batch["padding_mask"], batch["pixel_values"]
     )
     trains = sum(p.requires_grad for p in model.parameters())
-    if layout.is_last_stage:
+    if context.is_last_stage:
         output["reconstruction"].sum().backward()
         assert not model.input_tensor.grad.any()
     platform.teardown()

@@ -77,7 +77,7 @@ def gradients(
 
 
 @pytest.fixture(scope="module")
-def one_rank(stable_diffusion, tmp_path_factory):
+def single_process(stable_diffusion, tmp_path_factory):
     known = {}
 
     def compute(stage):
@@ -92,24 +92,26 @@ def one_rank(stable_diffusion, tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stage", TAILS)
 def test_loss_and_gradients_equal_those_of_one_rank(
-    stage, layout, one_rank, stable_diffusion, tmp_path
+    stage, layout, single_process, stable_diffusion, tmp_path
 ):
     found = gradients(stage, stable_diffusion, tmp_path, *LAYOUTS[layout])
-    check_equal(found, one_rank(stage))
+    check_equal(found, single_process(stage))
 
 
 @pytest.mark.parametrize("layout", PACKED_LAYOUTS)
-def test_packed_prompts_learn_the_same(layout, one_rank, stable_diffusion, tmp_path):
+def test_packed_prompts_learn_the_same(layout, single_process, stable_diffusion, tmp_path):
     found = gradients("instruct", stable_diffusion, tmp_path, *PACKED_LAYOUTS[layout], packs=True)
-    check_equal(found, one_rank("instruct"))
+    check_equal(found, single_process("instruct"))
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_packed_prompts_are_recomputed_packed(recompute, one_rank, stable_diffusion, tmp_path):
+def test_packed_prompts_are_recomputed_packed(
+    recompute, single_process, stable_diffusion, tmp_path
+):
     found = gradients(
         "instruct", stable_diffusion, tmp_path, 1, {}, packs=True, recompute=recompute
     )
-    check_equal(found, one_rank("instruct"))
+    check_equal(found, single_process("instruct"))
 
 
 @pytest.mark.parametrize("layout", PACKED_LAYOUTS)
@@ -120,11 +122,11 @@ def test_a_packed_caption_counts_as_it_does_alone(layout, alone, stable_diffusio
 
 
 @pytest.fixture(scope="module")
-def alone(stable_diffusion, tmp_path_factory, one_rank):
+def alone(stable_diffusion, tmp_path_factory, single_process):
     expected = gradients(
         "align", stable_diffusion, tmp_path_factory.mktemp("alone"), 1, {}, alone=True
     )
-    padded_loss, _ = one_rank("align")
+    padded_loss, _ = single_process("align")
     assert expected[0] != pytest.approx(padded_loss, rel=1e-3), "padding makes no difference"
     return expected
 
@@ -145,17 +147,17 @@ def check_equal(result, reference):
 
 
 @pytest.mark.parametrize("stage", TAILS)
-def test_exactly_the_named_parts_train(stage, one_rank):
-    _, found = one_rank(stage)
+def test_exactly_the_named_parts_train(stage, single_process):
+    _, found = single_process(stage)
     assert {key.split(".")[0] for key in found} == set(TRAINED[stage])
     silent = [key for key, gradient in found.items() if not gradient.any()]
     assert not silent, f"no gradient reaches {silent}"
 
 
 @pytest.mark.parametrize("stage", TAILS)
-def test_bf16_stays_near_fp32(stage, one_rank, stable_diffusion, tmp_path):
+def test_bf16_stays_near_fp32(stage, single_process, stable_diffusion, tmp_path):
     """The real stages in half precision: their outputs are half, their losses are not."""
-    expected_loss, expected = one_rank(stage)
+    expected_loss, expected = single_process(stage)
     loss, found = gradients(stage, stable_diffusion, tmp_path, *LAYOUTS["tp2"], precision="bf16")
     assert loss == pytest.approx(expected_loss, rel=5e-3)
     for key, wanted in expected.items():

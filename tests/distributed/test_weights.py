@@ -29,17 +29,17 @@ LAYOUTS = {
 
 def initial_weights(case: Case) -> dict:
     """This rank's freshly built parameters and the checkpoint keys with their whole shapes."""
-    layout = platform.initialize(case.config())
-    model = build(case, layout)
-    answer = _weights(model, layout)
+    context = platform.initialize(case.config())
+    model = build(case, context)
+    answer = _weights(model, context)
     platform.teardown()
     return answer
 
 
 def save(case: Case, folder: str) -> None:
     """Build, make every weight distinct from its initial value, save."""
-    layout = platform.initialize(case.config())
-    model = build(case, layout)
+    context = platform.initialize(case.config())
+    model = build(case, context)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5).add_(0.25)
@@ -49,18 +49,18 @@ def save(case: Case, folder: str) -> None:
 
 def load(case: Case, folder: str) -> dict:
     """This rank's parameters after loading what `save` wrote."""
-    layout = platform.initialize(case.config())
-    model = build(case, layout)
+    context = platform.initialize(case.config())
+    model = build(case, context)
     loaded = dist_checkpointing.load(model.sharded_state_dict(), folder)
     model.load_state_dict(loaded, strict=True)
-    answer = _weights(model, layout)
+    answer = _weights(model, context)
     platform.teardown()
     return answer
 
 
-def _weights(model, layout) -> dict:
+def _weights(model, context) -> dict:
     return {
-        "weights": parameters(model, layout),
+        "weights": parameters(model, context),
         "keys": {(value.key, value.global_shape) for value in model.sharded_state_dict().values()},
     }
 

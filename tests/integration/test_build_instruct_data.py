@@ -20,7 +20,7 @@ from PIL import Image
 from megatron_kosmosg.construction.records import ImageFormat
 from megatron_kosmosg.construction.run import BuildJob, Built, ModelSettings, build
 from megatron_kosmosg.files import fingerprint
-from megatron_kosmosg.launcher import ALONE, Place
+from megatron_kosmosg.launcher import ALONE, RankInfo
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
 from megatron_kosmosg.toy.captions import caption_parts, join_parts
@@ -161,9 +161,9 @@ def test_the_report_counts_and_the_sheet_shows(toy_output):
 
 def test_ranks_share_the_work_and_give_the_same_bytes(world, toy_output, tmp_path):
     asked = job(world, tmp_path / "out")
-    assert build(asked, Place(1, 2, 1), MODELS).report is None
+    assert build(asked, RankInfo(1, 2, 1), MODELS).report is None
     assert set(tars(tmp_path / "out")) == {"000001.tar"}
-    complete(build(asked, Place(0, 2, 0), MODELS))
+    complete(build(asked, RankInfo(0, 2, 0), MODELS))
     assert tars(tmp_path / "out") == tars(toy_output)
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(
         (toy_output / "report.json").read_text()

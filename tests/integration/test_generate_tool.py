@@ -31,7 +31,7 @@ from megatron_kosmosg.conversion.export_hf import export_hf
 from megatron_kosmosg.conversion.tensors import InMemory
 from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
 from megatron_kosmosg.inference.from_checkpoint import pipeline_from_checkpoint
-from megatron_kosmosg.inference.trained_model import TrainedModel, one_process
+from megatron_kosmosg.inference.trained_model import TrainedModel, single_process
 from megatron_kosmosg.toy import assets
 from tests.support.tiny_models import replace_section, tiny_config, write_stable_diffusion
 from tests.support.tiny_pipeline import prompt_image
@@ -163,8 +163,8 @@ def test_the_pipeline_of_a_checkpoint_has_the_trained_models_conditions(files):
     pipeline = pipeline_from_checkpoint(files / "run", files / "sd", torch.float32, cpu)
     found, null = pipeline.encode_prompt(prompts)
     config = tiny_config("instruct", files / "sd", files / "run")
-    with one_process(config) as layout:
-        wanted, wanted_null = TrainedModel(files / "run", layout).conditions(prompts)
+    with single_process(config) as context:
+        wanted, wanted_null = TrainedModel(files / "run", context).conditions(prompts)
     close = {"rtol": 0, "atol": 1e-5 * float(wanted.abs().max())}
     torch.testing.assert_close(found, wanted, **close)
     torch.testing.assert_close(null[:1], wanted_null, **close)

@@ -102,21 +102,21 @@ def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path, start):
 
 MEET = """
 import datetime, re
-from megatron_kosmosg.launcher import find_place
+from megatron_kosmosg.launcher import find_rank_info
 from megatron_kosmosg.parallel.rendezvous import connect, meet
-place, wait = find_place(), datetime.timedelta(seconds=60)
-store = meet(place, wait)
-store.set(f"rank {place.rank}", "here")
+rank_info, wait = find_rank_info(), datetime.timedelta(seconds=60)
+store = meet(rank_info, wait)
+store.set(f"rank {rank_info.rank}", "here")
 assert store.get("rank 0") == store.get("rank 1") == b"here"
-connect(place, wait).set("more", "1")
+connect(rank_info, wait).set("more", "1")
 hosts = set()
 for table in ("tcp", "tcp6"):
     for line in open(f"/proc/net/{table}").readlines()[1:]:
         local, state = line.split()[1], line.split()[3]
         host, port = local.split(":")
-        if state == "0A" and int(port, 16) == place.port: hosts.add(host)
+        if state == "0A" and int(port, 16) == rank_info.port: hosts.add(host)
 note(",".join(hosts))
-store.set(f"done {place.rank}", "1"); store.get("done 0"); store.get("done 1")
+store.set(f"done {rank_info.rank}", "1"); store.get("done 0"); store.get("done 1")
 """
 
 

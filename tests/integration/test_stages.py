@@ -55,12 +55,12 @@ class EndingStage:
 
 def train(config: RunConfig, forward_passes: int | None = None) -> None:
     """Trains on this rank; ends without a goodbye after `forward_passes`, if given."""
-    layout = platform.initialize(config)
+    context = platform.initialize(config)
     try:
-        stage = build_stage(config, layout)
+        stage = build_stage(config, context)
         if forward_passes is not None:
             stage = EndingStage(stage, forward_passes)
-        fit(stage, config, layout)
+        fit(stage, config, context)
     except Ended:
         pass
     finally:
@@ -153,7 +153,7 @@ def test_instruct_learns_the_same_from_cached_moments_and_from_balanced_batches(
 
 
 def test_a_checkpoint_of_the_wrong_stage_is_refused_by_name(uninterrupted, tmp_path):
-    previous, one_rank = uninterrupted / "pretrain", "parallel.tensor_model_parallel_size=1"
-    config = config_of("instruct", uninterrupted, tmp_path / "run", previous, one_rank)
+    previous, single_process = uninterrupted / "pretrain", "parallel.tensor_model_parallel_size=1"
+    config = config_of("instruct", uninterrupted, tmp_path / "run", previous, single_process)
     with pytest.raises(RuntimeError, match="pretrain.*align|align.*pretrain"):
         run_ranks(1, train, config, timeout=240)

@@ -46,9 +46,9 @@ def test_the_same_condition(kind: str, tmp_path) -> None:
     exported = exported_aligner(aligner_arguments(config))
     hidden = torch.randn(3, 11, config.model.decoder.hidden_size)
     padding_mask = torch.arange(11) >= torch.tensor(LENGTHS)[:, None]
-    layout = platform.initialize(config)
+    context = platform.initialize(config)
     try:
-        trained = build_aligner_m(config, layout.process_groups).eval()
+        trained = build_aligner_m(config, context.process_groups).eval()
         copy_weights(exported, trained, aligner)
         with torch.no_grad():
             expected, found = (m(hidden, padding_mask) for m in (trained, exported))

@@ -16,9 +16,9 @@ from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import FrozenFolder, RunConfig
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from megatron_kosmosg.conversion.import_fairseq import FairseqImport, import_fairseq
-from megatron_kosmosg.inference.trained_model import TrainedModel, one_process
+from megatron_kosmosg.inference.trained_model import TrainedModel, single_process
 from megatron_kosmosg.models.kosmosg import KosmosG
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.stages import build_stage, stage_facts
 from tests.support import authors_files as authors
 from tests.support.data_helpers import write_tokenizer
@@ -43,9 +43,9 @@ def imported(folder: Path, file: Path, **more) -> Path:
 def outputs(checkpoint: Path, golden: dict) -> tuple[RunConfig, dict[str, torch.Tensor]]:
     """What the model of the checkpoint gives for the golden inputs."""
     config = load_config(checkpoint / CONFIG_FILE, [])
-    with one_process(config) as layout:
-        model = _model(config, layout)
-        load_weights(checkpoint, [model], checkpoint_metadata(layout))
+    with single_process(config) as context:
+        model = _model(config, context)
+        load_weights(checkpoint, [model], checkpoint_metadata(context))
         given = golden["inputs"]
         with torch.no_grad():
             found = model(
@@ -57,10 +57,10 @@ def outputs(checkpoint: Path, golden: dict) -> tuple[RunConfig, dict[str, torch.
     return config, found | {"image_features": features.flatten(0, 1)}
 
 
-def _model(config: RunConfig, layout: Layout) -> KosmosG:
+def _model(config: RunConfig, context: ParallelContext) -> KosmosG:
     facts = stage_facts(config.stage)
     return KosmosG(
-        config, layout, output_head=facts.has_output_head, aligner_parts=facts.aligner_parts
+        config, context, output_head=facts.has_output_head, aligner_parts=facts.aligner_parts
     ).eval()
 
 
@@ -171,12 +171,12 @@ def test_the_next_stage_starts_from_an_imported_file(
     config = load_config(checkpoint / CONFIG_FILE, overrides)
     model_config = dataclasses.replace(config.model, diffusion=frozen, clip_text=frozen)
     config = dataclasses.replace(config, model=model_config)
-    with one_process(config) as layout:
-        stage = build_stage(config, layout)
-        chunks = stage.build_model(layout)
+    with single_process(config) as context:
+        stage = build_stage(config, context)
+        chunks = stage.build_model(context)
         initial = stage.initial_weights()
         load_weights(
-            checkpoint, chunks, checkpoint_metadata(layout),
+            checkpoint, chunks, checkpoint_metadata(context),
             initial.absent, initial.unused, initial.stage,
         )  # fmt: skip
         loaded = chunks[0].state_dict()["decoder.layers.2.mlp.linear_fc2.weight"]
@@ -195,8 +195,8 @@ def test_a_prompt_is_answered_from_an_imported_file(tmp_path: Path, golden: dict
     )  # fmt: skip
     run = import_fairseq(job).checkpoint.parent
     config = load_config(run / "iter_0000000" / CONFIG_FILE, [])
-    with one_process(config) as layout:
-        condition, null = TrainedModel(run, layout).conditions([["a red circle"], ["dog"]])
+    with single_process(config) as context:
+        condition, null = TrainedModel(run, context).conditions([["a red circle"], ["dog"]])
     shape = (golden["sizes"]["cond_tokens"], golden["sizes"]["al_dim"])
     assert condition.shape == (2, *shape) and null.shape == (1, *shape)
     assert condition.isfinite().all() and not torch.equal(condition[0], condition[1])

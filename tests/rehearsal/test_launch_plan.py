@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_kosmosg.config.load import load_config
-from megatron_kosmosg.config.world import world_layout
+from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
 from megatron_kosmosg.planning.launches import (
     UNET,
@@ -53,7 +53,7 @@ def test_launches_are_planned_within_a_tenth(rehearse, name):
     vae = VAE_ENCODER.forward if config.stage == "instruct" else 0
     assert planned.forward + vae == pytest.approx(report.kernels("forward"), rel=0.1)
     assert planned.backward == pytest.approx(report.kernels("backward"), rel=0.1)
-    world = world_layout(config, case.world_size)
+    world = rank_grid(config, case.world_size)
     update = sum(report.phase("update")["kernels"].values())
     (held,) = model_shares(config, whole_model(config)).counts
     step = update_launches(config, world, pieces, held.gradient_elements)

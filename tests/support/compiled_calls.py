@@ -15,7 +15,7 @@ import megatron.core.fusions.fused_bias_dropout as fusions
 import torch
 
 from megatron_kosmosg.rehearsal.case import Case
-from megatron_kosmosg.rehearsal.rank_update import resolved_config, start, take_place
+from megatron_kosmosg.rehearsal.rank_update import resolved_config, start, take_rank
 from megatron_kosmosg.rehearsal.stand_ins import StandIns
 
 FUNCTIONS = {
@@ -33,7 +33,7 @@ def count_graphs(case: Case, stand_ins: StandIns) -> dict:
     for name, function in originals.items():
         calls[name] = []
         setattr(fusions, name, _noting(function, calls[name]))
-    take_place(case, stand_ins)
+    take_rank(case, stand_ins)
     with stand_ins.device():
         rank = start(config, case, stand_ins)
         rank.update()

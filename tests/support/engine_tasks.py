@@ -14,7 +14,7 @@ from megatron_kosmosg.checkpoint.weights import model_state
 from megatron_kosmosg.parallel import fused_adam, kernels, platform
 from megatron_kosmosg.rehearsal import rank_update
 from megatron_kosmosg.rehearsal.case import Case
-from megatron_kosmosg.rehearsal.rank_update import resolved_config, run_update, start, take_place
+from megatron_kosmosg.rehearsal.rank_update import resolved_config, run_update, start, take_rank
 from megatron_kosmosg.rehearsal.stand_ins import StandIns
 from tests.support.tiny_models import tiny_config, write_stable_diffusion
 
@@ -45,10 +45,10 @@ def modules_of(rank: rank_update.Rank) -> dict[str, int]:
 def saved_keys(case: Case, stand_ins: StandIns) -> dict:
     """{"tensors": {key of a checkpoint: whole shape}}."""
     config = resolved_config(case, stand_ins)
-    take_place(case, stand_ins)
+    take_rank(case, stand_ins)
     with stand_ins.device():
         rank = start(config, case, stand_ins)
-        models = model_state(rank.trained.chunks, checkpoint_metadata(rank.layout))
+        models = model_state(rank.trained.chunks, checkpoint_metadata(rank.context))
     (state,) = models.values()
     return {"tensors": {value.key: list(value.global_shape) for value in state.values()}}
 

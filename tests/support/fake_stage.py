@@ -27,7 +27,7 @@ from megatron_kosmosg.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.training.stage import InitialWeights, Probe
 
 WIDTH = 8
@@ -101,9 +101,9 @@ class FakeModel(MegatronModule):
     Split over two pipeline stages, the first holds only the frozen linear.
     """
 
-    def __init__(self, config: TransformerConfig, layout: Layout, dropout: float) -> None:
+    def __init__(self, config: TransformerConfig, context: ParallelContext, dropout: float) -> None:
         super().__init__(config)
-        self.pre_process, self.post_process = layout.is_first_stage, layout.is_last_stage
+        self.pre_process, self.post_process = context.is_first_stage, context.is_last_stage
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self._received: Tensor | None = None
@@ -159,7 +159,7 @@ class FakeStage:
         self.config, self._dropout, self._poison = config, dropout, set(poison)
         self._initial, self._hook, self._calls = initial, hook, 0
 
-    def build_model(self, layout: Layout) -> list[torch.nn.Module]:
+    def build_model(self, context: ParallelContext) -> list[torch.nn.Module]:
         precision = self.config.training.precision
         settings = TransformerConfig(
             num_layers=2,
@@ -167,8 +167,8 @@ class FakeStage:
             num_attention_heads=2,
             use_cpu_initialization=True,
             calculate_per_token_loss=True,
-            tensor_model_parallel_size=layout.tp_size,
-            pipeline_model_parallel_size=layout.pp_size,
+            tensor_model_parallel_size=context.tp_size,
+            pipeline_model_parallel_size=context.pp_size,
             pipeline_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(
                 precision, torch.float32
             ),
@@ -178,7 +178,7 @@ class FakeStage:
             fp16=precision == "fp16",
             gradient_accumulation_fusion=False,
         )
-        return [FakeModel(settings, layout, self._dropout).to(layout.device)]
+        return [FakeModel(settings, context, self._dropout).to(context.device)]
 
     def build_dataset(self, split: str) -> FakeDataset:
         return FakeDataset(split, self._content)

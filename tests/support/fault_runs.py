@@ -224,7 +224,7 @@ def use_stage(world: str, built: list[torch.nn.Module]) -> None:
     model."""
     train.validate_files = lambda config, facts: None  # these stages read no files
     if world == "fake":
-        train.build_stage = lambda config, layout, *_: _PackingStage(config)
+        train.build_stage = lambda config, context, *_: _PackingStage(config)
     else:
         score_stream.instruct_stream = lambda config, split, *rest: TinyStream(
             "instruct", split, rest[2] if len(rest) > 2 else "all"
@@ -235,8 +235,8 @@ def use_stage(world: str, built: list[torch.nn.Module]) -> None:
 
 
 def _kept(build: Callable, built: list[torch.nn.Module]) -> Callable:
-    def build_and_keep(self, layout):
-        built.extend(build(self, layout))
+    def build_and_keep(self, context):
+        built.extend(build(self, context))
         return list(built)
 
     return build_and_keep

@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from megatron_kosmosg.config.schema import FrozenFolder, RunConfig, ScoreConfig
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.stages.freezing import train_only
 from megatron_kosmosg.stages.instruct import InstructStage
 from tests.support.authors_files import load_golden
@@ -35,20 +35,20 @@ def numbers_on_a_rank(index: int, parallel: Mapping, stable_diffusion: Path) -> 
     golden = load_golden(index)
     config = golden_config(golden, "pretrain", parallel)
     instruct = instruct_config(golden, parallel, stable_diffusion)
-    layout = platform.initialize(config)
+    context = platform.initialize(config)
     try:
         weights = our_weights(golden, config)
         batch = [golden["inputs"]]
         answer = {
-            "align": _step(_GoldenAlign(golden, weights, config, layout), layout, batch),
-            "diff": _step(_GoldenDenoising(golden, weights, config, layout), layout, batch),
+            "align": _step(_GoldenAlign(golden, weights, config, context), context, batch),
+            "diff": _step(_GoldenDenoising(golden, weights, config, context), context, batch),
             "instruct": _step(
-                _GoldenInstruct(weights, instruct, layout), layout, instruct_batches(golden)
+                _GoldenInstruct(weights, instruct, context), context, instruct_batches(golden)
             ),
         }
-        if layout.is_first_stage:
-            model = KosmosG(config, layout, output_head=False)
-            fill(model, layout, weights)
+        if context.is_first_stage:
+            model = KosmosG(config, context, output_head=False)
+            fill(model, context, weights)
             with torch.no_grad():
                 features = model.resampler(model.vision_encoder(golden["inputs"]["images"]))
             answer["image_features"] = features.flatten(0, 1).numpy()
@@ -57,10 +57,10 @@ def numbers_on_a_rank(index: int, parallel: Mapping, stable_diffusion: Path) -> 
         platform.teardown()
 
 
-def _step(stage, layout: Layout, batches: list[dict[str, torch.Tensor]]) -> tuple:
-    reports, model = run_step(stage, stage.config, layout, iter(batches))
+def _step(stage, context: ParallelContext, batches: list[dict[str, torch.Tensor]]) -> tuple:
+    reports, model = run_step(stage, stage.config, context, iter(batches))
     outputs = [{key: value.numpy() for key, value in report.items()} for report in reports]
-    return outputs, gradients(model, layout)
+    return outputs, gradients(model, context)
 
 
 class _GoldenStage:
@@ -72,15 +72,19 @@ class _GoldenStage:
     """As StageFacts.trained."""
 
     def __init__(
-        self, golden: dict, weights: Mapping[str, torch.Tensor], config: RunConfig, layout: Layout
+        self,
+        golden: dict,
+        weights: Mapping[str, torch.Tensor],
+        config: RunConfig,
+        context: ParallelContext,
     ) -> None:
         self.config = config
-        self._golden, self._weights, self._layout = golden, weights, layout
+        self._golden, self._weights, self._context = golden, weights, context
 
-    def build_model(self, layout: Layout) -> list[torch.nn.Module]:
-        model = KosmosG(self.config, layout, output_head=True, aligner_parts=("M", "N"))
-        fill(model, layout, self._weights)
-        return train_only([model], self._trained, layout)
+    def build_model(self, context: ParallelContext) -> list[torch.nn.Module]:
+        model = KosmosG(self.config, context, output_head=True, aligner_parts=("M", "N"))
+        fill(model, context, self._weights)
+        return train_only([model], self._trained, context)
 
     def forward_step(self, data_iterator: Iterator[dict], model: torch.nn.Module):
         inputs = next(data_iterator)
@@ -91,7 +95,7 @@ class _GoldenStage:
         def loss_func(output):
             losses = self._losses(output)
             loss = sum(losses.values())
-            report = {"loss": loss} | losses | complete_outputs(output, self._layout)
+            report = {"loss": loss} | losses | complete_outputs(output, self._context)
             report = {key: value.detach().clone() for key, value in report.items()}
             return loss, torch.tensor(1, dtype=torch.int), report
 
@@ -138,13 +142,15 @@ def denoising_loss(golden: dict, condition: torch.Tensor) -> torch.Tensor:
 class _GoldenInstruct(InstructStage):
     """The real stage, started from the authors' weights."""
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], config, layout: Layout) -> None:
-        super().__init__(config, layout)
+    def __init__(
+        self, weights: Mapping[str, torch.Tensor], config, context: ParallelContext
+    ) -> None:
+        super().__init__(config, context)
         self._weights = weights
 
-    def build_model(self, layout: Layout) -> list[torch.nn.Module]:
-        (model,) = super().build_model(layout)
-        fill(model, layout, self._weights)
+    def build_model(self, context: ParallelContext) -> list[torch.nn.Module]:
+        (model,) = super().build_model(context)
+        fill(model, context, self._weights)
         return [model]
 
 

@@ -24,7 +24,7 @@ from megatron_kosmosg.config.schema import ParallelConfig, RunConfig, TrainingCo
 from megatron_kosmosg.models.chunks import agree_on_freezing
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.score.rows import sum_over_tensor_ranks, take_rows
 from tests.support.shares import gradients
 from tests.support.tiny_models import (
@@ -98,10 +98,10 @@ def micro_batch(index: int) -> dict[str, torch.Tensor]:
     }
 
 
-def build(case: Case, layout: Layout) -> KosmosG:
+def build(case: Case, context: ParallelContext) -> KosmosG:
     """The model of the case on this rank."""
     model = KosmosG(
-        case.config(), layout, output_head=case.output_head, aligner_parts=case.aligner_parts
+        case.config(), context, output_head=case.output_head, aligner_parts=case.aligner_parts
     )
     model.requires_grad_(not case.frozen)
     for part in (model.aligner_m, model.aligner_n):
@@ -112,21 +112,21 @@ def build(case: Case, layout: Layout) -> KosmosG:
         if not case.frozen:
             for module in model.trainable_vision_modules():
                 module.requires_grad_(True)
-    agree_on_freezing([model], layout)
+    agree_on_freezing([model], context)
     return model
 
 
 def train_step(case: Case) -> dict:
     """Loss, outputs and gradients (this rank's share) of one step on this rank."""
-    layout = platform.initialize(case.config())
+    context = platform.initialize(case.config())
     try:
-        return _train_step(case, layout)
+        return _train_step(case, context)
     finally:
         platform.teardown()
 
 
-def _train_step(case: Case, layout: Layout) -> dict:
-    model = build(case, layout)
+def _train_step(case: Case, context: ParallelContext) -> dict:
+    model = build(case, context)
     half = case.precision != "fp32"
     wrapped = DistributedDataParallel(
         model.config,
@@ -135,7 +135,7 @@ def _train_step(case: Case, layout: Layout) -> dict:
         disable_bucketing=True,
     )
     model.config.finalize_model_grads_func = finalize_model_grads
-    indices = range(len(LENGTHS))[layout.dp_rank :: layout.dp_size]
+    indices = range(len(LENGTHS))[context.dp_rank :: context.dp_size]
     outputs: list[dict[str, torch.Tensor]] = []
 
     def forward_step(data_iterator, model):
@@ -145,9 +145,9 @@ def _train_step(case: Case, layout: Layout) -> dict:
         )
 
         def loss_func(output):
-            outputs.append(complete_outputs(output, layout))
+            outputs.append(complete_outputs(output, context))
             output = {key: value.float() for key, value in output.items()}
-            loss = _loss(case, output, batch, layout)
+            loss = _loss(case, output, batch, context)
             return loss, torch.tensor(3, dtype=torch.int), {"loss": loss.detach()}
 
         return output, loss_func
@@ -162,15 +162,15 @@ def _train_step(case: Case, layout: Layout) -> dict:
         forward_only=False,
     )
     return {
-        "tp_rank": layout.tp_rank,
-        "dp_rank": layout.dp_rank,
+        "tp_rank": context.tp_rank,
+        "dp_rank": context.dp_rank,
         "loss": float(sum(entry["loss"] for entry in losses)) if losses else None,
         "outputs": [{k: v.float().numpy() for k, v in output.items()} for output in outputs],
-        "gradients": gradients(model, layout),
+        "gradients": gradients(model, context),
     }
 
 
-def _loss(case: Case, output: dict, batch: dict, layout: Layout) -> torch.Tensor:
+def _loss(case: Case, output: dict, batch: dict, context: ParallelContext) -> torch.Tensor:
     loss = (output["hidden"] * batch["probe"]).sum() * (0.01 if not case.frozen else 0)
     if "logits" in output:
         losses = tensor_parallel.vocab_parallel_cross_entropy(
@@ -180,9 +180,9 @@ def _loss(case: Case, output: dict, batch: dict, layout: Layout) -> torch.Tensor
     if "condition" in output:
         condition, target = output["condition"], batch["target"]
         if case.split_rows:
-            rows = take_rows(condition, layout)
-            part = (rows - take_rows(target, layout)).square().sum()
-            loss = loss + sum_over_tensor_ranks(part, layout)
+            rows = take_rows(condition, context)
+            part = (rows - take_rows(target, context)).square().sum()
+            loss = loss + sum_over_tensor_ranks(part, context)
         else:
             loss = loss + (condition - target).square().sum()
     if "reconstruction" in output:
@@ -190,17 +190,17 @@ def _loss(case: Case, output: dict, batch: dict, layout: Layout) -> torch.Tensor
     return loss
 
 
-def complete_outputs(output: dict, layout: Layout) -> dict[str, torch.Tensor]:
+def complete_outputs(output: dict, context: ParallelContext) -> dict[str, torch.Tensor]:
     """The model's outputs, detached, the logits with all ranks' shares of the vocabulary."""
     complete = {key: value.detach() for key, value in output.items()}
-    if "logits" in complete and layout.tp_size > 1:
-        shards = [torch.empty_like(complete["logits"]) for _ in range(layout.tp_size)]
-        torch.distributed.all_gather(shards, complete["logits"].contiguous(), layout.tp_group)
+    if "logits" in complete and context.tp_size > 1:
+        shards = [torch.empty_like(complete["logits"]) for _ in range(context.tp_size)]
+        torch.distributed.all_gather(shards, complete["logits"].contiguous(), context.tp_group)
         complete["logits"] = torch.cat(shards, dim=-1)
     return complete
 
 
-def on_one_rank(case: Case) -> Case:
+def single_process_config(case: Case) -> Case:
     """The same model and loss without any parallelism."""
     return dataclasses.replace(
         case, tp=1, pp=1, sequence_parallel=False, pipeline_layout=None, recompute="none"

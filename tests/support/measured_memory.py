@@ -82,24 +82,24 @@ def measured_apart(config: RunConfig) -> dict[str, int]:
         if platform.holds_unet_alone(config):
             return _measured_score_rank(config)
         with StorageTracker() as tracker:
-            layout = platform.initialize(config)
-            stage = build_stage(config, layout, open_remote_score(config, layout))
-            chunks = wrap_model(stage.build_model(layout), config)
+            context = platform.initialize(config)
+            stage = build_stage(config, context, open_remote_score(config, context))
+            chunks = wrap_model(stage.build_model(context), config)
             optimizer = build_optimizer(config, chunks)
             connect(chunks, optimizer, stage.remote_score)
             parameters = [p for chunk in chunks for p in chunk.parameters()]
             for parameter in parameters:
                 tracker.see(parameter.data)
-            feed = BatchFeed(LongRows(config, "prompts"), config, layout, start_sample=0)
+            feed = BatchFeed(LongRows(config, "prompts"), config, context, start_sample=0)
             for _ in range(2):
                 for chunk in chunks:
                     chunk.zero_grad_buffer()
                 optimizer.zero_grad()
                 tracker.peak = kept = tracker.now
-                _run_schedule(stage, config, layout, chunks, [iter(feed)], forward_only=False)
+                _run_schedule(stage, config, context, chunks, [iter(feed)], forward_only=False)
                 peak = tracker.peak
                 apply_update(
-                    optimizer, 1.0, math.sqrt(squared_gradient_norm(optimizer, layout.device))
+                    optimizer, 1.0, math.sqrt(squared_gradient_norm(optimizer, context.device))
                 )
         feed.close()
         stage.remote_score.close(RunEnd.DONE)
@@ -137,22 +137,22 @@ def measured_bytes(config: RunConfig, rows: int, length: int) -> dict[str, int]:
     """On this rank: `kept` between updates, `peak` of an update, `parameters` by requires_grad."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    layout = platform.initialize(config)
+    context = platform.initialize(config)
     try:
         with StorageTracker() as tracker:
-            stage = build_stage(config, layout)
-            chunks = wrap_model(stage.build_model(layout), config)
+            stage = build_stage(config, context)
+            chunks = wrap_model(stage.build_model(context), config)
             optimizer = build_optimizer(config, chunks)
             connect(chunks, optimizer, stage.remote_score)
             frozen = []
             if (
-                config.stage == "instruct" and layout.is_last_stage
+                config.stage == "instruct" and context.is_last_stage
             ):  # read from files, unseen so far
                 frozen = [stage._diffusion.unet, stage._diffusion.vae]
             for module in [*chunks, *frozen]:
                 for parameter in module.parameters():
                     tracker.see(parameter.data)
-            count = num_microbatches(config, layout.dp_size)
+            count = num_microbatches(config, context.dp_size)
             for _ in range(2):
                 for chunk in chunks:
                     chunk.zero_grad_buffer()
@@ -170,7 +170,7 @@ def measured_bytes(config: RunConfig, rows: int, length: int) -> dict[str, int]:
                 )
                 peak = tracker.peak
                 apply_update(
-                    optimizer, 1.0, math.sqrt(squared_gradient_norm(optimizer, layout.device))
+                    optimizer, 1.0, math.sqrt(squared_gradient_norm(optimizer, context.device))
                 )
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         return {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.models import norms
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.parallel import platform
@@ -21,7 +21,7 @@ from megatron_kosmosg.planning.workload import MicroBatch
 from megatron_kosmosg.rehearsal.case import Case
 from megatron_kosmosg.rehearsal.fake_links import FakeMembership
 from megatron_kosmosg.rehearsal.made_up_stream import MadeUpStream
-from megatron_kosmosg.rehearsal.rank_update import resolved_config, run_update, take_place
+from megatron_kosmosg.rehearsal.rank_update import resolved_config, run_update, take_rank
 from megatron_kosmosg.rehearsal.recorder import Recorder
 from megatron_kosmosg.rehearsal.stand_ins import StandIns
 from megatron_kosmosg.score.connect import ScoreRank
@@ -51,12 +51,12 @@ def plan(case: Case, stand_ins: StandIns) -> dict:
     decoder_rows = rows + (config.stage == "instruct")  # the null condition's
     batch = MicroBatch(rows, decoder_rows, case.length, case.images)
     counts = count_model(config)
-    world = world_layout(config, case.world_size)
-    place = world.place(case.rank)
-    if place.role == "score":
+    world = rank_grid(config, case.world_size)
+    coordinates = world.coordinates(case.rank)
+    if coordinates.role == "score":
         memory = score_memory(config, rows, Efficiency())
         return vars(memory) | {"tensors": memory.tensors}
-    pp_rank = place.pp_rank
+    pp_rank = coordinates.pp_rank
     piece, count = counts.shares.pieces[pp_rank], counts.shares.counts[pp_rank]
     one_each = [batch] * (config.training.global_batch_size // rows // world.num_replicas)
     memory = decoder_memory(config, world, piece, pp_rank, count, one_each, Efficiency())
@@ -81,13 +81,13 @@ def gradients_of_a_stage(case: Case, stand_ins: StandIns) -> dict:
 def images(case: Case, stand_ins: StandIns) -> dict:
     """{"shape", "device": of held-out images, "phases": "draw"}."""
     config, recorder = resolved_config(case, stand_ins), stand_ins.recorder
-    take_place(case, stand_ins)
+    take_rank(case, stand_ins)
     with stand_ins.device():
-        layout = platform.initialize(config)
-        diffusion = load_diffusion(config, layout.device)
+        context = platform.initialize(config)
+        diffusion = load_diffusion(config, context.device)
         aligner = config.model.aligner
         shape = (config.logging.num_images + 1, aligner.num_queries, aligner.hidden_size)
-        condition = torch.zeros(shape, device=layout.device)
+        condition = torch.zeros(shape, device=context.device)
         positions = torch.arange(config.logging.num_images)
         recorder.forget()
         with recorder.phase("draw"):
@@ -130,9 +130,9 @@ def score_rank_order(case: Case, stand_ins: StandIns) -> dict:
         return encode(*args, **named)
 
     diffusion.vae.encode = noted
-    world = world_layout(config, case.world_size)
+    world = rank_grid(config, case.world_size)
     links = _Links(config, events)
-    rank = ScoreRank(cpu, "score rank", links, world, world.place(case.rank))
+    rank = ScoreRank(cpu, "score rank", links, world, world.coordinates(case.rank))
     serve(
         config,
         rank,

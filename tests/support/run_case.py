@@ -14,7 +14,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.evaluation.registry import build_evaluators
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.score import stream as score_stream
 from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
 from megatron_kosmosg.score.rank import run_score_rank
@@ -48,17 +48,17 @@ def run_stage(config: RunConfig, defect: str | None = None) -> Ran | None:
         if platform.holds_unet_alone(config):
             assert run_score_rank(config, join_as_score_rank(config))
             return None
-        layout = platform.initialize(config)
-        remote_score = open_remote_score(config, layout)
-        stage = build_stage(config, layout, remote_score, build_evaluators(config))
+        context = platform.initialize(config)
+        remote_score = open_remote_score(config, context)
+        stage = build_stage(config, context, remote_score, build_evaluators(config))
         stage.initial_weights = lambda: None
         kept: list[KosmosG] = []
         before: list[Share] = []
         build = stage.build_model
 
-        def build_and_keep(layout: Layout) -> list[torch.nn.Module]:
-            kept.extend(build(layout))
-            before.append(_copy(share_of(kept, layout)))
+        def build_and_keep(context: ParallelContext) -> list[torch.nn.Module]:
+            kept.extend(build(context))
+            before.append(_copy(share_of(kept, context)))
             return list(kept)
 
         sheets: list[np.ndarray] = []
@@ -72,10 +72,10 @@ def run_stage(config: RunConfig, defect: str | None = None) -> Ran | None:
         stage.build_model, stage.probe = build_and_keep, probe_and_keep
         if defect is not None:
             _break(defect)
-        assert fit(stage, config, layout)
+        assert fit(stage, config, context)
         if stage.remote_score is not None:
             stage.remote_score.close(RunEnd.DONE)
-        return Ran(before[0], share_of(kept, layout), sheets[0] if sheets else None)
+        return Ran(before[0], share_of(kept, context), sheets[0] if sheets else None)
     finally:
         platform.teardown()
 
@@ -86,10 +86,10 @@ def records(config: RunConfig) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def share_of(chunks: list[KosmosG], layout: Layout) -> Share:
+def share_of(chunks: list[KosmosG], context: ParallelContext) -> Share:
     """The parameters of all of a rank's stages."""
-    shares = [parameters(chunk, layout) for chunk in chunks]
-    return Share(layout.tp_rank, {k: v for share in shares for k, v in share.tensors.items()})
+    shares = [parameters(chunk, context) for chunk in chunks]
+    return Share(context.tp_rank, {k: v for share in shares for k, v in share.tensors.items()})
 
 
 def _copy(share: Share) -> Share:

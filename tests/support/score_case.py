@@ -86,23 +86,29 @@ def _serve(config: RunConfig) -> Placed:
 
 
 def _train(config: RunConfig) -> Placed:
-    layout = platform.initialize(config)
-    stage = InstructStage(config, layout, open_remote_score(config, layout))
-    reads = "prompts" if layout.num_score_ranks else "all"
+    context = platform.initialize(config)
+    stage = InstructStage(config, context, open_remote_score(config, context))
+    reads = "prompts" if context.num_score_ranks else "all"
     packs = config.data.pack_prompts
     stream = TinyStream("instruct", reads=reads, packs=packs)
-    feed = BatchFeed(stream, config, layout, start_sample=0)
-    reports, chunks, model = train_pass(stage, config, layout, iter(feed))
-    share = gradients(model, layout)
+    feed = BatchFeed(stream, config, context, start_sample=0)
+    reports, chunks, model = train_pass(stage, config, context, iter(feed))
+    share = gradients(model, context)
     work = stage.remote_score.pop_work() if stage.remote_score is not None else None
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
         heldout = forward_losses(
-            stage, config, layout, chunks, feed, [iter(feed)], Reporter(layout, stage.remote_score)
+            stage,
+            config,
+            context,
+            chunks,
+            feed,
+            [iter(feed)],
+            Reporter(context, stage.remote_score),
         )
         imaged = TinyStream("instruct", packs=packs)
-        drawn = held_out_images(config, layout, stage._draw, imaged, chunks)
+        drawn = held_out_images(config, context, stage._draw, imaged, chunks)
     feed.close()
     if stage.remote_score is not None:
         stage.remote_score.close(RunEnd.DONE)

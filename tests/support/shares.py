@@ -12,7 +12,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_kosmosg.models.initialise import global_name, split_axis
 from megatron_kosmosg.models.kosmosg import KosmosG
-from megatron_kosmosg.parallel.layout import Layout
+from megatron_kosmosg.parallel.context import ParallelContext
 
 
 @dataclass(frozen=True)
@@ -24,23 +24,25 @@ class Share:
     """NumPy travels between processes whole; torch would share memory."""
 
 
-def parameters(model: KosmosG, layout: Layout) -> Share:
+def parameters(model: KosmosG, context: ParallelContext) -> Share:
     """This rank's parameters."""
-    return _share(model, layout, lambda parameter: parameter)
+    return _share(model, context, lambda parameter: parameter)
 
 
-def gradients(model: KosmosG, layout: Layout) -> Share:
+def gradients(model: KosmosG, context: ParallelContext) -> Share:
     """This rank's reduced gradients of what trains, as Megatron's DDP leaves them."""
-    return _share(model, layout, lambda p: p.main_grad if p.requires_grad else None)
+    return _share(model, context, lambda p: p.main_grad if p.requires_grad else None)
 
 
 def _share(
-    model: KosmosG, layout: Layout, value: Callable[[torch.nn.Parameter], torch.Tensor | None]
+    model: KosmosG,
+    context: ParallelContext,
+    value: Callable[[torch.nn.Parameter], torch.Tensor | None],
 ) -> Share:
     first = model._pieces.first_decoder_layer
     found = {global_name(name, first): value(p) for name, p in model.named_parameters()}
     return Share(
-        layout.tp_rank,
+        context.tp_rank,
         {name: _numpy(value) for name, value in found.items() if value is not None},
     )
 
@@ -80,7 +82,7 @@ def _agree(name: str, one: np.ndarray, other: np.ndarray, tolerance: float) -> N
 
 
 @torch.no_grad()
-def fill(model: KosmosG, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> None:
+def fill(model: KosmosG, context: ParallelContext, tensors: Mapping[str, torch.Tensor]) -> None:
     """Give this rank its share of the whole model's parameters, each of which must be there."""
     first = model._pieces.first_decoder_layer
     for local_name, parameter in model.named_parameters():
@@ -89,7 +91,7 @@ def fill(model: KosmosG, layout: Layout, tensors: Mapping[str, torch.Tensor]) ->
             name = "embedding.word_embeddings.weight"
         axis, tensor = split_axis(name), tensors[name]
         if axis is not None:
-            tensor = tensor.chunk(layout.tp_size, dim=axis)[layout.tp_rank]
+            tensor = tensor.chunk(context.tp_size, dim=axis)[context.tp_rank]
         assert tensor.shape == parameter.shape, name
         parameter.copy_(tensor)
 

@@ -77,11 +77,11 @@ def config_of(
 
 def train_from_nothing(config: RunConfig) -> None:
     """One rank's part of a run that starts from random weights, for the stage after it."""
-    layout = platform.initialize(config)
+    context = platform.initialize(config)
     try:
-        stage = build_stage(config, layout)
+        stage = build_stage(config, context)
         stage.initial_weights = lambda: None
-        fit(stage, config, layout)
+        fit(stage, config, context)
     finally:
         platform.teardown()
 

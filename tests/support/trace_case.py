@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import Reads
 from megatron_kosmosg.data.samples import StreamDataset
-from megatron_kosmosg.launcher import find_place
+from megatron_kosmosg.launcher import find_rank_info
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.monitoring import trace_exchange
 from megatron_kosmosg.parallel import platform
@@ -59,13 +59,13 @@ def instruct_run(config: RunConfig, open_stream: OpenStream, pause: Pause) -> No
                     diffusion.moments,
                 )
             return
-        layout = platform.initialize(config)
-        stage = InstructStage(config, layout, open_remote_score(config, layout))
-        reads = "prompts" if layout.num_score_ranks else "all"
+        context = platform.initialize(config)
+        stage = InstructStage(config, context, open_remote_score(config, context))
+        reads = "prompts" if context.num_score_ranks else "all"
         stage.build_dataset = lambda split: open_stream(split, reads)
         stage.initial_weights = lambda: None
         stage.forward_step = _pausing(stage.forward_step, pause.forward)
-        assert fit(stage, config, layout)
+        assert fit(stage, config, context)
         if stage.remote_score is not None:
             stage.remote_score.close(RunEnd.DONE)
     finally:
@@ -87,13 +87,13 @@ def _pausing(function: Callable, seconds: float) -> Callable:
 
 def offset_of_wrong_clock(seconds: float) -> float:
     """What rank 1, on another node whose clock is that much ahead, adds to its time."""
-    place = find_place()
-    os.environ["SLURMD_NODENAME"] = f"node{place.rank}"
-    store = meet(place, timedelta(seconds=60))
-    if place.rank == 1:
+    rank_info = find_rank_info()
+    os.environ["SLURMD_NODENAME"] = f"node{rank_info.rank}"
+    store = meet(rank_info, timedelta(seconds=60))
+    if rank_info.rank == 1:
         trace_exchange.time = SimpleNamespace(time=lambda: time.time() + seconds)
-    exchange = trace_exchange.TraceExchange(place, 60)  # a connection of its own
-    if place.rank == 0:  # its process has the store: the other has to be done with it
+    exchange = trace_exchange.TraceExchange(rank_info, 60)  # a connection of its own
+    if rank_info.rank == 0:  # its process has the store: the other has to be done with it
         store.get("done")
     else:
         store.set("done", "")

@@ -95,10 +95,10 @@ class _SlowFirstSample:
 
 def train_interrupted(config: RunConfig, when: SignalWhile) -> tuple[bool, float]:
     """(what `fit` returns on this rank, seconds it took)."""
-    layout = platform.initialize(config)
+    context = platform.initialize(config)
     started = time.monotonic()
     try:
-        return fit(InterruptedStage(config, when), config, layout), time.monotonic() - started
+        return fit(InterruptedStage(config, when), config, context), time.monotonic() - started
     finally:
         platform.teardown()
 
@@ -162,9 +162,9 @@ class KillAt:
 
 def train(config: RunConfig, settings: dict | None = None) -> bool:
     """What `fit` returns on this rank. settings: keyword arguments of the stage."""
-    layout = platform.initialize(config)
+    context = platform.initialize(config)
     try:
-        return fit(FakeStage(config, **(settings or {})), config, layout)
+        return fit(FakeStage(config, **(settings or {})), config, context)
     finally:
         platform.teardown()
 
@@ -187,7 +187,7 @@ def run_program(config: RunConfig, settings: dict | None = None) -> tuple[int, s
     """(exit code, stderr, stdout) of the training program with the fake stage."""
     from megatron_kosmosg import train
 
-    train.build_stage = lambda config, layout, *_: FakeStage(config, **(settings or {}))
+    train.build_stage = lambda config, context, *_: FakeStage(config, **(settings or {}))
     train.validate_files = lambda config, facts: None  # the fake stage reads no files
     said, shown = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
@@ -229,9 +229,9 @@ def beside_torch_adamw(config: RunConfig) -> tuple[list[float], dict, dict]:
 
     The schedule is written out here: 2 warm-up updates to 0.02, then a straight line to 0.
     """
-    layout = platform.initialize(config)
+    context = platform.initialize(config)
     try:
-        (model,) = FakeStage(config).build_model(layout)
+        (model,) = FakeStage(config).build_model(context)
         trainable = [p for p in model.parameters() if p.requires_grad]
         adam = torch.optim.AdamW(
             trainable,
@@ -251,7 +251,7 @@ def beside_torch_adamw(config: RunConfig) -> tuple[list[float], dict, dict]:
             adam.step()
         expected = {k: v.numpy() for k, v in model.state_dict().items() if v is not None}
         stage = KeepsItsModel(config)
-        fit(stage, config, layout)
+        fit(stage, config, context)
         got = stage.model.state_dict()
         return rates, expected, {name: got[name].numpy() for name in expected}
     finally:
@@ -259,7 +259,7 @@ def beside_torch_adamw(config: RunConfig) -> tuple[list[float], dict, dict]:
 
 
 class KeepsItsModel(FakeStage):
-    def build_model(self, layout):
-        chunks = super().build_model(layout)
+    def build_model(self, context):
+        chunks = super().build_model(context)
         self.model = chunks[0]
         return chunks

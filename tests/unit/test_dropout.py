@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_kosmosg.config.schema import DecoderConfig, ResamplerConfig, RunConfig
-from megatron_kosmosg.inference.trained_model import one_process
+from megatron_kosmosg.inference.trained_model import single_process
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.stages.align import AlignStage
 from tests.support.tiny_models import (
@@ -60,8 +60,8 @@ def drops(monkeypatch) -> list[tuple[str, tuple[int, ...], float]]:
 
 def forward(config: RunConfig, training: bool, drops: list) -> None:
     """One forward of the whole model; what dropped before it is forgotten."""
-    with one_process(config) as layout:
-        model = KosmosG(config, layout, output_head=True, aligner_parts=("M", "N")).train(training)
+    with single_process(config) as context:
+        model = KosmosG(config, context, output_head=True, aligner_parts=("M", "N")).train(training)
         batch = random_batch("pretrain", ROWS, LENGTH, seed=0)
         drops.clear()
         model(batch["tokens"], batch["image_mask"], batch["padding_mask"], batch["pixel_values"])
@@ -105,9 +105,9 @@ def test_frozen_decoder_of_align_drops_in_training(tmp_path) -> None:
     folder = write_stable_diffusion(tmp_path)
     config = with_dropout(tiny_config("align", folder, tmp_path))
     batch = random_batch("align", ROWS, LENGTH, seed=0)
-    with one_process(config) as layout:
-        stage = AlignStage(config, layout)
-        (model,) = stage.build_model(layout)
+    with single_process(config) as context:
+        stage = AlignStage(config, context)
+        (model,) = stage.build_model(context)
         losses = {}
         for training in (True, False):
             model.train(training)

@@ -28,7 +28,7 @@ from megatron_kosmosg.models.diffusion import (
     vae_fingerprint,
     vae_moments,
 )
-from megatron_kosmosg.parallel.layout import lone_layout
+from megatron_kosmosg.parallel.context import single_process_context
 from megatron_kosmosg.preprocess.latent_moments import LatentJob, cache_latents
 from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
 from megatron_kosmosg.preprocess.shards_of_dataset import list_shards
@@ -230,7 +230,7 @@ def test_loss_with_and_without_the_cache_differs_by_storage_error(
     cached = instruct_stream(cached_config, "train", vae=vae_fingerprint(vae))
     sd = write_stable_diffusion(tmp_path, prediction_type)
     diffusion = FrozenDiffusion.from_folder(sd, device=CPU, dtype=torch.float32)
-    score = ColocatedScore(diffusion, lone_layout(CPU), ScoreConfig(), 7)
+    score = ColocatedScore(diffusion, single_process_context(CPU), ScoreConfig(), 7)
     condition = torch.randn(32, NUM_QUERIES, CONDITION_WIDTH)
     batches = [s.collate([s[p] for p in range(32)], 1) for s in (plain, cached)]
     batches = [normalise_batch(batch, config) for batch in batches]

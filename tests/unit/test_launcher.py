@@ -8,8 +8,8 @@ from megatron_kosmosg import launcher
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.launcher import (
     ALONE,
-    Place,
-    find_place,
+    RankInfo,
+    find_rank_info,
     find_tasks,
     find_worker,
     first_host,
@@ -18,18 +18,18 @@ from megatron_kosmosg.launcher import (
 
 
 def test_alone_without_any_variables() -> None:
-    assert find_place({}) == Place(0, 1, 0, None, None)
+    assert find_rank_info({}) == RankInfo(0, 1, 0, None, None)
 
 
 def test_torchrun() -> None:
     variables = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
     variables |= {"MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
-    assert find_place(variables) == Place(3, 8, 1, "node1", 1234)
+    assert find_rank_info(variables) == RankInfo(3, 8, 1, "node1", 1234)
 
 
 def test_half_set_variables_are_an_error() -> None:
     with pytest.raises(ConfigError, match="MASTER_ADDR, MASTER_PORT, WORLD_SIZE"):
-        find_place({"RANK": "0"})
+        find_rank_info({"RANK": "0"})
 
 
 def test_slurm_step() -> None:
@@ -41,11 +41,11 @@ def test_slurm_step() -> None:
         "SLURM_LOCALID": "1",
         "SLURM_STEP_NODELIST": "gpu[007-008]",
     }
-    assert find_place(variables) == Place(9, 16, 1, "gpu007", 10770)
+    assert find_rank_info(variables) == RankInfo(9, 16, 1, "gpu007", 10770)
 
 
 def test_batch_script_itself_is_no_rank() -> None:
-    assert find_place({"SLURM_JOB_ID": "77", "SLURM_PROCID": "0"}).world_size == 1
+    assert find_rank_info({"SLURM_JOB_ID": "77", "SLURM_PROCID": "0"}).world_size == 1
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,13 @@ OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8"}
 
 
 def test_workers_are_ranks_array_tasks_and_those_of_mpi() -> None:
-    assert find_worker({}) == ALONE == find_place(OPEN_MPI)
-    assert find_worker(array(12) | torchrun(1, 8)) == Place(17, 32, 1)
+    assert find_worker({}) == ALONE == find_rank_info(OPEN_MPI)
+    assert find_worker(array(12) | torchrun(1, 8)) == RankInfo(17, 32, 1)
     every = [find_worker(array(n) | torchrun(r, 3)) for n in range(10, 14) for r in range(3)]
     taken = sorted(shard for place in every for shard in place.share(50))
     assert taken == list(range(50)), "each shard once"
-    assert find_worker(OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "1"}) == Place(5, 8, 1)
-    assert find_worker({"PMI_RANK": "2", "PMI_SIZE": "3"}) == Place(2, 3, 2)
+    assert find_worker(OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "1"}) == RankInfo(5, 8, 1)
+    assert find_worker({"PMI_RANK": "2", "PMI_SIZE": "3"}) == RankInfo(2, 3, 2)
     found = find_worker(OPEN_MPI | torchrun(2, 4))
     assert (found.rank, found.world_size) == (2, 4), "torchrun goes before"
 

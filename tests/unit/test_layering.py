@@ -168,7 +168,7 @@ def misplaced_imports(file: Source) -> Iterator[str]:
     if file.layer != "parallel":
         state = [name for name in names if "parallel_state" in name.split(".")]
         if state:
-            yield f"{own}: process groups come from the Layout, not from {state}"
+            yield f"{own}: process groups come from the ParallelContext, not from {state}"
     if file.layer == "hf":
         for other in sorted(file.own_files):
             yield f"{own} travels with exported folders, and imports {other}"

@@ -13,13 +13,13 @@ from megatron_kosmosg.checkpoint.layout_signature import (
     layout_signature,
 )
 from megatron_kosmosg.config.schema import ParallelConfig
-from megatron_kosmosg.parallel.layout import lone_layout
+from megatron_kosmosg.parallel.context import single_process_context
 
 
 def signature(pp: int = 2, vp: int | None = None, split: str | None = "decoder*3|decoder*1"):
     parallel = ParallelConfig(virtual_pipeline_model_parallel_size=vp, pipeline_layout=split)
-    layout = replace(lone_layout("cpu"), tp_size=2, pp_size=pp, dp_size=4)
-    return layout_signature(layout, parallel)
+    context = replace(single_process_context("cpu"), tp_size=2, pp_size=pp, dp_size=4)
+    return layout_signature(context, parallel)
 
 
 def test_the_same_split_in_other_spacing_is_the_same_layout():

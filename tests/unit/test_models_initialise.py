@@ -16,7 +16,7 @@ from megatron_kosmosg.config.schema import ModelConfig, RunConfig
 from megatron_kosmosg.models.initialise import magneto_gains
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
-from megatron_kosmosg.parallel.layout import lone_layout
+from megatron_kosmosg.parallel.context import single_process_context
 from tests.support.tiny_models import model_config
 
 WIDTH, FFN, HEADS, DEPTH = 64, 96, 4, 3
@@ -50,7 +50,9 @@ def weights() -> dict[str, torch.Tensor]:
         aligner=dataclasses.replace(model.aligner, **sizes),
     )
     config = RunConfig(stage="pretrain", model=model)
-    built = KosmosG(config, lone_layout("cpu"), output_head=True, aligner_parts=("M", "N"))
+    built = KosmosG(
+        config, single_process_context("cpu"), output_head=True, aligner_parts=("M", "N")
+    )
     return dict(_apart({name: p.detach() for name, p in built.named_parameters()}))
 
 

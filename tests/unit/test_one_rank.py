@@ -9,7 +9,7 @@ import pytest
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
-from megatron_kosmosg.config.one_rank import on_one_rank
+from megatron_kosmosg.config.single_process import single_process_config
 from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.stages import stage_facts
 
@@ -21,7 +21,7 @@ def test_the_layout_is_that_of_one_rank_and_the_model_the_same(file):
     config = load_config(file, ["training.micro_batch_size=8"])
     with pytest.raises(ConfigError):
         validate_layout(config, 1, stage_facts(config.stage))
-    whole = on_one_rank(config)
+    whole = single_process_config(config)
     validate_layout(whole, 1, stage_facts(whole.stage))
     assert whole.model == config.model and whole.data == config.data
     same = dataclasses.replace(whole.score, placement=config.score.placement)

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_kosmosg import exit_codes, train
 from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.config.schema import BlendEntry
-from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
 from megatron_kosmosg.parallel import platform
@@ -114,7 +114,7 @@ def test_the_model_is_built_as_the_layout_says_with_the_aligner_on_a_stage_of_it
         "align", 4, "parallel.pipeline_layout=decoder*13|decoder*11|M|N",
         "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false",
     )  # fmt: skip
-    world = world_layout(config, 8)
+    world = rank_grid(config, 8)
     held = []
     for stage in range(4):
         with pretend_rank(world, world.decoder_rank(0, stage, 0)) as layout:

@@ -13,8 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.config.schema import BlendEntry, DataConfig, TrainingConfig
-from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel.fake_world import pretend_rank
 from megatron_kosmosg.planning.communication import tensor_traffic
@@ -63,7 +63,7 @@ def stable_diffusion(tmp_path_factory) -> Path:
 )
 def test_built_shards_of_256_ranks_hold_what_the_search_reckons_with(stage, overrides):
     config = full_size(stage, *overrides)
-    world = world_layout(config, 256)
+    world = rank_grid(config, 256)
     shares = model_shares(config, whole_model(config))
     shards = build_shards(config, world)
     decoders = [shard for shard in shards if shard.kind != "score"]
@@ -81,7 +81,7 @@ def test_two_real_ranks_hold_the_built_shard_and_the_planned_memory(stable_diffu
         "instruct", stable_diffusion, tmp_path, tensor_model_parallel_size=2, sequence_parallel=True
     )
     config = with_batch(config, rows=6, length=60, precision="fp32")
-    (shard,) = build_shards(config, world_layout(config, 2))
+    (shard,) = build_shards(config, rank_grid(config, 2))
     planned = planned_memory(config, rows=6, length=60, ranks=2)
     for rank in run_ranks(2, measured_bytes, config, 6, 60):
         assert (rank["trainable"], rank["frozen"]) == (shard.trainable, shard.frozen)
@@ -109,8 +109,8 @@ def test_work_of_every_module_is_what_its_real_forward_pass_counts():
 
     pixels, features = empty(2, 3, 224, 224), empty(2, 257, 1024)
     hidden, padding = empty(215, 1, 2048), torch.zeros(1, 215, dtype=torch.bool, device="meta")
-    with pretend_rank(world_layout(config, 1), 0) as layout:
-        model = KosmosG(config, layout, output_head=False, aligner_parts=("M", "N")).eval()
+    with pretend_rank(rank_grid(config, 1), 0) as context:
+        model = KosmosG(config, context, output_head=False, aligner_parts=("M", "N")).eval()
         found = {
             "vision": counted(model.vision_encoder, pixels),
             "resampler": counted(model.resampler, features),
@@ -138,7 +138,7 @@ def test_a_sample_of_the_plan_costs_the_published_parts():
         training=TrainingConfig(micro_batch_size=64, global_batch_size=64 * 256),
     )
     shares = model_shares(one_kind, whole_model(one_kind))
-    planned = estimate(one_kind, world_layout(one_kind, 256), GPUS["h100-80"], Efficiency(), shares)
+    planned = estimate(one_kind, rank_grid(one_kind, 256), GPUS["h100-80"], Efficiency(), shares)
     per_sample = planned.total_flops / (64 * 256)
     null_row = 3 * (528.5 + 61.1) * G / 64  # shared by the 64 samples of a micro-batch
     assert per_sample == pytest.approx((2.17 + 1.67) * 1e12 + null_row, rel=0.02)
@@ -165,7 +165,7 @@ def planned_memory(config, rows: int, length: int, ranks: int) -> RankMemory:
     shares = model_shares(config, whole_model(config))
     prompt_images = 0 if config.stage == "align" else rows - 1
     batch = MicroBatch(rows, rows + (config.stage == "instruct"), length, prompt_images)
-    world, (piece,), (count,) = world_layout(config, ranks), shares.pieces, shares.counts
+    world, (piece,), (count,) = rank_grid(config, ranks), shares.pieces, shares.counts
     return decoder_memory(config, world, piece, 0, count, [batch] * 2, Efficiency())
 
 

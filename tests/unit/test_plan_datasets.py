@@ -12,8 +12,8 @@ from megatron_kosmosg.checkpoint.changed_settings import check_resume
 from megatron_kosmosg.cli import plan as plan_command
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
-from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.manifest import Manifest, manifest_path
 from megatron_kosmosg.parallel import platform
@@ -80,7 +80,7 @@ def figures(config: RunConfig):
     """(pipeline split, FLOPs by module, samples a second) of its plan."""
     config = with_default_layout(with_kinds(config))
     shares = model_shares(config, whole_model(config))
-    planned = estimate(config, world_layout(config, 256), GPUS["h100-80"], Efficiency(), shares)
+    planned = estimate(config, rank_grid(config, 256), GPUS["h100-80"], Efficiency(), shares)
     speed = config.training.global_batch_size / planned.seconds
     return config.parallel.pipeline_layout, planned.flops, speed
 

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_kosmosg.checkpoint.save_and_resume import Checkpointer, Progress
 from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.load import load_config
+from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.config.schema import LoraConfig, RunConfig
-from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.models import flops
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.monitoring.node_health import memory_gib, memory_warnings
@@ -39,7 +39,7 @@ MIB = 2**20
 
 
 def planned(config: RunConfig, world_size: int, per_node: int = 8) -> HostPlan:
-    world, model = world_layout(config, world_size), whole_model(config)
+    world, model = rank_grid(config, world_size), whole_model(config)
     shares, parameters = model_shares(config, model), trained_and_frozen(model)
     batches = micro_batches(config, num_microbatches(config, world.num_replicas))
     return plan_host(config, world, shares, batches, parameters, per_node)
@@ -48,19 +48,19 @@ def planned(config: RunConfig, world_size: int, per_node: int = 8) -> HostPlan:
 def estimated(overrides: list[str]) -> tuple[Estimate, HostPlan]:
     """What is planned for the update, and for the machine, of the recipe for one GPU."""
     config = load_config("instruct_1gpu", overrides)
-    world, shares = world_layout(config, 1), model_shares(config, whole_model(config))
+    world, shares = rank_grid(config, 1), model_shares(config, whole_model(config))
     found = estimate(config, world, GPUS["a100-80"], Efficiency(), shares)
     return found, planned(config, 1)
 
 
 def saved(config: RunConfig) -> float:
     """By how many bytes a save made this rank larger."""
-    layout = platform.initialize(config)
+    context = platform.initialize(config)
     try:
-        stage = build_stage(config, layout)
-        trained = build_trained(stage, config, layout, takes_initial_weights=False)
+        stage = build_stage(config, context)
+        trained = build_trained(stage, config, context, takes_initial_weights=False)
         run = trained.modules, trained.optimizer, trained.scheduler
-        checkpointer = Checkpointer(config, layout, *run, {}, trained.average)
+        checkpointer = Checkpointer(config, context, *run, {}, trained.average)
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now's
         before = in_status("VmRSS")
         checkpointer.save(Progress(1, 8, 1))
@@ -185,8 +185,8 @@ def test_adapters_and_frozen_weights_cost_what_their_real_passes_count():
     (piece,) = model_shares(config, whole_model(config)).pieces
     batch = MicroBatch(images=1, rows=1, length=215, prompt_images=2)
     work = {each.module: each for each in stage_work(config, piece, True, batch)}
-    with pretend_rank(world_layout(config, 1), 0) as layout:
-        model = KosmosG(config, layout, output_head=False, aligner_parts=("M",))
+    with pretend_rank(rank_grid(config, 1), 0) as context:
+        model = KosmosG(config, context, output_head=False, aligner_parts=("M",))
         model.requires_grad_(False)
         for name, parameter in model.decoder.named_parameters():
             parameter.requires_grad_("lora_" in name)

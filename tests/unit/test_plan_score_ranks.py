@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_kosmosg.config.load import load_config
-from megatron_kosmosg.config.world import world_layout
+from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.planning.dry_run import describe
 from megatron_kosmosg.planning.gpus import Efficiency
 from megatron_kosmosg.planning.memory import rank_kinds
@@ -40,7 +40,7 @@ def test_memory_is_within_15_percent_of_the_measured_peak(tmp_path, parallel, ra
     config = replace_section(
         config, "score", placement="dedicated", ranks_per_replica=num_score, window=window
     )
-    world = world_layout(config, ranks)
+    world = rank_grid(config, ranks)
     shards = {shard.kind: shard for shard in build_shards(config, world)}
     shares = model_shares(config, whole_model(config))
     batches = [MicroBatch(rows, rows + 1, length, rows / 2)] * count
@@ -48,7 +48,7 @@ def test_memory_is_within_15_percent_of_the_measured_peak(tmp_path, parallel, ra
         config, world, shares, batches, Efficiency())}  # fmt: skip
     measured = run_ranks(ranks, measured_apart, config)
     for rank, found in enumerate(measured):
-        name = world.place(rank).role
+        name = world.coordinates(rank).role
         print(name, found, planned[name])
         assert found["parameters"] == shards[name].parameter_bytes
         assert planned[name].tensors == pytest.approx(found["peak"], rel=0.15)
@@ -68,7 +68,7 @@ def test_rows_are_split_as_in_training(images, ranks, count, wanted):
         [f"training.micro_batch_size={images}", f"score.ranks_per_replica={ranks}",
          "parallel.tensor_model_parallel_size=2", f"parallel.world_size={2 + ranks}"],
     )  # fmt: skip
-    share = score_share(config, world_layout(config, 2 + ranks), count)
+    share = score_share(config, rank_grid(config, 2 + ranks), count)
     assert (share.images, share.groups, share.used) == wanted
 
 

@@ -175,7 +175,7 @@ def test_the_order_of_passes_is_the_one_that_training_runs(monkeypatch, stages, 
     monkeypatch.setattr(score_schedule, "get_tensor_shapes", lambda **named: [])
     for stage in range(stages):
         ran.clear()
-        layout = SimpleNamespace(
+        context = SimpleNamespace(
             pp_group=None,
             process_groups=SimpleNamespace(tp=None, cp=None),
             is_first_stage=stage == 0,
@@ -185,7 +185,7 @@ def test_the_order_of_passes_is_the_one_that_training_runs(monkeypatch, stages, 
             device=torch.device("cpu"),
         )
         score_schedule._one_forward_one_backward(
-            layout,
+            context,
             window - 1,
             forward_step_func=None,
             data_iterator=None,

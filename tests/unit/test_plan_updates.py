@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_kosmosg.config.load import load_config
-from megatron_kosmosg.config.world import world_layout
+from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.planning.communication import bucket_elements
 from megatron_kosmosg.planning.launches import update_launches
 from megatron_kosmosg.planning.model_counts import model_shares, whole_model
@@ -30,7 +30,7 @@ def test_every_shipped_config_with_one_kind_of_decoder_rank_is_there():
 def test_an_update_launches_what_was_rehearsed(name):
     """With 1 to 256 replicas, within a seventh and a dozen."""
     config = load_config(name, ["model.diffusion.path=null"])
-    world = world_layout(config, config.parallel.world_size)
+    world = rank_grid(config, config.parallel.world_size)
     shares = model_shares(config, whole_model(config))
     (piece,), (held,) = shares.pieces, shares.counts
     planned = update_launches(config, world, piece, held.gradient_elements)
@@ -41,7 +41,7 @@ def test_buckets_are_megatron_cores():
     """At least 40 million elements, a million for every replica; one where nothing is split."""
     config = load_config("instruct_256gpu", ["score.placement=colocated"])
     for ranks, wanted in ((8, 40e6), (256, 256e6)):
-        world = world_layout(config, ranks)
+        world = rank_grid(config, ranks)
         assert bucket_elements(config, world, 1e9, is_first=True) == wanted
         assert bucket_elements(config, world, 1e7, is_first=True) == 1e7
         assert bucket_elements(config, world, 1e9, is_first=False) == 1e9

@@ -14,9 +14,9 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.input_paths import CONFIGS
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.needed_files import validate_files
+from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.validate import validate_layout
-from megatron_kosmosg.config.world import world_layout
 from megatron_kosmosg.planning.estimate import estimate
 from megatron_kosmosg.planning.gpus import GPUS, Efficiency
 from megatron_kosmosg.planning.memory import GIB
@@ -49,7 +49,7 @@ def largest_gib(config: RunConfig) -> float:
     validate_layout(config, size, stage_facts(config.stage))
     config = with_default_layout(config)
     shares = model_shares(config, built(config.stage, config.lora.rank))
-    planned = estimate(config, world_layout(config, size), GPUS["a100-80"], Efficiency(), shares)
+    planned = estimate(config, rank_grid(config, size), GPUS["a100-80"], Efficiency(), shares)
     return max(kind.memory.total for kind in planned.kinds) / GIB
 
 

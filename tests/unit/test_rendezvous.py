@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.launcher import Place
+from megatron_kosmosg.launcher import RankInfo
 from megatron_kosmosg.parallel.arrivals import Arrivals
 from megatron_kosmosg.parallel.rendezvous import meet
 
@@ -21,7 +21,7 @@ def test_port_in_use_is_named() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use"):
-            meet(Place(0, 2, 0, "127.0.0.1", port), timedelta(seconds=5))
+            meet(RankInfo(0, 2, 0, "127.0.0.1", port), timedelta(seconds=5))
 
 
 def test_absent_rank_zero_is_named() -> None:
@@ -29,7 +29,7 @@ def test_absent_rank_zero_is_named() -> None:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     with pytest.raises(ConfigError, match="rank 1 could not reach rank 0"):
-        meet(Place(1, 2, 1, "127.0.0.1", port), timedelta(seconds=2))
+        meet(RankInfo(1, 2, 1, "127.0.0.1", port), timedelta(seconds=2))
 
 
 def free_port() -> int:
@@ -43,9 +43,9 @@ def test_rank_zero_says_within_the_time_who_is_missing(capsys) -> None:
     port = free_port()
 
     def begin(rank: int) -> None:
-        place = Place(rank, 4, rank, "127.0.0.1", port)
-        with Arrivals(place, seconds=1), suppress(ConfigError):
-            meet(place, timedelta(seconds=6))
+        rank_info = RankInfo(rank, 4, rank, "127.0.0.1", port)
+        with Arrivals(rank_info, seconds=1), suppress(ConfigError):
+            meet(rank_info, timedelta(seconds=6))
 
     ranks = [threading.Thread(target=begin, args=(rank,)) for rank in (0, 2)]
     for rank in ranks:
@@ -58,9 +58,9 @@ def test_rank_zero_says_within_the_time_who_is_missing(capsys) -> None:
 
 
 def test_a_rank_whose_rank_zero_is_missing_says_so(capsys) -> None:
-    place = Place(1, 2, 0, "127.0.0.1", free_port())
-    with Arrivals(place, seconds=0.2), suppress(ConfigError):
-        meet(place, timedelta(seconds=12))
+    rank_info = RankInfo(1, 2, 0, "127.0.0.1", free_port())
+    with Arrivals(rank_info, seconds=0.2), suppress(ConfigError):
+        meet(rank_info, timedelta(seconds=12))
     assert "rank 1 has waited" in (said := capsys.readouterr().err) and "for rank 0 of 2" in said
 
 
@@ -69,9 +69,9 @@ def test_nobody_speaks_where_all_come(capsys) -> None:
     stores = []
 
     def begin(rank: int) -> None:
-        place = Place(rank, 2, rank, "127.0.0.1", port)
-        with Arrivals(place, seconds=20):
-            stores.append(meet(place, timedelta(seconds=20)))
+        rank_info = RankInfo(rank, 2, rank, "127.0.0.1", port)
+        with Arrivals(rank_info, seconds=20):
+            stores.append(meet(rank_info, timedelta(seconds=20)))
 
     ranks = [threading.Thread(target=begin, args=(rank,)) for rank in (1, 0)]
     for rank in ranks:

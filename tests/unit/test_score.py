@@ -10,7 +10,7 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import ScoreConfig
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
 from megatron_kosmosg.models.sampler import generate
-from megatron_kosmosg.parallel.layout import lone_layout
+from megatron_kosmosg.parallel.context import single_process_context
 from megatron_kosmosg.score.draws import ScoreDraws, ScoreKey
 from megatron_kosmosg.score.loss import ColocatedScore, drop_condition
 from tests.support.denoising_reference import denoising_errors
@@ -39,7 +39,7 @@ def inputs(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def score(folder, **settings) -> ColocatedScore:
     diffusion = FrozenDiffusion.from_folder(folder, device=CPU, dtype=torch.float32)
-    return ColocatedScore(diffusion, lone_layout(CPU), ScoreConfig(**settings), SEED)
+    return ColocatedScore(diffusion, single_process_context(CPU), ScoreConfig(**settings), SEED)
 
 
 def test_loss_is_the_sum_of_per_image_means_as_computed_by_hand(folder):

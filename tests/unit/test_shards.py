@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from megatron_kosmosg import files
-from megatron_kosmosg.launcher import Place
+from megatron_kosmosg.launcher import RankInfo
 from megatron_kosmosg.shards import ShardFolder
 
 SETTINGS = {"limit": None, "inputs": ["a", 1], "--dtype": "fp32"}
@@ -22,12 +22,12 @@ def folder(tmp_path) -> ShardFolder:
 
 
 def test_a_restart_leaves_out_what_is_finished_with_any_number_of_ranks(folder):
-    assert folder.to_do(Place(1, 2, 1).share(6)) == [1, 3, 5]
+    assert folder.to_do(RankInfo(1, 2, 1).share(6)) == [1, 3, 5]
     for number in (1, 4):
         folder.finish(number, {"bad": [number]})
     again = ShardFolder(folder.path)
     again.begin(SETTINGS)
-    left = [again.to_do(Place(rank, 3, rank).share(6)) for rank in range(3)]
+    left = [again.to_do(RankInfo(rank, 3, rank).share(6)) for rank in range(3)]
     assert left == [[0, 3], [], [2, 5]]
     assert again.read(4) == {"bad": [4]} and again.is_done(1) and not again.is_done(2)
 

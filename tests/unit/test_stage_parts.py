@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import CLIPTextModel
 
-from megatron_kosmosg.parallel.layout import lone_layout
+from megatron_kosmosg.parallel.context import single_process_context
 from megatron_kosmosg.stages import build_stage, stage_facts
 from megatron_kosmosg.stages.align import load_text_encoder
 from megatron_kosmosg.stages.instruct import InstructStage
@@ -25,7 +25,7 @@ def test_the_text_encoders_dtype_is_not_that_of_its_files(tmp_path, precision, d
     CLIPTextModel.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
     config = tiny_config("align", tmp_path, tmp_path / "out")
     config = replace_section(config, "training", precision=precision)
-    assert load_text_encoder(config, lone_layout("cpu")).dtype == dtype
+    assert load_text_encoder(config, single_process_context("cpu")).dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_the_text_encoders_dtype_is_not_that_of_its_files(tmp_path, precision, d
 def test_what_trains(stage: str, parts: tuple[str, ...], tmp_path) -> None:
     """Whole parts, and in pretrain and instruct the tower's last block and post-norm."""
     config = tiny_config(stage, tmp_path, tmp_path)
-    lone = lone_layout("meta")
+    lone = single_process_context("meta")
     # A stage object of another pipeline rank loads no frozen helper.
     stage_object = build_stage(config, dataclasses.replace(lone, pp_size=2))
     (model,) = stage_object.build_model(lone)
@@ -63,4 +63,4 @@ def test_a_run_without_held_out_data_draws_no_images(tmp_path):
     """Every run probes at its end, also one of a config that names no held-out data."""
     config = tiny_config("instruct", write_stable_diffusion(tmp_path), tmp_path / "out")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, heldout={}))
-    assert InstructStage(config, lone_layout("cpu")).probe([], 1) == Probe()
+    assert InstructStage(config, single_process_context("cpu")).probe([], 1) == Probe()

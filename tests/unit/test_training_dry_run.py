@@ -10,7 +10,7 @@ import pytest
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
-from megatron_kosmosg.config.world import world_layout
+from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.planning.dry_run import describe
 from megatron_kosmosg.planning.gpus import GPUS, Efficiency
 from megatron_kosmosg.planning.model_counts import Part, count_model
@@ -111,7 +111,7 @@ def test_rank_table_follows_megatrons_order():
             "parallel.pipeline_model_parallel_size=2",
         ],
     )
-    assert rank_table(world_layout(config, 8)).splitlines()[1:] == [
+    assert rank_table(rank_grid(config, 8)).splitlines()[1:] == [
         "  replica 0: stage 0: ranks 0, 1 -> stage 1: ranks 4, 5",
         "  replica 1: stage 0: ranks 2, 3 -> stage 1: ranks 6, 7",
     ]

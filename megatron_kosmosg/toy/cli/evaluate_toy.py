@@ -71,7 +71,7 @@ def evaluate(args: argparse.Namespace) -> Results:
     from megatron_kosmosg.config.load import load_saved_config
     from megatron_kosmosg.config.overwrites import refuse_to_write_into
     from megatron_kosmosg.data.dataset_files import folders_read
-    from megatron_kosmosg.inference.trained_model import TrainedModel, one_process
+    from megatron_kosmosg.inference.trained_model import TrainedModel, single_process
     from megatron_kosmosg.models.diffusion import load_diffusion
     from megatron_kosmosg.toy.judging.toy_drawing import Sampling
     from megatron_kosmosg.toy.judging.toy_results import ToyResults
@@ -85,12 +85,12 @@ def evaluate(args: argparse.Namespace) -> Results:
     config = load_saved_config(last / CONFIG_FILE)
     folders = [find_checkpoint(Path(folder), given_as="--run ") for folder in runs.values()]
     refuse_to_write_into(args.output, [*folders, *folders_read(config)], "--output")
-    with one_process(config) as layout:
+    with single_process(config) as context:
         models = {}
         for name, folder in runs.items():
             print(f"loading {name} from {folder}", flush=True)
-            models[name] = TrainedModel(Path(folder), layout)
-        toy = ToyResults(load_diffusion(config, layout.device), sampling, count, not args.fast)
+            models[name] = TrainedModel(Path(folder), context)
+        toy = ToyResults(load_diffusion(config, context.device), sampling, count, not args.fast)
         if "pretrain" in models:
             print("pretrain: words", flush=True)
             toy.results.rows.extend(

@@ -7,7 +7,7 @@ import pytest
 from megatron_kosmosg.config.batching import data_parallel_size
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
-from megatron_kosmosg.config.world import world_layout
+from megatron_kosmosg.config.rank_grid import rank_grid
 
 
 def config(*overrides: str):
@@ -29,7 +29,7 @@ def test_colocated_groups_are_megatrons(tp, pp, size):
     from megatron.core.parallel_state import RankGenerator
 
     generator = RankGenerator(tp=tp, ep=1, dp=size // tp // pp, pp=pp, cp=1, order="tp-cp-ep-dp-pp")
-    world = world_layout(
+    world = rank_grid(
         config(
             f"parallel.tensor_model_parallel_size={tp}",
             f"parallel.pipeline_model_parallel_size={pp}",
@@ -55,29 +55,33 @@ def test_colocated_groups_are_megatrons(tp, pp, size):
     ],
 )
 def test_every_rank_of_a_dedicated_world_has_one_place(tp, pp, k, r, size, replicas):
-    world = world_layout(dedicated(tp, pp, k, r), size)
+    world = rank_grid(dedicated(tp, pp, k, r), size)
     assert world.num_replicas == replicas == data_parallel_size(dedicated(tp, pp, k, r), size)
     seen = []
     for replica in range(replicas):
         for stage in range(pp):
             for rank in world.tensor_group(replica, stage):
-                place = world.place(rank)
-                assert (place.role, place.replica, place.pp_rank) == ("decoder", replica, stage)
-                assert rank == world.decoder_rank(replica, stage, place.tp_rank)
+                coordinates = world.coordinates(rank)
+                assert (coordinates.role, coordinates.replica, coordinates.pp_rank) == (
+                    "decoder",
+                    replica,
+                    stage,
+                )
+                assert rank == world.decoder_rank(replica, stage, coordinates.tp_rank)
                 seen.append(rank)
     served = {}
     for replica in range(replicas):
         for rank in world.score_ranks(replica):
             served.setdefault(rank, []).append(replica)
-            assert world.place(rank).role == "score"
+            assert world.coordinates(rank).role == "score"
     assert sorted(seen + list(served)) == list(range(size))
     assert len(served) == world.num_score_ranks
     assert {len(found) for found in served.values()} == {r}
-    assert all(world.place(rank).replica == found[0] for rank, found in served.items())
+    assert all(world.coordinates(rank).replica == found[0] for rank, found in served.items())
 
 
 def test_units_of_four_stay_on_their_node():
-    world = world_layout(dedicated(tp=2, k=2), 256)
+    world = rank_grid(dedicated(tp=2, k=2), 256)
     for replica in range(world.num_replicas):
         ranks = world.tensor_group(replica, 0) + world.score_ranks(replica)
         assert len({rank // 8 for rank in ranks}) == 1
@@ -100,7 +104,7 @@ def test_units_of_four_stay_on_their_node():
 )
 def test_worlds_that_do_not_divide_are_refused_with_choices(settings, size, words):
     with pytest.raises(ConfigError) as error:
-        world_layout(settings, size)
+        rank_grid(settings, size)
     for word in words:
         assert word in str(error.value)
 
@@ -109,4 +113,4 @@ def test_other_stages_have_no_score_ranks():
     pretrain = load_config(
         None, ["stage=pretrain", "logging.output_dir=x", "score.placement=dedicated"]
     )
-    assert world_layout(pretrain, 8).num_score_ranks == 0
+    assert rank_grid(pretrain, 8).num_score_ranks == 0

@@ -21,7 +21,7 @@ _LARGEST_RATIO = 8
 
 
 @dataclass(frozen=True)
-class RankPlace:
+class RankCoordinates:
     """The role of one rank, and its coordinates in that role."""
 
     role: Literal["decoder", "score"]
@@ -35,7 +35,7 @@ class RankPlace:
 
 
 @dataclass(frozen=True)
-class WorldLayout:
+class RankGrid:
     """The roles of all ranks of a run."""
 
     world_size: int
@@ -76,20 +76,20 @@ class WorldLayout:
         first = unit * self.unit_size + self.replicas_per_unit * self.replica_size
         return list(range(first, first + self.score_ranks_per_unit))
 
-    def place(self, rank: int) -> RankPlace:
+    def coordinates(self, rank: int) -> RankCoordinates:
         """The role and coordinates of `rank`; the inverse of `decoder_rank` and `score_ranks`."""
         if not self.score_ranks_per_unit:
             rest, tp_rank = divmod(rank, self.tp_size)
             pp_rank, replica = divmod(rest, self.num_replicas)
-            return RankPlace("decoder", replica, pp_rank, tp_rank)
+            return RankCoordinates("decoder", replica, pp_rank, tp_rank)
         unit, inside = divmod(rank, self.unit_size)
         decoder_ranks = self.replicas_per_unit * self.replica_size
         first = unit * self.replicas_per_unit
         if inside >= decoder_ranks:
-            return RankPlace("score", first, score_index=inside - decoder_ranks)
+            return RankCoordinates("score", first, score_index=inside - decoder_ranks)
         replica, inside = divmod(inside, self.replica_size)
         pp_rank, tp_rank = divmod(inside, self.tp_size)
-        return RankPlace("decoder", first + replica, pp_rank, tp_rank)
+        return RankCoordinates("decoder", first + replica, pp_rank, tp_rank)
 
     def tensor_group(self, replica: int, pp_rank: int) -> list[int]:
         """Ranks that split the layers of one pipeline stage."""
@@ -110,7 +110,7 @@ def has_score_ranks(config: RunConfig) -> bool:
     return config.stage == "instruct" and config.score.placement == "dedicated"
 
 
-def world_layout(config: RunConfig, world_size: int) -> WorldLayout:
+def rank_grid(config: RunConfig, world_size: int) -> RankGrid:
     """The layout of `world_size` ranks.
 
     Raises ConfigError, with the nearest choices that fit, when they cannot all be used.
@@ -118,7 +118,7 @@ def world_layout(config: RunConfig, world_size: int) -> WorldLayout:
     parallel, score = config.parallel, config.score
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if not has_score_ranks(config):
-        return WorldLayout(world_size, tp, pp, _colocated_replicas(config, world_size), 0, 1)
+        return RankGrid(world_size, tp, pp, _colocated_replicas(config, world_size), 0, 1)
     for key, value in (
         ("ranks_per_replica", score.ranks_per_replica),
         ("replicas_per_rank", score.replicas_per_rank),
@@ -135,7 +135,7 @@ def world_layout(config: RunConfig, world_size: int) -> WorldLayout:
     unit = score.replicas_per_rank * tp * pp + score.ranks_per_replica
     if world_size % unit:
         raise ConfigError(_cannot_fill(config, world_size, unit))
-    return WorldLayout(
+    return RankGrid(
         world_size=world_size,
         tp_size=tp,
         pp_size=pp,

@@ -7,7 +7,7 @@ import dataclasses
 from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
 
 
-def on_one_rank(config: RunConfig) -> RunConfig:
+def single_process_config(config: RunConfig) -> RunConfig:
     """The config without model parallelism and with the U-Net beside the decoder."""
     score = dataclasses.replace(config.score, placement="colocated")
     return dataclasses.replace(config, parallel=ParallelConfig(), score=score)

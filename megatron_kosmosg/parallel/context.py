@@ -15,7 +15,7 @@ from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelContext:
     """This rank's place. A group is None in a process without torch.distributed."""
 
     world_size: int
@@ -43,7 +43,7 @@ class Layout:
         return self.world_size + self.num_score_ranks
 
     @property
-    def place_number(self) -> int:
+    def canonical_rank(self) -> int:
         """This rank's number where tensor ranks are adjacent, then replicas, then stages; `rank`
         counts otherwise where replicas have score ranks."""
         return self.tp_rank + self.tp_size * (self.dp_rank + self.dp_size * self.pp_rank)
@@ -64,7 +64,7 @@ def create_groups(
     device: torch.device,
     num_score_ranks: int = 0,
     store: Store | None = None,
-) -> Layout:
+) -> ParallelContext:
     """Megatron's groups over torch.distributed's world, which holds the decoder ranks alone.
 
     Tensor-parallel ranks are adjacent. Raises ConfigError if the ranks do not divide into copies of
@@ -78,11 +78,11 @@ def create_groups(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         distributed_timeout_minutes=timedelta(seconds=parallel.timeout_seconds).total_seconds()
         / 60,
-        # config/world.py keeps the stages of a replica together where it has score ranks.
+        # config/rank_grid.py keeps the stages of a replica together where it has score ranks.
         order="tp-cp-ep-pp-dp" if num_score_ranks else "tp-cp-ep-dp-pp",
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return Layout(
+    return ParallelContext(
         world_size=torch.distributed.get_world_size(),
         rank=torch.distributed.get_rank(),
         tp_rank=groups.tp.rank(),
@@ -101,12 +101,12 @@ def create_groups(
     )
 
 
-def lone_layout(device: torch.device | str) -> Layout:
+def single_process_context(device: torch.device | str) -> ParallelContext:
     """A layout of one process without torch.distributed, to build (not train) the whole model."""
     groups = ProcessGroupCollection(
         tp=None, pp=None, cp=None, dp=None, dp_cp=None, embd=None, pos_embd=None
     )
-    return Layout(
+    return ParallelContext(
         world_size=1, rank=0, tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, dp_rank=0, dp_size=1,
         tp_group=None, pp_group=None, dp_group=None, process_groups=groups,
         device=torch.device(device),
