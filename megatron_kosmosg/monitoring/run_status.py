@@ -71,7 +71,7 @@ def run_status(folder: Path) -> RunStatus:
         config = load_saved_config(config_file)
     except ConfigError as error:
         raise InputError(str(error)) from None
-    heart = _json(folder / "heartbeat.json")
+    heartbeat = _json(folder / "heartbeat.json")
     train, speed = _recent_iterations(folder / METRICS_FILE)
     last = train[-1] if train else {}
     iteration = int(last.get("iteration", 0))
@@ -81,17 +81,19 @@ def run_status(folder: Path) -> RunStatus:
     newest = _newest_checkpoint(save)
     owner, error = _owner(folder), _error(folder / FAILURE_FILE)
     age = None
-    if isinstance(heart.get("time"), (int, float)):
-        age = max(0.0, time.time() - heart["time"])  # the run's node may have a clock that is ahead
+    if isinstance(heartbeat.get("time"), (int, float)):
+        age = max(
+            0.0, time.time() - heartbeat["time"]
+        )  # the run's node may have a clock that is ahead
     return RunStatus(
         folder=str(folder),
         stage=config.stage,
-        state=_state(owner, age, heart.get("stall"), error, iteration, total, newest),
+        state=_state(owner, age, heartbeat.get("stall"), error, iteration, total, newest),
         iteration=iteration,
         train_iters=total,
-        phase=heart.get("phase") if owner else None,
+        phase=heartbeat.get("phase") if owner else None,
         heartbeat_seconds=age,
-        stall=heart.get("stall") if owner else None,
+        stall=heartbeat.get("stall") if owner else None,
         loss=last.get("loss"),
         samples_per_sec=last.get("samples_per_sec"),
         seconds_left=None if speed is None else max(0, total - iteration) * speed,

@@ -16,7 +16,7 @@ from megatron_kosmosg.data.keyed import StreamName
 from megatron_kosmosg.launcher import find_rank_info
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.models.faster_passes import take_faster_passes
-from megatron_kosmosg.monitoring.heartbeat import Heartbeat
+from megatron_kosmosg.monitoring.watchdog import Watchdog
 from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.drawing import draw_images
 from megatron_kosmosg.score.draws import Drawn
@@ -83,8 +83,8 @@ def _heartbeat(config: RunConfig, rank: ScoreRank) -> Iterator[Callable[[int, st
         yield lambda iteration, phase: None
         return
     rank_info, stall_seconds = find_rank_info(), config.parallel.stall_seconds
-    with Heartbeat(rank_info, stall_seconds, heartbeat_file(config), may_go=True) as heart:
-        yield heart.at
+    with Watchdog(rank_info, stall_seconds, heartbeat_file(config), may_go=True) as watchdog:
+        yield watchdog.at
 
 
 def _rows_at_once(config: RunConfig, rank: ScoreRank) -> int:

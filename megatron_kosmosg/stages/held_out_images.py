@@ -20,7 +20,7 @@ from megatron_kosmosg.training.image_grid import image_grid, to_image
 from megatron_kosmosg.training.stage import Probe
 
 CELL_PIXELS = 96
-SHEET = "held_out_prompts"
+GRID = "held_out_prompts"
 PROMPTS_TOGETHER = 8
 """That are drawn at once where there is no sheet; otherwise as many as it shows."""
 Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor | None]
@@ -48,7 +48,7 @@ def held_out_images(
     measured = shown if num_measured is None else num_measured
     together = shown or PROMPTS_TOGETHER
     count = max(shown, measured if evaluators else 0)
-    sheet, words, drawn, is_given_up = {}, {}, [], False
+    grid, words, drawn, is_given_up = {}, {}, [], False
     for start in range(0, count, together):
         positions = range(start, min(start + together, count))
         found = _drawn(config, context, draw, dataset, model, positions)
@@ -59,8 +59,8 @@ def held_out_images(
             is_given_up = True
             continue
         if start == 0 and shown:
-            sheet[SHEET] = _sheet(config, batch, images)
-            words[SHEET] = tuple(text or "" for text in images.texts)
+            grid[GRID] = _grid(config, batch, images)
+            words[GRID] = tuple(text or "" for text in images.texts)
         drawn.append(images)
     if is_given_up:
         return None
@@ -72,7 +72,7 @@ def held_out_images(
         torch.cat([images.targets for images in drawn])[:measured],
         tuple(texts[:measured]),
     )
-    return Probe(measure(evaluators, images) if measured else {}, sheet, words)
+    return Probe(measure(evaluators, images) if measured else {}, grid, words)
 
 
 def _drawn(
@@ -106,7 +106,7 @@ def _drawn(
     return batch, DrawnImages(results, targets, texts)
 
 
-def _sheet(config: RunConfig, batch: dict[str, torch.Tensor], images: DrawnImages) -> Image.Image:
+def _grid(config: RunConfig, batch: dict[str, torch.Tensor], images: DrawnImages) -> Image.Image:
     prompts = _prompt_images(config, batch)
     width = max(len(shown) for shown in prompts)
     rows = [

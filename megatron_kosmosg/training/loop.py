@@ -20,11 +20,11 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.bad_images import check_bad_images
 from megatron_kosmosg.files import write_text
 from megatron_kosmosg.launcher import find_rank_info
-from megatron_kosmosg.monitoring.heartbeat import Heartbeat
 from megatron_kosmosg.monitoring.iteration_trace import DecoderTrace
 from megatron_kosmosg.monitoring.run_owner import RunOwner
 from megatron_kosmosg.monitoring.signals import StopRequest
 from megatron_kosmosg.monitoring.stragglers import Stragglers
+from megatron_kosmosg.monitoring.watchdog import Watchdog
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.training.against_plan import AgainstPlan, PlannedRun
 from megatron_kosmosg.training.batches import BatchFeed
@@ -72,10 +72,10 @@ def fit(
     rank_info, stall_seconds = find_rank_info(), config.parallel.stall_seconds
     with (
         StopRequest() as stop,
-        Heartbeat(rank_info, stall_seconds, heartbeat_file(config)) as heart,
+        Watchdog(rank_info, stall_seconds, heartbeat_file(config)) as watchdog,
     ):
         against_plan = AgainstPlan(planned, config.training.global_batch_size, context.device)
-        return _fit(stage, config, context, stop, heart, owner, against_plan)
+        return _fit(stage, config, context, stop, watchdog, owner, against_plan)
 
 
 def _fit(
@@ -83,12 +83,12 @@ def _fit(
     config: RunConfig,
     context: ParallelContext,
     stop: StopRequest,
-    heart: Heartbeat,
+    watchdog: Watchdog,
     owner: RunOwner | None,
     against_plan: AgainstPlan,
 ) -> bool:
     # What is read. An index may take long to build: a stop does not wait for it.
-    heart.at(0, "data")
+    watchdog.at(0, "data")
     data = stop.run_alone(lambda: stage.build_dataset("train"))
     heldout = None
     if config.data.heldout:
@@ -97,7 +97,7 @@ def _fit(
         return False
     assert data is not None  # only a stop leaves it out
     # What is trained: from the newest checkpoint, else from the stage's initial weights.
-    heart.at(0, "model")
+    watchdog.at(0, "model")
     # Before the model is built: a run that is resumed need not read the weights it began from.
     resume_from = newest_checkpoint(config, context)
     trained = build_trained(stage, config, context, takes_initial_weights=resume_from is None)
@@ -139,7 +139,7 @@ def _fit(
     stopping, saved = False, progress.iteration
 
     def save() -> None:
-        heart.at(progress.iteration, "saving")
+        watchdog.at(progress.iteration, "saving")
         # A checkpoint promises that the lines up to its iteration are there.
         metrics.flush()
         with whole_parameters(chunks):
@@ -148,7 +148,7 @@ def _fit(
 
     try:
         # An evaluation that a stop cut short is made up for before training goes on.
-        heart.at(progress.iteration, "first batch")
+        watchdog.at(progress.iteration, "first batch")
         if resume_from is not None and evaluations.is_missing(progress.iteration):
             stopping = not evaluations.run(progress.iteration)
         if progress.iteration < config.training.train_iters and not stopping:
@@ -158,7 +158,7 @@ def _fit(
             display.say(f"asked to stop: still at iteration {progress.iteration}, nothing to save")
             return False
         while progress.iteration < config.training.train_iters and not stopping:
-            heart.at(progress.iteration + 1, "training")
+            watchdog.at(progress.iteration + 1, "training")
             started = time.perf_counter()
             stragglers.start()
             # Only where an iteration can be taken back: without score ranks none is.
@@ -211,7 +211,7 @@ def _fit(
             checkpointer.poll()
             note_trace(display, config, trace.write(only_all=True))
             stopping = stop.agreed(context.device)
-            heart.at(progress.iteration, "evaluation")
+            watchdog.at(progress.iteration, "evaluation")
             if not stopping and evaluations.is_due(progress.iteration):
                 stopping = not evaluations.run(progress.iteration)
             last = progress.iteration == config.training.train_iters

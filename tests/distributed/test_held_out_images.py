@@ -1,4 +1,4 @@
-"""The sheet of held-out prompts is the same image on every layout, drawn by one rank."""
+"""The grid of held-out prompts is the same image on every layout, drawn by one rank."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Prompts:
         return batch | {"replacements": torch.zeros(len(samples), dtype=torch.long)}
 
 
-def sheet(config: RunConfig) -> np.ndarray | None:
+def grid(config: RunConfig) -> np.ndarray | None:
     """The sheet's pixels on the rank that draws."""
     context = platform.initialize(config)
     try:
@@ -74,12 +74,12 @@ def config_of(stable_diffusion: Path, **parallel) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def alone(stable_diffusion) -> np.ndarray:
-    return run_ranks(1, sheet, config_of(stable_diffusion))[0]
+    return run_ranks(1, grid, config_of(stable_diffusion))[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_draws_the_same_sheet_once(layout, alone, stable_diffusion):
-    results = run_ranks(2, sheet, config_of(stable_diffusion, **LAYOUTS[layout]))
+    results = run_ranks(2, grid, config_of(stable_diffusion, **LAYOUTS[layout]))
     (drawn,) = [result for result in results if result is not None]
     assert drawn.std() > 10
     assert np.abs(drawn.astype(int) - alone).max() <= 2
@@ -88,7 +88,7 @@ def test_every_layout_draws_the_same_sheet_once(layout, alone, stable_diffusion)
 def test_half_precision_draws_nearly_the_same(alone, stable_diffusion):
     """The model's outputs are half precision here, the sampler's latents are not."""
     config = replace_section(config_of(stable_diffusion), "training", precision="bf16")
-    (drawn,) = run_ranks(1, sheet, config)
+    (drawn,) = run_ranks(1, grid, config)
     assert np.abs(drawn.astype(int) - alone).mean() < 3
 
 

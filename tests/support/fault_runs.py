@@ -32,7 +32,7 @@ from megatron_kosmosg.checkpoint.writer import BackgroundSave
 from megatron_kosmosg.config.paths import packing_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data import packing_index
-from megatron_kosmosg.monitoring.heartbeat import Heartbeat
+from megatron_kosmosg.monitoring.watchdog import Watchdog
 from megatron_kosmosg.score import service as score_service
 from megatron_kosmosg.score import stream as score_stream
 from megatron_kosmosg.score.remote import RemoteScore
@@ -207,7 +207,7 @@ def _mark_finalising(marker: _Marker) -> None:
 
 def _mark_heartbeats(marker: _Marker) -> None:
     """Follows the heartbeat's own phases; `model` is where a run loads what it goes on from."""
-    at, loading = Heartbeat.at, contextlib.ExitStack()
+    at, loading = Watchdog.at, contextlib.ExitStack()
 
     def at_marked(self, iteration: int, phase: str) -> None:
         loading.close()
@@ -216,7 +216,7 @@ def _mark_heartbeats(marker: _Marker) -> None:
         marker.heartbeat(iteration, phase)
         at(self, iteration, phase)
 
-    Heartbeat.at = at_marked
+    Watchdog.at = at_marked
 
 
 def use_stage(world: str, built: list[torch.nn.Module]) -> None:

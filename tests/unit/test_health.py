@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from megatron_kosmosg.monitoring.bandwidth import slow_nodes
-from megatron_kosmosg.monitoring.heartbeat import Beat, Watch
 from megatron_kosmosg.monitoring.node_health import (
     count_problems,
     disk_problems,
@@ -16,6 +15,7 @@ from megatron_kosmosg.monitoring.node_health import (
     link_problems,
 )
 from megatron_kosmosg.monitoring.stragglers import compare
+from megatron_kosmosg.monitoring.watchdog import Heartbeat, StallDetector
 
 LINKS = """\
 GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)
@@ -91,53 +91,62 @@ def test_the_slowest_rank_is_a_multiple_of_the_median():
     }
 
 
-def beat(rank: int, number: int, seconds: float, *, waits: bool, phase: str = "training") -> Beat:
-    return Beat(rank, f"n{rank}", number, 7, phase, seconds, f"training/x.py:{rank}", waits)
+def heartbeat(
+    rank: int, number: int, seconds: float, *, waits: bool, phase: str = "training"
+) -> Heartbeat:
+    return Heartbeat(rank, f"n{rank}", number, 7, phase, seconds, f"training/x.py:{rank}", waits)
 
 
 def test_a_rank_that_does_not_wait_holds_the_others_up():
-    watch = Watch(range(3), stall_seconds=10)
-    fine = {rank: beat(rank, 1, 2.0, waits=True) for rank in range(3)}
-    assert watch.report(fine, 0.0) is None
-    stuck = {rank: beat(rank, 2, 11.0, waits=rank != 1) for rank in range(3)}
-    said = watch.report(stuck, 9.0)
+    detector = StallDetector(range(3), stall_seconds=10)
+    fine = {rank: heartbeat(rank, 1, 2.0, waits=True) for rank in range(3)}
+    assert detector.report(fine, 0.0) is None
+    stuck = {rank: heartbeat(rank, 2, 11.0, waits=rank != 1) for rank in range(3)}
+    said = detector.report(stuck, 9.0)
     assert "rank 1 on n1" in said and "training/x.py:1" in said and "rank 0" not in said
-    again = {rank: beat(rank, 3, 14.0, waits=rank != 1) for rank in range(3)}
-    assert watch.report(again, 12.0) is None  # the same stall is said once
-    moving = {rank: beat(rank, 4, 0.5, waits=True) for rank in range(3)}
-    assert watch.report(moving, 15.0) is None
-    stuck = {rank: beat(rank, 5, 12.0, waits=rank != 2) for rank in range(3)}
-    assert "rank 2" in watch.report(stuck, 16.0)
+    again = {rank: heartbeat(rank, 3, 14.0, waits=rank != 1) for rank in range(3)}
+    assert detector.report(again, 12.0) is None  # the same stall is said once
+    assert detector.stall == said  # and lasts
+    moving = {rank: heartbeat(rank, 4, 0.5, waits=True) for rank in range(3)}
+    assert detector.report(moving, 15.0) is None
+    assert detector.stall is None
+    stuck = {rank: heartbeat(rank, 5, 12.0, waits=rank != 2) for rank in range(3)}
+    assert "rank 2" in detector.report(stuck, 16.0)
 
 
 def test_a_rank_that_works_alone_for_long_is_no_stall_while_others_move():
-    watch = Watch(range(2), stall_seconds=10)
-    beats = {0: beat(0, 1, 50.0, waits=False), 1: beat(1, 1, 1.0, waits=False)}
-    assert watch.report(beats, 0.0) is None
+    detector = StallDetector(range(2), stall_seconds=10)
+    heartbeats = {0: heartbeat(0, 1, 50.0, waits=False), 1: heartbeat(1, 1, 1.0, waits=False)}
+    assert detector.report(heartbeats, 0.0) is None
 
 
 def test_a_silent_rank_is_named_with_its_last_words():
-    watch = Watch(range(2), stall_seconds=10)
+    detector = StallDetector(range(2), stall_seconds=10)
     for second in range(0, 10, 2):
-        beats = {0: beat(0, second, 1.0, waits=True), 1: beat(1, 0, 1.0, waits=False)}
-        assert watch.report(beats, float(second)) is None
-    said = watch.report({0: beat(0, 99, 9.0, waits=True), 1: beat(1, 0, 1.0, waits=False)}, 11.0)
+        heartbeats = {
+            0: heartbeat(0, second, 1.0, waits=True),
+            1: heartbeat(1, 0, 1.0, waits=False),
+        }
+        assert detector.report(heartbeats, float(second)) is None
+    said = detector.report(
+        {0: heartbeat(0, 99, 9.0, waits=True), 1: heartbeat(1, 0, 1.0, waits=False)}, 11.0
+    )
     assert "no sign of life from rank 1 on n1" in said and "training/x.py:1" in said
 
 
 def test_a_score_rank_that_is_gone_is_no_stall_and_hides_none():
-    watch = Watch(range(3), stall_seconds=10)
-    last_words = replace(beat(2, 1, 1.0, waits=False, phase="scoring"), may_go=True)
+    detector = StallDetector(range(3), stall_seconds=10)
+    last_words = replace(heartbeat(2, 1, 1.0, waits=False, phase="scoring"), may_go=True)
     for second in range(0, 40, 2):
-        beats = {rank: beat(rank, second, 1.0, waits=True) for rank in range(2)}
-        assert watch.report({**beats, 2: last_words}, float(second)) is None
-    stuck = {rank: beat(rank, 99, 11.0, waits=rank == 0) for rank in range(2)}
-    said = watch.report({**stuck, 2: last_words}, 42.0)
+        heartbeats = {rank: heartbeat(rank, second, 1.0, waits=True) for rank in range(2)}
+        assert detector.report({**heartbeats, 2: last_words}, float(second)) is None
+    stuck = {rank: heartbeat(rank, 99, 11.0, waits=rank == 0) for rank in range(2)}
+    said = detector.report({**stuck, 2: last_words}, 42.0)
     assert "held up by rank 1 on n1" in said and "rank 2" not in said
 
 
 def test_a_rank_that_never_spoke_is_named_when_the_others_stall():
-    watch = Watch(range(2), stall_seconds=10)
-    assert watch.report({0: beat(0, 1, 0.0, waits=True), 1: None}, 0.0) is None
-    assert watch.report({0: beat(0, 2, 1.0, waits=True), 1: None}, 11.0) is None
-    assert "rank 1 (30 s)" in watch.report({0: beat(0, 3, 20.0, waits=True), 1: None}, 30.0)
+    detector = StallDetector(range(2), stall_seconds=10)
+    assert detector.report({0: heartbeat(0, 1, 0.0, waits=True), 1: None}, 0.0) is None
+    assert detector.report({0: heartbeat(0, 2, 1.0, waits=True), 1: None}, 11.0) is None
+    assert "rank 1 (30 s)" in detector.report({0: heartbeat(0, 3, 20.0, waits=True), 1: None}, 30.0)

@@ -49,8 +49,13 @@ def make_run(
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text + '{"iteration": 1')  # one is being written
     if beat is not None:
-        heart = {"time": now - beat, "iteration": iterations, "phase": "training", "stall": stall}
-        (folder / "heartbeat.json").write_text(json.dumps(heart))
+        heartbeat = {
+            "time": now - beat,
+            "iteration": iterations,
+            "phase": "training",
+            "stall": stall,
+        }
+        (folder / "heartbeat.json").write_text(json.dumps(heartbeat))
     if owned:
         (folder / "owner.json").write_text(json.dumps(dataclasses.asdict(HOLDER)))
     if failure is not None:

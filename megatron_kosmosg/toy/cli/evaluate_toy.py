@@ -114,7 +114,7 @@ def write(results: Results, output: Path) -> None:
     """The sheets as PNG files, `images.json` that lists them, and `metrics.json`."""
     output.mkdir(parents=True, exist_ok=True)
     listed = []
-    for file, title, caption, image in results.sheets:
+    for file, title, caption, image in results.grids:
         with replacing(output / file) as temporary:
             image.save(temporary, "PNG")
         listed.append({"file": file, "title": title, "caption": caption})

@@ -40,7 +40,7 @@ class Results:
     """Rows of the table, and sheets as (file name, title, caption, image)."""
 
     rows: list[MetricRow] = field(default_factory=list)
-    sheets: list[tuple[str, str, str, Image.Image]] = field(default_factory=list)
+    grids: list[tuple[str, str, str, Image.Image]] = field(default_factory=list)
 
 
 class ToyResults:
@@ -113,7 +113,7 @@ class ToyResults:
             self._add(cell.row("hue error, mean", measures.HUE_MEAN, "degrees"))
             self._add(cell.row("all right", measures.ALL, "share"))
             self._add(cell.row("background word", measures.background_word, "share"))
-            self._sheet(before, num_entities, cell)
+            self._grid(before, num_entities, cell)
         self._swap(model)
         self._background(model)
         self._edits(model)
@@ -151,7 +151,7 @@ class ToyResults:
         )
         self._add(cell.row("background hue, median", measures.background_hue, "degrees"))
         rows = self._rows(cell, self._cases(1, background_image))
-        self._add_sheet(
+        self._add_grid(
             "background",
             "A background given as an image",
             "Prompt images (subject, background), true scene, result.",
@@ -169,7 +169,7 @@ class ToyResults:
             )
         )
         instructions = ", ".join(f"“{case.parts[1]}”" for case in asked[:ROWS_SHOWN])
-        self._add_sheet(
+        self._add_grid(
             "edits",
             "Edits",
             f"Image, true edit, result. From the top: {instructions}.",
@@ -177,7 +177,7 @@ class ToyResults:
             ("true edit", "result"),
         )
 
-    def _sheet(self, before: TrainedModel | None, num_entities: int, cell: Cell) -> None:
+    def _grid(self, before: TrainedModel | None, num_entities: int, cell: Cell) -> None:
         shown = self._cases(num_entities, images_only)
         rows, headings = self._rows(cell, shown), ("truth", "result")
         caption = "Prompt images, true scene, result after instruct"
@@ -191,7 +191,7 @@ class ToyResults:
             caption = "Prompt images, true scene, result before instruct (align only), after"
             headings = ("truth", "before", "after")
         words = "one subject" if num_entities == 1 else "two subjects"
-        self._add_sheet(
+        self._add_grid(
             f"images_{num_entities}",
             f"Images in, {words}",
             f"{caption}. The words only say “a … on a (colour) background”.",
@@ -232,7 +232,7 @@ class ToyResults:
     def _add(self, row: MetricRow) -> None:
         self.results.rows.append(row)
 
-    def _add_sheet(self, name: str, title: str, caption: str, rows, results: Sequence[str]) -> None:
+    def _add_grid(self, name: str, title: str, caption: str, rows, results: Sequence[str]) -> None:
         headings = ["prompt"] * (len(rows[0]) - len(results)) + list(results)
-        sheet = image_grid(rows, CELL_PIXELS, headings)
-        self.results.sheets.append((f"{name}.png", title, caption, sheet))
+        grid = image_grid(rows, CELL_PIXELS, headings)
+        self.results.grids.append((f"{name}.png", title, caption, grid))

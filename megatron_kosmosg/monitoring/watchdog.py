@@ -29,7 +29,7 @@ MAX_NAMED = 8
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """One rank's latest sign of life."""
 
     rank: int
@@ -48,7 +48,7 @@ class Beat:
     """Whether the others go on when it is gone, so that its silence is no stall."""
 
 
-class Heartbeat:
+class Watchdog:
     """Context manager of one rank; `at` says what it does from now on."""
 
     def __init__(
@@ -71,15 +71,15 @@ class Heartbeat:
         self._number = 0
         self._ended = threading.Event()
         watched = {0: range(rank_info.world_size), rank_info.world_size - 1: range(1)}
-        self._watch = Watch(watched.get(rank_info.rank, range(0)), stall_seconds)
-        self._beats: dict[int, Beat | None] = dict.fromkeys(self._watch.ranks)
+        self._detector = StallDetector(watched.get(rank_info.rank, range(0)), stall_seconds)
+        self._heartbeats: dict[int, Heartbeat | None] = dict.fromkeys(self._detector.ranks)
         """The latest that was read."""
         self._threads = [
             threading.Thread(target=work, name="heartbeat", daemon=True)
             for work in (self._exchange, self._look)
         ]
 
-    def __enter__(self) -> Heartbeat:
+    def __enter__(self) -> Watchdog:
         for thread in self._threads:
             thread.start()
         return self
@@ -96,12 +96,12 @@ class Heartbeat:
     def _exchange(self) -> None:
         store: dist.Store | None = None
         while not self._ended.wait(self._interval):
-            own = self._beat()
+            own = self._heartbeat()
             try:
                 if store is None:
                     store = connect(self._rank_info, timedelta(seconds=2 * self._interval + 10))
                 store.set(_key(own.rank), json.dumps(asdict(own)))
-                self._beats = {rank: _read(store, rank) for rank in self._watch.ranks}
+                self._heartbeats = {rank: _read(store, rank) for rank in self._detector.ranks}
             except (RuntimeError, OSError):  # rank 0 has the store: it is gone, or ending
                 store = None
 
@@ -111,17 +111,17 @@ class Heartbeat:
             # While this process itself is stopped, it hears nothing: that is nobody's silence.
             now = time.monotonic()
             awake, before = awake + min(now - before, 2 * self._interval), now
-            report = self._watch.report(self._beats, awake)
+            report = self._detector.report(self._heartbeats, awake)
             if report is not None and not self._ended.is_set():
                 print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {report}", file=sys.stderr, flush=True)
             if self._rank_info.rank == 0:
-                self._write(report)
+                self._write()
 
-    def _beat(self) -> Beat:
+    def _heartbeat(self) -> Heartbeat:
         iteration, phase, since = self._state
         frame = sys._current_frames().get(self._main)
         self._number += 1
-        return Beat(
+        return Heartbeat(
             rank=self._rank_info.rank,
             node=self._node,
             number=self._number,
@@ -133,68 +133,88 @@ class Heartbeat:
             may_go=self._may_go,
         )
 
-    def _write(self, report: str | None) -> None:
+    def _write(self) -> None:
         iteration, phase, _ = self._state
         content = {"time": time.time(), "iteration": iteration, "phase": phase}
         try:
-            write_json(self._file, {**content, "stall": report}, indent=None, only_writer=True)
+            write_json(
+                self._file,
+                {**content, "stall": self._detector.stall},
+                indent=None,
+                only_writer=True,
+            )
         except OSError:  # a full disk must not end the watch; the run itself will say it
             return
 
 
-class Watch:
+class StallDetector:
     """Reads the beats of `ranks` again and again; a report for each time that they stall."""
 
     def __init__(self, ranks: range, stall_seconds: float) -> None:
         self.ranks = ranks
         self._stall_seconds = stall_seconds
-        self._heard: dict[int, tuple[Beat | None, float]] = {}
+        self._heard: dict[int, tuple[Heartbeat | None, float]] = {}
         """{rank: (its latest beat, when that was new)}"""
         self._reported: object = None
+        self.stall: str | None = None
+        """What was last reported, for as long as it lasts."""
 
-    def report(self, beats: dict[int, Beat | None], now: float) -> str | None:
+    def report(self, heartbeats: dict[int, Heartbeat | None], now: float) -> str | None:
         """What to say at time `now` (seconds), None while all is well or nothing is new."""
-        for rank, beat in beats.items():
+        new = self._new_report(heartbeats, now)
+        if new is not None or self._reported is None:
+            self.stall = new
+        return new
+
+    def _new_report(self, heartbeats: dict[int, Heartbeat | None], now: float) -> str | None:
+        for rank, heartbeat in heartbeats.items():
             known = self._heard.get(rank)
-            if known is None or (beat is not None and beat != known[0]):
-                self._heard[rank] = (beat, now)
+            if known is None or (heartbeat is not None and heartbeat != known[0]):
+                self._heard[rank] = (heartbeat, now)
         late = {
             rank: now - since
             for rank, (_, since) in self._heard.items()
             if now - since > self._stall_seconds
         }
-        gone = {rank for rank in late if (beat := self._heard[rank][0]) and beat.may_go}
+        gone = {rank for rank in late if (heartbeat := self._heard[rank][0]) and heartbeat.may_go}
         late = {rank: seconds for rank, seconds in late.items() if rank not in gone}
         # A rank that has never spoken is no stall by itself: it may still load its weights.
         silent = {rank: seconds for rank, seconds in late.items() if self._heard[rank][0]}
-        heard = [beat for beat, _ in self._heard.values() if beat]
-        speaking = [beat for beat in heard if beat.rank not in silent.keys() | gone]
-        stuck = [beat for beat in speaking if beat.seconds > self._stall_seconds]
+        heard = [heartbeat for heartbeat, _ in self._heard.values() if heartbeat]
+        speaking = [heartbeat for heartbeat in heard if heartbeat.rank not in silent.keys() | gone]
+        stuck = [heartbeat for heartbeat in speaking if heartbeat.seconds > self._stall_seconds]
         if not silent and (not speaking or len(stuck) < len(speaking)):
             self._reported = None
             return None
         silent = late
-        situation = (sorted(silent), [(beat.iteration, beat.phase) for beat in stuck])
+        situation = (
+            sorted(silent),
+            [(heartbeat.iteration, heartbeat.phase) for heartbeat in stuck],
+        )
         if situation == self._reported:
             return None
         self._reported = situation
         if silent:
             named = [self._silent(rank, silent[rank]) for rank in sorted(silent)]
             return f"stall: no sign of life from {_some(named)}"
-        behind = min((beat.iteration for beat in stuck), default=0)
-        culprits = [beat for beat in stuck if not beat.waits]
-        culprits = culprits or [beat for beat in stuck if beat.iteration == behind]
+        behind = min((heartbeat.iteration for heartbeat in stuck), default=0)
+        culprits = [heartbeat for heartbeat in stuck if not heartbeat.waits]
+        culprits = culprits or [heartbeat for heartbeat in stuck if heartbeat.iteration == behind]
         named = [
-            f"rank {beat.rank} on {beat.node} ({beat.phase} of iteration {beat.iteration}, "
-            f"{beat.place}{', waiting for others' if beat.waits else ''})"
-            for beat in culprits
+            f"rank {last.rank} on {last.node} ({last.phase} of iteration {last.iteration}, "
+            f"{last.place}{', waiting for others' if last.waits else ''})"
+            for last in culprits
         ]
-        seconds = min(beat.seconds for beat in stuck)
+        seconds = min(heartbeat.seconds for heartbeat in stuck)
         return f"stall: nothing moved for {seconds:.0f} s; held up by {_some(named)}"
 
     def _silent(self, rank: int, seconds: float) -> str:
-        beat = self._heard[rank][0]
-        last = "" if beat is None else f" on {beat.node}, last in {beat.phase} at {beat.place}"
+        heartbeat = self._heard[rank][0]
+        last = (
+            ""
+            if heartbeat is None
+            else f" on {heartbeat.node}, last in {heartbeat.phase} at {heartbeat.place}"
+        )
         return f"rank {rank}{last} ({seconds:.0f} s)"
 
 
@@ -223,10 +243,10 @@ def is_waiting(frame: FrameType | None) -> bool:
     return False
 
 
-def _read(store: dist.Store, rank: int) -> Beat | None:
+def _read(store: dist.Store, rank: int) -> Heartbeat | None:
     if not store.check([_key(rank)]):
         return None
-    return Beat(**json.loads(store.get(_key(rank))))
+    return Heartbeat(**json.loads(store.get(_key(rank))))
 
 
 def _key(rank: int) -> str:
