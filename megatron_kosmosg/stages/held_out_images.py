@@ -22,7 +22,7 @@ from megatron_kosmosg.training.stage import Probe
 CELL_PIXELS = 96
 GRID = "held_out_prompts"
 PROMPTS_TOGETHER = 8
-"""That are drawn at once where there is no sheet; otherwise as many as it shows."""
+"""That are drawn at once where there is no grid; otherwise as many as it shows."""
 Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor | None]
 """Images of (conditions with the null condition last, positions, pixels per side); None where the
 run is about to be stopped."""
@@ -37,12 +37,12 @@ def held_out_images(
     evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
     num_measured: int | None = None,
 ) -> Probe | None:
-    """A sheet with one row per held-out prompt: its images, the true image, the generated one.
+    """A grid with one row per held-out prompt: its images, the true image, the generated one.
 
     Called on all ranks together; empty on ranks that do not draw (all but one of the last stage).
     draw: called on that one, and so are the evaluators, which give the metrics. None: it drew
     nothing, because the run is about to be stopped.
-    num_measured: prompts whose images they see; None is those of the sheet.
+    num_measured: prompts whose images they see; None is those of the grid.
     """
     shown = config.logging.num_images
     measured = shown if num_measured is None else num_measured

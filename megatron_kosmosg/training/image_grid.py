@@ -1,4 +1,4 @@
-"""Rows of small images on one sheet, for people who would rather look than read."""
+"""Rows of small images on one grid, for people who would rather look than read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def image_grid(
     cell: int,
     headings: Sequence[str] = (),
 ) -> Image.Image:
-    """One sheet with a row per entry of `rows`; None leaves its cell white.
+    """One grid with a row per entry of `rows`; None leaves its cell white.
 
     Args:
         cell: pixels per side of a cell; smaller images are enlarged to it.
@@ -31,13 +31,13 @@ def image_grid(
     """
     columns = max(len(row) for row in rows)
     step, top = cell + GAP, HEADING_PIXELS if headings else 0
-    sheet = Image.new("RGB", (columns * step + GAP, top + len(rows) * step + GAP), "white")
+    grid = Image.new("RGB", (columns * step + GAP, top + len(rows) * step + GAP), "white")
     for j, heading in enumerate(headings):
         place = (GAP + j * step + cell / 2, top / 2 + GAP / 2)
-        ImageDraw.Draw(sheet).text(place, heading, fill="black", anchor="mm", font_size=12)
+        ImageDraw.Draw(grid).text(place, heading, fill="black", anchor="mm", font_size=12)
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
             if image is not None:
                 resized = image.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
-                sheet.paste(resized, (GAP + j * step, top + GAP + i * step))
-    return sheet
+                grid.paste(resized, (GAP + j * step, top + GAP + i * step))
+    return grid

@@ -49,7 +49,7 @@ class Prompts:
 
 
 def grid(config: RunConfig) -> np.ndarray | None:
-    """The sheet's pixels on the rank that draws."""
+    """The grid's pixels on the rank that draws."""
     context = platform.initialize(config)
     try:
         stage = InstructStage(config, context)
@@ -78,7 +78,7 @@ def alone(stable_diffusion) -> np.ndarray:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_draws_the_same_sheet_once(layout, alone, stable_diffusion):
+def test_every_layout_draws_the_same_grid_once(layout, alone, stable_diffusion):
     results = run_ranks(2, grid, config_of(stable_diffusion, **LAYOUTS[layout]))
     (drawn,) = [result for result in results if result is not None]
     assert drawn.std() > 10
@@ -132,7 +132,7 @@ def test_an_evaluator_is_run_on_the_images_that_a_training_draws(stable_diffusio
 
 @pytest.mark.parametrize("num_images", [2, 0])
 def test_a_fixed_subset_is_measured_every_so_often(stable_diffusion, tmp_path, num_images):
-    """More prompts than the sheet shows, drawn in several passes, the same each time; not by an
+    """More prompts than the grid shows, drawn in several passes, the same each time; not by an
     evaluation that lies between."""
     config = measured_run(stable_diffusion, tmp_path, every=2, num_prompts=5)
     config = replace_section(config, "training", eval_interval=1)

@@ -160,9 +160,9 @@ def test_ten_iterations_equal_those_of_one_rank(
     assert apart.loss <= bound.loss and apart.update <= bound.update, apart
     assert apart.grad_norm <= bound.grad_norm, apart
     if stage == "instruct" and row.precision == "fp32":
-        (drawn,) = [rank.sheet for rank in found[1] if rank.sheet is not None]
+        (drawn,) = [rank.grid for rank in found[1] if rank.grid is not None]
         assert drawn.std() > 10
-        assert np.abs(drawn.astype(int) - expected[1][0].sheet).max() <= 2
+        assert np.abs(drawn.astype(int) - expected[1][0].grid).max() <= 2
 
 
 def test_fp16_skips_updates_and_its_loss_scale_moves(single_process):

@@ -68,14 +68,14 @@ def check_equal(results, expected):
         assert np.abs(found[key] - gradient).max() <= BOUND * scale, key
     for result in decoders:
         assert result.heldout_loss == pytest.approx(expected.heldout_loss, rel=BOUND)
-    (sheet,) = [result.sheet for result in decoders if result.sheet is not None]
-    assert np.abs(sheet.astype(int) - expected.sheet).max() <= 2
+    (grid,) = [result.grid for result in decoders if result.grid is not None]
+    assert np.abs(grid.astype(int) - expected.grid).max() <= 2
 
 
 @pytest.fixture(scope="module")
 def colocated(stable_diffusion):
     (expected,) = run_ranks(1, placed_update, config_of(stable_diffusion, {}, {}))
-    assert expected.loss > 0 and expected.sheet.std() > 10
+    assert expected.loss > 0 and expected.grid.std() > 10
     return expected
 
 

@@ -34,7 +34,7 @@ class Ran:
     before: Share
     """Its parameters before the first update."""
     after: Share
-    sheet: np.ndarray | None
+    grid: np.ndarray | None
     """The images of held-out prompts, where they were drawn."""
 
 
@@ -61,12 +61,12 @@ def run_stage(config: RunConfig, defect: str | None = None) -> Ran | None:
             before.append(_copy(share_of(kept, context)))
             return list(kept)
 
-        sheets: list[np.ndarray] = []
+        grids: list[np.ndarray] = []
         probe = stage.probe
 
         def probe_and_keep(model: list[torch.nn.Module], iteration: int) -> Probe:
             found = probe(model, iteration)
-            sheets.extend(np.asarray(image) for image in found.images.values())
+            grids.extend(np.asarray(image) for image in found.images.values())
             return found
 
         stage.build_model, stage.probe = build_and_keep, probe_and_keep
@@ -75,7 +75,7 @@ def run_stage(config: RunConfig, defect: str | None = None) -> Ran | None:
         assert fit(stage, config, context)
         if stage.remote_score is not None:
             stage.remote_score.close(RunEnd.DONE)
-        return Ran(before[0], share_of(kept, context), sheets[0] if sheets else None)
+        return Ran(before[0], share_of(kept, context), grids[0] if grids else None)
     finally:
         platform.teardown()
 

@@ -29,14 +29,14 @@ from tests.support.tiny_stream import TinyStream
 
 @dataclass(frozen=True)
 class Placed:
-    """What one rank knows after an update, an evaluation and a sheet of images."""
+    """What one rank knows after an update, an evaluation and a grid of images."""
 
     is_score_rank: bool
     loss: float = 0.0
     """Sum over this replica's images; 0 but on the last stage."""
     share: Share | None = None
     heldout_loss: float = 0.0
-    sheet: np.ndarray | None = None
+    grid: np.ndarray | None = None
     modules: tuple[str, ...] = ()
     """Large modules alive on this rank."""
     unet_changed: bool = False
@@ -44,7 +44,7 @@ class Placed:
 
 
 def placed_update(config: RunConfig) -> Placed:
-    """This rank's part of one update, one evaluation and one sheet of images."""
+    """This rank's part of one update, one evaluation and one grid of images."""
     try:
         if platform.holds_unet_alone(config):
             return _serve(config)

@@ -66,7 +66,7 @@ def build_parser() -> CommandParser:
 
 
 def evaluate(args: argparse.Namespace) -> Results:
-    """Rows and sheets of all runs. Raises ConfigError for a run without a finished checkpoint."""
+    """Rows and grids of all runs. Raises ConfigError for a run without a finished checkpoint."""
     from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
     from megatron_kosmosg.config.load import load_saved_config
     from megatron_kosmosg.config.overwrites import refuse_to_write_into
@@ -111,7 +111,7 @@ def evaluate(args: argparse.Namespace) -> Results:
 
 
 def write(results: Results, output: Path) -> None:
-    """The sheets as PNG files, `images.json` that lists them, and `metrics.json`."""
+    """The grids as PNG files, `images.json` that lists them, and `metrics.json`."""
     output.mkdir(parents=True, exist_ok=True)
     listed = []
     for file, title, caption, image in results.grids:

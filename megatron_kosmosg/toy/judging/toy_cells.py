@@ -1,4 +1,4 @@
-"""What the toy run has to show (three stages), as rows of figures and sheets of images.
+"""What the toy run has to show (three stages), as rows of figures and grids of images.
 
 Every figure is on held-out combinations and stands beside the judge's ceiling (the true images)
 and a shuffled control (each image judged against the next prompt's truth).

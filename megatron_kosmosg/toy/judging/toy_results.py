@@ -37,7 +37,7 @@ ROWS_SHOWN = 8
 
 @dataclass
 class Results:
-    """Rows of the table, and sheets as (file name, title, caption, image)."""
+    """Rows of the table, and grids as (file name, title, caption, image)."""
 
     rows: list[MetricRow] = field(default_factory=list)
     grids: list[tuple[str, str, str, Image.Image]] = field(default_factory=list)

@@ -43,7 +43,7 @@ METRICS_FILE, RECORD_FILE = "metrics.jsonl", "quickstart.json"
 
 @dataclass(frozen=True)
 class Figure:
-    """One sheet of images. columns, rows: labels of equally large cells, may be empty."""
+    """One grid of images. columns, rows: labels of equally large cells, may be empty."""
 
     path: Path
     title: str
@@ -107,11 +107,11 @@ def read_inputs(out: Path) -> ReportInputs:
             "evaluation/metrics.json; give the folder that examples/quickstart.sh wrote with --out"
         )
     figures = [_figure(entry, evaluation) for entry in _read_json(evaluation / "images.json", [])]
-    sheet = out / "generated" / "contact_sheet.png"
-    if sheet.is_file():
+    grid = out / "generated" / "contact_sheet.png"
+    if grid.is_file():
         figures.append(
             Figure(
-                path=_own(sheet, out),
+                path=_own(grid, out),
                 title="Drawn by the exported pipeline",
                 caption="Held-out prompts, four starts each, with kosmosg generate from export/, "
                 "the diffusers folder made of the last checkpoint.",
