@@ -40,7 +40,7 @@ from megatron_kosmosg.evaluation.networks import (
 from megatron_kosmosg.evaluation.preprocessing import FID_PROTOCOLS, PixelRule, read_rgb
 from megatron_kosmosg.launcher import ALONE
 from megatron_kosmosg.toy.stand_in_networks import write_dino
-from tests.support.judging_networks import write_inception
+from tests.support.scoring_networks import write_inception
 
 RULES: dict[str, PixelRule] = IMAGE_RULES | {"inception": FID_PROTOCOLS["kosmosg-rerun"].generated}
 

@@ -84,7 +84,7 @@ def rows() -> list[Row]:
             Row(
                 prompt,
                 [_image(image) for image in images],
-                _verdicts(images * 2.0 - 1.0, Scene.from_json(truth["scene"])),
+                _comparisons(images * 2.0 - 1.0, Scene.from_json(truth["scene"])),
             )
         )
     return found
@@ -99,14 +99,15 @@ def _image(image: Any) -> Image.Image:
     return Image.fromarray(levels)
 
 
-def _verdicts(images: Any, truth: Any) -> list[bool]:
-    from megatron_kosmosg.toy.judging.toy_judge import compare, read_scenes
+def _comparisons(images: Any, truth: Any) -> list[bool]:
+    from megatron_kosmosg.toy.evaluation.scene_reader import compare, read_scenes
 
     seen = read_scenes(images, [len(truth.entities)] * len(images))
-    verdicts = [compare(scene, truth) for scene in seen]
+    comparisons = [compare(scene, truth) for scene in seen]
     return [
-        all(entity.all_correct for entity in verdict.entities) and verdict.background_word_correct
-        for verdict in verdicts
+        all(entity.all_correct for entity in comparison.entities)
+        and comparison.background_word_correct
+        for comparison in comparisons
     ]
 
 

@@ -101,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from megatron_kosmosg.config.overwrites import refuse_to_overwrite, refuse_to_write_into
     from megatron_kosmosg.evaluation import coco, fid
-    from megatron_kosmosg.evaluation.judging import check_networks, find_networks, report, score
-    from megatron_kosmosg.evaluation.result import Judgement
+    from megatron_kosmosg.evaluation.result import Evaluation
+    from megatron_kosmosg.evaluation.scoring import check_networks, find_networks, report, score
     from megatron_kosmosg.evaluation.similarity import Item, similarities, similarity_groups
     from megatron_kosmosg.inference.prompt_records import NoiseRow, PromptRecord
     from megatron_kosmosg.launcher import find_worker
@@ -151,12 +151,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     if takes(args, "score"):
         score(scoring)
 
-    def judge(files):
+    def evaluate(files):
         reals = known or fid.gaussian_of(files, fid.REAL)
         if kept is not None and known is None:
             fid.write_gaussian(kept, reals, recipe)
         found = fid.fid_result(args.fid_protocol, fid.gaussian_of(files, fid.GENERATED), reals)
-        return Judgement(
+        return Evaluation(
             "COCO val2014",
             {
                 "captions": f"{len(captions)} of {len(listed.captions)} by the authors' rule",
@@ -170,7 +170,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             published=coco.PUBLISHED,
         )
 
-    return finish(report(scoring, judge), scoring.rank_info)
+    return finish(report(scoring, evaluate), scoring.rank_info)
 
 
 if __name__ == "__main__":

@@ -101,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from megatron_kosmosg.config.overwrites import refuse_to_write_into
     from megatron_kosmosg.evaluation import dreambench
-    from megatron_kosmosg.evaluation.judging import check_networks, find_networks, report, score
-    from megatron_kosmosg.evaluation.result import Judgement
+    from megatron_kosmosg.evaluation.result import Evaluation
+    from megatron_kosmosg.evaluation.scoring import check_networks, find_networks, report, score
     from megatron_kosmosg.evaluation.similarity import Item, similarities, similarity_groups
     from megatron_kosmosg.launcher import find_worker
 
@@ -141,10 +141,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     if takes(args, "score"):
         score(scoring)
 
-    def judge(files):
+    def evaluate(files):
         scores = similarities(items, weights, files)
         each = [case for case in cases for _ in range(args.num_images)]
-        return Judgement(
+        return Evaluation(
             "DreamBench" if args.num_subjects == 1 else "DreamBench, two subjects",
             {
                 "subjects": "30" if args.num_subjects == 1 else "30 pairs (UNO's)",
@@ -169,7 +169,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             },
         )
 
-    return finish(report(scoring, judge), scoring.rank_info)
+    return finish(report(scoring, evaluate), scoring.rank_info)
 
 
 def _record(case: Case, data: dict[str, Path], args: argparse.Namespace) -> PromptRecord:

@@ -96,8 +96,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         fid_result,
         gaussian_of,
     )
-    from megatron_kosmosg.evaluation.judging import find_networks, report, score
-    from megatron_kosmosg.evaluation.result import Judgement
+    from megatron_kosmosg.evaluation.result import Evaluation
+    from megatron_kosmosg.evaluation.scoring import find_networks, report, score
     from megatron_kosmosg.evaluation.similarity import similarities, similarity_groups
 
     if args.image_root is not None and not Path(args.image_root).is_dir():
@@ -112,20 +112,20 @@ def _evaluate(args: argparse.Namespace) -> int:
         generated, real = _sides(args, items)
         groups += fid_groups(args.fid_protocol, generated, real)
     scoring = scoring_of(args, groups, weights)
-    # Every rank computes its share of the features; the rank that finds all of them has `judge`
+    # Every rank computes its share of the features; the rank that finds all of them has `evaluate`
     # called, which needs no network any more.
     score(scoring)
 
-    def judge(files):
+    def evaluate(files):
         fid = None
         if has_fid:
             sides = gaussian_of(files, GENERATED), gaussian_of(files, REAL)
             fid = fid_result(args.fid_protocol, *sides)
         protocol = {"pairs": args.pairs.name if args.pairs else "two folders, by file name"}
         scores = similarities(items, weights, files)
-        return Judgement("Images against references", protocol, items, scores, weights, fid)
+        return Evaluation("Images against references", protocol, items, scores, weights, fid)
 
-    return finish(report(scoring, judge), scoring.rank_info)
+    return finish(report(scoring, evaluate), scoring.rank_info)
 
 
 def _items(args: argparse.Namespace, weights: dict[str, Weights]) -> list[Item]:

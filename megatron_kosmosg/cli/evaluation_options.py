@@ -13,8 +13,8 @@ from megatron_kosmosg.terminal_text import printable_lines
 
 if TYPE_CHECKING:
     from megatron_kosmosg.evaluation.feature_files import Group
-    from megatron_kosmosg.evaluation.judging import Scoring
     from megatron_kosmosg.evaluation.networks import Weights
+    from megatron_kosmosg.evaluation.scoring import Scoring
     from megatron_kosmosg.launcher import RankInfo
 
 FID_PROTOCOL_NAMES = ("kosmosg-first-run", "kosmosg-rerun", "metaquery", "clean-fid")
@@ -69,7 +69,7 @@ def scoring_of(
 ) -> Scoring:
     """Raises ConfigError for a device or an output that cannot be used."""
     from megatron_kosmosg.config.errors import ConfigError
-    from megatron_kosmosg.evaluation.judging import Scoring
+    from megatron_kosmosg.evaluation.scoring import Scoring
     from megatron_kosmosg.launcher import find_worker
     from megatron_kosmosg.parallel.devices import named_device
 

@@ -22,7 +22,7 @@ from megatron_kosmosg.demo.sessions import Sessions
 from megatron_kosmosg.demo.start_values import StartValues
 from megatron_kosmosg.demo.studio import Studio
 from megatron_kosmosg.inference.image_files import read_settings
-from megatron_kosmosg.toy.judging.toy_prompts import subject_image
+from megatron_kosmosg.toy.evaluation.toy_prompts import subject_image
 from megatron_kosmosg.toy.world import sample_scene
 
 TITLE = "KOSMOS-G"

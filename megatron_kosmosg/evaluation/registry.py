@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_kosmosg.evaluation.evaluator import Evaluator
 
 EVALUATORS = {
-    "toy": "megatron_kosmosg.toy.judging.toy_evaluator:ToyEvaluator",
+    "toy": "megatron_kosmosg.toy.evaluation.toy_evaluator:ToyEvaluator",
     "dino": "megatron_kosmosg.evaluation.target_evaluators:DinoEvaluator",
     "clip": "megatron_kosmosg.evaluation.target_evaluators:ClipEvaluator",
 }

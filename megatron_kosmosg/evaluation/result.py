@@ -1,4 +1,4 @@
-"""What a judgement leaves: one JSON file with everything it depends on, and one page.
+"""What an evaluation leaves: one JSON file with everything it depends on, and one page.
 
 Nothing in either depends on when, where and by how many processes they were made.
 """
@@ -48,7 +48,7 @@ class Table:
 
 @dataclass(frozen=True)
 class PublishedTable:
-    """Rows of a paper's table, which the page shows below this judgement's own."""
+    """Rows of a paper's table, which the page shows below this evaluation's own."""
 
     title: str
     columns: Sequence[str]
@@ -60,7 +60,7 @@ class PublishedTable:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Evaluation:
     """Items with their scores, and what is said about them."""
 
     title: str
@@ -79,39 +79,39 @@ class Judgement:
     """What the references of every item are, in their order, where each has its own mean."""
 
 
-def result_of(judgement: Judgement) -> dict[str, Any]:
-    """The judgement as the value of result.json."""
+def result_of(evaluation: Evaluation) -> dict[str, Any]:
+    """The evaluation as the value of result.json."""
     metrics: dict[str, Any] = {
-        name: summarise(judgement.items, scores).to_json() | _by_reference(judgement, name)
-        for name, scores in judgement.scores.items()
+        name: summarise(evaluation.items, scores).to_json() | _by_reference(evaluation, name)
+        for name, scores in evaluation.scores.items()
     }
-    if judgement.fid is not None:
-        metrics["fid"] = dict(judgement.fid)
+    if evaluation.fid is not None:
+        metrics["fid"] = dict(evaluation.fid)
     return {
-        "title": judgement.title,
-        "protocol": dict(judgement.protocol),
+        "title": evaluation.title,
+        "protocol": dict(evaluation.protocol),
         "metrics": metrics,
-        "warnings": list(judgement.warnings),
+        "warnings": list(evaluation.warnings),
         "intervals": {
             "share": 0.95,
             "draws": BOOTSTRAP_DRAWS,
             "seed": BOOTSTRAP_SEED,
-            "clusters": len({item.cluster or item.name for item in judgement.items}),
+            "clusters": len({item.cluster or item.name for item in evaluation.items}),
         },
-        "weights": {name: found.described() for name, found in sorted(judgement.weights.items())},
+        "weights": {name: found.described() for name, found in sorted(evaluation.weights.items())},
         "versions": {"megatron-kosmosg": __version__}
         | {library: version(library) for library in LIBRARIES},
         "tables": {
             table.title: {name: _named(table, values) for name, values in table.rows}
-            for table in tables_of(judgement)
+            for table in tables_of(evaluation)
         },
-        "items": [_described(judgement, i) for i in range(len(judgement.items))],
+        "items": [_described(evaluation, i) for i in range(len(evaluation.items))],
     }
 
 
-def _by_reference(judgement: Judgement, metric: str) -> dict[str, Any]:
-    """The mean with each reference alone, where the judgement tells them apart."""
-    names, scores = judgement.references, judgement.scores[metric]
+def _by_reference(evaluation: Evaluation, metric: str) -> dict[str, Any]:
+    """The mean with each reference alone, where the evaluation tells them apart."""
+    names, scores = evaluation.references, evaluation.scores[metric]
     if not names or metric not in OF_REFERENCES:
         return {}
     means = [max(0.0, sum(column) / len(column)) for column in zip(*scores, strict=True)]
@@ -119,25 +119,25 @@ def _by_reference(judgement: Judgement, metric: str) -> dict[str, Any]:
     return {"by_reference": dict(zip(names, values, strict=True))}
 
 
-def tables_of(judgement: Judgement) -> list[Table]:
+def tables_of(evaluation: Evaluation) -> list[Table]:
     """A table of mean scores for each property of the items."""
     return [
-        Table(name, _means(judgement, values), list(judgement.scores))
-        for name, values in judgement.groups.items()
+        Table(name, _means(evaluation, values), list(evaluation.scores))
+        for name, values in evaluation.groups.items()
     ]
 
 
-def write_judgement(folder: Path, judgement: Judgement) -> tuple[Path, Path]:
+def write_evaluation(folder: Path, evaluation: Evaluation) -> tuple[Path, Path]:
     """The two files, each whole or not at all."""
-    result = result_of(judgement)
+    result = result_of(evaluation)
     page = render_page(
         _TEMPLATE,
         result=result,
         names=METRICS,
-        tables=tables_of(judgement),
-        published=judgement.published,
+        tables=tables_of(evaluation),
+        published=evaluation.published,
         own=_by_names_for_people(result),
-        grids=list(_grids(judgement)),
+        grids=list(_grids(evaluation)),
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RESULT_FILE, result)
@@ -167,11 +167,13 @@ def _named(table: Table, values: Sequence[float | None]) -> dict[str, float | No
     return dict(zip(table.columns, values, strict=True))
 
 
-def _means(judgement: Judgement, values: Sequence[str]) -> list[tuple[str, Sequence[float | None]]]:
+def _means(
+    evaluation: Evaluation, values: Sequence[str]
+) -> list[tuple[str, Sequence[float | None]]]:
     rows = []
     for value in dict.fromkeys(values):
         found: list[float | None] = []
-        for scores in judgement.scores.values():
+        for scores in evaluation.scores.values():
             own = [
                 sum(each) / len(each)
                 for each, named in zip(scores, values, strict=True)
@@ -182,24 +184,24 @@ def _means(judgement: Judgement, values: Sequence[str]) -> list[tuple[str, Seque
     return rows
 
 
-def _described(judgement: Judgement, index: int) -> dict[str, Any]:
-    item = judgement.items[index]
+def _described(evaluation: Evaluation, index: int) -> dict[str, Any]:
+    item = evaluation.items[index]
     found: dict[str, Any] = {"name": item.name, "generated": item.generated.name}
     if item.references:
         found["references"] = [path.name for path in item.references]
     if item.text is not None:
         found["text"] = item.text
-    for name, scores in judgement.scores.items():
+    for name, scores in evaluation.scores.items():
         own = [round(value, 6) for value in scores[index]]
         if own:
             found[name] = own[0] if len(own) == 1 else own
     return found
 
 
-def _grids(judgement: Judgement) -> list[dict[str, Any]]:
+def _grids(evaluation: Evaluation) -> list[dict[str, Any]]:
     """For each metric a grid of its best, median and worst images."""
     grids = []
-    for name, scores in judgement.scores.items():
+    for name, scores in evaluation.scores.items():
         means = [(sum(own) / len(own), i) for i, own in enumerate(scores) if own]
         ranked = [i for _, i in sorted(means, key=lambda mean: (-mean[0], mean[1]))]
         middle = max(0, (len(ranked) - SHOWN) // 2)
@@ -210,7 +212,7 @@ def _grids(judgement: Judgement) -> list[dict[str, Any]]:
         }
         values = {i: mean for mean, i in means}
         rows = [
-            {"title": title, "cards": [_card(judgement.items[i], values[i]) for i in chosen]}
+            {"title": title, "cards": [_card(evaluation.items[i], values[i]) for i in chosen]}
             for title, chosen in spans.items()
         ]
         grids.append({"metric": METRICS[name], "rows": rows})

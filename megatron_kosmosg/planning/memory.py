@@ -280,9 +280,9 @@ def memory_table(
         values = {name: planned[name] / GIB for name in _COLUMNS}
         line = f"{kind.name:<18}{kind.count:>6}" + "".join(f"{v:>11.2f}" for v in values.values())
         if gpu_gib is not None:
-            verdict = "fits" if values["total"] * (1 + memory_error) <= gpu_gib else "TOO LARGE"
-            if verdict != "fits" and values["total"] <= gpu_gib:
-                verdict = f"TOO TIGHT, the plan may be wrong by {memory_error:.0%}"
-            line += f" of {gpu_gib:g}: {verdict}"
+            fit = "fits" if values["total"] * (1 + memory_error) <= gpu_gib else "TOO LARGE"
+            if fit != "fits" and values["total"] <= gpu_gib:
+                fit = f"TOO TIGHT, the plan may be wrong by {memory_error:.0%}"
+            line += f" of {gpu_gib:g}: {fit}"
         lines.append(line)
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""The toy world: embedded images and captions, a small trained model, and a judge of images."""
+"""The toy world: embedded images and captions, a small trained model, and its evaluator."""

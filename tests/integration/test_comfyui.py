@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_kosmosg.toy import assets
-from megatron_kosmosg.toy.judging.toy_prompts import subject_image
+from megatron_kosmosg.toy.evaluation.toy_prompts import subject_image
 from megatron_kosmosg.toy.world import sample_scene
 from tests.support.comfyui_stand_in import PACK
 

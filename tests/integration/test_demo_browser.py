@@ -21,7 +21,7 @@ from PIL import Image
 from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
 from megatron_kosmosg.inference.image_files import read_settings
 from megatron_kosmosg.toy import assets
-from megatron_kosmosg.toy.judging.toy_prompts import subject_image
+from megatron_kosmosg.toy.evaluation.toy_prompts import subject_image
 from megatron_kosmosg.toy.world import sample_scene
 from tests.support.demo_browser import CHROMIUM, MISSING, browser, served
 from tests.support.unet_additions import write_additions

@@ -11,8 +11,8 @@ from PIL import Image
 
 from megatron_kosmosg.cli.evaluate_coco import main
 from megatron_kosmosg.toy.stand_in_networks import write_clip
-from tests.support.judged_images import write_coco
-from tests.support.judging_networks import write_inception
+from tests.support.evaluated_images import write_coco
+from tests.support.scoring_networks import write_inception
 
 
 @pytest.fixture(scope="module")

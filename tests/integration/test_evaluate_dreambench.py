@@ -14,7 +14,7 @@ from megatron_kosmosg.inference.drawing import PipelineDrawer
 from megatron_kosmosg.inference.image_plan import ImagePlan, RunSettings
 from megatron_kosmosg.inference.prompt_records import DrawingOptions, NoiseRow, PromptRecord
 from megatron_kosmosg.toy.stand_in_networks import write_clip
-from tests.support.judged_images import write_dreambooth
+from tests.support.evaluated_images import write_dreambooth
 from tests.support.tiny_pipeline import tiny_pipeline
 
 

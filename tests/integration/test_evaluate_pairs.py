@@ -18,7 +18,7 @@ from megatron_kosmosg.cli.evaluate_pairs import main
 from megatron_kosmosg.evaluation import feature_files, networks
 from megatron_kosmosg.evaluation.similarity import Item, summarise
 from megatron_kosmosg.toy.stand_in_networks import write_clip, write_dino
-from tests.support.judged_images import odd_images
+from tests.support.evaluated_images import odd_images
 
 TEXTS = ["a red circle", "a blue square", "two green stars"]
 

@@ -171,7 +171,7 @@ def test_a_page_of_photographs_is_small(commands, out, kind):
     assert len(page) < MAX_PAGE_BYTES, f"{len(page):,} bytes"
 
 
-def test_the_stages_train_on_photographs_and_no_toy_judge_measures_them(out, exported):
+def test_the_stages_train_on_photographs_and_no_scene_reader_measures_them(out, exported):
     """`debug_instruct` names the toy's evaluator, which knows that these are not its scenes."""
     for stage in ("pretrain", "align", "instruct"):
         found = list(metrics(out / stage))

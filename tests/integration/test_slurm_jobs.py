@@ -11,7 +11,7 @@ import pytest
 from megatron_kosmosg.cli import evaluate_dreambench
 from megatron_kosmosg.toy import assets
 from megatron_kosmosg.toy.stand_in_networks import write_clip
-from tests.support.judged_images import write_dreambooth
+from tests.support.evaluated_images import write_dreambooth
 from tests.support.local_slurm import LocalSlurm
 from tests.support.toy_runs import REPOSITORY, arguments_of, write_data
 
@@ -90,7 +90,7 @@ def test_three_stages_and_an_evaluation_each_after_the_one_before(slurm, data, t
     written = f"--output={tmp_path}/bench.out"
     script, *tool = str(SCRIPTS / "evaluate.sh"), "dreambench", "--", *bench
     line = (*over_nodes, written, script, *tool, "--output", str(tmp_path / "judged"))
-    judging = slurm.submit(*line, **here)
+    scoring = slurm.submit(*line, **here)
 
     def is_interrupted() -> bool:
         slurm.run("scancel", "--signal=USR1", large)
@@ -108,7 +108,7 @@ def test_three_stages_and_an_evaluation_each_after_the_one_before(slurm, data, t
         assert [line["iteration"] for line in updates(tmp_path / stage)] == [1, 2]
     assert all(0 < line["score_idle"] <= 1 for line in updates(tmp_path / "instruct"))
     assert json.loads((judged / "metrics.json").read_text())["rows"]
-    said = slurm.finish(judging)
+    said = slurm.finish(scoring)
     assert "2 tasks of tools/evaluate_dreambench.py" in said
     assert all(f"rank {rank}: 15 drawn, 0 kept" in said for rank in (0, 1)), said
     assert evaluate_dreambench.main([*bench, "--output", str(tmp_path / "alone")]) == 0

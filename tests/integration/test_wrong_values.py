@@ -21,8 +21,8 @@ from PIL import Image
 from megatron_kosmosg.cli.main import COMMANDS
 from megatron_kosmosg.preprocess.shards_of_dataset import list_shards
 from megatron_kosmosg.toy.stand_in_networks import write_dino
-from tests.support.judged_images import write_coco, write_dreambooth
-from tests.support.judging_networks import write_inception
+from tests.support.evaluated_images import write_coco, write_dreambooth
+from tests.support.scoring_networks import write_inception
 
 SECONDS = 200
 """A wrong value is found before any work begins; the libraries may have to be imported."""

@@ -34,8 +34,8 @@ from megatron_kosmosg.evaluation.preprocessing import (
     tensorflow_resize,
 )
 from megatron_kosmosg.toy.stand_in_networks import write_clip, write_dino
-from tests.support.judged_images import odd_images
-from tests.support.judging_networks import write_inception
+from tests.support.evaluated_images import odd_images
+from tests.support.scoring_networks import write_inception
 
 CPU = torch.device("cpu")
 

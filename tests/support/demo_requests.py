@@ -13,7 +13,7 @@ from megatron_kosmosg.demo.studio import Studio
 from megatron_kosmosg.inference.model_source import find_model
 from megatron_kosmosg.inference.open_model import open_drawer
 from megatron_kosmosg.toy import assets
-from megatron_kosmosg.toy.judging.toy_prompts import subject_image
+from megatron_kosmosg.toy.evaluation.toy_prompts import subject_image
 from megatron_kosmosg.toy.world import sample_scene
 
 GIVEN = {

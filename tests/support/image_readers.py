@@ -166,7 +166,7 @@ READERS: dict[str, Reader | None] = {
 """None: not run on this machine."""
 
 
-def verdict(reader: str, name: str, datasets: Datasets) -> str:
+def outcome(reader: str, name: str, datasets: Datasets) -> str:
     """`same`, `refused`, or what is wrong."""
     file, read = image_files()[name], READERS[reader]
     if read is None:
@@ -201,7 +201,7 @@ def table(datasets: Datasets) -> str:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in image_files():
         cells = [name, stored_as(name, datasets)]
-        cells += [verdict(reader, name, datasets) for reader in READERS]
+        cells += [outcome(reader, name, datasets) for reader in READERS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

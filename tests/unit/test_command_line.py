@@ -23,8 +23,8 @@ from megatron_kosmosg.cli import main as cli
 from megatron_kosmosg.command_line import CommandParser
 from megatron_kosmosg.toy import assets
 from megatron_kosmosg.toy.cli import evaluate_toy
-from megatron_kosmosg.toy.judging.metric_row import MetricRow
-from megatron_kosmosg.toy.judging.toy_results import Results
+from megatron_kosmosg.toy.evaluation.metric_row import MetricRow
+from megatron_kosmosg.toy.evaluation.toy_results import Results
 from tests.support.option_table import options_of
 
 REPOSITORY = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from megatron_kosmosg.evaluation.preprocessing import clip_pixels, dino_pixels
 from megatron_kosmosg.evaluation.registry import EVALUATORS, build_evaluators
 from megatron_kosmosg.toy.stand_in_networks import write_clip, write_dino
 from megatron_kosmosg.toy.world import render_batch, sample_scene
-from tests.support.judged_images import odd_images
+from tests.support.evaluated_images import odd_images
 
 
 class Brightness:

@@ -175,7 +175,7 @@ def misplaced_imports(file: Source) -> Iterator[str]:
     if own in ("toy/world.py", "toy/captions.py"):
         for other in sorted(file.own_files - {"toy/world.py", "toy/__init__.py"}):
             yield f"{own} stands alone, and imports {other}"
-    if own == "toy/judging/toy_judge.py":
+    if own == "toy/evaluation/scene_reader.py":
         for other in sorted(file.own_files):
             if "training" in other or "models" in other:
                 yield f"{own} judges without the model, and imports {other}"
@@ -336,7 +336,7 @@ def test_what_a_checker_is_told_to_let_pass_has_a_reason(repository):
         (misplaced_imports, "config/x.py", "import torch"),
         (misplaced_imports, "models/x.py", "from megatron.core import parallel_state"),
         (misplaced_imports, "toy/world.py", f"import {NAME}.config.load"),
-        (misplaced_imports, "toy/judging/toy_judge.py", f"import {NAME}.training.loop"),
+        (misplaced_imports, "toy/evaluation/scene_reader.py", f"import {NAME}.training.loop"),
         (device_choices, "data/x.py", "torch.cuda.current_device()"),
         (device_choices, "data/x.py", "init('nccl')"),
         (long_or_silent_files, "data/utils.py", "'''Says.'''"),

@@ -12,7 +12,7 @@ from megatron_kosmosg.toy.report.charts import stage_chart
 from megatron_kosmosg.toy.report.history import read_history, smooth
 from megatron_kosmosg.toy.report.inputs import read_inputs
 from megatron_kosmosg.toy.report.page import write_report
-from megatron_kosmosg.toy.report.sections import duration, verdict
+from megatron_kosmosg.toy.report.sections import conclusion, duration
 from tests.support.report_files import ROW, write_metrics, write_run
 
 
@@ -110,7 +110,7 @@ def test_the_bar_runs_from_chance_to_ceiling(tmp_path):
 )
 def test_the_banner_says_what_was_reached(tmp_path, passed, mode, expected, unexpected):
     write_run(tmp_path, [ROW | {"passed": passed}], mode)
-    _, banner = verdict(read_inputs(tmp_path))
+    _, banner = conclusion(read_inputs(tmp_path))
     assert expected in banner
     assert unexpected not in banner
 

@@ -11,7 +11,12 @@ from safetensors import safe_open
 
 from megatron_kosmosg.toy import assets
 from megatron_kosmosg.toy.captions import ALL_WORDS, caption
-from megatron_kosmosg.toy.judging.toy_judge import Verdict, compare, read_scenes, summarise
+from megatron_kosmosg.toy.evaluation.scene_reader import (
+    SceneComparison,
+    compare,
+    read_scenes,
+    summarise,
+)
 from megatron_kosmosg.toy.world import Scene, coarse_index, hue_distance, sample_scene
 
 FOLDER = assets.path() / "stable-diffusion"
@@ -33,7 +38,7 @@ def draw(pipeline: StableDiffusionPipeline, captions: list[str]) -> torch.Tensor
     return images * 2.0 - 1.0
 
 
-def judged(seen: list[Scene], truths: list[Scene]) -> list[Verdict]:
+def judged(seen: list[Scene], truths: list[Scene]) -> list[SceneComparison]:
     return [compare(*pair) for pair in zip(seen, truths, strict=True)]
 
 

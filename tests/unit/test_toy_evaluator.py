@@ -8,7 +8,7 @@ import torch
 from megatron_kosmosg.config.schema import EvaluationConfig, RunConfig
 from megatron_kosmosg.evaluation.evaluator import DrawnImages, measure
 from megatron_kosmosg.evaluation.registry import build_evaluators
-from megatron_kosmosg.toy.judging.toy_evaluator import count_entities
+from megatron_kosmosg.toy.evaluation.toy_evaluator import count_entities
 from megatron_kosmosg.toy.world import render_batch, sample_scene
 
 SCENES = [sample_scene((5, i), 1 + i % 2, heldout=i % 3 == 0) for i in range(1000)]

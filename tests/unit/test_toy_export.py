@@ -12,8 +12,8 @@ from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
 from megatron_kosmosg.inference.model_source import find_model
 from megatron_kosmosg.inference.open_model import open_pipeline
 from megatron_kosmosg.toy import assets
-from megatron_kosmosg.toy.judging.toy_judge import compare, read_scenes, summarise
-from megatron_kosmosg.toy.judging.toy_prompts import Case, cases, images_only
+from megatron_kosmosg.toy.evaluation.scene_reader import compare, read_scenes, summarise
+from megatron_kosmosg.toy.evaluation.toy_prompts import Case, cases, images_only
 
 FOLDER = assets.path() / "kosmosg"
 NUM_PROMPTS = 16

@@ -1,4 +1,4 @@
-"""Judges toy runs on held-out prompts: a table (metrics.json), images and their list."""
+"""Evaluates toy runs on held-out prompts: a table (metrics.json), images and their list."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_kosmosg.command_line import (
 from megatron_kosmosg.files import replacing, write_json
 
 if TYPE_CHECKING:
-    from megatron_kosmosg.toy.judging.toy_results import Results
+    from megatron_kosmosg.toy.evaluation.toy_results import Results
 
 EPILOG = """\
 example:
@@ -73,10 +73,10 @@ def evaluate(args: argparse.Namespace) -> Results:
     from megatron_kosmosg.data.dataset_files import folders_read
     from megatron_kosmosg.inference.trained_model import TrainedModel, single_process
     from megatron_kosmosg.models.diffusion import load_diffusion
-    from megatron_kosmosg.toy.judging.toy_drawing import Sampling
-    from megatron_kosmosg.toy.judging.toy_results import ToyResults
-    from megatron_kosmosg.toy.judging.toy_text_encoder import TextEncoderModel
-    from megatron_kosmosg.toy.judging.toy_words import word_rows
+    from megatron_kosmosg.toy.evaluation.toy_drawing import Sampling
+    from megatron_kosmosg.toy.evaluation.toy_results import ToyResults
+    from megatron_kosmosg.toy.evaluation.toy_text_encoder import TextEncoderModel
+    from megatron_kosmosg.toy.evaluation.toy_words import word_rows
 
     runs = dict(entry.split("=", 1) for entry in args.run)
     count = 8 if args.fast else args.count

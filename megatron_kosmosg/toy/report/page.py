@@ -27,7 +27,7 @@ def render(inputs: ReportInputs) -> str:
     return render_page(
         _TEMPLATE,
         inputs=inputs,
-        verdict=sections.verdict(inputs),
+        conclusion=sections.conclusion(inputs),
         tiles=sections.tiles(inputs),
         groups=sections.grouped(inputs.rows),
         numeric=sections.NUMERIC,

@@ -1,4 +1,4 @@
-"""The values of each section of the page: verdict, headline numbers, metrics, curves."""
+"""The values of each section of the page: comparison, headline numbers, metrics, curves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUMERIC = ("value", "threshold", "chance", "ceiling", "n", "seed")
 """Columns of the metrics table."""
 
 
-def verdict(inputs: ReportInputs) -> tuple[str, str]:
+def conclusion(inputs: ReportInputs) -> tuple[str, str]:
     """The banner's kind and text: thresholds met, missed, or not asserted."""
     asserted = [row for row in inputs.rows if row["passed"] is not None]
     missed = [f"{row['group']}: {row['name']}" for row in asserted if not row["passed"]]

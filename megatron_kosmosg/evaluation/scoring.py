@@ -1,4 +1,4 @@
-"""Judges items: all ranks compute features, and whoever finds these whole writes the two files of
+"""Scores items: all ranks compute features, and whoever finds these whole writes the two files of
 the report."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_kosmosg.evaluation.networks import (
     find_inception,
     open_network,
 )
-from megatron_kosmosg.evaluation.result import Judgement, write_judgement
+from megatron_kosmosg.evaluation.result import Evaluation, write_evaluation
 from megatron_kosmosg.launcher import RankInfo
 from megatron_kosmosg.progress import Progress
 
@@ -68,10 +68,10 @@ def features_of(scoring: Scoring) -> FeatureFiles:
 
 
 def report(
-    scoring: Scoring, judge: Callable[[FeatureFiles], Judgement]
+    scoring: Scoring, evaluate: Callable[[FeatureFiles], Evaluation]
 ) -> tuple[Path, Path] | None:
-    """Writes the JSON file and the page of a judgement, and returns their paths. None where another
-    rank has not finished, which then writes them. Two ranks that finish together write the same
+    """Writes the JSON file and the page of an evaluation, and returns their paths. None where
+    another rank has not finished, which then writes them. Two ranks that finish together write the same
     bytes."""
     files = features_of(scoring)
-    return write_judgement(scoring.output, judge(files)) if files.is_whole() else None
+    return write_evaluation(scoring.output, evaluate(files)) if files.is_whole() else None

@@ -1,6 +1,6 @@
 """What the toy run has to show (three stages), as rows of figures and grids of images.
 
-Every figure is on held-out combinations and stands beside the judge's ceiling (the true images)
+Every figure is on held-out combinations and stands beside the evaluator's ceiling (the true images)
 and a shuffled control (each image judged against the next prompt's truth).
 """
 
@@ -9,19 +9,19 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from megatron_kosmosg.toy.judging.metric_row import MetricRow
-from megatron_kosmosg.toy.judging.toy_drawing import Drawn, true_images
-from megatron_kosmosg.toy.judging.toy_judge import Verdict
+from megatron_kosmosg.toy.evaluation.metric_row import MetricRow
+from megatron_kosmosg.toy.evaluation.scene_reader import SceneComparison
+from megatron_kosmosg.toy.evaluation.toy_drawing import Drawn, true_images
 from megatron_kosmosg.toy.world import Scene
 
-Measure = Callable[[Sequence[Verdict]], float]
+Measure = Callable[[Sequence[SceneComparison]], float]
 
 
 def share(choose: Callable[[object], bool]) -> Measure:
-    """Share of entities for which `choose(entity verdict)` holds."""
+    """Share of entities for which `choose(entity comparison)` holds."""
 
-    def measure(verdicts: Sequence[Verdict]) -> float:
-        found = [choose(entity) for verdict in verdicts for entity in verdict.entities]
+    def measure(comparisons: Sequence[SceneComparison]) -> float:
+        found = [choose(entity) for comparison in comparisons for entity in comparison.entities]
         return sum(found) / len(found)
 
     return measure
@@ -30,25 +30,27 @@ def share(choose: Callable[[object], bool]) -> Measure:
 def hue(average: Callable[[Sequence[float]], float]) -> Measure:
     """Average error of the first hue in degrees over entities."""
 
-    def measure(verdicts: Sequence[Verdict]) -> float:
-        return average([entity.hue_error_deg for v in verdicts for entity in v.entities])
+    def measure(comparisons: Sequence[SceneComparison]) -> float:
+        return average([entity.hue_error_deg for v in comparisons for entity in v.entities])
 
     return measure
 
 
-def background_word(verdicts: Sequence[Verdict]) -> float:
+def background_word(comparisons: Sequence[SceneComparison]) -> float:
     """Share of images whose background has the right coarse colour."""
-    return sum(verdict.background_word_correct for verdict in verdicts) / len(verdicts)
+    return sum(comparison.background_word_correct for comparison in comparisons) / len(comparisons)
 
 
-def background_hue(verdicts: Sequence[Verdict]) -> float:
+def background_hue(comparisons: Sequence[SceneComparison]) -> float:
     """Median error of the background's hue in degrees."""
-    return statistics.median(verdict.background_hue_error for verdict in verdicts)
+    return statistics.median(comparison.background_hue_error for comparison in comparisons)
 
 
-def all_as_asked(verdicts: Sequence[Verdict]) -> float:
+def all_as_asked(comparisons: Sequence[SceneComparison]) -> float:
     """Share of images in which every entity and the background are right."""
-    right = [v.background_word_correct and all(e.all_correct for e in v.entities) for v in verdicts]
+    right = [
+        v.background_word_correct and all(e.all_correct for e in v.entities) for v in comparisons
+    ]
     return sum(right) / len(right)
 
 
@@ -65,15 +67,15 @@ class Cell:
     def __init__(self, group: str, title: str, drawn: Drawn, truths: Sequence[Scene], seed: int):
         self.group, self.title, self.drawn = group, title, drawn
         self._truths, self._seed = list(truths), seed
-        self._verdicts = drawn.verdicts(self._truths)
-        self._shuffled = drawn.verdicts(self._truths[1:] + self._truths[:1])
+        self._comparisons = drawn.comparisons(self._truths)
+        self._shuffled = drawn.comparisons(self._truths[1:] + self._truths[:1])
         truth = true_images(self._truths)
         self.true_images = truth.images
-        self._ceiling = truth.verdicts(self._truths)
+        self._ceiling = truth.comparisons(self._truths)
 
     def value(self, measure: Measure) -> float:
         """The value of a measure on this cell alone."""
-        return measure(self._verdicts)
+        return measure(self._comparisons)
 
     def row(
         self,
@@ -87,7 +89,7 @@ class Cell:
         return MetricRow(
             group=self.group,
             name=f"{self.title}: {name}",
-            value=measure(self._verdicts),
+            value=measure(self._comparisons),
             unit=unit,
             n=len(self._truths),
             seed=self._seed,

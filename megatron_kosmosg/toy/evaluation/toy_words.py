@@ -12,8 +12,8 @@ import torch
 
 from megatron_kosmosg.inference.trained_model import TrainedModel
 from megatron_kosmosg.toy.captions import noun_phrase
-from megatron_kosmosg.toy.judging.metric_row import MetricRow
-from megatron_kosmosg.toy.judging.toy_prompts import scenes, subject_image
+from megatron_kosmosg.toy.evaluation.metric_row import MetricRow
+from megatron_kosmosg.toy.evaluation.toy_prompts import scenes, subject_image
 from megatron_kosmosg.toy.world import COARSE_WORDS, PATTERNS, SHAPES
 
 THRESHOLDS = {"shape": 0.95, "pattern": 0.95, "colour": 0.80}
@@ -58,11 +58,11 @@ def _accuracy(model: TrainedModel, images: list, words: list[str]) -> dict[str, 
     for row, text in enumerate(words):
         # logits[k] predicts word k; the last row predicts what follows the text
         scores = logits[row, start - 1 : start + len(text.split())].float()
-        _judge_words(model, text.split(), scores, hits)
+        _score_words(model, text.split(), scores, hits)
     return {kind: sum(values) / len(values) for kind, values in hits.items()}
 
 
-def _judge_words(
+def _score_words(
     model: TrainedModel, words: list[str], scores: torch.Tensor, hits: dict[str, list[bool]]
 ) -> None:
     """Notes in `hits` which of the words the model would have said. `scores` is [len(words) + 1,

@@ -6,7 +6,7 @@ import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from megatron_kosmosg.inference.trained_model import TrainedModel
-from megatron_kosmosg.toy.judging.toy_prompts import Parts
+from megatron_kosmosg.toy.evaluation.toy_prompts import Parts
 
 
 class TextEncoderModel:

@@ -13,11 +13,11 @@ from PIL import Image
 
 from megatron_kosmosg.inference.trained_model import TrainedModel
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
-from megatron_kosmosg.toy.judging import toy_cells as measures
-from megatron_kosmosg.toy.judging.metric_row import MetricRow
-from megatron_kosmosg.toy.judging.toy_cells import Cell
-from megatron_kosmosg.toy.judging.toy_drawing import Sampling, draw
-from megatron_kosmosg.toy.judging.toy_prompts import (
+from megatron_kosmosg.toy.evaluation import toy_cells as measures
+from megatron_kosmosg.toy.evaluation.metric_row import MetricRow
+from megatron_kosmosg.toy.evaluation.toy_cells import Cell
+from megatron_kosmosg.toy.evaluation.toy_drawing import Sampling, draw
+from megatron_kosmosg.toy.evaluation.toy_prompts import (
     Case,
     Parts,
     background_image,
@@ -28,7 +28,7 @@ from megatron_kosmosg.toy.judging.toy_prompts import (
     words_and_images,
     words_only,
 )
-from megatron_kosmosg.toy.judging.toy_text_encoder import TextEncoderModel, WithUnconditional
+from megatron_kosmosg.toy.evaluation.toy_text_encoder import TextEncoderModel, WithUnconditional
 from megatron_kosmosg.training.image_grid import image_grid, to_image
 
 CELL_PIXELS = 96

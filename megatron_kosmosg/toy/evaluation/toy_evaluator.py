@@ -1,6 +1,6 @@
-"""The evaluator `toy`: toy-world metrics of drawn images, by the judge that reads both.
+"""The evaluator `toy`: toy-world metrics of drawn images, by the scene reader, which reads both.
 
-The truth is what the judge reads in the target image, so no attributes need to travel with data.
+The truth is what it reads in the target image, so no attributes need to travel with data.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.evaluation.evaluator import DrawnImages
-from megatron_kosmosg.toy.judging.toy_judge import compare, read_scenes, summarise
+from megatron_kosmosg.toy.evaluation.scene_reader import compare, read_scenes, summarise
 from megatron_kosmosg.toy.world import IMAGE_SIZE
 
 logger = logging.getLogger(__name__)
@@ -62,5 +62,5 @@ class ToyEvaluator:
             return
         counts = count_entities(images.targets)
         seen, truth = read_scenes(images.results, counts), read_scenes(images.targets, counts)
-        verdicts = [compare(*pair) for pair in zip(seen, truth, strict=True)]
-        yield from summarise(verdicts).items()
+        comparisons = [compare(*pair) for pair in zip(seen, truth, strict=True)]
+        yield from summarise(comparisons).items()

@@ -1,4 +1,4 @@
-"""The judge against images of known truth: true, noisy, recoloured, through the codec."""
+"""the evaluator against images of known truth: true, noisy, recoloured, through the codec."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_kosmosg.toy import assets
-from megatron_kosmosg.toy.judging.toy_judge import compare, hue_of, read_scenes, summarise
+from megatron_kosmosg.toy.evaluation.scene_reader import compare, hue_of, read_scenes, summarise
 from megatron_kosmosg.toy.world import Scene, render_batch, sample_scene
 
 COUNT = 96

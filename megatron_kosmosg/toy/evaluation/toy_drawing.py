@@ -1,4 +1,4 @@
-"""Draws the prompts of a cell and lets the judge read the images."""
+"""Draws the prompts of a cell and lets the evaluator read the images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from megatron_kosmosg.data.keyed import torch_generator
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
 from megatron_kosmosg.models.sampler import generate
-from megatron_kosmosg.toy.judging.toy_judge import Verdict, compare, read_scenes
+from megatron_kosmosg.toy.evaluation.scene_reader import SceneComparison, compare, read_scenes
 from megatron_kosmosg.toy.world import Scene, render_batch
 
 STREAM = "toy-evaluation"
@@ -29,13 +29,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Images of one cell and what the judge sees in them."""
+    """Images of one cell and what the evaluator sees in them."""
 
     images: torch.Tensor
     """[n, 3, height, width] in [-1, 1]."""
     seen: list[Scene]
 
-    def verdicts(self, truths: Sequence[Scene]) -> list[Verdict]:
+    def comparisons(self, truths: Sequence[Scene]) -> list[SceneComparison]:
         """The comparison of each image with its truth."""
         return [compare(seen, truth) for seen, truth in zip(self.seen, truths, strict=True)]
 
@@ -73,6 +73,6 @@ def draw(
 
 
 def true_images(truths: Sequence[Scene]) -> Drawn:
-    """The scenes as they should look: the judge's ceiling."""
+    """The scenes as they should look: the evaluator's ceiling."""
     images = render_batch(truths)
     return Drawn(images, read_scenes(images, [len(scene.entities) for scene in truths]))

@@ -19,7 +19,7 @@ class MetricRow:
     chance: float | None = None
     """What a guess, or a shuffled control, gives."""
     ceiling: float | None = None
-    """What the judge says of the true images."""
+    """What the evaluator says of the true images."""
     threshold: float | None = None
     direction: str = ">="
 

@@ -1,7 +1,7 @@
 """Held-out prompts of the toy world, and the scene that each of them should give.
 
 Every cell of the evaluation is a list of `Case`s made from integer seeds: what the model is shown
-(words, images, or both) and the truth the judge compares with.
+(words, images, or both) and the truth the evaluator compares with.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ GRID_STEP = 0.5
 
 
 @dataclass(frozen=True)
-class EntityVerdict:
+class EntityComparison:
     """The comparison of one entity of an image with its truth; errors are in degrees."""
 
     shape_correct: bool
@@ -59,10 +59,10 @@ class EntityVerdict:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SceneComparison:
     """The comparison of one image with its truth; the background's error is in degrees."""
 
-    entities: tuple[EntityVerdict, ...]
+    entities: tuple[EntityComparison, ...]
     background_hue_error: float
     background_word_correct: bool
 
@@ -98,33 +98,33 @@ def read_scenes(images: Tensor, num_entities: Sequence[int]) -> list[Scene]:
     return [scenes[i] for i in range(len(num_entities))]
 
 
-def compare(seen: Scene, truth: Scene) -> Verdict:
-    """The verdict on what was seen; entities are compared from left to right."""
+def compare(seen: Scene, truth: Scene) -> SceneComparison:
+    """What was seen beside the truth; entities are compared from left to right."""
     if seen.background_hue is None or truth.background_hue is None:
         raise ValueError("a white background has no hue to compare")
     pairs = zip(seen.entities, truth.entities, strict=True)
-    return Verdict(
+    return SceneComparison(
         tuple(_compare_entity(*pair) for pair in pairs),
         hue_distance(seen.background_hue, truth.background_hue),
         coarse_index(seen.background_hue) == coarse_index(truth.background_hue),
     )
 
 
-def summarise(verdicts: Sequence[Verdict]) -> dict[str, float]:
+def summarise(comparisons: Sequence[SceneComparison]) -> dict[str, float]:
     """Shares of correct entities and backgrounds, mean and median hue errors in degrees."""
-    entities = [entity for verdict in verdicts for entity in verdict.entities]
+    entities = [entity for comparison in comparisons for entity in comparison.entities]
     second = [e.hue_b_error_deg for e in entities if e.hue_b_error_deg is not None]
     hues = {
         "hue": [entity.hue_error_deg for entity in entities],
         "hue_b": second,
-        "background_hue": [verdict.background_hue_error for verdict in verdicts],
+        "background_hue": [comparison.background_hue_error for comparison in comparisons],
     }
     result = {
         "shape": statistics.fmean(entity.shape_correct for entity in entities),
         "pattern": statistics.fmean(entity.pattern_correct for entity in entities),
         "colour_word": statistics.fmean(entity.colour_word_correct for entity in entities),
         "all": statistics.fmean(entity.all_correct for entity in entities),
-        "background_word": statistics.fmean(v.background_word_correct for v in verdicts),
+        "background_word": statistics.fmean(v.background_word_correct for v in comparisons),
     }
     for name, errors in hues.items():
         if errors:
@@ -133,9 +133,9 @@ def summarise(verdicts: Sequence[Verdict]) -> dict[str, float]:
     return result
 
 
-def _compare_entity(seen: Entity, truth: Entity) -> EntityVerdict:
+def _compare_entity(seen: Entity, truth: Entity) -> EntityComparison:
     patterned = "plain" not in (seen.pattern, truth.pattern)
-    return EntityVerdict(
+    return EntityComparison(
         seen.shape == truth.shape,
         seen.pattern == truth.pattern,
         hue_distance(seen.hue_a, truth.hue_a),
