@@ -70,8 +70,9 @@ def features_of(scoring: Scoring) -> FeatureFiles:
 def report(
     scoring: Scoring, evaluate: Callable[[FeatureFiles], Evaluation]
 ) -> tuple[Path, Path] | None:
-    """Writes the JSON file and the page of an evaluation, and returns their paths. None where
-    another rank has not finished, which then writes them. Two ranks that finish together write the same
-    bytes."""
+    """Writes the JSON file and the page of an evaluation, and returns their paths.
+
+    None where another rank has not finished, which then writes them. Two ranks that finish together
+    write the same bytes."""
     files = features_of(scoring)
     return write_evaluation(scoring.output, evaluate(files)) if files.is_whole() else None
