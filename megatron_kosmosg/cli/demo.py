@@ -160,15 +160,17 @@ def _serve(args: argparse.Namespace) -> int:
 
     from megatron_kosmosg.demo.studio import Studio
     from megatron_kosmosg.inference.noise_schedules import SAVED
-    from megatron_kosmosg.inference.open_model import open_controlnet, open_drawer
+    from megatron_kosmosg.inference.open_model import open_controlnet, open_generator
     from megatron_kosmosg.parallel.platform import torch_dtype
 
     dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
-    drawer = open_drawer(source, SAVED, torch_dtype(dtype), device, args.offload)
+    image_generator = open_generator(source, SAVED, torch_dtype(dtype), device, args.offload)
     controlnets = opened(folders, lambda folder: open_controlnet(folder, torch_dtype(dtype)))
     start = TOY_START_VALUES if args.model is None else START_VALUES
     start = dataclasses.replace(start, control_scale=args.control_scale)
-    serve(Studio(drawer, source, dtype, controlnets), start, args.host, args.port, args.share)
+    serve(
+        Studio(image_generator, source, dtype, controlnets), start, args.host, args.port, args.share
+    )
     return exit_codes.DONE
 
 

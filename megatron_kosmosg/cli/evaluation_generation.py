@@ -114,7 +114,7 @@ def draw(
     are drawn again. Raises ConfigError and PromptError for what cannot be used."""
     from megatron_kosmosg.inference.generation_run import Request, run
     from megatron_kosmosg.inference.model_source import find_model
-    from megatron_kosmosg.inference.prompt_records import DrawingOptions
+    from megatron_kosmosg.inference.prompt_records import GenerationOptions
     from megatron_kosmosg.parallel.devices import named_device
 
     device = named_device(args.device, rank_info)
@@ -122,7 +122,7 @@ def draw(
         records=records,
         is_list=True,
         source=find_model(args.model, args.stable_diffusion, args.tokenizer_model),
-        defaults=DrawingOptions(
+        defaults=GenerationOptions(
             negative_prompt="",
             seed=args.seed,
             num_images=args.num_images,

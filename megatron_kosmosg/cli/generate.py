@@ -1,4 +1,4 @@
-"""Draws images for one prompt or a JSONL file of prompts, on one process or many.
+"""Generates images for one prompt or a JSONL file of prompts, on one process or many.
 
 Long because it is a help page, and what its options say in the terms of inference/.
 """
@@ -176,7 +176,7 @@ def request_of(args: argparse.Namespace, rank_info: RankInfo) -> Request:
     from megatron_kosmosg.config.errors import ConfigError
     from megatron_kosmosg.inference.generation_run import Request
     from megatron_kosmosg.inference.model_source import find_model
-    from megatron_kosmosg.inference.prompt_records import DrawingOptions
+    from megatron_kosmosg.inference.prompt_records import GenerationOptions
     from megatron_kosmosg.parallel.devices import named_device
 
     if args.output.exists() and not args.output.is_dir():
@@ -193,7 +193,7 @@ def request_of(args: argparse.Namespace, rank_info: RankInfo) -> Request:
             tuple(zip(args.lora, strengths, strict=True)),
             (args.controlnet, args.control_scale) if args.controlnet else None,
         ),
-        defaults=DrawingOptions(
+        defaults=GenerationOptions(
             negative_prompt=args.negative_prompt,
             seed=args.seed,
             num_images=args.num_images,
@@ -214,7 +214,7 @@ def request_of(args: argparse.Namespace, rank_info: RankInfo) -> Request:
 
 def _records(args: argparse.Namespace) -> list[PromptRecord]:
     from megatron_kosmosg.inference.prompt_records import (
-        DrawingOptions,
+        GenerationOptions,
         PromptError,
         PromptRecord,
         interleaved_content,
@@ -235,7 +235,7 @@ def _records(args: argparse.Namespace) -> list[PromptRecord]:
         except ValueError as error:
             raise PromptError(f"--content is not JSON: {error}") from error
         content = interleaved_content(listed, Path(), "--content")
-    return [PromptRecord(None, content, DrawingOptions(seed=args.seed))]
+    return [PromptRecord(None, content, GenerationOptions(seed=args.seed))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

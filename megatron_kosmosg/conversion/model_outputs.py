@@ -19,7 +19,7 @@ from megatron_kosmosg.config.single_process import single_process_config
 from megatron_kosmosg.conversion.exported_models import load_aligner, load_mllm
 from megatron_kosmosg.conversion.stored_names import EMBEDDING
 from megatron_kosmosg.conversion.tensors import TensorSource
-from megatron_kosmosg.data.keyed import torch_generator
+from megatron_kosmosg.data.random_keys import torch_generator
 from megatron_kosmosg.data.tokenizer import IMAGE, TRAILING_SPECIALS, Tokenizer
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform

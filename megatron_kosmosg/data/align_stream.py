@@ -66,12 +66,12 @@ class AlignStream:
         self._packs = packs
 
     def __getitem__(self, position: int) -> CaptionSample:
-        draw = self._blend[position]
-        store, order = self._stores[draw.name], self._orders[draw.name]
-        captions = self._captions[draw.name]
+        blended = self._blend[position]
+        store, order = self._stores[blended.name], self._orders[blended.name]
+        captions = self._captions[blended.name]
         limit = self._max_tokens
         for replacement in range(MAX_REPLACEMENTS):
-            index = order.replacement(draw.ordinal, position, replacement)
+            index = order.replacement(blended.ordinal, position, replacement)
             num_tokens = int(store.part_lengths(np.array([index]), captions.tokens)[0])
             if num_tokens > limit:
                 continue

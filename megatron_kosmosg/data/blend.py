@@ -18,7 +18,7 @@ MAX_PERIOD = 4_000_000
 
 
 @dataclass(frozen=True)
-class Draw:
+class BlendedSample:
     """The dataset at one stream position, and how often it was drawn before."""
 
     name: str
@@ -56,11 +56,11 @@ class Blend:
             places = np.flatnonzero(self._pattern == i)
             self._ordinals[places] = np.arange(len(places))
 
-    def __getitem__(self, position: int) -> Draw:
+    def __getitem__(self, position: int) -> BlendedSample:
         """The draw at stream position `position`."""
         period, place = divmod(position, self.period)
         i = int(self._pattern[place])
-        return Draw(self.names[i], period * self._shares[i] + int(self._ordinals[place]))
+        return BlendedSample(self.names[i], period * self._shares[i] + int(self._ordinals[place]))
 
     def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The draws at `positions` as (index into `names`, ordinal within that dataset), both int64

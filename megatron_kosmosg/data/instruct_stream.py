@@ -20,18 +20,18 @@ from megatron_kosmosg.data.bad_images import TooManyBadImages, report_bad_image
 from megatron_kosmosg.data.blend import Blend
 from megatron_kosmosg.data.image_types import BadImage, Encoded, ImageTransform
 from megatron_kosmosg.data.images import ImageDecoder
-from megatron_kosmosg.data.keyed import Draws
 from megatron_kosmosg.data.kinds.kind import PromptMaker
 from megatron_kosmosg.data.latent_cache import LatentCache
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.padding import pad_rows
+from megatron_kosmosg.data.random_keys import SampleKey
 from megatron_kosmosg.data.samples import PromptSample
 from megatron_kosmosg.data.store import SampleStore
 
 MAX_REPLACEMENTS = 100
 """Samples in a row that may be too long, or have undecodable prompt images."""
 
-Draw = Callable[[Tensor], dict[str, Tensor]]
+NoiseSource = Callable[[Tensor], dict[str, Tensor]]
 """Random draws of samples, by name: one row for each of these stream positions."""
 Reads = Literal["all", "prompts", "targets"]
 """What a batch holds: ranks without the U-Net need no targets, ranks of the U-Net no prompts."""
@@ -74,7 +74,7 @@ class InstructStream:
         reads: Reads = "all",
         decodes_prompts: bool = True,
         packs: bool = False,
-        draw: Draw | None = None,
+        noise_source: NoiseSource | None = None,
     ) -> None:
         """Joins the datasets of the mixture `blend` into one stream.
 
@@ -83,11 +83,11 @@ class InstructStream:
             transforms: of prompt images and of target images.
             decodes_prompts: False leaves prompt images undecoded, see samples.ImageStream.
             packs: whether prompts are also given end to end, see padding.pad_rows.
-            draw: for the stream positions of a batch, further tensors of the batch.
+            noise_source: for the stream positions of a batch, further tensors of the batch.
         """
         self._decodes_prompts = decodes_prompts
         self._reads = reads
-        self._packs, self._draw = packs, draw
+        self._packs, self._noise_source = packs, noise_source
         self._blend, self._sources = blend, sources
         self._seed, self._stage = seed, stage
         self._max_length, self._pad_id = max_length, pad_id
@@ -122,7 +122,7 @@ class InstructStream:
         Targets: target_pixel_values uint8 [b, 3, T, T], or, where they are cached,
         target_moments float16 [b, 2, channels, height, width] (mean and deviation); and
         target_weights float32 [b], 0 where the target is bad and stands for nothing, else 1.
-        And what `draw` draws.
+        And what `noise_source` gives.
         """
         if replacements is None:
             samples, num_bad, images = self._images(list(samples))
@@ -151,21 +151,23 @@ class InstructStream:
                 ("replacements", [sample.replacement for sample in samples]),
             )
         }
-        drawn = {} if self._draw is None else self._draw(numbers["stream_positions"])
+        noise = {}
+        if self._noise_source is not None:
+            noise = self._noise_source(numbers["stream_positions"])
         bad_samples = torch.tensor(num_bad + len(bad_targets))
-        return rows | images | targets | drawn | numbers | {"bad_samples": bad_samples}
+        return rows | images | targets | noise | numbers | {"bad_samples": bad_samples}
 
     def _choose(self, position: int, first: int) -> _Choice:
         """The first sample that fits, from replacement index `first` on."""
-        draw = self._blend[position]
-        source, draws = self._sources[draw.name], Draws(self._seed, self._stage, position)
+        blended = self._blend[position]
+        source, key = self._sources[blended.name], SampleKey(self._seed, self._stage, position)
         for replacement in range(first, first + MAX_REPLACEMENTS):
-            index = source.order.replacement(draw.ordinal, position, replacement)
-            length = source.make_prompt.length(source.store.part_sizes(index), draws)
+            index = source.order.replacement(blended.ordinal, position, replacement)
+            length = source.make_prompt.length(source.store.part_sizes(index), key)
             if length is not None and length <= self._max_length:
-                return _Choice(draw.name, index, replacement, length)
+                return _Choice(blended.name, index, replacement, length)
         raise ConfigError(
-            f"dataset {draw.name}: {MAX_REPLACEMENTS} samples in a row are longer than "
+            f"dataset {blended.name}: {MAX_REPLACEMENTS} samples in a row are longer than "
             f"data.seq_length={self._max_length}; raise it"
         )
 
@@ -173,7 +175,7 @@ class InstructStream:
         choice = self._choose(position, first)
         source = self._sources[choice.dataset]
         raw = source.store[choice.index]
-        prompt = source.make_prompt(raw, Draws(self._seed, self._stage, position))
+        prompt = source.make_prompt(raw, SampleKey(self._seed, self._stage, position))
         return PromptSample(
             position, prompt, choice.dataset, raw.info["key"], choice.index, choice.replacement
         )

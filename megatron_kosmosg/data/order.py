@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_kosmosg.data.keyed import KeyedPermutation, stream_key
+from megatron_kosmosg.data.random_keys import KeyedPermutation, stream_key
 
 BLOCK = 4096
 """Places of an epoch that are shuffled together; draws follow one another closely."""

@@ -46,8 +46,8 @@ class PretrainStream:
         self._decoder, self._transform, self._decodes = decoder, transform, decodes
 
     def __getitem__(self, position: int) -> PackedRow:
-        draw = self._blend[position]
-        return self._datasets[draw.name].row(draw.ordinal, position)
+        blended = self._blend[position]
+        return self._datasets[blended.name].row(blended.ordinal, position)
 
     def fingerprints(self) -> dict[str, str]:
         return {name: dataset.fingerprint() for name, dataset in self._datasets.items()}

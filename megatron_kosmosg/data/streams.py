@@ -14,8 +14,7 @@ from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from megatron_kosmosg.data.align_stream import AlignStream, load_clip_tokenizer
 from megatron_kosmosg.data.blend import Blend
 from megatron_kosmosg.data.images import ImageDecoder
-from megatron_kosmosg.data.instruct_stream import Draw, InstructStream, PromptSource, Reads
-from megatron_kosmosg.data.keyed import StreamName
+from megatron_kosmosg.data.instruct_stream import InstructStream, NoiseSource, PromptSource, Reads
 from megatron_kosmosg.data.kinds import names_read_by
 from megatron_kosmosg.data.latent_cache import LatentCache
 from megatron_kosmosg.data.manifest import dataset_kind
@@ -23,6 +22,7 @@ from megatron_kosmosg.data.normalise import prompt_transform, target_transform
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.packing import PackedDataset
 from megatron_kosmosg.data.pretrain_stream import PretrainStream
+from megatron_kosmosg.data.random_keys import StreamName
 from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.tokenizer import Tokenizer
@@ -92,7 +92,7 @@ def instruct_stream(
     vae: str | None = None,
     reads: Reads = "all",
     decodes_prompts: bool = True,
-    draw: Draw | None = None,
+    noise_source: NoiseSource | None = None,
 ) -> InstructStream:
     """The stream of prompts and targets.
 
@@ -102,7 +102,7 @@ def instruct_stream(
             held-out stream decodes its targets all the same, because its images are shown.
         reads: which images are read: all, or those of prompts or targets alone.
         decodes_prompts: False leaves prompt images undecoded, for ranks without the image tower.
-        draw: further tensors of a batch, see InstructStream.
+        noise_source: further tensors of a batch, see InstructStream.
     """
     parts = _StreamParts(config, "instruct", split)
     data = config.data
@@ -131,7 +131,7 @@ def instruct_stream(
         reads,
         decodes_prompts,
         data.pack_prompts,
-        draw,
+        noise_source,
     )
 
 

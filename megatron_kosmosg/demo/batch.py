@@ -14,13 +14,13 @@ from megatron_kosmosg.demo.requests import (
     MAX_SIDE,
     MAX_STEPS,
     MAX_UPLOAD_BYTES,
-    DrawRequest,
+    GenerationRequest,
     check_images,
 )
 from megatron_kosmosg.demo.studio import (
     Cancelled,
     Progress,
-    SteppingDrawer,
+    SteppingGenerator,
     Studio,
     step_reporter,
     steps_of,
@@ -40,16 +40,16 @@ _LIMITS = {
 }
 
 
-def draw_batch(
+def generate_batch(
     studio: Studio,
     jsonl: Path,
     images: Sequence[Path],
-    defaults: DrawRequest,
+    defaults: GenerationRequest,
     folder: Path,
     progress: Progress,
     stop: threading.Event,
 ) -> Path:
-    """Draws a list of prompts. Returns `folder`/images.zip, which has every image, and a sheet
+    """Generates a list of prompts. Returns `folder`/images.zip, which has every image, and a sheet
     of the first prompts.
 
     Args:
@@ -80,7 +80,7 @@ def draw_batch(
 
     with studio.while_nobody_draws():
         studio.prepare(defaults)
-        generate(job, lambda: SteppingDrawer(studio.drawer, step), report)
+        generate(job, lambda: SteppingGenerator(studio.image_generator, step), report)
     write_sheet(job, SHEET_ROWS)
     return zipped(job.folder, folder / "images.zip")
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import gradio as gr
 
-from megatron_kosmosg.demo.batch import draw_batch
+from megatron_kosmosg.demo.batch import generate_batch
 from megatron_kosmosg.demo.controls import CONTROLS, IMAGES, MODEL_QUEUE
 from megatron_kosmosg.demo.page_errors import errors_for_people
-from megatron_kosmosg.demo.requests import draw_request
+from megatron_kosmosg.demo.requests import generation_request
 from megatron_kosmosg.demo.sessions import Sessions
 from megatron_kosmosg.demo.start_values import StartValues
 from megatron_kosmosg.demo.studio import Studio
@@ -96,12 +96,12 @@ def batch_tab(studio: Studio, sessions: Sessions, controls: dict[str, Any]) -> N
         with errors_for_people(*paths, made / "prompts" / "x", made / "images" / "x"):
             if jsonl is None:
                 raise PromptError("add a JSONL file of prompts")
-            defaults = draw_request("", [], given)
+            defaults = generation_request("", [], given)
             # For records with a start image of their own.
             options = dataclasses.replace(defaults.options, strength=float(strength))
             defaults = dataclasses.replace(defaults, options=options)
             return str(
-                draw_batch(
+                generate_batch(
                     studio, Path(jsonl), paths, defaults, made,
                     lambda share, words: progress(share, words), stop,
                 )

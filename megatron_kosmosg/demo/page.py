@@ -17,7 +17,7 @@ from megatron_kosmosg.demo import requests
 from megatron_kosmosg.demo.controls import CONTROLS, IMAGES, MODEL_QUEUE, setting_controls
 from megatron_kosmosg.demo.other_tabs import batch_tab, canceller, caption_tab
 from megatron_kosmosg.demo.page_errors import errors_for_people
-from megatron_kosmosg.demo.requests import count_line, draw_request, image_names, page_values
+from megatron_kosmosg.demo.requests import count_line, generation_request, image_names, page_values
 from megatron_kosmosg.demo.sessions import Sessions
 from megatron_kosmosg.demo.start_values import StartValues
 from megatron_kosmosg.demo.studio import Studio
@@ -152,7 +152,7 @@ def _draw_tab(
                     elem_classes="drawn",
                     elem_id="history",
                 )
-                drawn_before = gr.State([])
+                noise_of_batch = gr.State([])
     if start.is_toy:
         gr.Examples(_toy_examples(folder / "examples"), [prompt], label="Examples")
 
@@ -196,7 +196,7 @@ def _draw_tab(
         control_scale: float,
         lora_scale: float,
         randomize: bool,
-        drawn_before: list[str],
+        noise_of_batch: list[str],
         request: gr.Request,
         start_image: str | None = None,
         control_image: str | None = None,
@@ -214,10 +214,10 @@ def _draw_tab(
             "start_image": start_image, "control_image": control_image,
         }  # fmt: skip
         with errors_for_people(*images, made / "image"):
-            asked = draw_request(prompt.get("text") or "", images, given)
+            asked = generation_request(prompt.get("text") or "", images, given)
             drawn = studio.draw(asked, made, lambda share, words: progress(share, words), stop)
         names = [str(path) for path in drawn]
-        shown = [*names, *drawn_before][:MAX_HISTORY]
+        shown = [*names, *noise_of_batch][:MAX_HISTORY]
         return names, names, int(seed), shown, shown
 
     given = [controls[name] for name in (*CONTROLS, "randomize")]
@@ -225,8 +225,8 @@ def _draw_tab(
     gr.on(
         [button.click],
         draw,
-        [prompt, *given, drawn_before, *images],
-        [gallery, files, controls["seed"], history, drawn_before],
+        [prompt, *given, noise_of_batch, *images],
+        [gallery, files, controls["seed"], history, noise_of_batch],
         concurrency_id=MODEL_QUEUE,
         show_progress_on=[gallery],
         api_name="draw",

@@ -16,7 +16,7 @@ from megatron_kosmosg.foreign_files import read_file
 from megatron_kosmosg.inference.image_plan import STRENGTH
 from megatron_kosmosg.inference.noise_schedules import SAVED, SCHEDULERS
 from megatron_kosmosg.inference.prompt_records import (
-    DrawingOptions,
+    GenerationOptions,
     PromptError,
     PromptRecord,
     split_prompt,
@@ -42,12 +42,12 @@ SCHEDULER_NAMES = (SAVED, *SCHEDULERS)
 
 
 @dataclass(frozen=True)
-class DrawRequest:
+class GenerationRequest:
     """What the page asks for with one press of its button."""
 
     prompt: str
     images: tuple[Path, ...]
-    options: DrawingOptions
+    options: GenerationOptions
     scheduler: str
     controlnet: str = NONE
     """Name of one of the command line."""
@@ -66,9 +66,9 @@ class DrawRequest:
         return PromptRecord("image", content, self.options)
 
 
-def draw_request(
+def generation_request(
     prompt: str, images: Sequence[str | Path], given: Mapping[str, Any]
-) -> DrawRequest:
+) -> GenerationRequest:
     """The request of the page's values. Raises PromptError naming the field.
 
     Args:
@@ -90,10 +90,10 @@ def draw_request(
     if controlnet == NONE and "control_image" in paths:
         raise PromptError("choose a ControlNet for the control image, or take the image out")
     strength = _number({"strength": STRENGTH, **given}, "strength", MIN_STRENGTH, 1)
-    return DrawRequest(
+    return GenerationRequest(
         prompt=prompt,
         images=tuple(map(Path, images)),
-        options=DrawingOptions(
+        options=GenerationOptions(
             negative_prompt=negative,
             seed=_whole(given, "seed", 0, MAX_PAGE_SEED),
             num_images=_whole(given, "num_images", 1, MAX_NUM_IMAGES),
@@ -163,7 +163,7 @@ def page_values(settings: Mapping[str, Any]) -> dict[str, Any]:
         "width": settings.get("width") or 0,
         "strength": settings.get("strength", STRENGTH),
     }
-    draw_request(values["prompt"], [], values)
+    generation_request(values["prompt"], [], values)
     return values
 
 

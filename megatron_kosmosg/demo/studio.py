@@ -12,21 +12,21 @@ from PIL import Image
 
 from megatron_kosmosg.data.tokenizer import IMAGE as PLACEHOLDER
 from megatron_kosmosg.demo.controlnets import NamedControlNet
-from megatron_kosmosg.demo.requests import NONE, DrawRequest, check_images, said_additions
+from megatron_kosmosg.demo.requests import NONE, GenerationRequest, check_images, said_additions
 from megatron_kosmosg.files import fingerprint
 from megatron_kosmosg.inference.captioning import continue_prompt
-from megatron_kosmosg.inference.drawing import PipelineDrawer
 from megatron_kosmosg.inference.image_files import write_image
 from megatron_kosmosg.inference.image_plan import ImagePlan, PlannedImage, RunSettings
 from megatron_kosmosg.inference.model_source import ModelSource
+from megatron_kosmosg.inference.pipeline_generator import PipelineGenerator
 from megatron_kosmosg.inference.prompt_records import (
-    DrawingOptions,
+    GenerationOptions,
     PromptError,
     open_image,
     split_prompt,
 )
 
-DEFAULTS = DrawingOptions(
+DEFAULTS = GenerationOptions(
     negative_prompt="", seed=0, num_images=1, steps=50, guidance=6.0, height=None, width=None
 )
 Progress = Callable[[float, str], None]
@@ -42,7 +42,7 @@ class Studio:
 
     def __init__(
         self,
-        drawer: PipelineDrawer,
+        image_generator: PipelineGenerator,
         source: ModelSource,
         dtype: str,
         controlnets: Mapping[str, NamedControlNet] | None = None,
@@ -55,8 +55,8 @@ class Studio:
             dtype: name of the type of its weights; the images say it, too.
             controlnets: by the names that the page offers.
         """
-        self.drawer = drawer
-        drawer.show_steps(False)
+        self.image_generator = image_generator
+        image_generator.show_steps(False)
         self._dtype = dtype
         self._busy = threading.Lock()
         self.model_fingerprint = source.model_fingerprint()
@@ -71,7 +71,7 @@ class Studio:
     @property
     def longest_prompt(self) -> int:
         """Positions of the model's sequence; an image takes `image_positions` of them."""
-        pipeline = self.drawer.pipeline
+        pipeline = self.image_generator.pipeline
         limits = [
             pipeline.mllm.config.text_config.max_position_embeddings,
             pipeline.aligner.longest_prompt,
@@ -81,7 +81,7 @@ class Studio:
     @property
     def image_positions(self) -> int:
         """Positions that an image takes, its two marks included."""
-        return self.drawer.pipeline.mllm.config.latent_query_num + 2
+        return self.image_generator.pipeline.mllm.config.latent_query_num + 2
 
     @property
     def max_images(self) -> int:
@@ -93,7 +93,7 @@ class Studio:
         """The names of ControlNets that a request may ask for, besides none."""
         return list(self._controlnets)
 
-    def plan(self, request: DrawRequest, defaults: DrawingOptions = DEFAULTS) -> ImagePlan:
+    def plan(self, request: GenerationRequest, defaults: GenerationOptions = DEFAULTS) -> ImagePlan:
         """The images that the request asks for, with the settings of each. Raises PromptError."""
         chosen = self._chosen(request)
         return ImagePlan(
@@ -107,15 +107,15 @@ class Studio:
             )
         )
 
-    def prepare(self, request: DrawRequest) -> None:
+    def prepare(self, request: GenerationRequest) -> None:
         """Makes the drawer draw as the request says; to be called while nobody else draws."""
         chosen = self._chosen(request)
-        self.drawer.choose_scheduler(request.scheduler)
-        self.drawer.choose_lora_scale(request.lora_scale)
+        self.image_generator.choose_scheduler(request.scheduler)
+        self.image_generator.choose_lora_scale(request.lora_scale)
         model = None if chosen is None else chosen.model
-        self.drawer.choose_controlnet(model, request.control_scale)
+        self.image_generator.choose_controlnet(model, request.control_scale)
 
-    def _chosen(self, request: DrawRequest) -> NamedControlNet | None:
+    def _chosen(self, request: GenerationRequest) -> NamedControlNet | None:
         if request.controlnet == NONE:
             return None
         if request.controlnet not in self._controlnets:
@@ -144,8 +144,8 @@ class Studio:
         has_loras = not loras or [lora[0] for lora in loras] == [own[0] for own in self._loras]
         return ["ControlNet"] * (not has_control) + ["LoRA"] * (not has_loras)
 
-    def draw(
-        self, request: DrawRequest, folder: Path, progress: Progress, stop: threading.Event
+    def generate(
+        self, request: GenerationRequest, folder: Path, progress: Progress, stop: threading.Event
     ) -> list[Path]:
         """PNG files of the request in `folder`, each of which says its settings.
 
@@ -154,10 +154,10 @@ class Studio:
         planned_images = self.plan(request).planned_images(request.record())
         with self._busy:
             self.prepare(request)
-            self.drawer.check(planned_images)
+            self.image_generator.check(planned_images)
             steps = steps_of(planned_images[0].options)
             on_step = step_reporter(steps, progress, stop)
-            images = self.drawer.draw(planned_images, on_step)
+            images = self.image_generator.generate(planned_images, on_step)
         return [
             write_image(image, planned, folder)
             for image, planned in zip(images, planned_images, strict=True)
@@ -175,7 +175,7 @@ class Studio:
         ]
         with self._busy:
             try:
-                return continue_prompt(self.drawer.pipeline, parts, max_new_tokens)
+                return continue_prompt(self.image_generator.pipeline, parts, max_new_tokens)
             except ValueError as error:
                 raise PromptError(str(error)) from error
 
@@ -184,7 +184,7 @@ class Studio:
         return self._busy
 
 
-def steps_of(options: DrawingOptions) -> int:
+def steps_of(options: GenerationOptions) -> int:
     """The number of denoising steps that are made: a share of those asked for where there is a
     start image."""
     assert options.steps is not None, "see RunSettings"
@@ -193,17 +193,17 @@ def steps_of(options: DrawingOptions) -> int:
     return int(options.steps * options.strength)
 
 
-class SteppingDrawer:
-    """A `Drawer` (inference/generate.py) whose images can be watched and stopped."""
+class SteppingGenerator:
+    """A `ImageGenerator` (inference/generate.py) whose images can be watched and stopped."""
 
-    def __init__(self, drawer: PipelineDrawer, on_step: Callable[[int], None]) -> None:
-        self._drawer, self._on_step = drawer, on_step
+    def __init__(self, image_generator: PipelineGenerator, on_step: Callable[[int], None]) -> None:
+        self._image_generator, self._on_step = image_generator, on_step
 
     def check(self, planned_images: Sequence[PlannedImage]) -> None:
-        self._drawer.check(planned_images)
+        self._image_generator.check(planned_images)
 
-    def draw(self, planned_images: Sequence[PlannedImage]) -> list[Image.Image]:
-        return self._drawer.draw(planned_images, self._on_step)
+    def generate(self, planned_images: Sequence[PlannedImage]) -> list[Image.Image]:
+        return self._image_generator.generate(planned_images, self._on_step)
 
 
 def step_reporter(steps: int, progress: Progress, stop: threading.Event) -> Callable[[int], None]:

@@ -15,7 +15,7 @@ from megatron_kosmosg.config.schema import RunConfig
 
 
 @dataclass(frozen=True)
-class DrawnImages:
+class GeneratedImages:
     """What a model drew for held-out prompts; row i of both belongs to the same prompt."""
 
     results: torch.Tensor
@@ -32,13 +32,13 @@ class Evaluator(Protocol):
 
     def __init__(self, config: RunConfig) -> None: ...
 
-    def run(self, images: DrawnImages) -> Iterator[tuple[str, float]]:
+    def run(self, images: GeneratedImages) -> Iterator[tuple[str, float]]:
         """Yields (name, value) of each metric; in the metrics of a run the evaluator's own name
         stands before it."""
         ...
 
 
-def measure(evaluators: Mapping[str, Evaluator], images: DrawnImages) -> dict[str, float]:
+def measure(evaluators: Mapping[str, Evaluator], images: GeneratedImages) -> dict[str, float]:
     """The metrics of all evaluators, in their order, as {`evaluator_metric`: value}."""
     return {
         f"{name}_{metric}": value

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch.nn.functional as F
 
-from megatron_kosmosg.data.keyed import numpy_generator
+from megatron_kosmosg.data.random_keys import numpy_generator
 from megatron_kosmosg.evaluation.feature_files import (
     FeatureFiles,
     Group,

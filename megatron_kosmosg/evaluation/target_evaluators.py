@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.evaluation.evaluator import DrawnImages
+from megatron_kosmosg.evaluation.evaluator import GeneratedImages
 from megatron_kosmosg.evaluation.networks import (
     IMAGE_RULES,
     ClipNetwork,
@@ -37,7 +37,7 @@ class DinoEvaluator:
         """Opens the network. registry.check_evaluators has found `evaluation.dino` before."""
         self._path = Path(str(config.evaluation.dino))
 
-    def run(self, images: DrawnImages) -> Iterator[tuple[str, float]]:
+    def run(self, images: GeneratedImages) -> Iterator[tuple[str, float]]:
         """The mean cosine of results and targets. Raises ConfigError for other weights."""
         network = DinoNetwork(find_dino(self._path), images.results.device)
         sides = [
@@ -54,7 +54,7 @@ class ClipEvaluator:
         """Opens the network. registry.check_evaluators has found `evaluation.clip` before."""
         self._path = Path(str(config.evaluation.clip))
 
-    def run(self, images: DrawnImages) -> Iterator[tuple[str, float]]:
+    def run(self, images: GeneratedImages) -> Iterator[tuple[str, float]]:
         """The mean cosine of results and targets (CLIP-I), and of results and the prompts' words
         (CLIP-T) over those that CLIP can read whole. Raises ConfigError as above."""
         network = ClipNetwork(find_clip(self._path), images.results.device)

@@ -133,7 +133,7 @@ class KosmosGPipeline(StableDiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
     ):
-        """Draws images of prompts. Returns StableDiffusionPipelineOutput, or a tuple with
+        """Generates images of prompts. Returns StableDiffusionPipelineOutput, or a tuple with
         return_dict=False.
 
         Args:

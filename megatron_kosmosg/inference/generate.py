@@ -1,4 +1,4 @@
-"""Draws this rank's share of a list of prompts; images that are finished are left as they are.
+"""Generates this rank's share of a list of prompts; images that are finished are left as they are.
 
 Ranks share nothing but the folder. Rank r takes blocks r, r + world_size, .. of `batch_size`
 records each; a block is drawn in the same calls on any number of ranks and in any continued run.
@@ -26,13 +26,13 @@ Report = Callable[[int, int], None]
 """Called with (finished, all) images of this rank."""
 
 
-class Drawer(Protocol):
+class ImageGenerator(Protocol):
     """A model with its sampler, which draws planned images."""
 
     def check(self, planned_images: Sequence[PlannedImage]) -> None:
         """Raises PromptError for the first prompt that the model cannot take."""
 
-    def draw(self, planned_images: Sequence[PlannedImage]) -> list[Image.Image]:
+    def generate(self, planned_images: Sequence[PlannedImage]) -> list[Image.Image]:
         """The images of one group: all of one or more records with equal `group_key`."""
         ...
 
@@ -59,8 +59,8 @@ def group_key(planned: PlannedImage) -> tuple[object, ...]:
     return *size, options.steps, options.guidance, options.num_images, start
 
 
-def generate(job: Job, open_drawer: Callable[[], Drawer], report: Report) -> int:
-    """Draws this rank's missing images and returns their number. The model is opened only if a
+def generate(job: Job, open_generator: Callable[[], ImageGenerator], report: Report) -> int:
+    """Generates this rank's missing images and returns their number. The model is opened only if a
     image is missing.
 
     Raises PromptError before anything is written if one of this rank's prompts cannot be used, and
@@ -75,13 +75,13 @@ def generate(job: Job, open_drawer: Callable[[], Drawer], report: Report) -> int
         report(done, done)
         return 0
     _refuse_to_overwrite(job, [planned for group in missing for planned in group])
-    drawer = open_drawer()
-    drawer.check(everything)
+    image_generator = open_generator()
+    image_generator.check(everything)
     report(done, len(everything))
     for group, wanted in zip(groups, missing, strict=True):
         if not wanted:
             continue
-        for planned, image in zip(group, drawer.draw(group), strict=True):
+        for planned, image in zip(group, image_generator.generate(group), strict=True):
             if planned in wanted:
                 write_image(image, planned, job.folder)
                 done += 1

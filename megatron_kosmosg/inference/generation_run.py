@@ -11,10 +11,10 @@ import torch
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.files import fingerprint
-from megatron_kosmosg.inference.generate import Drawer, Job, generate, write_sheet
+from megatron_kosmosg.inference.generate import ImageGenerator, Job, generate, write_sheet
 from megatron_kosmosg.inference.image_plan import ImagePlan, RunSettings
 from megatron_kosmosg.inference.model_source import ModelSource
-from megatron_kosmosg.inference.prompt_records import DrawingOptions, PromptRecord
+from megatron_kosmosg.inference.prompt_records import GenerationOptions, PromptRecord
 from megatron_kosmosg.launcher import RankInfo
 from megatron_kosmosg.progress import Progress
 
@@ -27,7 +27,7 @@ class Request:
     is_list: bool
     """Whether they come from a file."""
     source: ModelSource
-    defaults: DrawingOptions
+    defaults: GenerationOptions
     scheduler: str
     dtype: str
     device: torch.device
@@ -51,7 +51,7 @@ class Finished:
 
 
 def run(request: Request, rank_info: RankInfo) -> Finished:
-    """Draws this rank's share of what is asked for. Raises PromptError or ConfigError before
+    """Generates this rank's share of what is asked for. Raises PromptError or ConfigError before
     anything is written."""
     source = request.source
     output = request.output.absolute()
@@ -81,15 +81,15 @@ def run(request: Request, rank_info: RankInfo) -> Finished:
         rank_info.world_size,
     )
 
-    def open_model() -> Drawer:
+    def open_model() -> ImageGenerator:
         # Imported here: what is wrong with the prompts is said before libraries are loaded.
-        from megatron_kosmosg.inference.open_model import open_drawer
+        from megatron_kosmosg.inference.open_model import open_generator
         from megatron_kosmosg.parallel.platform import torch_dtype
 
         dtype = torch_dtype(request.dtype)
-        drawer = open_drawer(source, request.scheduler, dtype, request.device)
-        drawer.show_steps(not request.is_list and sys.stderr.isatty())
-        return drawer
+        image_generator = open_generator(source, request.scheduler, dtype, request.device)
+        image_generator.show_steps(not request.is_list and sys.stderr.isatty())
+        return image_generator
 
     with Progress("", "image", is_shown=rank_info.rank == 0) as progress:
         drawn = generate(job, open_model, progress)

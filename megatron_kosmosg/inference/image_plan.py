@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_kosmosg.data.keyed import stream_key
+from megatron_kosmosg.data.random_keys import stream_key
 from megatron_kosmosg.data.tokenizer import IMAGE as PLACEHOLDER
 from megatron_kosmosg.inference.prompt_records import (
     OPTION_FIELDS,
-    DrawingOptions,
+    GenerationOptions,
     Part,
     PromptError,
     PromptRecord,
@@ -40,7 +40,7 @@ class RunSettings:
     """Fingerprint of the model's files."""
     scheduler: str
     dtype: str
-    defaults: DrawingOptions
+    defaults: GenerationOptions
     """For records that do not say; all set but height, width (the model's own size then),
     control_image, start_image and strength."""
     loras: tuple[tuple[str, float], ...] = ()
@@ -58,7 +58,7 @@ class PlannedImage:
     record: PromptRecord
     index: int
     """Its number among the images of the record, from 0."""
-    options: DrawingOptions
+    options: GenerationOptions
     """Of this image: `seed` is its generator's."""
     settings: dict[str, Any]
     """All that decides how it looks, as JSON types; images as digests of their files."""
@@ -120,7 +120,7 @@ class ImagePlan:
         name = f"{words[:40].rstrip('-')}-{digest}" if words else digest
         return dataclasses.replace(record, id=name)
 
-    def _shared_settings(self, record: PromptRecord, options: DrawingOptions) -> dict[str, Any]:
+    def _shared_settings(self, record: PromptRecord, options: GenerationOptions) -> dict[str, Any]:
         run = self._run
         settings: dict[str, Any] = {
             "content": [self._described(part) for part in record.content],
@@ -167,7 +167,7 @@ class ImagePlan:
             self._read[path] = _digest(path.read_bytes()), size
         return self._read[path]
 
-    def _sized(self, options: DrawingOptions) -> DrawingOptions:
+    def _sized(self, options: GenerationOptions) -> GenerationOptions:
         """The options with the size of the control image where none is given."""
         if options.control_image is None:
             return options
@@ -188,7 +188,7 @@ def _start_settings(record: PromptRecord, index: int, seed: int) -> dict[str, An
     return {"seed": 0, "noise": [noise.row, noise.num_rows]}
 
 
-def _filled(options: DrawingOptions, defaults: DrawingOptions) -> DrawingOptions:
+def _filled(options: GenerationOptions, defaults: GenerationOptions) -> GenerationOptions:
     """The strength, too, where there is a start image."""
     values = {name: getattr(options, name) for name in OPTION_FIELDS}
     filled = dataclasses.replace(

@@ -25,9 +25,9 @@ from megatron_kosmosg.conversion.safetensors_files import (
     SafetensorsFolder,
 )
 from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
-from megatron_kosmosg.inference.drawing import PipelineDrawer
 from megatron_kosmosg.inference.model_source import ModelSource
 from megatron_kosmosg.inference.noise_schedules import noise_scheduler
+from megatron_kosmosg.inference.pipeline_generator import PipelineGenerator
 from megatron_kosmosg.parallel.devices import has_stream
 
 Opened = TypeVar("Opened")
@@ -35,13 +35,13 @@ DRAWING_PARTS = ("vae", "unet", "scheduler")
 """What a pipeline does without where only its conditions are asked for."""
 
 
-def open_drawer(
+def open_generator(
     source: ModelSource,
     scheduler: str,
     dtype: torch.dtype,
     device: torch.device,
     offload: str | None = None,
-) -> PipelineDrawer:
+) -> PipelineGenerator:
     """The model ready to draw. Raises ConfigError naming the part that cannot be opened.
 
     Args:
@@ -71,9 +71,9 @@ def open_drawer(
         pipeline.enable_sequential_cpu_offload(device=device)
     loras = {name: strength for name, (_, strength) in zip(names, source.loras, strict=True)}
     if source.controlnet is None:
-        return PipelineDrawer(pipeline, loras=loras)
+        return PipelineGenerator(pipeline, loras=loras)
     folder, strength = source.controlnet
-    return PipelineDrawer(pipeline, open_controlnet(folder, dtype), strength, loras)
+    return PipelineGenerator(pipeline, open_controlnet(folder, dtype), strength, loras)
 
 
 def open_controlnet(folder: Path, dtype: torch.dtype) -> ControlNetModel:

@@ -50,7 +50,7 @@ class PromptError(ValueError):
 
 
 @dataclass(frozen=True)
-class DrawingOptions:
+class GenerationOptions:
     """How a prompt is drawn; None leaves the choice to the run's defaults."""
 
     negative_prompt: str | None = None
@@ -91,7 +91,7 @@ class PromptRecord:
     id: str | None
     """Names its images; None until its settings are known."""
     content: tuple[Part, ...]
-    options: DrawingOptions = field(default_factory=DrawingOptions)
+    options: GenerationOptions = field(default_factory=GenerationOptions)
     noise: tuple[NoiseRow, ...] = ()
     """Start noise of each of its images in place of what their seeds give."""
 
@@ -106,7 +106,7 @@ class PromptRecord:
         return " ".join(PLACEHOLDER if isinstance(p, Path) else p for p in self.content)
 
 
-OPTION_FIELDS = tuple(option.name for option in fields(DrawingOptions))
+OPTION_FIELDS = tuple(option.name for option in fields(GenerationOptions))
 RECORD_FIELDS = ("id", *_PROMPT_FIELDS, *OPTION_FIELDS)
 
 
@@ -230,7 +230,7 @@ def split_prompt(prompt: str, images: Sequence[Path], place: str) -> tuple[Part,
     return tuple(content)
 
 
-def _options(given: Mapping[str, Any], folder: Path, place: str) -> DrawingOptions:
+def _options(given: Mapping[str, Any], folder: Path, place: str) -> GenerationOptions:
     values = {name: given[name] for name in OPTION_FIELDS if given.get(name) is not None}
     for name, (smallest, largest) in _WHOLE_NUMBERS.items():
         value = values.get(name, smallest)
@@ -254,7 +254,7 @@ def _options(given: Mapping[str, Any], folder: Path, place: str) -> DrawingOptio
     for name in ("control_image", "start_image"):
         if name in values:
             values[name] = folder / values[name]
-    return DrawingOptions(**values)
+    return GenerationOptions(**values)
 
 
 def open_image(path: Path) -> Image.Image:

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import nn
 
 from megatron_kosmosg.config.schema import ModelConfig
-from megatron_kosmosg.data.keyed import torch_generator
+from megatron_kosmosg.data.random_keys import torch_generator
 from megatron_kosmosg.models.lora import LORA_A, LORA_B
 from megatron_kosmosg.models.positions import PADDING_INDEX
 from megatron_kosmosg.parallel.context import ParallelContext

@@ -60,7 +60,7 @@ def has_stream(device: torch.device) -> bool:
 
 
 def convolution_format(device: torch.device) -> torch.memory_format:
-    """ParallelContext in which a frozen network's convolutions and norms are fastest as they are.
+    """Memory format in which a frozen network's convolutions and norms are fastest as they are.
 
     On a CPU channels last. On a GPU its convolutions would be faster, too, but torch's GroupNorm
     copies to contiguous and back: on one H200 in bf16, 64 rows, the frozen U-Net made 139 passes a

@@ -43,7 +43,7 @@ def run_service(case: Case, stand_ins: StandIns) -> dict:
             with recorder.phase(FORWARD):
                 return denoising(*arguments)
 
-        def draw(*_: Any) -> torch.Tensor:
+        def generate(*_: Any) -> torch.Tensor:
             raise RuntimeError("no image is asked for in a training update")
 
         stream: Any = MadeUpStream(config, case.length, case.images, reads="targets")
@@ -52,7 +52,7 @@ def run_service(case: Case, stand_ins: StandIns) -> dict:
         rank = ScoreRank(joined.device, "score rank", links, joined.world, joined.coordinates)
         recorder.forget()
         with recorder.phase(SERVE):
-            serve(config, rank, denoise, draw, lambda _: stream, diffusion.moments)
+            serve(config, rank, denoise, generate, lambda _: stream, diffusion.moments)
     return {
         "phases": recorder.as_dict(),
         "timeline": recorder.timeline(),

@@ -2,7 +2,7 @@
 
 `ColocatedScore` holds the U-Net on every decoder replica and splits a micro-batch's rows over the
 replica's tensor-parallel ranks: plain slicing would give each rank another AlignerNet gradient.
-Noise, timesteps and the posterior sample come from draws.py.
+Noise, timesteps and the posterior sample come from keyed_noise.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megatron_kosmosg.config.schema import ScoreConfig
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.parallel.transfers import upload
-from megatron_kosmosg.score.draws import Drawn, ScoreDraws
+from megatron_kosmosg.score.keyed_noise import KeyedNoise, ScoreNoise
 from megatron_kosmosg.score.rows import row_range, sum_over_tensor_ranks, take_rows
 
 
@@ -44,7 +44,7 @@ class ColocatedScore:
         weights: torch.Tensor,
         positions: torch.Tensor,
         stream: str,
-        drawn: Drawn | None = None,
+        keyed_noise: KeyedNoise | None = None,
     ) -> torch.Tensor:
         """Denoising loss summed over the micro-batch's images, equal on every tensor rank.
 
@@ -55,13 +55,13 @@ class ColocatedScore:
             weights: of the images in the sum [b].
             positions: stream positions [b], on the CPU.
             stream: name of the sample stream (key of the draws).
-            drawn: what `ScoreDraws.noise` drew for them, where it was drawn before.
+            keyed_noise: what `ScoreNoise.noise` gave for them, where it was drawn before.
         """
         rows = row_range(len(condition), self._context)
         mine = take_rows(condition, self._context)
-        if drawn is not None:
-            drawn = {name: values[rows] for name, values in drawn.items()}
-        losses = self._denoising(mine, targets[rows], positions[rows], stream, drawn)
+        if keyed_noise is not None:
+            keyed_noise = {name: values[rows] for name, values in keyed_noise.items()}
+        losses = self._denoising(mine, targets[rows], positions[rows], stream, keyed_noise)
         return sum_over_tensor_ranks((losses * weights[rows]).sum(), self._context)
 
 
@@ -71,7 +71,7 @@ class DenoisingLoss:
     def __init__(self, diffusion: FrozenDiffusion, config: ScoreConfig, seed: int) -> None:
         self._diffusion = diffusion
         self._config = config
-        self._draws = ScoreDraws(config, seed)
+        self._score_noise = ScoreNoise(config, seed)
 
     def __call__(
         self,
@@ -79,7 +79,7 @@ class DenoisingLoss:
         targets: torch.Tensor,
         positions: torch.Tensor,
         stream: str,
-        drawn: Drawn | None = None,
+        keyed_noise: KeyedNoise | None = None,
     ) -> torch.Tensor:
         """Denoising loss per image [b], float32; arguments as of ColocatedScore but for the
         weights."""
@@ -87,12 +87,14 @@ class DenoisingLoss:
             return condition.float().sum(dim=(1, 2))
         diffusion = self._diffusion
         moments = targets if targets.ndim == 5 else diffusion.moments(targets)
-        if drawn is None:
+        if keyed_noise is None:
             shape = tuple(moments.shape[2:])
-            drawn = self._draws.noise(positions, stream, shape, diffusion.num_timesteps)
-            drawn = {name: upload(values, condition.device) for name, values in drawn.items()}
-        timesteps, noise = drawn["timesteps"], drawn["noise"]
-        latents = diffusion.sample_latents(moments, drawn["posterior_noise"])
+            keyed_noise = self._score_noise.noise(positions, stream, shape, diffusion.num_timesteps)
+            keyed_noise = {
+                name: upload(values, condition.device) for name, values in keyed_noise.items()
+            }
+        timesteps, noise = keyed_noise["timesteps"], keyed_noise["noise"]
+        latents = diffusion.sample_latents(moments, keyed_noise["posterior_noise"])
         noisy_latents = diffusion.noise_scheduler.add_noise(latents, noise, timesteps)
         prediction = diffusion.predict(noisy_latents, timesteps, condition)
         target = diffusion.target(latents, noise, timesteps)

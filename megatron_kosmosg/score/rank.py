@@ -12,14 +12,14 @@ from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.paths import heartbeat_file
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.balance import share
-from megatron_kosmosg.data.keyed import StreamName
+from megatron_kosmosg.data.random_keys import StreamName
 from megatron_kosmosg.launcher import find_rank_info
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.models.faster_passes import take_faster_passes
 from megatron_kosmosg.monitoring.watchdog import Watchdog
 from megatron_kosmosg.score.connect import ScoreRank
-from megatron_kosmosg.score.drawing import draw_images
-from megatron_kosmosg.score.draws import Drawn
+from megatron_kosmosg.score.generation import generate_images
+from megatron_kosmosg.score.keyed_noise import KeyedNoise
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.own_process import ScoreRankLost
 from megatron_kosmosg.score.prints import diffusion_prints
@@ -58,18 +58,18 @@ def _work(config: RunConfig, rank: ScoreRank) -> bool:
                 targets: torch.Tensor,
                 positions: torch.Tensor,
                 stream: str,
-                drawn: Drawn | None,
+                keyed_noise: KeyedNoise | None,
             ) -> torch.Tensor:
                 if stream == trained:
                     size = config.training.global_batch_size
                     at(int(positions.min()) // size + 1, "scoring")
-                return denoising(condition, targets, positions, stream, drawn)
+                return denoising(condition, targets, positions, stream, keyed_noise)
 
             return serve(
                 config,
                 rank,
                 denoise,
-                partial(draw_images, config, diffusion),
+                partial(generate_images, config, diffusion),
                 lambda split: open_stream(config, rank.device, split, "targets", False, diffusion),
                 diffusion.moments,
                 prints,

@@ -131,7 +131,7 @@ class RemoteScore:
             return reported.new_zeros(()), reported
         return _AwaitGradient.apply(condition, pending), reported
 
-    def draw(
+    def generate(
         self, condition: torch.Tensor, positions: torch.Tensor, size: int
     ) -> torch.Tensor | None:
         """Images [n, 3, size, size] in [-1, 1], drawn by a score rank; for tensor rank 0 alone.

@@ -13,23 +13,23 @@ from types import MappingProxyType
 import torch
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.data.keyed import StreamName
+from megatron_kosmosg.data.random_keys import StreamName
 from megatron_kosmosg.monitoring.signals import StopRequest
 from megatron_kosmosg.monitoring.spans import IDLE, REPLY, UNET
 from megatron_kosmosg.monitoring.stopwatch import Stopwatch
 from megatron_kosmosg.parallel.transfers import upload
 from megatron_kosmosg.score.connect import ScoreRank
-from megatron_kosmosg.score.draws import Drawn
+from megatron_kosmosg.score.keyed_noise import KeyedNoise
 from megatron_kosmosg.score.member import Asked, DecoderLost
 from megatron_kosmosg.score.messages import Answer, Kind, Request
 from megatron_kosmosg.score.targets import Encode, OpenStream, TargetReader
 from megatron_kosmosg.score.trace import ScoreTrace
 from megatron_kosmosg.score.wire import RunEnd
 
-Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str, Drawn | None], torch.Tensor]
+Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str, KeyedNoise | None], torch.Tensor]
 """Loss of each image by (conditions, targets, positions, noise key of their stream, noise where it
 was drawn with the targets)."""
-Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+GenerateImages = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 """Images [n, 3, size, size] of (condition with the null condition last, positions, size)."""
 NO_PRINTS: Mapping[str, str] = MappingProxyType({})
 _LOOK_SECONDS = 1.0
@@ -40,7 +40,7 @@ def serve(
     config: RunConfig,
     rank: ScoreRank,
     denoise: Denoise,
-    draw: Draw,
+    generate: GenerateImages,
     open_stream: OpenStream,
     encode: Encode | None = None,
     prints: Mapping[str, str] = NO_PRINTS,
@@ -62,7 +62,8 @@ def serve(
             for name, fingerprint in reader.fingerprints(split).items()
         }
         reader.on_read, membership.prepare = membership.wake, reader.prepare
-        trace, work = ScoreTrace(config, rank), _Work(config, rank.device, reader, denoise, draw)
+        trace = ScoreTrace(config, rank)
+        work = _Work(config, rank.device, reader, denoise, generate)
         with StopRequest() as stop:
             membership.is_loaded({**prints, **data})
             while True:
@@ -115,10 +116,10 @@ class _Work:
         device: torch.device,
         reader: TargetReader,
         denoise: Denoise,
-        draw: Draw,
+        generate: GenerateImages,
     ) -> None:
         self._config, self._device, self._reader = config, device, reader
-        self._denoise, self._draw = denoise, draw
+        self._denoise, self._generate = denoise, generate
 
     def answer(self, request: Request, idle: float, signal: int) -> Answer:
         """The answer to a request. `idle` and `signal` are put into it besides."""
@@ -126,8 +127,8 @@ class _Work:
         condition = upload(request.condition, self._device)
         positions = torch.tensor(request.rows.positions)
         if request.kind is Kind.IMAGES:
-            drawn = self._draw(condition, positions, request.image_size)
-            loss, num_bad, payload = torch.zeros(()), 0, drawn
+            images = self._generate(condition, positions, request.image_size)
+            loss, num_bad, payload = torch.zeros(()), 0, images
         else:
             loss, num_bad, payload = self._score(request, condition, positions)
         host = torch.cat([loss.detach().float().view(1), payload.flatten().float()]).cpu()
@@ -143,7 +144,9 @@ class _Work:
         condition = condition.float().requires_grad_(wants_gradient)
         stream = StreamName(self._config.stage, request.rows.split).noise_key
         with torch.set_grad_enabled(wants_gradient):
-            losses = self._denoise(condition, targets.values, positions, stream, targets.drawn)
+            losses = self._denoise(
+                condition, targets.values, positions, stream, targets.keyed_noise
+            )
             loss = (losses * upload(targets.weights, self._device)).sum()
         num_bad = int((targets.weights == 0).sum())
         if not wants_gradient:

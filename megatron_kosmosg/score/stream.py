@@ -7,10 +7,10 @@ import torch
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import InstructStream, Reads
-from megatron_kosmosg.data.keyed import StreamName
+from megatron_kosmosg.data.random_keys import StreamName
 from megatron_kosmosg.data.streams import instruct_stream
 from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_vae, vae_fingerprint
-from megatron_kosmosg.score.draws import Drawn, ScoreDraws
+from megatron_kosmosg.score.keyed_noise import KeyedNoise, ScoreNoise
 
 
 def open_stream(
@@ -26,17 +26,17 @@ def open_stream(
     vae = None
     if config.data.latent_cache is not None and split == "train" and reads != "prompts":
         vae = vae_fingerprint(load_vae(config.model.diffusion.path, torch.float32))
-    draws = ScoreDraws(config.score, config.training.seed)
+    noise = ScoreNoise(config.score, config.training.seed)
     stream = StreamName(config.stage, split).noise_key
     size = config.data.target_image_size
 
-    def draw(positions: torch.Tensor) -> Drawn:
-        drawn: Drawn = {}
+    def noise_source(positions: torch.Tensor) -> KeyedNoise:
+        found: KeyedNoise = {}
         if reads != "targets" and split == "train":
-            drawn |= draws.condition_drop(positions, stream)
+            found |= noise.condition_drop(positions, stream)
         if diffusion is not None:
             shape = diffusion.latent_shape((size, size))
-            drawn |= draws.noise(positions, stream, shape, diffusion.num_timesteps)
-        return drawn
+            found |= noise.noise(positions, stream, shape, diffusion.num_timesteps)
+        return found
 
-    return instruct_stream(config, split, device.index, vae, reads, decodes_prompts, draw)
+    return instruct_stream(config, split, device.index, vae, reads, decodes_prompts, noise_source)

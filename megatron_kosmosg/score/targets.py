@@ -14,7 +14,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import InstructStream
 from megatron_kosmosg.data.normalise import normalise, target_transform
 from megatron_kosmosg.parallel.transfers import pinned, upload
-from megatron_kosmosg.score.draws import Drawn, drawn_before
+from megatron_kosmosg.score.keyed_noise import KeyedNoise, noise_of_batch
 from megatron_kosmosg.score.messages import Rows
 
 OpenStream = Callable[[str], InstructStream]
@@ -33,7 +33,7 @@ class Targets:
     """Pixels as the VAE takes them, or the moments of their posteriors; on the device."""
     weights: torch.Tensor
     """Of the images in the sum of losses, 0 for a bad one; on the host."""
-    drawn: Drawn | None
+    keyed_noise: KeyedNoise | None
     """Noise, where the stream draws it; on the device."""
 
 
@@ -138,10 +138,10 @@ class TargetReader:
             values = normalise(values, target_transform(self._config))
         if values.ndim == 4 and self._encode is not None:
             values = self._encode(values)
-        drawn = drawn_before(batch)
-        if drawn is not None:
-            drawn = {name: upload(noise, self._device) for name, noise in drawn.items()}
-        return Targets(values, batch["target_weights"], drawn)
+        keyed_noise = noise_of_batch(batch)
+        if keyed_noise is not None:
+            keyed_noise = {name: upload(noise, self._device) for name, noise in keyed_noise.items()}
+        return Targets(values, batch["target_weights"], keyed_noise)
 
 
 def _is_whole(future: Future[dict[str, torch.Tensor]]) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.normalise import normalise_batch
 from megatron_kosmosg.data.samples import PromptSample, StreamDataset
-from megatron_kosmosg.evaluation.evaluator import DrawnImages, Evaluator, measure
+from megatron_kosmosg.evaluation.evaluator import Evaluator, GeneratedImages, measure
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
 from megatron_kosmosg.training.forward import collect_outputs
@@ -23,7 +23,7 @@ CELL_PIXELS = 96
 GRID = "held_out_prompts"
 PROMPTS_TOGETHER = 8
 """That are drawn at once where there is no grid; otherwise as many as it shows."""
-Draw = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor | None]
+GenerateImages = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor | None]
 """Images of (conditions with the null condition last, positions, pixels per side); None where the
 run is about to be stopped."""
 
@@ -31,7 +31,7 @@ run is about to be stopped."""
 def held_out_images(
     config: RunConfig,
     context: ParallelContext,
-    draw: Draw,
+    generate: GenerateImages,
     dataset: StreamDataset,
     model: list[nn.Module],
     evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
@@ -51,7 +51,7 @@ def held_out_images(
     grid, words, drawn, is_given_up = {}, {}, [], False
     for start in range(0, count, together):
         positions = range(start, min(start + together, count))
-        found = _drawn(config, context, draw, dataset, model, positions)
+        found = _generated(config, context, generate, dataset, model, positions)
         if found is None:
             continue
         batch, images = found
@@ -67,7 +67,7 @@ def held_out_images(
     if not drawn:
         return Probe()
     texts = [text for images in drawn for text in images.texts]
-    images = DrawnImages(
+    images = GeneratedImages(
         torch.cat([images.results for images in drawn])[:measured],
         torch.cat([images.targets for images in drawn])[:measured],
         tuple(texts[:measured]),
@@ -75,14 +75,14 @@ def held_out_images(
     return Probe(measure(evaluators, images) if measured else {}, grid, words)
 
 
-def _drawn(
+def _generated(
     config: RunConfig,
     context: ParallelContext,
-    draw: Draw,
+    generate: GenerateImages,
     dataset: StreamDataset,
     model: list[nn.Module],
     positions: Sequence[int],
-) -> tuple[dict[str, torch.Tensor], DrawnImages | None] | None:
+) -> tuple[dict[str, torch.Tensor], GeneratedImages | None] | None:
     """The batch of these prompts with what was drawn for them, None for the latter where the run
     is about to be stopped; None on ranks that do not draw."""
     samples = [dataset[position] for position in positions]
@@ -94,7 +94,7 @@ def _drawn(
         return None
     condition = outputs[0]["condition"]
     targets = batch["target_pixel_values"]
-    results = draw(condition, torch.tensor(list(positions)), targets.shape[-1])
+    results = generate(condition, torch.tensor(list(positions)), targets.shape[-1])
     if results is None:
         return batch, None
     # Another sample stands in the place of one with a bad image, and its words are not known here.
@@ -103,10 +103,12 @@ def _drawn(
         sample.prompt.caption if isinstance(sample, PromptSample) and first else None
         for sample, first in zip(samples, is_first, strict=True)
     )
-    return batch, DrawnImages(results, targets, texts)
+    return batch, GeneratedImages(results, targets, texts)
 
 
-def _grid(config: RunConfig, batch: dict[str, torch.Tensor], images: DrawnImages) -> Image.Image:
+def _grid(
+    config: RunConfig, batch: dict[str, torch.Tensor], images: GeneratedImages
+) -> Image.Image:
     prompts = _prompt_images(config, batch)
     width = max(len(shown) for shown in prompts)
     rows = [

@@ -14,7 +14,7 @@ from megatron.core.utils import get_model_config
 from torch import nn
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.data.keyed import StreamName
+from megatron_kosmosg.data.random_keys import StreamName
 from megatron_kosmosg.data.samples import StreamDataset
 from megatron_kosmosg.evaluation.evaluator import Evaluator
 from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_diffusion
@@ -23,8 +23,8 @@ from megatron_kosmosg.models.flops import instruct_flops
 from megatron_kosmosg.models.lora import ADAPTERS
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.parallel.platform import torch_dtype
-from megatron_kosmosg.score.drawing import draw_images
-from megatron_kosmosg.score.draws import CONDITION_DROP, ScoreDraws, drawn_before
+from megatron_kosmosg.score.generation import generate_images
+from megatron_kosmosg.score.keyed_noise import CONDITION_DROP, ScoreNoise, noise_of_batch
 from megatron_kosmosg.score.loss import ColocatedScore, drop_condition
 from megatron_kosmosg.score.remote import RemoteScore
 from megatron_kosmosg.score.rows import row_range
@@ -93,7 +93,7 @@ class InstructStage:
             targets = batch["target_moments" if cached else "target_pixel_values"]
             weights = batch["target_weights"]
             count = weights.sum().int()
-            about = batch["stream_positions"], stream, drawn_before(batch)
+            about = batch["stream_positions"], stream, noise_of_batch(batch)
             loss = self._score(condition, targets, weights, *about)
             return loss, count, {"loss": torch.stack([loss.detach(), count.float()])}
 
@@ -102,8 +102,8 @@ class InstructStage:
     def _condition_drop(self, batch: dict[str, torch.Tensor], stream: str) -> torch.Tensor:
         if CONDITION_DROP in batch:
             return batch[CONDITION_DROP]
-        draws = ScoreDraws(self.config.score, self.config.training.seed)
-        return draws.condition_drop(batch["stream_positions"], stream)[CONDITION_DROP]
+        noise = ScoreNoise(self.config.score, self.config.training.seed)
+        return noise.condition_drop(batch["stream_positions"], stream)[CONDITION_DROP]
 
     def _ask_score_ranks(
         self,
@@ -151,20 +151,20 @@ class InstructStage:
         return held_out_images(
             self.config,
             self._context,
-            self._draw,
+            self._generate,
             open_stream(self.config, self._context.device, "heldout", "all", True),
             model,
             self._evaluators,
             num_measured,
         )
 
-    def _draw(
+    def _generate(
         self, condition: torch.Tensor, positions: torch.Tensor, size: int
     ) -> torch.Tensor | None:
         if self.remote_score is None:
-            return draw_images(self.config, self._diffusion, condition, positions, size)
+            return generate_images(self.config, self._diffusion, condition, positions, size)
         condition = condition.to(torch_dtype(self.config.training.precision))
-        return self.remote_score.draw(condition, positions, size)
+        return self.remote_score.generate(condition, positions, size)
 
     def flops_per_iteration(self, num_tokens: int, num_images: int, num_targets: int) -> float:
         return instruct_flops(self.config, num_tokens, num_images, num_targets)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
-from megatron_kosmosg.evaluation.evaluator import DrawnImages
+from megatron_kosmosg.evaluation.evaluator import GeneratedImages
 from megatron_kosmosg.evaluation.registry import EVALUATORS
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.stages.held_out_images import held_out_images
@@ -56,7 +56,7 @@ def grid(config: RunConfig) -> np.ndarray | None:
         chunks = wrap_model(stage.build_model(context), config)
         for chunk in chunks:
             chunk.eval()
-        drawn = held_out_images(config, context, stage._draw, Prompts(), chunks)
+        drawn = held_out_images(config, context, stage._generate, Prompts(), chunks)
         return np.asarray(drawn.images["held_out_prompts"]) if drawn.images else None
     finally:
         platform.teardown()
@@ -98,7 +98,7 @@ class Grid:
     def __init__(self, config: RunConfig) -> None:
         self._iterations = config.training.train_iters
 
-    def run(self, images: DrawnImages) -> Iterator[tuple[str, float]]:
+    def run(self, images: GeneratedImages) -> Iterator[tuple[str, float]]:
         yield "rows", float(len(images.results))
         yield "of_iterations", float(self._iterations)
         yield "same_shape", float(images.results.shape == images.targets.shape)

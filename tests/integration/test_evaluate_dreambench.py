@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from megatron_kosmosg.cli.evaluate_dreambench import main
-from megatron_kosmosg.inference.drawing import PipelineDrawer
 from megatron_kosmosg.inference.image_plan import ImagePlan, RunSettings
-from megatron_kosmosg.inference.prompt_records import DrawingOptions, NoiseRow, PromptRecord
+from megatron_kosmosg.inference.pipeline_generator import PipelineGenerator
+from megatron_kosmosg.inference.prompt_records import GenerationOptions, NoiseRow, PromptRecord
 from megatron_kosmosg.toy.stand_in_networks import write_clip
 from tests.support.evaluated_images import write_dreambooth
 from tests.support.tiny_pipeline import tiny_pipeline
@@ -121,10 +121,10 @@ def test_a_subject_that_is_none_of_the_thirty_is_named(arguments, tmp_path, caps
 def test_the_authors_noise_is_rows_of_one_draw(tmp_path):
     pipeline = tiny_pipeline(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
-    plan = ImagePlan(RunSettings("m", "saved", "fp32", DrawingOptions("", 0, 2, 2, 3.0)))
+    plan = ImagePlan(RunSettings("m", "saved", "fp32", GenerationOptions("", 0, 2, 2, 3.0)))
     rows = (NoiseRow(1, 6), NoiseRow(4, 6))
     images = plan.images(PromptRecord("a", ("a red circle",), noise=rows))
-    found = PipelineDrawer(pipeline).draw(images)
+    found = PipelineGenerator(pipeline).generate(images)
     side = pipeline.unet.config.sample_size
     drawn = torch.randn(6, 4, side, side, generator=torch.Generator().manual_seed(0))
     wanted = pipeline(

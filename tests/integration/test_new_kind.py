@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_kosmosg.data.keyed import Draws
 from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.kinds.kind import (
     Captions,
@@ -26,6 +25,7 @@ from megatron_kosmosg.data.kinds.kind import (
     UsualSize,
 )
 from megatron_kosmosg.data.kinds.record import Record, Rejected, extra_fields
+from megatron_kosmosg.data.random_keys import SampleKey
 from megatron_kosmosg.data.samples import Prompt
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
 from megatron_kosmosg.data.store import SampleStore
@@ -61,10 +61,10 @@ class RecolourPrompts:
     def __init__(self, sequence_format: SequenceFormat) -> None:
         self._format = sequence_format
 
-    def length(self, sizes: PartSizes, draws: Draws) -> int:
+    def length(self, sizes: PartSizes, draws: SampleKey) -> int:
         return 1 + sizes[2][1] + self._format.image_length
 
-    def __call__(self, raw: RawSample, draws: Draws) -> Prompt:
+    def __call__(self, raw: RawSample, draws: SampleKey) -> Prompt:
         builder = SequenceBuilder(self._format).add_start().add_text(raw.parts[2])
         builder.add_image(raw.parts[0].tobytes())
         return builder.prompt(memoryview(raw.parts[1]), raw.info["words"])

@@ -13,7 +13,7 @@ from megatron_kosmosg.config.errors import ConfigError, ConversionError
 from megatron_kosmosg.config.untrusted_folders import check_pipeline_folder
 from megatron_kosmosg.conversion.exported_models import load_mllm
 from megatron_kosmosg.inference.model_source import find_model
-from megatron_kosmosg.inference.open_model import open_drawer, open_pipeline
+from megatron_kosmosg.inference.open_model import open_generator, open_pipeline
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def rewrite(path: Path, **changes) -> None:
 
 
 def open_it(folder: Path) -> None:
-    open_drawer(find_model(folder), "ddim", torch.float32, torch.device("cpu"))
+    open_generator(find_model(folder), "ddim", torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.score.draws import ScoreKey
+from megatron_kosmosg.score.keyed_noise import RandomKey
 from tests.support.authors_files import load_golden
 from tests.support.denoising_reference import denoising_errors
 from tests.support.float64_reference import UNUSED, Reference
@@ -135,7 +135,7 @@ def instruct_loss(golden: dict, reference: Reference, condition, stable_diffusio
 
 def dropped_rows(config: RunConfig, batch: dict) -> torch.Tensor:
     """bool [b], True = the row draws with the null condition."""
-    chance = ScoreKey(config.training.seed, "instruct").uniform(
+    chance = RandomKey(config.training.seed, "instruct").uniform(
         batch["stream_positions"], "condition_drop"
     )
     return chance < config.score.condition_drop_prob

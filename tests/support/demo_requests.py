@@ -11,7 +11,7 @@ from PIL import Image
 from megatron_kosmosg.demo.controlnets import NamedControlNet
 from megatron_kosmosg.demo.studio import Studio
 from megatron_kosmosg.inference.model_source import find_model
-from megatron_kosmosg.inference.open_model import open_drawer
+from megatron_kosmosg.inference.open_model import open_generator
 from megatron_kosmosg.toy import assets
 from megatron_kosmosg.toy.evaluation.toy_prompts import subject_image
 from megatron_kosmosg.toy.world import sample_scene
@@ -36,8 +36,8 @@ def open_toy(
     """The shipped toy."""
     torch.set_num_threads(1)
     source = find_model(assets.path() / "kosmosg", loras=loras)
-    drawer = open_drawer(source, "saved", torch.float32, torch.device("cpu"))
-    return Studio(drawer, source, "fp32", controlnets)
+    image_generator = open_generator(source, "saved", torch.float32, torch.device("cpu"))
+    return Studio(image_generator, source, "fp32", controlnets)
 
 
 def write_subject(folder: Path) -> Path:

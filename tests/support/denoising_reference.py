@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-from megatron_kosmosg.data.keyed import torch_generator
+from megatron_kosmosg.data.random_keys import torch_generator
 
 
 def denoising_errors(

@@ -18,7 +18,7 @@ from megatron_kosmosg.data.instruct_stream import Reads
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
-from megatron_kosmosg.score.drawing import draw_images
+from megatron_kosmosg.score.generation import generate_images
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.service import serve
 from megatron_kosmosg.score.wire import RunEnd
@@ -122,7 +122,7 @@ def _measured_score_rank(config: RunConfig) -> dict[str, int]:
                 config,
                 rank,
                 DenoisingLoss(diffusion, config.score, config.training.seed),
-                partial(draw_images, config, diffusion),
+                partial(generate_images, config, diffusion),
                 lambda split: LongRows(config, "targets"),
                 diffusion.moments,
             )

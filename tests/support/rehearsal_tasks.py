@@ -25,7 +25,7 @@ from megatron_kosmosg.rehearsal.rank_update import resolved_config, run_update, 
 from megatron_kosmosg.rehearsal.recorder import Recorder
 from megatron_kosmosg.rehearsal.stand_ins import StandIns
 from megatron_kosmosg.score.connect import ScoreRank
-from megatron_kosmosg.score.drawing import draw_images
+from megatron_kosmosg.score.generation import generate_images
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.member import Asked
 from megatron_kosmosg.score.messages import Kind, Request, Rows
@@ -91,7 +91,7 @@ def images(case: Case, stand_ins: StandIns) -> dict:
         positions = torch.arange(config.logging.num_images)
         recorder.forget()
         with recorder.phase("draw"):
-            drawn = draw_images(
+            drawn = generate_images(
                 config, diffusion, condition, positions, config.data.target_image_size
             )
     return {
@@ -137,7 +137,7 @@ def score_rank_order(case: Case, stand_ins: StandIns) -> dict:
         config,
         rank,
         DenoisingLoss(diffusion, config.score, config.training.seed),
-        draw=None,
+        generate=None,
         open_stream=lambda _: MadeUpStream(config, case.length, case.images, reads="targets"),
         encode=diffusion.moments,
     )

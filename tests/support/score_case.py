@@ -13,7 +13,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
-from megatron_kosmosg.score.drawing import draw_images
+from megatron_kosmosg.score.generation import generate_images
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.remote import ScoreWork
 from megatron_kosmosg.score.service import serve
@@ -76,7 +76,7 @@ def _serve(config: RunConfig) -> Placed:
             config,
             rank,
             DenoisingLoss(diffusion, config.score, config.training.seed),
-            partial(draw_images, config, diffusion),
+            partial(generate_images, config, diffusion),
             lambda split: TinyStream("instruct", reads="targets"),
             diffusion.moments,
         )
@@ -108,7 +108,7 @@ def _train(config: RunConfig) -> Placed:
             Reporter(context, stage.remote_score),
         )
         imaged = TinyStream("instruct", packs=packs)
-        drawn = held_out_images(config, context, stage._draw, imaged, chunks)
+        drawn = held_out_images(config, context, stage._generate, imaged, chunks)
     feed.close()
     if stage.remote_score is not None:
         stage.remote_score.close(RunEnd.DONE)

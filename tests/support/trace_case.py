@@ -19,7 +19,7 @@ from megatron_kosmosg.monitoring import trace_exchange
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.rendezvous import meet
 from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
-from megatron_kosmosg.score.drawing import draw_images
+from megatron_kosmosg.score.generation import generate_images
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.service import serve
 from megatron_kosmosg.score.wire import RunEnd
@@ -54,7 +54,7 @@ def instruct_run(config: RunConfig, open_stream: OpenStream, pause: Pause) -> No
                     config,
                     rank,
                     _pausing(denoise, pause.unet),
-                    partial(draw_images, config, diffusion),
+                    partial(generate_images, config, diffusion),
                     lambda split: open_stream(split, "targets"),
                     diffusion.moments,
                 )

@@ -25,9 +25,9 @@ def test_every_prefix_is_within_one_sample_of_the_weights(weights):
     total = sum(weights.values())
     counts = dict.fromkeys(weights, 0)
     for position in range(2 * blend.period + 3):
-        draw = blend[position]
-        assert draw.ordinal == counts[draw.name], "ordinals count the draws before"
-        counts[draw.name] += 1
+        blended = blend[position]
+        assert blended.ordinal == counts[blended.name], "ordinals count the draws before"
+        counts[blended.name] += 1
         for name, weight in weights.items():
             assert abs(counts[name] - weight / total * (position + 1)) < 1
 
@@ -37,8 +37,8 @@ def test_many_draws_at_once_are_the_single_ones():
     positions = np.array([0, 5, 4, 10**9, 77, 77])
     which, ordinals = blend.take(positions)
     singles = [blend[p] for p in positions.tolist()]
-    assert [blend.names[i] for i in which] == [draw.name for draw in singles]
-    assert ordinals.tolist() == [draw.ordinal for draw in singles]
+    assert [blend.names[i] for i in which] == [blended.name for blended in singles]
+    assert ordinals.tolist() == [blended.ordinal for blended in singles]
     order = SampleOrder("a", 7, 1, "stage")
     ordinals = np.array([3, 6, 7, 20, 0, 700])
     assert order.take(ordinals).tolist() == [order[o] for o in ordinals.tolist()]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_kosmosg.data.keyed import Draws
 from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.kinds.caption import MAX_TOKENS, CaptionPrompts
 from megatron_kosmosg.data.kinds.compositional import CompositionalPrompts
 from megatron_kosmosg.data.kinds.edit import EditPrompts
 from megatron_kosmosg.data.kinds.entities import order_entities
 from megatron_kosmosg.data.kinds.record import Record, Rejected
+from megatron_kosmosg.data.random_keys import SampleKey
 from megatron_kosmosg.data.samples import EntityImage
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
 from megatron_kosmosg.data.stored_sample import IMAGE, JSON, TOKENS, RawSample
@@ -20,7 +20,7 @@ from megatron_kosmosg.preprocess.convert import Conversion
 from tests.support.data_helpers import encode_image, noise_image, write_tokenizer
 
 QUERIES = 3
-DRAWS = Draws(0, "instruct/train", 0)
+DRAWS = SampleKey(0, "instruct/train", 0)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_one_coin_per_sample_or_per_entity(layout, tokenizer, tmp_path):
     for per, found in patterns.items():
         make = maker(layout, 0.5, per, 0.5)
         for position in range(200):
-            tokens = make(raw, Draws(0, "instruct/train", position)).tokens.tolist()
+            tokens = make(raw, SampleKey(0, "instruct/train", position)).tokens.tolist()
             lost_first = tokens[2] == tokenizer.image_id
             lost_second = tokens[-QUERIES - 3] == tokenizer.encode("a")[0]
             found.append((lost_first, lost_second))
@@ -169,7 +169,7 @@ def test_backgrounds_are_drawn_per_entity_and_apart_from_the_words(layout, token
     make = maker(layout, 0.5, "sample", 0.5)
     seen = set()
     for position in range(100):
-        prompt = make(raw, Draws(0, "instruct/train", position))
+        prompt = make(raw, SampleKey(0, "instruct/train", position))
         lost = prompt.tokens[2] == tokenizer.image_id
         seen.add((lost, *(image.mask is None for image in prompt.images)))
     assert len(seen) == 8

@@ -23,15 +23,15 @@ from PIL import Image
 from megatron_kosmosg.cli import demo
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.demo import requests
-from megatron_kosmosg.demo.batch import draw_batch
-from megatron_kosmosg.demo.requests import count_line, draw_request, image_names, page_values
+from megatron_kosmosg.demo.batch import generate_batch
+from megatron_kosmosg.demo.requests import count_line, generation_request, image_names, page_values
 from megatron_kosmosg.demo.serving import check_address
 from megatron_kosmosg.demo.sessions import Sessions
 from megatron_kosmosg.demo.start_values import TOY_START_VALUES
 from megatron_kosmosg.demo.studio import Cancelled, Studio
 from megatron_kosmosg.inference.image_files import read_settings
 from megatron_kosmosg.inference.model_source import find_model
-from megatron_kosmosg.inference.open_model import open_drawer
+from megatron_kosmosg.inference.open_model import open_generator
 from megatron_kosmosg.inference.prompt_records import PromptError
 from megatron_kosmosg.toy import assets
 from tests.support.demo_requests import GIVEN, PROMPT, open_toy, pixels, silent, write_subject
@@ -80,7 +80,7 @@ def test_the_page_says_both_numbers(prompt, num_images, fits, said):
 )
 def test_a_setting_that_no_page_sends_is_refused(changed, message):
     with pytest.raises(PromptError, match=message):
-        draw_request(PROMPT, [], GIVEN | changed)
+        generation_request(PROMPT, [], GIVEN | changed)
 
 
 def huge_png(path: Path) -> Path:
@@ -97,18 +97,18 @@ def test_what_is_no_image_or_too_large_is_refused_by_its_name(tmp_path, subject,
     huge = huge_png(tmp_path / "huge.png")
     for path, reason in ((text, "is not a known"), (huge, "pixels")):
         with pytest.raises(PromptError, match=f"^{path.name} .*{reason}"):
-            draw_request("<image>", [path], GIVEN).record()
+            generation_request("<image>", [path], GIVEN).record()
     with pytest.raises(PromptError, match="65 images; a prompt takes at most 64"):
-        draw_request("<image>" * 65, [subject] * 65, GIVEN).record()
+        generation_request("<image>" * 65, [subject] * 65, GIVEN).record()
     monkeypatch.setattr(requests, "MAX_UPLOAD_BYTES", 10)
     with pytest.raises(PromptError, match="subject.png cannot be used"):
-        draw_request("<image>", [subject], GIVEN).record()
+        generation_request("<image>", [subject], GIVEN).record()
 
 
 def test_a_image_says_settings_that_draw_it_again(studio, subject, tmp_path):
     said = []
-    asked = draw_request(PROMPT, [subject], GIVEN)
-    first = studio.draw(
+    asked = generation_request(PROMPT, [subject], GIVEN)
+    first = studio.generate(
         asked, tmp_path / "a", lambda share, words: said.append((share, words)), threading.Event()
     )
     assert [path.name for path in first] == ["image-0.png", "image-1.png"]
@@ -120,8 +120,11 @@ def test_a_image_says_settings_that_draw_it_again(studio, subject, tmp_path):
     assert settings["model"] == studio.model_fingerprint
     values = page_values(settings)
     assert values["prompt"] == PROMPT and values["seed"] == 4 and values["scheduler"] == "dpm++"
-    again = studio.draw(
-        draw_request(values["prompt"], [subject], values), tmp_path / "b", silent, threading.Event()
+    again = studio.generate(
+        generation_request(values["prompt"], [subject], values),
+        tmp_path / "b",
+        silent,
+        threading.Event(),
     )
     assert np.array_equal(pixels(again[0]), pixels(first[1]))
 
@@ -129,11 +132,13 @@ def test_a_image_says_settings_that_draw_it_again(studio, subject, tmp_path):
 def test_a_scheduler_is_of_one_request(studio, subject, tmp_path):
     """Whatever another session has drawn with in between."""
 
-    def draw(scheduler: str) -> np.ndarray:
-        asked = draw_request(PROMPT, [subject], GIVEN | {"scheduler": scheduler, "num_images": 1})
-        return pixels(studio.draw(asked, tmp_path, silent, threading.Event())[0])
+    def generate(scheduler: str) -> np.ndarray:
+        asked = generation_request(
+            PROMPT, [subject], GIVEN | {"scheduler": scheduler, "num_images": 1}
+        )
+        return pixels(studio.generate(asked, tmp_path, silent, threading.Event())[0])
 
-    first, other, again = draw("dpm++"), draw("ddim"), draw("dpm++")
+    first, other, again = generate("dpm++"), generate("ddim"), generate("dpm++")
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
@@ -145,10 +150,12 @@ def test_drawing_stops_at_the_next_step(studio, subject, tmp_path):
         stop.set()
 
     with pytest.raises(Cancelled, match="stopped after step 2 of 4"):
-        studio.draw(draw_request(PROMPT, [subject], GIVEN), tmp_path / "made", progress, stop)
+        studio.generate(
+            generation_request(PROMPT, [subject], GIVEN), tmp_path / "made", progress, stop
+        )
     assert len(seen) == 1 and not (tmp_path / "made").exists()
-    studio.draw(
-        draw_request("a red circle", [], GIVEN), tmp_path / "next", silent, threading.Event()
+    studio.generate(
+        generation_request("a red circle", [], GIVEN), tmp_path / "next", silent, threading.Event()
     )
 
 
@@ -161,19 +168,19 @@ def test_drawing_stops_at_the_next_step(studio, subject, tmp_path):
     ],
 )
 def test_a_prompt_that_does_not_fit_is_refused(studio, subject, tmp_path, prompt, count, message):
-    asked = draw_request(prompt, [subject] * count, GIVEN)
+    asked = generation_request(prompt, [subject] * count, GIVEN)
     with pytest.raises(PromptError, match=message):
-        studio.draw(asked, tmp_path / "made", silent, threading.Event())
+        studio.generate(asked, tmp_path / "made", silent, threading.Event())
     assert not (tmp_path / "made").exists()
 
 
 def test_as_many_images_fit_as_the_page_says(studio, subject):
     """And no more."""
     parts = [Image.open(subject)] * studio.max_images
-    tokens, _ = studio.drawer.pipeline.prompt_tokens(parts)
+    tokens, _ = studio.image_generator.pipeline.prompt_tokens(parts)
     assert len(tokens) == 1 + studio.max_images * studio.image_positions <= studio.longest_prompt
     with pytest.raises(ValueError, match=f"this model has {studio.longest_prompt}"):
-        studio.drawer.pipeline.prompt_tokens([*parts, parts[0]])
+        studio.image_generator.pipeline.prompt_tokens([*parts, parts[0]])
 
 
 def test_the_language_model_goes_on(studio, subject):
@@ -217,11 +224,11 @@ def test_a_list_becomes_a_zip(studio, subject, tmp_path):
     jsonl = tmp_path / "mine.jsonl"
     jsonl.write_text("".join(json.dumps(record) + "\n" for record in records))
     said = []
-    made = draw_batch(
+    made = generate_batch(
         studio,
         jsonl,
         [subject],
-        draw_request("", [], GIVEN),
+        generation_request("", [], GIVEN),
         tmp_path / "made",
         lambda share, words: said.append((share, words)),
         threading.Event(),
@@ -251,11 +258,11 @@ def test_a_list_that_does_not_fit_draws_nothing(studio, subject, tmp_path, recor
     jsonl = tmp_path / "list.jsonl"
     jsonl.write_text(json.dumps(record))
     with pytest.raises(PromptError, match=message):
-        draw_batch(
+        generate_batch(
             studio,
             jsonl,
             [subject],
-            draw_request("", [], GIVEN),
+            generation_request("", [], GIVEN),
             tmp_path / "made",
             silent,
             threading.Event(),
@@ -269,7 +276,9 @@ def test_a_list_stops_too(studio, subject, tmp_path):
     stop = threading.Event()
     stop.set()
     with pytest.raises(Cancelled, match="stopped after 0 of 1 images"):
-        draw_batch(studio, jsonl, [], draw_request("", [], GIVEN), tmp_path / "made", silent, stop)
+        generate_batch(
+            studio, jsonl, [], generation_request("", [], GIVEN), tmp_path / "made", silent, stop
+        )
 
 
 def test_a_tab_stops_and_removes_its_own_only(tmp_path):
@@ -331,7 +340,7 @@ def test_an_address_that_cannot_be_used_is_said_before_the_model_is_opened(host,
 
 def test_offloading_needs_a_gpu():
     with pytest.raises(ValueError, match="--offload model needs a GPU"):
-        open_drawer(
+        open_generator(
             find_model(assets.path() / "kosmosg"),
             "saved",
             torch.float32,

@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.demo.controlnets import control_image_of, named_folders, opened
-from megatron_kosmosg.demo.requests import draw_request, page_values
+from megatron_kosmosg.demo.requests import generation_request, page_values
 from megatron_kosmosg.demo.studio import Studio
 from megatron_kosmosg.inference import model_source
 from megatron_kosmosg.inference.image_files import read_settings
@@ -37,7 +37,7 @@ def subject(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def additions(studio, tmp_path_factory) -> Path:
     """A random ControlNet (`net/`) and a random LoRA (`lora/`) of the toy's U-Net."""
-    return write_additions(studio.drawer.pipeline, tmp_path_factory.mktemp("additions"))
+    return write_additions(studio.image_generator.pipeline, tmp_path_factory.mktemp("additions"))
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def extended(additions) -> Studio:
 
 def drawn(studio: Studio, folder: Path, prompt: str = "a red circle", **given) -> np.ndarray:
     """The first image."""
-    asked = draw_request(prompt, [], GIVEN | {"num_images": 1} | given)
-    return pixels(studio.draw(asked, folder, silent, threading.Event())[0]).astype(int)
+    asked = generation_request(prompt, [], GIVEN | {"num_images": 1} | given)
+    return pixels(studio.generate(asked, folder, silent, threading.Event())[0]).astype(int)
 
 
 def test_a_start_image_is_kept_the_more_the_less_strength(studio, subject, tmp_path):
@@ -69,8 +69,10 @@ def test_a_start_image_is_kept_the_more_the_less_strength(studio, subject, tmp_p
 
 def test_steps_of_a_start_image_are_a_share(studio, subject, tmp_path):
     said = []
-    asked = draw_request(PROMPT, [subject], GIVEN | {"start_image": subject, "strength": 0.5})
-    made = studio.draw(asked, tmp_path, lambda share, words: said.append(share), threading.Event())
+    asked = generation_request(PROMPT, [subject], GIVEN | {"start_image": subject, "strength": 0.5})
+    made = studio.generate(
+        asked, tmp_path, lambda share, words: said.append(share), threading.Event()
+    )
     assert said == [0.5, 1.0]
     assert not np.array_equal(pixels(made[0]), pixels(made[1])), "seeds count up"
     settings = read_settings(made[1])

@@ -14,7 +14,7 @@ from megatron_kosmosg.checkpoint.changed_settings import check_resume
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import EvaluationConfig, RunConfig
-from megatron_kosmosg.evaluation.evaluator import DrawnImages, measure
+from megatron_kosmosg.evaluation.evaluator import GeneratedImages, measure
 from megatron_kosmosg.evaluation.networks import find_clip, find_dino, open_network
 from megatron_kosmosg.evaluation.preprocessing import clip_pixels, dino_pixels
 from megatron_kosmosg.evaluation.registry import EVALUATORS, build_evaluators
@@ -29,7 +29,7 @@ class Brightness:
     def __init__(self, config: RunConfig) -> None:
         self._scale = config.logging.guidance_scale
 
-    def run(self, images: DrawnImages) -> Iterator[tuple[str, float]]:
+    def run(self, images: GeneratedImages) -> Iterator[tuple[str, float]]:
         yield "results", self._scale * images.results.mean().item()
         yield "targets", self._scale * images.targets.mean().item()
 
@@ -49,7 +49,7 @@ def test_every_entry_measures_images(name, networks):
     scenes = render_batch(
         [sample_scene((5, i), 1, heldout=False) for i in range(2)]
     )  # all that `toy` measures
-    found = measure(build_evaluators(config_of(name, **networks)), DrawnImages(scenes, scenes))
+    found = measure(build_evaluators(config_of(name, **networks)), GeneratedImages(scenes, scenes))
     assert found and all(metric.startswith(f"{name}_") for metric in found)
     assert all(isinstance(value, float) for value in found.values())
 
@@ -61,7 +61,7 @@ def test_resemblance_is_that_of_the_commands(name, networks):
     pixels = [
         torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1 for image in images
     ]
-    found = measure(build_evaluators(config_of(name, **networks)), DrawnImages(*pixels))
+    found = measure(build_evaluators(config_of(name, **networks)), GeneratedImages(*pixels))
     network = open_network(find(Path(networks[name])), torch.device("cpu"))
     features = network.features(torch.stack([rule(image) for image in images]))
     wanted = torch.cosine_similarity(features[0], features[1], dim=0)
@@ -77,13 +77,13 @@ def test_words_are_compared_with_images_as_the_command_does(networks):
     )
     evaluators = build_evaluators(config_of("clip", **networks))
     texts = ("a red circle", "a blue square " * 90)
-    found = measure(evaluators, DrawnImages(pixels, pixels, texts))
+    found = measure(evaluators, GeneratedImages(pixels, pixels, texts))
     network = open_network(find_clip(Path(networks["clip"])), torch.device("cpu"))
     image = network.features(torch.stack([clip_pixels(images[0])]))
     wanted = torch.cosine_similarity(image, network.text_features(texts[:1]))
     assert found["clip_text_similarity"] == pytest.approx(float(wanted), abs=1e-6)
     for none in ((), (None, None), (None, texts[1])):
-        found = measure(evaluators, DrawnImages(pixels, pixels, none))
+        found = measure(evaluators, GeneratedImages(pixels, pixels, none))
         assert set(found) == {"clip_similarity"}
 
 
@@ -96,7 +96,7 @@ def test_an_evaluator_without_its_weights_is_refused_at_once(files):
 def test_a_new_evaluator_is_an_entry_and_nothing_else(monkeypatch):
     monkeypatch.setitem(EVALUATORS, "brightness", f"{__name__}:Brightness")
     evaluators = build_evaluators(config_of("brightness"))
-    images = DrawnImages(torch.full((1, 3, 2, 2), 0.5), torch.full((1, 3, 2, 2), -1.0))
+    images = GeneratedImages(torch.full((1, 3, 2, 2), 0.5), torch.full((1, 3, 2, 2), -1.0))
     assert measure(evaluators, images) == {"brightness_results": 3.0, "brightness_targets": -6.0}
     assert list(build_evaluators(config_of("toy", "brightness"))) == ["toy", "brightness"]
     assert build_evaluators(config_of()) == {}

@@ -7,7 +7,7 @@ import socket
 from tests.support import ranks
 
 
-class Draws:
+class SampleKey:
     def __init__(self, *ports: int) -> None:
         self.left = list(ports)
 
@@ -26,5 +26,5 @@ def test_a_taken_port_is_passed_over(monkeypatch):
         taken.bind(("127.0.0.1", ranks.free_port()))
         taken.listen()
         port = taken.getsockname()[1]
-        monkeypatch.setattr(ranks, "_SYSTEM_RANDOM", Draws(port, port, free))
+        monkeypatch.setattr(ranks, "_SYSTEM_RANDOM", SampleKey(port, port, free))
         assert ranks.free_port() == free

@@ -17,18 +17,18 @@ from megatron_kosmosg.inference.generate import Job, generate, group_key, write_
 from megatron_kosmosg.inference.image_files import is_finished
 from megatron_kosmosg.inference.image_plan import ImagePlan, PlannedImage, RunSettings
 from megatron_kosmosg.inference.prompt_records import (
-    DrawingOptions,
+    GenerationOptions,
     PromptError,
     PromptRecord,
     read_records,
 )
 
-DEFAULTS = DrawingOptions(negative_prompt="", seed=7, num_images=2, steps=4, guidance=2.0)
+DEFAULTS = GenerationOptions(negative_prompt="", seed=7, num_images=2, steps=4, guidance=2.0)
 SHEET = "sheet.png"
 RUN = RunSettings("model", "saved", "fp32", DEFAULTS)
 
 
-class NoiseDrawer:
+class NoiseGenerator:
     """Every image is noise of its own seed; `fail_after` calls it breaks down."""
 
     def __init__(self, fail_after: int = 10**9) -> None:
@@ -40,7 +40,7 @@ class NoiseDrawer:
             if "too long" in planned.record.text:
                 raise PromptError(f"{planned.record.id}: too long")
 
-    def draw(self, planned_images: Sequence[PlannedImage]) -> list[Image.Image]:
+    def generate(self, planned_images: Sequence[PlannedImage]) -> list[Image.Image]:
         assert len({group_key(planned) for planned in planned_images}) == 1
         if len(self.calls) == self._fail_after:
             raise KeyboardInterrupt
@@ -70,10 +70,12 @@ def quiet(done: int, total: int) -> None:
     pass
 
 
-def draw_all(records, folder: Path, drawer: NoiseDrawer | None = None, run=RUN, **job) -> int:
-    drawer = drawer or NoiseDrawer()
+def draw_all(
+    records, folder: Path, image_generator: NoiseGenerator | None = None, run=RUN, **job
+) -> int:
+    image_generator = image_generator or NoiseGenerator()
     job = Job(records, ImagePlan(run), folder, SHEET, **job)
-    return generate(job, lambda: drawer, quiet)
+    return generate(job, lambda: image_generator, quiet)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -94,20 +96,20 @@ def test_images_say_how_they_were_made(records, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_ranks_together_draw_what_one_rank_draws(records, tmp_path, batch_size):
-    one = NoiseDrawer()
+    one = NoiseGenerator()
     draw_all(records, tmp_path / "one", one, batch_size=batch_size)
     calls = []
     for rank in range(3):
-        drawer = NoiseDrawer()
+        image_generator = NoiseGenerator()
         draw_all(
             records,
             tmp_path / "three",
-            drawer,
+            image_generator,
             batch_size=batch_size,
             rank=rank,
             world_size=3,
         )
-        calls += drawer.calls
+        calls += image_generator.calls
     assert sorted(calls) == sorted(one.calls)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
 
@@ -115,12 +117,14 @@ def test_ranks_together_draw_what_one_rank_draws(records, tmp_path, batch_size):
 def test_an_interrupted_run_continues_and_a_finished_one_opens_no_model(records, tmp_path):
     draw_all(records, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        draw_all(records, tmp_path / "out", NoiseDrawer(fail_after=2))
+        draw_all(records, tmp_path / "out", NoiseGenerator(fail_after=2))
     assert len(contents(tmp_path / "out")) == 4
     (tmp_path / "out" / "cat-0.png").write_bytes(b"")  # a copy that was cut short
-    drawer = NoiseDrawer()
-    assert draw_all(records, tmp_path / "out", drawer) == 8
-    assert drawer.calls[0] == ["cat-0.png", "cat-1.png"] and len(drawer.calls) == 4
+    image_generator = NoiseGenerator()
+    assert draw_all(records, tmp_path / "out", image_generator) == 8
+    assert (
+        image_generator.calls[0] == ["cat-0.png", "cat-1.png"] and len(image_generator.calls) == 4
+    )
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
     def no_model():
@@ -176,7 +180,7 @@ def test_one_bad_prompt_and_nothing_is_written(records, tmp_path):
         draw_all([*records, PromptRecord("long", ("too long",))], out)
     with pytest.raises(PromptError, match="plain: a ControlNet needs a control image"):
         draw_all(records, out, run=replace(RUN, controlnet=("net", 1.0)))
-    controlled = replace(records[0], options=DrawingOptions(control_image=records[1].images[0]))
+    controlled = replace(records[0], options=GenerationOptions(control_image=records[1].images[0]))
     with pytest.raises(PromptError, match="plain: a control image needs --controlnet"):
         draw_all([controlled], out)
     assert not out.exists()

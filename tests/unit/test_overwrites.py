@@ -25,7 +25,7 @@ from megatron_kosmosg.data.normalise import target_pixels
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.inference.generate import Job, generate
 from megatron_kosmosg.inference.image_plan import ImagePlan, RunSettings
-from megatron_kosmosg.inference.prompt_records import DrawingOptions, PromptRecord
+from megatron_kosmosg.inference.prompt_records import GenerationOptions, PromptRecord
 from megatron_kosmosg.preprocess.inputs import find_inputs
 from megatron_kosmosg.preprocess.latent_moments import LatentJob, cache_latents
 from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
@@ -168,22 +168,25 @@ def test_a_page_does_not_replace_its_dataset(tmp_path):
 def test_a_image_does_not_replace_one_that_a_prompt_shows(tmp_path):
     shown = tmp_path / "dog-0.png"
     shown.write_bytes(encode_image(np.zeros((8, 8, 3), np.uint8)))
-    defaults = DrawingOptions(negative_prompt="", seed=7, num_images=1, steps=4, guidance=2.0)
+    defaults = GenerationOptions(negative_prompt="", seed=7, num_images=1, steps=4, guidance=2.0)
     plan = ImagePlan(RunSettings("model", "saved", "fp32", defaults))
-    record = PromptRecord("dog", ("a", shown), DrawingOptions())
+    record = PromptRecord("dog", ("a", shown), GenerationOptions())
 
-    class Drawer:
+    class ImageGenerator:
         def check(self, images):
             pass
 
-        def draw(self, images):
+        def generate(self, images):
             return [Image.new("RGB", (8, 8)) for _ in images]
 
     before = contents(tmp_path)
     with pytest.raises(ConfigError, match="give another --output"):
-        generate(Job([record], plan, tmp_path, "sheet.png"), Drawer, lambda *_: None)
+        generate(Job([record], plan, tmp_path, "sheet.png"), ImageGenerator, lambda *_: None)
     assert contents(tmp_path) == before
-    assert generate(Job([record], plan, tmp_path / "new", "s.png"), Drawer, lambda *_: None) == 1
+    assert (
+        generate(Job([record], plan, tmp_path / "new", "s.png"), ImageGenerator, lambda *_: None)
+        == 1
+    )
 
 
 @pytest.mark.parametrize("option", ["--json", "--svg"])

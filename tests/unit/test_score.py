@@ -11,7 +11,7 @@ from megatron_kosmosg.config.schema import ScoreConfig
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
 from megatron_kosmosg.models.sampler import generate
 from megatron_kosmosg.parallel.context import single_process_context
-from megatron_kosmosg.score.draws import ScoreDraws, ScoreKey
+from megatron_kosmosg.score.keyed_noise import RandomKey, ScoreNoise
 from megatron_kosmosg.score.loss import ColocatedScore, drop_condition
 from tests.support.denoising_reference import denoising_errors
 from tests.support.tiny_models import (
@@ -84,12 +84,12 @@ def test_gradient_reaches_the_condition_and_no_frozen_parameter(folder):
 
 
 def test_draws_depend_on_position_and_purpose_only():
-    key = ScoreKey(SEED, "instruct")
+    key = RandomKey(SEED, "instruct")
     both = key.normal(torch.tensor([4, 9]), "noise", (2, 2))
     torch.testing.assert_close(both[1:], key.normal(torch.tensor([9]), "noise", (2, 2)))
     assert not torch.equal(both[0], both[1])
     assert not torch.equal(both, key.normal(torch.tensor([4, 9]), "posterior", (2, 2)))
-    heldout = ScoreKey(SEED, "instruct-heldout").normal(torch.tensor([4, 9]), "noise", (2, 2))
+    heldout = RandomKey(SEED, "instruct-heldout").normal(torch.tensor([4, 9]), "noise", (2, 2))
     assert not torch.equal(both, heldout)
 
 
@@ -99,7 +99,7 @@ def test_noise_that_was_drawn_before_gives_the_same_loss(folder):
     arguments = (condition, pixels, torch.ones(3), positions, "instruct")
     diffusion = colocated._denoising._diffusion
     shape = diffusion.latent_shape((TARGET_SIZE, TARGET_SIZE))
-    drawn = ScoreDraws(ScoreConfig(), SEED).noise(positions, "instruct", shape, 1000)
+    drawn = ScoreNoise(ScoreConfig(), SEED).noise(positions, "instruct", shape, 1000)
     assert torch.equal(colocated(*arguments, drawn), colocated(*arguments))
     drawn["noise"] = -drawn["noise"]
     assert not torch.equal(colocated(*arguments, drawn), colocated(*arguments))
@@ -108,8 +108,8 @@ def test_noise_that_was_drawn_before_gives_the_same_loss(folder):
 def test_timestep_sampling_power_favours_high_noise():
     uniform = (torch.arange(1000) + 0.5) / 1000
     sampled = ScoreConfig(timestep_sampling="power", timestep_power=0.5)
-    plain = ScoreDraws(ScoreConfig(), SEED).timesteps(uniform, 1000)
-    power = ScoreDraws(sampled, SEED).timesteps(uniform, 1000)
+    plain = ScoreNoise(ScoreConfig(), SEED).timesteps(uniform, 1000)
+    power = ScoreNoise(sampled, SEED).timesteps(uniform, 1000)
     assert plain.tolist() == list(range(1000))
     assert power.float().mean() == pytest.approx(1000 * 2 / 3, rel=0.01)
 

@@ -20,9 +20,9 @@ from megatron_kosmosg.data import images
 from megatron_kosmosg.data.bad_images import TooManyBadImages
 from megatron_kosmosg.data.blend import Blend
 from megatron_kosmosg.data.images import ImageDecoder
-from megatron_kosmosg.data.keyed import KeyedPermutation
 from megatron_kosmosg.data.kinds import find_kind
 from megatron_kosmosg.data.manifest import Manifest
+from megatron_kosmosg.data.random_keys import KeyedPermutation
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.monitoring import signals

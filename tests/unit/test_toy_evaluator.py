@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_kosmosg.config.schema import EvaluationConfig, RunConfig
-from megatron_kosmosg.evaluation.evaluator import DrawnImages, measure
+from megatron_kosmosg.evaluation.evaluator import GeneratedImages, measure
 from megatron_kosmosg.evaluation.registry import build_evaluators
 from megatron_kosmosg.toy.evaluation.toy_evaluator import count_entities
 from megatron_kosmosg.toy.world import render_batch, sample_scene
@@ -25,7 +25,7 @@ def test_entities_are_counted_on_true_images(true_images):
 
 def judged(results: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
     evaluators = build_evaluators(RunConfig(evaluation=EvaluationConfig(grid=["toy"])))
-    return measure(evaluators, DrawnImages(results, targets))
+    return measure(evaluators, GeneratedImages(results, targets))
 
 
 def test_true_images_are_right_and_exchanged_ones_are_not(true_images):

@@ -22,7 +22,7 @@ from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
 from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part, PartSizes, RawSample
 
 if TYPE_CHECKING:
-    from megatron_kosmosg.data.keyed import Draws
+    from megatron_kosmosg.data.random_keys import SampleKey
 
 MAX_TOKENS = 128
 """Longest caption that `instruct` uses, in tokens without <s> (the authors' loader)."""
@@ -49,12 +49,12 @@ class CaptionPrompts:
     def __init__(self, sequence_format: SequenceFormat) -> None:
         self._format = sequence_format
 
-    def length(self, sizes: PartSizes, draws: Draws) -> int | None:
+    def length(self, sizes: PartSizes, key: SampleKey) -> int | None:
         """Tokens of the prompt; None when the caption is longer than MAX_TOKENS."""
         num_tokens = sizes[0][1]
         return None if num_tokens > MAX_TOKENS else 1 + num_tokens
 
-    def __call__(self, raw: RawSample, draws: Draws) -> Prompt:
+    def __call__(self, raw: RawSample, key: SampleKey) -> Prompt:
         """The prompt of the caption; nothing is drawn at random."""
         (ids,) = raw.tokens()
         builder = SequenceBuilder(self._format).add_start().add_text(ids)

@@ -29,7 +29,7 @@ from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part, PartSizes, 
 if TYPE_CHECKING:
     import numpy as np
 
-    from megatron_kosmosg.data.keyed import Draws
+    from megatron_kosmosg.data.random_keys import SampleKey
 OVERLAP = "entities: words overlap the entity before"
 
 
@@ -82,17 +82,17 @@ class CompositionalPrompts:
         self._text_drop_per = entity_text_drop_per
         self._background_keep_prob = background_keep_prob
 
-    def length(self, sizes: PartSizes, draws: Draws) -> int:
+    def length(self, sizes: PartSizes, key: SampleKey) -> int:
         """Length of the prompt in tokens."""
         texts = [size for mode, size in sizes if mode == TOKENS]
         num_entities = len(texts) // 2
         chosen = sum(
-            texts[2 * i + self._drops_words(i, draws)] + self._format.image_length
+            texts[2 * i + self._drops_words(i, key)] + self._format.image_length
             for i in range(num_entities)
         )
         return 1 + chosen + texts[-1]
 
-    def __call__(self, raw: RawSample, draws: Draws) -> Prompt:
+    def __call__(self, raw: RawSample, key: SampleKey) -> Prompt:
         """The prompt; coins decide on the entities' words and on each image's background."""
         parts = iter(raw.parts[1:])
         builder = SequenceBuilder(self._format).add_start()
@@ -100,21 +100,21 @@ class CompositionalPrompts:
             with_words, without_words = next(parts), next(parts)
             image = next(parts)
             mask = next(parts) if entity["has_mask"] else None
-            builder.add_text(without_words if self._drops_words(i, draws) else with_words)
-            builder.add_image(self._image(i, image, mask, draws))
+            builder.add_text(without_words if self._drops_words(i, key) else with_words)
+            builder.add_image(self._image(i, image, mask, key))
         builder.add_text(next(parts))
         return builder.prompt(target_image(raw), raw.info["caption"])
 
-    def _drops_words(self, entity: int, draws: Draws) -> bool:
+    def _drops_words(self, entity: int, key: SampleKey) -> bool:
         tag = "entity text"
         if self._text_drop_per == "entity":
             tag = f"entity text/{entity}"
-        return draws.coin(tag, self._text_drop_prob)
+        return key.coin(tag, self._text_drop_prob)
 
     def _image(
-        self, entity: int, image: np.ndarray, mask: np.ndarray | None, draws: Draws
+        self, entity: int, image: np.ndarray, mask: np.ndarray | None, key: SampleKey
     ) -> bytes | EntityImage:
-        if mask is None or draws.coin(f"background/{entity}", self._background_keep_prob):
+        if mask is None or key.coin(f"background/{entity}", self._background_keep_prob):
             return EntityImage(image.tobytes())
         return EntityImage(image.tobytes(), mask.tobytes())
 

@@ -22,7 +22,7 @@ from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
 from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part, PartSizes, RawSample
 
 if TYPE_CHECKING:
-    from megatron_kosmosg.data.keyed import Draws
+    from megatron_kosmosg.data.random_keys import SampleKey
 
 
 def convert(record: Record, use: Conversion) -> Converted:
@@ -52,24 +52,24 @@ class EditPrompts:
         self._format = sequence_format
         self._caption_drop_prob = caption_drop_prob
 
-    def length(self, sizes: PartSizes, draws: Draws) -> int:
+    def length(self, sizes: PartSizes, key: SampleKey) -> int:
         """Length of the prompt in tokens."""
         (_, caption), (_, instruction), *_ = sizes
-        said = 0 if self._drops_caption(draws) else caption
+        said = 0 if self._drops_caption(key) else caption
         return 1 + said + self._format.image_length + instruction
 
-    def __call__(self, raw: RawSample, draws: Draws) -> Prompt:
+    def __call__(self, raw: RawSample, key: SampleKey) -> Prompt:
         """The prompt; one coin decides whether the caption of the first image is said."""
         caption, instruction = raw.tokens()
         before = raw.parts[2].tobytes()
         builder = SequenceBuilder(self._format).add_start()
-        if not self._drops_caption(draws):
+        if not self._drops_caption(key):
             builder.add_text(caption)
         builder.add_image(before).add_text(instruction)
         return builder.prompt(target_image(raw), raw.info["instruction"])
 
-    def _drops_caption(self, draws: Draws) -> bool:
-        return draws.coin("caption drop", self._caption_drop_prob)
+    def _drops_caption(self, key: SampleKey) -> bool:
+        return key.coin("caption drop", self._caption_drop_prob)
 
 
 EDIT = SampleKind(

@@ -29,7 +29,7 @@ from megatron_kosmosg.data.stored_sample import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from megatron_kosmosg.data.keyed import Draws
+    from megatron_kosmosg.data.random_keys import SampleKey
     from megatron_kosmosg.data.tokenizer import Tokenizer
 
 
@@ -160,11 +160,11 @@ class Captions:
 class PromptMaker(Protocol):
     """Turns the stored samples of one kind into prompts."""
 
-    def length(self, sizes: PartSizes, draws: Draws) -> int | None:
+    def length(self, sizes: PartSizes, key: SampleKey) -> int | None:
         """Tokens of the prompt that the call gives, None where the sample cannot be used."""
         ...
 
-    def __call__(self, raw: RawSample, draws: Draws) -> Prompt:
+    def __call__(self, raw: RawSample, key: SampleKey) -> Prompt:
         """The prompt of a stored sample, with its target."""
         ...
 

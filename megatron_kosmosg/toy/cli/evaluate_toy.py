@@ -73,7 +73,7 @@ def evaluate(args: argparse.Namespace) -> Results:
     from megatron_kosmosg.data.dataset_files import folders_read
     from megatron_kosmosg.inference.trained_model import TrainedModel, single_process
     from megatron_kosmosg.models.diffusion import load_diffusion
-    from megatron_kosmosg.toy.evaluation.toy_drawing import Sampling
+    from megatron_kosmosg.toy.evaluation.toy_generation import Sampling
     from megatron_kosmosg.toy.evaluation.toy_results import ToyResults
     from megatron_kosmosg.toy.evaluation.toy_text_encoder import TextEncoderModel
     from megatron_kosmosg.toy.evaluation.toy_words import word_rows

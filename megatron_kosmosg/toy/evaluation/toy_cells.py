@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_kosmosg.toy.evaluation.metric_row import MetricRow
 from megatron_kosmosg.toy.evaluation.scene_reader import SceneComparison
-from megatron_kosmosg.toy.evaluation.toy_drawing import Drawn, true_images
+from megatron_kosmosg.toy.evaluation.toy_generation import GeneratedScenes, true_images
 from megatron_kosmosg.toy.world import Scene
 
 Measure = Callable[[Sequence[SceneComparison]], float]
@@ -64,7 +64,9 @@ HUE_MEAN = hue(statistics.fmean)
 class Cell:
     """Images drawn for one kind of prompt, with the truths they are compared with."""
 
-    def __init__(self, group: str, title: str, drawn: Drawn, truths: Sequence[Scene], seed: int):
+    def __init__(
+        self, group: str, title: str, drawn: GeneratedScenes, truths: Sequence[Scene], seed: int
+    ):
         self.group, self.title, self.drawn = group, title, drawn
         self._truths, self._seed = list(truths), seed
         self._comparisons = drawn.comparisons(self._truths)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.evaluation.evaluator import DrawnImages
+from megatron_kosmosg.evaluation.evaluator import GeneratedImages
 from megatron_kosmosg.toy.evaluation.scene_reader import compare, read_scenes, summarise
 from megatron_kosmosg.toy.world import IMAGE_SIZE
 
@@ -52,7 +52,7 @@ class ToyEvaluator:
     def __init__(self, config: RunConfig) -> None:
         """Opens nothing, because the toy world has no settings."""
 
-    def run(self, images: DrawnImages) -> Iterator[tuple[str, float]]:
+    def run(self, images: GeneratedImages) -> Iterator[tuple[str, float]]:
         """Shares right and hue errors in degrees of the results against the targets."""
         if not are_scenes(images.targets):
             logger.warning(

@@ -16,7 +16,7 @@ from megatron_kosmosg.models.diffusion import FrozenDiffusion
 from megatron_kosmosg.toy.evaluation import toy_cells as measures
 from megatron_kosmosg.toy.evaluation.metric_row import MetricRow
 from megatron_kosmosg.toy.evaluation.toy_cells import Cell
-from megatron_kosmosg.toy.evaluation.toy_drawing import Sampling, draw
+from megatron_kosmosg.toy.evaluation.toy_generation import Sampling, generate_scenes
 from megatron_kosmosg.toy.evaluation.toy_prompts import (
     Case,
     Parts,
@@ -135,7 +135,7 @@ class ToyResults:
             Case([c.parts[0], c.parts[3], c.parts[2], c.parts[1], c.parts[4]], swapped(c.scene))
             for c in plain
         ]
-        drawn = self._draw(model, [case.parts for case in exchanged], 2)
+        drawn = self._generate(model, [case.parts for case in exchanged], 2)
         seed = self._sampling.seed
         title = "images exchanged, 2 entities"
         new = Cell("instruct", title, drawn, [case.scene for case in exchanged], seed)
@@ -161,7 +161,7 @@ class ToyResults:
 
     def _edits(self, model: TrainedModel) -> None:
         asked = edit_cases(self._sampling.seed, self._count)
-        drawn = self._draw(model, [case.parts for case in asked], 1)
+        drawn = self._generate(model, [case.parts for case in asked], 1)
         cell = Cell("instruct", "edits", drawn, [case.scene for case in asked], self._sampling.seed)
         self._add(
             cell.row(
@@ -183,7 +183,7 @@ class ToyResults:
         caption = "Prompt images, true scene, result after instruct"
         if before is not None:
             asked = [case.parts for case in shown[: len(rows)]]
-            drawn = self._draw(before, asked, num_entities)
+            drawn = self._generate(before, asked, num_entities)
             rows = [
                 [*row[:-1], to_image(image), row[-1]]
                 for row, image in zip(rows, drawn.images, strict=True)
@@ -215,13 +215,15 @@ class ToyResults:
     def _cases(self, num_entities: int, parts) -> list[Case]:
         return cases(self._sampling.seed, self._count, num_entities, parts)
 
-    def _draw(self, model, prompts: list[Parts], num_entities: int):
+    def _generate(self, model, prompts: list[Parts], num_entities: int):
         condition, null_condition = model.conditions(prompts)
-        return draw(self._diffusion, condition, null_condition, num_entities, self._sampling)
+        return generate_scenes(
+            self._diffusion, condition, null_condition, num_entities, self._sampling
+        )
 
     def _cell(self, group: str, title: str, model, num_entities: int, parts) -> Cell:
         asked = self._cases(num_entities, parts)
-        drawn = self._draw(model, [case.parts for case in asked], num_entities)
+        drawn = self._generate(model, [case.parts for case in asked], num_entities)
         entities = "1 entity" if num_entities == 1 else f"{num_entities} entities"
         truths = [case.scene for case in asked]
         return Cell(group, f"{title}, {entities}", drawn, truths, self._sampling.seed)

@@ -1,4 +1,4 @@
-"""Draws the prompts of a cell and lets the evaluator read the images."""
+"""Generates the prompts of a cell and lets the evaluator read the images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_kosmosg.data.keyed import torch_generator
+from megatron_kosmosg.data.random_keys import torch_generator
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
 from megatron_kosmosg.models.sampler import generate
 from megatron_kosmosg.toy.evaluation.scene_reader import SceneComparison, compare, read_scenes
@@ -28,7 +28,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class GeneratedScenes:
     """Images of one cell and what the evaluator sees in them."""
 
     images: torch.Tensor
@@ -41,13 +41,13 @@ class Drawn:
 
 
 @torch.no_grad()
-def draw(
+def generate_scenes(
     diffusion: FrozenDiffusion,
     condition: torch.Tensor,
     null_condition: torch.Tensor,
     num_entities: int,
     sampling: Sampling,
-) -> Drawn:
+) -> GeneratedScenes:
     """Images of the conditions [n, c, d]; start noise depends on seed and row only."""
     shape = diffusion.latent_shape()
     noise = torch.stack(
@@ -69,10 +69,10 @@ def draw(
             for start in range(0, len(condition), ROWS_PER_PASS)
         ]
     )
-    return Drawn(images, read_scenes(images, [num_entities] * len(images)))
+    return GeneratedScenes(images, read_scenes(images, [num_entities] * len(images)))
 
 
-def true_images(truths: Sequence[Scene]) -> Drawn:
+def true_images(truths: Sequence[Scene]) -> GeneratedScenes:
     """The scenes as they should look: the evaluator's ceiling."""
     images = render_batch(truths)
-    return Drawn(images, read_scenes(images, [len(scene.entities) for scene in truths]))
+    return GeneratedScenes(images, read_scenes(images, [len(scene.entities) for scene in truths]))

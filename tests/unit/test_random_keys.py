@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_kosmosg.data.keyed import (
-    Draws,
+from megatron_kosmosg.data.order import SampleOrder
+from megatron_kosmosg.data.random_keys import (
     KeyedPermutation,
+    SampleKey,
     numpy_generator,
     stream_key,
     torch_generator,
 )
-from megatron_kosmosg.data.order import SampleOrder
 
 
 def test_key_depends_on_every_argument_and_nothing_else():
@@ -41,9 +41,9 @@ def test_generators_repeat_and_differ_by_position():
 
 
 def test_coin_follows_its_probability():
-    rate = np.mean([Draws(0, "s", p).coin("drop", 0.3) for p in range(4000)])
+    rate = np.mean([SampleKey(0, "s", p).coin("drop", 0.3) for p in range(4000)])
     assert abs(rate - 0.3) < 0.03
-    assert not Draws(0, "s", 0).coin("drop", 0.0) and Draws(0, "s", 0).coin("drop", 1.0)
+    assert not SampleKey(0, "s", 0).coin("drop", 0.0) and SampleKey(0, "s", 0).coin("drop", 1.0)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000, 4097])

@@ -1,4 +1,4 @@
-"""Draws planned images with a KosmosGPipeline, through a ControlNet if there is one, and from
+"""Generates planned images with a KosmosGPipeline, through a ControlNet if there is one, and from
 noise or from a start image under noise.
 
 The start noise of every image comes from a generator on the CPU with the image's own seed, so
@@ -25,7 +25,7 @@ from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline, Parts
 from megatron_kosmosg.inference.image_plan import SIZE_UNIT, PlannedImage
 from megatron_kosmosg.inference.noise_schedules import noise_scheduler
 from megatron_kosmosg.inference.prompt_records import (
-    DrawingOptions,
+    GenerationOptions,
     PromptError,
     PromptRecord,
     open_image,
@@ -36,8 +36,8 @@ OnStep = Callable[[int], None]
 SIDES = ("height", "width")
 
 
-class PipelineDrawer:
-    """The `Drawer` of generate.py that draws with a KosmosGPipeline."""
+class PipelineGenerator:
+    """The `ImageGenerator` of generate.py that draws with a KosmosGPipeline."""
 
     def __init__(
         self,
@@ -65,8 +65,8 @@ class PipelineDrawer:
         self._shows_steps = shown
 
     def choose_controlnet(self, controlnet: ControlNetModel | None, scale: float = 1.0) -> None:
-        """Draws through this one from now on, or through none. It moves to the U-Net's device, the
-        one before it to the CPU: there is one at a time on a GPU."""
+        """Generates through this one from now on, or through none. It moves to the U-Net's device,
+        the one before it to the CPU: there is one at a time on a GPU."""
         before = getattr(self, "_controlnet", None)
         if before is not None and before is not controlnet:
             before.to("cpu")
@@ -89,8 +89,8 @@ class PipelineDrawer:
         return self._pipeline
 
     def choose_scheduler(self, name: str) -> None:
-        """Draws with this sampler from now on; names as `noise_schedules.SCHEDULERS`, "saved" is
-        the one it was made with. Raises ConfigError for one that the U-Net cannot use."""
+        """Generates with this sampler from now on; names as `noise_schedules.SCHEDULERS`, "saved"
+        is the one it was made with. Raises ConfigError for one that the U-Net cannot use."""
         self._scheduler = noise_scheduler(name, self._saved_scheduler)
 
     def check(self, planned_images: Sequence[PlannedImage]) -> None:
@@ -114,7 +114,7 @@ class PipelineDrawer:
                     said = str(error).removeprefix("prompt 1 ")
                     raise PromptError(f"{record.id}: the {what} {said}") from error
 
-    def draw(
+    def generate(
         self, planned_images: Sequence[PlannedImage], on_step: OnStep | None = None
     ) -> list[Image.Image]:
         """The images of a group of records that share `group_key`."""
@@ -224,7 +224,7 @@ class PipelineDrawer:
         scale = self._pipeline.vae_scale_factor
         return int(own[0]) * scale, int(own[1]) * scale
 
-    def _size(self, options: DrawingOptions) -> dict[str, int]:
+    def _size(self, options: GenerationOptions) -> dict[str, int]:
         """The arguments height and width, none where the model's own size is meant. diffusers takes
         one alone for none, so the other side is the model's."""
         sides = {"height": options.height, "width": options.width}

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 
 from megatron_kosmosg.config.schema import ScoreConfig
-from megatron_kosmosg.data.keyed import torch_generator
+from megatron_kosmosg.data.random_keys import torch_generator
 
-Drawn = dict[str, torch.Tensor]
+KeyedNoise = dict[str, torch.Tensor]
 """By name, with one row a sample, as a batch has them."""
 CONDITION_DROP = "condition_drop"
 NOISE = ("timesteps", "posterior_noise", "noise")
 
 
 @dataclass(frozen=True)
-class ScoreKey:
+class RandomKey:
     """The part of the key of random draws that is the same in a whole run: every draw also takes a
     stream position and a tag."""
 
@@ -41,22 +41,22 @@ class ScoreKey:
         return torch_generator(self.seed, self.stream, position, tag)
 
 
-def drawn_before(batch: dict[str, torch.Tensor]) -> Drawn | None:
+def noise_of_batch(batch: dict[str, torch.Tensor]) -> KeyedNoise | None:
     """The noise that a batch brings with it; None where it has none."""
     return {name: batch[name] for name in NOISE} if NOISE[0] in batch else None
 
 
 @dataclass(frozen=True)
-class ScoreDraws:
+class ScoreNoise:
     """The random draws of the score in one run."""
 
     config: ScoreConfig
     seed: int
 
-    def condition_drop(self, positions: torch.Tensor, stream: str) -> Drawn:
+    def condition_drop(self, positions: torch.Tensor, stream: str) -> KeyedNoise:
         """{"condition_drop": bool [b]} on the CPU, True where the sample trains on the null
         condition."""
-        chance = ScoreKey(self.seed, stream).uniform(positions, CONDITION_DROP)
+        chance = RandomKey(self.seed, stream).uniform(positions, CONDITION_DROP)
         return {CONDITION_DROP: chance < self.config.condition_drop_prob}
 
     def noise(
@@ -65,14 +65,14 @@ class ScoreDraws:
         stream: str,
         shape: tuple[int, ...],
         num_timesteps: int,
-    ) -> Drawn:
+    ) -> KeyedNoise:
         """{"timesteps": int64 [b], "posterior_noise" and "noise": float32 [b, *shape]} on the CPU.
 
         Args:
             shape: of an image's latents.
             num_timesteps: of the noise schedule.
         """
-        key = ScoreKey(self.seed, stream)
+        key = RandomKey(self.seed, stream)
         return {
             "timesteps": self.timesteps(key.uniform(positions, "timestep"), num_timesteps),
             "posterior_noise": key.normal(positions, "posterior", shape),

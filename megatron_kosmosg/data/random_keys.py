@@ -61,7 +61,7 @@ def torch_generator(seed: int, stage: str, position: int, tag: str) -> torch.Gen
 
 
 @dataclass(frozen=True)
-class Draws:
+class SampleKey:
     """The random choices of one sample of one stream."""
 
     seed: int

@@ -7,10 +7,10 @@ import torch
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
 from megatron_kosmosg.models.sampler import generate
-from megatron_kosmosg.score.draws import ScoreKey
+from megatron_kosmosg.score.keyed_noise import RandomKey
 
 
-def draw_images(
+def generate_images(
     config: RunConfig,
     diffusion: FrozenDiffusion,
     condition: torch.Tensor,
@@ -22,7 +22,7 @@ def draw_images(
     Args:
         condition: [n + 1, c, d], its last row the null condition.
     """
-    key = ScoreKey(config.training.seed, "held-out-pictures")
+    key = RandomKey(config.training.seed, "held-out-pictures")
     shape = diffusion.latent_shape((size, size))
     return generate(
         diffusion,
