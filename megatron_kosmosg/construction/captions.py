@@ -79,7 +79,7 @@ class ModelCaptions:
     def _read(self, planned: PlannedRecord) -> Image.Image:
         if isinstance(planned.record, Rejected):
             raise planned.record
-        return self.images.planned(planned.record)
+        return self.images.square(planned.record)
 
 
 def tidy(caption: str) -> str:

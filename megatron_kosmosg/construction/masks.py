@@ -70,7 +70,7 @@ class Masks:
                     yield self._write(writer, one, masks)
 
     def _read(self, planned: PlannedRecord) -> Image.Image:
-        return self.images.planned(_usable(planned))
+        return self.images.square(_usable(planned))
 
     def _find(self, ready: list[Ready]) -> list[list[np.ndarray | Rejected | None]]:
         """A mask (or why there is none) for each entity of each image."""

@@ -151,7 +151,7 @@ class Studio:
 
         Raises PromptError for what cannot be drawn, Cancelled soon after `stop` is set.
         """
-        planned_images = self.plan(request).planned_images(request.record())
+        planned_images = self.plan(request).images(request.record())
         with self._busy:
             self.prepare(request)
             self.image_generator.check(planned_images)

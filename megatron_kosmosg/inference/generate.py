@@ -96,7 +96,7 @@ def write_sheet(job: Job, num_records: int) -> Path | None:
     """
     rows, sizes = [], []
     for record in job.records[:num_records]:
-        planned_images = job.plan.planned_images(record)
+        planned_images = job.plan.images(record)
         if not all(is_finished(planned, job.folder) for planned in planned_images):
             return None
         results = [open_image(job.folder / planned.file_name) for planned in planned_images]
@@ -124,7 +124,7 @@ def _groups(job: Job) -> Iterator[list[PlannedImage]]:
     for start in starts[job.rank :: job.world_size]:
         block = job.records[start : start + job.batch_size]
         planned_images = [
-            planned for record in block for planned in job.plan.planned_images(record)
+            planned for record in block for planned in job.plan.images(record)
         ]
         for _, group in groupby(planned_images, group_key):
             yield list(group)

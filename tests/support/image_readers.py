@@ -127,7 +127,7 @@ def by_check(data: bytes, datasets: Datasets, name: str) -> np.ndarray:
 
 def by_construction(data: bytes, datasets: Datasets, name: str) -> np.ndarray:
     record = Record("a", {"image": data}, Path())
-    return cropped(SquareImages(Options()).image(record))
+    return cropped(SquareImages(Options()).square(record))
 
 
 def by_pipeline(data: bytes, datasets: Datasets, name: str) -> np.ndarray:

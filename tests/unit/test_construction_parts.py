@@ -193,7 +193,7 @@ def test_masks_take_the_turns_of_their_image(tmp_path):
     Image.fromarray(pixels).save(out, "PNG", exif=exif)
     record = Record("x", {"image": out.getvalue(), "rotation": 90.0}, tmp_path)
     images = SquareImages(Options())
-    image = np.asarray(images.image(record))
+    image = np.asarray(images.square(record))
     mask = images.mask(record, encode_image(pixels[..., 0]))
     assert image.shape == (8, 8, 3) and (image[..., 0] == mask).all()
     # Both quarter turns cancel: what is left is the centre of the stored image.
@@ -217,9 +217,9 @@ def test_open_images_list_names_images_and_turns(tmp_path):
     assert isinstance(found[2].record, Rejected) and "CSV columns" in found[2].record.reason
     turns = [found[i].record.fields["rotation"] for i in (0, 1, 3)]
     assert turns == [270.0, 0.0, 0.0]
-    assert SquareImages(Options()).image(found[0].record).size == (12, 12)
+    assert SquareImages(Options()).square(found[0].record).size == (12, 12)
     with pytest.raises(Rejected, match="image cannot be read"):
-        SquareImages(Options()).image(found[1].record)
+        SquareImages(Options()).square(found[1].record)
 
 
 def test_a_plan_is_kept_and_others_are_refused(tmp_path):

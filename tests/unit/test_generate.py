@@ -163,7 +163,7 @@ def test_other_settings_draw_again(records, tmp_path):
 def test_seeds_belong_to_the_record_and_not_to_its_place(records):
     def seeds(listed):
         plan = ImagePlan(RUN)
-        return {r.id: [p.options.seed for p in plan.planned_images(r)] for r in listed}
+        return {r.id: [p.options.seed for p in plan.images(r)] for r in listed}
 
     assert seeds(records) == seeds(records[::-1])
     assert seeds(records)["cat"] == [5, 6]
@@ -240,7 +240,7 @@ def test_fingerprints_follow_contents_not_places(tmp_path):
 
 
 def test_a_image_that_is_not_ours_is_not_finished(records, tmp_path):
-    (planned, _) = ImagePlan(RUN).planned_images(records[0])
+    (planned, _) = ImagePlan(RUN).images(records[0])
     assert not is_finished(planned, tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / planned.file_name)
     assert not is_finished(planned, tmp_path)

@@ -99,7 +99,7 @@ def decode(backend: str, encoded: bytes | EntityImage) -> np.ndarray:
 
 def construct(encoded: bytes) -> np.ndarray:
     record = Record("a", {"image": encoded}, Path())
-    return np.asarray(SquareImages(Options()).image(record))
+    return np.asarray(SquareImages(Options()).square(record))
 
 
 def generate(encoded: bytes, folder: Path) -> np.ndarray:
