@@ -68,7 +68,7 @@ def compare(
     batches = planned.micro_batches
     rates = Rates(gpu, config.training.precision, efficiency)
     scored = score_share(config, world, len(batches))
-    cost = stage_cost(config, world, 0, shares.pieces[0], batches, gpu, rates)
+    cost = stage_cost(config, world, 0, shares.specs[0], batches, gpu, rates)
     own = own_servers(config, world, scored, rates)
     played = play_joined(config, world, [cost], scored, rates, joined)
     rest = planned.seconds - played.timeline.seconds  # exchange of gradients, optimizer

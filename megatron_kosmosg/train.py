@@ -31,7 +31,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.evaluation.registry import build_evaluators, check_evaluators
 from megatron_kosmosg.launcher import find_rank_info, is_first_rank
-from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
+from megatron_kosmosg.models.pipeline_stage_specs import pipeline_stage_specs
 from megatron_kosmosg.monitoring.trackers import check_trackers
 from megatron_kosmosg.planning.gpus import gpu_named
 from megatron_kosmosg.stages import build_stage, stage_facts
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         facts = stage_facts(config.stage)
         validate_layout(config, find_rank_info().world_size, facts)
-        pipeline_pieces(config, facts.aligner_parts)
+        pipeline_stage_specs(config, facts.aligner_parts)
         if config.logging.planned_gpu is not None:
             gpu_named(config.logging.planned_gpu)  # raises for one that is nowhere
     except ConfigError as error:  # the same on every rank: one of them says it

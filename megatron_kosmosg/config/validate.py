@@ -229,9 +229,9 @@ def _check_pipeline(config: RunConfig) -> None:
                 "parallel.pipeline_model_parallel_size to 3 or more, or "
                 "parallel.virtual_pipeline_model_parallel_size=null"
             )
-    pieces = stages * (virtual or 1)
-    if parallel.pipeline_layout is None and layers < pieces:
-        shape = f"{stages} ranks x {virtual} = {pieces}" if virtual else str(pieces)
+    stages_in_all = stages * (virtual or 1)
+    if parallel.pipeline_layout is None and layers < stages_in_all:
+        shape = f"{stages} ranks x {virtual} = {stages_in_all}" if virtual else str(stages_in_all)
         fewer = layers // stages
         instead = (
             f"parallel.pipeline_model_parallel_size to at most {layers // (virtual or 1)}"

@@ -123,9 +123,7 @@ def _groups(job: Job) -> Iterator[list[PlannedImage]]:
     starts = range(0, len(job.records), job.batch_size)
     for start in starts[job.rank :: job.world_size]:
         block = job.records[start : start + job.batch_size]
-        planned_images = [
-            planned for record in block for planned in job.plan.images(record)
-        ]
+        planned_images = [planned for record in block for planned in job.plan.images(record)]
         for _, group in groupby(planned_images, group_key):
             yield list(group)
 

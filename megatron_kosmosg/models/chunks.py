@@ -11,7 +11,7 @@ import torch
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.models.kosmosg import KosmosG
-from megatron_kosmosg.models.pipeline_pieces import chunks_per_rank
+from megatron_kosmosg.models.pipeline_stage_specs import chunks_per_rank
 from megatron_kosmosg.parallel.context import ParallelContext
 
 

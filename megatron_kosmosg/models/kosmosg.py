@@ -1,7 +1,7 @@
 """KOSMOS-G without its image decoder: image tower, resampler, language decoder, AlignerNet.
 
-Each rank builds what its pipeline stages hold (pipeline_pieces.py); an attribute of a part that
-lives elsewhere is None. Composition only: the parts are in their own files.
+Each rank builds what its pipeline stages hold (pipeline_stage_specs.py); an attribute of a part
+that lives elsewhere is None. Composition only: the parts are in their own files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_kosmosg.models.layer_specs import block_spec, causal_layer
 from megatron_kosmosg.models.mcore_configs import decoder_config
 from megatron_kosmosg.models.multimodal_lm import MultimodalEmbedding, OutputHead
 from megatron_kosmosg.models.packed_prompts import pack_prompts
-from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
+from megatron_kosmosg.models.pipeline_stage_specs import pipeline_stage_specs
 from megatron_kosmosg.models.resampler import Resampler
 from megatron_kosmosg.models.vision_encoder import VisionEncoder, load_tower
 from megatron_kosmosg.parallel.context import ParallelContext
@@ -50,7 +50,7 @@ class KosmosG(LanguageModule):
         aligner_parts: tuple[str, ...] = (),
         chunk: int = 0,
     ) -> None:
-        stages = pipeline_pieces(config, aligner_parts)
+        stages = pipeline_stage_specs(config, aligner_parts)
         super().__init__(decoder_config(config, stages), pg_collection=context.process_groups)
         self.model_type = ModelType.encoder_or_decoder
         stage = chunk * context.pp_size + context.pp_rank
@@ -59,7 +59,7 @@ class KosmosG(LanguageModule):
         self.post_process = stage == len(stages) - 1
         self.share_embeddings_and_output_weights = output_head
         self.input_tensor: torch.Tensor | None = None
-        self._run_config, self._context, self._pieces = config, context, stages[stage]
+        self._run_config, self._context, self._spec = config, context, stages[stage]
         # None: nothing arrives; False: its gradient is needed upstream; True: nothing there trains.
         self._is_upstream_frozen = None if self.pre_process else False
         with context.device:
@@ -70,18 +70,18 @@ class KosmosG(LanguageModule):
             self._initialise(config)
 
     def _build(self, config: RunConfig, output_head: bool) -> None:
-        groups, pieces = self._context.process_groups, self._pieces
+        groups, spec = self._context.process_groups, self._spec
         self.vision_encoder = self.resampler = self.embedding = None
         self.decoder = self.output_layer = self.aligner_m = self.aligner_n = None
         if self.pre_process:
             self.vision_encoder = VisionEncoder(config)
             self.resampler = Resampler(config, groups)
             self.embedding = MultimodalEmbedding(self.config, config.model.vocab_size, groups)
-        if pieces.has_decoder:
+        if spec.has_decoder:
             self.decoder = TransformerBlock(
                 self.config,
-                block_spec(pieces.num_decoder_layers, causal_layer(config.lora)),
-                post_process=pieces.ends_decoder,
+                block_spec(spec.num_decoder_layers, causal_layer(config.lora)),
+                post_process=spec.ends_decoder,
                 pg_collection=groups,
                 vp_stage=self.vp_stage,
             )
@@ -89,9 +89,9 @@ class KosmosG(LanguageModule):
             self.output_layer = OutputHead(
                 self.config, config.model.vocab_size, groups, holds_weight=not self.pre_process
             )
-        if "M" in pieces.aligner_parts:
+        if "M" in spec.aligner_parts:
             self.aligner_m = build_aligner_m(config, groups)
-        if "N" in pieces.aligner_parts:
+        if "N" in spec.aligner_parts:
             self.aligner_n = build_aligner_n(config, groups)
 
     def _initialise(self, config: RunConfig) -> None:
@@ -100,7 +100,7 @@ class KosmosG(LanguageModule):
             config.model,
             config.training.seed,
             self._context,
-            self._pieces.first_decoder_layer,
+            self._spec.first_decoder_layer,
         )
         if self.vision_encoder is not None and config.model.vision.path is not None:
             load_tower(self.vision_encoder, config.model.vision)
@@ -161,7 +161,7 @@ class KosmosG(LanguageModule):
         hidden = self._with_gradient(hidden)
         if self.decoder is not None:
             hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=prompts)
-            if self._pieces.ends_decoder:
+            if self._spec.ends_decoder:
                 length = tokens.shape[1] if packed is None else len(packed)
                 hidden = self._whole_sequence(hidden, length)
                 if prompts is not None:
@@ -191,7 +191,7 @@ class KosmosG(LanguageModule):
         received = self.input_tensor
         if self._is_upstream_frozen:
             received = received.detach()
-        if "N" in self._pieces.aligner_parts and self.aligner_m is None:
+        if "N" in self._spec.aligner_parts and self.aligner_m is None:
             aligner = self._run_config.model.aligner
             return boundary.unpack(received, aligner.num_queries, aligner.hidden_size)
         return received, None

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.models.pipeline_pieces import StagePieces
+from megatron_kosmosg.models.pipeline_stage_specs import PipelineStageSpec
 from megatron_kosmosg.parallel.platform import torch_dtype, transformer_flags
 
 LAYERNORM_EPSILON = 1e-5
@@ -19,7 +19,7 @@ def gelu_fp32(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x.float()).to(x.dtype)
 
 
-def decoder_config(config: RunConfig, stages: list[StagePieces]) -> TransformerConfig:
+def decoder_config(config: RunConfig, stages: list[PipelineStageSpec]) -> TransformerConfig:
     """The language decoder, which alone is split over pipeline stages and along the sequence."""
     decoder, parallel = config.model.decoder, config.parallel
     return TransformerConfig(
@@ -98,7 +98,7 @@ def _common(config: RunConfig) -> dict:
     }
 
 
-def _megatron_layout(stages: list[StagePieces]) -> list[list[str]]:
+def _megatron_layout(stages: list[PipelineStageSpec]) -> list[list[str]]:
     layout = [["decoder"] * stage.num_decoder_layers for stage in stages]
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
-from megatron_kosmosg.models.pipeline_pieces import StagePieces
+from megatron_kosmosg.models.pipeline_stage_specs import PipelineStageSpec
 from megatron_kosmosg.planning.workload import MicroBatch
 from megatron_kosmosg.stages import stage_facts
 
@@ -95,23 +95,23 @@ class _Stack:
 
 
 def stage_activations(
-    config: RunConfig, pieces: StagePieces, is_last: bool, batch: MicroBatch
+    config: RunConfig, spec: PipelineStageSpec, is_last: bool, batch: MicroBatch
 ) -> StageActivations:
     """The activations of one pipeline stage, without those of the frozen U-Net."""
     element = ELEMENT_BYTES[config.training.precision]
     recompute = config.training.recompute == "full"
-    decoder, aligner = _decoder(config, pieces, element), _aligner(config, element)
+    decoder, aligner = _decoder(config, spec, element), _aligner(config, element)
     facts = stage_facts(config.stage)
     saved, passing = 0.0, 0.0
-    if facts.trains_decoder and pieces.first_decoder_layer == 0 and batch.prompt_images:
+    if facts.trains_decoder and spec.first_decoder_layer == 0 and batch.prompt_images:
         saved += _image_tower(config, batch.prompt_images, element)
-    if pieces.num_decoder_layers:
+    if spec.num_decoder_layers:
         held = decoder.encoder(batch.positions, recompute)
         saved += held if facts.trains_decoder else 0
         passing = decoder.passing(batch.positions, recompute) if facts.trains_decoder else 0
     queries = batch.rows * config.model.aligner.num_queries
     variants = {"M": (batch.positions, queries), "N": (queries, batch.positions)}
-    for part in pieces.aligner_parts:
+    for part in spec.aligner_parts:
         before, after = variants[part]
         saved += batch.positions * config.model.decoder.hidden_size * element
         if config.model.aligner.kind == "none":
@@ -129,10 +129,10 @@ def stage_activations(
     return StageActivations(saved, passing)
 
 
-def _decoder(config: RunConfig, pieces: StagePieces, element: int) -> _Stack:
+def _decoder(config: RunConfig, spec: PipelineStageSpec, element: int) -> _Stack:
     sizes, parallel = config.model.decoder, config.parallel
     return _Stack(
-        pieces.num_decoder_layers,
+        spec.num_decoder_layers,
         sizes.hidden_size,
         sizes.ffn_hidden_size,
         sizes.num_attention_heads,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_kosmosg.config.rank_grid import RankGrid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.models.pipeline_pieces import StagePieces
+from megatron_kosmosg.models.pipeline_stage_specs import PipelineStageSpec
 from megatron_kosmosg.planning.activations import ELEMENT_BYTES
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
 from megatron_kosmosg.planning.model_counts import RankCount
@@ -45,7 +45,7 @@ class Traffic:
 
 
 def tensor_traffic(
-    config: RunConfig, pieces: StagePieces, is_last: bool, batch: MicroBatch
+    config: RunConfig, spec: PipelineStageSpec, is_last: bool, batch: MicroBatch
 ) -> tuple[Traffic, Traffic]:
     """The traffic of one micro-batch within the tensor-parallel group, as (forward, backward)."""
     parallel, facts = config.parallel, stage_facts(config.stage)
@@ -55,7 +55,7 @@ def tensor_traffic(
     share = (tp - 1) / tp
     element = ELEMENT_BYTES[config.training.precision]
     residual = batch.positions * config.model.decoder.hidden_size * element
-    layers = pieces.num_decoder_layers
+    layers = spec.num_decoder_layers
     # Two sub-norms a layer: mean and deviation of every position forward, two sums backward.
     norm_forward = Traffic(2 * 2 * _FP32 * batch.positions * (tp - 1), 2)
     norm_backward = Traffic(2 * 2 * 2 * _FP32 * batch.positions * share, 2)
@@ -67,12 +67,12 @@ def tensor_traffic(
     ahead, back = (forward + norm_forward) * layers, (backward + norm_backward) * layers
     if not facts.trains_decoder:
         back = Traffic()
-    if pieces.ends_decoder and parallel.sequence_parallel:
+    if spec.ends_decoder and parallel.sequence_parallel:
         ahead += Traffic(residual * share, 1)
     aligner = config.model.aligner
     queries = batch.rows * aligner.num_queries
     width = aligner.hidden_size * element
-    for _ in pieces.aligner_parts:
+    for _ in spec.aligner_parts:
         # Encoder: two sums a layer over the prompt; decoder: three over the queries.
         rows = aligner.num_layers * (
             2 * batch.positions * (aligner.kind == "full") + 3 * queries * (aligner.kind != "none")

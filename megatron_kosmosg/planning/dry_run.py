@@ -83,7 +83,7 @@ def per_rank_table(config: RunConfig, world: RankGrid, counts: ModelCounts) -> s
     """A table of what the ranks of each pipeline stage hold, and the score ranks."""
     lines = [
         f"pipeline rank {index}: {rank.trainable + rank.frozen:,} held, {rank.trainable:,} trained "
-        f"on each of {world.num_replicas * world.tp_size} ranks\n  {rank.pieces}"
+        f"on each of {world.num_replicas * world.tp_size} ranks\n  {rank.holds}"
         for index, rank in enumerate(counts.ranks)
     ]
     if world.score_ranks_per_unit:

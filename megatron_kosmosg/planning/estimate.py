@@ -80,13 +80,13 @@ def estimate(
     """
     count = num_microbatches(config, world.num_replicas)
     batches = micro_batches(config, count)
-    pieces, counts = shares.pieces, shares.counts
+    specs, counts = shares.specs, shares.counts
     rates = Rates(gpu, config.training.precision, efficiency)
     dedicated = world.score_ranks_per_unit > 0
     scored = score_share(config, world, count)
     costs = [
-        stage_cost(config, world, stage, piece, batches, gpu, rates)
-        for stage, piece in enumerate(pieces)
+        stage_cost(config, world, stage, spec, batches, gpu, rates)
+        for stage, spec in enumerate(specs)
     ]
     fleet: JoinedPlay | None = None
     if joined and dedicated:
@@ -106,7 +106,7 @@ def estimate(
         if config.parallel.overlap_param_gather:
             parameters = _exposed(parameters, cost.first_forward)
         data = max(data, gradients + parameters)
-        kernels = update_launches(config, world, pieces[stage], held.gradient_elements)
+        kernels = update_launches(config, world, specs[stage], held.gradient_elements)
         stepping = rates.launching(kernels)
         stepping = max(stepping, _optimizer_seconds(config, world, held, gpu, efficiency))
         optimizer = max(optimizer, stepping)
@@ -121,7 +121,7 @@ def estimate(
         num_microbatches=count,
         micro_batches=batches,
         kinds=kinds,
-        flops=needed_flops(config, world, pieces, batches),
+        flops=needed_flops(config, world, specs, batches),
         seconds=seconds,
         parts=mean
         | {

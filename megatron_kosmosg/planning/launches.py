@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from megatron_kosmosg.config.rank_grid import RankGrid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.models.pipeline_pieces import StagePieces
+from megatron_kosmosg.models.pipeline_stage_specs import PipelineStageSpec
 from megatron_kosmosg.planning.communication import bucket_elements
 from megatron_kosmosg.stages import stage_facts
 
@@ -52,16 +52,16 @@ consists, each a copy more: one and one for every million elements, up to six. R
 and 128 replicas."""
 
 
-def launches(config: RunConfig, pieces: StagePieces, is_last: bool, images: float) -> Launches:
+def launches(config: RunConfig, spec: PipelineStageSpec, is_last: bool, images: float) -> Launches:
     """The kernels of a pipeline stage, without those of the frozen U-Net."""
-    is_first = pieces.first_decoder_layer == 0
+    is_first = spec.first_decoder_layer == 0
     facts = stage_facts(config.stage)
     split = config.parallel.tensor_model_parallel_size > 1
     decoder = SPLIT_DECODER_LAYER if split else DECODER_LAYER
     aligner = SPLIT_ALIGNER_LAYER if split else ALIGNER_LAYER
     again = config.training.recompute == "full"
-    stacks = [(pieces.num_decoder_layers, decoder, facts.trains_decoder)]
-    stacks += [(config.model.aligner.num_layers, aligner, True)] * len(pieces.aligner_parts)
+    stacks = [(spec.num_decoder_layers, decoder, facts.trains_decoder)]
+    stacks += [(config.model.aligner.num_layers, aligner, True)] * len(spec.aligner_parts)
     ends = (is_first + is_last) / 2
     forward, backward = (ends * kernels for kernels in ENDS[config.stage])
     for layers, layer, is_trained in stacks:
@@ -86,15 +86,15 @@ def score_launches(config: RunConfig) -> Launches:
 
 
 def update_launches(
-    config: RunConfig, world: RankGrid, pieces: StagePieces, elements: float
+    config: RunConfig, world: RankGrid, spec: PipelineStageSpec, elements: float
 ) -> float:
     """The kernels of the optimizer's step on a rank of a pipeline stage that updates `elements`
     gradient elements."""
     sharing = world.num_replicas if config.parallel.use_distributed_optimizer else 1
-    trained = stage_facts(config.stage).trains_decoder * pieces.num_decoder_layers
+    trained = stage_facts(config.stage).trains_decoder * spec.num_decoder_layers
     copies = UPDATE_DECODER_LAYER * trained
-    copies += UPDATE_ALIGNER_LAYER * config.model.aligner.num_layers * len(pieces.aligner_parts)
-    is_first = pieces.first_decoder_layer == 0
+    copies += UPDATE_ALIGNER_LAYER * config.model.aligner.num_layers * len(spec.aligner_parts)
+    is_first = spec.first_decoder_layer == 0
     bucket = bucket_elements(config, world, elements, is_first=is_first)
     pieces_of_one = min(MOST_PIECES, 1 + bucket / sharing / PIECE_ELEMENTS)
     buckets = pieces_of_one * elements / bucket if elements else 0.0

@@ -18,7 +18,7 @@ from megatron_kosmosg.config.rank_grid import RankGrid, has_score_ranks
 from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
 from megatron_kosmosg.models.diffusion_flops import clip_text_shape, diffusion_parameters
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
-from megatron_kosmosg.models.pipeline_pieces import StagePieces, pipeline_pieces
+from megatron_kosmosg.models.pipeline_stage_specs import PipelineStageSpec, pipeline_stage_specs
 from megatron_kosmosg.parallel.context import ParallelContext, single_process_context
 from megatron_kosmosg.parallel.fake_world import pretend_rank
 from megatron_kosmosg.planning.activations import ELEMENT_BYTES
@@ -42,7 +42,7 @@ class RankCount:
     frozen: int
     gradient_elements: int
     """Of the gradient buffer, in which each trained tensor starts at a multiple of 64."""
-    pieces: str
+    holds: str
     """What they are, in words."""
 
 
@@ -50,7 +50,7 @@ class RankCount:
 class ModelShares:
     """The parameters of every rank of a layout, without the frozen helpers."""
 
-    pieces: list[StagePieces]
+    specs: list[PipelineStageSpec]
     """Of the pipeline stages."""
     counts: list[RankCount]
     """What each tensor-parallel rank of a pipeline rank holds (one stage, or several chunks)."""
@@ -133,7 +133,7 @@ def frozen_helpers(config: RunConfig) -> dict[str, int]:
 def model_shares(config: RunConfig, model: torch.nn.Module) -> ModelShares:
     """The share of `model` (whole_model) that each pipeline and tensor rank of `config` holds."""
     facts = stage_facts(config.stage)
-    stages = pipeline_pieces(config, facts.aligner_parts)
+    stages = pipeline_stage_specs(config, facts.aligner_parts)
     tp_size = config.parallel.tensor_model_parallel_size
     vocabulary = padded_vocab_size(config.model.vocab_size, tp_size) // tp_size
     width = config.model.decoder.hidden_size
@@ -171,7 +171,7 @@ def _is_split(parameter: torch.nn.Parameter) -> bool:
     return hasattr(parameter, "tensor_model_parallel") and parameter.tensor_model_parallel
 
 
-def _pipeline_stage(name: str, stages: list[StagePieces]) -> int:
+def _pipeline_stage(name: str, stages: list[PipelineStageSpec]) -> int:
     if name.startswith("decoder.layers."):
         layer = int(name.split(".")[2])
         return max(i for i, stage in enumerate(stages) if stage.first_decoder_layer <= layer)
@@ -183,22 +183,22 @@ def _pipeline_stage(name: str, stages: list[StagePieces]) -> int:
     return 0
 
 
-def _describe(config: RunConfig, stages: list[StagePieces], index: int) -> str:
+def _describe(config: RunConfig, stages: list[PipelineStageSpec], index: int) -> str:
     stage, facts = stages[index], stage_facts(config.stage)
-    pieces = ["image tower, resampler, embedding"] if index == 0 else []
+    parts = ["image tower, resampler, embedding"] if index == 0 else []
     if stage.num_decoder_layers:
         first, last_layer = stage.first_decoder_layer, stage.num_decoder_layers - 1
         several = f"layers {first}-{first + last_layer}"
-        pieces.append(f"decoder {several if last_layer else f'layer {first}'}")
-    pieces += [f"AlignerNet {part}" for part in stage.aligner_parts]
+        parts.append(f"decoder {several if last_layer else f'layer {first}'}")
+    parts += [f"AlignerNet {part}" for part in stage.aligner_parts]
     if index == len(stages) - 1:
         beside = {
             "output head": facts.has_output_head,
             "CLIP text encoder": facts.has_text_encoder,
             "U-Net and VAE": facts.has_unet and not has_score_ranks(config),
         }
-        pieces += [name for name, is_there in beside.items() if is_there]
-    return ", ".join(pieces)
+        parts += [name for name, is_there in beside.items() if is_there]
+    return ", ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True)

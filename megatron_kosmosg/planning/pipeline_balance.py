@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from megatron_kosmosg.config.rank_grid import has_score_ranks
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.models.pipeline_pieces import chunks_per_rank, pipeline_pieces
+from megatron_kosmosg.models.pipeline_stage_specs import chunks_per_rank, pipeline_stage_specs
 from megatron_kosmosg.planning.stage_cost import score_work, stage_work
 from megatron_kosmosg.planning.workload import micro_batches, with_kinds
 from megatron_kosmosg.stages import stage_facts
@@ -47,7 +47,7 @@ def balanced_layout(config: RunConfig) -> str | None:
         counts[stage], loads[stage] = counts[stage] + 1, loads[stage] + layer
     pieces = [[f"decoder*{count}"] if count else [] for count in counts]
     pieces[-1] += parts
-    return "|".join(",".join(piece) for piece in pieces)
+    return "|".join(",".join(spec) for spec in pieces)
 
 
 def _loads(config: RunConfig, parts: tuple[str, ...]) -> tuple[float, float, float]:
@@ -59,8 +59,8 @@ def _loads(config: RunConfig, parts: tuple[str, ...]) -> tuple[float, float, flo
         virtual_pipeline_model_parallel_size=None,
         pipeline_layout=None,
     )
-    (piece,) = pipeline_pieces(replace(config, parallel=whole), parts)
-    work = {w.module: w.forward + w.backward for w in stage_work(config, piece, True, batch)}
+    (spec,) = pipeline_stage_specs(replace(config, parallel=whole), parts)
+    work = {w.module: w.forward + w.backward for w in stage_work(config, spec, True, batch)}
     layer = work.pop("decoder") / config.model.decoder.num_layers
     first = sum(work.pop(name, 0.0) for name in ("vision", "resampler"))
     last = sum(work.values())

@@ -15,7 +15,7 @@ from megatron_kosmosg.config.rank_grid import RankGrid
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.models import flops
 from megatron_kosmosg.models.diffusion_flops import diffusion_flops
-from megatron_kosmosg.models.pipeline_pieces import StagePieces
+from megatron_kosmosg.models.pipeline_stage_specs import PipelineStageSpec
 from megatron_kosmosg.planning import communication as comm
 from megatron_kosmosg.planning.gpus import Gpu
 from megatron_kosmosg.planning.launches import launches, score_launches
@@ -25,12 +25,12 @@ from megatron_kosmosg.stages import stage_facts
 
 
 def stage_work(
-    config: RunConfig, pieces: StagePieces, is_last: bool, batch: MicroBatch
+    config: RunConfig, spec: PipelineStageSpec, is_last: bool, batch: MicroBatch
 ) -> list[Work]:
     """The modules on a rank of one pipeline stage, the frozen U-Net left out."""
     tp = config.parallel.tensor_model_parallel_size
     rows, positions = batch.rows, batch.positions
-    is_first = pieces.first_decoder_layer == 0
+    is_first = spec.first_decoder_layer == 0
     facts = stage_facts(config.stage)
     again = 1 if config.training.recompute == "full" else 0
     done: list[Work] = []
@@ -43,14 +43,14 @@ def stage_work(
         queries = batch.prompt_images * config.model.resampler.num_latent_queries / tp
         back = resampled * (flops.updates(config, "resampler") - 1)
         done.append(Work("resampler", "aligner", resampled, back, queries))
-    if pieces.num_decoder_layers:
-        share = pieces.num_decoder_layers / config.model.decoder.num_layers
+    if spec.num_decoder_layers:
+        share = spec.num_decoder_layers / config.model.decoder.num_layers
         forward = flops.decoder_flops(config, positions, rows) * share / tp
         added = flops.adapter_flops(config, positions) * share / tp
         back = forward * (flops.updates(config, "decoder") - 1) + 2 * added
         backward = back + again * (forward + added) if facts.trains_decoder else 0.0
         done.append(Work("decoder", "decoder", forward + added, backward, positions / tp))
-    for part in pieces.aligner_parts:
+    for part in spec.aligner_parts:
         formula = flops.aligner_m_flops if part == "M" else flops.aligner_n_flops
         forward = formula(config, positions, rows) / tp
         back = flops.updates(config, "aligner_m") - 1 if part == "M" else 2
@@ -90,7 +90,7 @@ def score_seconds(config: RunConfig, images: float, rates: Rates) -> float:
 
 
 def needed_flops(
-    config: RunConfig, world: RankGrid, pieces: list[StagePieces], batches: list[MicroBatch]
+    config: RunConfig, world: RankGrid, specs: list[PipelineStageSpec], batches: list[MicroBatch]
 ) -> dict[str, float]:
     """FLOPs of one update by module, over all replicas; each rank's repeats and recomputation left
     out, padding and the null condition's row included."""
@@ -99,8 +99,8 @@ def needed_flops(
     for batch, times in Counter(batches).items():
         done = [
             (work, 1 if work.module in _WHOLE else world.tp_size, once_more * _recomputed(work))
-            for stage, piece in enumerate(pieces)
-            for work in stage_work(config, piece, stage == world.pp_size - 1, batch)
+            for stage, spec in enumerate(specs)
+            for work in stage_work(config, spec, stage == world.pp_size - 1, batch)
         ]
         if stage_facts(config.stage).has_unet:
             again = config.score.recompute
@@ -147,7 +147,7 @@ def stage_cost(
     config: RunConfig,
     world: RankGrid,
     stage: int,
-    piece: StagePieces,
+    spec: PipelineStageSpec,
     batches: list[MicroBatch],
     gpu: Gpu,
     rates: Rates,
@@ -167,7 +167,7 @@ def stage_cost(
     for index, batch in enumerate(batches):
         if batch not in known:
             known[batch] = _pass_cost(
-                config, world, piece, is_last, scores_itself, batch, tensor_wire, stage_wire, rates
+                config, world, spec, is_last, scores_itself, batch, tensor_wire, stage_wire, rates
             )
         cost = known[batch]
         computed = (
@@ -211,7 +211,7 @@ class _PassCost:
 def _pass_cost(
     config: RunConfig,
     world: RankGrid,
-    piece: StagePieces,
+    spec: PipelineStageSpec,
     is_last: bool,
     scores_itself: bool,
     batch: MicroBatch,
@@ -219,13 +219,13 @@ def _pass_cost(
     stage_wire: float,
     rates: Rates,
 ) -> _PassCost:
-    work = stage_work(config, piece, is_last, batch)
+    work = stage_work(config, spec, is_last, batch)
     scored = score_work(config, -(-batch.images // world.tp_size)) if scores_itself else []
-    ahead, back = launches(config, piece, is_last, batch.prompt_images)
+    ahead, back = launches(config, spec, is_last, batch.prompt_images)
     if scores_itself:
         more = score_launches(config)
         ahead, back = ahead + more.forward, back + more.backward
-    exchanged = comm.tensor_traffic(config, piece, is_last, batch)
+    exchanged = comm.tensor_traffic(config, spec, is_last, batch)
     handed = comm.boundary_traffic(config, world, batch)
     return _PassCost(
         ahead=sum(rates.seconds(w, w.forward) for w in work),

@@ -70,7 +70,7 @@ def _kinds(config: RunConfig, world: RankGrid, batches: list[MicroBatch]) -> lis
     for stage, held in enumerate(shares.counts):
         name = f"decoder_stage_{stage}" if world.pp_size > 1 else "decoder"
         ranks = world.num_replicas * world.tp_size
-        found.append((name, world.decoder_rank(0, stage, 0), ranks, held.pieces))
+        found.append((name, world.decoder_rank(0, stage, 0), ranks, held.holds))
     if world.score_ranks_per_unit:
         first = world.score_ranks(0)[0]
         found.append((SCORE, first, world.num_score_ranks, "U-Net and VAE"))

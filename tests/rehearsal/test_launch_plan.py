@@ -6,7 +6,7 @@ import pytest
 
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.rank_grid import rank_grid
-from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
+from megatron_kosmosg.models.pipeline_stage_specs import pipeline_stage_specs
 from megatron_kosmosg.planning.launches import (
     UNET,
     VAE_ENCODER,
@@ -48,15 +48,15 @@ CASES = {case.__name__: case for case in (instruct, pretrain, align, split)}
 def test_launches_are_planned_within_a_tenth(rehearse, name):
     case = CASES[name](rehearse)
     config = load_config(case.config, list(case.overrides))
-    (pieces,) = pipeline_pieces(config, stage_facts(config.stage).aligner_parts)
-    planned, report = launches(config, pieces, True, case.images), rehearse.report(case)
+    (spec,) = pipeline_stage_specs(config, stage_facts(config.stage).aligner_parts)
+    planned, report = launches(config, spec, True, case.images), rehearse.report(case)
     vae = VAE_ENCODER.forward if config.stage == "instruct" else 0
     assert planned.forward + vae == pytest.approx(report.kernels("forward"), rel=0.1)
     assert planned.backward == pytest.approx(report.kernels("backward"), rel=0.1)
     world = rank_grid(config, case.world_size)
     update = sum(report.phase("update")["kernels"].values())
     (held,) = model_shares(config, whole_model(config)).counts
-    step = update_launches(config, world, pieces, held.gradient_elements)
+    step = update_launches(config, world, spec, held.gradient_elements)
     assert step == pytest.approx(update, rel=0.2)
 
 

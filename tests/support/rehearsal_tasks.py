@@ -57,9 +57,9 @@ def plan(case: Case, stand_ins: StandIns) -> dict:
         memory = score_memory(config, rows, Efficiency())
         return vars(memory) | {"tensors": memory.tensors}
     pp_rank = coordinates.pp_rank
-    piece, count = counts.shares.pieces[pp_rank], counts.shares.counts[pp_rank]
+    spec, count = counts.shares.specs[pp_rank], counts.shares.counts[pp_rank]
     one_each = [batch] * (config.training.global_batch_size // rows // world.num_replicas)
-    memory = decoder_memory(config, world, piece, pp_rank, count, one_each, Efficiency())
+    memory = decoder_memory(config, world, spec, pp_rank, count, one_each, Efficiency())
     return vars(memory) | {"tensors": memory.tensors, "trainable": counts.trainable}
 
 

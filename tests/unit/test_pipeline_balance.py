@@ -13,7 +13,7 @@ from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.config.schema import BlendEntry
 from megatron_kosmosg.models.kosmosg import KosmosG
-from megatron_kosmosg.models.pipeline_pieces import pipeline_pieces
+from megatron_kosmosg.models.pipeline_stage_specs import pipeline_stage_specs
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.fake_world import pretend_rank
 from megatron_kosmosg.planning.dry_run import describe
@@ -37,7 +37,7 @@ def slowest(config, layout: str) -> float:
     config = replace(config, parallel=replace(config.parallel, pipeline_layout=layout))
     (batch,) = micro_batches(config, 1)
     loads = []
-    stages = pipeline_pieces(config, stage_facts(config.stage).aligner_parts)
+    stages = pipeline_stage_specs(config, stage_facts(config.stage).aligner_parts)
     for index, piece in enumerate(stages):
         is_last = index == len(stages) - 1
         work = stage_work(config, piece, is_last, batch)

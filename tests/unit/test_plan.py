@@ -100,9 +100,9 @@ def counted(function, *inputs: torch.Tensor) -> int:
 def test_work_of_every_module_is_what_its_real_forward_pass_counts():
     """Full size on the meta device, one row of 215 positions and two images."""
     config = full_size("align", "parallel.tensor_model_parallel_size=1")
-    (piece,) = model_shares(config, whole_model(config)).pieces
+    (spec,) = model_shares(config, whole_model(config)).specs
     batch = MicroBatch(images=1, rows=1, length=215, prompt_images=2)
-    work = {w.module: w.forward for w in stage_work(config, piece, True, batch)}
+    work = {w.module: w.forward for w in stage_work(config, spec, True, batch)}
 
     def empty(*shape):
         return torch.empty(*shape, device="meta")
@@ -165,8 +165,8 @@ def planned_memory(config, rows: int, length: int, ranks: int) -> RankMemory:
     shares = model_shares(config, whole_model(config))
     prompt_images = 0 if config.stage == "align" else rows - 1
     batch = MicroBatch(rows, rows + (config.stage == "instruct"), length, prompt_images)
-    world, (piece,), (count,) = rank_grid(config, ranks), shares.pieces, shares.counts
-    return decoder_memory(config, world, piece, 0, count, [batch] * 2, Efficiency())
+    world, (spec,), (count,) = rank_grid(config, ranks), shares.specs, shares.counts
+    return decoder_memory(config, world, spec, 0, count, [batch] * 2, Efficiency())
 
 
 @pytest.mark.parametrize(
@@ -214,9 +214,9 @@ def test_micro_batches_are_as_long_as_their_longest_row():
 def test_tensor_traffic_of_the_decoder():
     """Megatron's figure: four all-gathers or reduce-scatters a layer forward, six backward."""
     config = full_size("pretrain", "parallel.tensor_model_parallel_size=2")
-    (piece,) = model_shares(config, whole_model(config)).pieces
+    (spec,) = model_shares(config, whole_model(config)).specs
     batch = MicroBatch(images=1, rows=1, length=2048, prompt_images=0)
-    forward, backward = tensor_traffic(config, piece, False, batch)
+    forward, backward = tensor_traffic(config, spec, False, batch)
     tensor = 2048 * 2048 * 2
     sub_norms = 24 * 2 * 2 * 4 * 2048
     assert forward.sent == pytest.approx((24 * 4 + 1) * tensor / 2 + sub_norms, rel=1e-6)

@@ -182,9 +182,9 @@ def test_adapters_and_frozen_weights_cost_what_their_real_passes_count():
         "score.placement=colocated",
     ]
     config = load_config("instruct_256gpu", [*settings, "parallel.sequence_parallel=false"])
-    (piece,) = model_shares(config, whole_model(config)).pieces
+    (spec,) = model_shares(config, whole_model(config)).specs
     batch = MicroBatch(images=1, rows=1, length=215, prompt_images=2)
-    work = {each.module: each for each in stage_work(config, piece, True, batch)}
+    work = {each.module: each for each in stage_work(config, spec, True, batch)}
     with pretend_rank(rank_grid(config, 1), 0) as context:
         model = KosmosG(config, context, output_head=False, aligner_parts=("M",))
         model.requires_grad_(False)

@@ -32,8 +32,8 @@ def test_an_update_launches_what_was_rehearsed(name):
     config = load_config(name, ["model.diffusion.path=null"])
     world = rank_grid(config, config.parallel.world_size)
     shares = model_shares(config, whole_model(config))
-    (piece,), (held,) = shares.pieces, shares.counts
-    planned = update_launches(config, world, piece, held.gradient_elements)
+    (spec,), (held,) = shares.specs, shares.counts
+    planned = update_launches(config, world, spec, held.gradient_elements)
     assert planned == pytest.approx(REHEARSED[name], rel=1 / 7, abs=12)
 
 

@@ -123,7 +123,7 @@ def test_uneven_pipeline_is_counted_where_it_is():
     first, second = count_model(config).ranks
     assert first.trainable == 0
     assert second.trainable == 476_031_488 and second.frozen == 123_060_480
-    assert "AlignerNet M" in second.pieces and "decoder" not in second.pieces
+    assert "AlignerNet M" in second.holds and "decoder" not in second.holds
 
 
 def test_interleaved_stages_are_counted_on_their_ranks():
@@ -142,8 +142,8 @@ def test_interleaved_stages_are_counted_on_their_ranks():
         f"parallel.pipeline_layout={layout}",
     )
     ranks = count_model(interleaved).ranks
-    assert ranks[1].pieces == "decoder layers 3-5; decoder layers 15-17"
-    assert ranks[1] == dataclasses.replace(ranks[2], pieces=ranks[1].pieces)
+    assert ranks[1].holds == "decoder layers 3-5; decoder layers 15-17"
+    assert ranks[1] == dataclasses.replace(ranks[2], holds=ranks[1].holds)
     held = sum(rank.trainable + rank.frozen for rank in ranks)
     assert held == sum(
         rank.trainable + rank.frozen for rank in count_model(full_size("pretrain", *plain)).ranks

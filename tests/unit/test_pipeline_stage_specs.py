@@ -7,7 +7,7 @@ import pytest
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import DecoderConfig, ModelConfig, ParallelConfig, RunConfig
-from megatron_kosmosg.models.pipeline_pieces import StagePieces, pipeline_pieces
+from megatron_kosmosg.models.pipeline_stage_specs import PipelineStageSpec, pipeline_stage_specs
 from megatron_kosmosg.train import main
 
 
@@ -21,27 +21,27 @@ def _pieces(num_layers: int, stages: int, layout: str | None, parts: tuple[str, 
             pipeline_layout=layout,
         ),
     )
-    return pipeline_pieces(config, parts)
+    return pipeline_stage_specs(config, parts)
 
 
 def test_default_spreads_layers_and_puts_the_aligner_last() -> None:
     assert _pieces(5, 2, None, ("M", "N")) == [
-        StagePieces(0, 3, False, ()),
-        StagePieces(3, 2, True, ("M", "N")),
+        PipelineStageSpec(0, 3, False, ()),
+        PipelineStageSpec(3, 2, True, ("M", "N")),
     ]
 
 
 def test_uneven_layout_with_the_aligner_on_stages_of_its_own() -> None:
     assert _pieces(24, 4, "decoder*13 | decoder*11 | M | N", ("M", "N")) == [
-        StagePieces(0, 13, False, ()),
-        StagePieces(13, 11, True, ()),
-        StagePieces(24, 0, False, ("M",)),
-        StagePieces(24, 0, False, ("N",)),
+        PipelineStageSpec(0, 13, False, ()),
+        PipelineStageSpec(13, 11, True, ()),
+        PipelineStageSpec(24, 0, False, ("M",)),
+        PipelineStageSpec(24, 0, False, ("N",)),
     ]
 
 
 def test_first_stage_may_hold_the_embedding_alone() -> None:
-    assert _pieces(3, 2, "|decoder*3", ())[0] == StagePieces(0, 0, False, ())
+    assert _pieces(3, 2, "|decoder*3", ())[0] == PipelineStageSpec(0, 0, False, ())
 
 
 def test_half_that_is_not_built_is_skipped() -> None:

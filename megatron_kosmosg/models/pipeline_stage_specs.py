@@ -18,7 +18,7 @@ _PIECE = re.compile(r"^(?:decoder(?:\*(\d+))?|[MN])$")
 
 
 @dataclass(frozen=True)
-class StagePieces:
+class PipelineStageSpec:
     """One pipeline stage's share of the model."""
 
     first_decoder_layer: int
@@ -33,8 +33,10 @@ class StagePieces:
         return self.num_decoder_layers > 0 or self.ends_decoder
 
 
-def pipeline_pieces(config: RunConfig, aligner_parts: tuple[str, ...]) -> list[StagePieces]:
-    """The pieces of every pipeline stage, in the order of the model.
+def pipeline_stage_specs(
+    config: RunConfig, aligner_parts: tuple[str, ...]
+) -> list[PipelineStageSpec]:
+    """The specs of all pipeline stages, in the order of the model.
 
     There are `pipeline ranks x chunks per rank` of them. Raises ConfigError for a layout that
     cannot be read or does not hold the model.
@@ -57,7 +59,7 @@ def pipeline_pieces(config: RunConfig, aligner_parts: tuple[str, ...]) -> list[S
     stages, first = [], 0
     for count, stage_parts in zip(counts, parts, strict=True):
         ends = first < num_layers <= first + count
-        stages.append(StagePieces(first, count, ends, stage_parts))
+        stages.append(PipelineStageSpec(first, count, ends, stage_parts))
         first += count
     return stages
 
