@@ -28,7 +28,7 @@ from megatron_kosmosg.config import schema
 from megatron_kosmosg.parallel import cpu_shim, platform
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.stages.pretrain import PretrainStage
-from megatron_kosmosg.training.batches import Work
+from megatron_kosmosg.training.batches import UpdateWork
 from megatron_kosmosg.training.optimizer import build_lr_scheduler, build_optimizer
 from megatron_kosmosg.training.step import Reporter, connect, train_step
 from megatron_kosmosg.training.wrapping import wrap_model
@@ -63,8 +63,8 @@ class FixedFeed:
     def __next__(self) -> dict[str, torch.Tensor]:
         return self.batch
 
-    def pop_work(self) -> Work:
-        return Work(self.batch["tokens"].numel(), 0, len(self.batch["tokens"]))
+    def pop_work(self) -> UpdateWork:
+        return UpdateWork(self.batch["tokens"].numel(), 0, len(self.batch["tokens"]))
 
     def pop_wait(self) -> float:
         return 0.0

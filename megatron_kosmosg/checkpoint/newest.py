@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_kosmosg.checkpoint import folder as checkpoint_folder
 from megatron_kosmosg.checkpoint.errors import DamagedCheckpoint
-from megatron_kosmosg.checkpoint.save_and_resume import Checkpointer, Progress
+from megatron_kosmosg.checkpoint.save_and_resume import Checkpointer, TrainingProgress
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.paths import save_folder
 from megatron_kosmosg.config.schema import RunConfig
@@ -21,7 +21,7 @@ class Resumed:
     """The checkpoint that a run went on from, and what it holds."""
 
     path: Path
-    progress: Progress
+    progress: TrainingProgress
     differences: list[str]
     """From the config and layout of the checkpoint."""
     passed_over: list[str] = field(default_factory=list)

@@ -52,7 +52,7 @@ OPTIMIZER_SHARDING = "fully_reshardable"
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far a run has come; equal on all ranks."""
 
     iteration: int = 0
@@ -99,7 +99,7 @@ class Checkpointer:
         self._saving = 0
         """Iteration of the latest save."""
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: TrainingProgress) -> None:
         """Writes `iter_XXXXXXX`; with checkpoint.async_save it appears some iterations later."""
         self.wait()
         self._saving = progress.iteration
@@ -116,7 +116,7 @@ class Checkpointer:
         with explain_write_errors(self._folder, self._saving):
             self._background.wait()
 
-    def resume(self, path: Path) -> tuple[Progress, list[str]]:
+    def resume(self, path: Path) -> tuple[TrainingProgress, list[str]]:
         """Progress of the checkpoint after loading all of it, and notes for the log.
 
         Raises ConfigError if the config changes what is learnt (checkpoint/changed_settings.py),
@@ -136,7 +136,7 @@ class Checkpointer:
         strategy = get_default_load_sharded_strategy(str(path))
         if self._context.dp_size > 1:
             strategy = FullyParallelLoadStrategyWrapper(strategy, self._context.dp_group)
-        wanted = self._state(Progress(), is_loading=True)
+        wanted = self._state(TrainingProgress(), is_loading=True)
         if not same_layout:
             del wanted["rng"]
         if self._average is not None and AVERAGE not in common:
@@ -150,7 +150,7 @@ class Checkpointer:
         loaded = load_state(path, wanted, strategy)
         form.take(wanted, loaded)
         set_model_state(self._chunks, loaded)
-        progress = Progress(**loaded["progress"])
+        progress = TrainingProgress(**loaded["progress"])
         settings = self._config.optimizer
         adopt_learning_rates(loaded["optimizer"], settings.lr, settings.min_lr)
         add_own_settings(self._optimizer, loaded["optimizer"])
@@ -174,7 +174,7 @@ class Checkpointer:
         else:
             self._average.restart()
 
-    def _save(self, progress: Progress) -> None:
+    def _save(self, progress: TrainingProgress) -> None:
         set_num_updates(self._optimizer, progress.updates)
         temporary = [""]
         if self._context.rank == 0:
@@ -196,7 +196,7 @@ class Checkpointer:
             request.add_finalize_fn(lambda: self._complete(Path(temporary[0])))
             self._background.start(request)
 
-    def _state(self, progress: Progress, *, is_loading: bool) -> dict[str, Any]:
+    def _state(self, progress: TrainingProgress, *, is_loading: bool) -> dict[str, Any]:
         metadata = checkpoint_metadata(self._context)
         models = model_state(self._chunks, metadata)
         flat = models["model0"] if len(models) == 1 else models

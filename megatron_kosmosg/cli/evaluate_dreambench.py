@@ -178,9 +178,9 @@ def _record(case: Case, data: dict[str, Path], args: argparse.Namespace) -> Prom
         AUTHORS_IMAGES,
         authors_noise_row,
     )
-    from megatron_kosmosg.inference.prompt_records import NoiseRow, Part, PromptRecord
+    from megatron_kosmosg.inference.prompt_records import NoiseRow, PromptPart, PromptRecord
 
-    parts: list[Part] = [case.words[0]]
+    parts: list[PromptPart] = [case.words[0]]
     for subject, words in zip(case.subjects, case.words[1:], strict=True):
         parts += [data[subject.name], words]
     content = tuple(part for part in parts if part != "")

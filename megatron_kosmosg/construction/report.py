@@ -33,7 +33,7 @@ class StepCounts:
 
 
 @dataclass
-class Report:
+class ConstructionReport:
     """All steps, and what the records look like."""
 
     steps: list[StepCounts]
@@ -92,9 +92,9 @@ class Report:
         return ", ".join([f"{self.num_records:,} records made", *said])
 
 
-def make_report(folders: Sequence[StepFolder], num_shards: int) -> Report:
+def make_report(folders: Sequence[StepFolder], num_shards: int) -> ConstructionReport:
     """Makes the report from the rows of finished steps."""
-    report = Report([], Counter(), Counter(), Counter(), Counter())
+    report = ConstructionReport([], Counter(), Counter(), Counter(), Counter())
     for folder in folders:
         counts = StepCounts(folder.path.name)
         for shard in range(num_shards):
@@ -104,7 +104,7 @@ def make_report(folders: Sequence[StepFolder], num_shards: int) -> Report:
     return report
 
 
-def _count(row: Row, counts: StepCounts, report: Report) -> None:
+def _count(row: Row, counts: StepCounts, report: ConstructionReport) -> None:
     counts.left_out.update(row.get("left_out", ()))
     if "rejected" in row:
         counts.rejected[row["rejected"]] += 1

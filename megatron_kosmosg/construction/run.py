@@ -22,7 +22,7 @@ from megatron_kosmosg.construction.model_folders import check_type, model_type
 from megatron_kosmosg.construction.on_demand import OnDemand
 from megatron_kosmosg.construction.plan import Plan, make_plan
 from megatron_kosmosg.construction.records import ImageFormat
-from megatron_kosmosg.construction.report import Report, make_report
+from megatron_kosmosg.construction.report import ConstructionReport, make_report
 from megatron_kosmosg.construction.rows import StepFolder
 from megatron_kosmosg.construction.sources import find_sources
 from megatron_kosmosg.construction.square_images import SquareImages
@@ -83,7 +83,7 @@ class Built:
     records: StepFolder | None
     """None: the run was to stop before."""
     num_shards: int
-    report: Report | None
+    report: ConstructionReport | None
     """None while others still work."""
 
 

@@ -12,11 +12,11 @@ from megatron_kosmosg.construction.on_demand import OnDemand
 from megatron_kosmosg.construction.rows import Row, StepFolder
 from megatron_kosmosg.launcher import RankInfo
 
-Report = Callable[[str, int, int], None]
+StepProgress = Callable[[str, int, int], None]
 """Called with (name of the step, finished, to do) shards of this process, first with 0."""
 
 
-class Work(Protocol):
+class StepWork(Protocol):
     """What a step does: it makes rows of the images of a shard."""
 
     def rows(self, shard: int) -> Iterator[Row]:
@@ -29,14 +29,16 @@ class Step:
     """One step of a run, and the folder of its rows."""
 
     folder: StepFolder
-    work: Work
+    work: StepWork
     settings: dict[str, Any]
     """Everything that its rows depend on, besides the step before it."""
     model: OnDemand[Any] | None = None
     """What it may hold in memory."""
 
 
-def run_steps(steps: Sequence[Step], num_shards: int, rank_info: RankInfo, report: Report) -> None:
+def run_steps(
+    steps: Sequence[Step], num_shards: int, rank_info: RankInfo, report: StepProgress
+) -> None:
     """Finishes this process's shards.
 
     Raises ValueError before any work if the folder of a step was begun with other settings.

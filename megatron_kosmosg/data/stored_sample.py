@@ -27,22 +27,22 @@ PartSizes = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """One part of a sample, ready to be written."""
 
     mode: int
     data: bytes
 
     @staticmethod
-    def tokens(ids: np.ndarray) -> Part:
+    def tokens(ids: np.ndarray) -> StoredPart:
         """Makes a part of token ids."""
-        return Part(TOKENS, ids.astype(TOKEN_TYPE).tobytes())
+        return StoredPart(TOKENS, ids.astype(TOKEN_TYPE).tobytes())
 
     @staticmethod
-    def json(value: dict[str, Any]) -> Part:
+    def json(value: dict[str, Any]) -> StoredPart:
         """Makes a part of a small JSON object."""
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        return Part(JSON, text.encode("utf-8"))
+        return StoredPart(JSON, text.encode("utf-8"))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from megatron_kosmosg.demo.requests import (
 )
 from megatron_kosmosg.demo.studio import (
     Cancelled,
-    Progress,
+    ProgressCallback,
     SteppingGenerator,
     Studio,
     step_reporter,
@@ -46,7 +46,7 @@ def generate_batch(
     images: Sequence[Path],
     defaults: GenerationRequest,
     folder: Path,
-    progress: Progress,
+    progress: ProgressCallback,
     stop: threading.Event,
 ) -> Path:
     """Generates a list of prompts. Returns `folder`/images.zip, which has every image, and a sheet

@@ -29,7 +29,7 @@ from megatron_kosmosg.inference.prompt_records import (
 DEFAULTS = GenerationOptions(
     negative_prompt="", seed=0, num_images=1, steps=50, guidance=6.0, height=None, width=None
 )
-Progress = Callable[[float, str], None]
+ProgressCallback = Callable[[float, str], None]
 """Called with the share that is done, 0 to 1, and words for people."""
 
 
@@ -145,7 +145,11 @@ class Studio:
         return ["ControlNet"] * (not has_control) + ["LoRA"] * (not has_loras)
 
     def generate(
-        self, request: GenerationRequest, folder: Path, progress: Progress, stop: threading.Event
+        self,
+        request: GenerationRequest,
+        folder: Path,
+        progress: ProgressCallback,
+        stop: threading.Event,
     ) -> list[Path]:
         """PNG files of the request in `folder`, each of which says its settings.
 
@@ -206,7 +210,9 @@ class SteppingGenerator:
         return self._image_generator.generate(planned_images, self._on_step)
 
 
-def step_reporter(steps: int, progress: Progress, stop: threading.Event) -> Callable[[int], None]:
+def step_reporter(
+    steps: int, progress: ProgressCallback, stop: threading.Event
+) -> Callable[[int], None]:
     """Says each step with the time left, and raises Cancelled when `stop` is set."""
     started = time.monotonic()
 

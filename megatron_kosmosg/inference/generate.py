@@ -22,7 +22,7 @@ from megatron_kosmosg.inference.prompt_records import PromptRecord, open_image
 
 MIN_CELL, MAX_CELL = 128, 256
 
-Report = Callable[[int, int], None]
+ImageProgress = Callable[[int, int], None]
 """Called with (finished, all) images of this rank."""
 
 
@@ -59,7 +59,7 @@ def group_key(planned: PlannedImage) -> tuple[object, ...]:
     return *size, options.steps, options.guidance, options.num_images, start
 
 
-def generate(job: Job, open_generator: Callable[[], ImageGenerator], report: Report) -> int:
+def generate(job: Job, open_generator: Callable[[], ImageGenerator], report: ImageProgress) -> int:
     """Generates this rank's missing images and returns their number. The model is opened only if a
     image is missing.
 

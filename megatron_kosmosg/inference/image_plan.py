@@ -19,8 +19,8 @@ from megatron_kosmosg.data.tokenizer import IMAGE as PLACEHOLDER
 from megatron_kosmosg.inference.prompt_records import (
     OPTION_FIELDS,
     GenerationOptions,
-    Part,
     PromptError,
+    PromptPart,
     PromptRecord,
     open_image,
 )
@@ -155,7 +155,7 @@ class ImagePlan:
             settings["strength"] = strength
         return settings
 
-    def _described(self, part: Part) -> dict[str, str]:
+    def _described(self, part: PromptPart) -> dict[str, str]:
         if isinstance(part, str):
             return {"text": part}
         return {"image": self._read_image(part)[0]}

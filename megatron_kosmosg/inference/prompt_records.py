@@ -30,7 +30,7 @@ from megatron_kosmosg.data.image_types import UnreadableImage
 from megatron_kosmosg.data.tokenizer import IMAGE as PLACEHOLDER
 from megatron_kosmosg.foreign_files import OutsideFolder, inside, parse_json, read_file
 
-Part = str | Path
+PromptPart = str | Path
 """Words, or the file of an image."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
@@ -90,7 +90,7 @@ class PromptRecord:
 
     id: str | None
     """Names its images; None until its settings are known."""
-    content: tuple[Part, ...]
+    content: tuple[PromptPart, ...]
     options: GenerationOptions = field(default_factory=GenerationOptions)
     noise: tuple[NoiseRow, ...] = ()
     """Start noise of each of its images in place of what their seeds give."""
@@ -187,11 +187,11 @@ def _check_place(image: Path, folder: Path, place: str, image_root: Path | None)
         ) from None
 
 
-def interleaved_content(given: Any, folder: Path, place: str) -> tuple[Part, ...]:
+def interleaved_content(given: Any, folder: Path, place: str) -> tuple[PromptPart, ...]:
     """The parts of `[{"text": ..} or {"image": file}, ...]`."""
     if not isinstance(given, list) or not given:
         raise PromptError(f"{place}: content is a list of text and image entries")
-    content: list[Part] = []
+    content: list[PromptPart] = []
     for entry in given:
         if not isinstance(entry, dict) or list(entry) not in (["text"], ["image"]):
             raise PromptError(
@@ -205,7 +205,9 @@ def interleaved_content(given: Any, folder: Path, place: str) -> tuple[Part, ...
     return tuple(content)
 
 
-def _placeholder_content(prompt: Any, images: Any, folder: Path, place: str) -> tuple[Part, ...]:
+def _placeholder_content(
+    prompt: Any, images: Any, folder: Path, place: str
+) -> tuple[PromptPart, ...]:
     if not isinstance(prompt, str):
         raise PromptError(f"{place}: prompt is a string, not {_short(prompt)}")
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
@@ -213,7 +215,7 @@ def _placeholder_content(prompt: Any, images: Any, folder: Path, place: str) -> 
     return split_prompt(prompt, [folder / image for image in images], place)
 
 
-def split_prompt(prompt: str, images: Sequence[Path], place: str) -> tuple[Part, ...]:
+def split_prompt(prompt: str, images: Sequence[Path], place: str) -> tuple[PromptPart, ...]:
     """The parts of `prompt`, an image in the place of every `<image>`."""
     fragments = prompt.split(PLACEHOLDER)
     if len(fragments) - 1 != len(images):
@@ -221,7 +223,7 @@ def split_prompt(prompt: str, images: Sequence[Path], place: str) -> tuple[Part,
             f"{place}: {len(fragments) - 1} {PLACEHOLDER} in the prompt but {len(images)} "
             f"image(s) given; write {PLACEHOLDER} once where each image goes"
         )
-    content: list[Part] = []
+    content: list[PromptPart] = []
     for i, fragment in enumerate(fragments):
         if i:
             content.append(images[i - 1])

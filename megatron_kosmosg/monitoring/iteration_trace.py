@@ -22,11 +22,11 @@ from megatron_kosmosg.monitoring.spans import (
     UNET,
     WAIT,
     MegatronTimers,
-    Record,
+    RecordSpan,
     Spans,
     no_record,
 )
-from megatron_kosmosg.monitoring.trace_exchange import Part, TraceExchange
+from megatron_kosmosg.monitoring.trace_exchange import TraceExchange, TracePart
 from megatron_kosmosg.parallel.context import ParallelContext
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ ITERATION = "iteration"
 class Recorded(Protocol):
     """What names stretches of its time through a record that it is given."""
 
-    record: Record
+    record: RecordSpan
 
 
 class DecoderTrace:
@@ -107,7 +107,7 @@ class DecoderTrace:
                 self._recorded.record = no_record
 
 
-def chrome_trace(parts: dict[int, Part]) -> dict[str, Any]:
+def chrome_trace(parts: dict[int, TracePart]) -> dict[str, Any]:
     """The parts as one object of the format, cut to the iteration, times from its begin in us.
 
     Stretches of score ranks get the number of the micro-batch whose condition was of their sample,
@@ -151,7 +151,7 @@ def chrome_trace(parts: dict[int, Part]) -> dict[str, Any]:
 
 
 _ARROWS = {SEND: ("s", 0.0), UNET: ("t", 0.5), WAIT: ("f", 1.0)}
-"""Part of an arrow that a stretch is, and where in it: a condition's way to its answer."""
+"""The part of an arrow that a stretch is, and where in it: a condition's way to its answer."""
 
 
 def _arrow(event: dict[str, Any]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from megatron_kosmosg.parallel.devices import has_stream, timing_event
 About = int | torch.Tensor
 """What a stretch worked on: a number, or a tensor of numbers whose least is meant, which is read
 only when the trace is written: reading it earlier would stop a GPU."""
-Record = Callable[..., AbstractContextManager[None]]
+RecordSpan = Callable[..., AbstractContextManager[None]]
 """`with record("name", about=1):` names what happens inside; see Spans."""
 
 SEND, WAIT = "send condition", "wait for answer"

@@ -23,7 +23,7 @@ _ASKED = 8
 
 
 @dataclass(frozen=True)
-class Part:
+class TracePart:
     """What one rank did: its share of the trace."""
 
     name: str
@@ -44,17 +44,17 @@ class TraceExchange:
 
     def publish(self, name: str, spans: Sequence[Span]) -> None:
         """Leaves this rank's part where rank 0 finds it."""
-        part = Part(name, [self._on_shared_clock(span) for span in spans])
+        part = TracePart(name, [self._on_shared_clock(span) for span in spans])
         self._store.set(_key(self._rank), zlib.compress(json.dumps(asdict(part)).encode()))
 
-    def collected(self, *, only_all: bool) -> dict[int, Part]:
+    def collected(self, *, only_all: bool) -> dict[int, TracePart]:
         """The parts that have come, by rank; with only_all, none before all have come. Never
         waits."""
         keys = [_key(rank) for rank in range(self._world_size)]
         if only_all and not self._store.check(keys):
             return {}
         return {
-            rank: Part(**json.loads(zlib.decompress(self._store.get(key))))
+            rank: TracePart(**json.loads(zlib.decompress(self._store.get(key))))
             for rank, key in enumerate(keys)
             if self._store.check([key])
         }

@@ -27,7 +27,7 @@ from megatron_kosmosg.training.stage import Stage
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """The parameters of one module of the stage."""
 
     trainable: int
@@ -58,7 +58,7 @@ class ModelShares:
 
 @dataclass(frozen=True)
 class ModelCounts:
-    parts: dict[str, Part]
+    parts: dict[str, ModelPart]
     """Every module of the stage, frozen helpers (text encoder, U-Net, VAE) included."""
     ranks: list[RankCount]
     """One entry per pipeline rank; its tensor-parallel ranks hold equal numbers. The frozen
@@ -78,20 +78,20 @@ class ModelCounts:
 def count_model(config: RunConfig) -> ModelCounts:
     """The counts of the stage and layout in `config`; allocates nothing, reads at most configs."""
     model = whole_model(config)
-    parts: dict[str, Part] = {}
+    parts: dict[str, ModelPart] = {}
     for name, child in model.named_children():
         trainable, frozen = trained_and_frozen(child)
         if trainable + frozen:
-            parts[name] = Part(trainable, frozen)
+            parts[name] = ModelPart(trainable, frozen)
     rows, width = model.embedding.word_embeddings.weight.shape
     padding = (rows - config.model.vocab_size) * width
     is_trained = parts["embedding"].trainable > 0
-    parts["embedding"] = Part(
+    parts["embedding"] = ModelPart(
         parts["embedding"].trainable - padding * is_trained,
         parts["embedding"].frozen - padding * (not is_trained),
     )
     helpers = frozen_helpers(config)
-    parts.update({name: Part(0, count) for name, count in helpers.items()})
+    parts.update({name: ModelPart(0, count) for name, count in helpers.items()})
     shares = model_shares(config, model)
     *before, last = shares.counts
     if not has_score_ranks(config):

@@ -9,7 +9,7 @@ from megatron_kosmosg.planning.gpus import Efficiency, Gpu
 
 
 @dataclass(frozen=True)
-class Work:
+class ModuleWork:
     """FLOPs of one module on one rank for one micro-batch."""
 
     module: str
@@ -36,7 +36,7 @@ class Rates:
     precision: str
     efficiency: Efficiency
 
-    def seconds(self, work: Work, flops: float) -> float:
+    def seconds(self, work: ModuleWork, flops: float) -> float:
         """The seconds that `flops` of some work take, at the share of the peak that its batch
         reaches."""
         if not flops:

@@ -19,54 +19,56 @@ from megatron_kosmosg.models.pipeline_stage_specs import PipelineStageSpec
 from megatron_kosmosg.planning import communication as comm
 from megatron_kosmosg.planning.gpus import Gpu
 from megatron_kosmosg.planning.launches import launches, score_launches
-from megatron_kosmosg.planning.rates import Rates, Work
+from megatron_kosmosg.planning.rates import ModuleWork, Rates
 from megatron_kosmosg.planning.workload import MicroBatch
 from megatron_kosmosg.stages import stage_facts
 
 
 def stage_work(
     config: RunConfig, spec: PipelineStageSpec, is_last: bool, batch: MicroBatch
-) -> list[Work]:
+) -> list[ModuleWork]:
     """The modules on a rank of one pipeline stage, the frozen U-Net left out."""
     tp = config.parallel.tensor_model_parallel_size
     rows, positions = batch.rows, batch.positions
     is_first = spec.first_decoder_layer == 0
     facts = stage_facts(config.stage)
     again = 1 if config.training.recompute == "full" else 0
-    done: list[Work] = []
+    done: list[ModuleWork] = []
     if is_first and batch.prompt_images:
         seen = flops.vision_flops(config, batch.prompt_images)
         trained = flops.trained_vision_flops(config, batch.prompt_images)
         trained *= flops.updates(config, "vision_encoder") - 1
-        done.append(Work("vision", "vision", seen, trained, batch.prompt_images))
+        done.append(ModuleWork("vision", "vision", seen, trained, batch.prompt_images))
         resampled = flops.resampler_flops(config, batch.prompt_images) / tp
         queries = batch.prompt_images * config.model.resampler.num_latent_queries / tp
         back = resampled * (flops.updates(config, "resampler") - 1)
-        done.append(Work("resampler", "aligner", resampled, back, queries))
+        done.append(ModuleWork("resampler", "aligner", resampled, back, queries))
     if spec.num_decoder_layers:
         share = spec.num_decoder_layers / config.model.decoder.num_layers
         forward = flops.decoder_flops(config, positions, rows) * share / tp
         added = flops.adapter_flops(config, positions) * share / tp
         back = forward * (flops.updates(config, "decoder") - 1) + 2 * added
         backward = back + again * (forward + added) if facts.trains_decoder else 0.0
-        done.append(Work("decoder", "decoder", forward + added, backward, positions / tp))
+        done.append(ModuleWork("decoder", "decoder", forward + added, backward, positions / tp))
     for part in spec.aligner_parts:
         formula = flops.aligner_m_flops if part == "M" else flops.aligner_n_flops
         forward = formula(config, positions, rows) / tp
         back = flops.updates(config, "aligner_m") - 1 if part == "M" else 2
         done.append(
-            Work(f"aligner_{part}", "aligner", forward, forward * (back + again), positions / tp)
+            ModuleWork(
+                f"aligner_{part}", "aligner", forward, forward * (back + again), positions / tp
+            )
         )
     if is_last and facts.has_output_head:
         forward = flops.head_flops(config, positions) / tp
-        done.append(Work("head", "decoder", forward, 2 * forward, positions / tp))
+        done.append(ModuleWork("head", "decoder", forward, 2 * forward, positions / tp))
     if is_last and facts.has_text_encoder:
         forward = flops.clip_text_flops(config, batch.images)
-        done.append(Work("clip_text", "aligner", forward, 0.0, batch.images * 77.0))
+        done.append(ModuleWork("clip_text", "aligner", forward, 0.0, batch.images * 77.0))
     return done
 
 
-def score_work(config: RunConfig, images: float) -> list[Work]:
+def score_work(config: RunConfig, images: float) -> list[ModuleWork]:
     """The frozen U-Net, and the VAE's encoder unless its moments are cached, on `images` images."""
     counted = diffusion_flops(
         config.model.diffusion.path,
@@ -75,10 +77,12 @@ def score_work(config: RunConfig, images: float) -> list[Work]:
     )
     again = counted.forward if config.score.recompute else 0
     done = [
-        Work("unet", "unet", images * counted.forward, images * (counted.backward + again), images)
+        ModuleWork(
+            "unet", "unet", images * counted.forward, images * (counted.backward + again), images
+        )
     ]
     if config.data.latent_cache is None:
-        done.append(Work("vae", "vae", images * counted.encode, 0.0, images))
+        done.append(ModuleWork("vae", "vae", images * counted.encode, 0.0, images))
     return done
 
 
@@ -118,7 +122,7 @@ _WHOLE = ("vision", "clip_text")
 """Modules that every tensor-parallel rank computes whole."""
 
 
-def _recomputed(work: Work) -> float:
+def _recomputed(work: ModuleWork) -> float:
     """The forward pass that full recomputation repeats."""
     stacks = ("decoder", "aligner_M", "aligner_N")
     return work.forward if work.module in stacks and work.backward else 0.0

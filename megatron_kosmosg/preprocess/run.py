@@ -49,7 +49,7 @@ from megatron_kosmosg.preprocess.sharded import (
 from megatron_kosmosg.preprocess.work_folder import WorkFolder
 from megatron_kosmosg.preprocess.workers import LocalWorkers, Workers
 
-Progress = Callable[[int, int, Counts], None]
+ShardProgress = Callable[[int, int, Counts], None]
 """Called with (shards done, shards in all, counts so far), first with none."""
 
 
@@ -96,14 +96,16 @@ class PreprocessJob:
 
 
 @dataclass(frozen=True)
-class Report:
+class PreprocessReport:
     """What a preprocessing run did."""
 
     counts: Counts
     seconds: float
 
 
-def preprocess(job: PreprocessJob, progress: Progress, workers: Workers | None = None) -> Report:
+def preprocess(
+    job: PreprocessJob, progress: ShardProgress, workers: Workers | None = None
+) -> PreprocessReport:
     """Writes the dataset `job.output_prefix`, replacing an older one.
 
     Args:
@@ -144,7 +146,7 @@ def preprocess(job: PreprocessJob, progress: Progress, workers: Workers | None =
         workers.lead(folder.remove)
     finally:
         folder.close()
-    return Report(counts, time.perf_counter() - started)
+    return PreprocessReport(counts, time.perf_counter() - started)
 
 
 def _refuse_to_overwrite(job: PreprocessJob, inputs: list[Input], folder: WorkFolder) -> None:
@@ -202,7 +204,7 @@ def _work(
     job: PreprocessJob,
     jobs: list[ShardJob],
     folder: WorkFolder,
-    progress: Progress,
+    progress: ShardProgress,
     workers: Workers,
 ) -> Counts:
     counts = Counts()

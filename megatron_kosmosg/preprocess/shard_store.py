@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_kosmosg.data.kinds.kind import SampleKind
-from megatron_kosmosg.data.stored_sample import Part
+from megatron_kosmosg.data.stored_sample import StoredPart
 
 KEY_TYPE = np.dtype("S16")
 _TOGETHER = 4096
@@ -93,7 +93,7 @@ class ShardWriter:
 
     def add(
         self,
-        parts: list[Part],
+        parts: list[StoredPart],
         sentences: np.ndarray,
         num_tokens: int,
         num_images: int,

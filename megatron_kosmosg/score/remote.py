@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_kosmosg.data.balance import share
 from megatron_kosmosg.monitoring.signals import STOP_SIGNALS
-from megatron_kosmosg.monitoring.spans import SEND, WAIT, Record, no_record
+from megatron_kosmosg.monitoring.spans import SEND, WAIT, RecordSpan, no_record
 from megatron_kosmosg.monitoring.stopwatch import Stopwatch
 from megatron_kosmosg.parallel.transfers import Download, upload
 from megatron_kosmosg.score.fleet import Fleet
@@ -80,7 +80,7 @@ class RemoteScore:
         self._signal = 0
         self._left_out = torch.zeros((), device=device)
         self._waits: list[Stopwatch] = []
-        self.record: Record = no_record
+        self.record: RecordSpan = no_record
         """Names what this rank sends and waits for, while a trace is made."""
 
     def prepare(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.launcher import find_rank_info
 from megatron_kosmosg.monitoring.iteration_trace import open_exchange
-from megatron_kosmosg.monitoring.spans import Record, Spans, no_record
+from megatron_kosmosg.monitoring.spans import RecordSpan, Spans, no_record
 from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.messages import Kind, Request
 
@@ -17,7 +17,7 @@ from megatron_kosmosg.score.messages import Kind, Request
 class ScoreTrace:
     """Records what this rank does and hands it over once."""
 
-    record: Record
+    record: RecordSpan
     """Names stretches of time for as long as the trace needs them."""
 
     def __init__(self, config: RunConfig, rank: ScoreRank) -> None:

@@ -16,7 +16,7 @@ BACKGROUND_ENTITY_SHARE = 1 / 3
 INTERLEAVED_ITEMS = ("subject", "subject", "subject", "scene", "inline")
 SENTENCES = ("caption", "subject", "instruction")
 
-Record = tuple[dict[str, Any], dict[str, Any]]
+ToyRecord = tuple[dict[str, Any], dict[str, Any]]
 """A record, and what only a held-out record tells besides."""
 
 
@@ -43,7 +43,7 @@ def _subject(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str]:
     return subject_scene(entity, background, _seed(rng)), noun_phrase(entity, "mix", rng)
 
 
-def text(rng: np.random.Generator, heldout: bool, images: Images) -> Record:
+def text(rng: np.random.Generator, heldout: bool, images: Images) -> ToyRecord:
     """A record {"text"}."""
     return {"text": document(rng, heldout)}, {}
 
@@ -67,14 +67,14 @@ def _sentence(rng: np.random.Generator, heldout: bool) -> str:
     return f"{start}{said} ."
 
 
-def captioned(rng: np.random.Generator, heldout: bool, images: Images) -> Record:
+def captioned(rng: np.random.Generator, heldout: bool, images: Images) -> ToyRecord:
     """A record {"image", "caption"}."""
     scene = _scene(rng, heldout)
     said = caption(scene, "mix", _seed(rng))
     return {"image": images.add(scene), "caption": said}, {"scene": scene.to_json()}
 
 
-def interleaved(rng: np.random.Generator, heldout: bool, images: Images) -> Record:
+def interleaved(rng: np.random.Generator, heldout: bool, images: Images) -> ToyRecord:
     """A record {"content"}: images, each followed by the words that name it."""
     content: list[dict[str, str]] = []
     shown: list[Scene] = []
@@ -118,7 +118,7 @@ def _inline(
     say(f"{whole[start:]} .")
 
 
-def compositional(rng: np.random.Generator, heldout: bool, images: Images) -> Record:
+def compositional(rng: np.random.Generator, heldout: bool, images: Images) -> ToyRecord:
     """A record {"caption", "image", "entities"}; every entity has an image of its own."""
     scene = _scene(rng, heldout)
     parts = caption_parts(scene, "mix", _seed(rng))
@@ -135,7 +135,7 @@ def compositional(rng: np.random.Generator, heldout: bool, images: Images) -> Re
     return record, {"scene": scene.to_json()}
 
 
-def edit(rng: np.random.Generator, heldout: bool, images: Images) -> Record:
+def edit(rng: np.random.Generator, heldout: bool, images: Images) -> ToyRecord:
     """A record {"caption", "image", "instruction", "target"}."""
     scene = _scene(rng, heldout, 1)
     instruction, edited = sample_edit(scene, rng)
@@ -148,7 +148,7 @@ def edit(rng: np.random.Generator, heldout: bool, images: Images) -> Record:
     return record, {"scene": edited.to_json()}
 
 
-WRITERS: dict[str, Callable[[np.random.Generator, bool, Images], Record]] = {
+WRITERS: dict[str, Callable[[np.random.Generator, bool, Images], ToyRecord]] = {
     "text": text,
     "caption": captioned,
     "interleaved": interleaved,

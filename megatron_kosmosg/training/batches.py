@@ -26,7 +26,7 @@ Batch = dict[str, torch.Tensor]
 
 
 @dataclass
-class Work:
+class UpdateWork:
     """What went through the model on this replica."""
 
     tokens: int = 0
@@ -61,7 +61,7 @@ class BatchFeed:
         """
         self._dataset, self._config, self._context, self._split = dataset, config, context, split
         self._exchange: ReplacementExchange | None = None
-        self._work = Work()
+        self._work = UpdateWork()
         self._loader: MicroBatchIterator | None = None
         if context.tp_rank == 0:  # the other tensor-parallel ranks get the batch by broadcast
             self._loader = MicroBatchIterator(
@@ -110,9 +110,9 @@ class BatchFeed:
         """One iterator per model chunk of this rank, all over the same batches."""
         return list(itertools.tee(self, num_chunks)) if num_chunks > 1 else [self]
 
-    def pop_work(self) -> Work:
+    def pop_work(self) -> UpdateWork:
         """The work since the last call."""
-        work, self._work = self._work, Work()
+        work, self._work = self._work, UpdateWork()
         return work
 
     def pop_wait(self) -> float:

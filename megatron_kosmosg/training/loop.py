@@ -12,7 +12,7 @@ from megatron_kosmosg.checkpoint.newest import newest_checkpoint, resume
 from megatron_kosmosg.checkpoint.rng_state import restore_rng_state, rng_state
 from megatron_kosmosg.checkpoint.save_and_resume import (
     Checkpointer,
-    Progress,
+    TrainingProgress,
 )
 from megatron_kosmosg.config.load import to_yaml
 from megatron_kosmosg.config.paths import heartbeat_file, output_folder
@@ -115,7 +115,7 @@ def _fit(
         data.fingerprints(),
         trained.average,
     )
-    progress, resumed = Progress(), None
+    progress, resumed = TrainingProgress(), None
     if resume_from is not None:
         resumed = resume(checkpointer, context, resume_from)
         progress = resumed.progress
@@ -232,7 +232,7 @@ def _fit(
     return not stopping
 
 
-def _advance(progress: Progress, config: RunConfig, update: Update) -> None:
+def _advance(progress: TrainingProgress, config: RunConfig, update: Update) -> None:
     progress.iteration += 1
     progress.consumed_train_samples += config.training.global_batch_size
     progress.bad_samples += update.totals.work.bad_samples

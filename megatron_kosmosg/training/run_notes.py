@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_kosmosg.checkpoint.newest import Resumed
-from megatron_kosmosg.checkpoint.save_and_resume import Progress
+from megatron_kosmosg.checkpoint.save_and_resume import TrainingProgress
 from megatron_kosmosg.config.paths import trace_file
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.monitoring.stragglers import Stragglers
@@ -15,7 +15,7 @@ SLOW_RATIO = 1.5
 """A slowest rank above this multiple of the median is worth a line."""
 
 
-def note_skipped(display: ProgressDisplay, progress: Progress, config: RunConfig) -> None:
+def note_skipped(display: ProgressDisplay, progress: TrainingProgress, config: RunConfig) -> None:
     """Counts a skipped update in the log. Raises FloatingPointError at the configured limit."""
     limit = config.training.max_nonfinite_iters
     display.say(
@@ -33,7 +33,7 @@ LAST_UPDATES = 5
 """So many updates, or all of a shorter run, that are not finite are no end of a training."""
 
 
-def refuse_nonfinite_end(progress: Progress, config: RunConfig) -> None:
+def refuse_nonfinite_end(progress: TrainingProgress, config: RunConfig) -> None:
     """Raises FloatingPointError for a finished run whose last updates were all left out."""
     if progress.nonfinite_in_a_row >= min(LAST_UPDATES, config.training.train_iters):
         raise FloatingPointError(

@@ -23,7 +23,7 @@ from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.parallel.transfers import upload_numbers
 from megatron_kosmosg.score.remote import RemoteScore, ScoreWork
 from megatron_kosmosg.score.schedule import forward_backward_function
-from megatron_kosmosg.training.batches import Batch, BatchFeed, Work
+from megatron_kosmosg.training.batches import Batch, BatchFeed, UpdateWork
 from megatron_kosmosg.training.optimizer import apply_update, squared_gradient_norm
 from megatron_kosmosg.training.stage import Stage
 
@@ -34,7 +34,7 @@ class Totals:
 
     losses: dict[str, float]
     """`loss` and its parts, means over the global batch's items."""
-    work: Work
+    work: UpdateWork
     data_wait: float
     """Seconds a loading rank waited for data, mean over those ranks."""
     score: ScoreWork = field(default_factory=ScoreWork)
@@ -163,7 +163,7 @@ class Reporter:
         idle, unanswered, ranks, queued, latency = numbers[-5:]
         counts = map(int, (num_bytes, bad_samples, unanswered, ranks, queued))
         score = ScoreWork(waited, idle, *counts, latency / context.dp_size)
-        work = Work(*map(int, (*done, bad_samples)))
+        work = UpdateWork(*map(int, (*done, bad_samples)))
         return Totals(means, work, wait / loaders, score), known
 
 

@@ -29,7 +29,7 @@ from megatron_kosmosg.data.random_keys import SampleKey
 from megatron_kosmosg.data.samples import Prompt
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
 from megatron_kosmosg.data.store import SampleStore
-from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part, PartSizes, RawSample
+from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, PartSizes, RawSample, StoredPart
 from megatron_kosmosg.planning.gpus import GPUS
 from megatron_kosmosg.toy import assets
 from megatron_kosmosg.toy.captions import caption as toy_caption
@@ -51,7 +51,11 @@ def convert(record: Record, use: Conversion) -> Converted:
     images = [use.image(record, record.fields, name) for name in ("before", "after")]
     info = {"key": record.key, "words": words}
     info |= extra_fields(record.fields, ("key", "words", "before", "after"))
-    parts = [Part.json(info), *(Part(IMAGE, data) for data in images), Part.tokens(ids)]
+    parts = [
+        StoredPart.json(info),
+        *(StoredPart(IMAGE, data) for data in images),
+        StoredPart.tokens(ids),
+    ]
     return Converted(parts)
 
 

@@ -13,7 +13,7 @@ from megatron_kosmosg.config.schema import LoggingConfig, RunConfig, TrainingCon
 from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.monitoring.iteration_trace import chrome_trace
 from megatron_kosmosg.monitoring.spans import MegatronTimers, Spans
-from megatron_kosmosg.monitoring.trace_exchange import Part
+from megatron_kosmosg.monitoring.trace_exchange import TracePart
 from megatron_kosmosg.stages.pretrain_facts import PRETRAIN
 
 
@@ -68,7 +68,9 @@ def test_file_is_cut_to_the_iteration_and_names_micro_batches_of_score_ranks():
         stretch("U-Net", 100.3, 100.85, lane="GPU", sample=40),
         stretch("idle", 100.8, 105.0),
     ]
-    trace = chrome_trace({0: Part("rank 0: decoder", decoder), 1: Part("rank 1: score", score)})
+    trace = chrome_trace(
+        {0: TracePart("rank 0: decoder", decoder), 1: TracePart("rank 1: score", score)}
+    )
     shown = [
         (e["pid"], e["tid"], e["name"], round(e["ts"] / 1e6, 6), round(e["dur"] / 1e6, 6))
         for e in trace["traceEvents"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_kosmosg.checkpoint.save_and_resume import Checkpointer, Progress
+from megatron_kosmosg.checkpoint.save_and_resume import Checkpointer, TrainingProgress
 from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.rank_grid import rank_grid
@@ -63,7 +63,7 @@ def saved(config: RunConfig) -> float:
         checkpointer = Checkpointer(config, context, *run, {}, trained.average)
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now's
         before = in_status("VmRSS")
-        checkpointer.save(Progress(1, 8, 1))
+        checkpointer.save(TrainingProgress(1, 8, 1))
         return in_status("VmHWM") - before
     finally:
         platform.teardown()

@@ -13,7 +13,7 @@ from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.planning.dry_run import describe
 from megatron_kosmosg.planning.gpus import GPUS, Efficiency
-from megatron_kosmosg.planning.model_counts import Part, count_model
+from megatron_kosmosg.planning.model_counts import ModelPart, count_model
 from megatron_kosmosg.planning.plan import make_plan
 from megatron_kosmosg.planning.rank_map import rank_table
 
@@ -50,27 +50,27 @@ TOWER_TRAINED, TOWER_FROZEN = 12_598_272, 290_581_504
     [
         (
             "pretrain",
-            {name: Part(count, 0) for name, count in LANGUAGE_MODEL.items()}
-            | {"vision_encoder": Part(TOWER_TRAINED, TOWER_FROZEN)},
+            {name: ModelPart(count, 0) for name, count in LANGUAGE_MODEL.items()}
+            | {"vision_encoder": ModelPart(TOWER_TRAINED, TOWER_FROZEN)},
         ),
         (
             "align",
-            {name: Part(0, count) for name, count in LANGUAGE_MODEL.items()}
+            {name: ModelPart(0, count) for name, count in LANGUAGE_MODEL.items()}
             | {
-                "vision_encoder": Part(0, TOWER_TRAINED + TOWER_FROZEN),
-                "aligner_m": Part(225_461_760, 0),
-                "aligner_n": Part(250_569_728, 0),
-                "clip_text": Part(0, 123_060_480),
+                "vision_encoder": ModelPart(0, TOWER_TRAINED + TOWER_FROZEN),
+                "aligner_m": ModelPart(225_461_760, 0),
+                "aligner_n": ModelPart(250_569_728, 0),
+                "clip_text": ModelPart(0, 123_060_480),
             },
         ),
         (
             "instruct",
-            {name: Part(count, 0) for name, count in LANGUAGE_MODEL.items()}
+            {name: ModelPart(count, 0) for name, count in LANGUAGE_MODEL.items()}
             | {
-                "vision_encoder": Part(TOWER_TRAINED, TOWER_FROZEN),
-                "aligner_m": Part(225_461_760, 0),
-                "unet": Part(0, 859_520_964),
-                "vae": Part(0, 83_653_863),
+                "vision_encoder": ModelPart(TOWER_TRAINED, TOWER_FROZEN),
+                "aligner_m": ModelPart(225_461_760, 0),
+                "unet": ModelPart(0, 859_520_964),
+                "vae": ModelPart(0, 83_653_863),
             },
         ),
     ],

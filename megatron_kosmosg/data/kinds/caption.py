@@ -19,7 +19,7 @@ from megatron_kosmosg.data.kinds.kind import (
 from megatron_kosmosg.data.kinds.record import Record, extra_fields
 from megatron_kosmosg.data.samples import Prompt
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
-from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part, PartSizes, RawSample
+from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, PartSizes, RawSample, StoredPart
 
 if TYPE_CHECKING:
     from megatron_kosmosg.data.random_keys import SampleKey
@@ -35,7 +35,7 @@ def convert(record: Record, use: Conversion) -> Converted:
     image = use.image(record, record.fields, "image")
     info = {"key": record.key, "caption": caption}
     info |= extra_fields(record.fields, ("key", "caption", "image"))
-    return Converted([Part.json(info), Part.tokens(ids), Part(IMAGE, image)])
+    return Converted([StoredPart.json(info), StoredPart.tokens(ids), StoredPart(IMAGE, image)])
 
 
 def target_image(raw: RawSample) -> memoryview:

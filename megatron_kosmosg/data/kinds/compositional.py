@@ -24,7 +24,7 @@ from megatron_kosmosg.data.kinds.kind import (
 from megatron_kosmosg.data.kinds.record import Record, extra_fields, list_field
 from megatron_kosmosg.data.samples import EntityImage, Prompt
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
-from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part, PartSizes, RawSample
+from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, PartSizes, RawSample, StoredPart
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,24 +41,24 @@ def convert(record: Record, use: Conversion) -> Converted:
     target = use.image(record, fields, "image")
     placed, tail = order_entities(caption, list_field(fields, "entities"))
     described: list[dict[str, Any]] = []
-    parts = [Part(IMAGE, target)]
+    parts = [StoredPart(IMAGE, target)]
     for entity in placed:
         image = use.image(record, entity.fields, "image")
         mask = use.mask(record, entity.fields, "mask", image)
         for words in (entity.with_words, entity.without_words):
-            parts.append(Part.tokens(use.encode(words)))
-        parts.append(Part(IMAGE, image))
+            parts.append(StoredPart.tokens(use.encode(words)))
+        parts.append(StoredPart(IMAGE, image))
         if mask is not None:
-            parts.append(Part(IMAGE, mask))
+            parts.append(StoredPart(IMAGE, mask))
         kept = extra_fields(entity.fields, ("text", "span", "image", "mask"))
         described.append(
             {"text": entity.text, "span": entity.span, "has_mask": mask is not None} | kept
         )
-    parts.append(Part.tokens(use.encode(tail)))
+    parts.append(StoredPart.tokens(use.encode(tail)))
     info = {"key": record.key, "caption": caption, "entities": described}
     info |= extra_fields(fields, ("key", "caption", "entities", "image"))
     num_overlaps = len(fields["entities"]) - len(placed)
-    return Converted([Part.json(info), *parts], (OVERLAP,) * num_overlaps)
+    return Converted([StoredPart.json(info), *parts], (OVERLAP,) * num_overlaps)
 
 
 def target_image(raw: RawSample) -> memoryview:

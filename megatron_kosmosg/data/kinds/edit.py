@@ -19,7 +19,7 @@ from megatron_kosmosg.data.kinds.kind import (
 from megatron_kosmosg.data.kinds.record import Record, extra_fields, is_filled
 from megatron_kosmosg.data.samples import Prompt
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
-from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part, PartSizes, RawSample
+from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, PartSizes, RawSample, StoredPart
 
 if TYPE_CHECKING:
     from megatron_kosmosg.data.random_keys import SampleKey
@@ -35,8 +35,12 @@ def convert(record: Record, use: Conversion) -> Converted:
     images = [use.image(record, fields, name) for name in ("image", "target")]
     info = {"key": record.key, "caption": caption, "instruction": instruction}
     info |= extra_fields(fields, ("key", "caption", "instruction", "image", "target"))
-    parts = [Part.json(info), Part.tokens(caption_ids), Part.tokens(instruction_ids)]
-    parts += [Part(IMAGE, data) for data in images]
+    parts = [
+        StoredPart.json(info),
+        StoredPart.tokens(caption_ids),
+        StoredPart.tokens(instruction_ids),
+    ]
+    parts += [StoredPart(IMAGE, data) for data in images]
     return Converted(parts, () if caption else ("captions: the record has none",))
 
 

@@ -13,14 +13,14 @@ from megatron_kosmosg.data.kinds.record import (
     list_field,
     text_field,
 )
-from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, Part
+from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, StoredPart
 
 
 def convert(record: Record, use: Conversion) -> Converted:
     """Converts a record {"key", "content": [...]} whose content are texts {"text"} and images
     {"image"} in any order."""
     info = {"key": record.key} | extra_fields(record.fields, ("key", "content"))
-    parts, left_out = [Part.json(info)], []
+    parts, left_out = [StoredPart.json(info)], []
     num_images = 0
     for item in list_field(record.fields, "content"):
         if not isinstance(item, dict):
@@ -30,7 +30,7 @@ def convert(record: Record, use: Conversion) -> Converted:
         if len(given) != 1:
             raise Rejected("content item is neither text nor image", f"it has {given}")
         if given == ["text"]:
-            parts.append(Part.tokens(use.encode(text_field(item, "text"))))
+            parts.append(StoredPart.tokens(use.encode(text_field(item, "text"))))
             continue
         if num_images == use.options.max_images:
             left_out.append("images: more than --max-images")
@@ -43,7 +43,7 @@ def convert(record: Record, use: Conversion) -> Converted:
             left_out.append(f"images: {rejected.reason}")
             continue
         num_images += 1
-        parts.append(Part(IMAGE, image))
+        parts.append(StoredPart(IMAGE, image))
     if num_images < use.options.min_images:
         raise Rejected("document with too few images", str(num_images))
     if not any(part.mode == TOKENS and part.data for part in parts):

@@ -20,9 +20,9 @@ from megatron_kosmosg.data.stored_sample import (
     TOKEN_BYTES,
     TOKEN_TYPE,
     TOKENS,
-    Part,
     PartSizes,
     RawSample,
+    StoredPart,
     strip_document_end,
 )
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class Converted:
     """One sample as it is going to be stored."""
 
-    parts: list[Part]
+    parts: list[StoredPart]
     """The JSON part first."""
     left_out: tuple[str, ...] = ()
     """What the sample lacks although it is kept, such as "images: image is truncated"; one entry
