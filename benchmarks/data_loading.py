@@ -28,9 +28,9 @@ from PIL import Image
 
 from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.streams import instruct_stream
-from megatron_kosmosg.inspection.page import inspection_config
+from megatron_kosmosg.inspection.inspection_page import inspection_config
 from megatron_kosmosg.parallel import platform
-from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob, preprocess
 from megatron_kosmosg.toy import assets
 
 BATCH = 8

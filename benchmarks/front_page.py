@@ -49,8 +49,8 @@ def rows() -> list[Row]:
     from megatron_kosmosg.inference.model_source import find_model
     from megatron_kosmosg.inference.open_model import open_pipeline
     from megatron_kosmosg.toy import assets
-    from megatron_kosmosg.toy.files import NUM_PROMPTS, PROMPTS_FILE, World, write_world
     from megatron_kosmosg.toy.world import Scene
+    from megatron_kosmosg.toy.world_files import NUM_PROMPTS, PROMPTS_FILE, World, write_world
 
     pipeline = open_pipeline(
         find_model(assets.path() / "kosmosg"), torch.float32, torch.device("cpu")

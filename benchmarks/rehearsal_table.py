@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_kosmosg.cli import rehearse
-from megatron_kosmosg.rehearsal.report import GIB, peak, phase_rows
+from megatron_kosmosg.rehearsal.rehearsal_report import GIB, peak, phase_rows
 
 NAMES = (
     "pretrain_8gpu",

@@ -29,7 +29,7 @@ from megatron_kosmosg.data.streams import instruct_stream
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.models.diffusion import load_diffusion, load_vae, vae_fingerprint
 from megatron_kosmosg.preprocess.latent_moments import LatentJob, cache_latents
-from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob, preprocess
 from megatron_kosmosg.toy import assets
 
 _HALF = ((0.5,) * 3,) * 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_kosmosg.checkpoint import folder as checkpoint_folder
-from megatron_kosmosg.checkpoint.errors import DamagedCheckpoint
+from megatron_kosmosg.checkpoint.checkpoint_errors import DamagedCheckpoint
 from megatron_kosmosg.checkpoint.save_and_resume import Checkpointer, TrainingProgress
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.paths import save_folder

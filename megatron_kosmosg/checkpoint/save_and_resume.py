@@ -25,7 +25,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_kosmosg.checkpoint import folder as checkpoint_folder
 from megatron_kosmosg.checkpoint.changed_settings import check_resume
-from megatron_kosmosg.checkpoint.errors import explain_write_errors, load_state
+from megatron_kosmosg.checkpoint.checkpoint_errors import explain_write_errors, load_state
 from megatron_kosmosg.checkpoint.layout_signature import compare_layouts, layout_signature
 from megatron_kosmosg.checkpoint.optimizer_form import FormChange
 from megatron_kosmosg.checkpoint.optimizer_state import (

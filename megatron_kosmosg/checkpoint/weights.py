@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
 
+from megatron_kosmosg.checkpoint.checkpoint_errors import DamagedCheckpoint, load_state
 from megatron_kosmosg.checkpoint.description import read_description
-from megatron_kosmosg.checkpoint.errors import DamagedCheckpoint, load_state
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE
 from megatron_kosmosg.checkpoint.weight_average import AVERAGE
 from megatron_kosmosg.config.errors import ConfigError

@@ -24,8 +24,8 @@ from megatron_kosmosg.command_line import (
 from megatron_kosmosg.terminal_text import printable_lines
 
 if TYPE_CHECKING:
-    from megatron_kosmosg.construction.rows import StepFolder
-    from megatron_kosmosg.construction.run import BuildJob
+    from megatron_kosmosg.construction.build_run import BuildJob
+    from megatron_kosmosg.construction.step_rows import StepFolder
 
 EPILOG = """\
 Each step takes a local folder of transformers or a JSONL file of your own:
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from megatron_kosmosg.construction.run import SHEET_FILE, ModelSettings, build
+    from megatron_kosmosg.construction.build_run import SHEET_FILE, ModelSettings, build
     from megatron_kosmosg.files import fingerprint
     from megatron_kosmosg.launcher import find_worker
     from megatron_kosmosg.parallel.devices import choose_device
@@ -176,9 +176,9 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _job(args: argparse.Namespace) -> BuildJob:
+    from megatron_kosmosg.construction.build_run import BuildJob
     from megatron_kosmosg.construction.entity_prompt import CAPTION, PROMPT
-    from megatron_kosmosg.construction.records import ImageFormat
-    from megatron_kosmosg.construction.run import BuildJob
+    from megatron_kosmosg.construction.record_tars import ImageFormat
     from megatron_kosmosg.preprocess.options import Options
 
     prompt = PROMPT
@@ -209,8 +209,8 @@ def _job(args: argparse.Namespace) -> BuildJob:
 
 
 def _write_sheet(records: StepFolder, num_shards: int, args: argparse.Namespace) -> None:
-    from megatron_kosmosg.construction.report import shown_records
-    from megatron_kosmosg.construction.run import SHEET_FILE
+    from megatron_kosmosg.construction.build_report import shown_records
+    from megatron_kosmosg.construction.build_run import SHEET_FILE
     from megatron_kosmosg.inference.contact_sheet import SheetRow, contact_sheet
     from megatron_kosmosg.inference.image_files import save_atomically
 

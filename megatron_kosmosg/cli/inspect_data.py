@@ -73,7 +73,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from megatron_kosmosg.data.store import SampleStore
     from megatron_kosmosg.data.tokenizer import Tokenizer
     from megatron_kosmosg.inspection.check import check_dataset
-    from megatron_kosmosg.inspection.page import (
+    from megatron_kosmosg.inspection.inspection_page import (
         inspection_config,
         summary_text,
         write_page,

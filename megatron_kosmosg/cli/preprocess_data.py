@@ -31,7 +31,7 @@ from megatron_kosmosg.preprocess.options import (
 from megatron_kosmosg.terminal_text import printable_lines
 
 if TYPE_CHECKING:
-    from megatron_kosmosg.preprocess.run import PreprocessJob
+    from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob
 
 EPILOG = """\
 records, one JSON object a line; images are named relative to the folder of the JSONL file:
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _preprocess(args: argparse.Namespace) -> int:
     from megatron_kosmosg.preprocess.counts import Counts, last_line, rates, summary, verification
     from megatron_kosmosg.preprocess.mpi_workers import choose_workers
-    from megatron_kosmosg.preprocess.run import TooManyRejects, preprocess
+    from megatron_kosmosg.preprocess.preprocess_run import TooManyRejects, preprocess
     from megatron_kosmosg.preprocess.txt import CUT
     from megatron_kosmosg.progress import Progress
 
@@ -201,7 +201,7 @@ def _preprocess(args: argparse.Namespace) -> int:
 
 def job_of(args: argparse.Namespace) -> PreprocessJob:
     """The job that the arguments ask for. Raises ValueError."""
-    from megatron_kosmosg.preprocess.run import PreprocessJob
+    from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob
 
     for pair in args.field:
         if not all(pair.partition("=")):

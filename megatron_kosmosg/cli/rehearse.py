@@ -75,9 +75,9 @@ def _rehearse(args: argparse.Namespace, words: list[str]) -> int:
     from megatron_kosmosg.data.dataset_files import files_read, folders_read
     from megatron_kosmosg.progress import Progress
     from megatron_kosmosg.rehearsal.fake_device import FakeDevice, FakeDeviceError
-    from megatron_kosmosg.rehearsal.page import to_page
+    from megatron_kosmosg.rehearsal.rehearsal_page import to_page
+    from megatron_kosmosg.rehearsal.rehearsal_report import failure, has_errors, to_text
     from megatron_kosmosg.rehearsal.rehearse import rehearse
-    from megatron_kosmosg.rehearsal.report import failure, has_errors, to_text
     from megatron_kosmosg.stages import stage_facts
 
     # As in a plan, the option wins over the size that a config was written for.

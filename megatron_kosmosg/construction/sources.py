@@ -13,11 +13,11 @@ from pathlib import Path
 
 from megatron_kosmosg.data.kinds.caption import CAPTION
 from megatron_kosmosg.data.kinds.record import Record, Rejected
-from megatron_kosmosg.preprocess import inputs
+from megatron_kosmosg.preprocess import input_files
 from megatron_kosmosg.preprocess.folders import arrow_files, walk
 from megatron_kosmosg.preprocess.lines import decode_utf8, line_shards, read_lines
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import BadRecord, Reader, Shard, ShardSize
+from megatron_kosmosg.preprocess.record_readers import BadRecord, Reader, Shard, ShardSize
 from megatron_kosmosg.preprocess.tar import IMAGE_EXTENSIONS, OTHER_EXTENSIONS
 
 FOLDER, OPEN_IMAGES = "folder", "openimages"
@@ -32,7 +32,7 @@ class Source:
     path: Path
     format: str
     label: str = ""
-    """See preprocess.inputs.Input."""
+    """See preprocess.input_files.Input."""
 
     def reader(self, options: Options) -> Reader:
         """The reader of the source's format."""
@@ -40,7 +40,7 @@ class Source:
             return FolderReader()
         if self.format == OPEN_IMAGES:
             return OpenImagesReader()
-        return inputs.Input(self.path, self.format).reader(options)
+        return input_files.Input(self.path, self.format).reader(options)
 
 
 def find_sources(patterns: Sequence[str]) -> list[Source]:
@@ -49,20 +49,20 @@ def find_sources(patterns: Sequence[str]) -> list[Source]:
     for pattern in patterns:
         path = Path(pattern)
         if path.exists():
-            inputs.refuse_streams(path)
+            input_files.refuse_streams(path)
         saved = arrow_files(path) if path.is_dir() else None
         if path.is_dir() and saved is None:
             found = [Source(path, FOLDER)]
         elif path.is_file() and path.suffix.lower() == ".csv":
             found = [Source(path, OPEN_IMAGES)]
         else:
-            found = [Source(i.path, i.format) for i in inputs.find_inputs([pattern], CAPTION)]
+            found = [Source(i.path, i.format) for i in input_files.find_inputs([pattern], CAPTION)]
         sources += [Source(source.path.resolve(), source.format) for source in found]
     repeated = {source.path for source in sources if sources.count(source) > 1}
     if repeated:
         raise ValueError(f"--input names {min(repeated)} twice")
     folders = [source.path for source in sources if source.format == FOLDER]
-    named = inputs.labels([source.path for source in sources], folders)
+    named = input_files.labels([source.path for source in sources], folders)
     return [replace(source, label=named.get(source.path, "")) for source in sources]
 
 

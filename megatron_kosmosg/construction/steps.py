@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_kosmosg.construction.on_demand import OnDemand
-from megatron_kosmosg.construction.rows import Row, StepFolder
+from megatron_kosmosg.construction.step_rows import Row, StepFolder
 from megatron_kosmosg.launcher import RankInfo
 
 StepProgress = Callable[[str, int, int], None]

@@ -1,1 +1,1 @@
-"""`kosmosg demo`: what the page does (studio.py, requests.py, batch.py), and the page (page.py)."""
+"""`kosmosg demo`: what the page does (studio.py, requests.py, batch.py), and demo_page.py."""

@@ -54,7 +54,7 @@ def serve(studio: Studio, start: StartValues, host: str, port: int, share: bool)
     os.environ.update(QUIET)
     with tempfile.TemporaryDirectory(prefix="kosmosg-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "uploads"))  # read when it is imported
-        from megatron_kosmosg.demo.page import LAUNCH, build_page
+        from megatron_kosmosg.demo.demo_page import LAUNCH, build_page
 
         page = build_page(studio, start, Path(folder))
         ended = threading.Event()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.parquet import BATCH_ROWS, import_pyarrow, python_rows
-from megatron_kosmosg.preprocess.records import BadRecord, Shard, ShardSize
+from megatron_kosmosg.preprocess.record_readers import BadRecord, Shard, ShardSize
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch

@@ -12,7 +12,7 @@ from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.foreign_files import parse_json
 from megatron_kosmosg.preprocess.lines import decode_utf8, line_shards, opened, read_lines
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import BadRecord, Shard, ShardSize
+from megatron_kosmosg.preprocess.record_readers import BadRecord, Shard, ShardSize
 
 PEEK_BYTES = 4096
 

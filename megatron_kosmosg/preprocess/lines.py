@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from megatron_kosmosg.data.kinds.record import Rejected
 from megatron_kosmosg.preprocess.arrow import open_zstandard
-from megatron_kosmosg.preprocess.records import Shard
+from megatron_kosmosg.preprocess.record_readers import Shard
 
 MAX_TEXT_BYTES = 128 << 20
 """Of a line or a document; lines of TSV hold images."""

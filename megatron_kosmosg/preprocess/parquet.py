@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import BadRecord, Shard, ShardSize
+from megatron_kosmosg.preprocess.record_readers import BadRecord, Shard, ShardSize
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch

@@ -18,7 +18,7 @@ from megatron_kosmosg.foreign_files import MAX_JSON_BYTES, inside, read_file, re
 from megatron_kosmosg.preprocess.folders import PROMPT_FILE, SEEDS_FILE, walk
 from megatron_kosmosg.preprocess.jsonl import parse_object
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import BadRecord, Folder, Shard, ShardSize
+from megatron_kosmosg.preprocess.record_readers import BadRecord, Folder, Shard, ShardSize
 
 _TEXTS = {"caption": ("input", "caption"), "instruction": ("edit",), "output": ("output",)}
 """{our name: names in prompt.json}; the first that says anything is taken."""

@@ -13,7 +13,7 @@ from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.foreign_files import read_file
 from megatron_kosmosg.preprocess.folders import walk
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import BadRecord, Folder, Shard, ShardSize
+from megatron_kosmosg.preprocess.record_readers import BadRecord, Folder, Shard, ShardSize
 from megatron_kosmosg.preprocess.tar import IMAGE_EXTENSIONS, OTHER_EXTENSIONS, member_fields
 
 SAMPLE_ENDINGS = (*IMAGE_EXTENSIONS, *OTHER_EXTENSIONS, "txt", "json")

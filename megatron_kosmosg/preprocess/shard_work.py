@@ -16,10 +16,10 @@ from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.preprocess.convert import Conversion
 from megatron_kosmosg.preprocess.counts import Counts
-from megatron_kosmosg.preprocess.inputs import Input
+from megatron_kosmosg.preprocess.input_files import Input
 from megatron_kosmosg.preprocess.layouts import canonical_records
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import BadRecord, Shard
+from megatron_kosmosg.preprocess.record_readers import BadRecord, Shard
 from megatron_kosmosg.preprocess.rejects import reject_line, rejects_path
 from megatron_kosmosg.preprocess.shard_store import ShardWriter
 from megatron_kosmosg.preprocess.text_batches import TextBatches

@@ -34,7 +34,7 @@ from megatron_kosmosg.preprocess.join import (
     write_rejects,
     write_tables,
 )
-from megatron_kosmosg.preprocess.records import ShardSize
+from megatron_kosmosg.preprocess.record_readers import ShardSize
 from megatron_kosmosg.preprocess.rejects import rejects_path
 from megatron_kosmosg.preprocess.shard_store import ShardIndex, read_names
 from megatron_kosmosg.preprocess.shard_work import ShardJob, Stretch, encoders

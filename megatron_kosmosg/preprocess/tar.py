@@ -18,7 +18,7 @@ from megatron_kosmosg.foreign_files import MAX_FILE_BYTES
 from megatron_kosmosg.preprocess.jsonl import parse_object
 from megatron_kosmosg.preprocess.lines import decode_utf8
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import BadRecord, Shard, ShardSize
+from megatron_kosmosg.preprocess.record_readers import BadRecord, Shard, ShardSize
 
 Group = tuple[str, list[tarfile.TarInfo]]
 BLOCK = 512

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.lines import decode_utf8, line_shards, read_lines
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import BadRecord, Shard, ShardSize
+from megatron_kosmosg.preprocess.record_readers import BadRecord, Shard, ShardSize
 
 
 class TsvReader:

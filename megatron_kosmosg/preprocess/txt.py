@@ -23,7 +23,7 @@ from megatron_kosmosg.preprocess.lines import (
     seek,
 )
 from megatron_kosmosg.preprocess.options import DocumentBreak, Options
-from megatron_kosmosg.preprocess.records import BadRecord, Shard, ShardSize
+from megatron_kosmosg.preprocess.record_readers import BadRecord, Shard, ShardSize
 
 MAX_DOCUMENT_BYTES = 1 << 20
 CUT = "documents cut after 1 MiB without a blank line"

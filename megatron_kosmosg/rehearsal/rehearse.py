@@ -14,7 +14,7 @@ from megatron_kosmosg.rehearsal.case import Case
 from megatron_kosmosg.rehearsal.fake_device import FakeDevice, FakeDeviceError
 
 _DESCRIBE = "megatron_kosmosg.rehearsal.rehearsed_ranks:describe"
-_SERVE = "megatron_kosmosg.rehearsal.score_rank:run_service"
+_SERVE = "megatron_kosmosg.rehearsal.rehearsed_score_rank:run_service"
 SCORE = "score"
 
 

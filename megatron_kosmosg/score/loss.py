@@ -14,7 +14,7 @@ from megatron_kosmosg.models.diffusion import FrozenDiffusion
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.parallel.transfers import upload
 from megatron_kosmosg.score.keyed_noise import KeyedNoise, ScoreNoise
-from megatron_kosmosg.score.rows import row_range, sum_over_tensor_ranks, take_rows
+from megatron_kosmosg.score.row_split import row_range, sum_over_tensor_ranks, take_rows
 
 
 def drop_condition(

@@ -27,7 +27,7 @@ from megatron_kosmosg.score.generation import generate_images
 from megatron_kosmosg.score.keyed_noise import CONDITION_DROP, ScoreNoise, noise_of_batch
 from megatron_kosmosg.score.loss import ColocatedScore, drop_condition
 from megatron_kosmosg.score.remote import RemoteScore
-from megatron_kosmosg.score.rows import row_range
+from megatron_kosmosg.score.row_split import row_range
 from megatron_kosmosg.score.stream import open_stream
 from megatron_kosmosg.stages.freezing import build_frozen
 from megatron_kosmosg.stages.held_out_images import held_out_images

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_kosmosg.toy.captions import colour_word
+from megatron_kosmosg.toy.toy_captions import colour_word
 from megatron_kosmosg.toy.world import (
     COARSE_WORDS,
     MIN_HUE_GAP,

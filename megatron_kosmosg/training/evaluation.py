@@ -18,7 +18,7 @@ from megatron_kosmosg.monitoring.signals import StopRequest
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.metrics import MetricsWriter
-from megatron_kosmosg.training.progress import ProgressDisplay
+from megatron_kosmosg.training.run_display import ProgressDisplay
 from megatron_kosmosg.training.stage import Probe, Stage
 from megatron_kosmosg.training.step import Reporter, forward_losses
 from megatron_kosmosg.training.wrapping import whole_parameters

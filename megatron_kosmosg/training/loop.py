@@ -30,7 +30,7 @@ from megatron_kosmosg.training.against_plan import AgainstPlan, PlannedRun
 from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.evaluation import Evaluations, is_due
 from megatron_kosmosg.training.metrics import MetricsWriter, iteration_record
-from megatron_kosmosg.training.progress import ProgressDisplay
+from megatron_kosmosg.training.run_display import ProgressDisplay
 from megatron_kosmosg.training.run_notes import (
     announce,
     note_skipped,

@@ -9,7 +9,7 @@ from megatron_kosmosg.checkpoint.save_and_resume import TrainingProgress
 from megatron_kosmosg.config.paths import trace_file
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.monitoring.stragglers import Stragglers
-from megatron_kosmosg.training.progress import ProgressDisplay
+from megatron_kosmosg.training.run_display import ProgressDisplay
 
 SLOW_RATIO = 1.5
 """A slowest rank above this multiple of the median is worth a line."""

@@ -16,7 +16,7 @@ from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.broadcast import broadcast_batch
 from megatron_kosmosg.parallel.seeds import set_seeds
-from megatron_kosmosg.score.rows import row_range, sum_over_tensor_ranks, take_rows
+from megatron_kosmosg.score.row_split import row_range, sum_over_tensor_ranks, take_rows
 from tests.support.layout_case import Case, build, micro_batch
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import HIDDEN_SIZE

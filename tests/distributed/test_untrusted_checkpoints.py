@@ -18,8 +18,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from megatron_kosmosg.checkpoint.checkpoint_errors import load_state
 from megatron_kosmosg.checkpoint.description import read_description
-from megatron_kosmosg.checkpoint.errors import load_state
 from megatron_kosmosg.checkpoint.plain_data import read_common
 from megatron_kosmosg.config.errors import ConfigError, ConversionError
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors

@@ -17,13 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_kosmosg.construction.records import ImageFormat
-from megatron_kosmosg.construction.run import BuildJob, Built, ModelSettings, build
+from megatron_kosmosg.construction.build_run import BuildJob, Built, ModelSettings, build
+from megatron_kosmosg.construction.record_tars import ImageFormat
 from megatron_kosmosg.files import fingerprint
 from megatron_kosmosg.launcher import ALONE, RankInfo
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
-from megatron_kosmosg.toy.captions import caption_parts, join_parts
+from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob, preprocess
+from megatron_kosmosg.toy.toy_captions import caption_parts, join_parts
 from megatron_kosmosg.toy.training.pool import to_bytes
 from megatron_kosmosg.toy.world import Scene, entity_masks, render, sample_scene
 from tests.support.construction_models import write_blip2, write_clipseg, write_language_model
@@ -176,13 +176,13 @@ def test_a_killed_run_goes_on_after_its_finished_shards(world, toy_output, tmp_p
     asked = job(given, tmp_path / "out")
     code = (
         "import os, sys\n"
-        "from megatron_kosmosg.construction import records\n"
-        "add, seen = records.RecordWriter.add, []\n"
+        "from megatron_kosmosg.construction import record_tars\n"
+        "add, seen = record_tars.RecordWriter.add, []\n"
         "def dying(*arguments):\n"
         "    seen.append(1)\n"
         "    if len(seen) == 5: os.kill(os.getpid(), 9)\n"
         "    return add(*arguments)\n"
-        "records.RecordWriter.add = dying\n"
+        "record_tars.RecordWriter.add = dying\n"
         f"import runpy; sys.argv = {[str(TOOL), *arguments_of(asked)]!r}\n"
         f"runpy.run_path({str(TOOL)!r}, run_name='__main__')\n"
     )

@@ -32,7 +32,7 @@ from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, PartSizes, RawSample, StoredPart
 from megatron_kosmosg.planning.gpus import GPUS
 from megatron_kosmosg.toy import assets
-from megatron_kosmosg.toy.captions import caption as toy_caption
+from megatron_kosmosg.toy.toy_captions import caption as toy_caption
 from megatron_kosmosg.toy.world import sample_scene
 from tests.support.data_helpers import main_of, noise_image, write_jsonl
 from tests.support.ranks import run_ranks

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kosmosg.preprocess import inputs, join, run
+from megatron_kosmosg.preprocess import input_files, join, preprocess_run
 from megatron_kosmosg.preprocess.mpi_workers import choose_workers
-from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob, preprocess
 from megatron_kosmosg.preprocess.work_folder import WorkFolder
 from tests.support.data_helpers import image_records, text_records, write_jsonl, write_tokenizer
 
@@ -126,11 +126,11 @@ def caption_job(folder: Path, prefix: Path) -> PreprocessJob:
 
 
 STEPS = [
-    (run, "copy_shard", 0),
-    (run, "copy_shard", 3),
-    (run, "write_tables", 0),
-    (run, "mark_joined", 0),
-    (run, "move_into_place", 0),
+    (preprocess_run, "copy_shard", 0),
+    (preprocess_run, "copy_shard", 3),
+    (preprocess_run, "write_tables", 0),
+    (preprocess_run, "mark_joined", 0),
+    (preprocess_run, "move_into_place", 0),
     (join.os, "replace", 1),
     (join.os, "replace", 4),
     (WorkFolder, "remove", 0),
@@ -139,7 +139,7 @@ STEPS = [
 
 @pytest.mark.parametrize(("owner", "name", "calls"), STEPS)
 def test_killed_at_any_step_of_the_join(folder, tmp_path, monkeypatch, owner, name, calls):
-    monkeypatch.setattr(inputs, "MAX_RECORDS", 5)
+    monkeypatch.setattr(input_files, "MAX_RECORDS", 5)
     job = caption_job(folder, tmp_path / "out")
     quiet(job)
     expected = contents(tmp_path / "out")
@@ -170,17 +170,17 @@ def test_killed_at_any_step_of_the_join(folder, tmp_path, monkeypatch, owner, na
 
 def test_finished_shards_are_not_worked_on_again(folder, tmp_path, monkeypatch):
     job = caption_job(folder, tmp_path / "out")
-    monkeypatch.setattr(inputs, "MAX_RECORDS", 6)
+    monkeypatch.setattr(input_files, "MAX_RECORDS", 6)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "plan_join", _die)
+        patch.setattr(preprocess_run, "plan_join", _die)
         with pytest.raises(Killed):
             quiet(job)
     counts = tmp_path / ".out.partial" / "00000002.counts.json"
     counts.unlink()
     read = []
-    original = inputs.JsonlReader.read
+    original = input_files.JsonlReader.read
     monkeypatch.setattr(
-        inputs.JsonlReader,
+        input_files.JsonlReader,
         "read",
         lambda self, shard, options: read.append(shard) or original(self, shard, options),
     )
@@ -198,7 +198,7 @@ def test_another_job_is_not_resumed_and_without_resume_it_starts_anew(
     source = str(shutil.copy(folder / "text" / "00.jsonl", tmp_path / "a.jsonl"))
     model, prefix = str(folder / "spm.model"), str(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(run, "plan_join", _die)
+        patch.setattr(preprocess_run, "plan_join", _die)
         with pytest.raises(Killed):
             quiet(PreprocessJob("text", (source,), model, prefix))
     with pytest.raises(ValueError, match=r"other settings \(limit: None -> 3\); run as before"):
@@ -238,7 +238,7 @@ def test_mpi_ranks_write_the_same_bytes(
     if resumes:
         source, model = str(folder / "text" / "*.jsonl"), str(folder / "spm.model")
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(run, "plan_join", _die)
+            patch.setattr(preprocess_run, "plan_join", _die)
             quiet(PreprocessJob("text", (source,), model, str(prefix)))
         for unfinished in sorted((tmp_path / ".out.partial").glob("*.counts.json"))[1::2]:
             unfinished.unlink()

@@ -13,11 +13,11 @@ import pytest
 
 from megatron_kosmosg.data.kinds import TEXT
 from megatron_kosmosg.data.store import SampleStore
-from megatron_kosmosg.preprocess import inputs, text_batches
-from megatron_kosmosg.preprocess.inputs import find_inputs
+from megatron_kosmosg.preprocess import input_files, text_batches
+from megatron_kosmosg.preprocess.input_files import find_inputs
 from megatron_kosmosg.preprocess.jsonl import JsonlReader
-from megatron_kosmosg.preprocess.records import ShardSize
-from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob, preprocess
+from megatron_kosmosg.preprocess.record_readers import ShardSize
 from tests.support.data_helpers import image_records, text_records, write_jsonl, write_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def test_tool_ends_with_an_error_and_no_dataset_when_too_many_are_rejected(tmp_p
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_output_is_byte_identical_for_any_number_of_workers(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(inputs, "MAX_RECORDS", 4)
+    monkeypatch.setattr(input_files, "MAX_RECORDS", 4)
     model = write_tokenizer(tmp_path)
     records = text_records(30) if kind == "text" else image_records(tmp_path, kind, 30)
     broken = {"key": "broken", "text": 5}
@@ -94,7 +94,7 @@ def test_output_is_byte_identical_for_any_number_of_workers(tmp_path, kind, monk
 
 
 def test_shards_cover_the_file_and_the_limit_is_global(tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "MAX_RECORDS", 4)
+    monkeypatch.setattr(input_files, "MAX_RECORDS", 4)
     model = write_tokenizer(tmp_path)
     files = [str(write_jsonl(tmp_path / f"{i}.jsonl", text_records(10, seed=i))) for i in range(2)]
     shards = JsonlReader().shards(Path(files[0]), None, ShardSize(4, 1 << 20, 1 << 20))
@@ -185,7 +185,7 @@ def test_globs_are_sorted_and_names_are_taken_literally(tmp_path):
 
 def test_a_worker_that_dies_is_an_error_not_a_hang(tmp_path, monkeypatch):
     model = str(write_tokenizer(tmp_path))
-    monkeypatch.setattr(inputs, "MAX_RECORDS", 1)
+    monkeypatch.setattr(input_files, "MAX_RECORDS", 1)
     source = str(write_jsonl(tmp_path / "t.jsonl", text_records(3)))
     monkeypatch.setattr(text_batches.TextBatches, "add", lambda self, record: os._exit(9))
     with pytest.raises(ValueError, match="worker process ended unexpectedly"):

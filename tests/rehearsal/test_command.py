@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_kosmosg.cli import rehearse as command
-from megatron_kosmosg.rehearsal.page import to_page
-from megatron_kosmosg.rehearsal.report import failure, has_errors, peak, to_text, waits
+from megatron_kosmosg.rehearsal.rehearsal_page import to_page
+from megatron_kosmosg.rehearsal.rehearsal_report import failure, has_errors, peak, to_text, waits
 
 LAYOUT = ("parallel.pipeline_model_parallel_size=2", "score.placement=dedicated")
 

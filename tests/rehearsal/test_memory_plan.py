@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from megatron_kosmosg.rehearsal.case import Case
-from megatron_kosmosg.rehearsal.report import attention, peak
+from megatron_kosmosg.rehearsal.rehearsal_report import attention, peak
 from tests.support.rehearsals import Rehearsals
 
 HELD = {"frozen_helpers": ("frozen_helpers",), "model": ("parameters", "gradients")}
@@ -37,7 +37,7 @@ def score(rehearse: Rehearsals) -> Case:
         length=215,
         images=0,
         rank=1,
-        do="megatron_kosmosg.rehearsal.score_rank:run_service",
+        do="megatron_kosmosg.rehearsal.rehearsed_score_rank:run_service",
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_kosmosg.rehearsal.report import failure
+from megatron_kosmosg.rehearsal.rehearsal_report import failure
 from tests.support.pairwise import Choice, pairwise
 
 LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {

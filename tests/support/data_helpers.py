@@ -29,7 +29,7 @@ from megatron_kosmosg.config.schema import (
 )
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob, preprocess
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -31,7 +31,7 @@ from megatron_kosmosg.inference.prompt_records import PromptError, open_image
 from megatron_kosmosg.inspection.check import check_dataset
 from megatron_kosmosg.preprocess import latent_moments
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob, preprocess
 from tests.support.data_helpers import write_jsonl, write_tokenizer
 from tests.support.image_cases import BACKENDS
 from tests.support.image_files import image_files

@@ -25,7 +25,7 @@ from megatron_kosmosg.models.chunks import agree_on_freezing
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.context import ParallelContext
-from megatron_kosmosg.score.rows import sum_over_tensor_ranks, take_rows
+from megatron_kosmosg.score.row_split import sum_over_tensor_ranks, take_rows
 from tests.support.shares import gradients
 from tests.support.tiny_models import (
     CONDITION_WIDTH,

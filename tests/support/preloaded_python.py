@@ -29,7 +29,7 @@ PRELOADED = (
     "megatron_kosmosg.stages.instruct",
     "megatron_kosmosg.stages.pretrain",
     "megatron_kosmosg.training.loop",
-    "megatron_kosmosg.inspection.page",
+    "megatron_kosmosg.inspection.inspection_page",
     "diffusers.utils.logging",
     "transformers.utils.logging",
     "nvidia.dali.fn",

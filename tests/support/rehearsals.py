@@ -13,8 +13,8 @@ from pathlib import Path
 
 from megatron_kosmosg.rehearsal.case import Case
 from megatron_kosmosg.rehearsal.fake_device import SERVER, FakeDevice
+from megatron_kosmosg.rehearsal.rehearsal_report import MICRO_BATCH_PHASES, attention, peak
 from megatron_kosmosg.rehearsal.rehearse import behind, rehearse
-from megatron_kosmosg.rehearsal.report import MICRO_BATCH_PHASES, attention, peak
 
 _TINY_MODEL = (
     "model.vocab_size=101",

@@ -8,10 +8,10 @@ from pathlib import Path
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel import platform
-from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob, preprocess
 from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.toy import assets
-from megatron_kosmosg.toy.files import World, write_world
+from megatron_kosmosg.toy.world_files import World, write_world
 from megatron_kosmosg.training.loop import fit
 
 REPOSITORY = Path(__file__).parents[2]

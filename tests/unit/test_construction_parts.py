@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from megatron_kosmosg.construction.annotations import Annotations
-from megatron_kosmosg.construction.entities import (
+from megatron_kosmosg.construction.entity_step import (
     ABSENT,
     LONG,
     UNFIT,
@@ -20,17 +20,17 @@ from megatron_kosmosg.construction.entities import (
     parse_answer,
 )
 from megatron_kosmosg.construction.noun_phrases import noun_phrases
-from megatron_kosmosg.construction.plan import make_plan
 from megatron_kosmosg.construction.regions import (
     dilated,
     entity_region,
     largest_component,
     square_around,
 )
+from megatron_kosmosg.construction.shard_plan import make_plan
 from megatron_kosmosg.construction.square_images import SquareImages
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.toy.captions import caption as toy_caption
+from megatron_kosmosg.toy.toy_captions import caption as toy_caption
 from megatron_kosmosg.toy.world import sample_scene
 from tests.support.data_helpers import encode_image, noise_image, write_jsonl
 

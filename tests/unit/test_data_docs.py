@@ -15,7 +15,7 @@ import pytest
 
 from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.store import SampleStore
-from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob, preprocess
 from tests.support.data_helpers import (
     encode_image,
     main_of,

@@ -9,7 +9,7 @@ from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.kinds.caption import MAX_TOKENS, CaptionPrompts
 from megatron_kosmosg.data.kinds.compositional import CompositionalPrompts
 from megatron_kosmosg.data.kinds.edit import EditPrompts
-from megatron_kosmosg.data.kinds.entities import order_entities
+from megatron_kosmosg.data.kinds.entity_placement import order_entities
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.data.random_keys import SampleKey
 from megatron_kosmosg.data.samples import EntityImage

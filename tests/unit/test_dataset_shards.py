@@ -24,7 +24,7 @@ from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.streams import align_stream, instruct_stream, pretrain_stream
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.inspection.check import check_dataset
-from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob, preprocess
 from megatron_kosmosg.preprocess.shards_of_dataset import check_shards, list_shards
 from tests.support.data_helpers import (
     image_records,

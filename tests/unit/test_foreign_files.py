@@ -36,11 +36,11 @@ from megatron_kosmosg.foreign_files import OutsideFolder, inside, parse_json, re
 from megatron_kosmosg.inference.prompt_records import PromptError, read_records
 from megatron_kosmosg.preprocess import lines
 from megatron_kosmosg.preprocess.image_check import ImageCheck
-from megatron_kosmosg.preprocess.inputs import find_inputs
+from megatron_kosmosg.preprocess.input_files import find_inputs
 from megatron_kosmosg.preprocess.jsonl import JsonlReader, parse_object
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.prompt_folders import PromptFolderReader
-from megatron_kosmosg.preprocess.records import BadRecord, ShardSize
+from megatron_kosmosg.preprocess.record_readers import BadRecord, ShardSize
 from megatron_kosmosg.preprocess.tar import TarReader
 from megatron_kosmosg.terminal_text import printable, printable_lines
 from tests.support.data_helpers import (

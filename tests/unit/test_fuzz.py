@@ -35,11 +35,11 @@ from megatron_kosmosg.data.manifest import Manifest, kind_on_disk
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.foreign_files import OutsideFolder
 from megatron_kosmosg.inference.prompt_records import PromptError, open_image, read_records
-from megatron_kosmosg.preprocess.inputs import find_inputs, shard_size
+from megatron_kosmosg.preprocess.input_files import find_inputs, shard_size
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.shard_work import ShardJob, work_on_shard
 from megatron_kosmosg.shards import ShardFolder
-from megatron_kosmosg.toy.report.page import write_report
+from megatron_kosmosg.toy.report.report_page import write_report
 from tests.support.data_helpers import (
     build_dataset,
     image_records,

@@ -13,7 +13,7 @@ from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.inspection import statistics
 from megatron_kosmosg.inspection.check import check_dataset
-from megatron_kosmosg.inspection.page import inspection_config, summary_text, write_page
+from megatron_kosmosg.inspection.inspection_page import inspection_config, summary_text, write_page
 from megatron_kosmosg.inspection.statistics import Lengths, length_statistics, token_use
 from tests.support.data_helpers import break_image, build_dataset, main_of, write_tokenizer
 

@@ -16,8 +16,8 @@ PACKAGE = Path(kinds.__file__).parents[2]
 NAMED_ELSEWHERE = {
     "preprocess/layouts.py",  # published datasets, by the kind of their samples
     "preprocess/prompt_folders.py",  # a field of InstructPix2Pix is called so
-    "toy/files.py",
-    "toy/records.py",
+    "toy/world_files.py",
+    "toy/toy_records.py",
 }
 """Facts about certain data, which are not facts about a kind."""
 
@@ -42,7 +42,7 @@ def test_an_unknown_kind_is_an_error_that_lists_the_kinds():
 
 def test_records_and_plans_need_no_torch():
     program = (
-        "import sys, megatron_kosmosg.data.manifest, megatron_kosmosg.preprocess.run, "
+        "import sys, megatron_kosmosg.data.manifest, megatron_kosmosg.preprocess.preprocess_run, "
         "megatron_kosmosg.planning.workload\n"
         "print([name for name in ('torch', 'megatron.core') if name in sys.modules])"
     )

@@ -30,7 +30,7 @@ from megatron_kosmosg.models.diffusion import (
 )
 from megatron_kosmosg.parallel.context import single_process_context
 from megatron_kosmosg.preprocess.latent_moments import LatentJob, cache_latents
-from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob, preprocess
 from megatron_kosmosg.preprocess.shards_of_dataset import list_shards
 from megatron_kosmosg.score.loss import ColocatedScore
 from tests.support.data_helpers import (

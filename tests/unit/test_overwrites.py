@@ -26,9 +26,9 @@ from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.inference.generate import Job, generate
 from megatron_kosmosg.inference.image_plan import ImagePlan, RunSettings
 from megatron_kosmosg.inference.prompt_records import GenerationOptions, PromptRecord
-from megatron_kosmosg.preprocess.inputs import find_inputs
+from megatron_kosmosg.preprocess.input_files import find_inputs
 from megatron_kosmosg.preprocess.latent_moments import LatentJob, cache_latents
-from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob, preprocess
 from tests.support.data_helpers import (
     build_dataset,
     encode_image,

@@ -13,7 +13,7 @@ import pytest
 from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.preprocess.mpi_workers import choose_workers
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.run import PreprocessJob, TooManyRejects, preprocess
+from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob, TooManyRejects, preprocess
 from tests.support.data_helpers import noise_image, write_jsonl, write_tar, write_tokenizer
 from tests.support.dataset_files import info_of, read_samples
 
@@ -76,7 +76,7 @@ def test_damaged_files_are_met_with_a_limit_too(tmp_path, model):
 
 
 def test_too_many_rejects_end_the_run_early(tmp_path, model, monkeypatch):
-    monkeypatch.setattr("megatron_kosmosg.preprocess.inputs.MAX_RECORDS", 2)
+    monkeypatch.setattr("megatron_kosmosg.preprocess.input_files.MAX_RECORDS", 2)
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": ""}] * 100)
     seen = []
     job = PreprocessJob("text", (str(path),), str(model), str(tmp_path / "o"), max_rejects=5)

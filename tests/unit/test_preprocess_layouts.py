@@ -15,9 +15,9 @@ from PIL import Image
 from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.preprocess.counts import last_line
-from megatron_kosmosg.preprocess.inputs import find_inputs
+from megatron_kosmosg.preprocess.input_files import find_inputs
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob, preprocess
 from megatron_kosmosg.preprocess.tags import mask_between, tag_entities
 from tests.support.data_helpers import (
     encode_image,
@@ -121,9 +121,9 @@ def test_tars_are_cut_into_shards_and_limited_without_changing_the_samples(
     path = write_tar(tmp_path / "a.tar", members)
     whole, _ = run(model, "caption", path)
     assert len(whole) == 11
-    monkeypatch.setattr("megatron_kosmosg.preprocess.inputs.MAX_RECORDS", 3)
+    monkeypatch.setattr("megatron_kosmosg.preprocess.input_files.MAX_RECORDS", 3)
     (given,) = find_inputs([str(path)], KINDS["caption"])
-    from megatron_kosmosg.preprocess.records import ShardSize
+    from megatron_kosmosg.preprocess.record_readers import ShardSize
 
     shards = given.reader(Options()).shards(path, None, ShardSize(3, 1, 1 << 30))
     assert [shard.num_records for shard in shards] == [3, 3, 3, None]

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.run import PreprocessJob, preprocess
+from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob, preprocess
 from tests.support.data_helpers import (
     encode_image,
     noise_image,
@@ -314,7 +314,7 @@ def test_tsv_rows(tmp_path, model, kind, row, reason):
 
 
 def test_of_one_key_in_one_file_the_first_stays(tmp_path, model, monkeypatch):
-    monkeypatch.setattr("megatron_kosmosg.preprocess.inputs.MAX_RECORDS", 2)
+    monkeypatch.setattr("megatron_kosmosg.preprocess.input_files.MAX_RECORDS", 2)
     for name, keys in (("a", "xyxzy"), ("b", "xw")):
         records = []
         for i, key in enumerate(keys):

@@ -9,8 +9,8 @@ import pytest
 from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.data.manifest import Manifest
 from megatron_kosmosg.data.store import SampleStore
-from megatron_kosmosg.preprocess import inputs, join, run, sharded
-from megatron_kosmosg.preprocess.run import PreprocessJob, TooManyRejects, preprocess
+from megatron_kosmosg.preprocess import input_files, join, preprocess_run, sharded
+from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob, TooManyRejects, preprocess
 from megatron_kosmosg.preprocess.shards_of_dataset import check_shards
 from megatron_kosmosg.preprocess.work_folder import WorkFolder
 from tests.support.data_helpers import image_records, write_jsonl, write_tokenizer
@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def small_stretches(monkeypatch):
     """Work is cut as that on large files is."""
-    monkeypatch.setattr(inputs, "MAX_RECORDS", 4)
+    monkeypatch.setattr(input_files, "MAX_RECORDS", 4)
 
 
 def job(folder: Path, prefix: Path, shard_bytes: float | None, **more) -> PreprocessJob:
@@ -88,7 +88,7 @@ def manifests(prefix: Path) -> list[Manifest]:
 
 
 STEPS = [
-    (run, "work_on_shard", 2),
+    (preprocess_run, "work_on_shard", 2),
     (sharded, "_finish", 2),
     (sharded, "write_tables", 1),
     (sharded.os, "replace", 3),

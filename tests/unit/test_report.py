@@ -10,8 +10,8 @@ import pytest
 
 from megatron_kosmosg.toy.report.charts import stage_chart
 from megatron_kosmosg.toy.report.history import read_history, smooth
-from megatron_kosmosg.toy.report.inputs import read_inputs
-from megatron_kosmosg.toy.report.page import write_report
+from megatron_kosmosg.toy.report.report_inputs import read_inputs
+from megatron_kosmosg.toy.report.report_page import write_report
 from megatron_kosmosg.toy.report.sections import conclusion, duration
 from tests.support.report_files import ROW, write_metrics, write_run
 

@@ -115,7 +115,7 @@ def test_names_are_those_of_folders_that_earlier_runs_left(tmp_path, made, names
         work.close()
         folder = tmp_path / ".out.partial"
     else:
-        from megatron_kosmosg.construction.rows import StepFolder
+        from megatron_kosmosg.construction.step_rows import StepFolder
 
         step = StepFolder(tmp_path, "captions")
         step.begin({"made by": "input"})

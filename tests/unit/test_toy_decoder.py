@@ -10,13 +10,13 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 
 from megatron_kosmosg.toy import assets
-from megatron_kosmosg.toy.captions import ALL_WORDS, caption
 from megatron_kosmosg.toy.evaluation.scene_reader import (
     SceneComparison,
     compare,
     read_scenes,
     summarise,
 )
+from megatron_kosmosg.toy.toy_captions import ALL_WORDS, caption
 from megatron_kosmosg.toy.world import Scene, coarse_index, hue_distance, sample_scene
 
 FOLDER = assets.path() / "stable-diffusion"

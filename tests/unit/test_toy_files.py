@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from megatron_kosmosg.inference.prompt_records import read_records
-from megatron_kosmosg.toy.files import SPLITS, World, is_complete, write_world
-from megatron_kosmosg.toy.records import WRITERS
+from megatron_kosmosg.toy.toy_records import WRITERS
 from megatron_kosmosg.toy.world import Scene, is_heldout, render
+from megatron_kosmosg.toy.world_files import SPLITS, World, is_complete, write_world
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_toy_world.py"
 

@@ -7,7 +7,7 @@ import numpy as np
 from megatron_kosmosg.data.sentences import sentence_table
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.toy import assets
-from megatron_kosmosg.toy.captions import ALL_WORDS
+from megatron_kosmosg.toy.toy_captions import ALL_WORDS
 
 MODEL = assets.path() / "sentencepiece.model"
 

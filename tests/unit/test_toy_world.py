@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_kosmosg.toy.captions import ALL_WORDS, caption, caption_parts, join_parts
 from megatron_kosmosg.toy.edits import sample_edit
+from megatron_kosmosg.toy.toy_captions import ALL_WORDS, caption, caption_parts, join_parts
 from megatron_kosmosg.toy.world import (
     COARSE_WORDS,
     FINE_WORDS,

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_kosmosg.config.schema import DataConfig
-from megatron_kosmosg.data.kinds.entities import order_entities
+from megatron_kosmosg.data.kinds.entity_placement import order_entities
 from megatron_kosmosg.data.kinds.kind import (
     Conversion,
     Converted,

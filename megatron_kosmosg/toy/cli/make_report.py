@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from megatron_kosmosg.toy.report.page import write_report
+    from megatron_kosmosg.toy.report.report_page import write_report
 
     print(write_report(args.output))
     return exit_codes.DONE

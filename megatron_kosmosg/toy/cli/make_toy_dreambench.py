@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _make(args: argparse.Namespace) -> int:
-    from megatron_kosmosg.toy.dreambench import ToyDreamBench, is_complete, write_dreambench
+    from megatron_kosmosg.toy.toy_dreambench import ToyDreamBench, is_complete, write_dreambench
 
     bench = ToyDreamBench(args.seed)
     if is_complete(args.output, bench):

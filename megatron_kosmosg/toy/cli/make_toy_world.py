@@ -48,7 +48,7 @@ def _make(args: argparse.Namespace) -> int:
     import torch
 
     from megatron_kosmosg.progress import Progress
-    from megatron_kosmosg.toy.files import World, is_complete, write_world
+    from megatron_kosmosg.toy.world_files import World, is_complete, write_world
 
     torch.set_num_threads(1)
     started = time.monotonic()

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from megatron_kosmosg.toy.captions import background_phrase, caption, noun_phrase
 from megatron_kosmosg.toy.edits import sample_edit
+from megatron_kosmosg.toy.toy_captions import background_phrase, caption, noun_phrase
 from megatron_kosmosg.toy.world import Entity, Scene, render, sample_scene, subject_scene
 from megatron_kosmosg.training.image_grid import to_image
 

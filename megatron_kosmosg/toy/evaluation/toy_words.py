@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from megatron_kosmosg.inference.trained_model import TrainedModel
-from megatron_kosmosg.toy.captions import noun_phrase
 from megatron_kosmosg.toy.evaluation.metric_row import MetricRow
 from megatron_kosmosg.toy.evaluation.toy_prompts import scenes, subject_image
+from megatron_kosmosg.toy.toy_captions import noun_phrase
 from megatron_kosmosg.toy.world import COARSE_WORDS, PATTERNS, SHAPES
 
 THRESHOLDS = {"shape": 0.95, "pattern": 0.95, "colour": 0.80}

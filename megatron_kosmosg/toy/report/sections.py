@@ -9,7 +9,7 @@ from typing import Any
 from megatron_kosmosg.pages import data_uri
 from megatron_kosmosg.toy.report.charts import stage_chart
 from megatron_kosmosg.toy.report.history import History
-from megatron_kosmosg.toy.report.inputs import ReportInputs
+from megatron_kosmosg.toy.report.report_inputs import ReportInputs
 
 _STAGE_TITLES = {
     "pretrain": "1. pretrain: reading text and images",

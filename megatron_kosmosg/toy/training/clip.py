@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from megatron_kosmosg.toy.captions import ALL_WORDS, caption
+from megatron_kosmosg.toy.toy_captions import ALL_WORDS, caption
 from megatron_kosmosg.toy.training import checkpoint, pool
 from megatron_kosmosg.toy.world import IMAGE_SIZE, Scene
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from megatron_kosmosg.toy.captions import ALL_WORDS
+from megatron_kosmosg.toy.toy_captions import ALL_WORDS
 
 NUM_POSITIONS = 21
 """Length of a padded caption; the longest has 19 tokens with its two ends."""

@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from megatron_kosmosg.toy.captions import caption
+from megatron_kosmosg.toy.toy_captions import caption
 from megatron_kosmosg.toy.training import checkpoint, pool
 from megatron_kosmosg.toy.training.clip_tokenizer import token_ids
 from megatron_kosmosg.toy.training.latents import Posteriors

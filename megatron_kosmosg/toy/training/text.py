@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from megatron_kosmosg.toy.captions import caption
+from megatron_kosmosg.toy.toy_captions import caption
 from megatron_kosmosg.toy.training import checkpoint, pool
 from megatron_kosmosg.toy.training.clip_tokenizer import END, NUM_POSITIONS, START, token_ids
 from megatron_kosmosg.toy.world import PATTERNS, SHAPES, Scene

@@ -9,8 +9,8 @@ import numpy as np
 import sentencepiece
 
 from megatron_kosmosg.files import replacing
-from megatron_kosmosg.toy.captions import ALL_WORDS
-from megatron_kosmosg.toy.records import document
+from megatron_kosmosg.toy.toy_captions import ALL_WORDS
+from megatron_kosmosg.toy.toy_records import document
 from megatron_kosmosg.toy.training.plain_english import SENTENCES
 
 VOCABULARY = 320

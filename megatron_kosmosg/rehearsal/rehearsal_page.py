@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kosmosg.pages import render_page
-from megatron_kosmosg.rehearsal import report as report_of
+from megatron_kosmosg.rehearsal import rehearsal_report as report_of
 
 WIDTH, HEIGHT = 1000, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 8, 10, 26

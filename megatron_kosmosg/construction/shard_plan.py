@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_kosmosg.construction.rows import StepFolder
 from megatron_kosmosg.construction.sources import Source, find_sources, plain_key
+from megatron_kosmosg.construction.step_rows import StepFolder
 from megatron_kosmosg.data.kinds.caption import CAPTION
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.files import exclusive, write_json
 from megatron_kosmosg.preprocess.image_check import ImageCheck
 from megatron_kosmosg.preprocess.layouts import canonical_records
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import BadRecord, Shard, ShardSize
+from megatron_kosmosg.preprocess.record_readers import BadRecord, Shard, ShardSize
 
 NO_TEXT_LIMIT, SHARD_BYTES = 1 << 62, 1 << 30
 COUNT_FILE = "count.json"

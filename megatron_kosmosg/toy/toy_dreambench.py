@@ -13,7 +13,7 @@ from PIL import Image
 
 from megatron_kosmosg.evaluation.dreambench import SUBJECTS
 from megatron_kosmosg.files import new_folder
-from megatron_kosmosg.toy.image_files import JPEG_OPTIONS
+from megatron_kosmosg.toy.scene_files import JPEG_OPTIONS
 from megatron_kosmosg.toy.stand_in_networks import write_clip, write_dino
 from megatron_kosmosg.toy.training.pool import to_bytes
 from megatron_kosmosg.toy.world import render_batch, sample_scene, subject_scene

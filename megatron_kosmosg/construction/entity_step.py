@@ -16,8 +16,8 @@ from megatron_kosmosg.construction.annotations import Annotations
 from megatron_kosmosg.construction.noun_phrases import noun_phrases
 from megatron_kosmosg.construction.on_demand import OnDemand
 from megatron_kosmosg.construction.read_ahead import in_batches
-from megatron_kosmosg.construction.rows import Row, StepFolder, rejected_row
-from megatron_kosmosg.data.kinds.entities import order_entities
+from megatron_kosmosg.construction.step_rows import Row, StepFolder, rejected_row
+from megatron_kosmosg.data.kinds.entity_placement import order_entities
 from megatron_kosmosg.data.kinds.record import Rejected, list_field, text_field
 from megatron_kosmosg.data.scripts import find_words
 from megatron_kosmosg.preprocess.tags import tag_entities

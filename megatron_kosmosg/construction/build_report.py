@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megatron_kosmosg.construction.rows import Row, StepFolder
+from megatron_kosmosg.construction.step_rows import Row, StepFolder
 from megatron_kosmosg.data.image_reading import read_image
 from megatron_kosmosg.data.samples import EntityImage
 from megatron_kosmosg.preprocess.counts import said_reasons

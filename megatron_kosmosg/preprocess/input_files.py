@@ -29,7 +29,7 @@ from megatron_kosmosg.preprocess.lines import PACKED_ENDINGS
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.parquet import ParquetReader
 from megatron_kosmosg.preprocess.prompt_folders import PromptFolderReader
-from megatron_kosmosg.preprocess.records import Reader, Shard, ShardSize
+from megatron_kosmosg.preprocess.record_readers import Reader, Shard, ShardSize
 from megatron_kosmosg.preprocess.rejects import is_product
 from megatron_kosmosg.preprocess.sample_folders import SampleFolderReader
 from megatron_kosmosg.preprocess.tar import TarReader

@@ -14,18 +14,18 @@ import torch
 
 from megatron_kosmosg.config.overwrites import refuse_to_overwrite, refuse_to_write_into
 from megatron_kosmosg.construction.annotations import Annotations
-from megatron_kosmosg.construction.captions import Captioner, GivenCaptions, ModelCaptions
-from megatron_kosmosg.construction.entities import Answerer, Entities
+from megatron_kosmosg.construction.build_report import ConstructionReport, make_report
+from megatron_kosmosg.construction.caption_step import Captioner, GivenCaptions, ModelCaptions
 from megatron_kosmosg.construction.entity_prompt import PROMPT
-from megatron_kosmosg.construction.masks import Masks, Segmenter
+from megatron_kosmosg.construction.entity_step import Answerer, Entities
+from megatron_kosmosg.construction.mask_step import Masks, Segmenter
 from megatron_kosmosg.construction.model_folders import check_type, model_type
 from megatron_kosmosg.construction.on_demand import OnDemand
-from megatron_kosmosg.construction.plan import Plan, make_plan
-from megatron_kosmosg.construction.records import ImageFormat
-from megatron_kosmosg.construction.report import ConstructionReport, make_report
-from megatron_kosmosg.construction.rows import StepFolder
+from megatron_kosmosg.construction.record_tars import ImageFormat
+from megatron_kosmosg.construction.shard_plan import Plan, make_plan
 from megatron_kosmosg.construction.sources import find_sources
 from megatron_kosmosg.construction.square_images import SquareImages
+from megatron_kosmosg.construction.step_rows import StepFolder
 from megatron_kosmosg.construction.steps import Step, are_done, run_steps
 from megatron_kosmosg.data.kinds.caption import CAPTION
 from megatron_kosmosg.files import write_json, write_text

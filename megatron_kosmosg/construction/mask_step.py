@@ -11,17 +11,17 @@ from PIL import Image
 
 from megatron_kosmosg.construction.annotations import Annotations
 from megatron_kosmosg.construction.on_demand import OnDemand
-from megatron_kosmosg.construction.plan import Plan, PlannedRecord
 from megatron_kosmosg.construction.read_ahead import in_batches, read_ahead
-from megatron_kosmosg.construction.records import (
+from megatron_kosmosg.construction.record_tars import (
     CutEntity,
     ImageFormat,
     RecordWriter,
     record_file,
 )
 from megatron_kosmosg.construction.regions import entity_region, square_around
-from megatron_kosmosg.construction.rows import Row, StepFolder, rejected_row
+from megatron_kosmosg.construction.shard_plan import Plan, PlannedRecord
 from megatron_kosmosg.construction.square_images import SquareImages
+from megatron_kosmosg.construction.step_rows import Row, StepFolder, rejected_row
 from megatron_kosmosg.data.kinds.record import Record, Rejected, list_field
 
 Named = tuple[Image.Image, str]

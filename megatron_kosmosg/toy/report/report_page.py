@@ -8,7 +8,7 @@ from megatron_kosmosg.config.overwrites import refuse_to_overwrite
 from megatron_kosmosg.files import write_text
 from megatron_kosmosg.pages import render_page
 from megatron_kosmosg.toy.report import sections
-from megatron_kosmosg.toy.report.inputs import ReportInputs, read_inputs
+from megatron_kosmosg.toy.report.report_inputs import ReportInputs, read_inputs
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 

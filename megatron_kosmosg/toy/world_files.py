@@ -17,8 +17,8 @@ import numpy as np
 
 from megatron_kosmosg.files import new_folder
 from megatron_kosmosg.progress import ProgressCallback
-from megatron_kosmosg.toy.image_files import ImageFiles
-from megatron_kosmosg.toy.records import WRITERS
+from megatron_kosmosg.toy.scene_files import ImageFiles
+from megatron_kosmosg.toy.toy_records import WRITERS
 
 SPLITS = ("train", "heldout")
 MANIFEST = "world.json"

@@ -10,10 +10,10 @@ from PIL import Image
 
 from megatron_kosmosg.construction.annotations import Annotations
 from megatron_kosmosg.construction.on_demand import OnDemand
-from megatron_kosmosg.construction.plan import Plan, PlannedRecord
 from megatron_kosmosg.construction.read_ahead import in_batches, read_ahead
-from megatron_kosmosg.construction.rows import Row, rejected_row
+from megatron_kosmosg.construction.shard_plan import Plan, PlannedRecord
 from megatron_kosmosg.construction.square_images import SquareImages
+from megatron_kosmosg.construction.step_rows import Row, rejected_row
 from megatron_kosmosg.data.kinds.record import Rejected, text_field
 
 REPETITION_WORDS, REPETITION_SHARE = 8, 0.4

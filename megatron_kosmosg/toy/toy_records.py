@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_kosmosg.toy.captions import caption, caption_parts, join_parts, noun_phrase
 from megatron_kosmosg.toy.edits import sample_edit
+from megatron_kosmosg.toy.toy_captions import caption, caption_parts, join_parts, noun_phrase
 from megatron_kosmosg.toy.world import Entity, Scene, sample_scene, subject_scene
 
 BACKGROUND_ENTITY_SHARE = 1 / 3

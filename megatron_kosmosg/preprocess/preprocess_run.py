@@ -22,7 +22,7 @@ from megatron_kosmosg.data.manifest import FORMAT_VERSION, Manifest, manifest_pa
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.preprocess.counts import Counts, summary
 from megatron_kosmosg.preprocess.folders import PROMPT_FILE, PROMPTS, SEEDS_FILE
-from megatron_kosmosg.preprocess.inputs import Input, find_inputs, limited, shard_size
+from megatron_kosmosg.preprocess.input_files import Input, find_inputs, limited, shard_size
 from megatron_kosmosg.preprocess.join import (
     CopyJob,
     JoinPlan,
@@ -37,7 +37,7 @@ from megatron_kosmosg.preprocess.join import (
     write_tables,
 )
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.records import READING_VERSION, Shard, ShardSize
+from megatron_kosmosg.preprocess.record_readers import READING_VERSION, Shard, ShardSize
 from megatron_kosmosg.preprocess.rejects import rejects_path
 from megatron_kosmosg.preprocess.shard_work import ShardJob, Stretch, encoders, work_on_shard
 from megatron_kosmosg.preprocess.sharded import (
