@@ -19,7 +19,7 @@ from megatron_kosmosg.rehearsal.recorder import Recorder
 _NO_DRIVER = "avoid_device_init"
 _PROGRAM = (
     "rehearsal.rank_update",
-    "rehearsal.score_rank",
+    "rehearsal.rehearsed_score_rank",
     "rehearsal.rehearsed_ranks",
     "stages.pretrain",
     "stages.align",

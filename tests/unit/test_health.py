@@ -14,8 +14,8 @@ from megatron_kosmosg.monitoring.node_health import (
     gpu_problems,
     link_problems,
 )
+from megatron_kosmosg.monitoring.stall_detector import Heartbeat, StallDetector
 from megatron_kosmosg.monitoring.stragglers import compare
-from megatron_kosmosg.monitoring.watchdog import Heartbeat, StallDetector
 
 LINKS = """\
 GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)
