@@ -39,7 +39,7 @@ def _share(
     context: ParallelContext,
     value: Callable[[torch.nn.Parameter], torch.Tensor | None],
 ) -> Share:
-    first = model._pieces.first_decoder_layer
+    first = model._spec.first_decoder_layer
     found = {global_name(name, first): value(p) for name, p in model.named_parameters()}
     return Share(
         context.tp_rank,
@@ -84,7 +84,7 @@ def _agree(name: str, one: np.ndarray, other: np.ndarray, tolerance: float) -> N
 @torch.no_grad()
 def fill(model: KosmosG, context: ParallelContext, tensors: Mapping[str, torch.Tensor]) -> None:
     """Give this rank its share of the whole model's parameters, each of which must be there."""
-    first = model._pieces.first_decoder_layer
+    first = model._spec.first_decoder_layer
     for local_name, parameter in model.named_parameters():
         name = global_name(local_name, first)
         if name == "output_layer.weight":
