@@ -49,13 +49,13 @@ def make_file(path: Path, stage: str, dtype: str) -> None:
     from megatron_kosmosg.config.schema import RunConfig
     from megatron_kosmosg.conversion.authors import authors_table
     from megatron_kosmosg.conversion.checkpoint_writer import model_tensors
-    from megatron_kosmosg.conversion.tensors import InMemory, as_theirs
+    from megatron_kosmosg.conversion.tensors import InMemory, as_external
     from megatron_kosmosg.parallel.platform import torch_dtype
 
     config = RunConfig(stage=stage)
     shapes = model_tensors(config)
-    ours = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    theirs = as_theirs(authors_table(config.model), InMemory(ours)).names()
+    native = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    external = as_external(authors_table(config.model), InMemory(native)).names()
     numbers = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(
         torch_dtype(dtype)
     )
@@ -64,7 +64,7 @@ def make_file(path: Path, stage: str, dtype: str) -> None:
         size = math.prod(shape)
         return numbers.repeat(-(-size // len(numbers)))[:size].reshape(shape).clone()
 
-    weights = {name: draw(info.shape) for name, info in theirs.items()}
+    weights = {name: draw(info.shape) for name, info in external.items()}
     tied = "gpt_model.decoder.embed_tokens.weight"
     weights["gpt_model.decoder.output_projection.weight"] = weights[tied]
     options = {"decoder_attention_heads": config.model.decoder.num_attention_heads}

@@ -61,16 +61,16 @@ def authors_table(model: ModelConfig, *, fused_vision: bool = False) -> RuleTabl
         "aligner_m.input_projection": "aligner.encoder_proj.embed_tokens",
         "aligner_n.output_projection": "aligner.decoder_proj.output_projection",
     }
-    for ours, theirs in linears.items():
-        rules += weight_and_bias(same, ours, theirs)
+    for native, external in linears.items():
+        rules += weight_and_bias(same, native, external)
     stacks = {
         "aligner_m.encoder": "aligner.encoder_proj",
         "aligner_m.decoder": "aligner.encoder",
         "aligner_n.decoder": "aligner.decoder",
         "aligner_n.encoder": "aligner.decoder_proj",
     }
-    for ours, theirs in stacks.items():
-        rules += stack_rules(ours, theirs, aligner_heads, ours.endswith("decoder"))
+    for native, external in stacks.items():
+        rules += stack_rules(native, external, aligner_heads, native.endswith("decoder"))
     return RuleTable(rules, _MAY_DROP if fused_vision else _MAY_DROP | _UNUSED_ATTENTION)
 
 

@@ -94,7 +94,7 @@ class CheckpointTensors:
             dtype = stored.properties.dtype
             stacked = names_under(key, stored.size[0]) if len(stored.size) else None
             if stacked is None:
-                found[key] = TensorInfo(self._own_shape(key), dtype)
+                found[key] = TensorInfo(self._unpadded_shape(key), dtype)
             else:
                 shape = tuple(stored.size[1:])
                 found.update((name, TensorInfo(shape, dtype)) for name in stacked)
@@ -115,13 +115,13 @@ class CheckpointTensors:
         stored = self._stored.get(key)
         if stored is None or (layer is not None and layer >= stored.size[0]):
             raise ConversionError(f"{self.path} holds no {name}")
-        shape = self._own_shape(key)
+        shape = self._unpadded_shape(key)
         offsets = (0,) * len(shape)
         if layer is not None:
             offsets, shape = (layer, *offsets[1:]), (1, *shape[1:])
-        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
+        requested = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
         on_disk = self._prefix_of.get(key, "") + key
-        items = create_read_items_for_chunk_list(on_disk, stored, [wanted])
+        items = create_read_items_for_chunk_list(on_disk, stored, [requested])
         if sum(math.prod(item.lengths) for item in items) != math.prod(shape):
             raise ConversionError(f"{self.path} holds only part of {name}")
         tensor = torch.empty(shape, dtype=stored.properties.dtype)
@@ -131,7 +131,7 @@ class CheckpointTensors:
             raise ConversionError(f"{self.path}: {name} cannot be read: {error}") from error
         return tensor if layer is None else tensor[0]
 
-    def _own_shape(self, key: str) -> tuple[int, ...]:
+    def _unpadded_shape(self, key: str) -> tuple[int, ...]:
         shape = tuple(self._stored[key].size)
         return (self.config.model.vocab_size, *shape[1:]) if key == EMBEDDING else shape
 

@@ -10,7 +10,7 @@ from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion import hf_folder
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from megatron_kosmosg.conversion.exported_folder import ALIGNER, IMAGE_PROCESSOR, MLLM, TOKENIZER
-from megatron_kosmosg.conversion.hf_aligner import NOT_EXPORTED, OURS
+from megatron_kosmosg.conversion.hf_aligner import NATIVE_PREFIXES, NOT_EXPORTED
 from megatron_kosmosg.conversion.model_card import write_model_card
 from megatron_kosmosg.conversion.output_folder import new_folder
 from megatron_kosmosg.conversion.rules import summary
@@ -91,7 +91,9 @@ def export_mllm(
     source = CheckpointTensors(checkpoint, ema=ema)
     config, dtype = source.config, dtype or source.export_dtype
     model_file = hf_folder.tokenizer_model(config, tokenizer)
-    dropped = [name for name in source.names() if name.startswith((*OURS, *NOT_EXPORTED))]
+    dropped = [
+        name for name in source.names() if name.startswith((*NATIVE_PREFIXES, *NOT_EXPORTED))
+    ]
     with new_folder(output, (checkpoint, model_file)) as folder:
         written = hf_folder.write_mllm(folder, source, dtype, progress)
         hf_folder.write_tokenizer_files(folder, model_file, config)

@@ -64,11 +64,11 @@ def _their_adapters(source: CheckpointTensors) -> dict[str, torch.Tensor]:
     found = {}
     for module in source.adapted():
         a, b = source.adapter(module)
-        for name in table.their_names([f"{module}.weight"]):
-            _, rows_of = table.theirs_from(name)
-            theirs = _PREFIX + name.removesuffix(".weight")
-            found[f"{theirs}.lora_A.weight"] = a.clone()  # no two names of a file share memory
-            found[f"{theirs}.lora_B.weight"] = rows_of([b]).contiguous()
+        for name in table.external_names([f"{module}.weight"]):
+            _, rows_of = table.external_recipe(name)
+            external = _PREFIX + name.removesuffix(".weight")
+            found[f"{external}.lora_A.weight"] = a.clone()  # no two names of a file share memory
+            found[f"{external}.lora_B.weight"] = rows_of([b]).contiguous()
     return found
 
 

@@ -16,12 +16,12 @@ from megatron_kosmosg.conversion.rules import RuleTable, same, weight_and_bias
 from megatron_kosmosg.conversion.tensors import (
     Selected,
     TensorSource,
-    as_theirs,
+    as_external,
     check_complete,
 )
 from megatron_kosmosg.hf.modeling_kosmosg_aligner import KosmosGAligner
 
-OURS = ("aligner_m.",)
+NATIVE_PREFIXES = ("aligner_m.",)
 """Prefix of our tensors that the component holds."""
 NOT_EXPORTED = ("aligner_n.",)
 """N only serves the reconstruction loss of `align`."""
@@ -43,11 +43,11 @@ def aligner_table(aligner: AlignerConfig) -> RuleTable:
 
 def aligner_weights(source: TensorSource, config: RunConfig) -> TensorSource:
     """M of a model of ours under the component's names, checked to be all of it."""
-    theirs = as_theirs(aligner_table(config.model.aligner), Selected(source, OURS))
+    external = as_external(aligner_table(config.model.aligner), Selected(source, NATIVE_PREFIXES))
     with torch.device("meta"):
-        wanted = KosmosGAligner(**aligner_arguments(config)).state_dict()
-    check_complete(theirs.names(), {name: tuple(t.shape) for name, t in wanted.items()})
-    return theirs
+        expected = KosmosGAligner(**aligner_arguments(config)).state_dict()
+    check_complete(external.names(), {name: tuple(t.shape) for name, t in expected.items()})
+    return external
 
 
 _KEYS = {
@@ -65,8 +65,8 @@ _KEYS = {
 
 def aligner_arguments(config: RunConfig) -> dict[str, Any]:
     """Keyword arguments of `KosmosGAligner`, which are its config.json too."""
-    ours = flatten(config)
-    return {name: ours[key] for name, key in _KEYS.items()}
+    native = flatten(config)
+    return {name: native[key] for name, key in _KEYS.items()}
 
 
 def aligner_sizes(folder: Path) -> dict[str, Any]:

@@ -151,15 +151,15 @@ def write_index(folder: Path, stable_diffusion: dict[str, list[str]]) -> None:
     _copy_module(pipeline_kosmosg, folder, pipeline_kosmosg.PIPELINE_MODULE)
 
 
-def tokenizer_model(config: RunConfig, given: Path | None) -> Path:
-    """The SentencePiece model to export: the one given, else the run's.
+def tokenizer_model(config: RunConfig, requested: Path | None) -> Path:
+    """The SentencePiece model to export: the requested one, else the run's.
 
     Raises ConversionError when there is none or its vocabulary is not the model's.
     """
     named = config.data.tokenizer_model
-    if given is None and named is None:
+    if requested is None and named is None:
         raise ConversionError("the checkpoint names no tokenizer; give --tokenizer-model")
-    path = given or Path(named)
+    path = requested or Path(named)
     checked_vocabulary(path, config.model.vocab_size)
     return path
 

@@ -81,13 +81,13 @@ def build_tokenizer(model_path: Path, model_max_length: int) -> PreTrainedTokeni
         padding_side="right",
         clean_up_tokenization_spaces=False,
     )
-    ours = Tokenizer(model_path)
+    native = Tokenizer(model_path)
     for text in PROBES:
-        found, wanted = tokenizer.encode(text, add_special_tokens=False), ours.encode(text)
-        if found != wanted:
+        found, expected = tokenizer.encode(text, add_special_tokens=False), native.encode(text)
+        if found != expected:
             raise ConversionError(
                 f"{model_path}: the Hugging Face form of this model gives other ids for {text!r}: "
-                f"{found} instead of {wanted}; the model cannot be exported"
+                f"{found} instead of {expected}; the model cannot be exported"
             )
     return tokenizer
 
@@ -125,8 +125,8 @@ def check_same_tokens(model_path: Path, folder: Path) -> None:
     The folder may have more tokens behind them (Kosmos-2's grounding tokens). It is read from
     tokenizer.json, or else from its own SentencePiece model and added_tokens.json.
     """
-    wanted, found = token_list(model_path), _tokens_of_folder(folder)
-    for index, token in enumerate(wanted):
+    expected, found = token_list(model_path), _tokens_of_folder(folder)
+    for index, token in enumerate(expected):
         if found.get(index) != token:
             raise ConversionError(
                 f"the tokenizer in {folder} is not that of {model_path}: id {index} is "

@@ -23,13 +23,18 @@ from megatron_kosmosg.conversion.hf_tokenizer import checked_vocabulary
 from megatron_kosmosg.conversion.imported_config import Imported, imported_config
 from megatron_kosmosg.conversion.openai_clip import clip_table, read_clip_file
 from megatron_kosmosg.conversion.rules import RuleTable
-from megatron_kosmosg.conversion.sizes import head_counts, our_shapes, refuse_contradictions, sizes
+from megatron_kosmosg.conversion.sizes import (
+    head_counts,
+    native_shapes,
+    refuse_contradictions,
+    sizes,
+)
 from megatron_kosmosg.conversion.stored_names import TOWER
 from megatron_kosmosg.conversion.tensors import (
     InDtype,
     Joined,
     TensorSource,
-    as_ours,
+    as_native,
     check_ties,
     widest_dtype,
 )
@@ -93,16 +98,16 @@ def _opened(
     config = _config(job, file, clip, fused_vision, dtype)
     table = authors_table(config.model, fused_vision=fused_vision)
     table = RuleTable(table.rules, {**table.may_drop, **dict.fromkeys(job.drop, "as asked")})
-    wanted = model_tensors(config)
-    from_clip = [] if clip is None else _absent_tower(table, file, wanted)
-    own = [name for name in wanted if name not in from_clip]
-    dropped = table.check(file.names(), own)
+    expected = model_tensors(config)
+    from_clip = [] if clip is None else _absent_tower(table, file, expected)
+    from_file = [name for name in expected if name not in from_clip]
+    dropped = table.check(file.names(), from_file)
     check_ties(table, file)
     # Layers are stored in one block, which has one dtype.
-    source: TensorSource = InDtype(as_ours(table, file, own), dtype)
+    source: TensorSource = InDtype(as_native(table, file, from_file), dtype)
     if clip is not None:
-        clip_table().check(clip.names(), [name for name in wanted if name.startswith(TOWER)])
-        source = Joined(source, as_ours(clip_table(), clip, from_clip))
+        clip_table().check(clip.names(), [name for name in expected if name.startswith(TOWER)])
+        source = Joined(source, as_native(clip_table(), clip, from_clip))
     notes = [
         f"{_FILE_OF_STAGE[config.stage]} file -> stage {config.stage}, "
         f"{len(file.names())} tensors, {_PRECISIONS.get(dtype, dtype)}"
@@ -121,14 +126,14 @@ def _config(
     dtype: torch.dtype,
 ) -> RunConfig:
     stage = stage_of(file.names())
-    shapes = {} if clip is None else our_shapes(clip_table(), clip)
-    shapes |= our_shapes(authors_table(ModelConfig(), fused_vision=fused_vision), file)
+    shapes = {} if clip is None else native_shapes(clip_table(), clip)
+    shapes |= native_shapes(authors_table(ModelConfig(), fused_vision=fused_vision), file)
     if not any(name.startswith(TOWER) for name in shapes):
         raise ConversionError("there is no image tower in it; add --vision ViT-L-14-sd.pt")
     overrides = list(job.overrides)
-    given = given_keys(job.config_file, overrides)
+    configured = given_keys(job.config_file, overrides)
     found = {"stage": stage, **sizes(shapes, stage)}
-    found |= head_counts(found, stage, file.option("decoder_attention_heads"), given)
+    found |= head_counts(found, stage, file.option("decoder_attention_heads"), configured)
     if stage_facts(stage).aligner_parts:
         found["model.aligner.kind"] = "full"
     refuse_contradictions(job.config_file, overrides, found)
@@ -141,7 +146,7 @@ def _config(
     config = imported_config(found, settings, job.config_file, overrides)
     if job.tokenizer is not None:
         checked_vocabulary(job.tokenizer, config.model.vocab_size)
-    if "model.resampler.num_attention_heads" in given:
+    if "model.resampler.num_attention_heads" in configured:
         return config
     heads = config.model.decoder.num_attention_heads  # so it is in the released code
     resampler = dataclasses.replace(config.model.resampler, num_attention_heads=heads)
@@ -149,11 +154,11 @@ def _config(
 
 
 def _absent_tower(
-    table: RuleTable, file: FairseqFile, wanted: dict[str, tuple[int, ...]]
+    table: RuleTable, file: FairseqFile, expected: dict[str, tuple[int, ...]]
 ) -> list[str]:
     present = file.names()
     return [
         name
-        for name in wanted
-        if name.startswith(TOWER) and not set(table.ours_from(name)[0]) <= present.keys()
+        for name in expected
+        if name.startswith(TOWER) and not set(table.native_recipe(name)[0]) <= present.keys()
     ]

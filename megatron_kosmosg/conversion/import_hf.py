@@ -31,7 +31,7 @@ from megatron_kosmosg.conversion.safetensors_files import (
     TRANSFORMERS,
     SafetensorsFolder,
 )
-from megatron_kosmosg.conversion.tensors import InDtype, Joined, TensorSource, as_ours, check_ties
+from megatron_kosmosg.conversion.tensors import InDtype, Joined, TensorSource, as_native, check_ties
 from megatron_kosmosg.progress import ProgressCallback
 
 
@@ -115,14 +115,16 @@ def import_kosmos2(
 def language_source(mllm: Path, config: RunConfig) -> TensorSource:
     """The stock Kosmos-2 in `mllm` under our names. Raises ConversionError for other contents."""
     weights = SafetensorsFolder(mllm, TRANSFORMERS)
-    return _translated(mllm, kosmos2.kosmos2_table(config.model), weights, config, kosmos2.OURS)
+    return _translated(
+        mllm, kosmos2.kosmos2_table(config.model), weights, config, kosmos2.NATIVE_PREFIXES
+    )
 
 
 def aligner_source(folder: Path, config: RunConfig) -> TensorSource:
     """The aligner component in `folder` under our names."""
     table = hf_aligner.aligner_table(config.model.aligner)
     weights = SafetensorsFolder(folder, DIFFUSERS)
-    return _translated(folder, table, weights, config, hf_aligner.OURS)
+    return _translated(folder, table, weights, config, hf_aligner.NATIVE_PREFIXES)
 
 
 def _translated(
@@ -132,13 +134,13 @@ def _translated(
     config: RunConfig,
     prefixes: tuple[str, ...],
 ) -> TensorSource:
-    ours = [name for name in model_tensors(config) if name.startswith(prefixes)]
+    native = [name for name in model_tensors(config) if name.startswith(prefixes)]
     try:
-        table.check(weights.names(), ours)
+        table.check(weights.names(), native)
         check_ties(table, weights)
     except ConversionError as error:
         raise ConversionError(f"{folder}: {error}") from None
-    return as_ours(table, weights, ours)
+    return as_native(table, weights, native)
 
 
 def _language_facts(mllm: Path, processor: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -19,12 +19,12 @@ from megatron_kosmosg.conversion.stored_names import EMBEDDING, TOWER
 from megatron_kosmosg.conversion.tensors import (
     Selected,
     TensorSource,
-    as_theirs,
+    as_external,
     check_complete,
 )
 from megatron_kosmosg.data.tokenizer import Tokenizer
 
-OURS = ("embedding.", "decoder.", "resampler.", "vision_encoder.")
+NATIVE_PREFIXES = ("embedding.", "decoder.", "resampler.", "vision_encoder.")
 """Prefixes of our tensors that the language side holds."""
 _EMBEDDING = "text_model.model.embed_tokens.weight"
 HEAD = "text_model.lm_head.weight"
@@ -51,27 +51,27 @@ def kosmos2_table(model: ModelConfig) -> RuleTable:
     return RuleTable(rules, _MAY_DROP)
 
 
-def _tower_rules(ours: str, theirs: str) -> list[Rule]:
+def _tower_rules(native: str, external: str) -> list[Rule]:
     """The rules for the image tower, which on both sides has Hugging Face's classes under another
     prefix."""
     single = ("class_embedding", "patch_embedding.weight", "position_embedding.weight")
-    rules = [same(f"{ours}embeddings.{name}", f"{theirs}embeddings.{name}") for name in single]
+    rules = [same(f"{native}embeddings.{name}", f"{external}embeddings.{name}") for name in single]
     attention = [f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")]
     inside = [*attention, "layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"]
     layers = [f"encoder.layers.{{i}}.{name}" for name in inside]
     for name in ("pre_layrnorm", "post_layernorm", *layers):
-        rules += weight_and_bias(same, ours + name, theirs + name)
+        rules += weight_and_bias(same, native + name, external + name)
     return rules
 
 
 def kosmos2_weights(source: TensorSource, config: RunConfig) -> TensorSource:
     """A model of ours under the names of the stock class, checked to be all of it."""
-    theirs = as_theirs(kosmos2_table(config.model), Selected(source, OURS))
+    external = as_external(kosmos2_table(config.model), Selected(source, NATIVE_PREFIXES))
     with torch.device("meta"):
-        wanted = Kosmos2ForConditionalGeneration(kosmos2_config(config)).state_dict()
-    del wanted[HEAD]
-    check_complete(theirs.names(), {name: tuple(t.shape) for name, t in wanted.items()})
-    return theirs
+        expected = Kosmos2ForConditionalGeneration(kosmos2_config(config)).state_dict()
+    del expected[HEAD]
+    check_complete(external.names(), {name: tuple(t.shape) for name, t in expected.items()})
+    return external
 
 
 def kosmos2_config(config: RunConfig) -> Kosmos2Config:
@@ -127,10 +127,10 @@ def model_sizes(found: Kosmos2Config, folder: Path) -> dict[str, Any]:
         "vision_config.layer_norm_eps": (vision.layer_norm_eps, 1e-5),
         "vision_config.num_channels": (vision.num_channels, 3),
     }
-    for name, (given, needed) in expected.items():
-        if given != needed:
+    for name, (value, needed) in expected.items():
+        if value != needed:
             raise ConversionError(
-                f"{folder}: config.json has {name}={given!r}, KOSMOS-G has {needed!r}; "
+                f"{folder}: config.json has {name}={value!r}, KOSMOS-G has {needed!r}; "
                 "this is another model"
             )
     return {

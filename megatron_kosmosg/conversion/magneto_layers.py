@@ -20,33 +20,42 @@ _SAME = {
 
 
 def stack_rules(
-    ours: str, theirs: str, heads: int, has_cross_attention: bool = False
+    native: str, external: str, heads: int, has_cross_attention: bool = False
 ) -> list[Rule]:
-    """Rules of all layers `ours.layers.{i}` = `theirs.layers.{i}` and the final LayerNorm.
+    """Rules of all layers `native.layers.{i}` = `external.layers.{i}` and the final LayerNorm.
 
     Args:
         heads: attention heads of the stack.
     """
-    mine, other = f"{ours}.layers.{{i}}", f"{theirs}.layers.{{i}}"
-    rules = weight_and_bias(same, f"{ours}.final_layernorm", f"{theirs}.layer_norm")
-    for name, their_name in _SAME.items():
-        rules += weight_and_bias(same, f"{mine}.{name}", f"{other}.{their_name}")
-    projections = [f"{other}.self_attn.{part}_proj" for part in "qkv"]
-    rules += weight_and_bias(interleaved, f"{mine}.self_attention.linear_qkv", projections, heads)
+    native_layer, external_layer = f"{native}.layers.{{i}}", f"{external}.layers.{{i}}"
+    rules = weight_and_bias(same, f"{native}.final_layernorm", f"{external}.layer_norm")
+    for name, external_name in _SAME.items():
+        rules += weight_and_bias(
+            same, f"{native_layer}.{name}", f"{external_layer}.{external_name}"
+        )
+    projections = [f"{external_layer}.self_attn.{part}_proj" for part in "qkv"]
+    rules += weight_and_bias(
+        interleaved, f"{native_layer}.self_attention.linear_qkv", projections, heads
+    )
     if has_cross_attention:
         rules += weight_and_bias(
-            same, f"{mine}.pre_cross_attn_layernorm", f"{other}.encoder_attn_layer_norm"
+            same,
+            f"{native_layer}.pre_cross_attn_layernorm",
+            f"{external_layer}.encoder_attn_layer_norm",
         )
-        rules += cross_attention_rules(f"{mine}.cross_attention", f"{other}.encoder_attn", heads)
+        rules += cross_attention_rules(
+            f"{native_layer}.cross_attention", f"{external_layer}.encoder_attn", heads
+        )
     return rules
 
 
-def cross_attention_rules(ours: str, theirs: str, heads: int) -> list[Rule]:
-    """Attention whose keys and values come from elsewhere: q alone, k and v fused on our side."""
+def cross_attention_rules(native: str, external: str, heads: int) -> list[Rule]:
+    """Attention whose keys and values come from elsewhere: q alone, k and v fused on the native
+    side."""
     return [
-        *weight_and_bias(same, f"{ours}.linear_q", f"{theirs}.q_proj"),
+        *weight_and_bias(same, f"{native}.linear_q", f"{external}.q_proj"),
         *weight_and_bias(
-            interleaved, f"{ours}.linear_kv", [f"{theirs}.k_proj", f"{theirs}.v_proj"], heads
+            interleaved, f"{native}.linear_kv", [f"{external}.k_proj", f"{external}.v_proj"], heads
         ),
-        *weight_and_bias(same, f"{ours}.linear_proj", f"{theirs}.out_proj"),
+        *weight_and_bias(same, f"{native}.linear_proj", f"{external}.out_proj"),
     ]

@@ -84,7 +84,7 @@ def random_prompts(shape: PromptShape, seed: int) -> dict[str, torch.Tensor]:
     return batch
 
 
-def outputs_of_ours(
+def outputs_of_native(
     config: RunConfig, source: TensorSource, prompts: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The outputs of a model of ours by name: "hidden", "logits" and, where there is M,
@@ -138,12 +138,12 @@ def fill(model: KosmosG, source: TensorSource) -> None:
 
     Raises ConversionError when the two do not hold the same tensors (N may be left over).
     """
-    own: dict[str, Any] = dict(model.named_parameters())
-    given = {name for name in source.names() if not name.startswith("aligner_n.")}
-    if own.keys() != given:
-        differing = sorted(own.keys() ^ given)
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    names = {name for name in source.names() if not name.startswith("aligner_n.")}
+    if parameters.keys() != names:
+        differing = sorted(parameters.keys() ^ names)
         raise ConversionError(f"{len(differing)} tensors do not fit, for example {differing[0]}")
-    for name, parameter in own.items():
+    for name, parameter in parameters.items():
         value = source.read(name)
         if name == EMBEDDING:
             parameter[len(value) :] = 0

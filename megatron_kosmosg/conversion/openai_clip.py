@@ -49,9 +49,9 @@ def tower_rules(prefix: str, *, fused_attention: bool) -> list[Rule]:
         fused_attention: q, k and v in one `attn.in_proj_*` (OpenAI), else `ts_attn` with separate
             ones (the authors).
     """
-    rules = [same(TOWER + ours, prefix + theirs) for ours, theirs in _TENSORS.items()]
-    for ours, theirs in _MODULES.items():
-        rules += weight_and_bias(same, TOWER + ours, prefix + theirs)
+    rules = [same(TOWER + native, prefix + external) for native, external in _TENSORS.items()]
+    for native, external in _MODULES.items():
+        rules += weight_and_bias(same, TOWER + native, prefix + external)
     attention, block = f"{TOWER}encoder.layers.{{i}}.self_attn.", prefix + _BLOCK
     if not fused_attention:
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):

@@ -1,7 +1,7 @@
 """How weights of two formats correspond: one table per pair of formats, read in both directions.
 
-"Ours" are the names of a one-process model's `state_dict()`, without vocabulary padding; "theirs"
-those of the other format. `{i}` in a name stands for the layer number.
+"Native" are the names of a one-process model's `state_dict()`, without vocabulary padding;
+"external" those of the other format. `{i}` in a name stands for the layer number.
 """
 
 from __future__ import annotations
@@ -21,143 +21,149 @@ _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors of ours that hold the same numbers as tensors of theirs.
+    """Native tensors that hold the same numbers as external ones.
 
-    Names are patterns. `to_ours` and `to_theirs` take all tensors of one side in the order of the
-    names and return all of the other; they only move rows, so gradients and meta tensors pass.
-    `duplicates` are names under which the other format may hold theirs[0] once more (tied weights).
+    Names are patterns. `to_native` and `to_external` take all tensors of one side in the order of
+    the names and return all of the other; they only move rows, so gradients and meta tensors pass.
+    `duplicates` are names under which the other format may hold `external[0]` once more (tied
+    weights).
     """
 
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]
-    to_ours: Callable[[Tensors], Tensors]
-    to_theirs: Callable[[Tensors], Tensors]
+    native: tuple[str, ...]
+    external: tuple[str, ...]
+    to_native: Callable[[Tensors], Tensors]
+    to_external: Callable[[Tensors], Tensors]
     duplicates: tuple[str, ...] = ()
 
 
-def same(ours: str, theirs: str) -> Rule:
+def same(native: str, external: str) -> Rule:
     """The rule for a tensor that has another name in the other format and is otherwise the same."""
-    return Rule((ours,), (theirs,), list, list)
+    return Rule((native,), (external,), list, list)
 
 
-def first_rows(ours: str, theirs: str, rows: int, duplicates: Sequence[str] = ()) -> Rule:
-    """Ours is the first `rows` rows of theirs (a vocabulary that was extended or padded)."""
+def first_rows(native: str, external: str, rows: int, duplicates: Sequence[str] = ()) -> Rule:
+    """The native tensor is the first `rows` rows of the external one (a vocabulary that was
+    extended or padded)."""
 
-    def to_ours(tensors: Tensors) -> Tensors:
+    def to_native(tensors: Tensors) -> Tensors:
         if len(tensors[0]) < rows:
             raise ConversionError(
-                f"{theirs} has {len(tensors[0])} rows, at least {rows} are needed; "
+                f"{external} has {len(tensors[0])} rows, at least {rows} are needed; "
                 "check model.vocab_size"
             )
         return [tensors[0][:rows]]
 
-    return Rule((ours,), (theirs,), to_ours, list, tuple(duplicates))
+    return Rule((native,), (external,), to_native, list, tuple(duplicates))
 
 
-def interleaved(ours: str, theirs: Sequence[str], heads: int) -> Rule:
-    """Megatron's fused projection <-> separate ones: ours has, per head, that head's rows of each
-    of theirs in turn ([q_0; k_0; v_0; q_1; ...]). heads: attention heads of this stack."""
+def interleaved(native: str, external: Sequence[str], heads: int) -> Rule:
+    """Megatron's fused projection <-> separate ones: the native tensor has, per head, that head's
+    rows of each external one in turn ([q_0; k_0; v_0; q_1; ...]). heads: attention heads of this
+    stack."""
 
-    def to_ours(tensors: Tensors) -> Tensors:
-        _check_heads(tensors[0], theirs[0], heads)
+    def to_native(tensors: Tensors) -> Tensors:
+        _check_heads(tensors[0], external[0], heads)
         parts = [tensor.unflatten(0, (heads, -1)) for tensor in tensors]
         return [torch.stack(parts, dim=1).flatten(0, 2)]
 
-    def to_theirs(tensors: Tensors) -> Tensors:
-        parts = tensors[0].unflatten(0, (heads, len(theirs), -1))
+    def to_external(tensors: Tensors) -> Tensors:
+        parts = tensors[0].unflatten(0, (heads, len(external), -1))
         return [part.flatten(0, 1) for part in parts.unbind(1)]
 
-    return Rule((ours,), tuple(theirs), to_ours, to_theirs)
+    return Rule((native,), tuple(external), to_native, to_external)
 
 
-def stacked(ours: Sequence[str], theirs: str) -> Rule:
-    """Separate projections of ours <-> one tensor of theirs with their rows one after another."""
+def stacked(native: Sequence[str], external: str) -> Rule:
+    """Separate native projections <-> one external tensor with their rows one after another."""
 
-    def to_ours(tensors: Tensors) -> Tensors:
-        if len(tensors[0]) % len(ours):
+    def to_native(tensors: Tensors) -> Tensors:
+        if len(tensors[0]) % len(native):
             raise ConversionError(
-                f"{theirs} has {len(tensors[0])} rows, which do not divide into {len(ours)} "
+                f"{external} has {len(tensors[0])} rows, which do not divide into {len(native)} "
                 "projections"
             )
-        return list(tensors[0].chunk(len(ours)))
+        return list(tensors[0].chunk(len(native)))
 
-    return Rule(tuple(ours), (theirs,), to_ours, lambda tensors: [torch.cat(tensors)])
+    return Rule(tuple(native), (external,), to_native, lambda tensors: [torch.cat(tensors)])
 
 
 def weight_and_bias(
-    make: Callable[..., Rule], ours: str | Sequence[str], theirs: str | Sequence[str], *args
+    make: Callable[..., Rule], native: str | Sequence[str], external: str | Sequence[str], *args
 ) -> list[Rule]:
-    """The same rule for `.weight` and `.bias` of modules: `make(ours, theirs, *args)` twice."""
+    """The same rule for `.weight` and `.bias` of modules: `make(native, external, *args)` twice."""
 
     def suffixed(names: str | Sequence[str], suffix: str) -> str | list[str]:
         return names + suffix if isinstance(names, str) else [name + suffix for name in names]
 
-    return [make(suffixed(ours, end), suffixed(theirs, end), *args) for end in (".weight", ".bias")]
+    return [
+        make(suffixed(native, end), suffixed(external, end), *args) for end in (".weight", ".bias")
+    ]
 
 
 @dataclass(frozen=True)
 class RuleTable:
-    """All rules between our format and one other.
+    """All rules between the native format and one external one.
 
-    may_drop: {pattern with `*`: reason}, names of theirs that ours has no use for.
+    may_drop: {pattern with `*`: reason}, external names that the model has no use for.
     """
 
     rules: Sequence[Rule]
     may_drop: Mapping[str, str] = field(default_factory=dict)
-    _by_ours: dict[str, tuple[Rule, int]] = field(init=False, repr=False)
-    _by_theirs: dict[str, tuple[Rule, int]] = field(init=False, repr=False)
+    _by_native: dict[str, tuple[Rule, int]] = field(init=False, repr=False)
+    _by_external: dict[str, tuple[Rule, int]] = field(init=False, repr=False)
     _by_duplicate: dict[str, Rule] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_by_ours", _index(self.rules, lambda rule: rule.ours))
-        object.__setattr__(self, "_by_theirs", _index(self.rules, lambda rule: rule.theirs))
+        object.__setattr__(self, "_by_native", _index(self.rules, lambda rule: rule.native))
+        object.__setattr__(self, "_by_external", _index(self.rules, lambda rule: rule.external))
         found = {name: rule for rule in self.rules for name in rule.duplicates}
         object.__setattr__(self, "_by_duplicate", found)
 
-    def ours_from(self, ours: str) -> tuple[list[str], Callable[[Tensors], torch.Tensor]]:
-        """(their names, function of those tensors) by which our tensor `ours` is made."""
-        return _find(self._by_ours, ours, "ours")
+    def native_recipe(self, native: str) -> tuple[list[str], Callable[[Tensors], torch.Tensor]]:
+        """(external names, function of those tensors) by which the native tensor is made."""
+        return _find(self._by_native, native, "native")
 
-    def theirs_from(self, theirs: str) -> tuple[list[str], Callable[[Tensors], torch.Tensor]]:
-        """(our names, function of those tensors) by which their tensor `theirs` is made."""
-        return _find(self._by_theirs, theirs, "theirs")
+    def external_recipe(self, external: str) -> tuple[list[str], Callable[[Tensors], torch.Tensor]]:
+        """(native names, function of those tensors) by which the external tensor is made."""
+        return _find(self._by_external, external, "external")
 
-    def has_rule_for(self, theirs: str) -> bool:
-        """Whether the tensor `theirs` turns into tensors of ours (duplicates do not)."""
-        return split_layer(theirs)[0] in self._by_theirs
+    def has_rule_for(self, external: str) -> bool:
+        """Whether the tensor `external` turns into native ones (duplicates do not)."""
+        return split_layer(external)[0] in self._by_external
 
-    def their_names(self, ours: Collection[str]) -> list[str]:
-        """Names of theirs that our tensors `ours` turn into, without duplicates of tied ones."""
-        return list(dict.fromkeys(name for our in ours for name in self.ours_from(our)[0]))
+    def external_names(self, native: Collection[str]) -> list[str]:
+        """The external names that the `native` tensors turn into, without duplicates of tied
+        ones."""
+        return list(dict.fromkeys(name for name in native for name in self.native_recipe(name)[0]))
 
-    def ties(self, theirs: Collection[str]) -> list[tuple[str, str]]:
-        """The pairs (name, duplicate) among `theirs` that must hold equal tensors."""
+    def ties(self, external: Collection[str]) -> list[tuple[str, str]]:
+        """The pairs (name, duplicate) among `external` that must hold equal tensors."""
         found = []
-        for name in theirs:
+        for name in external:
             pattern, layer = split_layer(name)
             if pattern in self._by_duplicate:
-                found.append((_fill(self._by_duplicate[pattern].theirs[0], layer), name))
+                found.append((_fill(self._by_duplicate[pattern].external[0], layer), name))
         return found
 
-    def check(self, theirs: Collection[str], ours: Collection[str]) -> dict[str, list[str]]:
-        """Checks that `theirs` give all of `ours` and that nothing is left over. Returns the names
-        that are dropped, as {reason: names}.
+    def check(self, external: Collection[str], native: Collection[str]) -> dict[str, list[str]]:
+        """Checks that `external` give all of `native` and that nothing is left over. Returns the
+        names that are dropped, as {reason: names}.
 
         Raises ConversionError that lists the missing names and those without a use.
         """
-        wanted = set(self.their_names(ours))
-        present = set(theirs)
-        duplicates = {name for tied, name in self.ties(present) if tied in wanted}
+        expected = set(self.external_names(native))
+        present = set(external)
+        duplicates = {name for tied, name in self.ties(present) if tied in expected}
         dropped: dict[str, list[str]] = {}
         leftover = []
-        for name in sorted(present - wanted - duplicates):
+        for name in sorted(present - expected - duplicates):
             reason = self._reason_to_drop(name)
             if reason is None:
                 leftover.append(name)
             else:
                 dropped.setdefault(reason, []).append(name)
         problems = {
-            "missing": sorted(wanted - present),
+            "missing": sorted(expected - present),
             "without a place in the model": leftover,
         }
         lines = [
@@ -224,7 +230,9 @@ def _find(
     if pattern not in index:
         raise ConversionError(f"no rule says what {name} is in the other format")
     rule, position = index[pattern]
-    others, convert = (rule.theirs, rule.to_ours) if side == "ours" else (rule.ours, rule.to_theirs)
+    others, convert = (
+        (rule.external, rule.to_native) if side == "native" else (rule.native, rule.to_external)
+    )
     return [_fill(other, layer) for other in others], lambda tensors: convert(tensors)[position]
 
 

@@ -88,7 +88,7 @@ def write_safetensors(
         file = f"{stem}{suffix}.safetensors"
         tensors = {}
         for name in names:
-            tensors[name] = _own(source.read(name))
+            tensors[name] = _owned(source.read(name))
             done += num_bytes(infos[name])
             report(done, total)
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -107,7 +107,7 @@ def write_safetensors(
     )
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
+def _owned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with a storage of just its size: no view that keeps a larger one alive."""
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -44,14 +44,14 @@ _LAYERS = {
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def our_shapes(table: RuleTable, theirs: TensorSource) -> dict[str, tuple[int, ...]]:
-    """The shapes, by our names, of the tensors that are one tensor in both formats."""
+def native_shapes(table: RuleTable, external: TensorSource) -> dict[str, tuple[int, ...]]:
+    """The shapes, by native names, of the tensors that are one tensor in both formats."""
     found = {}
-    for name, info in theirs.names().items():
+    for name, info in external.names().items():
         if table.has_rule_for(name):
-            ours, _ = table.theirs_from(name)
-            if len(ours) == 1:
-                found[ours[0]] = info.shape
+            native, _ = table.external_recipe(name)
+            if len(native) == 1:
+                found[native[0]] = info.shape
     return found
 
 
@@ -76,9 +76,9 @@ def sizes(shapes: Shapes, stage: str) -> dict[str, int]:
 
 
 def head_counts(
-    found: Mapping[str, int], stage: str, decoder_heads: int | None, given: set[str]
+    found: Mapping[str, int], stage: str, decoder_heads: int | None, configured: set[str]
 ) -> dict[str, int]:
-    """The numbers of heads beyond those `given` in the config, by dotted setting.
+    """The numbers of heads beyond those `configured` (their dotted keys), by dotted setting.
 
     Args:
         decoder_heads: what the file itself says.
@@ -94,7 +94,7 @@ def head_counts(
         stacks["aligner"] = released.aligner
     for stack, usual in stacks.items():
         key, width = f"model.{stack}.num_attention_heads", f"model.{stack}.hidden_size"
-        if key in counts or key in given:
+        if key in counts or key in configured:
             continue
         if found[width] != usual.hidden_size:
             raise ConversionError(
@@ -109,8 +109,8 @@ def refuse_contradictions(
     config_file: Path | None, overrides: list[str], found: Mapping[str, Any]
 ) -> None:
     """Raises ConversionError when the config file or an override contradicts what was found."""
-    given = given_keys(config_file, overrides)
-    needed = [f"{key}={found[key]}" for key in found if key not in given]
+    configured = given_keys(config_file, overrides)
+    needed = [f"{key}={found[key]}" for key in found if key not in configured]
     stated = flatten(load_config(config_file, [*needed, "logging.output_dir=unused", *overrides]))
     wrong = [
         f"{key} is {value} in the file, {stated[key]} in the config"

@@ -41,10 +41,10 @@ class StableDiffusion:
         self._folder = folder
         self._configs = {part: self._config(part, "config.json") for part in _CLASSES}
         self._scheduler = self._config("scheduler", SCHEDULER_FILE)
-        for part, wanted in _CLASSES.items():
+        for part, expected in _CLASSES.items():
             found = self._configs[part].get("_class_name")
-            if found != wanted:
-                raise ConversionError(f"{folder / part} is a {found}, a {wanted} is needed")
+            if found != expected:
+                raise ConversionError(f"{folder / part} is a {found}, a {expected} is needed")
         found = str(self._scheduler.get("_class_name"))
         if not issubclass(getattr(diffusers, found, object), diffusers.SchedulerMixin):
             raise ConversionError(

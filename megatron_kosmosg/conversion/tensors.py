@@ -72,12 +72,12 @@ class InDtype:
 
     def names(self) -> dict[str, TensorInfo]:
         infos = self._source.names()
-        return {name: TensorInfo(i.shape, self._wanted(i.dtype)) for name, i in infos.items()}
+        return {name: TensorInfo(i.shape, self._target_dtype(i.dtype)) for name, i in infos.items()}
 
     def read(self, name: str) -> torch.Tensor:
         """Raises ConversionError where a number is too large for the dtype."""
         tensor = self._source.read(name)
-        cast = tensor.to(self._wanted(tensor.dtype))
+        cast = tensor.to(self._target_dtype(tensor.dtype))
         if cast.dtype != tensor.dtype and not _all_finite(cast) and _all_finite(tensor):
             raise ConversionError(
                 f"{name} has numbers up to {tensor.abs().max():.3g}, too large for "
@@ -85,7 +85,7 @@ class InDtype:
             )
         return cast
 
-    def _wanted(self, dtype: torch.dtype) -> torch.dtype:
+    def _target_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
 
 
@@ -140,20 +140,20 @@ def widest_dtype(source: TensorSource) -> torch.dtype:
     return functools.reduce(torch.promote_types, dtypes)
 
 
-def as_ours(table: RuleTable, theirs: TensorSource, ours: Collection[str]) -> TensorSource:
-    """Their tensors under our names `ours`. Call `table.check` and `check_ties` before."""
-    return _Translated(theirs, ours, table.ours_from)
+def as_native(table: RuleTable, external: TensorSource, native: Collection[str]) -> TensorSource:
+    """The external tensors under the names `native`. Call `table.check` and `check_ties` before."""
+    return _Translated(external, native, table.native_recipe)
 
 
-def as_theirs(table: RuleTable, ours: TensorSource) -> TensorSource:
-    """Our tensors under their names, tied ones once."""
-    return _Translated(ours, table.their_names(ours.names()), table.theirs_from)
+def as_external(table: RuleTable, native: TensorSource) -> TensorSource:
+    """The native tensors under external names, tied ones once."""
+    return _Translated(native, table.external_names(native.names()), table.external_recipe)
 
 
-def check_ties(table: RuleTable, theirs: TensorSource) -> None:
+def check_ties(table: RuleTable, external: TensorSource) -> None:
     """Raises ConversionError when a tensor and its tied duplicate differ."""
-    for name, duplicate in table.ties(theirs.names()):
-        if not torch.equal(theirs.read(name), theirs.read(duplicate)):
+    for name, duplicate in table.ties(external.names()):
+        if not torch.equal(external.read(name), external.read(duplicate)):
             raise ConversionError(
                 f"{duplicate} differs from {name}; this model ties the two, so one of them would "
                 "be lost. Tie them in the file first"
@@ -161,19 +161,19 @@ def check_ties(table: RuleTable, theirs: TensorSource) -> None:
 
 
 def check_shapes(
-    found: Mapping[str, TensorInfo], wanted: Mapping[str, tuple[int, ...]], remedy: str
+    found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], remedy: str
 ) -> None:
-    """Raises ConversionError, ending in `remedy`, when a tensor has another shape than wanted."""
+    """Raises ConversionError, ending in `remedy`, when a tensor has another shape than expected."""
     wrong = {
         name: (found[name].shape, shape)
-        for name, shape in wanted.items()
+        for name, shape in expected.items()
         if found[name].shape != tuple(shape)
     }
     if wrong:
-        first, (given, needed) = next(iter(wrong.items()))
+        first, (shape, needed) = next(iter(wrong.items()))
         others = [line for line in summary(wrong) if line != first][:5]
         raise ConversionError(
-            f"{first} has shape {list(given)}, the model needs {list(needed)}"
+            f"{first} has shape {list(shape)}, the model needs {list(needed)}"
             + (f" ({len(wrong)} tensors differ: {', '.join(others)})" if len(wrong) > 1 else "")
             + f"; {remedy}"
         )
@@ -193,13 +193,15 @@ class Selected:
         return self._source.read(name)
 
 
-def check_complete(found: Mapping[str, TensorInfo], wanted: Mapping[str, tuple[int, ...]]) -> None:
+def check_complete(
+    found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]
+) -> None:
     """Raises ConversionError unless `found` has exactly the names and shapes of `wanted`."""
     for what, names in (
-        ("lacks", wanted.keys() - found.keys()),
-        ("has no place for", found.keys() - wanted.keys()),
+        ("lacks", expected.keys() - found.keys()),
+        ("has no place for", found.keys() - expected.keys()),
     ):
         if names:
             lines = ", ".join(summary(sorted(names), limit=5))
             raise ConversionError(f"the source or the model {what} {lines}")
-    check_shapes(found, wanted, "check the sizes under model")
+    check_shapes(found, expected, "check the sizes under model")

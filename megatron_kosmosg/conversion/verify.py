@@ -16,7 +16,7 @@ from megatron_kosmosg.conversion.import_fairseq import FairseqImport, open_fairs
 from megatron_kosmosg.conversion.model_outputs import (
     PromptShape,
     outputs_of_folder,
-    outputs_of_ours,
+    outputs_of_native,
     prompt_shape,
     random_prompts,
 )
@@ -119,7 +119,7 @@ def open_side(path: Path, config_file: Path | None, overrides: Sequence[str], tr
         return Side(
             f"{path}: authors' file, stage {config.stage}, with Megatron-Core",
             prompt_shape(config),
-            lambda prompts: outputs_of_ours(config, source, prompts),
+            lambda prompts: outputs_of_native(config, source, prompts),
         )
     parts = exported_parts(path)
     if parts.aligner is None and not (path / "config.json").is_file():
@@ -127,7 +127,7 @@ def open_side(path: Path, config_file: Path | None, overrides: Sequence[str], tr
         return Side(
             f"{checkpoint.path}: checkpoint, stage {checkpoint.stage}, with Megatron-Core",
             prompt_shape(checkpoint.config),
-            lambda prompts: outputs_of_ours(checkpoint.config, checkpoint.apart(), prompts),
+            lambda prompts: outputs_of_native(checkpoint.config, checkpoint.apart(), prompts),
         )
     stock = Kosmos2Config.from_pretrained(parts.mllm, local_files_only=True)
     shape = PromptShape(

@@ -18,7 +18,11 @@ from transformers import AutoTokenizer, CLIPImageProcessor, Kosmos2ForConditiona
 from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.schema import AlignerConfig
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
-from megatron_kosmosg.conversion.hf_aligner import OURS, aligner_arguments, aligner_weights
+from megatron_kosmosg.conversion.hf_aligner import (
+    NATIVE_PREFIXES,
+    aligner_arguments,
+    aligner_weights,
+)
 from megatron_kosmosg.conversion.hf_folder import (
     tokenizer_model,
     write_image_processor,
@@ -47,7 +51,7 @@ def pipeline_from_checkpoint(
     To keep it as a folder, use export-hf. Raises ConversionError for what that refuses.
     """
     checkpoint = CheckpointTensors(run)
-    if not any(name.startswith(OURS) for name in checkpoint.names()):
+    if not any(name.startswith(NATIVE_PREFIXES) for name in checkpoint.names()):
         raise ConversionError(
             f"{checkpoint.path} is of stage {checkpoint.stage} and has no AlignerNet; images "
             "need a checkpoint of align or instruct"

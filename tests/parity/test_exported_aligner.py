@@ -30,11 +30,11 @@ def exported_aligner(arguments: dict) -> KosmosGAligner:
 def copy_weights(exported: nn.Module, trained: nn.Module, aligner) -> None:
     """Every weight of the one is used for the other."""
     table, weights = aligner_table(aligner), exported.state_dict()
-    ours = {f"aligner_m.{name}": parameter for name, parameter in trained.named_parameters()}
-    assert table.check(weights, ours) == {}
+    native = {f"aligner_m.{name}": parameter for name, parameter in trained.named_parameters()}
+    assert table.check(weights, native) == {}
     with torch.no_grad():
-        for name, parameter in ours.items():
-            names, convert = table.ours_from(name)
+        for name, parameter in native.items():
+            names, convert = table.native_recipe(name)
             parameter.copy_(convert([weights[n] for n in names]))
 
 

@@ -14,11 +14,11 @@ from megatron_kosmosg.conversion.checkpoint_writer import model_tensors
 from megatron_kosmosg.conversion.hf_aligner import aligner_arguments, aligner_weights
 from megatron_kosmosg.conversion.kosmos2 import HEAD, kosmos2_config, kosmos2_weights
 from megatron_kosmosg.conversion.model_outputs import (
-    outputs_of_ours,
+    outputs_of_native,
     prompt_shape,
     random_prompts,
 )
-from megatron_kosmosg.conversion.tensors import InMemory, TensorSource, as_ours
+from megatron_kosmosg.conversion.tensors import InMemory, TensorSource, as_native
 from megatron_kosmosg.hf.modeling_kosmosg_aligner import KosmosGAligner
 from tests.support.authors_files import load_golden
 from tests.support.conversion_models import conversion_config, random_weights
@@ -53,10 +53,10 @@ def test_the_authors_numbers_without_megatron(number: int) -> None:
     torch.set_num_threads(1)
     golden = load_golden(number)
     config = golden_config(golden, "align", {})
-    theirs = InMemory(golden["model"])
-    ours = as_ours(authors_table(config.model), theirs, list(model_tensors(config)))
+    external = InMemory(golden["model"])
+    native = as_native(authors_table(config.model), external, list(model_tensors(config)))
     inputs, wanted = golden["inputs"], golden["outputs"]
-    output = stock_model(ours, config)(
+    output = stock_model(native, config)(
         pixel_values=inputs["images"],
         input_ids=inputs["tokens"],
         image_embeds_position_mask=inputs["image_slots"],
@@ -65,7 +65,7 @@ def test_the_authors_numbers_without_megatron(number: int) -> None:
     close(output.image_embeds.flatten(0, 1), wanted["image_features"])
     close(output.hidden_states[-1], wanted["hidden"])
     close(output.logits, wanted["logits"])
-    condition = stock_aligner(ours, config)(output.hidden_states[-1], inputs["tokens"] == 1)
+    condition = stock_aligner(native, config)(output.hidden_states[-1], inputs["tokens"] == 1)
     close(condition, wanted["condition"])
 
 
@@ -76,8 +76,8 @@ def models(tmp_path_factory) -> tuple[Kosmos2ForConditionalGeneration, dict, dic
     config = conversion_config("pretrain", tmp_path_factory.mktemp("models"))
     source = InMemory(random_weights(config))
     prompts = random_prompts(prompt_shape(config), seed=0)
-    ours = outputs_of_ours(config, source, prompts)
-    return stock_model(source, config), prompts, ours
+    native = outputs_of_native(config, source, prompts)
+    return stock_model(source, config), prompts, native
 
 
 def test_random_prompts_are_keyed_and_of_all_kinds(models) -> None:
@@ -93,7 +93,7 @@ def test_random_prompts_are_keyed_and_of_all_kinds(models) -> None:
 
 @torch.no_grad()
 def test_two_images_in_a_row_beside_shorter_rows(models) -> None:
-    model, prompts, ours = models
+    model, prompts, native = models
     output = model(
         pixel_values=prompts["pixel_values"],
         input_ids=prompts["tokens"],
@@ -101,13 +101,13 @@ def test_two_images_in_a_row_beside_shorter_rows(models) -> None:
         output_hidden_states=True,
     )
     real = ~prompts["padding_mask"]
-    close(output.hidden_states[-1][real], ours["hidden"][real])
-    close(output.logits[real], ours["logits"][real])
+    close(output.hidden_states[-1][real], native["hidden"][real])
+    close(output.logits[real], native["logits"][real])
 
 
 @torch.no_grad()
 def test_text_alone_through_inputs_embeds(models) -> None:
-    model, prompts, ours = models
+    model, prompts, native = models
     for row in (2, 3):
         real = ~prompts["padding_mask"][row]
         tokens = prompts["tokens"][row, real][None]
@@ -115,5 +115,5 @@ def test_text_alone_through_inputs_embeds(models) -> None:
             model(input_ids=tokens)
         embeddings = model.get_input_embeddings()(tokens)
         output = model.text_model(inputs_embeds=embeddings, output_hidden_states=True)
-        close(output.hidden_states[-1][0], ours["hidden"][row, real])
-        close(output.logits[0], ours["logits"][row, real])
+        close(output.hidden_states[-1][0], native["hidden"][row, real])
+        close(output.logits[0], native["logits"][row, real])

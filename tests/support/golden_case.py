@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megatron_kosmosg.config import schema
 from megatron_kosmosg.conversion.authors import authors_table
 from megatron_kosmosg.conversion.stored_names import EMBEDDING
-from megatron_kosmosg.conversion.tensors import InMemory, as_ours
+from megatron_kosmosg.conversion.tensors import InMemory, as_native
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
 from megatron_kosmosg.models.parameter_count import meta_model
 from tests.support.shares import whole
@@ -69,12 +69,12 @@ def golden_config(
 
 def our_weights(golden: dict, config: schema.RunConfig) -> dict[str, torch.Tensor]:
     """The authors' weights under our names; each of theirs is used once or known to be unused."""
-    table, theirs = authors_table(config.model), InMemory(golden["model"])
+    table, external = authors_table(config.model), InMemory(golden["model"])
     whole_model = meta_model(config, True, ("M", "N"))
     names = [name for name, _ in whole_model.named_parameters()]
     table.check(golden["model"], names)
-    ours = as_ours(table, theirs, names)
-    weights = {name: ours.read(name) for name in names}
+    native = as_native(table, external, names)
+    weights = {name: native.read(name) for name in names}
     missing = padded_vocab_size(golden["vocab_size"], 1) - golden["vocab_size"]
     weights[EMBEDDING] = F.pad(weights[EMBEDDING], (0, 0, 0, missing))
     return weights
@@ -85,13 +85,13 @@ def under_their_names(
 ) -> dict[str, torch.Tensor]:
     """Whole tensors (parameters or gradients) under the authors' `names`."""
     table = authors_table(config.model)
-    ours = {name: torch.from_numpy(value) for name, value in tensors.items()}
-    if EMBEDDING in ours:
-        ours[EMBEDDING] = ours[EMBEDDING][: golden["vocab_size"]]
+    native = {name: torch.from_numpy(value) for name, value in tensors.items()}
+    if EMBEDDING in native:
+        native[EMBEDDING] = native[EMBEDDING][: golden["vocab_size"]]
     found = {}
     for name in names:
-        sources, make = table.theirs_from(name)
-        found[name] = make([ours[source] for source in sources])
+        sources, make = table.external_recipe(name)
+        found[name] = make([native[source] for source in sources])
     return found
 
 

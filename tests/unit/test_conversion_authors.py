@@ -11,7 +11,7 @@ from megatron_kosmosg.conversion.authors import authors_table, has_fused_vision,
 from megatron_kosmosg.conversion.checkpoint_writer import model_tensors
 from megatron_kosmosg.conversion.openai_clip import clip_table
 from megatron_kosmosg.conversion.sizes import head_counts
-from megatron_kosmosg.conversion.tensors import InMemory, as_theirs
+from megatron_kosmosg.conversion.tensors import InMemory, as_external
 
 RELEASED = {
     "model.decoder.hidden_size": 2048,
@@ -21,14 +21,14 @@ RELEASED = {
 
 
 @pytest.fixture(scope="module")
-def ours() -> InMemory:
+def native() -> InMemory:
     """Shapes of the released model with both halves of AlignerNet."""
     shapes = model_tensors(RunConfig(stage="align"))
     return InMemory({name: torch.empty(s, device="meta") for name, s in shapes.items()})
 
 
-def test_the_released_files_have_as_many_keys(ours: InMemory) -> None:
-    names = as_theirs(authors_table(RunConfig(stage="align").model), ours).names()
+def test_the_released_files_have_as_many_keys(native: InMemory) -> None:
+    names = as_external(authors_table(RunConfig(stage="align").model), native).names()
     counts = {
         # 486 in the file: two buffers and the tied head are not made from a weight of ours.
         "gpt_model.decoder.": 483,
@@ -56,9 +56,9 @@ def test_the_released_files_have_as_many_keys(ours: InMemory) -> None:
         assert names[name].shape == shape, name
 
 
-def test_clip_fuses_what_the_authors_separate(ours: InMemory) -> None:
-    tower = {n: ours.read(n) for n in ours.names() if n.startswith("vision_encoder.")}
-    names = as_theirs(clip_table(), InMemory(tower)).names()
+def test_clip_fuses_what_the_authors_separate(native: InMemory) -> None:
+    tower = {n: native.read(n) for n in native.names() if n.startswith("vision_encoder.")}
+    names = as_external(clip_table(), InMemory(tower)).names()
     assert names["visual.transformer.resblocks.5.attn.in_proj_weight"].shape == (3072, 1024)
     assert len(names) == 391 - 24 * 4
 
@@ -75,8 +75,8 @@ def test_the_tower_that_the_model_uses_is_recognised() -> None:
     assert has_fused_vision([fused]) and not has_fused_vision([separate])
     assert not has_fused_vision([fused, separate])  # the first is then unused
     table = authors_table(RunConfig(stage="align").model)
-    ours, _ = table.theirs_from(separate)
-    dropped = table.check([*table.their_names(ours), fused], ours)
+    native, _ = table.external_recipe(separate)
+    dropped = table.check([*table.external_names(native), fused], native)
     assert dropped == {"CLIP's own attention, replaced by ts_attn": [fused]}
 
 

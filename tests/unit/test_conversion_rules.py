@@ -18,8 +18,8 @@ from megatron_kosmosg.conversion.rules import (
 from megatron_kosmosg.conversion.tensors import (
     InMemory,
     Joined,
-    as_ours,
-    as_theirs,
+    as_external,
+    as_native,
     check_shapes,
     check_ties,
 )
@@ -39,7 +39,7 @@ TABLE = RuleTable(
 
 
 @pytest.fixture
-def theirs() -> dict[str, torch.Tensor]:
+def external() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -56,7 +56,7 @@ def theirs() -> dict[str, torch.Tensor]:
     return tensors
 
 
-OURS = ["embedding"] + [
+NATIVE = ["embedding"] + [
     name
     for layer in range(LAYERS)
     for name in (
@@ -68,73 +68,73 @@ OURS = ["embedding"] + [
 ]
 
 
-def test_fused_rows_are_ordered_by_head(theirs) -> None:
-    names, make = TABLE.ours_from("layers.1.qkv.weight")
+def test_fused_rows_are_ordered_by_head(external) -> None:
+    names, make = TABLE.native_recipe("layers.1.qkv.weight")
     assert names == ["layer.1.q.weight", "layer.1.k.weight", "layer.1.v.weight"]
-    fused = make([theirs[name] for name in names])
+    fused = make([external[name] for name in names])
     rows = WIDTH // HEADS
     wanted = []
     for head in range(HEADS):
         for name in names:
-            wanted.append(theirs[name][head * rows : (head + 1) * rows])
+            wanted.append(external[name][head * rows : (head + 1) * rows])
     assert torch.equal(fused, torch.cat(wanted))
 
 
-def test_there_and_back_changes_nothing(theirs) -> None:
-    source = InMemory(theirs)
-    dropped = TABLE.check(source.names(), OURS)
+def test_there_and_back_changes_nothing(external) -> None:
+    source = InMemory(external)
+    dropped = TABLE.check(source.names(), NATIVE)
     assert dropped == {"a buffer without influence": ["buffer.x"]}
     check_ties(TABLE, source)
-    ours = as_ours(TABLE, source, OURS)
-    back = as_theirs(TABLE, ours)
-    assert back.names().keys() == theirs.keys() - {"head", "buffer.x"}
+    native = as_native(TABLE, source, NATIVE)
+    back = as_external(TABLE, native)
+    assert back.names().keys() == external.keys() - {"head", "buffer.x"}
     for name, info in back.names().items():
         tensor = back.read(name)
         assert (tuple(tensor.shape), tensor.dtype) == info
-        wanted = theirs[name][:5] if name == "embed" else theirs[name]
+        wanted = external[name][:5] if name == "embed" else external[name]
         assert torch.equal(tensor, wanted), name
-    for name, info in ours.names().items():
-        assert tuple(ours.read(name).shape) == info.shape
+    for name, info in native.names().items():
+        assert tuple(native.read(name).shape) == info.shape
 
 
-def test_every_key_is_used_once_or_named(theirs) -> None:
-    theirs["layer.0.rotary"] = theirs.pop("layer.2.ln")
-    theirs["layer.1.rotary"] = torch.ones(1)
+def test_every_key_is_used_once_or_named(external) -> None:
+    external["layer.0.rotary"] = external.pop("layer.2.ln")
+    external["layer.1.rotary"] = torch.ones(1)
     with pytest.raises(ConversionError) as caught:
-        TABLE.check(theirs, OURS)
+        TABLE.check(external, NATIVE)
     assert "1 tensor missing:\n    layer.2.ln" in str(caught.value)
     assert "2 tensors without a place in the model:\n    layer.[0-1].rotary" in str(caught.value)
 
 
-def test_layers_beyond_the_model_are_left_over(theirs) -> None:
-    fewer = [name for name in OURS if ".2." not in name]
+def test_layers_beyond_the_model_are_left_over(external) -> None:
+    fewer = [name for name in NATIVE if ".2." not in name]
     with pytest.raises(ConversionError, match=r"layer\.2\.q\.weight"):
-        TABLE.check(theirs, fewer)
+        TABLE.check(external, fewer)
 
 
-def test_a_duplicate_may_be_absent_but_not_different(theirs) -> None:
-    theirs["head"] = theirs["head"] + 1e-3
+def test_a_duplicate_may_be_absent_but_not_different(external) -> None:
+    external["head"] = external["head"] + 1e-3
     with pytest.raises(ConversionError, match="head differs from embed"):
-        check_ties(TABLE, InMemory(theirs))
-    del theirs["head"]
-    TABLE.check(theirs, OURS)
-    check_ties(TABLE, InMemory(theirs))
+        check_ties(TABLE, InMemory(external))
+    del external["head"]
+    TABLE.check(external, NATIVE)
+    check_ties(TABLE, InMemory(external))
 
 
-def test_sizes_that_cannot_be_split_are_refused(theirs) -> None:
-    _, make = TABLE.ours_from("layers.0.qkv.weight")
+def test_sizes_that_cannot_be_split_are_refused(external) -> None:
+    _, make = TABLE.native_recipe("layers.0.qkv.weight")
     with pytest.raises(ConversionError, match="5 rows.*2 attention heads"):
         make([torch.ones(5, 2)] * 3)
-    _, make = TABLE.ours_from("embedding")
+    _, make = TABLE.native_recipe("embedding")
     with pytest.raises(ConversionError, match=r"4 rows.*vocab_size"):
         make([torch.ones(4, 2)])
-    _, make = TABLE.ours_from("tower.0.k")
+    _, make = TABLE.native_recipe("tower.0.k")
     with pytest.raises(ConversionError, match="3 projections"):
         make([torch.ones(4, 2)])
 
 
-def test_shapes_are_compared(theirs) -> None:
-    infos = InMemory(theirs).names()
+def test_shapes_are_compared(external) -> None:
+    infos = InMemory(external).names()
     check_shapes(infos, {"embed": (7, WIDTH)}, "x")
     with pytest.raises(ConversionError, match=r"embed has shape \[7, 6\].*\[8, 6\]; pass x"):
         check_shapes(infos, {"embed": (8, WIDTH)}, "pass x")
@@ -145,9 +145,9 @@ def test_two_rules_for_one_name_are_refused() -> None:
         RuleTable([same("a", "x"), same("a", "y")])
 
 
-def test_joined_sources_answer_for_their_names(theirs) -> None:
-    joined = Joined(InMemory(theirs), InMemory({"more": torch.zeros(2)}))
-    assert joined.names().keys() == {*theirs, "more"}
+def test_joined_sources_answer_for_their_names(external) -> None:
+    joined = Joined(InMemory(external), InMemory({"more": torch.zeros(2)}))
+    assert joined.names().keys() == {*external, "more"}
     assert joined.read("more").shape == (2,) and joined.read("embed").shape == (7, WIDTH)
 
 

@@ -100,9 +100,9 @@ def test_as_many_tensors_as_in_the_authors_files() -> None:
     """They list the tied head and two buffers besides: 486 of the language model."""
     config = RunConfig(stage="align")
     names = [name for name, _ in meta_model(config, False, ("M", "N")).named_parameters()]
-    theirs = authors_table(config.model).their_names(names)
+    external = authors_table(config.model).external_names(names)
     found = {
-        part: len([name for name in theirs if name.startswith(prefix)])
+        part: len([name for name in external if name.startswith(prefix)])
         for part, prefix in {
             "language model": "gpt_model.",
             "image tower": "img_model.",
