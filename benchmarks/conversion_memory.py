@@ -80,15 +80,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16")
     parser.add_argument("--folder", type=Path, required=True, help="new folder for both files")
     parser.add_argument("--make", action="store_true", help="only make the authors' file")
-    given = parser.parse_args()
-    file, output = given.folder / "checkpoint.pt", given.folder / "imported"
-    if given.make:
-        make_file(file, given.stage, given.dtype)
+    args = parser.parse_args()
+    file, output = args.folder / "checkpoint.pt", args.folder / "imported"
+    if args.make:
+        make_file(file, args.stage, args.dtype)
         return
-    given.folder.mkdir(parents=True)
+    args.folder.mkdir(parents=True)
     # A process of its own: a child's peak starts at its parent's size.
-    maker = [sys.executable, __file__, "--make", "--folder", str(given.folder)]
-    maker += ["--stage", given.stage, "--dtype", given.dtype]
+    maker = [sys.executable, __file__, "--make", "--folder", str(args.folder)]
+    maker += ["--stage", args.stage, "--dtype", args.dtype]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     made = subprocess.run(maker, env=environment, check=True, capture_output=True, text=True)
     model_bytes = int(made.stdout.split()[-1])
@@ -96,7 +96,7 @@ def main() -> None:
     tool = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py"), "import-fairseq"]
     used = measure([*tool, "--input", str(file), "--output", str(output)])
     print(
-        f"import-fairseq, {given.stage}, {given.dtype}: model {model_bytes / 1e9:.2f} GB, peak "
+        f"import-fairseq, {args.stage}, {args.dtype}: model {model_bytes / 1e9:.2f} GB, peak "
         f"{used.peak_bytes / 1e9:.2f} GB ({used.peak_bytes / model_bytes:.2f} x), of which "
         f"{idle.peak_bytes / 1e9:.2f} GB after the imports; {used.seconds:.0f} s, imports "
         f"{idle.seconds:.0f} s"

@@ -130,18 +130,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--height", type=int, default=480)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    samples = max(BATCH, given.images // 2 // BATCH * BATCH)
+    samples = max(BATCH, args.images // 2 // BATCH * BATCH)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        images = write_images(folder, samples, given.width, given.height)
+        images = write_images(folder, samples, args.width, args.height)
         prefix, model = write_dataset(folder, samples)
         tsv = folder / "edits.tsv"
         write_tsv(tsv, images)
         config = inspection_config(prefix, None, model, 0, folder)
         arms: dict[str, Callable[[int], None]] = {
-            "plain PIL, base64 TSV": lambda count: plain_loader(tsv, given.threads, count)
+            "plain PIL, base64 TSV": lambda count: plain_loader(tsv, args.threads, count)
         }
         device = platform.device()
         for backend in ("pillow", "dali"):
@@ -152,19 +152,19 @@ def main() -> None:
             except ValueError as error:
                 print(f"{backend} left out: {error}")
                 continue
-            arms[f"stream, {backend}"] = stream_loader(chosen, None, given.threads)
+            arms[f"stream, {backend}"] = stream_loader(chosen, None, args.threads)
             if backend == "dali" and device.type != "cpu":
-                arms["stream, dali on the GPU"] = stream_loader(chosen, device.index, given.threads)
+                arms["stream, dali on the GPU"] = stream_loader(chosen, device.index, args.threads)
         size = sum(map(len, images)) / len(images) / 1000
         print(
-            f"{2 * samples} pictures a round ({given.width} x {given.height}, {size:.0f} KB), "
-            f"{given.threads} thread(s), {given.rounds} rounds, median (lowest to highest)"
+            f"{2 * samples} pictures a round ({args.width} x {args.height}, {size:.0f} KB), "
+            f"{args.threads} thread(s), {args.rounds} rounds, median (lowest to highest)"
         )
         wall: dict[str, list[float]] = {name: [] for name in arms}
         cpu: dict[str, list[float]] = {name: [] for name in arms}
         for read in arms.values():
-            read(BATCH * given.threads)
-        for _ in range(given.rounds):
+            read(BATCH * args.threads)
+        for _ in range(args.rounds):
             for name, read in arms.items():
                 started, spent = time.perf_counter(), time.process_time()
                 read(samples)

@@ -91,32 +91,32 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of both ways, in turn (3)")
     parser.add_argument("--threads", type=int, default=4, help="that read images (4)")
     parser.add_argument("--device", help="as torch names it (a GPU if there is one)")
-    given = parser.parse_args()
-    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    args = parser.parse_args()
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with tempfile.TemporaryDirectory(prefix="evaluation_scoring_") as name:
         folder = Path(name)
-        paths = write_images(folder, (given.batches + 1) * SHARD_ITEMS, given.side)
+        paths = write_images(folder, (args.batches + 1) * SHARD_ITEMS, args.side)
         known = {
             "dino": lambda: find_dino(write_dino(folder / "dino.pth")),
             "inception": lambda: find_inception(write_inception(folder / "inception.pth")),
-            "clip": lambda: find_clip(given.clip),
+            "clip": lambda: find_clip(args.clip),
         }
         print(
             f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} of torch, "
-            f"{given.threads} that read; {given.batches} batches of {SHARD_ITEMS} images of "
-            f"{given.side} pixels, {given.rounds} rounds"
+            f"{args.threads} that read; {args.batches} batches of {SHARD_ITEMS} images of "
+            f"{args.side} pixels, {args.rounds} rounds"
         )
-        for chosen in given.network or ["dino"]:
-            if chosen == "clip" and given.clip is None:
+        for chosen in args.network or ["dino"]:
+            if chosen == "clip" and args.clip is None:
                 parser.error("--network clip needs --clip FOLDER")
             weights = known[chosen]()
             network = open_network(weights, device)
             rule = RULES[chosen]
             pixels = torch.stack([rule(read_rgb(path)) for path in paths[:SHARD_ITEMS]])
             scoring, forward = [], []
-            for _ in range(given.rounds):
-                forward.append(seconds_of_forward(network, pixels, given.batches))
-                scoring.append(seconds_of_scoring(paths, weights, device, given.threads))
+            for _ in range(args.rounds):
+                forward.append(seconds_of_forward(network, pixels, args.batches))
+                scoring.append(seconds_of_scoring(paths, weights, device, args.threads))
             rates = [SHARD_ITEMS / statistics.median(times) for times in (scoring, forward)]
             print(
                 f"{chosen:10} scoring {rates[0]:8.1f} images/s, forward {rates[1]:8.1f}, "

@@ -119,14 +119,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="new folder, 16 GB at fp16")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.step is not None:
+    args = parser.parse_args()
+    if args.step is not None:
         torch.set_num_threads(1)
-        STEPS[given.step][0](given.folder, DTYPES[given.dtype])
+        STEPS[args.step][0](args.folder, DTYPES[args.dtype])
         return
     for step, (_, written) in STEPS.items():
         used = measure([sys.executable, __file__, *sys.argv[1:], "--step", step])
-        files = [] if written is None else (given.folder / written).rglob("*")
+        files = [] if written is None else (args.folder / written).rglob("*")
         size = sum(path.stat().st_size for path in files if path.is_file())
         print(
             f"{step:10} {used.seconds:6.0f} s, writes {size / 1e9:5.2f} GB, "

@@ -109,17 +109,17 @@ class Fleet:
 
     def _program(self, replica: int) -> Iterator[float | int]:
         """Seconds of work, and numbers of requests that are awaited."""
-        asked: deque[int] = deque()
+        pending: deque[int] = deque()
         behind = iter(self._times.backward)
         for position in range(self._micro_batches):
             yield self._lasts(self._times.forward[position])
             rows = Rows((replica * self._micro_batches + position,), (0,))
-            asked.append(self._ask(replica, rows))
-            if len(asked) >= self._window:
-                yield -asked.popleft()
+            pending.append(self._ask(replica, rows))
+            if len(pending) >= self._window:
+                yield -pending.popleft()
                 yield self._lasts(next(behind))
-        while asked:
-            yield -asked.popleft()
+        while pending:
+            yield -pending.popleft()
             yield self._lasts(next(behind))
 
     def _go_on(self, replica: int) -> None:

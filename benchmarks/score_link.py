@@ -168,9 +168,9 @@ def zeromq_server(pipe: Connection, times: int) -> None:
     with Membership(to, key, _limits(), "server", "CPU", lambda _: Standing.OWN) as member:
         member.is_loaded({})
         while member.end is None:
-            asked = member.take(1.0)
-            if asked is not None:
-                member.reply(asked, Answer(0.0, 0, 0, 0.0, 0.0, gradient().flatten()))
+            request = member.take(1.0)
+            if request is not None:
+                member.reply(request, Answer(0.0, 0, 0, 0.0, 0.0, gradient().flatten()))
 
 
 def zeromq_client(pipe: Connection, times: int) -> tuple[list[float], float, int]:

@@ -133,9 +133,9 @@ def placed(config: RunConfig, placement: str, ranks: int, micro_batches: int) ->
         "dedicated": ranks // unit * score.replicas_per_rank,
         "colocated": ranks // replica,
     }
-    wanted = config.training.micro_batch_size * replicas["dedicated"] * micro_batches
+    least = config.training.micro_batch_size * replicas["dedicated"] * micro_batches
     both = math.lcm(config.training.micro_batch_size * replicas["dedicated"], replicas["colocated"])
-    samples = -(-wanted // both) * both
+    samples = -(-least // both) * both
     training = dataclasses.replace(config.training, global_batch_size=samples)
     if placement == "colocated":  # a replica has fewer images of the batch: no smaller passes
         per_replica = samples // replicas["colocated"]

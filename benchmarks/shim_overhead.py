@@ -160,12 +160,12 @@ def count_shim_calls(update: Callable) -> int:
                 setattr(view, name, counting(value))
 
     # What the replaced Tensor.cuda and Tensor.type ask on every call.
-    def asked() -> bool:
+    def called_by_megatron() -> bool:
         nonlocal calls
         calls += 1
         return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.core")
 
-    setattr(cpu_shim, caller, asked)
+    setattr(cpu_shim, caller, called_by_megatron)
     try:
         update()
     finally:

@@ -170,32 +170,32 @@ def main() -> None:
     parser.add_argument(
         "--megatron-lm", type=Path, help="a checkout of Megatron-LM to compare with"
     )
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tokenize_text_") as name:
         folder = Path(name)
-        corpus = given.corpus or folder / "corpus.jsonl"
-        model = given.tokenizer_model or folder / "spm.model"
-        if not (given.corpus and given.tokenizer_model):
+        corpus = args.corpus or folder / "corpus.jsonl"
+        model = args.tokenizer_model or folder / "spm.model"
+        if not (args.corpus and args.tokenizer_model):
             documents = prose()
-            if not given.corpus:
-                write_corpus(corpus, documents, int(given.megabytes * 1e6))
-            if not given.tokenizer_model:
-                train_model(model, documents, given.model_type)
+            if not args.corpus:
+                write_corpus(corpus, documents, int(args.megabytes * 1e6))
+            if not args.tokenizer_model:
+                train_model(model, documents, args.model_type)
         print(
-            f"{corpus.stat().st_size / 1e6:.1f} MB, {given.workers} workers, {os.cpu_count()} cores"
+            f"{corpus.stat().st_size / 1e6:.1f} MB, {args.workers} workers, {os.cpu_count()} cores"
         )
         results: dict[str, list[Speed]] = {"ours": []}
-        for _ in range(given.rounds):
-            results["ours"].append(ours(corpus, model, folder / "ours", given.workers))
-            if given.megatron_lm:
-                speed = theirs(given.megatron_lm, corpus, model, folder / "theirs", given.workers)
+        for _ in range(args.rounds):
+            results["ours"].append(ours(corpus, model, folder / "ours", args.workers))
+            if args.megatron_lm:
+                speed = theirs(args.megatron_lm, corpus, model, folder / "theirs", args.workers)
                 results.setdefault("Megatron-LM", []).append(speed)
         print(f"{'':12}  {'whole process':>14}  {'steady state':>13}  {'CPU':>8}")
         for tool, speeds in results.items():
             whole, steady = (median(speeds, column) for column in ("whole", "steady"))
             cpu = median(speeds, "cpu_seconds")
             print(f"{tool:12}  {whole:9.1f} MB/s  {steady:8.1f} MB/s  {cpu:6.1f} s")
-        if given.megatron_lm:
+        if args.megatron_lm:
             ratios = [
                 median(results["ours"], column) / median(results["Megatron-LM"], column)
                 for column in ("whole", "steady", "cpu_seconds")

@@ -79,8 +79,8 @@ def write_dataset(prefix: Path, num_samples: int, shard_samples: int, tokenizer:
     while first < num_samples:
         size = min(shard_samples, num_samples - first)
         number = len(entries)
-        own = prefix.with_name(f"{prefix.name}-{number:05d}")
-        entry = write_shard(own, size, tokenizer, seed=number)
+        shard = prefix.with_name(f"{prefix.name}-{number:05d}")
+        entry = write_shard(shard, size, tokenizer, seed=number)
         entries.append(ShardEntry(**(vars(entry) | {"first_sample": first})))
         first += size
     counts = num_samples, num_samples * (SHORTEST + LONGEST) // 2, num_samples, 0
@@ -98,10 +98,10 @@ def timed(found: dict[str, Any], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     found[f"{name}: seconds"] = time.perf_counter() - started
-    found[f"{name}: memory"] = own_memory()
+    found[f"{name}: memory"] = resident_memory()
 
 
-def own_memory() -> int:
+def resident_memory() -> int:
     """Bytes of this process that no other shares: mapped files are not among them."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith("RssAnon"))
@@ -110,7 +110,7 @@ def own_memory() -> int:
 
 def measure(prefix: str) -> dict[str, Any]:
     """What a rank does with the dataset when it starts, in this process."""
-    found: dict[str, Any] = {"start: memory": own_memory()}
+    found: dict[str, Any] = {"start: memory": resident_memory()}
     with timed(found, "open"):
         store = SampleStore(prefix)
     order = SampleOrder("synthetic", len(store), 1, "benchmark")
@@ -152,19 +152,19 @@ def in_a_process(part: str, prefix: Path) -> dict[str, Any]:
 
 def one_size(folder: Path, num_samples: int, shard_samples: int, packs: bool) -> dict[str, Any]:
     """All figures of a dataset of this size, whose files are then deleted."""
-    own = Path(tempfile.mkdtemp(dir=folder, prefix="web-scale-"))
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix="web-scale-"))
     try:
-        prefix = own / "all"
+        prefix = scratch / "all"
         write_dataset(
             prefix, num_samples, shard_samples, Tokenizer(assets.path() / "sentencepiece.model")
         )
-        files = [file.stat() for file in own.iterdir() if file.suffix != ".bin"]
+        files = [file.stat() for file in scratch.iterdir() if file.suffix != ".bin"]
         found = {"shards": -(-num_samples // shard_samples)}
         found["index and tables: bytes"] = sum(file.st_size for file in files)
         for part in PARTS if packs else ["reading"]:
             found |= in_a_process(part, prefix)
     finally:
-        shutil.rmtree(own)
+        shutil.rmtree(scratch)
     return found
 
 

@@ -42,7 +42,7 @@ class Run:
         self._facts: dict[str, object] = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": " ".join(["bash benchmarks/gpu.sh", *sys.argv[1:]]),
-            "commit": _said("git", "-C", str(REPOSITORY), "rev-parse", "HEAD"),
+            "commit": _output_of("git", "-C", str(REPOSITORY), "rev-parse", "HEAD"),
             "sizes": "tiny, on the CPU: figures mean nothing" if args.cpu_smoke else "full",
             "card": _card() if not args.cpu_smoke else "none asked for",
             "machine": f"{os.cpu_count()} CPU cores, {platform.platform()}",
@@ -52,9 +52,9 @@ class Run:
     def left(self) -> float:
         return self._ends - time.monotonic()
 
-    def ask_doctor(self) -> None:
+    def record_doctor(self) -> None:
         """Versions and kernels."""
-        lines = _said(sys.executable, "tools/doctor.py", environment=self._environment)
+        lines = _output_of(sys.executable, "tools/doctor.py", environment=self._environment)
         self._facts["doctor"] = lines.splitlines()
 
     def test(self, folder: Path) -> None:
@@ -153,7 +153,7 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     run = Run(args)
     with tempfile.TemporaryDirectory() as folder:
-        run.ask_doctor()
+        run.record_doctor()
         run.write()
         run.test(Path(folder))
         run.write()
@@ -185,10 +185,10 @@ _STATES = ("measured", "not run", "failed")
 
 def _card() -> str:
     query = "name,memory.total,driver_version,clocks.max.sm,power.limit"
-    return _said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader") or "none found"
+    return _output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader") or "none found"
 
 
-def _said(*command: str, environment: dict[str, str] | None = None) -> str:
+def _output_of(*command: str, environment: dict[str, str] | None = None) -> str:
     try:
         done = subprocess.run(
             command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False

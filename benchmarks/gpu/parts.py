@@ -196,8 +196,8 @@ def _caching(
             num_workers=threads,
         )
         started = time.perf_counter()
-        said = (fingerprint, decoder, 0, 1, lambda done, total: None)
-        cache_latents(job, vae, *said)
+        arguments = (fingerprint, decoder, 0, 1, lambda done, total: None)
+        cache_latents(job, vae, *arguments)
         rates[batch] = len(store) / (time.perf_counter() - started)
     best = max(rates, key=lambda batch: rates[batch])
     details: dict[str, float | int | str] = {

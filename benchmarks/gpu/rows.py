@@ -34,8 +34,8 @@ def not_run(section: str, name: str, reason: str) -> Row:
 
 def failed(section: str, name: str, error: BaseException | str) -> Row:
     """A row for what should have run."""
-    said = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    return Row(section, name, "failed", reason=" ".join(said.split())[:600])
+    message = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return Row(section, name, "failed", reason=" ".join(message.split())[:600])
 
 
 def row_of(line: str) -> Row:

@@ -164,17 +164,17 @@ def main() -> int:
     parser.add_argument("--beams", type=int, default=1, help="1 is greedy search (default)")
     parser.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="(40)")
     parser.add_argument("--device", default="cpu", help="as torch names it (cpu)")
-    given = parser.parse_args()
-    prompt = PLACEHOLDER * len(given.image) if given.prompt is None else given.prompt
+    args = parser.parse_args()
+    prompt = PLACEHOLDER * len(args.image) if args.prompt is None else args.prompt
     try:
-        images = [Image.open(path) for path in given.image]
-        captioner = Captioner(given.model, given.device)
+        images = [Image.open(path) for path in args.image]
+        captioner = Captioner(args.model, args.device)
         words = captioner.continue_prompt(
             prompt,
             images,
-            num_beams=given.beams,
-            num_return_sequences=given.beams,
-            max_new_tokens=given.max_new_tokens,
+            num_beams=args.beams,
+            num_return_sequences=args.beams,
+            max_new_tokens=args.max_new_tokens,
             do_sample=False,
         )
     except (OSError, SyntaxError, ValueError) as error:

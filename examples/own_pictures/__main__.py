@@ -94,9 +94,9 @@ def _described(folder: Path, path: Path) -> Described:
     beside = (folder / path).with_suffix(".txt")
     if not beside.is_file():
         return Described(path.as_posix(), subject, f"a photo of {subject}")
-    said = " ".join(beside.read_text(encoding="utf-8").split())
-    is_named = re.search(rf"\b{re.escape(subject)}\b", said)
-    return Described(path.as_posix(), subject, said if is_named else f"{subject}, {said}")
+    text = " ".join(beside.read_text(encoding="utf-8").split())
+    is_named = re.search(rf"\b{re.escape(subject)}\b", text)
+    return Described(path.as_posix(), subject, text if is_named else f"{subject}, {text}")
 
 
 def _annotation(image: Described) -> dict:

@@ -68,7 +68,7 @@ class Progress:
         self._started = self._last_line = time.monotonic()
         self._first_record = self._record()
         self._anchor = None
-        self._say(f"{self._label()} ...", keep=not self._is_terminal)
+        self._print(f"{self._label()} ...", keep=not self._is_terminal)
 
     def update(self) -> None:
         """Refresh the status line (terminal), or add a line every 20 seconds (log)."""
@@ -80,18 +80,18 @@ class Progress:
         # The time first: a narrow terminal cuts the line at its end.
         times = f"{clock(all_left)} left (step {clock(step_left)})"
         parts = [f"{self._number()} {times}", self._step().title, *self._training_state()]
-        self._say("  ".join(parts), keep=not self._is_terminal)
+        self._print("  ".join(parts), keep=not self._is_terminal)
 
     def finish(self, seconds: float) -> None:
         """The current step is done after `seconds` of this run."""
         self._expected += self._step().seconds * (1.0 - self._share(self._first_record))
         self._measured += seconds
-        self._say(f"{self._label()} done in {clock(seconds)}", keep=True)
+        self._print(f"{self._label()} done in {clock(seconds)}", keep=True)
 
     def reuse(self, index: int, note: str) -> None:
         """Step `index` was done by an earlier run."""
         self._index = index
-        self._say(f"{self._label()} {note}", keep=True)
+        self._print(f"{self._label()} {note}", keep=True)
 
     def clear(self) -> None:
         """Leave the cursor on an empty line."""
@@ -147,7 +147,7 @@ class Progress:
     def _label(self) -> str:
         return f"{self._number()} {self._step().title}"
 
-    def _say(self, text: str, keep: bool) -> None:
+    def _print(self, text: str, keep: bool) -> None:
         if self._is_terminal:
             width = shutil.get_terminal_size().columns
             self._stream.write("\r\033[K" + (text if keep else text[: width - 1]))

@@ -84,7 +84,7 @@ class Runner:
         with open_itself(log, "a", "utf-8") as file:
             file.write(f"\n$ {line}\n")
             file.flush()
-            said_before = file.tell()
+            log_start = file.tell()
             # A session of its own keeps the terminal's Ctrl-C away from it: the step is asked to
             # save and stop once, by _wait, instead of all its ranks dying at once.
             process = subprocess.Popen(
@@ -109,7 +109,7 @@ class Runner:
         if status not in step.accepts:
             self._progress.clear()
             raise StepFailed(
-                f"{_cause(log, said_before)}\n\n"
+                f"{_cause(log, log_start)}\n\n"
                 f"Step '{step.title}' ended with exit code {status}. Its log: {log}"
             )
         missing = [str(path) for path in step.outputs if not path.exists()]

@@ -108,7 +108,7 @@ def _cache(args: argparse.Namespace) -> int:
     vae = load_vae(folder, torch_dtype(args.dtype)).to(device)
     decoder = ImageDecoder(args.image_backend, device.index)
     # A dataset in shards gets a cache of each shard.
-    for prefix in (own for given in args.prefixes for own in SampleStore(given).shards.prefixes):
+    for prefix in (p for name in args.prefixes for p in SampleStore(name).shards.prefixes):
         job = LatentJob(
             store=SampleStore(prefix),
             name=args.name,
@@ -129,8 +129,8 @@ def _cache(args: argparse.Namespace) -> int:
         state = "this rank's share is done, others still work"
         if cached.is_complete:
             state = "complete"
-        said = f"{prefix}.{args.name}: {state}; {cached.bad.text(len(job.store))}"
-        print(printable(said), flush=True)
+        line = f"{prefix}.{args.name}: {state}; {cached.bad.text(len(job.store))}"
+        print(printable(line), flush=True)
     return exit_codes.DONE
 
 

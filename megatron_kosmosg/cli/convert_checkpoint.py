@@ -266,8 +266,8 @@ def _add_export_mllm(commands) -> None:
 def _export_mllm(args: argparse.Namespace) -> list[str]:
     from megatron_kosmosg.conversion.export_hf import export_mllm
 
-    given = args.input, args.output, _dtype(args), args.tokenizer_model
-    notes = export_mllm(*given, _progress(), ema=args.ema)
+    arguments = args.input, args.output, _dtype(args), args.tokenizer_model
+    notes = export_mllm(*arguments, _progress(), ema=args.ema)
     return [*notes, str(args.output)]
 
 

@@ -52,9 +52,9 @@ def diagnosis() -> list[str]:
     """One line for each version and each part of a run; a part that cannot be asked says so."""
     lines = _versions()
     unusable = {found.name: found for found in hide_unusable()}  # before Megatron-Core looks
-    for part, ask in _PARTS.items():
+    for part, report in _PARTS.items():
         try:
-            lines += ask(unusable)
+            lines += report(unusable)
         except Exception as error:  # noqa: BLE001 - what is broken is what this is about
             lines.append(f"{part}: cannot be asked: {_one_line(error)}")
     return lines
@@ -64,8 +64,8 @@ def _versions() -> list[str]:
     from megatron_kosmosg import __version__
     from megatron_kosmosg.conversion.model_card import TESTED as TESTED_OF_EXPORTS
 
-    own = f"megatron-kosmosg {__version__} on Python {platform.python_version()}, "
-    lines = [f"{own}{platform.system()} {platform.machine()}"]
+    package = f"megatron-kosmosg {__version__} on Python {platform.python_version()}, "
+    lines = [f"{package}{platform.system()} {platform.machine()}"]
     for name, (oldest, newest) in (TESTED | TESTED_OF_EXPORTS).items():
         try:
             version = importlib.metadata.version(name)

@@ -13,8 +13,8 @@ from megatron_kosmosg.cli.evaluation_generation import (
     add_generation,
     check_ranks,
     draw,
+    generation_settings,
     image_of,
-    said_of,
     takes,
 )
 from megatron_kosmosg.cli.evaluation_options import (
@@ -161,7 +161,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             {
                 "captions": f"{len(captions)} of {len(listed.captions)} by the authors' rule",
                 "drawn values to bytes": args.rounding,
-                **said_of(args),
+                **generation_settings(args),
             },
             items,
             similarities(items, weights, files),

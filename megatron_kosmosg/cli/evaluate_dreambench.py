@@ -14,8 +14,8 @@ from megatron_kosmosg.cli.evaluation_generation import (
     add_generation,
     check_ranks,
     draw,
+    generation_settings,
     image_of,
-    said_of,
     takes,
 )
 from megatron_kosmosg.cli.evaluation_options import add_networks, add_scoring, finish, scoring_of
@@ -151,7 +151,7 @@ def _evaluate(args: argparse.Namespace) -> int:
                 "prompts of each": args.num_prompts,
                 "references": "the input image" if args.references == "input" else "all real ones",
                 "class words in the model's prompt": "yes" if args.with_class else "no",
-                **said_of(args),
+                **generation_settings(args),
             },
             items,
             scores,

@@ -151,7 +151,7 @@ def image_of(args: argparse.Namespace, name: str, index: int) -> Path:
     return path
 
 
-def said_of(args: argparse.Namespace) -> dict[str, object]:
+def generation_settings(args: argparse.Namespace) -> dict[str, object]:
     """The settings of the generation that the result states."""
     return {
         "images of a prompt": args.num_images,

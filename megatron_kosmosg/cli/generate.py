@@ -70,10 +70,14 @@ def build_parser() -> CommandParser:
     add_stable_diffusion(parser, "whose U-Net, VAE and scheduler draw (the model's own)")
     parser.renamed("--sd", "--stable-diffusion")
     add_tokenizer_model(parser, "of a checkpoint: as its config says")
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt", help="one prompt, <image> where each --image goes")
-    asked.add_argument("--content", help="one prompt as a JSON list of text and image entries")
-    asked.add_argument("--prompts", type=file_path, metavar="FILE", help="JSONL file of prompts")
+    prompt_source = parser.add_mutually_exclusive_group(required=True)
+    prompt_source.add_argument("--prompt", help="one prompt, <image> where each --image goes")
+    prompt_source.add_argument(
+        "--content", help="one prompt as a JSON list of text and image entries"
+    )
+    prompt_source.add_argument(
+        "--prompts", type=file_path, metavar="FILE", help="JSONL file of prompts"
+    )
     parser.add_argument(
         "--image",
         type=file_path,

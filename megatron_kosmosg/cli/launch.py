@@ -122,8 +122,8 @@ def _start(
 ) -> subprocess.Popen:
     """Starts one rank's process. `place` holds the environment variables that say which rank it is;
     `listener` is the socket at which the other ranks arrive, for the rank that has it."""
-    told = {name: str(value) for name, value in place.items()}
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, **told}
+    variables = {name: str(value) for name, value in place.items()}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **variables}
     environment.pop(LISTENER, None)
     handed_on = ()
     if listener is not None:
@@ -159,7 +159,7 @@ def _passing_on(ranks: list[subprocess.Popen]) -> Iterator[None]:
 
 
 def _wait(ranks: list[subprocess.Popen]) -> int:
-    first, deadline, is_told = exit_codes.DONE, float("inf"), False
+    first, deadline, is_terminating = exit_codes.DONE, float("inf"), False
     while any(rank.poll() is None for rank in ranks):
         now = time.monotonic()
         if first == exit_codes.DONE:
@@ -167,8 +167,8 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
             if first != exit_codes.DONE:
                 deadline = now + _OWN_END_SECONDS.get(first, _AFTER_FAILURE_SECONDS)
         elif now > deadline:
-            _send(ranks, signal.SIGKILL if is_told else signal.SIGTERM)
-            is_told, deadline = True, now + _AFTER_TERM_SECONDS
+            _send(ranks, signal.SIGKILL if is_terminating else signal.SIGTERM)
+            is_terminating, deadline = True, now + _AFTER_TERM_SECONDS
         time.sleep(_POLL_SECONDS)
     return first if first != exit_codes.DONE else _failed(ranks)
 

@@ -122,10 +122,10 @@ def _show(offered: list[str], group: str) -> int:
 
 
 def _unknown(word: str | None, offered: list[str], group: str) -> int:
-    asked = as_typed(group).strip()
+    typed = as_typed(group).strip()
     names = [name.removeprefix(group) for name in offered]
     if word is None:
-        return report(f"{asked} needs a command: {', '.join(names)}")
+        return report(f"{typed} needs a command: {', '.join(names)}")
     near = nearest(word, names)
-    advice = f"did you mean {group}{near}?" if near else f"{asked} --help lists them"
-    return report(f"{asked} has no command {word}; {advice}")
+    advice = f"did you mean {group}{near}?" if near else f"{typed} --help lists them"
+    return report(f"{typed} has no command {word}; {advice}")

@@ -115,7 +115,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     gpu, efficiency = gpu_named(args.gpu), efficiency_with(args.assume)
     joined = () if args.score_ranks is None else joined_ranks(args.score_ranks)
-    given = config = load_config(args.config, args.overrides)
+    loaded = config = load_config(args.config, args.overrides)
     world_size = args.num_gpus or config.parallel.world_size
     if world_size is None or world_size < 1:
         raise ConfigError("how many GPUs? give --num-gpus or parallel.world_size")
@@ -156,7 +156,7 @@ def _plan(args: argparse.Namespace) -> int:
             note(f"{args.write_config} is not written: the layout does not fit; --search finds one")
         return exit_codes.FAILURE
     if args.write_config is not None:
-        written = written_config(given, plan, name_from_anywhere(args.gpu))
+        written = written_config(loaded, plan, name_from_anywhere(args.gpu))
         write_text(args.write_config, to_yaml(written))
     return exit_codes.DONE
 

@@ -211,7 +211,9 @@ def job_of(args: argparse.Namespace) -> PreprocessJob:
         max_image_pixels=args.max_image_pixels,
         min_image_side=args.min_image_side,
         image_root=args.image_root,
-        fields=tuple((ours, theirs) for ours, _, theirs in (p.partition("=") for p in args.field)),
+        fields=tuple(
+            (field, input_name) for field, _, input_name in (p.partition("=") for p in args.field)
+        ),
         text_documents=args.text_documents,
         min_images=args.min_images,
         max_images=args.max_images,

@@ -15,7 +15,7 @@ from PIL import Image
 from megatron_kosmosg.construction.step_rows import Row, StepFolder
 from megatron_kosmosg.data.image_reading import read_image
 from megatron_kosmosg.data.samples import EntityImage
-from megatron_kosmosg.preprocess.counts import said_reasons
+from megatron_kosmosg.preprocess.counts import reasons_text
 
 AREA_EDGES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.9)
 
@@ -87,9 +87,9 @@ class ConstructionReport:
         """What was taken and left out, with the reasons of all steps."""
         images = sum((step.rejected for step in self.steps), Counter())
         entities = sum((step.left_out for step in self.steps), Counter())
-        said = [said_reasons("images left out", images)]
-        said += [said_reasons("entities left out", entities)] if entities else []
-        return ", ".join([f"{self.num_records:,} records made", *said])
+        parts = [reasons_text("images left out", images)]
+        parts += [reasons_text("entities left out", entities)] if entities else []
+        return ", ".join([f"{self.num_records:,} records made", *parts])
 
 
 def make_report(folders: Sequence[StepFolder], num_shards: int) -> ConstructionReport:

@@ -145,18 +145,18 @@ class _Origins:
     def files_read(self) -> list[Path]:
         """Files and folders of the job, whether they are read for one step or for all."""
         job, words = self._job, (None, INPUT, NOUN_PHRASES)
-        given = [Path(p) for p in (job.captions, job.entities, job.masks) if p not in words]
+        makers = [Path(p) for p in (job.captions, job.entities, job.masks) if p not in words]
         root = [] if job.options.image_root is None else [Path(job.options.image_root)]
         sources = [source.path for source in find_sources(job.inputs)]
-        return [*sources, *given, *root, *job.files_read]
+        return [*sources, *makers, *root, *job.files_read]
 
     def _captions(self, plan: Plan) -> Step:
         job = self._job
         settings = {"made by": self._mark(job.captions, INPUT)}
         folder = self._folder("captions")
         if job.captions == INPUT or not Path(job.captions).is_dir():
-            given = None if job.captions == INPUT else self._annotations(job.captions)
-            return Step(folder, GivenCaptions(plan, given), settings)
+            annotations = None if job.captions == INPUT else self._annotations(job.captions)
+            return Step(folder, GivenCaptions(plan, annotations), settings)
         model: OnDemand[Captioner] = OnDemand(self._open_captioner)
         work = ModelCaptions(
             plan, SquareImages(job.options), model, job.batch_size, job.num_threads
@@ -177,7 +177,7 @@ class _Origins:
             "--max-entities": job.max_entities,
         }
         model: OnDemand[Answerer] | None = None
-        given = None
+        annotations = None
         if job.entities != NOUN_PHRASES and Path(job.entities).is_dir():
             model = OnDemand(self._open_entity_model)
             settings |= {
@@ -186,9 +186,9 @@ class _Origins:
                 "--precision": str(self._models.dtype),
             }
         elif job.entities != NOUN_PHRASES:
-            given = self._annotations(job.entities)
+            annotations = self._annotations(job.entities)
         captions = self._folder("captions")
-        work = Entities(captions, model, given, job.batch_size, job.max_entities)
+        work = Entities(captions, model, annotations, job.batch_size, job.max_entities)
         return Step(self._folder("entities"), work, settings, model)
 
     def _records(self, plan: Plan) -> Step | None:
@@ -227,19 +227,19 @@ class _Origins:
     def _folder(self, name: str) -> StepFolder:
         return StepFolder(self._job.output, name)
 
-    def _is_model(self, option: str, given: str, word: str | None = None) -> bool:
-        if not Path(given).exists():
+    def _is_model(self, option: str, value: str, word: str | None = None) -> bool:
+        if not Path(value).exists():
             also = f' or "{word}"' if word else ""
-            raise ValueError(f"{option} {given} is neither a model folder nor a file{also}")
-        return Path(given).is_dir()
+            raise ValueError(f"{option} {value} is neither a model folder nor a file{also}")
+        return Path(value).is_dir()
 
-    def _mark(self, given: str, word: str | None = None) -> str:
-        if given == word:
-            return given
-        return f"{Path(given).name} {self._models.fingerprint(Path(given))}"
+    def _mark(self, value: str, word: str | None = None) -> str:
+        if value == word:
+            return value
+        return f"{Path(value).name} {self._models.fingerprint(Path(value))}"
 
-    def _annotations(self, given: str) -> Annotations:
-        path = Path(given).resolve()
+    def _annotations(self, value: str) -> Annotations:
+        path = Path(value).resolve()
         if path not in self._files:
             self._files[path] = Annotations(path, self._job.options.image_root)
         return self._files[path]

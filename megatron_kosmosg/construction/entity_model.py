@@ -41,7 +41,7 @@ class EntityModel:
         has_template = self._tokenizer.chat_template is not None
         # A template writes the marks of the start itself.
         inputs = self._tokenizer(
-            [self._asked(caption) for caption in captions],
+            [self._question(caption) for caption in captions],
             return_tensors="pt",
             padding=True,
             add_special_tokens=not has_template,
@@ -56,7 +56,7 @@ class EntityModel:
         answers = ids[:, inputs["input_ids"].shape[1] :]
         return self._tokenizer.batch_decode(answers, skip_special_tokens=True)
 
-    def _asked(self, caption: str) -> str:
+    def _question(self, caption: str) -> str:
         text = self._prompt.replace(CAPTION, caption)
         if self._tokenizer.chat_template is None:
             return text

@@ -69,8 +69,8 @@ class Entities:
     def _found(self, row: Row, answer: str) -> Row:
         caption = row["caption"]
         if self.annotations is not None:
-            given = list_field(self.annotations.find(row["key"]), "entities")
-            entities, left_out = given_entities(caption, given)
+            annotated = list_field(self.annotations.find(row["key"]), "entities")
+            entities, left_out = annotated_entities(caption, annotated)
         elif self.model is not None:
             entities, left_out = named_entities(caption, parse_answer(answer))
         else:
@@ -115,18 +115,20 @@ def named_entities(caption: str, names: Sequence[str]) -> tuple[list[dict[str, A
     return entities, left_out
 
 
-def given_entities(caption: str, given: Sequence[Any]) -> tuple[list[dict[str, Any]], list[str]]:
+def annotated_entities(
+    caption: str, annotated: Sequence[Any]
+) -> tuple[list[dict[str, Any]], list[str]]:
     """(entities, reasons of those left out) for the user's own entities: strings, or {"text"} with
     or without "span".
 
     Spans are believed, after a check that they hold the text. Raises Rejected.
     """
-    if given and all(isinstance(entity, dict) and "span" in entity for entity in given):
-        placed, _ = order_entities(caption, list(given))
+    if annotated and all(isinstance(entity, dict) and "span" in entity for entity in annotated):
+        placed, _ = order_entities(caption, list(annotated))
         entities = [{name: entity.fields[name] for name in ("text", "span")} for entity in placed]
-        return entities, [UNFIT] * (len(given) - len(placed))
+        return entities, [UNFIT] * (len(annotated) - len(placed))
     names = []
-    for entity in given:
+    for entity in annotated:
         if isinstance(entity, dict):
             names.append(text_field(entity, "text"))
         elif isinstance(entity, str):

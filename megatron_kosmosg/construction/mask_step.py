@@ -91,13 +91,13 @@ class Masks:
         self, annotations: Annotations, planned: PlannedRecord, row: Row
     ) -> list[np.ndarray | Rejected | None]:
         try:
-            given = list_field(annotations.find(row["key"]), "entities")
+            annotated = list_field(annotations.find(row["key"]), "entities")
         except Rejected as rejected:
             return [rejected] * len(row["entities"])
         masks: list[np.ndarray | Rejected | None] = []
         for entity in row["entities"]:
             try:
-                name = _mask_name(entity, given)
+                name = _mask_name(entity, annotated)
                 data = None if name is None else annotations.file(name)
                 mask = None if data is None else self.images.mask(_usable(planned), data)
                 masks.append(mask)
@@ -153,9 +153,9 @@ def _usable(planned: PlannedRecord) -> Record:
     return planned.record
 
 
-def _mask_name(entity: dict[str, Any], given: list[Any]) -> str | None:
+def _mask_name(entity: dict[str, Any], annotated: list[Any]) -> str | None:
     """The mask file of the entity with the same span, else the same words; None: no background."""
-    described = [other for other in given if isinstance(other, dict)]
+    described = [other for other in annotated if isinstance(other, dict)]
     same = [other for other in described if other.get("span") == entity["span"]]
     same = same or [
         other for other in described if str(other.get("text")).lower() == entity["text"].lower()

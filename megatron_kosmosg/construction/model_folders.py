@@ -24,11 +24,11 @@ def model_type(folder: Path) -> str:
         ) from error
 
 
-def check_type(folder: Path, option: str, wanted: str, example: str) -> None:
+def check_type(folder: Path, option: str, expected: str, example: str) -> None:
     """Raises ValueError unless the folder holds a model of this type."""
     found = model_type(folder)
-    if found != wanted:
-        raise ValueError(f"{option} {folder} is of type {found}; needed: {wanted}, as {example}")
+    if found != expected:
+        raise ValueError(f"{option} {folder} is of type {found}; needed: {expected}, as {example}")
 
 
 def loaded(load: Callable[..., Loaded], folder: Path, **options: Any) -> Loaded:

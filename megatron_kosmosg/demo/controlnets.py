@@ -50,11 +50,11 @@ def control_image_of(name: str) -> str:
     return CONTROL_IMAGES.get(next(kinds, ""), "the image that it was trained on")
 
 
-def named_folders(given: Sequence[str]) -> dict[str, Path]:
+def named_folders(options: Sequence[str]) -> dict[str, Path]:
     """The folders by their names, from arguments `NAME=FOLDER` or `FOLDER`, which is its own name.
     Raises ConfigError."""
     found: dict[str, Path] = {}
-    for words in given:
+    for words in options:
         name, equals, folder = words.partition("=")
         if not equals or Path(words).is_dir():
             name, folder = Path(words).resolve().name, words

@@ -206,7 +206,7 @@ def _draw_tab(
         images = [Path(file) for file in prompt.get("files") or []]
         if randomize:
             seed = random.SystemRandom().randint(0, requests.MAX_RANDOM_SEED)
-        given = {
+        values = {
             "negative_prompt": negative_prompt, "guidance": guidance, "steps": steps,
             "scheduler": scheduler, "seed": seed, "num_images": num_images,
             "height": height, "width": width, "strength": strength, "controlnet": controlnet,
@@ -214,18 +214,18 @@ def _draw_tab(
             "start_image": start_image, "control_image": control_image,
         }  # fmt: skip
         with errors_for_people(*images, made / "image"):
-            asked = generation_request(prompt.get("text") or "", images, given)
-            drawn = studio.draw(asked, made, lambda share, words: progress(share, words), stop)
+            generation = generation_request(prompt.get("text") or "", images, values)
+            drawn = studio.draw(generation, made, lambda share, words: progress(share, words), stop)
         names = [str(path) for path in drawn]
         shown = [*names, *noise_of_batch][:MAX_HISTORY]
         return names, names, int(seed), shown, shown
 
-    given = [controls[name] for name in (*CONTROLS, "randomize")]
+    settings = [controls[name] for name in (*CONTROLS, "randomize")]
     images = [controls[name] for name in IMAGES]
     gr.on(
         [button.click],
         draw,
-        [prompt, *given, noise_of_batch, *images],
+        [prompt, *settings, noise_of_batch, *images],
         [gallery, files, controls["seed"], history, noise_of_batch],
         concurrency_id=MODEL_QUEUE,
         show_progress_on=[gallery],
@@ -236,9 +236,9 @@ def _draw_tab(
 
 
 def _count_html(prompt: str, num_images: int) -> str:
-    fits, said = count_line(prompt, num_images)
+    fits, text = count_line(prompt, num_images)
     kind = "right" if fits else "wrong"
-    return f'<div role="status" aria-live="polite" class="{kind}">{html.escape(said)}</div>'
+    return f'<div role="status" aria-live="polite" class="{kind}">{html.escape(text)}</div>'
 
 
 def _index(event: gr.SelectData) -> int:
@@ -267,16 +267,17 @@ def _settings_loader(studio: Studio) -> Callable[[str, dict[str, Any]], list[Any
             missing = studio.missing_additions(settings)
         names = image_names(settings)
         needed = [name for name in IMAGES if name in settings]
-        said = ["settings loaded"]
-        said += [f"its images were {', '.join(names)}: add them"] * bool(names)
-        said += [f"add its {name.replace('_', ' ')}" for name in needed]
-        said += [f"its {kind} is not here" for kind in missing]
-        said += ["another model has drawn it"] * (settings.get("model") != studio.model_fingerprint)
+        notes = ["settings loaded"]
+        notes += [f"its images were {', '.join(names)}: add them"] * bool(names)
+        notes += [f"add its {name.replace('_', ' ')}" for name in needed]
+        notes += [f"its {kind} is not here" for kind in missing]
+        if settings.get("model") != studio.model_fingerprint:
+            notes.append("another model has drawn it")
         controls = [values[name] for name in CONTROLS]
         # An image of the page that the PNG was not drawn with would change what is drawn.
         images = [gr.skip() if name in needed else None for name in IMAGES]
         text = {"text": values["prompt"], "files": prompt["files"]}
-        note = f'<div role="status" aria-live="polite">{html.escape("; ".join(said))}</div>'
+        note = f'<div role="status" aria-live="polite">{html.escape("; ".join(notes))}</div>'
         return [text, *controls, *images, False, note]
 
     return load

@@ -86,7 +86,7 @@ def batch_tab(studio: Studio, sessions: Sessions, controls: dict[str, Any]) -> N
     ) -> str:
         stop, made = sessions.begin(request.session_hash)
         paths = [Path(image) for image in images or []]
-        given = {
+        values = {
             "negative_prompt": negative_prompt, "guidance": guidance, "steps": steps,
             "scheduler": scheduler, "seed": seed, "num_images": num_images,
             "height": height, "width": width, "strength": strength, "controlnet": controlnet,
@@ -96,7 +96,7 @@ def batch_tab(studio: Studio, sessions: Sessions, controls: dict[str, Any]) -> N
         with errors_for_people(*paths, made / "prompts" / "x", made / "images" / "x"):
             if jsonl is None:
                 raise PromptError("add a JSONL file of prompts")
-            defaults = generation_request("", [], given)
+            defaults = generation_request("", [], values)
             # For records with a start image of their own.
             options = dataclasses.replace(defaults.options, strength=float(strength))
             defaults = dataclasses.replace(defaults, options=options)
@@ -107,10 +107,10 @@ def batch_tab(studio: Studio, sessions: Sessions, controls: dict[str, Any]) -> N
                 )
             )  # fmt: skip
 
-    given = [controls[name] for name in (*CONTROLS, *IMAGES)]
+    settings = [controls[name] for name in (*CONTROLS, *IMAGES)]
     button.click(
         draw_all,
-        [jsonl, images, *given],
+        [jsonl, images, *settings],
         [result],
         concurrency_id=MODEL_QUEUE,
         api_name="draw_all",

@@ -67,47 +67,47 @@ class GenerationRequest:
 
 
 def generation_request(
-    prompt: str, images: Sequence[str | Path], given: Mapping[str, Any]
+    prompt: str, images: Sequence[str | Path], values: Mapping[str, Any]
 ) -> GenerationRequest:
     """The request of the page's values. Raises PromptError naming the field.
 
     Args:
-        given: negative_prompt, guidance, steps, scheduler, seed, num_images, and perhaps height and
-            width (pixels; 0 or None: the model's own), start_image and strength, controlnet,
+        values: negative_prompt, guidance, steps, scheduler, seed, num_images, and perhaps height
+            and width (pixels; 0 or None: the model's own), start_image and strength, controlnet,
             control_image and control_scale, and lora_scale.
     """
-    scheduler = given["scheduler"]
+    scheduler = values["scheduler"]
     if scheduler not in SCHEDULER_NAMES:
         raise PromptError(f"scheduler is one of {', '.join(SCHEDULER_NAMES)}")
-    guidance = _number(given, "guidance", 0, MAX_GUIDANCE)
-    negative = given["negative_prompt"] or ""
+    guidance = _number(values, "guidance", 0, MAX_GUIDANCE)
+    negative = values["negative_prompt"] or ""
     if len(negative) > MAX_WORDS:
         raise PromptError(f"the negative prompt has more than {MAX_WORDS:,} characters")
-    files = {name: given.get(name) for name in ("start_image", "control_image")}
+    files = {name: values.get(name) for name in ("start_image", "control_image")}
     paths = {name: Path(file) for name, file in files.items() if file is not None}
     check_images(list(paths.values()))
-    controlnet = given.get("controlnet") or NONE
+    controlnet = values.get("controlnet") or NONE
     if controlnet == NONE and "control_image" in paths:
         raise PromptError("choose a ControlNet for the control image, or take the image out")
-    strength = _number({"strength": STRENGTH, **given}, "strength", MIN_STRENGTH, 1)
+    strength = _number({"strength": STRENGTH, **values}, "strength", MIN_STRENGTH, 1)
     return GenerationRequest(
         prompt=prompt,
         images=tuple(map(Path, images)),
         options=GenerationOptions(
             negative_prompt=negative,
-            seed=_whole(given, "seed", 0, MAX_PAGE_SEED),
-            num_images=_whole(given, "num_images", 1, MAX_NUM_IMAGES),
-            steps=_whole(given, "steps", 1, MAX_STEPS),
+            seed=_whole(values, "seed", 0, MAX_PAGE_SEED),
+            num_images=_whole(values, "num_images", 1, MAX_NUM_IMAGES),
+            steps=_whole(values, "steps", 1, MAX_STEPS),
             guidance=guidance,
-            height=_whole(given, "height", 0, MAX_SIDE) or None,
-            width=_whole(given, "width", 0, MAX_SIDE) or None,
+            height=_whole(values, "height", 0, MAX_SIDE) or None,
+            width=_whole(values, "width", 0, MAX_SIDE) or None,
             strength=strength if "start_image" in paths else None,
             **paths,
         ),
         scheduler=scheduler,
         controlnet=controlnet,
-        control_scale=_number({"control_scale": 1.0, **given}, "control_scale", 0, MAX_SCALE),
-        lora_scale=_number({"lora_scale": 1.0, **given}, "lora_scale", 0, MAX_SCALE),
+        control_scale=_number({"control_scale": 1.0, **values}, "control_scale", 0, MAX_SCALE),
+        lora_scale=_number({"lora_scale": 1.0, **values}, "lora_scale", 0, MAX_SCALE),
     )
 
 
@@ -138,12 +138,12 @@ def _size(data: bytes) -> tuple[int, int]:
 def count_line(prompt: str, num_images: int) -> tuple[bool, str]:
     """(whether they fit, what the page says about the numbers of placeholders and images)."""
     count = prompt.count(PLACEHOLDER)
-    said = f"{count} {PLACEHOLDER} in the text, {num_images} image{'s' * (num_images != 1)} added"
+    text = f"{count} {PLACEHOLDER} in the text, {num_images} image{'s' * (num_images != 1)} added"
     if count < num_images:
-        return False, f"{said}: write {PLACEHOLDER} where each image goes"
+        return False, f"{text}: write {PLACEHOLDER} where each image goes"
     if count > num_images:
-        return False, f"{said}: add {count - num_images} more, or take {PLACEHOLDER} out"
-    return True, said
+        return False, f"{text}: add {count - num_images} more, or take {PLACEHOLDER} out"
+    return True, text
 
 
 def page_values(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def page_values(settings: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def said_additions(
+def recorded_additions(
     settings: Mapping[str, Any],
 ) -> tuple[tuple[str, float] | None, list[tuple[str, float]]]:
     """(fingerprint and strength of the ControlNet, those of each LoRA) with which a PNG was drawn,
@@ -200,8 +200,8 @@ def image_names(settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _number(given: Mapping[str, Any], name: str, smallest: float, largest: float) -> float:
-    value = given.get(name)
+def _number(values: Mapping[str, Any], name: str, smallest: float, largest: float) -> float:
+    value = values.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise PromptError(f"{name} is a number")
     if not smallest <= value <= largest:
@@ -209,8 +209,8 @@ def _number(given: Mapping[str, Any], name: str, smallest: float, largest: float
     return float(value)
 
 
-def _whole(given: Mapping[str, Any], name: str, smallest: int, largest: int) -> int:
-    value = given.get(name) or 0
+def _whole(values: Mapping[str, Any], name: str, smallest: int, largest: int) -> int:
+    value = values.get(name) or 0
     if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
         raise PromptError(f"{name} is a whole number")
     if not smallest <= value <= largest:

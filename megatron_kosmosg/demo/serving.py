@@ -39,8 +39,10 @@ def check_address(host: str, port: int) -> None:
             tried.bind(address)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                said = f"--port {port}: another program listens there, perhaps another kosmosg demo"
-                raise ConfigError(f"{said}; give another --port") from error
+                message = (
+                    f"--port {port}: another program listens there, perhaps another kosmosg demo"
+                )
+                raise ConfigError(f"{message}; give another --port") from error
             if error.errno == errno.EADDRNOTAVAIL:
                 raise ConfigError(f"--host {host}: not an address of this machine") from error
             raise ConfigError(f"--port {port} cannot be used: {error.strerror}") from error

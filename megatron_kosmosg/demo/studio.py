@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron_kosmosg.data.tokenizer import IMAGE as PLACEHOLDER
 from megatron_kosmosg.demo.controlnets import NamedControlNet
-from megatron_kosmosg.demo.requests import NONE, GenerationRequest, check_images, said_additions
+from megatron_kosmosg.demo.requests import NONE, GenerationRequest, check_images, recorded_additions
 from megatron_kosmosg.files import fingerprint
 from megatron_kosmosg.inference.captioning import continue_prompt
 from megatron_kosmosg.inference.image_files import write_image
@@ -102,7 +102,7 @@ class Studio:
                 request.scheduler,
                 self._dtype,
                 defaults,
-                tuple((digest, request.lora_scale * own) for digest, own in self._loras),
+                tuple((digest, request.lora_scale * scale) for digest, scale in self._loras),
                 None if chosen is None else (chosen.digest, request.control_scale),
             )
         )
@@ -126,22 +126,23 @@ class Studio:
     def additions(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The controlnet, control_scale and lora_scale that a drawn PNG says it was drawn with, as
         far as these additions were given to this page."""
-        control, loras = said_additions(settings)
+        control, loras = recorded_additions(settings)
         values: dict[str, Any] = {"controlnet": NONE, "control_scale": 1.0, "lora_scale": 1.0}
         for name, known in self._controlnets.items():
             if control is not None and known.digest == control[0]:
                 values |= {"controlnet": name, "control_scale": control[1]}
         if loras and [digest for digest, _ in loras] == [digest for digest, _ in self._loras]:
-            own = self._loras[0][1]
-            values["lora_scale"] = loras[0][1] / own if own else 1.0
+            scale = self._loras[0][1]
+            values["lora_scale"] = loras[0][1] / scale if scale else 1.0
         return values
 
     def missing_additions(self, settings: Mapping[str, Any]) -> list[str]:
         """Kinds of additions that the PNG was drawn with and that this page does not have."""
-        control, loras = said_additions(settings)
+        control, loras = recorded_additions(settings)
         known = [each.digest for each in self._controlnets.values()]
         has_control = control is None or control[0] in known
-        has_loras = not loras or [lora[0] for lora in loras] == [own[0] for own in self._loras]
+        digests = [digest for digest, _ in self._loras]
+        has_loras = not loras or [digest for digest, _ in loras] == digests
         return ["ControlNet"] * (not has_control) + ["LoRA"] * (not has_loras)
 
     def generate(

@@ -199,8 +199,8 @@ def single_cases(*, with_class: bool = False) -> Iterator[Case]:
         places = [*PLACES, *OWN_PLACES[subject.kind]]
         texts = [f"a {subject.word} {place}" for place in places]
         texts += [f"a {quality} {subject.word}" for quality in QUALITIES]
-        given = [*places, *(f", {quality}" for quality in QUALITIES)]
-        for i, (text, words) in enumerate(zip(texts, given, strict=True)):
+        phrases = [*places, *(f", {quality}" for quality in QUALITIES)]
+        for i, (text, words) in enumerate(zip(texts, phrases, strict=True)):
             yield Case(f"{subject.name}-{i:02d}", (subject,), i, text, (before, words))
 
 
@@ -230,10 +230,10 @@ def pair_cases(*, with_class: bool = False) -> Iterator[Case]:
         pair = tuple(by_name[name] for name in names)
         for i, template in enumerate(_pair_templates(pair)):
             text = template.replace("{A}", pair[0].word).replace("{B}", pair[1].word)
-            given = template
+            prompt = template
             if not with_class:
-                given = given.replace("a {A}", "{A}").replace("a {B}", "{B}")
-            first, rest = given.split("{A}")
+                prompt = prompt.replace("a {A}", "{A}").replace("a {B}", "{B}")
+            first, rest = prompt.split("{A}")
             middle, last = rest.split("{B}")
             if with_class:
                 first, middle = first + pair[0].word, middle + pair[1].word
@@ -248,7 +248,7 @@ def _pair_templates(pair: Sequence[Subject]) -> list[str]:
         found = [f"a {{A}} and a {{B}} {place}" for place in ends]
         return found + [f"a {quality} {{A}} and a {quality} {{B}}" for quality in QUALITIES]
     found = [f"a {{A}} and a {{B}} {place}" for place in PLACES]
-    found += [f"a {{A}} {own}, next to it is a {{B}}" for own in OWN_PLACES["live"]]
+    found += [f"a {{A}} {place}, next to it is a {{B}}" for place in OWN_PLACES["live"]]
     return found + [f"a {quality} {{A}}, next to it is a {{B}}" for quality in QUALITIES]
 
 

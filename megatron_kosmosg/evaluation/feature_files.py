@@ -91,9 +91,9 @@ class FeatureFiles:
     ) -> None:
         """Makes what is missing of this rank's share. Raises InputError that names a file which is
         no image, and ConfigError for weights of another network."""
-        own = [self._shards[i] for i in rank_info.share(len(self._shards))]
-        missing = [shard for shard in own if not self._is_done(shard)]
-        total, left = sum(map(_length, own)), sum(map(_length, missing))
+        local = [self._shards[i] for i in rank_info.share(len(self._shards))]
+        missing = [shard for shard in local if not self._is_done(shard)]
+        total, left = sum(map(_length, local)), sum(map(_length, missing))
         done = total - left
         progress(done, total)
         if not missing:
@@ -175,8 +175,8 @@ class FeatureFiles:
             items = [_state_of(path) for path in group.paths[shard.span]]
             rules = {name: rule.__name__ for name, rule in group.rules.items()}
         hashes = {name: self._weights[name].sha256 for name in rules}
-        said = json.dumps([__version__, items, rules, hashes], sort_keys=True)
-        return hashlib.sha256(said.encode()).hexdigest()
+        described = json.dumps([__version__, items, rules, hashes], sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()
 
 
 def _state_of(path: Path) -> list[object]:

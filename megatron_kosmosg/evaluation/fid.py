@@ -53,9 +53,9 @@ def recipe_of(protocol: str, inception: Weights, real: Sequence[Path]) -> dict[s
 def write_gaussian(path: Path, real: Gaussian, recipe: dict[str, str]) -> None:
     """Statistics of real images with their recipe, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    said = {"recipe": json.dumps(recipe, sort_keys=True), "count": str(real.count)}
+    metadata = {"recipe": json.dumps(recipe, sort_keys=True), "count": str(real.count)}
     with replacing(path) as temporary:
-        save_file({"mean": real.mean, "covariance": real.covariance}, temporary, said)
+        save_file({"mean": real.mean, "covariance": real.covariance}, temporary, metadata)
 
 
 def read_gaussian(path: Path, recipe: dict[str, str]) -> Gaussian:
@@ -63,8 +63,8 @@ def read_gaussian(path: Path, recipe: dict[str, str]) -> Gaussian:
     another file."""
     try:
         with safe_open(path, "pt") as file:
-            said = file.metadata() or {}
-            found, count = json.loads(said["recipe"]), int(said["count"])
+            metadata = file.metadata() or {}
+            found, count = json.loads(metadata["recipe"]), int(metadata["count"])
             real = Gaussian(file.get_tensor("mean"), file.get_tensor("covariance"), count)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(

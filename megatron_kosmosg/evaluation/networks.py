@@ -192,24 +192,24 @@ def _filled(model: nn.Module, path: Path, what: str) -> nn.Module:
     """The model with a file's weights, in eval mode. Raises ConfigError where names or shapes are
     not those of `what`."""
     found = read_plain(path)
-    wanted = model.state_dict()
+    expected = model.state_dict()
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds a {type(found).__name__}, not the weights of {what}")
     # Counters of training, which older files do not have.
-    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
-    problems = [name for name in wanted.keys() - found.keys() if name not in counters]
-    problems += list(found.keys() - wanted.keys())
+    counters = {name for name in expected if name.endswith("num_batches_tracked")}
+    problems = [name for name in expected.keys() - found.keys() if name not in counters]
+    problems += list(found.keys() - expected.keys())
     problems += [
         name
-        for name in wanted.keys() & found.keys() - counters
-        if not isinstance(found[name], torch.Tensor) or found[name].shape != wanted[name].shape
+        for name in expected.keys() & found.keys() - counters
+        if not isinstance(found[name], torch.Tensor) or found[name].shape != expected[name].shape
     ]
     if problems:
         raise ConfigError(
             f"{path} does not hold the weights of {what}: {len(problems)} names are missing, left "
             f"over or of another shape, among them {min(map(str, problems))}"
         )
-    model.load_state_dict({**wanted, **found})
+    model.load_state_dict({**expected, **found})
     return model.float().eval().requires_grad_(False)
 
 

@@ -35,19 +35,22 @@ def images_in(folder: Path) -> list[Path]:
 def items_of_folders(generated: Path, reference: Path) -> list[Item]:
     """Files of the same name, whatever their endings, belong together. Raises InputError that
     names the first file without a partner."""
-    ours, theirs = _by_name(generated), _by_name(reference)
-    for mine, others, folder, other in (
-        (ours, theirs, generated, reference),
-        (theirs, ours, reference, generated),
+    generated_files, reference_files = _by_name(generated), _by_name(reference)
+    for files, others, folder, other in (
+        (generated_files, reference_files, generated, reference),
+        (reference_files, generated_files, reference, generated),
     ):
-        alone = sorted(mine.keys() - others.keys())
+        alone = sorted(files.keys() - others.keys())
         if alone:
             raise InputError(
-                f"{mine[alone[0]]} has no partner of that name in {other} ({len(alone)} of "
-                f"{len(mine)} in {folder} have none); give folders with the same names, --pairs, "
+                f"{files[alone[0]]} has no partner of that name in {other} ({len(alone)} of "
+                f"{len(files)} in {folder} have none); give folders with the same names, --pairs, "
                 "or --inception alone, which needs no partners"
             )
-    return [Item(name, ours[name], (theirs[name],)) for name in sorted(ours)]
+    return [
+        Item(name, generated_files[name], (reference_files[name],))
+        for name in sorted(generated_files)
+    ]
 
 
 def _by_name(folder: Path) -> dict[str, Path]:
@@ -71,27 +74,31 @@ def items_of_file(path: Path, image_root: Path | None = None) -> list[Item]:
         if line.strip():
             place = f"{path.name}:{number}"
             try:
-                given = parse_json(line)
+                record = parse_json(line)
             except ValueError as error:
                 raise InputError(f"{place}: not JSON ({error})") from error
-            items.append(_item(given, path.parent, image_root, place, f"{number:06d}"))
+            items.append(_item(record, path.parent, image_root, place, f"{number:06d}"))
     if not items:
         raise InputError(f"--pairs {path} holds no record")
     return items
 
 
-def _item(given: Any, folder: Path, root: Path | None, place: str, name: str) -> Item:
-    if not isinstance(given, dict) or "generated" not in given or not given.keys() <= set(FIELDS):
-        said = json.dumps(given, ensure_ascii=False)[:60]
-        raise InputError(f"{place}: a record has generated and reference or text, not {said}")
-    references = given.get("reference", [])
+def _item(record: Any, folder: Path, root: Path | None, place: str, name: str) -> Item:
+    if (
+        not isinstance(record, dict)
+        or "generated" not in record
+        or not record.keys() <= set(FIELDS)
+    ):
+        shown = json.dumps(record, ensure_ascii=False)[:60]
+        raise InputError(f"{place}: a record has generated and reference or text, not {shown}")
+    references = record.get("reference", [])
     references = [references] if isinstance(references, str) else references
-    text = given.get("text")
+    text = record.get("text")
     if not isinstance(references, list) or not (references or text):
         raise InputError(f"{place}: give reference (a file or a list of files), text, or both")
     if text is not None and not isinstance(text, str):
         raise InputError(f"{place}: text is a string, not {json.dumps(text)[:60]}")
-    generated, *others = _files([given["generated"], *references], folder, root, place)
+    generated, *others = _files([record["generated"], *references], folder, root, place)
     return Item(name, generated, tuple(others), text or None)
 
 

@@ -174,12 +174,12 @@ def _means(
     for value in dict.fromkeys(values):
         found: list[float | None] = []
         for scores in evaluation.scores.values():
-            own = [
+            means = [
                 sum(each) / len(each)
                 for each, named in zip(scores, values, strict=True)
                 if named == value and each
             ]
-            found.append(round(sum(own) / len(own), 6) if own else None)
+            found.append(round(sum(means) / len(means), 6) if means else None)
         rows.append((value, found))
     return rows
 
@@ -192,9 +192,9 @@ def _described(evaluation: Evaluation, index: int) -> dict[str, Any]:
     if item.text is not None:
         found["text"] = item.text
     for name, scores in evaluation.scores.items():
-        own = [round(value, 6) for value in scores[index]]
-        if own:
-            found[name] = own[0] if len(own) == 1 else own
+        rounded = [round(value, 6) for value in scores[index]]
+        if rounded:
+            found[name] = rounded[0] if len(rounded) == 1 else rounded
     return found
 
 
@@ -202,7 +202,7 @@ def _grids(evaluation: Evaluation) -> list[dict[str, Any]]:
     """For each metric a grid of its best, median and worst images."""
     grids = []
     for name, scores in evaluation.scores.items():
-        means = [(sum(own) / len(own), i) for i, own in enumerate(scores) if own]
+        means = [(sum(each) / len(each), i) for i, each in enumerate(scores) if each]
         ranked = [i for _, i in sorted(means, key=lambda mean: (-mean[0], mean[1]))]
         middle = max(0, (len(ranked) - SHOWN) // 2)
         spans = {

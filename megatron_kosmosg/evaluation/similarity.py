@@ -89,18 +89,18 @@ def similarities(
         paths = _distinct([path for item in items for path in item.references])
         if network in weights and paths:
             rows = {path: i for i, path in enumerate(paths)}
-            wanted = [[rows[path] for path in item.references] for item in items]
-            found[metric] = _cosines(files, network, "references", wanted)
+            compared = [[rows[path] for path in item.references] for item in items]
+            found[metric] = _cosines(files, network, "references", compared)
     texts = _distinct([item.text for item in items if item.text is not None])
     if "clip" in weights and texts:
         places = {text: i for i, text in enumerate(texts)}
-        wanted = [[] if item.text is None else [places[item.text]] for item in items]
-        found["clip_t"] = _cosines(files, "clip", "texts", wanted)
+        compared = [[] if item.text is None else [places[item.text]] for item in items]
+        found["clip_t"] = _cosines(files, "clip", "texts", compared)
     return found
 
 
 def _cosines(
-    files: FeatureFiles, network: str, other: str, wanted: Sequence[Sequence[int]]
+    files: FeatureFiles, network: str, other: str, compared: Sequence[Sequence[int]]
 ) -> list[list[float]]:
     """The similarity of each generated image to the rows of another group that it is compared with.
     Works on a shard of images at a time: memory does not grow with their number."""
@@ -108,7 +108,7 @@ def _cosines(
     found: list[list[float]] = []
     for block in files.blocks("generated", network):
         generated = F.normalize(block.double(), dim=1)
-        for image, rows in zip(generated, wanted[len(found) :], strict=False):
+        for image, rows in zip(generated, compared[len(found) :], strict=False):
             if rows:
                 others = F.normalize(rows_of(rows).double(), dim=1)
                 found.append((others @ image).tolist())
@@ -121,9 +121,9 @@ def summarise(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> Summa
     """The mean of the scores and its interval. `scores` has for each item one score a reference;
     items without any do not count."""
     kept = [
-        (item.cluster or f"{i}", sum(own) / len(own))
-        for i, (item, own) in enumerate(zip(items, scores, strict=True))
-        if own
+        (item.cluster or f"{i}", sum(each) / len(each))
+        for i, (item, each) in enumerate(zip(items, scores, strict=True))
+        if each
     ]
     names = {name: i for i, name in enumerate(_distinct([name for name, _ in kept]))}
     clusters = np.array([names[name] for name, _ in kept])
@@ -141,6 +141,6 @@ def summarise(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> Summa
     return Summary(floored[0], floored[1], floored[2], len(values))
 
 
-def _distinct(things: Sequence) -> list:
-    """The distinct things in the order of their first places."""
-    return list(dict.fromkeys(things))
+def _distinct(items: Sequence) -> list:
+    """The distinct items in the order of their first occurrence."""
+    return list(dict.fromkeys(items))

@@ -282,10 +282,10 @@ class KosmosGPipeline(StableDiffusionPipeline):
     def _check_parts(self) -> None:
         """ValueError for components that do not fit together."""
         if self.aligner is not None and self.unet is not None:
-            reads, given = self.unet.config.cross_attention_dim, self.aligner.config.hidden_size
-            if reads != given:
+            reads, makes = self.unet.config.cross_attention_dim, self.aligner.config.hidden_size
+            if reads != makes:
                 raise ValueError(
-                    f"the U-Net reads conditions of width {reads}, the aligner makes {given}: use "
+                    f"the U-Net reads conditions of width {reads}, the aligner makes {makes}: use "
                     "a U-Net of the Stable Diffusion version that the model was trained with"
                 )
         if self.mllm is None or self.tokenizer is None:
@@ -461,11 +461,14 @@ def as_batch(prompt: str | list | None, images: Any) -> list[Parts]:
             f"{len(prompt)} prompts, but {len(images)} entries in `images`: give a list for each"
         )
     batch = []
-    for number, (item, own) in enumerate(zip(prompt, images, strict=True), start=1):
-        own = list(own) if isinstance(own, (list, tuple)) else [] if own is None else [own]
+    for number, (item, found) in enumerate(zip(prompt, images, strict=True), start=1):
+        if isinstance(found, (list, tuple)):
+            item_images = list(found)
+        else:
+            item_images = [] if found is None else [found]
         if isinstance(item, str):
-            batch.append(interleave(item, own, number))
-        elif own:
+            batch.append(interleave(item, item_images, number))
+        elif item_images:
             raise ValueError(f"prompt {number} is a list and holds its images; leave out `images`")
         else:
             parts = item if isinstance(item, (list, tuple)) else [item]

@@ -78,11 +78,11 @@ def generate(job: Job, open_generator: Callable[[], ImageGenerator], report: Ima
     image_generator = open_generator()
     image_generator.check(everything)
     report(done, len(everything))
-    for group, wanted in zip(groups, missing, strict=True):
-        if not wanted:
+    for group, unfinished in zip(groups, missing, strict=True):
+        if not unfinished:
             continue
         for planned, image in zip(group, image_generator.generate(group), strict=True):
-            if planned in wanted:
+            if planned in unfinished:
                 write_image(image, planned, job.folder)
                 done += 1
         report(done, len(everything))

@@ -102,9 +102,9 @@ def open_pipeline(
     # A file that is cut short is told apart from one that holds other weights.
     SafetensorsFolder(parts.mllm, TRANSFORMERS)
     SafetensorsFolder(parts.aligner, DIFFUSERS)
-    given: dict[str, Any] = {}
+    components: dict[str, Any] = {}
     if not draws:
-        given = dict.fromkeys(DRAWING_PARTS)
+        components = dict.fromkeys(DRAWING_PARTS)
     elif source.stable_diffusion is not None:
         from megatron_kosmosg.inference.from_checkpoint import diffusion_parts
 
@@ -113,10 +113,10 @@ def open_pipeline(
             hidden_size=sizes["model.aligner.hidden_size"],
             num_queries=sizes["model.aligner.num_queries"],
         )
-        given = diffusion_parts(source.stable_diffusion, read, dtype)
-    given["mllm"] = load_mllm(parts.mllm, dtype)
-    given["aligner"] = load_aligner(parts.aligner, dtype)
-    pipeline = KosmosGPipeline.from_pretrained(source.folder, torch_dtype=dtype, **given)
+        components = diffusion_parts(source.stable_diffusion, read, dtype)
+    components["mllm"] = load_mllm(parts.mllm, dtype)
+    components["aligner"] = load_aligner(parts.aligner, dtype)
+    pipeline = KosmosGPipeline.from_pretrained(source.folder, torch_dtype=dtype, **components)
     return pipeline.to(device)
 
 

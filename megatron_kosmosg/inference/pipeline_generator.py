@@ -134,7 +134,7 @@ class PipelineGenerator:
             num_images_per_prompt=options.num_images,
             generator=[torch.Generator("cpu").manual_seed(p.options.seed) for p in planned_images],
             output_type="np" if firsts[0].rounds_down else "pil",
-            **self._given(planned_images),
+            **self._painter_arguments(planned_images),
             callback_on_step_end=None if on_step is None else _step_callback(on_step),
         ).images
         if firsts[0].rounds_down:
@@ -174,26 +174,26 @@ class PipelineGenerator:
             **parts,
         )
 
-    def _given(self, planned_images: Sequence[PlannedImage]) -> dict[str, Any]:
+    def _painter_arguments(self, planned_images: Sequence[PlannedImage]) -> dict[str, Any]:
         """The arguments by which the painter is told of size, start and control."""
         firsts = [planned for planned in planned_images if planned.index == 0]
         options = firsts[0].options
-        given: dict[str, Any] = dict(self._size(options))
+        arguments: dict[str, Any] = dict(self._size(options))
         has_start = options.start_image is not None
         if self._controlnet is not None:
             controls = [open_image(planned.options.control_image) for planned in firsts]
-            given["control_image" if has_start else "image"] = controls
-            given["controlnet_conditioning_scale"] = self._control_scale
+            arguments["control_image" if has_start else "image"] = controls
+            arguments["controlnet_conditioning_scale"] = self._control_scale
         if not has_start:
-            return given | self._shared_noise(planned_images)
-        height, width = self._own_size()
-        size = (given.get("width", width), given.get("height", height))
+            return arguments | self._shared_noise(planned_images)
+        height, width = self._default_size()
+        size = (arguments.get("width", width), arguments.get("height", height))
         if self._controlnet is None:  # diffusers takes the size from the image then
-            given = {}
+            arguments = {}
         # One for each image: of fewer, diffusers repeats the whole list.
         starts = [open_image(planned.options.start_image) for planned in planned_images]
-        given["image"] = [ImageOps.fit(image, size) for image in starts]
-        return given | {"strength": options.strength}
+        arguments["image"] = [ImageOps.fit(image, size) for image in starts]
+        return arguments | {"strength": options.strength}
 
     def _shared_noise(self, planned_images: Sequence[PlannedImage]) -> dict[str, torch.Tensor]:
         """{"latents": [n, 4, h, w]} for images that start from rows of one draw, {} for others.
@@ -204,8 +204,8 @@ class PipelineGenerator:
         if not rows:
             return {}
         unet, size = self._pipeline.unet, self._size(planned_images[0].options)
-        default = self._own_size()
-        sides = [size.get(name, own) for name, own in zip(SIDES, default, strict=True)]
+        default = self._default_size()
+        sides = [size.get(name, side) for name, side in zip(SIDES, default, strict=True)]
         scale = self._pipeline.vae_scale_factor
         shape = (unet.config.in_channels, *(side // scale for side in sides))
         found = []
@@ -217,12 +217,12 @@ class PipelineGenerator:
             found.append(drawn[noise.row])
         return {"latents": torch.stack(found)}
 
-    def _own_size(self) -> tuple[int, int]:
+    def _default_size(self) -> tuple[int, int]:
         """The (height, width) that the model draws by itself."""
         latent = self._pipeline.unet.config.sample_size
-        own = latent if isinstance(latent, (list, tuple)) else (latent, latent)
+        height, width = latent if isinstance(latent, (list, tuple)) else (latent, latent)
         scale = self._pipeline.vae_scale_factor
-        return int(own[0]) * scale, int(own[1]) * scale
+        return int(height) * scale, int(width) * scale
 
     def _size(self, options: GenerationOptions) -> dict[str, int]:
         """The arguments height and width, none where the model's own size is meant. diffusers takes
@@ -230,8 +230,9 @@ class PipelineGenerator:
         sides = {"height": options.height, "width": options.width}
         if None not in sides.values() or not any(sides.values()):
             return {name: side for name, side in sides.items() if side is not None}
-        own = self._own_size()
-        return {name: side or size for (name, side), size in zip(sides.items(), own, strict=True)}
+        default = self._default_size()
+        both = zip(sides.items(), default, strict=True)
+        return {name: side or size for (name, side), size in both}
 
 
 def _step_callback(on_step: OnStep) -> Callable[..., dict[str, Any]]:

@@ -130,10 +130,10 @@ def read_records(path: Path, image_root: Path | None = None) -> list[PromptRecor
             continue
         place = f"{path.name}:{number}"
         try:
-            given = parse_json(line)
+            fields = parse_json(line)
         except ValueError as error:
             raise PromptError(f"{place}: not JSON ({error})") from error
-        record = parse_record(given, path.parent, place, f"{number:06d}", image_root)
+        record = parse_record(fields, path.parent, place, f"{number:06d}", image_root)
         # Some file systems take "Cat" and "cat" for the same name.
         earlier = seen.setdefault(record.id.casefold(), number)
         if earlier != number:
@@ -145,31 +145,31 @@ def read_records(path: Path, image_root: Path | None = None) -> list[PromptRecor
 
 
 def parse_record(
-    given: Any, folder: Path, place: str, default_id: str, image_root: Path | None = None
+    fields: Any, folder: Path, place: str, default_id: str, image_root: Path | None = None
 ) -> PromptRecord:
     """The record of a JSON object; `place` names it in errors. Its images lie in `folder`, by
     their names relative to it, or in `image_root`."""
-    if not isinstance(given, dict):
-        raise PromptError(f"{place}: a record is a JSON object, not {_short(given)}")
-    for name in given:
+    if not isinstance(fields, dict):
+        raise PromptError(f"{place}: a record is a JSON object, not {_short(fields)}")
+    for name in fields:
         if name not in RECORD_FIELDS:
             near = difflib.get_close_matches(name, RECORD_FIELDS, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(RECORD_FIELDS)}"
             raise PromptError(f"{place}: unknown field {name!r}; {hint}")
-    name = given.get("id", default_id)
+    name = fields.get("id", default_id)
     if not isinstance(name, str) or not _ID.fullmatch(name):
         raise PromptError(
             f"{place}: id {_short(name)} cannot name a file; use letters, digits, '.', '_', '-'"
         )
-    if ("prompt" in given) == ("content" in given):
+    if ("prompt" in fields) == ("content" in fields):
         raise PromptError(f"{place}: give either prompt (with images) or content")
-    if "content" in given:
-        if "images" in given:
+    if "content" in fields:
+        if "images" in fields:
             raise PromptError(f"{place}: content holds its images itself; leave out images")
-        content = interleaved_content(given["content"], folder, place)
+        content = interleaved_content(fields["content"], folder, place)
     else:
-        content = _placeholder_content(given["prompt"], given.get("images", []), folder, place)
-    record = PromptRecord(name, content, _options(given, folder, place))
+        content = _placeholder_content(fields["prompt"], fields.get("images", []), folder, place)
+    record = PromptRecord(name, content, _options(fields, folder, place))
     for image in (*record.images, *record.options.images):
         if image is not None:
             _check_place(image, folder, place, image_root)
@@ -187,12 +187,12 @@ def _check_place(image: Path, folder: Path, place: str, image_root: Path | None)
         ) from None
 
 
-def interleaved_content(given: Any, folder: Path, place: str) -> tuple[PromptPart, ...]:
+def interleaved_content(entries: Any, folder: Path, place: str) -> tuple[PromptPart, ...]:
     """The parts of `[{"text": ..} or {"image": file}, ...]`."""
-    if not isinstance(given, list) or not given:
+    if not isinstance(entries, list) or not entries:
         raise PromptError(f"{place}: content is a list of text and image entries")
     content: list[PromptPart] = []
-    for entry in given:
+    for entry in entries:
         if not isinstance(entry, dict) or list(entry) not in (["text"], ["image"]):
             raise PromptError(
                 f'{place}: a content entry is {{"text": ..}} or {{"image": file}}, '
@@ -232,8 +232,8 @@ def split_prompt(prompt: str, images: Sequence[Path], place: str) -> tuple[Promp
     return tuple(content)
 
 
-def _options(given: Mapping[str, Any], folder: Path, place: str) -> GenerationOptions:
-    values = {name: given[name] for name in OPTION_FIELDS if given.get(name) is not None}
+def _options(fields: Mapping[str, Any], folder: Path, place: str) -> GenerationOptions:
+    values = {name: fields[name] for name in OPTION_FIELDS if fields.get(name) is not None}
     for name, (smallest, largest) in _WHOLE_NUMBERS.items():
         value = values.get(name, smallest)
         if type(value) is not int or not smallest <= value <= largest:
@@ -270,5 +270,5 @@ def open_image(path: Path) -> Image.Image:
 
 
 def _short(value: Any) -> str:
-    said = json.dumps(value, ensure_ascii=False, default=str)
-    return said if len(said) <= 60 else said[:57] + "..."
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -76,7 +76,7 @@ class SampleCards:
         slots = int(batch["image_mask"].sum())
         facts = f"position {position}, {length} tokens, {slots} of them image slots"
         bad = int(batch["bad_samples"])
-        spoiled = f", {bad} bad images" if bad else ""
+        bad_note = f", {bad} bad images" if bad else ""
         tokens = batch["tokens"][0, :length].tolist()
         images = [
             _image(image * self._std + self._mean, PROMPT_PIXELS) for image in batch["pixel_values"]
@@ -84,11 +84,11 @@ class SampleCards:
         if isinstance(sample, PackedRow):
             counted = batch["loss_mask"][0]
             padding = batch["tokens"].shape[1] - length
-            facts += f", {padding} padding, {int(counted.sum())} labels count{spoiled}"
+            facts += f", {padding} padding, {int(counted.sum())} labels count{bad_note}"
             # A label belongs to the token it is the label of, one place further on.
             counts = [False, *(counted[: length - 1] > 0).tolist()]
             return Card(facts, self._pieces(tokens, counts, images))
-        facts += f", sample {sample.key}{spoiled}"
+        facts += f", sample {sample.key}{bad_note}"
         raw = self._store[sample.index]
         return Card(
             facts,

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-NUM_SAID = 4
+NUM_REASONS = 4
 """Reasons in the last line; the table above it and the rejects file have all."""
 
 
@@ -34,8 +34,8 @@ class Counts:
     """CPU time of all the work on shards, added over workers."""
 
     def __add__(self, other: Counts) -> Counts:
-        mine, theirs = vars(self), vars(other)
-        return Counts(**{name: mine[name] + theirs[name] for name in mine})
+        left, right = vars(self), vars(other)
+        return Counts(**{name: left[name] + right[name] for name in left})
 
     @staticmethod
     def of(stored: dict[str, Any]) -> Counts:
@@ -73,15 +73,15 @@ def rates(counts: Counts, seconds: float) -> str:
 
 def last_line(counts: Counts) -> str:
     """What was taken, left out and lost from what was kept, with the reasons."""
-    parts = [f"{counts.samples:,} taken", said_reasons("rejected", counts.rejects)]
-    parts += [said_reasons(f"{what} left out", r) for what, r in _by_part(counts.left_out).items()]
+    parts = [f"{counts.samples:,} taken", reasons_text("rejected", counts.rejects)]
+    parts += [reasons_text(f"{what} left out", r) for what, r in _by_part(counts.left_out).items()]
     return ", ".join(parts)
 
 
-def said_reasons(what: str, reasons: Counter[str]) -> str:
+def reasons_text(what: str, reasons: Counter[str]) -> str:
     """A number of things left out, and the most frequent reasons, in words."""
-    named = [f"{reason} {number:,}" for reason, number in reasons.most_common(NUM_SAID)]
-    named += ["..."] if len(reasons) > NUM_SAID else []
+    named = [f"{reason} {number:,}" for reason, number in reasons.most_common(NUM_REASONS)]
+    named += ["..."] if len(reasons) > NUM_REASONS else []
     return f"{reasons.total():,} {what}" + (f" ({', '.join(named)})" if named else "")
 
 

@@ -46,8 +46,8 @@ def arrow_files(folder: Path) -> list[Path] | None:
     if splits.is_file():
         names = _json(splits).get("splits", [])
         names = names if isinstance(names, list) else []
-        given = " or ".join(f"--input {folder / str(name)}" for name in names)
-        raise ValueError(f"--input {folder} holds the splits of a dataset; give {given}")
+        options = " or ".join(f"--input {folder / str(name)}" for name in names)
+        raise ValueError(f"--input {folder} holds the splits of a dataset; give {options}")
     state = folder / STATE_FILE
     if not state.is_file():
         return None

@@ -78,7 +78,7 @@ class Input:
         }[self.format]()
 
 
-def find_inputs(patterns: Sequence[str], kind: SampleKind, asked: str = "auto") -> list[Input]:
+def find_inputs(patterns: Sequence[str], kind: SampleKind, requested: str = "auto") -> list[Input]:
     """What the names and globs stand for, globs sorted and without our own products, listings
     opened.
 
@@ -90,26 +90,26 @@ def find_inputs(patterns: Sequence[str], kind: SampleKind, asked: str = "auto") 
         paths = [Path(pattern)] if Path(pattern).exists() else []
         paths = paths or _matches(pattern)
         for path in paths:
-            inputs.extend(_open(path, kind, asked))
+            inputs.extend(_open(path, kind, requested))
     seen: dict[str, Path] = {}
-    for given in inputs:
-        if given.format not in kind.formats:
+    for source in inputs:
+        if source.format not in kind.formats:
             raise ValueError(
-                f"--input {given.path}: --kind {kind.name} is not read from {given.format}; it is "
-                f"read from {', '.join(kind.formats)}"
+                f"--input {source.path}: --kind {kind.name} is not read from {source.format}; "
+                f"it is read from {', '.join(kind.formats)}"
             )
-        other = seen.setdefault(os.path.realpath(given.path), given.path)
-        if other is not given.path:
-            link = "" if other == given.path else f"; {other} is the same"
-            raise ValueError(f"--input names {given.path} twice{link}")
-    folders = [given.path for given in inputs if given.format in (PROMPTS, SAMPLES)]
-    named = labels([given.path for given in inputs], folders)
-    return [replace(given, label=named.get(given.path, "")) for given in inputs]
+        other = seen.setdefault(os.path.realpath(source.path), source.path)
+        if other is not source.path:
+            link = "" if other == source.path else f"; {other} is the same"
+            raise ValueError(f"--input names {source.path} twice{link}")
+    folders = [source.path for source in inputs if source.format in (PROMPTS, SAMPLES)]
+    named = labels([source.path for source in inputs], folders)
+    return [replace(source, label=named.get(source.path, "")) for source in inputs]
 
 
 def shard_size(inputs: Iterable[Input]) -> ShardSize:
     """How large the shards of these inputs are."""
-    total = sum(given.path.stat().st_size for given in inputs)
+    total = sum(source.path.stat().st_size for source in inputs)
     scale = -(-total // LARGE_INPUT) or 1
     return ShardSize(MAX_RECORDS * scale, MAX_TEXT_BYTES * scale, MAX_IMAGE_BYTES * scale)
 
@@ -120,13 +120,13 @@ def limited(per_input: Sequence[list[Shard]], limit: int | None) -> list[list[Sh
         return list(per_input)
     kept, left = [], limit
     for shards in per_input:
-        mine = []
+        taken = []
         for shard in shards:
             assert shard.num_records is not None
             if left > 0:
-                mine.append(_shortened(shard, left))
+                taken.append(_shortened(shard, left))
                 left -= shard.num_records
-        kept.append(mine)
+        kept.append(taken)
     return kept
 
 
@@ -139,8 +139,8 @@ def _shortened(shard: Shard, records: int) -> Shard:
 def refuse_streams(path: Path) -> None:
     """Raises ValueError for what can be read only once, or nowhere but in this process."""
     mode = path.stat().st_mode
-    is_own = not str(path).startswith(("/dev/stdin", "/dev/fd/", "/proc/"))
-    if is_own and (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+    has_own_name = not str(path).startswith(("/dev/stdin", "/dev/fd/", "/proc/"))
+    if has_own_name and (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         return
     what = "a pipe (FIFO)" if stat.S_ISFIFO(mode) else "an open file or device"
     raise ValueError(
@@ -172,7 +172,7 @@ def _tails(paths: list[Path]) -> list[str]:
     return ["/".join(tail) for tail in apart]
 
 
-def _open(path: Path, kind: SampleKind, asked: str) -> list[Input]:
+def _open(path: Path, kind: SampleKind, requested: str) -> list[Input]:
     """The inputs that a name stands for: a file, a folder, or the files that a folder or a listing
     names."""
     refuse_streams(path)
@@ -181,7 +181,7 @@ def _open(path: Path, kind: SampleKind, asked: str) -> list[Input]:
         if saved is not None:
             return [Input(file, "arrow") for file in saved]
         return [Input(path, folder_format(path, kind))]
-    return _open_listing(path, _format(path, asked))
+    return _open_listing(path, _format(path, requested))
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -196,9 +196,9 @@ def _matches(pattern: str) -> list[Path]:
     return found
 
 
-def _format(path: Path, asked: str) -> str:
-    if asked != "auto":
-        return asked
+def _format(path: Path, requested: str) -> str:
+    if requested != "auto":
+        return requested
     suffixes = [suffix.lower() for suffix in path.suffixes]
     is_packed = bool(suffixes) and suffixes[-1] in PACKED_ENDINGS
     if is_packed:

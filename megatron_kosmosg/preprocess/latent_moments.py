@@ -157,8 +157,8 @@ def _refuse_to_overwrite(job: LatentJob, prefix: str) -> None:
     """Raises ConfigError where something else than a cache, or a part of one, has its name."""
     files = [Path(f"{prefix}{end}") for end in (".bin", ".idx")]
     found = [file for file in files if os.path.lexists(file)]
-    is_ours = Path(f"{prefix}.json").exists() or Path(f"{prefix}.parts").exists()
-    if found and not is_ours:
+    is_dataset = Path(f"{prefix}.json").exists() or Path(f"{prefix}.parts").exists()
+    if found and not is_dataset:
         raise ConfigError(
             f"{found[0]} is there and belongs to no cache of latents; give another --name"
         )

@@ -59,28 +59,28 @@ def canonical_records(
     if not options.fields:
         yield from layout(record, image_check)
         return
-    named = {ours: _named(record, ours, theirs) for ours, theirs in options.fields}
-    fields = record.fields | {ours: value for ours, value in named.items() if is_filled(value)}
-    used = {theirs for _, theirs in options.fields} - named.keys()
+    named = {field: _named(record, field, input_name) for field, input_name in options.fields}
+    fields = record.fields | {field: value for field, value in named.items() if is_filled(value)}
+    used = {input_name for _, input_name in options.fields} - named.keys()
     for found in layout(replace(record, fields=fields), image_check):
         rest = {name: value for name, value in found.fields.items() if name not in used}
         yield replace(found, fields=rest)
 
 
-def _named(record: Record, ours: str, theirs: str) -> object:
-    """What the input calls `theirs`: a field, or a file that came with the record."""
-    if is_filled(record.fields.get(theirs)):
-        return record.fields[theirs]
-    member = theirs.lower()
+def _named(record: Record, field: str, input_name: str) -> object:
+    """What the input calls `input_name`: a field, or a file that came with the record."""
+    if is_filled(record.fields.get(input_name)):
+        return record.fields[input_name]
+    member = input_name.lower()
     if member not in record.files:
         return None
-    if ours in _TEXT_FIELDS:
+    if field in _TEXT_FIELDS:
         return decode_utf8(record.files[member])
-    if ours in _LIST_FIELDS:
+    if field in _LIST_FIELDS:
         try:
             return parse_json(decode_utf8(record.files[member]))
         except ValueError as error:
-            raise Rejected(f"{ours} is not JSON", str(error)) from error
+            raise Rejected(f"{field} is not JSON", str(error)) from error
     return member
 
 
@@ -205,10 +205,10 @@ _LAYOUTS: dict[str, RecordLayout] = {
 def _renamed(record: Record, names: dict[str, tuple[str, ...]]) -> Record:
     """The first name that says anything gives a field its value."""
     fields = dict(record.fields)
-    for ours, others in names.items():
-        for theirs in others:
-            if not is_filled(fields.get(ours)) and theirs in fields:
-                fields[ours] = fields.pop(theirs)
+    for field, input_names in names.items():
+        for input_name in input_names:
+            if not is_filled(fields.get(field)) and input_name in fields:
+                fields[field] = fields.pop(input_name)
     return record.with_fields(fields)
 
 

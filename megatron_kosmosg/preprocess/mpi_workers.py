@@ -68,35 +68,35 @@ class MpiWorkers:
         done: Done[Result] | None = None,
     ) -> list[Result]:
         """The function's results for the items, in their order (Workers.map)."""
-        mine = range(self._world.rank, len(items), self.size)
+        local = range(self._world.rank, len(items), self.size)
         if self.is_leader:
-            outcome = self._map_as_leader(function, items, mine, done)
+            attempt = self._map_as_leader(function, items, local, done)
         else:
-            self._map_as_follower(function, items, mine)
-            outcome = None
-        return _value(self._world.bcast(outcome))
+            self._map_as_follower(function, items, local)
+            attempt = None
+        return _value(self._world.bcast(attempt))
 
     def lead(self, function: Callable[[], Result]) -> Result:
         """The result of a function that one rank alone calls (Workers.lead)."""
-        outcome = _attempt(function) if self.is_leader else None
-        return _value(self._world.bcast(outcome))
+        attempt = _attempt(function) if self.is_leader else None
+        return _value(self._world.bcast(attempt))
 
     def _map_as_leader(
         self,
         function: Callable[[Item], Result],
         items: Sequence[Item],
-        mine: range,
+        local: range,
         done: Done[Result] | None,
     ) -> tuple[Any, Exception | None]:
         results: dict[int, Result] = {}
         error: Exception | None = None
         ended = 0
 
-        def take(number: int, outcome: tuple[Any, Exception | None]) -> None:
+        def take(number: int, attempt: tuple[Any, Exception | None]) -> None:
             nonlocal error
-            results[number], failure = outcome
+            results[number], failure = attempt
             if failure is None and error is None and done is not None:
-                _, failure = _attempt(lambda: done(len(results), outcome[0]))
+                _, failure = _attempt(lambda: done(len(results), attempt[0]))
             if failure is not None and error is None:
                 error = failure
                 for rank in range(1, self.size):
@@ -104,13 +104,13 @@ class MpiWorkers:
 
         def listen() -> None:
             nonlocal ended
-            number, outcome = self._world.recv(tag=_RESULT)
+            number, attempt = self._world.recv(tag=_RESULT)
             if number is None:
                 ended += 1
             else:
-                take(number, outcome)
+                take(number, attempt)
 
-        for number in mine:
+        for number in local:
             if error is None:
                 take(number, _attempt(lambda item=items[number]: function(item)))
             while self._world.iprobe(tag=_RESULT):
@@ -122,13 +122,13 @@ class MpiWorkers:
         return [results[number] for number in range(len(items))], None
 
     def _map_as_follower(
-        self, function: Callable[[Item], Result], items: Sequence[Item], mine: range
+        self, function: Callable[[Item], Result], items: Sequence[Item], local: range
     ) -> None:
-        for number in mine:
+        for number in local:
             if self._world.iprobe(source=0, tag=_STOP):
                 break
-            outcome = _attempt(lambda item=items[number]: function(item))
-            self._world.send((number, outcome), 0, _RESULT)
+            attempt = _attempt(lambda item=items[number]: function(item))
+            self._world.send((number, attempt), 0, _RESULT)
         self._world.send((None, None), 0, _RESULT)
 
 
@@ -147,8 +147,8 @@ def _attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
         raise
 
 
-def _value(outcome: tuple[Any, Exception | None]) -> Any:
-    result, error = outcome
+def _value(attempt: tuple[Any, Exception | None]) -> Any:
+    result, error = attempt
     if error is not None:
         raise error
     return result

@@ -54,11 +54,11 @@ class Options:
                     f"--{option.replace('_', '-')} is for --kind {able}, not {kind.name}"
                 )
         known = ("key", *kind.fields)
-        for ours, theirs in self.fields:
-            if ours not in known:
+        for field_name, input_name in self.fields:
+            if field_name not in known:
                 raise ValueError(
-                    f"--field {ours}={theirs}: --kind {kind.name} has no field {ours}; it has "
-                    f"{', '.join(known)}"
+                    f"--field {field_name}={input_name}: --kind {kind.name} has no field "
+                    f"{field_name}; it has {', '.join(known)}"
                 )
         if self.image_root is not None and not Path(self.image_root).is_dir():
             raise ValueError(f"--image-root {self.image_root} is not a folder")

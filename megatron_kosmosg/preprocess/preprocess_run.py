@@ -152,10 +152,10 @@ def preprocess(
 def _refuse_to_overwrite(job: PreprocessJob, inputs: list[Input], folder: WorkFolder) -> None:
     prefix = Path(job.output_prefix)
     # A listing is read, too, besides the files that it names.
-    reads = [Path(job.tokenizer_model), *map(Path, job.inputs), *(given.path for given in inputs)]
-    for given in inputs:
-        if given.format == PROMPTS:
-            reads += [given.path / SEEDS_FILE, prefix.parent / PROMPT_FILE]
+    reads = [Path(job.tokenizer_model), *map(Path, job.inputs), *(source.path for source in inputs)]
+    for source in inputs:
+        if source.format == PROMPTS:
+            reads += [source.path / SEEDS_FILE, prefix.parent / PROMPT_FILE]
     written = [*output_paths(prefix), shards_folder(prefix), folder.path]
     refuse_to_overwrite(written, reads, "--output-prefix")
     refuse_other_forms(prefix, job.shard_gib is not None, folder)
@@ -163,7 +163,7 @@ def _refuse_to_overwrite(job: PreprocessJob, inputs: list[Input], folder: WorkFo
 
 def _identity(job: PreprocessJob, inputs: list[Input], tokenizer: Tokenizer) -> dict[str, Any]:
     """Everything that the bytes of the output depend on."""
-    files = [(str(given.path.absolute()), given.format, given.path.stat()) for given in inputs]
+    files = [(str(source.path.absolute()), source.format, source.path.stat()) for source in inputs]
     return {
         "kind": job.kind,
         "input files": [[name, form, stat.st_size, stat.st_mtime_ns] for name, form, stat in files],
@@ -181,7 +181,7 @@ def _plan(job: PreprocessJob, inputs: list[Input], workers: Workers) -> list[tup
     cut = partial(_shards, options=job.options, limit=job.limit, size=size)
     per_input = limited(workers.map(cut, inputs), job.limit)
     shards = [
-        (given, shard) for given, found in zip(inputs, per_input, strict=True) for shard in found
+        (source, shard) for source, found in zip(inputs, per_input, strict=True) for shard in found
     ]
     if not shards:
         raise ValueError(f"--input {' '.join(job.inputs)}: no records")
@@ -191,13 +191,13 @@ def _plan(job: PreprocessJob, inputs: list[Input], workers: Workers) -> list[tup
     return workers.lead(lambda: grouped(shards, size, most_bytes))
 
 
-def _shards(given: Input, options: Options, limit: int | None, size: ShardSize) -> list[Shard]:
+def _shards(source: Input, options: Options, limit: int | None, size: ShardSize) -> list[Shard]:
     try:
-        shards = given.reader(options).shards(given.path, limit, size)
+        shards = source.reader(options).shards(source.path, limit, size)
     except Rejected:
         # Damaged: the shard's reader meets the same place and says so in the rejects file.
-        shards = [Shard(given.path, 0, 0, limit)]
-    return [replace(shard, label=given.label) for shard in shards]
+        shards = [Shard(source.path, 0, 0, limit)]
+    return [replace(shard, label=source.label) for shard in shards]
 
 
 def _work(

@@ -84,9 +84,9 @@ def _pairs(root: Path, name: str, seeds: tuple[str, ...] | None) -> Iterator[Rec
     if not seeds:
         raise Rejected("prompt without images", name)
     texts = {
-        ours: next(filter(is_filled, (prompt.get(name) for name in theirs)), None)
-        for ours, theirs in _TEXTS.items()
-        if any(name in prompt for name in theirs)
+        field: next(filter(is_filled, (prompt.get(name) for name in names)), None)
+        for field, names in _TEXTS.items()
+        if any(name in prompt for name in names)
     }
     for seed in seeds:
         fields = {"key": f"{name}/{seed}"} | texts

@@ -48,7 +48,7 @@ class ShardJob:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """The files that the shard is read from."""
-        return tuple(given.path for given, _ in self.stretches)
+        return tuple(source.path for source, _ in self.stretches)
 
     @property
     def prefix(self) -> str:
@@ -90,16 +90,16 @@ class _ShardWork:
 
     def run(self) -> None:
         with self._job.rejects_path.open("w", encoding="utf-8") as self._file:
-            for given, shard in self._job.stretches:
-                self._writer.scope = self._scope_of(given)
-                self._read(given, shard)
+            for source, shard in self._job.stretches:
+                self._writer.scope = self._scope_of(source)
+                self._read(source, shard)
                 self._flush_texts()
         self._writer.finish()
 
-    def _read(self, given: Input, shard: Shard) -> None:
+    def _read(self, source: Input, shard: Shard) -> None:
         options = self._job.options
         try:
-            for record in given.reader(options).read(shard, options):
+            for record in source.reader(options).read(shard, options):
                 if isinstance(record, BadRecord):
                     self._reject(record.source, record.source, record.rejected)
                 else:
@@ -108,10 +108,10 @@ class _ShardWork:
             # The rest of the stretch cannot be read.
             self._reject(shard.name, shard.name, rejected)
 
-    def _scope_of(self, given: Input) -> str:
+    def _scope_of(self, source: Input) -> str:
         """The scope of an input's keys, for inputs in which the same key may stand for different
         records."""
-        return str(given.path.absolute()) if self._job.has_scopes else ""
+        return str(source.path.absolute()) if self._job.has_scopes else ""
 
     def counts(self, seconds: float) -> Counts:
         writer, image_check = self._writer, self._use.image_check

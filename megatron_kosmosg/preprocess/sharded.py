@@ -61,16 +61,17 @@ def grouped(
     open_group: list[Stretch] = []
     open_bytes = 0.0
     for path, found in groupby(stretches, key=lambda stretch: stretch[0].path):
-        own = list(found)
-        num_bytes = _bytes_of(path, own, size)
+        of_input = list(found)
+        num_bytes = _bytes_of(path, of_input, size)
         if open_group and open_bytes + num_bytes > most_bytes:
             groups.append(tuple(open_group))
             open_group, open_bytes = [], 0.0
         if num_bytes > most_bytes:
-            together = max(1, int(len(own) * most_bytes / num_bytes))
-            groups += [tuple(own[i : i + together]) for i in range(0, len(own), together)]
+            together = max(1, int(len(of_input) * most_bytes / num_bytes))
+            starts = range(0, len(of_input), together)
+            groups += [tuple(of_input[i : i + together]) for i in starts]
         else:
-            open_group += own
+            open_group += of_input
             open_bytes += num_bytes
     if open_group:
         groups.append(tuple(open_group))
@@ -169,10 +170,10 @@ def _to_finish(
     """The shards that hold anything, under the names that they will have."""
     found: list[_Finish] = []
     for job, left_out in zip(jobs, duplicates, strict=True):
-        own = Counts.of(job.folder.read(job.number))
-        if own.samples > len(left_out):
+        counts = Counts.of(job.folder.read(job.number))
+        if counts.samples > len(left_out):
             target = _finished_folder(folder) / f"{len(found):05d}"
-            found.append(_Finish(job, target, left_out, own.rejects.total() + len(left_out)))
+            found.append(_Finish(job, target, left_out, counts.rejects.total() + len(left_out)))
     return found
 
 

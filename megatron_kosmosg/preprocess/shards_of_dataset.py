@@ -103,15 +103,15 @@ def check_shards(prefix: str) -> Iterator[CheckedShard]:
 
 
 def _problem(prefix: str, manifest: Manifest, entry: ShardEntry) -> str | None:
-    own = shard_prefix(prefix, entry.path)
+    shard = shard_prefix(prefix, entry.path)
     try:
-        store = SampleStore(own)
+        store = SampleStore(shard)
         if store.manifest is not None:
-            _check_fits(prefix, manifest, own, store.manifest)
+            _check_fits(prefix, manifest, shard, store.manifest)
         for reason in store.shards[0].sequences.check_entries():
             return reason
-        if dataset_fingerprint(own) != entry.fingerprint:
-            return f"{own} has another content than {manifest_path(prefix)} notes of this shard"
+        if dataset_fingerprint(shard) != entry.fingerprint:
+            return f"{shard} has another content than {manifest_path(prefix)} notes of this shard"
     except (OSError, ValueError) as error:
         return str(error)
     return None

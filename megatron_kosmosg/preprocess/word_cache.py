@@ -43,7 +43,7 @@ class WordCache:
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         split = [_words(text) for text in texts]
-        words = [word for mine in split for word in mine]
+        words = [word for of_text in split for word in of_text]
         numbers = list(map(self._numbers.get, words))
         if None in numbers:
             new = {word for word, number in zip(words, numbers, strict=True) if number is None}
@@ -58,7 +58,7 @@ class WordCache:
         # Position in the pool of every token: its word's start, plus its place in the word.
         places = np.repeat(self._starts[at] - (ends - lengths), lengths)
         ids = self._pool[places + np.arange(len(places))]
-        per_text = np.cumsum([len(mine) for mine in split])[:-1]
+        per_text = np.cumsum([len(of_text) for of_text in split])[:-1]
         return np.split(ids, np.concatenate([[0], ends])[per_text])
 
     def _learn(self, words: list[str]) -> None:

@@ -56,22 +56,22 @@ def document(rng: np.random.Generator, heldout: bool) -> str:
 def _sentence(rng: np.random.Generator, heldout: bool) -> str:
     kind = rng.choice(SENTENCES, p=(0.4, 0.4, 0.2))
     if kind == "caption":
-        said = caption(_scene(rng, heldout), "mix", _seed(rng))
+        words = caption(_scene(rng, heldout), "mix", _seed(rng))
         start = rng.choice(("", "", "here is ", "this is ", "draw "))
     elif kind == "subject":
-        said = _subject(rng, _scene(rng, heldout, 1))[1]
+        words = _subject(rng, _scene(rng, heldout, 1))[1]
         start = rng.choice(("a ", "this is a ", "there is a ", "a picture of a ", "a photo of a "))
     else:
-        said, _ = sample_edit(_scene(rng, heldout, 1), rng)
+        words, _ = sample_edit(_scene(rng, heldout, 1), rng)
         start = ""
-    return f"{start}{said} ."
+    return f"{start}{words} ."
 
 
 def captioned(rng: np.random.Generator, heldout: bool, images: Images) -> ToyRecord:
     """A record {"image", "caption"}."""
     scene = _scene(rng, heldout)
-    said = caption(scene, "mix", _seed(rng))
-    return {"image": images.add(scene), "caption": said}, {"scene": scene.to_json()}
+    words = caption(scene, "mix", _seed(rng))
+    return {"image": images.add(scene), "caption": words}, {"scene": scene.to_json()}
 
 
 def interleaved(rng: np.random.Generator, heldout: bool, images: Images) -> ToyRecord:
@@ -79,50 +79,50 @@ def interleaved(rng: np.random.Generator, heldout: bool, images: Images) -> ToyR
     content: list[dict[str, str]] = []
     shown: list[Scene] = []
 
-    def show(scene: Scene) -> None:
+    def add_image(scene: Scene) -> None:
         shown.append(scene)
         content.append({"image": images.add(scene)})
 
-    def say(words: str) -> None:
+    def add_text(words: str) -> None:
         content.append({"text": words})
 
     for _ in range(rng.integers(3, 6)):
         item = rng.choice(INTERLEAVED_ITEMS)
         if item == "subject":
             image, words = _subject(rng, _scene(rng, heldout, 1))
-            show(image)
-            say(f"a {words} .")
+            add_image(image)
+            add_text(f"a {words} .")
         elif item == "scene":
             scene = _scene(rng, heldout)
-            show(scene)
-            say(f"{caption(scene, 'mix', _seed(rng))} .")
+            add_image(scene)
+            add_text(f"{caption(scene, 'mix', _seed(rng))} .")
         else:
-            _inline(rng, _scene(rng, heldout), show, say)
+            _inline(rng, _scene(rng, heldout), add_image, add_text)
     return {"content": content}, {"scenes": [scene.to_json() for scene in shown]}
 
 
 def _inline(
     rng: np.random.Generator,
     scene: Scene,
-    show: Callable[[Scene], None],
-    say: Callable[[str], None],
+    add_image: Callable[[Scene], None],
+    add_text: Callable[[str], None],
 ) -> None:
     """A caption with each entity's image just before its words."""
     whole, spans = join_parts(caption_parts(scene, "mix", _seed(rng)), len(scene.entities))
     start = 0
     for entity, span in zip(scene.entities, spans, strict=False):
-        say(whole[start : span[0]].strip())
+        add_text(whole[start : span[0]].strip())
         background = scene.background_hue if rng.random() < 0.5 else None
-        show(subject_scene(entity, background, _seed(rng)))
+        add_image(subject_scene(entity, background, _seed(rng)))
         start = span[0]
-    say(f"{whole[start:]} .")
+    add_text(f"{whole[start:]} .")
 
 
 def compositional(rng: np.random.Generator, heldout: bool, images: Images) -> ToyRecord:
     """A record {"caption", "image", "entities"}; every entity has an image of its own."""
     scene = _scene(rng, heldout)
     parts = caption_parts(scene, "mix", _seed(rng))
-    said, spans = join_parts(parts, len(scene.entities))
+    joined, spans = join_parts(parts, len(scene.entities))
     entities = []
     for entity, words, span in zip(scene.entities, parts, spans, strict=False):
         alone = subject_scene(entity, scene.background_hue, _seed(rng))
@@ -131,7 +131,7 @@ def compositional(rng: np.random.Generator, heldout: bool, images: Images) -> To
     if rng.random() < BACKGROUND_ENTITY_SHARE:
         files = {"image": images.add(Scene((), scene.background_hue)), "mask": None}
         entities.append({"text": parts[-1], "span": list(spans[-1])} | files)
-    record = {"caption": said, "image": images.add(scene), "entities": entities}
+    record = {"caption": joined, "image": images.add(scene), "entities": entities}
     return record, {"scene": scene.to_json()}
 
 

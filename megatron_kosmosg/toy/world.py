@@ -133,7 +133,7 @@ def shape_inside(shape: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Whether (u, v), offsets from the centre in radii, lie in the shape of index `shape`."""
     absu, absv = u.abs(), v.abs()
     low, high = torch.minimum(absu, absv), torch.maximum(absu, absv)
-    candidates = torch.stack(
+    choices = torch.stack(
         [
             u * u + v * v < 1.0,
             high < 0.85,
@@ -141,26 +141,26 @@ def shape_inside(shape: Tensor, u: Tensor, v: Tensor) -> Tensor:
             (low < 0.36) & (high < 1.0),
         ]
     )
-    return _choose(candidates, shape)
+    return _choose(choices, shape)
 
 
 def pattern_second(pattern: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Whether (u, v) shows the second colour of the pattern of index `pattern`."""
     du = (u + 0.35) % 0.7 - 0.35
     dv = (v + 0.35) % 0.7 - 0.35
-    candidates = torch.stack(
+    choices = torch.stack(
         [
             torch.zeros_like(u, dtype=torch.bool),
             torch.floor(2.0 * (v + 1.0)) % 2.0 == 1.0,
             du * du + dv * dv < 0.06,
         ]
     )
-    return _choose(candidates, pattern)
+    return _choose(choices, pattern)
 
 
-def _choose(candidates: Tensor, index: Tensor) -> Tensor:
+def _choose(choices: Tensor, index: Tensor) -> Tensor:
     """candidates[index[i], i] for each leading element i of the other dimensions."""
-    return candidates[index, torch.arange(candidates.shape[1])]
+    return choices[index, torch.arange(choices.shape[1])]
 
 
 def pixel_grid() -> Tensor:

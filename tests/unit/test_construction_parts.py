@@ -15,7 +15,7 @@ from megatron_kosmosg.construction.entity_step import (
     ABSENT,
     LONG,
     UNFIT,
-    given_entities,
+    annotated_entities,
     named_entities,
     parse_answer,
 )
@@ -109,12 +109,12 @@ def test_names_are_found_in_scripts_without_spaces(caption, names):
 def test_given_spans_are_checked():
     caption = "a dog and a dog"
     second = {"text": "dog", "span": [12, 15], "mask": "m.png"}
-    assert given_entities(caption, [second]) == ([{"text": "dog", "span": [12, 15]}], [])
-    assert given_entities(caption, ["dog"])[0] == [{"text": "dog", "span": [2, 5]}]
+    assert annotated_entities(caption, [second]) == ([{"text": "dog", "span": [12, 15]}], [])
+    assert annotated_entities(caption, ["dog"])[0] == [{"text": "dog", "span": [2, 5]}]
     with pytest.raises(Rejected, match="does not hold its text"):
-        given_entities(caption, [{"text": "cat", "span": [2, 5]}])
+        annotated_entities(caption, [{"text": "cat", "span": [2, 5]}])
     with pytest.raises(Rejected, match="neither text nor an object"):
-        given_entities(caption, [7])
+        annotated_entities(caption, [7])
 
 
 def components(region: np.ndarray) -> list[set[tuple[int, int]]]:

@@ -46,7 +46,7 @@ def background_hue(comparisons: Sequence[SceneComparison]) -> float:
     return statistics.median(comparison.background_hue_error for comparison in comparisons)
 
 
-def all_as_asked(comparisons: Sequence[SceneComparison]) -> float:
+def all_as_requested(comparisons: Sequence[SceneComparison]) -> float:
     """Share of images in which every entity and the background are right."""
     right = [
         v.background_word_correct and all(e.all_correct for e in v.entities) for v in comparisons

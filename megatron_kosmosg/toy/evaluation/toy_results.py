@@ -74,17 +74,17 @@ class ToyResults:
             )
         )
         for num_entities in (1, 2):
-            own = self._cell("text encoder", "words", text_encoder, num_entities, words_only)
+            reference = self._cell("text encoder", "words", text_encoder, num_entities, words_only)
             aligned = WithUnconditional(model, text_encoder)
-            ours = self._cell("align", "words", aligned, num_entities, words_only)
+            trained = self._cell("align", "words", aligned, num_entities, words_only)
             untrained = self._cell("align", "words", model, num_entities, words_only)
-            reached = own.value(measures.ALL)
-            self._add(own.row("shape, pattern, colour all right", measures.ALL, "share"))
+            reached = reference.value(measures.ALL)
+            self._add(reference.row("shape, pattern, colour all right", measures.ALL, "share"))
             limit = self._threshold(round(0.9 * reached, 3))
             self._add(
-                ours.row("all right (90 % of the text encoder's)", measures.ALL, "share", limit)
+                trained.row("all right (90 % of the text encoder's)", measures.ALL, "share", limit)
             )
-            self._add(ours.row("hue error, median", measures.HUE_MEDIAN, "degrees"))
+            self._add(trained.row("hue error, median", measures.HUE_MEDIAN, "degrees"))
             self._add(
                 untrained.row("all right, guided by its own null condition", measures.ALL, "share")
             )
@@ -160,20 +160,23 @@ class ToyResults:
         )
 
     def _edits(self, model: TrainedModel) -> None:
-        asked = edit_cases(self._sampling.seed, self._count)
-        drawn = self._generate(model, [case.parts for case in asked], 1)
-        cell = Cell("instruct", "edits", drawn, [case.scene for case in asked], self._sampling.seed)
+        edits = edit_cases(self._sampling.seed, self._count)
+        drawn = self._generate(model, [case.parts for case in edits], 1)
+        cell = Cell("instruct", "edits", drawn, [case.scene for case in edits], self._sampling.seed)
         self._add(
             cell.row(
-                "instruction done, rest kept", measures.all_as_asked, "share", self._threshold(0.7)
+                "instruction done, rest kept",
+                measures.all_as_requested,
+                "share",
+                self._threshold(0.7),
             )
         )
-        instructions = ", ".join(f"“{case.parts[1]}”" for case in asked[:ROWS_SHOWN])
+        instructions = ", ".join(f"“{case.parts[1]}”" for case in edits[:ROWS_SHOWN])
         self._add_grid(
             "edits",
             "Edits",
             f"Image, true edit, result. From the top: {instructions}.",
-            self._rows(cell, asked),
+            self._rows(cell, edits),
             ("true edit", "result"),
         )
 
@@ -182,8 +185,8 @@ class ToyResults:
         rows, headings = self._rows(cell, shown), ("truth", "result")
         caption = "Prompt images, true scene, result after instruct"
         if before is not None:
-            asked = [case.parts for case in shown[: len(rows)]]
-            drawn = self._generate(before, asked, num_entities)
+            prompts = [case.parts for case in shown[: len(rows)]]
+            drawn = self._generate(before, prompts, num_entities)
             rows = [
                 [*row[:-1], to_image(image), row[-1]]
                 for row, image in zip(rows, drawn.images, strict=True)
@@ -222,10 +225,10 @@ class ToyResults:
         )
 
     def _cell(self, group: str, title: str, model, num_entities: int, parts) -> Cell:
-        asked = self._cases(num_entities, parts)
-        drawn = self._generate(model, [case.parts for case in asked], num_entities)
+        chosen = self._cases(num_entities, parts)
+        drawn = self._generate(model, [case.parts for case in chosen], num_entities)
         entities = "1 entity" if num_entities == 1 else f"{num_entities} entities"
-        truths = [case.scene for case in asked]
+        truths = [case.scene for case in chosen]
         return Cell(group, f"{title}, {entities}", drawn, truths, self._sampling.seed)
 
     def _threshold(self, value: float) -> float | None:

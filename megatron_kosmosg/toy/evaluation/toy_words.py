@@ -68,9 +68,9 @@ def _score_words(
     """Notes in `hits` which of the words the model would have said. `scores` is [len(words) + 1,
     v]."""
 
-    def chosen(position: int, candidates: tuple[str, ...]) -> str:
-        ids = [_id(model, word) for word in candidates]
-        return candidates[int(scores[position, ids].argmax())]
+    def chosen(position: int, choices: tuple[str, ...]) -> str:
+        ids = [_id(model, word) for word in choices]
+        return choices[int(scores[position, ids].argmax())]
 
     for position, word in enumerate(words):
         if word in SHAPES:

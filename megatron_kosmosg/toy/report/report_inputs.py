@@ -111,7 +111,7 @@ def read_inputs(out: Path) -> ReportInputs:
     if grid.is_file():
         figures.append(
             Figure(
-                path=_own(grid, out),
+                path=_figure_path(grid, out),
                 title="Drawn by the exported pipeline",
                 caption="Held-out prompts, four starts each, with kosmosg generate from export/, "
                 "the diffusers folder made of the last checkpoint.",
@@ -139,7 +139,7 @@ def _figure(entry: dict[str, Any], evaluation: Path) -> Figure:
     if not all(isinstance(text, str) for text in [*entry["columns"], *entry["rows"]]):
         raise ValueError(f"{listing}: columns and rows are lists of texts")
     return Figure(
-        path=_own(evaluation / entry["file"], evaluation),
+        path=_figure_path(evaluation / entry["file"], evaluation),
         title=entry["title"],
         caption=entry["caption"],
         columns=tuple(entry["columns"]),
@@ -147,7 +147,7 @@ def _figure(entry: dict[str, Any], evaluation: Path) -> Figure:
     )
 
 
-def _own(figure: Path, folder: Path) -> Path:
+def _figure_path(figure: Path, folder: Path) -> Path:
     """The image's path. Raises ValueError where it lies outside of the folder, also through a
     link: the page would carry along a file that its reader was not meant to have."""
     if not figure.resolve().is_relative_to(folder.resolve()):

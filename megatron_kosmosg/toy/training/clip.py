@@ -94,18 +94,18 @@ class Pair(nn.Module):
     def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Loss, and the share of images whose own caption is the nearest."""
         seen = F.normalize(self.projection(tokens(self.vision, pixels).mean(1)), dim=-1)
-        said = F.normalize(self.text(ids), dim=-1)
-        logits = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * seen @ said.T
-        own = torch.arange(len(ids))
-        loss = 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
-        return loss, (logits.argmax(1) == own).float().mean()
+        read = F.normalize(self.text(ids), dim=-1)
+        logits = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * seen @ read.T
+        labels = torch.arange(len(ids))
+        loss = 0.5 * (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels))
+        return loss, (logits.argmax(1) == labels).float().mean()
 
 
 def word_ids(captions: list[str]) -> Tensor:
     """The ids of captions made of toy words, int64 [n, MAX_WORDS]."""
     ids = torch.zeros(len(captions), MAX_WORDS, dtype=torch.long)
-    for row, said in enumerate(captions):
-        found = [WORD_IDS[word] for word in said.split()]
+    for row, words in enumerate(captions):
+        found = [WORD_IDS[word] for word in words.split()]
         ids[row, : len(found)] = torch.tensor(found)
     return ids
 

@@ -139,11 +139,11 @@ def losses_of(
     model: CLIPTextModel,
     heads: Heads,
     ids: Tensor,
-    wanted: tuple[Tensor, Tensor, Tensor, Tensor],
+    targets: tuple[Tensor, Tensor, Tensor, Tensor],
     seen: Tensor,
 ) -> dict[str, Tensor]:
     """Squared error of hues, weighted cross-entropies of shapes, patterns and the token itself."""
-    shape, pattern, hues, named = wanted
+    shape, pattern, hues, named = targets
     states = model(ids).last_hidden_state
     states = states + STATE_NOISE * torch.randn_like(states)
     mask = seen & named[:, None]
