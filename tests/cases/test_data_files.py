@@ -151,15 +151,15 @@ def test_a_file_is_read_whatever_it_is_packed_in(
 def test_a_file_is_refused_by_name(
     tmp_path, commands, model, make: Callable[[Path], Path], words: tuple[str, ...]
 ):
-    given = make(tmp_path / "input")
-    done = preprocess(commands, "text", model, tmp_path / "out", given, seconds=60)
+    source = make(tmp_path / "input")
+    done = preprocess(commands, "text", model, tmp_path / "out", source, seconds=60)
     message = done.ran.err.lower()
-    assert done.ran.code == 2 and all(word in message for word in (*words, given.name.lower()))
+    assert done.ran.code == 2 and all(word in message for word in (*words, source.name.lower()))
 
 
 def test_standard_input_is_refused_by_name(tmp_path, commands, model):
-    given = ("/dev/stdin", "--format", "jsonl")
-    done = preprocess(commands, "text", model, tmp_path / "out", *given, stdin=LINES, seconds=60)
+    source = ("/dev/stdin", "--format", "jsonl")
+    done = preprocess(commands, "text", model, tmp_path / "out", *source, stdin=LINES, seconds=60)
     assert done.ran.code == 2 and "/dev/stdin" in done.ran.err
     assert "regular file" in done.ran.err
 

@@ -138,7 +138,7 @@ def edits(**more) -> dict:
 
 
 def edit_options(**names: str) -> list[str]:
-    return [part for ours, theirs in names.items() for part in ("--field", f"{ours}={theirs}")]
+    return [part for field, name in names.items() for part in ("--field", f"{field}={name}")]
 
 
 def test_edits_without_a_caption_are_usable(tmp_path, commands, model):

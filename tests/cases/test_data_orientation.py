@@ -126,8 +126,8 @@ def test_either_mask_of_a_photo_on_its_side_is_usable_or_refused_by_name(
     source = entity_records(tmp_path, 8, {key: key == "upright"})
     done = preprocess(commands, "compositional", model, tmp_path / "sideways", source)
     if done.rejects:
-        said = " ".join(str(value) for value in done.rejects[0].values()).lower()
-        assert "exif" in said or "orientation" in said
+        message = " ".join(str(value) for value in done.rejects[0].values()).lower()
+        assert "exif" in message or "orientation" in message
         return
     for backend in ("pillow", "dali"):
         shown = model_view(commands, done.prefix, model, backend)[key]

@@ -25,8 +25,8 @@ def generate(commands: Commands, exported: Path, output: Path, *more: object) ->
 def test_one_side_alone_is_drawn(commands, exported, tmp_path, side):
     generate(commands, exported, tmp_path / "own").must_succeed()
     generate(commands, exported, tmp_path / "out", f"--{side}", 32).must_succeed()
-    (own,), (path,) = ((tmp_path / name).glob("*.png") for name in ("own", "out"))
-    with Image.open(own) as model, Image.open(path) as image:
+    (reference,), (path,) = ((tmp_path / name).glob("*.png") for name in ("own", "out"))
+    with Image.open(reference) as model, Image.open(path) as image:
         expected = {"height": model.height, "width": model.width, side: 32}
         assert {"height": image.height, "width": image.width} == expected
         assert json.loads(image.text["settings"])[side] == 32
@@ -45,8 +45,8 @@ def test_what_cannot_be_used_is_one_line(commands, exported, tmp_path, arguments
     sizes = {f"{layer}.lora_A.weight": (2, 8), f"{layer}.lora_B.weight": (8, 2)}
     tensors = {name: torch.zeros(size) for name, size in sizes.items()}
     save_file(tensors, tmp_path / "flux.safetensors")
-    given = [tmp_path / a if str(a).endswith(".safetensors") else a for a in arguments]
-    done = generate(commands, exported, tmp_path / "out", *given)
+    command = [tmp_path / a if str(a).endswith(".safetensors") else a for a in arguments]
+    done = generate(commands, exported, tmp_path / "out", *command)
     assert "Traceback" not in done.err and done.code == 2
     assert sum(line.startswith("error: ") for line in done.err.splitlines()) == 1
 

@@ -102,8 +102,8 @@ def test_a_pipeline_without_its_language_side_is_saved_and_loaded(shared, tmp_pa
 
 def test_the_call_shows_stable_diffusions_arguments():
     shown = inspect.signature(KosmosGPipeline.__call__).parameters
-    asked = ("height", "width", "num_inference_steps", "generator", "callback_on_step_end")
-    assert [name for name in asked if name not in shown] == []
+    needed = ("height", "width", "num_inference_steps", "generator", "callback_on_step_end")
+    assert [name for name in needed if name not in shown] == []
 
 
 def test_a_folder_loaded_by_a_relative_name_is_saved_complete(exported, tmp_path, monkeypatch):

@@ -160,10 +160,10 @@ def test_the_report_counts_and_the_sheet_shows(toy_output):
 
 
 def test_ranks_share_the_work_and_give_the_same_bytes(world, toy_output, tmp_path):
-    asked = job(world, tmp_path / "out")
-    assert build(asked, RankInfo(1, 2, 1), MODELS).report is None
+    requested = job(world, tmp_path / "out")
+    assert build(requested, RankInfo(1, 2, 1), MODELS).report is None
     assert set(tars(tmp_path / "out")) == {"000001.tar"}
-    complete(build(asked, RankInfo(0, 2, 0), MODELS))
+    complete(build(requested, RankInfo(0, 2, 0), MODELS))
     assert tars(tmp_path / "out") == tars(toy_output)
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(
         (toy_output / "report.json").read_text()
@@ -171,9 +171,9 @@ def test_ranks_share_the_work_and_give_the_same_bytes(world, toy_output, tmp_pat
 
 
 def test_a_killed_run_goes_on_after_its_finished_shards(world, toy_output, tmp_path):
-    given = tmp_path / "world"
-    shutil.copytree(world, given)
-    asked = job(given, tmp_path / "out")
+    source = tmp_path / "world"
+    shutil.copytree(world, source)
+    requested = job(source, tmp_path / "out")
     code = (
         "import os, sys\n"
         "from megatron_kosmosg.construction import record_tars\n"
@@ -183,7 +183,7 @@ def test_a_killed_run_goes_on_after_its_finished_shards(world, toy_output, tmp_p
         "    if len(seen) == 5: os.kill(os.getpid(), 9)\n"
         "    return add(*arguments)\n"
         "record_tars.RecordWriter.add = dying\n"
-        f"import runpy; sys.argv = {[str(TOOL), *arguments_of(asked)]!r}\n"
+        f"import runpy; sys.argv = {[str(TOOL), *arguments_of(requested)]!r}\n"
         f"runpy.run_path({str(TOOL)!r}, run_name='__main__')\n"
     )
     environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1]), "OMP_NUM_THREADS": "1"}
@@ -191,17 +191,17 @@ def test_a_killed_run_goes_on_after_its_finished_shards(world, toy_output, tmp_p
     assert died.returncode == -9, died.stderr.decode()
     assert set(tars(tmp_path / "out")) == {"000000.tar"}
     first = (tmp_path / "out" / "records" / "000000.tar").stat().st_mtime_ns
-    complete(build(asked, ALONE, MODELS))
+    complete(build(requested, ALONE, MODELS))
     assert tars(tmp_path / "out") == tars(toy_output)
     assert (tmp_path / "out" / "records" / "000000.tar").stat().st_mtime_ns == first
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
-def arguments_of(asked: BuildJob) -> list[str]:
+def arguments_of(requested: BuildJob) -> list[str]:
     return [
-        *("--input", *asked.inputs, "--output", str(asked.output)),
-        *("--captions", asked.captions, "--entities", str(asked.entities)),
-        *("--masks", str(asked.masks), "--min-entity-side", "4", "--image-format", "png"),
+        *("--input", *requested.inputs, "--output", str(requested.output)),
+        *("--captions", requested.captions, "--entities", str(requested.entities)),
+        *("--masks", str(requested.masks), "--min-entity-side", "4", "--image-format", "png"),
         *("--shard-size", "3", "--batch-size", "2"),
     ]
 
@@ -221,7 +221,7 @@ def test_models_build_records_step_by_step(world, model_folders, tmp_path):
     folder = tmp_path / "pictures"
     shutil.copytree(world / "pictures", folder)
     (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:60])
-    asked = job(
+    requested = job(
         world,
         tmp_path / "out",
         inputs=[str(folder)],
@@ -232,13 +232,13 @@ def test_models_build_records_step_by_step(world, model_folders, tmp_path):
         threshold=0.2,
         min_entity_side=2,
     )
-    report = complete(build(asked, ALONE, MODELS)).report
+    report = complete(build(requested, ALONE, MODELS)).report
     assert (report.steps[0].kept, dict(report.steps[0].rejected)) == (
         NUM_SCENES,
         {"image is truncated": 1},
     )
-    asked = replace(asked, entities="noun-phrases", masks=model_folders["masks"])
-    built = complete(build(asked, ALONE, MODELS))
+    requested = replace(requested, entities="noun-phrases", masks=model_folders["masks"])
+    built = complete(build(requested, ALONE, MODELS))
     made = built.report.num_records
     assert made + sum(s.rejected.total() for s in built.report.steps) == NUM_SCENES + 1
     assert made > 0, built.report.text()
@@ -253,14 +253,16 @@ def test_models_build_records_step_by_step(world, model_folders, tmp_path):
     )
     assert len(read_samples(tmp_path / "data")) == made
     with pytest.raises(ValueError, match="--threshold: 0.2 -> 0.6"):
-        build(replace(asked, threshold=0.6), ALONE, MODELS)
+        build(replace(requested, threshold=0.6), ALONE, MODELS)
     with pytest.raises(ValueError, match="captions was begun with other settings"):
-        build(replace(asked, caption_tokens=6), ALONE, MODELS)
+        build(replace(requested, caption_tokens=6), ALONE, MODELS)
 
 
 def test_what_a_language_model_says_is_checked(world, model_folders, tmp_path):
-    asked = job(world, tmp_path, entities=model_folders["entities"], masks=None, entity_tokens=4)
-    report = complete(build(asked, ALONE, MODELS)).report
+    requested = job(
+        world, tmp_path, entities=model_folders["entities"], masks=None, entity_tokens=4
+    )
+    report = complete(build(requested, ALONE, MODELS)).report
     assert report.steps[1].kept == 0
     assert set(report.steps[1].rejected) <= {"answer is not a list", "no entity in the caption"}
 
@@ -274,8 +276,8 @@ def test_entities_without_a_mask_are_left_out(world, tmp_path):
     del records[3]["caption"]
     Image.new("L", (32, 32)).save(world / "masks" / "empty.png")
     file = write_jsonl(world / "faulty.jsonl", records[:6])
-    asked = job(world, tmp_path, captions=str(file), entities=str(file), masks=str(file))
-    report = complete(build(asked, ALONE, MODELS)).report
+    requested = job(world, tmp_path, captions=str(file), entities=str(file), masks=str(file))
+    report = complete(build(requested, ALONE, MODELS)).report
     captions, _, made = report.steps
     assert dict(captions.rejected) == {"no field caption": 1, "not in faulty.jsonl": 1}
     assert dict(made.rejected) == {"no entity has a mask": 1}

@@ -99,9 +99,9 @@ def draw(page) -> None:
 
 
 def toast(page) -> str:
-    said = page.locator(".toast-body").first
-    said.wait_for()
-    return said.inner_text()
+    shown = page.locator(".toast-body").first
+    shown.wait_for()
+    return shown.inner_text()
 
 
 def test_two_images_are_drawn_and_say_their_settings(page, subjects, tmp_path):
@@ -122,8 +122,8 @@ def test_two_images_are_drawn_and_say_their_settings(page, subjects, tmp_path):
     page.get_by_role("button", name="Draw", exact=True).wait_for()
     page.locator("#load-settings input[type=file]").set_input_files(path)
     page.locator("#loaded").get_by_text("settings loaded").wait_for()
-    said = page.locator("#loaded").inner_text()
-    assert said == "settings loaded; its images were subject-0.png, subject-1.png: add them"
+    shown = page.locator("#loaded").inner_text()
+    assert shown == "settings loaded; its images were subject-0.png, subject-1.png: add them"
     assert page.locator("#prompt textarea").input_value() == settings["prompt"]
     shot(page, "loaded")
 
@@ -132,10 +132,10 @@ def test_a_wrong_count_is_said_before_and_after_the_button(page, subjects):
     write(page, "a <image> and a <image>", subjects[:1])
     assert "2 <image> in the text, 1 image added: add 1 more" in page.locator("#count").inner_text()
     draw(page)
-    said = toast(page)
+    shown = toast(page)
     shot(page, "wrong-count")
-    assert "2 <image> in the prompt but 1 image(s) given" in said
-    assert "Traceback" not in page.content() and "/tmp" not in said
+    assert "2 <image> in the prompt but 1 image(s) given" in shown
+    assert "Traceback" not in page.content() and "/tmp" not in shown
 
 
 GIVE_FILE = """(element, [kind, data]) => {
@@ -176,9 +176,9 @@ def test_cancel_stops_a_long_drawing(page):
     draw(page)
     page.get_by_text(re.compile(r"step \d+ of 100")).first.wait_for()
     page.locator("#cancel").click()
-    said = toast(page)
+    shown = toast(page)
     shot(page, "cancelled")
-    assert re.search(r"stopped after step \d+ of 100", said)
+    assert re.search(r"stopped after step \d+ of 100", shown)
 
 
 def test_two_tabs_draw_one_after_the_other(context, address, page):
@@ -238,8 +238,8 @@ def test_a_start_image_and_a_controlnet_are_drawn_from_and_loaded_again(page, su
     page.get_by_role("button", name="Draw", exact=True).wait_for()
     page.locator("#load-settings input[type=file]").set_input_files(path)
     page.locator("#loaded").get_by_text("settings loaded").wait_for()
-    said = page.locator("#loaded").inner_text()
-    assert said == "settings loaded; add its start image; add its control image"
+    shown = page.locator("#loaded").inner_text()
+    assert shown == "settings loaded; add its start image; add its control image"
     choose(page, "ControlNet")
     assert page.locator("#controlnet input").input_value() == "canny"
 

@@ -96,8 +96,8 @@ def test_pairs_of_subjects_and_ranks(arguments, tmp_path, monkeypatch, capsys):
     )
     assert sum(found["by_reference"].values()) / 2 == pytest.approx(found["value"], abs=2e-6)
     assert "CLIP-I, second subject" in (tmp_path / "out" / "report.html").read_text()
-    said = Image.open(tmp_path / "out" / "images" / "cat+dog-00-0.png").info["prompt"]
-    assert said == "a cat <image> and a dog <image> in the jungle"
+    prompt = Image.open(tmp_path / "out" / "images" / "cat+dog-00-0.png").info["prompt"]
+    assert prompt == "a cat <image> and a dog <image> in the jungle"
 
 
 def test_a_missing_input_image_is_named(arguments, world, tmp_path, capsys):
@@ -127,7 +127,7 @@ def test_the_authors_noise_is_rows_of_one_draw(tmp_path):
     found = PipelineGenerator(pipeline).generate(images)
     side = pipeline.unet.config.sample_size
     drawn = torch.randn(6, 4, side, side, generator=torch.Generator().manual_seed(0))
-    wanted = pipeline(
+    expected = pipeline(
         [["a red circle"]],
         num_inference_steps=2,
         guidance_scale=3.0,
@@ -135,7 +135,7 @@ def test_the_authors_noise_is_rows_of_one_draw(tmp_path):
         latents=drawn[[1, 4]],
         generator=[torch.Generator().manual_seed(p.options.seed) for p in images],
     ).images
-    assert [image.tobytes() for image in found] == [image.tobytes() for image in wanted]
+    assert [image.tobytes() for image in found] == [image.tobytes() for image in expected]
     assert found[0].tobytes() != found[1].tobytes()
     plain = plan.images(PromptRecord("a", ("a red circle",)))
     assert plain[0].settings_hash != images[0].settings_hash

@@ -119,7 +119,7 @@ def test_killed_at_any_file_and_run_again_the_result_is_the_same(
     """Before or after each file gets its name; what had not, stays as rubbish beside it."""
     monkeypatch.setattr(feature_files, "SHARD_ITEMS", 2)
     assert main(listed(world, tmp_path / "whole")) == 0
-    wanted = [(tmp_path / "whole" / name).read_bytes() for name in ("result.json", "report.html")]
+    expected = [(tmp_path / "whole" / name).read_bytes() for name in ("result.json", "report.html")]
     num_files = sum(path.is_file() for path in (tmp_path / "whole").rglob("*"))
     assert num_files == 3 + 3 + 2 + 2  # generated, references, texts; the result
     rename, left = os.replace, 0
@@ -144,7 +144,7 @@ def test_killed_at_any_file_and_run_again_the_result_is_the_same(
         left = 0
         assert main(listed(world, out)) == 0
         found = [(out / name).read_bytes() for name in ("result.json", "report.html")]
-        assert found == wanted, number
+        assert found == expected, number
 
 
 def test_folders_by_name_and_what_changes_is_scored_anew(world, tmp_path, capsys):

@@ -42,7 +42,7 @@ def test_ten_thousand_images_take_the_memory_of_a_thousand(tmp_path):
         pairs = tmp_path / f"{count}.jsonl"
         pairs.write_text("".join(json.dumps(record) + "\n" for record in records))
         options = ("--pairs", pairs, "--clip", clip, "--output", tmp_path / f"out{count}")
-        peaks[count], said = peak_memory(TOOL, *options, "--device", "cpu", "--threads", "2")
-        assert re.search(f"CLIP-I.*n = {count:,}", said)
+        peaks[count], output = peak_memory(TOOL, *options, "--device", "cpu", "--threads", "2")
+        assert re.search(f"CLIP-I.*n = {count:,}", output)
     print(f"peak of 1,000 images {peaks[1_000]:.0f} MB, of 10,000 {peaks[10_000]:.0f} MB")
     assert peaks[10_000] - peaks[1_000] < RESULT_MB, peaks

@@ -92,14 +92,14 @@ def test_a_run_goes_on_as_it_did(past, tmp_path, run_python, stage):
     assert parameters_digest(newest_checkpoint(run)) == expected["parameters_before"]
     command = ("-m", "megatron_kosmosg.train", "--config", f"{stage}.yaml")
     later = len(expected["losses"])
-    said = run_python(*command, f"training.train_iters={SAVED + later}", cwd=work)
-    assert "resumed from" in said and "another parallel layout" not in said
+    output = run_python(*command, f"training.train_iters={SAVED + later}", cwd=work)
+    assert "resumed from" in output and "another parallel layout" not in output
     found = iterations(run)[SAVED:]
     assert [line["iteration"] for line in found] == [SAVED + 1 + i for i in range(later)]
     losses, norms = ([line[key] for line in found] for key in ("loss", "grad_norm"))
     assert losses == pytest.approx(expected["losses"], rel=LOSS)
     assert norms == pytest.approx(expected["grad_norms"], rel=LOSS)
-    assert "base.yaml: data.max_bad_samples is called data.max_bad_images today" in said
+    assert "base.yaml: data.max_bad_samples is called data.max_bad_images today" in output
 
 
 @pytest.mark.parametrize("way", ["package", "folder"])

@@ -94,8 +94,8 @@ def drawn(files) -> Path:
 
 
 def draw(files: Path, output: Path, *more: str, model: str = "exported") -> int:
-    asked = ("--prompts", str(files / "prompts.jsonl"), "--output", str(output))
-    return generate.main(["--model", str(files / model), *asked, *DRAWING, *more])
+    arguments = ("--prompts", str(files / "prompts.jsonl"), "--output", str(output))
+    return generate.main(["--model", str(files / model), *arguments, *DRAWING, *more])
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
@@ -107,7 +107,7 @@ def seed_of(path: Path) -> int:
         return int(image.info["seed"])
 
 
-def own(pipeline, prompt, seed: int, **settings) -> np.ndarray:
+def drawn_by(pipeline, prompt, seed: int, **settings) -> np.ndarray:
     settings = {"num_inference_steps": 4, "guidance_scale": 3.0} | settings
     generator = torch.Generator().manual_seed(seed)
     return np.asarray(pipeline(prompt, generator=generator, **settings).images[0])
@@ -125,9 +125,9 @@ def test_images_are_the_pipelines_own(files, drawn, pipeline):
         "small-0.png",
     ]
     assert seed_of(drawn / "cat-0.png") == 5
-    assert np.array_equal(found["cat-0.png"], own(pipeline, [cat, "on red"], 5))
+    assert np.array_equal(found["cat-0.png"], drawn_by(pipeline, [cat, "on red"], 5))
     seed = seed_of(drawn / "plain-0.png")
-    assert np.array_equal(found["plain-0.png"], own(pipeline, "a red circle", seed))
+    assert np.array_equal(found["plain-0.png"], drawn_by(pipeline, "a red circle", seed))
     seeds = [seed_of(drawn / f"both-{i}.png") for i in range(2)]
     assert seeds[1] == seeds[0] + 1
     both = pipeline(
@@ -141,7 +141,7 @@ def test_images_are_the_pipelines_own(files, drawn, pipeline):
     for i in range(2):
         assert np.array_equal(found[f"both-{i}.png"], np.asarray(both[i]))
     seed = seed_of(drawn / "small-0.png")
-    small = own(pipeline, "a cross", seed, guidance_scale=1.0, height=8, width=24)
+    small = drawn_by(pipeline, "a cross", seed, guidance_scale=1.0, height=8, width=24)
     assert np.array_equal(found["small-0.png"], small)
 
 
@@ -164,9 +164,9 @@ def test_the_pipeline_of_a_checkpoint_has_the_trained_models_conditions(files):
     found, null = pipeline.encode_prompt(prompts)
     config = tiny_config("instruct", files / "sd", files / "run")
     with single_process(config) as context:
-        wanted, wanted_null = TrainedModel(files / "run", context).conditions(prompts)
-    close = {"rtol": 0, "atol": 1e-5 * float(wanted.abs().max())}
-    torch.testing.assert_close(found, wanted, **close)
+        expected, wanted_null = TrainedModel(files / "run", context).conditions(prompts)
+    close = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
+    torch.testing.assert_close(found, expected, **close)
     torch.testing.assert_close(null[:1], wanted_null, **close)
 
 
@@ -199,20 +199,20 @@ def test_an_export_draws_with_another_stable_diffusion(files, pipeline, capsys):
     shutil.copytree(files / "sd", files / "other-sd")
     path = files / "other-sd" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: 0.9 * value for name, value in load_file(path).items()}, path)
-    asked = ["--prompt", "a cross", "--stable-diffusion", str(files / "other-sd"), *DRAWING]
-    asked += ["--output", str(files / "swapped"), "--sheet-rows", "0"]
-    assert generate.main(["--model", str(files / "exported"), *asked]) == 0
+    arguments = ["--prompt", "a cross", "--stable-diffusion", str(files / "other-sd"), *DRAWING]
+    arguments += ["--output", str(files / "swapped"), "--sheet-rows", "0"]
+    assert generate.main(["--model", str(files / "exported"), *arguments]) == 0
     (found,) = pixels(files / "swapped").values()
     unet = UNet2DConditionModel.from_pretrained(files / "other-sd" / "unet")
     swapped = KosmosGPipeline(**{**pipeline.components, "unet": unet})
     swapped.set_progress_bar_config(disable=True)
-    assert np.array_equal(found, own(swapped, "a cross", 0))
-    assert not np.array_equal(found, own(pipeline, "a cross", 0))
+    assert np.array_equal(found, drawn_by(swapped, "a cross", 0))
+    assert not np.array_equal(found, drawn_by(pipeline, "a cross", 0))
 
     shutil.copytree(files / "exported", files / "sizeless")
     settings = files / "sizeless" / "aligner" / "config.json"
     settings.write_text(settings.read_text().replace("num_queries", "queries"))
-    assert generate.main(["--model", str(files / "sizeless"), *asked, "--seed", "1"]) == 2
+    assert generate.main(["--model", str(files / "sizeless"), *arguments, "--seed", "1"]) == 2
     assert "config.json has no num_queries" in capsys.readouterr().err
 
 
@@ -222,15 +222,15 @@ def test_an_export_draws_with_another_stable_diffusion(files, pipeline, capsys):
 )
 def test_schedulers(files, pipeline, name, scheduler):
     output = files / name
-    asked = ["--model", str(files / "exported"), "--output", str(output), "--seed", "3"]
-    asked += ["--prompt", "a <image> here", "--image", str(files / "cat.png")]
-    assert generate.main([*asked, *DRAWING, "--scheduler", name]) == 0
+    arguments = ["--model", str(files / "exported"), "--output", str(output), "--seed", "3"]
+    arguments += ["--prompt", "a <image> here", "--image", str(files / "cat.png")]
+    assert generate.main([*arguments, *DRAWING, "--scheduler", name]) == 0
     (found,) = (image for file, image in pixels(output).items() if file.endswith("-0.png"))
     other = KosmosGPipeline(**pipeline.components)
     other.set_progress_bar_config(disable=True)
     settings = {"skip_prk_steps": True} if name == "pndm" else {}
     other.scheduler = scheduler.from_config(pipeline.scheduler.config, **settings)
-    assert np.array_equal(found, own(other, ["a", prompt_image(1), "here"], 3))
+    assert np.array_equal(found, drawn_by(other, ["a", prompt_image(1), "here"], 3))
 
 
 def test_a_controlnet(files, pipeline):
@@ -241,10 +241,10 @@ def test_a_controlnet(files, pipeline):
     for parameter in controlnet.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     controlnet.save_pretrained(files / "controlnet")
-    asked = ["--model", str(files / "exported"), "--prompt", "a cross", *DRAWING]
-    asked += ["--output", str(files / "additions")]
+    arguments = ["--model", str(files / "exported"), "--prompt", "a cross", *DRAWING]
+    arguments += ["--output", str(files / "additions")]
     control = ["--controlnet", str(files / "controlnet"), "--control-scale", "0.5"]
-    assert generate.main([*asked, *control, "--control-image", str(files / "cat.png")]) == 0
+    assert generate.main([*arguments, *control, "--control-image", str(files / "cat.png")]) == 0
     embeds, negative = pipeline.encode_prompt("a cross")
     names = ("vae", "tokenizer", "unet", "scheduler")
     painter = StableDiffusionControlNetPipeline(
@@ -256,7 +256,7 @@ def test_a_controlnet(files, pipeline):
         requires_safety_checker=False,
     )
     painter.set_progress_bar_config(disable=True)
-    wanted = painter(
+    expected = painter(
         prompt_embeds=embeds,
         negative_prompt_embeds=negative,
         image=prompt_image(1),
@@ -268,7 +268,7 @@ def test_a_controlnet(files, pipeline):
         width=40,
     ).images[0]
     (found,) = (i for name, i in pixels(files / "additions").items() if name.endswith("-0.png"))
-    assert np.array_equal(found, np.asarray(wanted))
+    assert np.array_equal(found, np.asarray(expected))
 
 
 def test_start_images_drawn_together_are_what_diffusers_draws_of_each(files, pipeline):
@@ -278,9 +278,9 @@ def test_start_images_drawn_together_are_what_diffusers_draws_of_each(files, pip
         {"id": name, "start_image": file, "seed": 5, **settings} for name, file in starts.items()
     ]
     (files / "starts.jsonl").write_text("\n".join(map(json.dumps, records)))
-    asked = ["--prompts", str(files / "starts.jsonl"), "--output", str(files / "started")]
+    arguments = ["--prompts", str(files / "starts.jsonl"), "--output", str(files / "started")]
     model = ["--model", str(files / "exported"), "--batch-size", "2", "--sheet-rows", "0"]
-    assert generate.main([*model, *asked, *DRAWING]) == 0
+    assert generate.main([*model, *arguments, *DRAWING]) == 0
     found = pixels(files / "started")
     names = ("vae", "tokenizer", "unet", "scheduler", "safety_checker", "feature_extractor")
     painter = StableDiffusionImg2ImgPipeline(
@@ -292,7 +292,7 @@ def test_start_images_drawn_together_are_what_diffusers_draws_of_each(files, pip
     embeds, negative = pipeline.encode_prompt("a cross")
     for name, file in starts.items():
         for index in range(2):
-            wanted = painter(
+            expected = painter(
                 prompt_embeds=embeds,
                 negative_prompt_embeds=negative,
                 image=ImageOps.fit(Image.open(files / file).convert("RGB"), (24, 16)),
@@ -301,7 +301,9 @@ def test_start_images_drawn_together_are_what_diffusers_draws_of_each(files, pip
                 guidance_scale=3.0,
                 generator=torch.Generator().manual_seed(5 + index),
             ).images[0]
-            off = np.abs(found[f"{name}-{index}.png"].astype(int) - np.asarray(wanted).astype(int))
+            off = np.abs(
+                found[f"{name}-{index}.png"].astype(int) - np.asarray(expected).astype(int)
+            )
             assert off.max() <= 1, "rounding of a batch"
 
 
@@ -313,7 +315,7 @@ def test_loras(files):
         files / "lora", unet_lora_layers=get_peft_model_state_dict(unet)
     )
     lora = str(files / "lora" / "pytorch_lora_weights.safetensors")
-    asked = ["--model", str(files / "exported"), "--prompt", "a cross", *DRAWING]
+    arguments = ["--model", str(files / "exported"), "--prompt", "a cross", *DRAWING]
     found = []
     for number, more in enumerate(
         (
@@ -324,7 +326,7 @@ def test_loras(files):
         )
     ):
         output = files / f"lora-{number}"
-        assert generate.main([*asked, *more, "--output", str(output), "--sheet-rows", "0"]) == 0
+        assert generate.main([*arguments, *more, "--output", str(output), "--sheet-rows", "0"]) == 0
         (image,) = pixels(output).values()
         found.append(image.astype(int))
     assert np.array_equal(found[0], found[1])
@@ -363,10 +365,10 @@ def test_bad_input_is_named_and_nothing_is_written(files, capsys, arguments, mes
     if "--model" not in arguments:
         arguments = [*arguments, "--model", "{files}/exported"]
     output = files / "bad"
-    given = [argument.replace("{files}", str(files)) for argument in arguments]
-    assert generate.main(["--output", str(output), *given]) == 2
-    said = capsys.readouterr().err
-    assert re.search(message, said) and said.count("error: ") == 1, said
+    filled = [argument.replace("{files}", str(files)) for argument in arguments]
+    assert generate.main(["--output", str(output), *filled]) == 2
+    stderr = capsys.readouterr().err
+    assert re.search(message, stderr) and stderr.count("error: ") == 1, stderr
     assert not output.exists()
 
 
@@ -378,10 +380,10 @@ def test_a_weight_that_is_missing_is_not_drawn_at_random(files, tmp_path, capsys
     name = min(tensors)
     del tensors[name]
     save_file(tensors, path, metadata={"format": "pt"})
-    asked = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
-    assert generate.main([*asked, "--prompt", "a", *DRAWING]) == 2
-    said = capsys.readouterr().err
-    assert "is no whole" in said and name in said
+    arguments = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    assert generate.main([*arguments, "--prompt", "a", *DRAWING]) == 2
+    stderr = capsys.readouterr().err
+    assert "is no whole" in stderr and name in stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -112,12 +112,12 @@ def folder(table, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("new-kind")
     recolour, captions = [], []
     for i in range(24):
-        said = toy_caption(sample_scene(i, 1, False), "mix", i)
+        words = toy_caption(sample_scene(i, 1, False), "mix", i)
         for name in ("before", "after"):
             (folder / f"{i}-{name}.png").write_bytes(noise_image(i, 32, 32))
         images = {"before": f"{i}-before.png", "after": f"{i}-after.png"}
-        recolour.append({"key": f"r{i}", "say": said, "shouted": i == SHOUTED} | images)
-        captions.append({"key": f"c{i}", "caption": said, "image": f"{i}-after.png"})
+        recolour.append({"key": f"r{i}", "say": words, "shouted": i == SHOUTED} | images)
+        captions.append({"key": f"c{i}", "caption": words, "image": f"{i}-after.png"})
     recolour.append(recolour[0] | {"key": "bad", "say": "nothing"})
     for name, records in (("recolour", recolour), ("caption", captions)):
         source = write_jsonl(folder / f"{name}.jsonl", records)
@@ -160,9 +160,9 @@ def test_its_page_shows_it_as_each_stage_sees_it_and_its_own_check_speaks(folder
     arguments = [str(folder / "recolour"), "--config", str(config), "--samples", "3"]
     arguments += ["--check", "--output", str(page)]
     assert main_of("tools/inspect_data.py", arguments, table) == 1
-    said = capsys.readouterr().out
-    assert f"{SHOUTED} (r{SHOUTED}): the words are shouted" in said
-    assert "24 samples, 1 problems" in said
+    output = capsys.readouterr().out
+    assert f"{SHOUTED} (r{SHOUTED}): the words are shouted" in output
+    assert "24 samples, 1 problems" in output
     html = page.read_text()
     assert "As pretrain sees it" in html and "As instruct sees it" in html
     assert "recolour samples" in html and html.count('<figure class="target">') == 3

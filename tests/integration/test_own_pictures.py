@@ -96,8 +96,17 @@ def test_from_public_folders_and_photos_to_images(
     photos, kosmos2, half, tmp_path, preloaded_python
 ):
     search = f"{preloaded_python.venv / 'bin'}:{os.environ['PATH']}"
-    given = ("--pictures", photos, "--kosmos2", kosmos2, "--sd", half, "--output", tmp_path / "out")
-    line = (*given, "--image-size", SIZE, "--", *SETTINGS)
+    inputs = (
+        "--pictures",
+        photos,
+        "--kosmos2",
+        kosmos2,
+        "--sd",
+        half,
+        "--output",
+        tmp_path / "out",
+    )
+    line = (*inputs, "--image-size", SIZE, "--", *SETTINGS)
     done = script(*line, PATH=search)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     out = tmp_path / "out"

@@ -81,8 +81,8 @@ def out(commands, photos, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("out")
     described = out / "described"
     examples = {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "examples")])}
-    said = ("-m", "own_pictures", "--pictures", photos, "--output", described)
-    commands.run(*said, environment=examples).must_succeed()
+    command = ("-m", "own_pictures", "--pictures", photos, "--output", described)
+    commands.run(*command, environment=examples).must_succeed()
     annotations = described / "annotations.jsonl"
     kosmosg(
         commands, "build-data", "--input", photos, "--output", out / "built",
@@ -142,8 +142,8 @@ def kosmosg(commands: Commands, *arguments: object) -> str:
 
 def train(commands: Commands, stage: str, out: Path, settings: tuple[str, ...]) -> None:
     folder = f"logging.output_dir={out / stage}"
-    said = kosmosg(commands, "train", "--config", f"debug_{stage}", folder, *SMALL, *settings)
-    (out / f"{stage}.log").write_text(said)
+    output = kosmosg(commands, "train", "--config", f"debug_{stage}", folder, *SMALL, *settings)
+    (out / f"{stage}.log").write_text(output)
 
 
 def metrics(run: Path) -> Iterator[dict]:
@@ -161,11 +161,11 @@ def test_every_photograph_becomes_a_sample_of_each_kind(out):
 def test_a_page_of_photographs_is_small(commands, out, kind):
     """With as many samples as are shown unasked, at the paper's sizes. Whole photographs in it
     would be 34 MB."""
-    said = kosmosg(
+    output = kosmosg(
         commands, "inspect", out / "data" / kind, "--check",
         "--tokenizer-model", TOKENIZER, "--output", out / f"{kind}.html",
     )  # fmt: skip
-    assert "15 samples, 0 problems" in said
+    assert "15 samples, 0 problems" in output
     page = (out / f"{kind}.html").read_text()
     assert page.count("data:image/") >= len(PHOTOS)
     assert len(page) < MAX_PAGE_BYTES, f"{len(page):,} bytes"
@@ -188,11 +188,11 @@ def test_photographs_draw_images(commands, out, exported, photos):
     ]
     assert len(firsts) == len({subject for subject, _ in PHOTOS.values()})
     (out / "described" / "firsts.jsonl").write_text("\n".join(firsts))
-    said = kosmosg(
+    output = kosmosg(
         commands, "generate", "--model", exported, "--prompts", out / "described" / "firsts.jsonl",
         "--image-root", photos, "--steps", 2, "--output", out / "drawn",
     )  # fmt: skip
-    assert f"{len(firsts)} drawn" in said
+    assert f"{len(firsts)} drawn" in output
     assert read_settings(out / "drawn" / "cat-0-0.png")["steps"] == 2
 
 

@@ -57,8 +57,10 @@ def quiet(pipeline):
 
 def copied(pipeline, *parts: str) -> KosmosGPipeline:
     """Another pipeline, with its own copies of the named parts (of all, if none is named)."""
-    own = {name: copy.deepcopy(pipeline.components[name]) for name in parts or pipeline.components}
-    return quiet(KosmosGPipeline(**{**pipeline.components, **own}))
+    copies = {
+        name: copy.deepcopy(pipeline.components[name]) for name in parts or pipeline.components
+    }
+    return quiet(KosmosGPipeline(**{**pipeline.components, **copies}))
 
 
 def condition(pipeline, prompt=PROMPT, **arguments) -> torch.Tensor:
@@ -74,16 +76,16 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, atol: float = 1e-5
 
 def test_the_signature_is_stable_diffusions_with_images() -> None:
     """A newer diffusers that takes more makes this fail, so that it is shown here, too."""
-    ours, theirs = (
+    signature, stock_signature = (
         {
             name: list(p.default) if isinstance(p.default, (list, tuple)) else p.default
             for name, p in inspect.signature(kind.__call__).parameters.items()
         }
         for kind in (KosmosGPipeline, StableDiffusionPipeline)
     )
-    assert ours.pop("images") is None
-    del theirs["kwargs"]
-    assert ours == theirs
+    assert signature.pop("images") is None
+    del stock_signature["kwargs"]
+    assert signature == stock_signature
 
 
 def test_every_argument_reaches_stable_diffusion(shared, monkeypatch) -> None:
@@ -309,10 +311,10 @@ def test_layerwise_casting(shared) -> None:
     assert_close(condition(pipeline), expected, atol=0.2 * expected.abs().max().item())
     apply_layerwise_casting(pipeline.mllm, store, compute)
     assert next(pipeline.mllm.parameters()).dtype == store
-    for prompt, wanted in ((PROMPT, expected), ("a dog", text)):
+    for prompt, reference in ((PROMPT, expected), ("a dog", text)):
         found = condition(pipeline, prompt)
         assert found.dtype == compute
-        assert_close(found, wanted, atol=0.3 * wanted.abs().max().item())
+        assert_close(found, reference, atol=0.3 * reference.abs().max().item())
 
 
 def test_another_dtype_for_each_part(folder, drawn) -> None:

@@ -58,8 +58,8 @@ def tool_arguments(folder: Path, prefix: Path) -> list[str]:
 
 def environment(**more: str) -> dict[str, str]:
     # The tests may themselves run under a launcher.
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "SLURM", "OMPI"))}
-    return own | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | more
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "SLURM", "OMPI"))}
+    return inherited | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | more
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(folder, uninterru
     def num_done() -> int:
         return len(list(partial.glob("*.counts.json")))
 
-    for wanted, how in ((3, signal.SIGKILL), (3, signal.SIGINT)):
+    for new_shards, how in ((3, signal.SIGKILL), (3, signal.SIGINT)):
         # Counted from here: what a killed run's workers still ended would otherwise let the next
         # one be stopped before Python itself has started, which Python answers with code 1.
         before = num_done()
@@ -91,17 +91,17 @@ def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(folder, uninterru
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 120
-        while num_done() < before + wanted and process.poll() is None:
+        while num_done() < before + new_shards and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.001)
         if how == signal.SIGKILL:
             process.kill()
         else:
             os.killpg(process.pid, how)  # Ctrl-C reaches the workers, too
-        _, said = process.communicate(timeout=120)
+        _, output = process.communicate(timeout=120)
         if how == signal.SIGINT:
             assert process.returncode == 130
-            assert b"interrupted; --resume goes on" in said and b"Traceback" not in said
+            assert b"interrupted; --resume goes on" in output and b"Traceback" not in output
         # The workers notice that their parent is gone: nobody writes behind the next run.
         while _session_lives(process.pid):
             assert time.monotonic() < deadline

@@ -180,7 +180,7 @@ def test_globs_are_sorted_and_names_are_taken_literally(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "[x].jsonl"):
         (tmp_path / name).write_text("{}")
     found = find_inputs([str(tmp_path / "?.jsonl"), str(tmp_path / "[x].jsonl")], TEXT)
-    assert [given.path.name for given in found] == ["a.jsonl", "b.jsonl", "[x].jsonl"]
+    assert [source.path.name for source in found] == ["a.jsonl", "b.jsonl", "[x].jsonl"]
 
 
 def test_a_worker_that_dies_is_an_error_not_a_hang(tmp_path, monkeypatch):

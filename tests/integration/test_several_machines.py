@@ -20,13 +20,13 @@ def test_two_agents_train_one_run(tmp_path):
     line = arguments_of("pretrain", tmp_path, tmp_path / "run", None, "training.train_iters=2")
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     where = ["--master-addr=127.0.0.2", f"--master-port={free_port()}"]
-    own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    variables = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     machines = []
     for number in range(2):
         command = [*agent, f"--node-rank={number}", *where, "-m", "megatron_kosmosg.train", *line]
         log = (tmp_path / f"machine{number}").open("w")
         started = subprocess.Popen(
-            command, cwd=REPOSITORY, env={**os.environ, **own}, stdout=log, stderr=log
+            command, cwd=REPOSITORY, env={**os.environ, **variables}, stdout=log, stderr=log
         )
         machines.append((started, Path(log.name)))
     codes = [machine.wait(timeout=300) for machine, _ in machines]

@@ -98,12 +98,12 @@ class FourRanks:
         self._written, self._ranks = written, []
         with written.open("w") as log:
             for rank in range(4):
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                rank_variables = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 self._ranks.append(
                     subprocess.Popen(
                         program,
                         cwd=REPOSITORY,
-                        env={**os.environ, **place, **own, "OMP_NUM_THREADS": "1"},
+                        env={**os.environ, **place, **rank_variables, "OMP_NUM_THREADS": "1"},
                         stdout=log,
                         stderr=log,
                     )
@@ -126,19 +126,19 @@ def test_a_signal_to_one_rank_and_the_loss_of_a_node_change_no_number(
     # Slurm lets a requeued job wait: time for the run to which nothing happens.
     undisturbed = FourRanks(preloaded_python, arguments(data, straight), tmp_path / "straight.out")
     stopped_at = newest(run)
-    said = slurm.output(number)
-    assert f"asked to stop: state of iteration {stopped_at} is saved" in said
-    assert "exit code 85: requeued" in said and stopped_at < ITERATIONS
+    output = slurm.output(number)
+    assert f"asked to stop: state of iteration {stopped_at} is saved" in output
+    assert "exit code 85: requeued" in output and stopped_at < ITERATIONS
 
     reach(slurm, number, run, stopped_at + 5)
     slurm.kill_node("n01")  # with the batch script, srun and two ranks
     slurm.start_node("n01")
     restarted(slurm, number, 2)
     assert newest(run) < ITERATIONS
-    said = slurm.finish(number)
-    assert said.count("resumed from") == 2 and said.count(f"project {REPOSITORY}") == 3
-    assert said.count("tensor 2 x pipeline 1 x data 2") == 3  # the dry run inside the job
-    assert said.rstrip().endswith("slurm: done") and not (run / "slurm_starts").exists()
+    output = slurm.finish(number)
+    assert output.count("resumed from") == 2 and output.count(f"project {REPOSITORY}") == 3
+    assert output.count("tensor 2 x pipeline 1 x data 2") == 3  # the dry run inside the job
+    assert output.rstrip().endswith("slurm: done") and not (run / "slurm_starts").exists()
 
     undisturbed.wait()
     assert newest(straight) == ITERATIONS
@@ -159,10 +159,10 @@ def test_the_time_limit_saves_and_requeues(slurm, data, tmp_path):
     assert answer.returncode == 0, answer.stderr
     restarted(slurm, number, 1)
     slurm.run("scancel", number)
-    said = slurm.finish(number, "CANCELLED")
+    output = slurm.finish(number, "CANCELLED")
     assert latest_valid(run / "checkpoints").name == f"iter_{newest(run):07d}"
-    assert "exit code 85: requeued" in said
-    assert "all-reduce inside a node" in said and "all-reduce over all 4 ranks" in said
+    assert "exit code 85: requeued" in output
+    assert "all-reduce inside a node" in output and "all-reduce over all 4 ranks" in output
 
 
 def test_a_crash_at_every_start_ends_the_job(slurm, data, tmp_path):
@@ -176,9 +176,9 @@ def test_a_crash_at_every_start_ends_the_job(slurm, data, tmp_path):
         reach(slurm, number, run, 1)
         (run / "metrics.jsonl").unlink()
         os.kill(a_rank_on(slurm, "n02"), signal.SIGKILL)
-    said = slurm.finish(number, "FAILED")
-    assert said.count("start 0 of job") == said.count("start 1 of job") == 1
-    assert "stopped: 1 restarts in a row brought no new checkpoint after iteration 0" in said
+    output = slurm.finish(number, "FAILED")
+    assert output.count("start 0 of job") == output.count("start 1 of job") == 1
+    assert "stopped: 1 restarts in a row brought no new checkpoint after iteration 0" in output
 
 
 def test_the_shape_of_256_gpus_is_accepted_and_its_dry_run_done(
@@ -190,7 +190,7 @@ def test_the_shape_of_256_gpus_is_accepted_and_its_dry_run_done(
         script = str(REPOSITORY / "slurm" / "instruct_256gpu.sh")
         output = f"--output={tmp_path}/x.out"
         number = wide.submit(output, script, "--check", cwd=REPOSITORY)
-        said = wide.finish(number)
+        output = wide.finish(number)
         assert int(wide.job(number)["NumNodes"]) == 32
-    assert "Ranks (256)" in said and "1024 samples an update" in said
-    assert "256 tasks on 32 nodes, ranks in block order, 8 GPUs visible to each" in said
+    assert "Ranks (256)" in output and "1024 samples an update" in output
+    assert "256 tasks on 32 nodes, ranks in block order, 8 GPUs visible to each" in output

@@ -78,8 +78,8 @@ def children(process: int) -> Iterator[int]:
 
 def kill_the_runs_own_score_rank(python: PreloadedPython) -> None:
     """It works in the only program that has started another process: its task's child."""
-    (own,) = (child for program in children(python.server) for child in children(program))
-    os.kill(own, signal.SIGKILL)
+    (grandchild,) = (child for program in children(python.server) for child in children(program))
+    os.kill(grandchild, signal.SIGKILL)
 
 
 def test_training_lives_on_score_jobs_that_are_cancelled_give_way_and_lose_their_node(
@@ -91,40 +91,40 @@ def test_training_lives_on_score_jobs_that_are_cancelled_give_way_and_lose_their
     written, script = f"--output={tmp_path}/train-%j.out", str(SCRIPTS / "instruct_256gpu.sh")
     training = slurm.submit(*size, written, script, option, config, "--", *settings, **HERE)
 
-    def has_said(*words: str, times: int = 1) -> None:
+    def has_printed(*words: str, times: int = 1) -> None:
         def count() -> int:
-            said = slurm.output(training)
-            return sum(map(said.count, words))
+            output = slurm.output(training)
+            return sum(map(output.count, words))
 
         slurm.wait_until(lambda: count() >= times, f"{times} times {words}", 120)
 
     # Without score ranks training waits: nothing of what follows comes after its end.
     slurm.wait_until(lambda: iterations(run) > 0 and (run / CONFIG_FILE).exists(), "iterations")
     kill_the_runs_own_score_rank(preloaded_python)
-    has_said("no score rank is left: training waits")
+    has_printed("no score rank is left: training waits")
     warned, yielding = score_job(slurm, run), score_job(slurm, run, "--partition=spare")
-    has_said("has joined (CPU)", times=2)
+    has_printed("has joined (CPU)", times=2)
     slurm.run("scancel", "--signal=USR1", warned)  # as sbatch --signal does before the time limit
     urgent = slurm.submit("--nodelist=n02", "--exclusive", "--output=/dev/null", "--wrap=sleep 600")
-    has_said("has left", times=2)
+    has_printed("has left", times=2)
     with ThreadPoolExecutor(1) as beside:
         undisturbed = beside.submit(run_ranks, 2, program, arguments(world, straight))
         for number in (warned, yielding):
             slurm.wait_until(lambda n=number: slurm.job(n)["Restarts"] == "1", "the restart")
         slurm.wait_until(lambda: slurm.job(urgent)["JobState"] == "RUNNING", "the urgent job")
         slurm.run("scancel", urgent)
-        has_said("has joined (CPU)", times=4)
+        has_printed("has joined (CPU)", times=4)
         slurm.run("scancel", warned)
-        has_said("has left", "is gone", times=4)  # TERM, and USR1 while it leaves
+        has_printed("has left", "is gone", times=4)  # TERM, and USR1 while it leaves
         slurm.kill_node("n02")
-        has_said("has left", "is gone", times=5)
+        has_printed("has left", "is gone", times=5)
         slurm.start_node("n02")
         last = score_job(slurm, run)
         assert iterations(run) < UPDATES
-        assert [outcome.code for outcome in undisturbed.result()] == [0, 0]
-    said = slurm.finish(training)
+        assert [ended.code for ended in undisturbed.result()] == [0, 0]
+    output = slurm.finish(training)
     slurm.run("scancel", yielding, last)
-    assert "resumed from" not in said and not (run / FAILURE_FILE).exists()
+    assert "resumed from" not in output and not (run / FAILURE_FILE).exists()
     assert records(run) == records(straight)
     digests = [parameters_digest(newest_checkpoint(folder)) for folder in (run, straight)]
     assert digests[0] == digests[1]

@@ -97,20 +97,20 @@ def test_three_stages_and_an_evaluation_each_after_the_one_before(slurm, data, t
         return slurm.job(large)["Restarts"] == "1"
 
     slurm.wait_until(is_interrupted, f"the restart of job {large}")
-    said = slurm.finish(large)
-    assert "exit code 138: requeued" in said and f"{prefixes[0]}.large: complete" in said
-    said = slurm.finish(caching)
-    assert all(f"{prefix}.latents: complete" in said for prefix in prefixes), said
-    _, _, said, _ = (slurm.finish(number) for number in jobs)
-    assert "tensor 2 x pipeline 1 x data 1 + 2 score of each replica" in said
-    assert "replica 0: ranks 0, 1 -> score ranks 2, 3" in said and "slurm: done" in said
+    output = slurm.finish(large)
+    assert "exit code 138: requeued" in output and f"{prefixes[0]}.large: complete" in output
+    output = slurm.finish(caching)
+    assert all(f"{prefix}.latents: complete" in output for prefix in prefixes), output
+    _, _, output, _ = (slurm.finish(number) for number in jobs)
+    assert "tensor 2 x pipeline 1 x data 1 + 2 score of each replica" in output
+    assert "replica 0: ranks 0, 1 -> score ranks 2, 3" in output and "slurm: done" in output
     for stage in STAGES:
         assert [line["iteration"] for line in updates(tmp_path / stage)] == [1, 2]
     assert all(0 < line["score_idle"] <= 1 for line in updates(tmp_path / "instruct"))
     assert json.loads((judged / "metrics.json").read_text())["rows"]
-    said = slurm.finish(scoring)
-    assert "2 tasks of tools/evaluate_dreambench.py" in said
-    assert all(f"rank {rank}: 15 drawn, 0 kept" in said for rank in (0, 1)), said
+    output = slurm.finish(scoring)
+    assert "2 tasks of tools/evaluate_dreambench.py" in output
+    assert all(f"rank {rank}: 15 drawn, 0 kept" in output for rank in (0, 1)), output
     assert evaluate_dreambench.main([*bench, "--output", str(tmp_path / "alone")]) == 0
     alone, over_two = (tmp_path / name / "result.json" for name in ("alone", "judged"))
     assert over_two.read_bytes() == alone.read_bytes()
@@ -127,8 +127,8 @@ def test_preprocessing_under_mpi_writes_the_bytes_of_one_process(slurm, data, tm
     number = submit(slurm, "preprocess_mpi", tmp_path, *arguments, cwd=REPOSITORY, env=plain)
     slurm.finish(number)
     for suffix in (".bin", ".idx"):
-        ours, theirs = Path(f"{prefix}{suffix}"), Path(f"{alone}{suffix}")
-        assert ours.read_bytes() == theirs.read_bytes()
+        of_job, of_one_process = Path(f"{prefix}{suffix}"), Path(f"{alone}{suffix}")
+        assert of_job.read_bytes() == of_one_process.read_bytes()
 
 
 def test_a_sweep_is_an_array_and_a_job_after_it_waits_for_all_of_it(slurm, tmp_path):
@@ -141,12 +141,12 @@ def test_a_sweep_is_an_array_and_a_job_after_it_waits_for_all_of_it(slurm, tmp_p
     small = (*arguments, "training.micro_batch_size=1", "parallel.tensor_model_parallel_size=1")
     first = slurm.submit(*SIZE, "--array=1-2%1", written, script, *small, cwd=SCRIPTS)
     second = submit(slurm, "evaluate", tmp_path, "--check", after=[first], cwd=SCRIPTS)
-    said = slurm.finish(second)
-    assert "1 tasks on 1 nodes, ranks in block order, 1 GPUs visible to each" in said
+    output = slurm.finish(second)
+    assert "1 tasks on 1 nodes, ranks in block order, 1 GPUs visible to each" in output
     for task, rate in enumerate(rates, start=1):
-        said = (tmp_path / f"{task}.out").read_text()
-        assert f"\n  lr: {float(rate)}\n" in said, said
-        assert "4 tasks on 2 nodes, ranks in block order, 2 GPUs visible to each" in said
+        output = (tmp_path / f"{task}.out").read_text()
+        assert f"\n  lr: {float(rate)}\n" in output, output
+        assert "4 tasks on 2 nodes, ranks in block order, 2 GPUs visible to each" in output
 
 
 def test_a_job_after_one_that_failed_does_not_start(slurm, tmp_path):

@@ -76,11 +76,11 @@ def test_a_folder_has_one_job_and_a_limit_without_time_for_a_start_is_given_up(
     for name in ("slurm", "examples", "tools", "megatron_kosmosg"):
         (project / name).symlink_to(REPOSITORY / name)
     (project / ".venv").symlink_to(slurm.environment["VIRTUAL_ENV"])
-    own = project / "own.sh"
-    own.write_text(
+    script = project / "own.sh"
+    script.write_text(
         '#!/bin/bash\nexport KOSMOSG_PREFLIGHT=0\nexec bash slurm/pretrain_256gpu.sh "$@"\n'
     )
-    first = submit(slurm, data, run, "--export=NONE", script=own)
+    first = submit(slurm, data, run, "--export=NONE", script=script)
     metrics = run / "metrics.jsonl"
 
     def has_trained() -> bool:
@@ -92,26 +92,26 @@ def test_a_folder_has_one_job_and_a_limit_without_time_for_a_start_is_given_up(
     assert b"CUDA_DEVICE_MAX_CONNECTIONS=1" in environment_of_a_rank(slurm, node)
 
     second = submit(slurm, data, run, KOSMOSG_PREFLIGHT="0")
-    said = slurm.finish(second, "FAILED")
-    assert f"Slurm job {first}, process" in said and "not requeued" in said
+    output = slurm.finish(second, "FAILED")
+    assert f"Slurm job {first}, process" in output and "not requeued" in output
     goes_on(slurm, metrics)
     assert json.loads((run / "owner.json").read_text())["job"] == first
     slurm.run("scancel", first)
     slurm.finish(first, "CANCELLED")
 
-    said = slurm.finish(hurried, "FAILED")
-    assert said.count(": requeued") == 2, said
-    assert "3 starts in a row were told to stop before they had saved one iteration" in said
+    output = slurm.finish(hurried, "FAILED")
+    assert output.count(": requeued") == 2, output
+    assert "3 starts in a row were told to stop before they had saved one iteration" in output
 
 
 def test_all_missing_files_end_a_job_before_its_nodes_are_looked_at(slurm, data, tmp_path):
     absent = ("data.blend.text.path=/nowhere/text", "data.tokenizer_model=/nowhere/model")
     number = submit(slurm, data, tmp_path / "run", more=absent)
-    said = slurm.finish(number, "FAILED")
-    assert "error: 2 inputs are missing:" in said
-    assert "data.tokenizer_model=/nowhere/model: no such file" in said
-    assert "/nowhere/text.bin does not exist" in said
-    assert "start 0 of job" not in said and not (tmp_path / "run").exists()
+    output = slurm.finish(number, "FAILED")
+    assert "error: 2 inputs are missing:" in output
+    assert "data.tokenizer_model=/nowhere/model: no such file" in output
+    assert "/nowhere/text.bin does not exist" in output
+    assert "start 0 of job" not in output and not (tmp_path / "run").exists()
 
 
 REFUSED = "belongs to a run that is alive: Slurm job"

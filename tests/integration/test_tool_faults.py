@@ -30,14 +30,14 @@ KILLS = 4
 def finish(command: list[str], seconds: float | None = None) -> float | None:
     """Seconds that the command took; None where it was killed after `seconds`."""
     # The tests may themselves run under a launcher.
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "SLURM", "OMPI"))}
-    environment = own | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "SLURM", "OMPI"))}
+    environment = inherited | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
     process = subprocess.Popen(
         command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
     )
     try:
-        _, said = process.communicate(timeout=seconds)
+        _, output = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -45,7 +45,7 @@ def finish(command: list[str], seconds: float | None = None) -> float | None:
         while _lives(process.pid):
             time.sleep(0.05)
         return None
-    assert process.returncode == 0, said
+    assert process.returncode == 0, output
     return time.monotonic() - started
 
 
@@ -93,10 +93,10 @@ def test_preprocessing_under_mpi(tmp_path, shards):
 
     def command(name: str) -> list[str]:
         tool = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py"), "--resume"]
-        given = ["--kind", "caption", "--input", str(tmp_path / "in" / "*.jsonl")]
+        inputs = ["--kind", "caption", "--input", str(tmp_path / "in" / "*.jsonl")]
         output = ["--tokenizer-model", model, "--output-prefix", str(tmp_path / name / "x")]
         (tmp_path / name).mkdir(exist_ok=True)
-        return [str(MPIRUN), "-n", "3", *tool, *given, *output, *shards]
+        return [str(MPIRUN), "-n", "3", *tool, *inputs, *output, *shards]
 
     finish(command("whole"))
     made = tmp_path / "tormented"
@@ -142,8 +142,8 @@ def test_import_and_export(past, tmp_path):
         return [*KOSMOSG, "convert", "import-hf", "--input", str(past / "export"), "--output", name]
 
     def exporting(run: str, name: str) -> list[str]:
-        given = ["--input", run, "--output", name, "--stable-diffusion", str(sd)]
-        return [*KOSMOSG, "convert", "export-hf", *given]
+        inputs = ["--input", run, "--output", name, "--stable-diffusion", str(sd)]
+        return [*KOSMOSG, "convert", "export-hf", *inputs]
 
     runs = [str(tmp_path / name) for name in ("run-whole", "run-tormented")]
     exports = [str(tmp_path / name) for name in ("export-whole", "export-tormented")]

@@ -54,7 +54,7 @@ def test_models_of_other_sizes_are_not_compared(converted, monkeypatch, capsys, 
 
 def test_the_tool_exports_and_imports(converted, monkeypatch, capsys, tmp_path) -> None:
     hf, back = tmp_path / "hf", tmp_path / "back"
-    given = [
+    arguments = [
         "--input",
         converted.run,
         "--output",
@@ -64,11 +64,11 @@ def test_the_tool_exports_and_imports(converted, monkeypatch, capsys, tmp_path) 
         "--dtype",
         "bf16",
     ]
-    assert call(monkeypatch, "export-hf", *given) == 0
+    assert call(monkeypatch, "export-hf", *arguments) == 0
     assert call(monkeypatch, "import-hf", "--input", hf, "--output", back) == 0
     assert str(back / "iter_0000000") in capsys.readouterr().out
     same_weights(back, converted.weights, torch.bfloat16)
-    assert call(monkeypatch, "export-hf", *given) == 2
+    assert call(monkeypatch, "export-hf", *arguments) == 2
     assert "give a new folder" in capsys.readouterr().err
     wrong = ["import-hf", "--input", hf, "--output", tmp_path / "x", "model.vocab_size=5"]
     assert call(monkeypatch, *wrong) == 2

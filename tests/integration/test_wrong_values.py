@@ -202,16 +202,16 @@ def ring(number: int, frame: object) -> None:
     raise TookTooLong
 
 
-def outcome(path: tuple[str, ...], words: list[str], capsys) -> str | None:
+def problem_of(path: tuple[str, ...], words: list[str], capsys) -> str | None:
     """What is wrong with how the command ended; None if it is as it should be."""
     names = [name for name in COMMANDS if " ".join(path).startswith(name)]
     name = max(names, key=len)
     module = importlib.import_module(f"megatron_kosmosg.{COMMANDS[name].module}")
-    given = [*path[len(name.split()) :], *words]
+    arguments = [*path[len(name.split()) :], *words]
     signal.signal(signal.SIGALRM, ring)
     signal.alarm(SECONDS)
     try:
-        code = module.main(given)
+        code = module.main(arguments)
     except SystemExit as ended:
         code = ended.code
     except TookTooLong:
@@ -220,12 +220,12 @@ def outcome(path: tuple[str, ...], words: list[str], capsys) -> str | None:
         return f"{type(error).__name__}: {error}"
     finally:
         signal.alarm(0)
-        said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+        stderr = capsys.readouterr().err
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
     if code != 2:
-        return f"exit code {code}: {said[-200:]!r}"
-    if len(lines) != 1 or "Traceback" in said:
-        return f"said {said[-300:]!r}"
+        return f"exit code {code}: {stderr[-200:]!r}"
+    if len(lines) != 1 or "Traceback" in stderr:
+        return f"said {stderr[-300:]!r}"
     return None
 
 
@@ -263,7 +263,7 @@ def test_a_wrong_value_is_one_error_and_code_2(path, files, monkeypatch, capsys)
         for value in wrong_values(action):
             tried += 1
             line = replaced(words, action, value)
-            problem = outcome(path, line, capsys)
+            problem = problem_of(path, line, capsys)
             if problem is not None:
                 shown = action.option_strings[-1:] or action.dest
                 found.append(f"{shown} {value!r}: {problem}")

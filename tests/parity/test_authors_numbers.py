@@ -63,7 +63,7 @@ def file(request, stable_diffusion) -> File:
 
 
 @pytest.fixture(scope="module")
-def ours(file):
+def numbers_of(file):
     """Our numbers on the layout of the given name; each layout runs once per file."""
     known = {}
 
@@ -149,43 +149,43 @@ def _assert_small(found: dict[str, float]) -> None:
 def test_float64_reference_is_the_authors_model(file) -> None:
     """Stock Kosmos2 and the plain AlignerNet give the golden numbers, so they can stand in for
     them where the golden files have none."""
-    wanted = file.golden["outputs"]
-    names = wanted.keys() & file.exact_outputs.keys()
+    expected = file.golden["outputs"]
+    names = expected.keys() & file.exact_outputs.keys()
     assert len(names) == 6
-    _assert_small({name: error(file.exact_outputs[name], wanted[name]) for name in names})
+    _assert_small({name: error(file.exact_outputs[name], expected[name]) for name in names})
     for part, key in PARTS.items():
-        theirs = _with_digits(wanted[key])
-        _assert_small(errors({name: file.exact[part][name] for name in theirs}, theirs))
+        of_authors = _with_digits(expected[key])
+        _assert_small(errors({name: file.exact[part][name] for name in of_authors}, of_authors))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_outputs_and_losses(file, ours, layout: str) -> None:
-    wanted, numbers = file.golden["outputs"], ours(layout)
+def test_outputs_and_losses(file, numbers_of, layout: str) -> None:
+    expected, numbers = file.golden["outputs"], numbers_of(layout)
     logits = numbers.output("diff", "logits").transpose(0, 1)
     size = file.golden["vocab_size"]
     assert torch.all(logits[..., size:] == float("-inf"))
     _assert_small(
         {
-            "image_features": error(numbers.image_features(), wanted["image_features"]),
-            "logits": error(logits[..., :size], wanted["logits"]),
-            "hidden": error(numbers.output("diff", "hidden"), wanted["hidden"]),
-            "condition": error(numbers.output("align", "condition"), wanted["condition"]),
-            "mse_loss": error(numbers.output("align", "mse_loss"), wanted["mse_loss"]),
-            "rec_loss": error(numbers.output("align", "rec_loss"), wanted["rec_loss"]),
-            "diff_loss": error(numbers.output("diff", "diff_loss"), wanted["diff_loss"]),
+            "image_features": error(numbers.image_features(), expected["image_features"]),
+            "logits": error(logits[..., :size], expected["logits"]),
+            "hidden": error(numbers.output("diff", "hidden"), expected["hidden"]),
+            "condition": error(numbers.output("align", "condition"), expected["condition"]),
+            "mse_loss": error(numbers.output("align", "mse_loss"), expected["mse_loss"]),
+            "rec_loss": error(numbers.output("align", "rec_loss"), expected["rec_loss"]),
+            "diff_loss": error(numbers.output("diff", "diff_loss"), expected["diff_loss"]),
         }
     )
 
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients(file, ours, layout: str, part: str) -> None:
-    wanted = _with_digits(file.golden["outputs"][PARTS[part]])
-    _assert_small(errors(ours(layout).gradients(part, wanted), wanted))
+def test_gradients(file, numbers_of, layout: str, part: str) -> None:
+    expected = _with_digits(file.golden["outputs"][PARTS[part]])
+    _assert_small(errors(numbers_of(layout).gradients(part, expected), expected))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_key_biases_have_no_gradient(file, ours, layout: str) -> None:
+def test_key_biases_have_no_gradient(file, numbers_of, layout: str) -> None:
     """A constant added to all keys moves all scores of a query alike, which softmax ignores.
 
     So the exact gradient of every key bias is zero. In float64 it is below 1e-12 of the key
@@ -199,7 +199,7 @@ def test_key_biases_have_no_gradient(file, ours, layout: str) -> None:
             file.golden["outputs"][PARTS[part]] if part in PARTS else _trained_in_instruct(file)
         )
         names = [name for name in trained if name.endswith(KEY_BIAS)]
-        found = ours(layout).gradients(part, names)
+        found = numbers_of(layout).gradients(part, names)
         assert names
         for name in names:
             scale = float(exact[name.replace("bias", "weight")].abs().max())
@@ -210,24 +210,24 @@ def test_key_biases_have_no_gradient(file, ours, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_instruct_gradients_equal_the_float64_reference(file, ours, layout: str) -> None:
+def test_instruct_gradients_equal_the_float64_reference(file, numbers_of, layout: str) -> None:
     """The real stage with keyed noise and dropped conditions: every parameter that it trains,
     among them those without golden numbers (M, the last CLIP block, ln_post, all through the null
     row too); two micro-batches, so that the mean is over the global batch."""
     config = instruct_config(file.golden, {}, file.stable_diffusion)
     drops = torch.cat([dropped_rows(config, batch) for batch in instruct_batches(file.golden)])
     assert 0 < drops.sum() < len(drops)
-    numbers = ours(layout)
+    numbers = numbers_of(layout)
     loss = sum(numbers.output("instruct", "loss", index) for index in range(2))
     assert loss[1] == len(drops)
     assert error(loss[0] / loss[1], file.exact_outputs["instruct_loss"]) < TOLERANCE
     names = _with_digits(dict.fromkeys(_trained_in_instruct(file)))
-    wanted = {name: file.exact["instruct"][name] for name in names}
-    _assert_small(errors(numbers.gradients("instruct", names), wanted))
+    expected = {name: file.exact["instruct"][name] for name in names}
+    _assert_small(errors(numbers.gradients("instruct", names), expected))
 
 
-def _with_digits(theirs: dict) -> dict:
-    return {k: v for k, v in theirs.items() if k not in UNUSED and not k.endswith(KEY_BIAS)}
+def _with_digits(of_authors: dict) -> dict:
+    return {k: v for k, v in of_authors.items() if k not in UNUSED and not k.endswith(KEY_BIAS)}
 
 
 def _trained_in_instruct(file: File) -> list[str]:

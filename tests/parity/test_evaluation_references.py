@@ -85,10 +85,13 @@ def test_clip_is_transformers(tmp_path):
         read = model.get_text_features(**words).pooler_output
     pixels = torch.stack([clip_pixels(image) for image in images])
     agree("CLIP's pixels", (pixels - prepared).abs().max(), 2e-6)
-    ours = open_network(find_clip(folder), CPU)
-    pairs = {"images": (ours.features(pixels), seen), "texts": (ours.text_features(texts), read)}
-    for what, (found, wanted) in pairs.items():
-        distance = (F.cosine_similarity(found.double(), wanted.double()) - 1).abs().max()
+    native = open_network(find_clip(folder), CPU)
+    pairs = {
+        "images": (native.features(pixels), seen),
+        "texts": (native.text_features(texts), read),
+    }
+    for what, (found, expected) in pairs.items():
+        distance = (F.cosine_similarity(found.double(), expected.double()) - 1).abs().max()
         agree(f"CLIP's {what}, cosine", distance, 1e-6)
     assert seen.std(dim=0).max() > 1e-3  # the images are told apart
 
@@ -99,14 +102,14 @@ def test_dino_is_timm_s(tmp_path, no_torchvision):
     model = timm.create_model("vit_small_patch16_224.dino", pretrained=False, num_classes=0)
     model.load_state_dict(torch.load(path, weights_only=True))
     pixels = torch.stack([dino_pixels(image) for image in odd_images(4)])
-    ours = open_network(find_dino(path), CPU).features(pixels)
+    native = open_network(find_dino(path), CPU).features(pixels)
     with torch.no_grad():
-        wanted = model.eval()(pixels)
+        expected = model.eval()(pixels)
     found, by_timm = (
-        F.cosine_similarity(each.double(), each.double().roll(1, 0)) for each in (ours, wanted)
+        F.cosine_similarity(each.double(), each.double().roll(1, 0)) for each in (native, expected)
     )
     agree("DINO and timm, cosines of pairs", (found - by_timm).abs().max(), 1e-6)
-    agree("DINO and timm, features", (ours - wanted).abs().max(), 1e-4)
+    agree("DINO and timm, features", (native - expected).abs().max(), 1e-4)
 
 
 def test_inception_is_torch_fidelity_s_and_torchmetrics(inception, no_torchvision, monkeypatch):
@@ -117,28 +120,28 @@ def test_inception_is_torch_fidelity_s_and_torchmetrics(inception, no_torchvisio
     images = [image, image.transpose(Image.Transpose.ROTATE_90)]
     data = torch.stack([torch.from_numpy(np.array(each)).permute(2, 0, 1) for each in images])
     protocol = FID_PROTOCOLS["kosmosg-first-run"]
-    ours = open_network(find_inception(inception), CPU).features(
+    native = open_network(find_inception(inception), CPU).features(
         torch.stack([protocol.generated(image) for image in images])
     )
     network = fidelity.FeatureExtractorInceptionV3("x", ["2048"], str(inception))
     plain = metrics.NoTrainInceptionV3("y", ["2048"], str(inception), antialias=False)
     smooth = metrics.NoTrainInceptionV3("z", ["2048"], str(inception), antialias=True)
     with torch.no_grad():
-        wanted, same, other = network(data)[0], plain(data), smooth(data)
-    scale = wanted.abs().max()
-    agree("Inception and torch-fidelity", (ours - wanted).abs().max() / scale, 1e-5)
-    agree("Inception and torchmetrics", (ours - same).abs().max() / scale, 1e-5)
-    assert (ours - other).abs().max() > 1e-3 * scale  # what newer torchmetrics do by themselves
+        expected, same, other = network(data)[0], plain(data), smooth(data)
+    scale = expected.abs().max()
+    agree("Inception and torch-fidelity", (native - expected).abs().max() / scale, 1e-5)
+    agree("Inception and torchmetrics", (native - same).abs().max() / scale, 1e-5)
+    assert (native - other).abs().max() > 1e-3 * scale  # what newer torchmetrics do by themselves
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (32, 47), (512, 300)])
 def test_the_resize_is_tensorflow_s(shape, no_torchvision):
     module = reference("torch_fidelity.interpolate_compat_tensorflow")
     pixels = torch.randint(0, 256, (3, *shape), generator=torch.Generator().manual_seed(4)).float()
-    wanted = module.interpolate_bilinear_2d_like_tensorflow1x(
+    expected = module.interpolate_bilinear_2d_like_tensorflow1x(
         pixels[None], size=(299, 299), align_corners=False
     )
-    agree("resize, of 255", (tensorflow_resize(pixels, 299) - wanted[0]).abs().max(), 1e-3)
+    agree("resize, of 255", (tensorflow_resize(pixels, 299) - expected[0]).abs().max(), 1e-3)
 
 
 def gaussians(count: int, width: int = 48) -> tuple[list[torch.Tensor], list[Gaussian]]:
@@ -180,6 +183,6 @@ def test_the_distance_is_numpy_s_eigenvalues():
     means = [features.double().numpy().mean(0) for features in sets]
     first, second = (np.cov(features.double().numpy(), rowvar=False) for features in sets)
     roots = np.sqrt(np.linalg.eigvals(first @ second).astype(complex)).real.sum()
-    wanted = np.sum((means[0] - means[1]) ** 2) + np.trace(first + second) - 2 * roots
-    agree("FID and numpy", abs(frechet_distance(one, other) / wanted - 1), 1e-9)
+    expected = np.sum((means[0] - means[1]) ** 2) + np.trace(first + second) - 2 * roots
+    agree("FID and numpy", abs(frechet_distance(one, other) / expected - 1), 1e-9)
     assert frechet_distance(one, one) == pytest.approx(0.0, abs=1e-6)

@@ -41,9 +41,9 @@ def stock_aligner(source: TensorSource, config: RunConfig) -> KosmosGAligner:
     return model.eval()
 
 
-def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    assert got.shape == wanted.shape
-    error = (got - wanted).abs().max() / wanted.abs().max()
+def close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert got.shape == expected.shape
+    error = (got - expected).abs().max() / expected.abs().max()
     assert error < 1e-5, f"off by {error:.1e} of the maximum"
 
 
@@ -55,18 +55,18 @@ def test_the_authors_numbers_without_megatron(number: int) -> None:
     config = golden_config(golden, "align", {})
     external = InMemory(golden["model"])
     native = as_native(authors_table(config.model), external, list(model_tensors(config)))
-    inputs, wanted = golden["inputs"], golden["outputs"]
+    inputs, expected = golden["inputs"], golden["outputs"]
     output = stock_model(native, config)(
         pixel_values=inputs["images"],
         input_ids=inputs["tokens"],
         image_embeds_position_mask=inputs["image_slots"],
         output_hidden_states=True,
     )
-    close(output.image_embeds.flatten(0, 1), wanted["image_features"])
-    close(output.hidden_states[-1], wanted["hidden"])
-    close(output.logits, wanted["logits"])
+    close(output.image_embeds.flatten(0, 1), expected["image_features"])
+    close(output.hidden_states[-1], expected["hidden"])
+    close(output.logits, expected["logits"])
     condition = stock_aligner(native, config)(output.hidden_states[-1], inputs["tokens"] == 1)
-    close(condition, wanted["condition"])
+    close(condition, expected["condition"])
 
 
 @pytest.fixture(scope="module")

@@ -46,12 +46,12 @@ def outputs(checkpoint: Path, golden: dict) -> tuple[RunConfig, dict[str, torch.
     with single_process(config) as context:
         model = _model(config, context)
         load_weights(checkpoint, [model], checkpoint_metadata(context))
-        given = golden["inputs"]
+        inputs = golden["inputs"]
         with torch.no_grad():
             found = model(
-                given["tokens"], given["image_slots"], given["tokens"] == 1, given["images"]
+                inputs["tokens"], inputs["image_slots"], inputs["tokens"] == 1, inputs["images"]
             )
-            features = model.resampler(model.vision_encoder(given["images"]))
+            features = model.resampler(model.vision_encoder(inputs["images"]))
     if "logits" in found:
         found["logits"] = found["logits"].transpose(0, 1)[..., : golden["vocab_size"]]
     return config, found | {"image_features": features.flatten(0, 1)}
@@ -69,8 +69,8 @@ def close(found: dict[str, torch.Tensor], golden: dict, tolerance: float = 1e-5)
     compared = golden["outputs"].keys() & found.keys()
     assert {"image_features", "hidden"} <= compared
     for name in compared:
-        wanted = golden["outputs"][name]
-        error = (found[name] - wanted).abs().max() / wanted.abs().max()
+        expected = golden["outputs"][name]
+        error = (found[name] - expected).abs().max() / expected.abs().max()
         assert error <= tolerance, f"{name}: off by {error:.1e} of the maximum"
 
 
@@ -85,12 +85,12 @@ def test_each_file_gives_the_authors_outputs(tmp_path: Path, file: str, index: i
     assert ("condition" in found) == (file != "stage1")
     close(found, golden)
     if file == "stage2":
-        hidden, wanted = found["hidden"], golden["outputs"]
+        hidden, expected = found["hidden"], golden["outputs"]
         mse = (found["condition"] - golden["inputs"]["clip_embed"]).square().mean()
         scale = 77 / hidden.shape[1]
         rec = scale * (found["reconstruction"] - hidden).square().mean()
-        torch.testing.assert_close(mse, wanted["mse_loss"], rtol=1e-5, atol=0)
-        torch.testing.assert_close(rec, wanted["rec_loss"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(mse, expected["mse_loss"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(rec, expected["rec_loss"], rtol=1e-5, atol=0)
 
 
 def test_half_precision_is_kept_bit_by_bit(tmp_path: Path, golden: dict) -> None:
@@ -106,8 +106,8 @@ def test_half_precision_is_kept_bit_by_bit(tmp_path: Path, golden: dict) -> None
     rounded = {name: value.float() for name, value in half.items()}
     path = authors.write_file(tmp_path / "rounded.pt", rounded, golden)
     (tmp_path / "second").mkdir()
-    _, wanted = outputs(imported(tmp_path / "second", path), golden)
-    for name, value in wanted.items():
+    _, expected = outputs(imported(tmp_path / "second", path), golden)
+    for name, value in expected.items():
         assert (found[name] - value).abs().max() <= 2e-2 * value.abs().max(), name
 
 
@@ -208,10 +208,10 @@ def _tokenizer_of(folder: Path, vocab_size: int) -> Path:
 
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(write_tokenizer(folder).read_bytes())
-    wanted = vocab_size - 7
-    while len(proto.pieces) < wanted:
+    expected = vocab_size - 7
+    while len(proto.pieces) < expected:
         proto.pieces.add(piece=f"extra{len(proto.pieces)}", score=-1000.0)
-    del proto.pieces[wanted:]
+    del proto.pieces[expected:]
     path = folder / "golden.model"
     path.write_bytes(proto.SerializeToString())
     return path

@@ -114,7 +114,7 @@ def stand_ins() -> dict[str, type]:
         inputs = {"required": {name: ("STRING", {})}}
         return type("StandIn", (), {
             "INPUT_TYPES": classmethod(lambda cls: inputs), "RETURN_TYPES": kinds,
-            "FUNCTION": "open", "CATEGORY": "test", "open": lambda self, **given: values,
+            "FUNCTION": "open", "CATEGORY": "test", "open": lambda self, **arguments: values,
         })  # fmt: skip
 
     net = comfy.controlnet.ControlNet(control, load_device=cpu)
@@ -160,18 +160,18 @@ def run(graph: dict) -> dict:
     prompt = as_prompt(graph, nodes.NODE_CLASS_MAPPINGS)
     valid, error, _, details = asyncio.run(execution.validate_prompt("id", prompt, None))[:4]
     if not valid:
-        said = json.dumps([error, details], default=str)
-        return {"valid": False, "errors": said, "messages": [], "image": None}
+        errors = json.dumps([error, details], default=str)
+        return {"valid": False, "errors": errors, "messages": [], "image": None}
     executor = execution.PromptExecutor(
         Server(), cache_type=execution.CacheType.CLASSIC, cache_size=0
     )
     (saver,) = [number for number, node in prompt.items() if node["class_type"] == "SaveImage"]
     executor.execute(prompt, "id", {}, [saver])
-    said = [message[1].get("exception_message") for message in executor.status_messages]
+    messages = [message[1].get("exception_message") for message in executor.status_messages]
     return {
         "valid": True,
         "errors": "",
-        "messages": [message for message in said if message],
+        "messages": [message for message in messages if message],
         "image": newest_image() if executor.success else None,
     }
 

@@ -73,9 +73,9 @@ def same_weights(folder: Path, weights: dict[str, torch.Tensor], dtype: torch.dt
     """Asserts that the checkpoint holds exactly `weights`, cast to `dtype`."""
     found = CheckpointTensors(folder)
     assert found.names().keys() == weights.keys()
-    for name, wanted in weights.items():
+    for name, expected in weights.items():
         got = found.read(name)
-        assert got.dtype == dtype and torch.equal(got, wanted.to(dtype)), name
+        assert got.dtype == dtype and torch.equal(got, expected.to(dtype)), name
 
 
 def edit_weights(folder: Path, edit: Callable[[dict], object]) -> None:

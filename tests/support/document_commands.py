@@ -110,16 +110,16 @@ def _of_command(name: str, words: list[str], num_ranks: int | None = None) -> li
     parser = importlib.import_module(f"megatron_kosmosg.{cli.COMMANDS[name].module}").build_parser()
     if "..." in words or not words:
         return _of_options(parser, words)
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         try:
             parsed = parser.parse_args(words)
         except SystemExit as end:
-            if end.code == 0 or OWN_FILE.search(said.getvalue()):
+            if end.code == 0 or OWN_FILE.search(output.getvalue()):
                 return _of_options(parser, words)
-            return [said.getvalue().strip()]
-    if said.getvalue():
-        return [said.getvalue().strip()]  # an earlier spelling
+            return [output.getvalue().strip()]
+    if output.getvalue():
+        return [output.getvalue().strip()]  # an earlier spelling
     config = getattr(parsed, "config", None)
     if name not in READS_SETTINGS or config is None:
         return []
@@ -140,8 +140,8 @@ def _of_command(name: str, words: list[str], num_ranks: int | None = None) -> li
 def _of_options(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
     """Of a command that breaks off: whether it has the options."""
     known = {option for action in _all_actions(parser) for option in action.option_strings}
-    given = [word.partition("=")[0] for word in words if word.startswith("--")]
-    return [f"no option {option}" for option in given if option not in known]
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return [f"no option {option}" for option in options if option not in known]
 
 
 def _all_actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

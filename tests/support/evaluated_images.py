@@ -29,11 +29,11 @@ def write_coco(folder: Path) -> Path:
     names = [f"COCO_val2014_{i:012d}.jpg" for i in range(3)]
     for name, image in zip(names, odd_images(3, seed=6), strict=True):
         image.resize((60, 50)).save(folder / "val2014" / name)
-    said = {
+    annotations = {
         "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
         "annotations": [{"image_id": i % 3, "caption": f"a red circle {i}"} for i in range(4)],
     }
-    (folder / "annotations" / "captions_val2014.json").write_text(json.dumps(said))
+    (folder / "annotations" / "captions_val2014.json").write_text(json.dumps(annotations))
     return folder
 
 

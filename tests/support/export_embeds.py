@@ -17,14 +17,14 @@ from PIL import Image
 
 def main(way: str, export: Path, prompts: Path, out: Path) -> None:
     """Writes OUT.json: prompt_embeds and negative_prompt_embeds."""
-    asked = json.loads(prompts.read_text())
+    request = json.loads(prompts.read_text())
     with tempfile.TemporaryDirectory() as modules, torch.no_grad():
         pipeline = load(way, export, modules)
         parts = [
             [Image.open(export.parent / part) if part.endswith(".png") else part for part in prompt]
-            for prompt in asked["prompts"]
+            for prompt in request["prompts"]
         ]
-        found = pipeline.encode_prompt(parts, negative_prompt=asked["negative_prompt"])
+        found = pipeline.encode_prompt(parts, negative_prompt=request["negative_prompt"])
     names = ("prompt_embeds", "negative_prompt_embeds")
     out.write_text(json.dumps({n: value.tolist() for n, value in zip(names, found, strict=True)}))
 

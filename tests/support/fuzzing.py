@@ -94,12 +94,12 @@ class _Watch:
         self.elsewhere: list[str] = []
         sys.addaudithook(self)
 
-    def __call__(self, event: str, given: tuple) -> None:
+    def __call__(self, event: str, arguments: tuple) -> None:
         if self.folder is None or event not in _EVENTS:
             return
-        if event == "open" and not (isinstance(given[2], int) and given[2] & _WRITES):
+        if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & _WRITES):
             return
-        paths = [path for path in given[:2] if isinstance(path, str | bytes | os.PathLike)]
+        paths = [path for path in arguments[:2] if isinstance(path, str | bytes | os.PathLike)]
         for path in map(os.fsdecode, paths[: 2 if event == "os.rename" else 1]):
             if not Path(os.path.abspath(path)).is_relative_to(self.folder):
                 self.elsewhere.append(f"{event} {path}")

@@ -120,14 +120,14 @@ class Numbers:
 
 
 def errors(
-    found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
+    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
 ) -> dict[str, float]:
     """Largest absolute difference over the wanted tensor's largest entry, by name."""
-    assert found.keys() == wanted.keys()
-    return {name: error(found[name], wanted[name]) for name in wanted}
+    assert found.keys() == expected.keys()
+    return {name: error(found[name], expected[name]) for name in expected}
 
 
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest absolute difference over the wanted tensor's largest entry."""
-    assert found.shape == wanted.shape
-    return float((found.double() - wanted.double()).abs().max() / wanted.abs().max())
+    assert found.shape == expected.shape
+    return float((found.double() - expected.double()).abs().max() / expected.abs().max())

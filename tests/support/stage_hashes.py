@@ -118,7 +118,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     lines = []
     for stage, numbers in expected.items():
         pairs = zip(found[stage]["losses"], numbers["losses"], strict=True)
-        first = next((i for i, (ours, theirs) in enumerate(pairs, 1) if ours != theirs), None)
+        first = next((i for i, (loss, other) in enumerate(pairs, 1) if loss != other), None)
         if first is not None:
             lines.append(f"{stage}: the loss of iteration {first} differs")
         elif found[stage]["parameters"] != numbers["parameters"]:
@@ -136,19 +136,19 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="new folder that keeps the runs (temporary)")
     parser.add_argument("--output", type=Path, metavar="JSON", help="write what was found there")
     parser.add_argument("--compare", type=Path, metavar="JSON", help="what `--output` wrote")
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        work = (given.work or Path(temporary)).resolve()
+        work = (args.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        found = hashes(given.checkout.resolve(), given.python, work)
+        found = hashes(args.checkout.resolve(), args.python, work)
     text = json.dumps(found, indent=1) + "\n"
     print(text, end="")
-    if given.output is not None:
-        given.output.write_text(text)
-    if given.compare is None:
+    if args.output is not None:
+        args.output.write_text(text)
+    if args.compare is None:
         return 0
-    lines = differences(found, json.loads(given.compare.read_text()))
-    print("\n".join(lines or [f"equal to {given.compare}"]))
+    lines = differences(found, json.loads(args.compare.read_text()))
+    print("\n".join(lines or [f"equal to {args.compare}"]))
     return int(bool(lines))
 
 

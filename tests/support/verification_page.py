@@ -78,15 +78,15 @@ def update(path: Path) -> None:
 
 def page() -> str:
     """The page's text: a table for each kind of hardware."""
-    given, figures = cards(), ci_figures()
+    described, figures = cards(), ci_figures()
     parts = [HEAD]
-    for key, words in given["hardware"].items():
+    for key, words in described["hardware"].items():
         parts += [
             f"\n## {words}\n",
             "| workflow | status | command | result | time | memory | when |",
         ]
         parts.append("|---" * 7 + "|")
-        parts += [_line(row, figures) for row in given["rows"] if row["hardware"] == key]
+        parts += [_line(row, figures) for row in described["rows"] if row["hardware"] == key]
     return "\n".join(parts) + "\n"
 
 

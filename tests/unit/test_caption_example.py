@@ -77,8 +77,8 @@ def test_the_embedded_prompt_is_what_the_stock_model_builds_itself(captioner):
     with torch.no_grad():
         stock = model(pixel_values=pixels, input_ids=ids, image_embeds_position_mask=mask).logits
         embeds = captioner.embed("<image><image>on", [CAT, DOG])
-        ours = model.text_model(inputs_embeds=embeds).logits
-    torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-5)
+        logits = model.text_model(inputs_embeds=embeds).logits
+    torch.testing.assert_close(logits, stock, atol=1e-5, rtol=1e-5)
 
 
 def test_images_and_placeholders_must_agree(captioner):

@@ -83,9 +83,9 @@ def test_a_prompt_of_two_sizes_is_what_the_pipeline_reads(pack, model):
         Image.fromarray((image[0].numpy() * 255).round().astype(np.uint8))
         for image in (first, second)
     ]
-    wanted, wanted_null = pipeline.encode_prompt(text, images=opened, negative_prompt="a circle")
-    assert found.shape == wanted.shape == (1, 21, 96)
-    torch.testing.assert_close(found, wanted)
+    expected, wanted_null = pipeline.encode_prompt(text, images=opened, negative_prompt="a circle")
+    assert found.shape == expected.shape == (1, 21, 96)
+    torch.testing.assert_close(found, expected)
     torch.testing.assert_close(null, wanted_null)
     assert (found - null).abs().max() > 0.1
 
@@ -180,8 +180,8 @@ def test_a_workflow_names_sockets_that_its_nodes_have(pack, path):
         known = pack.NODE_CLASS_MAPPINGS.get(node["type"])
         if known is None:
             continue
-        given = known.INPUT_TYPES()
-        sockets = {**given["required"], **given.get("optional", {})}
+        inputs = known.INPUT_TYPES()
+        sockets = {**inputs["required"], **inputs.get("optional", {})}
         assert {socket["name"] for socket in node["inputs"]} <= set(sockets)
         assert [output["type"] for output in node["outputs"]] == list(known.RETURN_TYPES)
     for number, source, out, target, socket, kind in graph["links"]:

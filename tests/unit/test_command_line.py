@@ -123,11 +123,11 @@ def test_no_option_has_a_second_name(name):
 
 
 def test_workers_are_processes_and_threads_are_threads():
-    asked = {
+    found = {
         word: {name for name, parser in PARSERS.items() if word in dict(options(parser))}
         for word in ("--workers", "--threads")
     }
-    assert asked == {"--workers": OF_PROCESSES, "--threads": OF_THREADS}
+    assert found == {"--workers": OF_PROCESSES, "--threads": OF_THREADS}
 
 
 def test_an_option_of_several_commands_takes_the_same_values():
@@ -173,7 +173,7 @@ def test_what_was_accepted_once_is_accepted(program):
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "renamed"),
+    ("name", "unchanged", "renamed"),
     [
         (
             "generate",
@@ -193,9 +193,9 @@ def test_what_was_accepted_once_is_accepted(program):
         ("toy train-assets", "vae", "--steps 7"),
     ],
 )
-def test_an_old_spelling_is_taken_with_one_note(capsys, name, given, renamed):
+def test_an_old_spelling_is_taken_with_one_note(capsys, name, unchanged, renamed):
     parser = module_of(name).build_parser()
-    old = [*given.split(), *renamed.split()]
+    old = [*unchanged.split(), *renamed.split()]
     spellings = parser.old_spellings | {
         word: new
         for typed, each in PARSERS.items()
@@ -204,10 +204,10 @@ def test_an_old_spelling_is_taken_with_one_note(capsys, name, given, renamed):
     }
     new = [re.sub(r"^--[a-z-]+", lambda m: spellings.get(m[0], m[0]), word) for word in old]
     assert new != old
-    wanted, found = vars(parser.parse_args(new)), vars(parser.parse_args(old))
-    assert found == wanted
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == renamed.count("--") and all(line.startswith("note: --") for line in said)
+    expected, found = vars(parser.parse_args(new)), vars(parser.parse_args(old))
+    assert found == expected
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == renamed.count("--") and all(line.startswith("note: --") for line in lines)
 
 
 def answer(arguments: list[str]) -> int:
@@ -287,11 +287,11 @@ def test_the_version_is_the_package_s(capsys):
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_exit_code_2(arguments, words, capsys, tmp_path):
-    given = [word.replace("{tmp}", str(tmp_path)) for word in arguments]
-    assert answer(given) == exit_codes.BAD_INPUT
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith("error: ")
-    assert words.replace("{tmp}", str(tmp_path)) in said[0]
+    command = [word.replace("{tmp}", str(tmp_path)) for word in arguments]
+    assert answer(command) == exit_codes.BAD_INPUT
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert words.replace("{tmp}", str(tmp_path)) in lines[0]
 
 
 def raises(error: BaseException):
@@ -302,7 +302,7 @@ def raises(error: BaseException):
 
 
 @pytest.mark.parametrize(
-    ("work", "code", "said"),
+    ("work", "code", "message"),
     [
         (lambda: exit_codes.DONE, 0, ""),
         (raises(ValueError("weight=0")), 2, "error: weight=0\n"),
@@ -310,9 +310,9 @@ def raises(error: BaseException):
         (raises(KeyboardInterrupt()), 130, "stopped\n"),
     ],
 )
-def test_how_a_command_ends(work, code, said, capsys):
+def test_how_a_command_ends(work, code, message, capsys):
     assert command_line.run(work, "stopped") == code
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,11 @@ def test_noun_phrases(caption, phrases):
 def test_noun_phrases_of_toy_captions_name_every_shape():
     for seed in range(50):
         scene = sample_scene(seed, 2, False)
-        said = toy_caption(scene, "mix", seed)
-        entities, _ = named_entities(said, noun_phrases(said))
+        words = toy_caption(scene, "mix", seed)
+        entities, _ = named_entities(words, noun_phrases(words))
         shapes = [entity.shape for entity in scene.entities]
         named = [entity["text"].split()[-1] for entity in entities]
-        assert set(shapes) <= set(named), said
+        assert set(shapes) <= set(named), words
 
 
 @pytest.mark.parametrize(

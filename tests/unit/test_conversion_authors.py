@@ -90,5 +90,5 @@ def test_heads_are_assumed_for_the_released_widths_only() -> None:
     with pytest.raises(ConversionError, match=r"aligner\.hidden_size=384.*num_attention_heads=N"):
         head_counts(smaller, "align", 32, set())
     assert "model.aligner.num_attention_heads" not in head_counts(smaller, "pretrain", 32, set())
-    given = {"model.aligner.num_attention_heads"}
-    assert not given & head_counts(smaller, "align", 32, given).keys()
+    configured = {"model.aligner.num_attention_heads"}
+    assert not configured & head_counts(smaller, "align", 32, configured).keys()

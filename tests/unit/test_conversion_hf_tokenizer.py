@@ -58,9 +58,9 @@ def html_model(tmp_path_factory) -> Path:
 
 
 def test_golden_ids(toy) -> None:
-    ours, exported = Tokenizer(TOY), AutoTokenizer.from_pretrained(toy)
+    native, exported = Tokenizer(TOY), AutoTokenizer.from_pretrained(toy)
     for text, ids in GOLDEN.items():
-        assert ours.encode(text) == ids, text
+        assert native.encode(text) == ids, text
         assert exported.encode(text, add_special_tokens=False) == ids, text
 
 
@@ -73,16 +73,16 @@ def test_a_prompt_starts_with_bos_and_has_no_eos(toy) -> None:
 
 
 def test_special_tokens_have_the_dictionarys_ids(toy) -> None:
-    ours, exported = Tokenizer(TOY), AutoTokenizer.from_pretrained(toy)
-    assert len(exported) == ours.vocab_size == 327
+    native, exported = Tokenizer(TOY), AutoTokenizer.from_pretrained(toy)
+    assert len(exported) == native.vocab_size == 327
     assert exported.convert_tokens_to_ids(["<image>", "</image>", "</line>"]) == [
-        ours.image_id,
-        ours.end_image_id,
-        ours.vocab_size - 1,
+        native.image_id,
+        native.end_image_id,
+        native.vocab_size - 1,
     ]
-    given = (exported.bos_token_id, exported.pad_token_id, exported.eos_token_id)
-    assert given == (ours.bos_id, ours.pad_id, ours.eos_id)
-    assert exported.unk_token_id == ours.unk_id and exported.model_max_length == 99
+    ids = (exported.bos_token_id, exported.pad_token_id, exported.eos_token_id)
+    assert ids == (native.bos_id, native.pad_id, native.eos_id)
+    assert exported.unk_token_id == native.unk_id and exported.model_max_length == 99
 
 
 def test_the_sentencepiece_model_lies_beside(toy) -> None:
@@ -98,16 +98,16 @@ def test_random_text_full_of_brackets(which, toy, html_model, tmp_path) -> None:
         model, folder = html_model, tmp_path / "tokenizer"
         hf_tokenizer.write_tokenizer(model, folder, 99)
         assert any("<" in token for token in hf_tokenizer.token_list(model)[4:-6])
-    ours, exported = Tokenizer(model), AutoTokenizer.from_pretrained(folder)
+    native, exported = Tokenizer(model), AutoTokenizer.from_pretrained(folder)
     parts = ["a", "red", " ", "<", "s", ">", "<s>", "<image>", "/", "</doc>", "\n", "火", "▁", "ﬁ"]
     draw = random.Random(0)
     for _ in range(500):
         text = "".join(draw.choices(parts, k=draw.randint(0, 12)))
-        wanted = ours.encode(text)
-        assert exported.encode(text, add_special_tokens=False) == wanted, text
-        after = range(ours.num_pieces + 1, len(exported))
-        specials = {ours.bos_id, ours.pad_id, ours.eos_id, *after}
-        assert not specials & set(wanted)
+        expected = native.encode(text)
+        assert exported.encode(text, add_special_tokens=False) == expected, text
+        after = range(native.num_pieces + 1, len(exported))
+        specials = {native.bos_id, native.pad_id, native.eos_id, *after}
+        assert not specials & set(expected)
 
 
 def test_another_models_tokens_are_refused(toy, html_model) -> None:
@@ -150,12 +150,12 @@ def test_a_bpe_model_gives_sentencepieces_ids(tmp_path, settings: dict) -> None:
     model = trained(tmp_path / "bpe.model", lines, vocab_size=400, model_type="bpe", **settings)
     hf_tokenizer.write_tokenizer(model, tmp_path / "tokenizer", 99)
     hf_tokenizer.check_same_tokens(model, tmp_path / "tokenizer")
-    ours, exported = Tokenizer(model), AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    native, exported = Tokenizer(model), AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     texts = ["".join(draw.choices(ALPHABET, k=draw.randint(0, 40))) for _ in range(1500)]
     texts += [*lines, *(letter * count for letter in "aes.日" for count in range(30))]
     found = exported(texts, add_special_tokens=False).input_ids
-    wanted = [ids.tolist() for ids in ours.encode_batch(texts)]
-    assert [t for t, one, other in zip(texts, found, wanted, strict=True) if one != other] == []
+    expected = [ids.tolist() for ids in native.encode_batch(texts)]
+    assert [t for t, one, other in zip(texts, found, expected, strict=True) if one != other] == []
     assert exported.convert_ids_to_tokens(range(len(exported))) == hf_tokenizer.token_list(model)
     assert exported.decode(exported.encode("abc dé"), skip_special_tokens=True) == "abc dé"
 

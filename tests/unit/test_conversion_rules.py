@@ -73,11 +73,11 @@ def test_fused_rows_are_ordered_by_head(external) -> None:
     assert names == ["layer.1.q.weight", "layer.1.k.weight", "layer.1.v.weight"]
     fused = make([external[name] for name in names])
     rows = WIDTH // HEADS
-    wanted = []
+    expected = []
     for head in range(HEADS):
         for name in names:
-            wanted.append(external[name][head * rows : (head + 1) * rows])
-    assert torch.equal(fused, torch.cat(wanted))
+            expected.append(external[name][head * rows : (head + 1) * rows])
+    assert torch.equal(fused, torch.cat(expected))
 
 
 def test_there_and_back_changes_nothing(external) -> None:
@@ -91,8 +91,8 @@ def test_there_and_back_changes_nothing(external) -> None:
     for name, info in back.names().items():
         tensor = back.read(name)
         assert (tuple(tensor.shape), tensor.dtype) == info
-        wanted = external[name][:5] if name == "embed" else external[name]
-        assert torch.equal(tensor, wanted), name
+        expected = external[name][:5] if name == "embed" else external[name]
+        assert torch.equal(tensor, expected), name
     for name, info in native.names().items():
         assert tuple(native.read(name).shape) == info.shape
 

@@ -40,11 +40,11 @@ def test_every_tensor_is_what_torch_reads(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.pt", {"model": OrderedDict(TENSORS), "note": ["a", 1, None]})
     content = load_lazily(path)
     assert content["note"] == ["a", 1, None]
-    for name, wanted in TENSORS.items():
+    for name, expected in TENSORS.items():
         lazy = content["model"][name]
         assert isinstance(lazy, LazyTensor)
-        assert lazy.info == (tuple(wanted.shape), wanted.dtype)
-        assert torch.equal(lazy.read(), wanted.detach()), name
+        assert lazy.info == (tuple(expected.shape), expected.dtype)
+        assert torch.equal(lazy.read(), expected.detach()), name
 
 
 def test_a_state_dict_is_read_with_its_metadata(tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ SIZES = (7, 1, 12)
 
 def written(folder: Path, kind: str, prefix: Path, inputs: list[Path]) -> str:
     model = str(write_tokenizer(folder))
-    given = tuple(map(str, inputs))
-    preprocess(PreprocessJob(kind, given, model, str(prefix)), lambda *_: None)
+    job = PreprocessJob(kind, tuple(map(str, inputs)), model, str(prefix))
+    preprocess(job, lambda *_: None)
     return str(prefix)
 
 
@@ -59,8 +59,8 @@ def in_parts(folder: Path, kind: str, sizes=SIZES) -> tuple[str, list[str]]:
         first += size
     joined = written(folder, kind, folder / "joined" / kind, inputs)
     parts = [
-        written(folder, kind, folder / f"disk{number % 2}" / f"{kind}-{number}", [given])
-        for number, given in enumerate(inputs)
+        written(folder, kind, folder / f"disk{number % 2}" / f"{kind}-{number}", [input_file])
+        for number, input_file in enumerate(inputs)
     ]
     return joined, parts
 
@@ -175,8 +175,8 @@ def test_shards_replay_the_stream_of_the_joined_dataset(folder, stage, monkeypat
     assert restarted == expected[3 * GLOBAL_BATCH :]
     names = [sorted(p.name for p in w.rglob("epoch*-*")) for w in (folder / "joined", folder)]
     if stage == "pretrain":  # the index of one serves the other
-        own = [p.name for p in (folder / "run-pretrain").rglob("epoch*-*") if p.is_dir()]
-        assert own and set(own) <= set(names[0])
+        folders = [p.name for p in (folder / "run-pretrain").rglob("epoch*-*") if p.is_dir()]
+        assert folders and set(folders) <= set(names[0])
 
 
 def test_opening_costs_neither_descriptors_nor_memory_of_samples(tmp_path):
@@ -285,9 +285,9 @@ def test_shards_that_took_each_others_names_are_noticed(tmp_path, capsys):
     reasons = [found.reason for found in check_dataset(store, tokenizer, 1, lambda *_: None)]
     assert f"shard {parts[1]} has another content than the manifest notes" in reasons
     assert command.main([str(tmp_path / "all")]) == 1
-    said = capsys.readouterr().out
-    assert "disk0/caption-0: samples 0 to 2" in said and "2 shards, 1 bad" in said
-    assert f"{parts[1]} has another content" in said
+    output = capsys.readouterr().out
+    assert "disk0/caption-0: samples 0 to 2" in output and "2 shards, 1 bad" in output
+    assert f"{parts[1]} has another content" in output
 
 
 def test_a_shard_moves_and_is_added_but_never_changes_place(captions, capsys):
@@ -305,8 +305,8 @@ def test_a_shard_moves_and_is_added_but_never_changes_place(captions, capsys):
         assert command.main([str(prefix), *wrong]) == 2
         assert "samples would change their numbers" in capsys.readouterr().err
     records = image_records(prefix.parent / "more", "caption", 2, seed=5)
-    given = write_jsonl(prefix.parent / "more" / "r.jsonl", records)
-    more = written(prefix.parent, "caption", prefix.parent / "extra", [given])
+    input_file = write_jsonl(prefix.parent / "more" / "r.jsonl", records)
+    more = written(prefix.parent, "caption", prefix.parent / "extra", [input_file])
     assert command.main([str(prefix), parts[0], str(moved), parts[2], more]) == 0
     longer = SampleStore(prefix)
     assert len(longer) == 12 and longer[11].info == SampleStore(more)[1].info
@@ -326,8 +326,8 @@ def test_a_shard_moves_and_is_added_but_never_changes_place(captions, capsys):
 
 
 def written_text(folder: Path) -> str:
-    given = write_jsonl(folder / "texts.jsonl", text_records(3))
-    return written(folder, "text", folder / "texts", [given])
+    input_file = write_jsonl(folder / "texts.jsonl", text_records(3))
+    return written(folder, "text", folder / "texts", [input_file])
 
 
 def test_places_of_the_shards_are_relative_to_their_list(captions, monkeypatch):

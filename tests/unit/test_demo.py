@@ -48,7 +48,7 @@ def subject(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "num_images", "fits", "said"),
+    ("prompt", "num_images", "fits", "text"),
     [
         ("a <image>", 1, True, "1 <image> in the text, 1 image added"),
         ("a <image>", 0, False, "1 <image> in the text, 0 images added: add 1 more"),
@@ -56,9 +56,9 @@ def subject(tmp_path_factory) -> Path:
         ("a dog", 0, True, "0 <image> in the text, 0 images added"),
     ],
 )
-def test_the_page_says_both_numbers(prompt, num_images, fits, said):
+def test_the_page_says_both_numbers(prompt, num_images, fits, text):
     found = count_line(prompt, num_images)
-    assert found[0] == fits and found[1].startswith(said)
+    assert found[0] == fits and found[1].startswith(text)
 
 
 @pytest.mark.parametrize(
@@ -106,14 +106,17 @@ def test_what_is_no_image_or_too_large_is_refused_by_its_name(tmp_path, subject,
 
 
 def test_a_image_says_settings_that_draw_it_again(studio, subject, tmp_path):
-    said = []
-    asked = generation_request(PROMPT, [subject], GIVEN)
+    reports = []
+    request = generation_request(PROMPT, [subject], GIVEN)
     first = studio.generate(
-        asked, tmp_path / "a", lambda share, words: said.append((share, words)), threading.Event()
+        request,
+        tmp_path / "a",
+        lambda share, words: reports.append((share, words)),
+        threading.Event(),
     )
     assert [path.name for path in first] == ["image-0.png", "image-1.png"]
-    assert [share for share, _ in said] == [0.25, 0.5, 0.75, 1.0]
-    assert said[0][1].startswith("step 1 of 4, ") and said[0][1].endswith(" s left")
+    assert [share for share, _ in reports] == [0.25, 0.5, 0.75, 1.0]
+    assert reports[0][1].startswith("step 1 of 4, ") and reports[0][1].endswith(" s left")
     assert not np.array_equal(pixels(first[0]), pixels(first[1]))
     settings = read_settings(first[1])
     assert image_names(settings) == ["subject.png"] and image_names({"shown": 1}) == []
@@ -133,10 +136,10 @@ def test_a_scheduler_is_of_one_request(studio, subject, tmp_path):
     """Whatever another session has drawn with in between."""
 
     def generate(scheduler: str) -> np.ndarray:
-        asked = generation_request(
+        request = generation_request(
             PROMPT, [subject], GIVEN | {"scheduler": scheduler, "num_images": 1}
         )
-        return pixels(studio.generate(asked, tmp_path, silent, threading.Event())[0])
+        return pixels(studio.generate(request, tmp_path, silent, threading.Event())[0])
 
     first, other, again = generate("dpm++"), generate("ddim"), generate("dpm++")
     assert np.array_equal(first, again) and not np.array_equal(first, other)
@@ -168,9 +171,9 @@ def test_drawing_stops_at_the_next_step(studio, subject, tmp_path):
     ],
 )
 def test_a_prompt_that_does_not_fit_is_refused(studio, subject, tmp_path, prompt, count, message):
-    asked = generation_request(prompt, [subject] * count, GIVEN)
+    request = generation_request(prompt, [subject] * count, GIVEN)
     with pytest.raises(PromptError, match=message):
-        studio.generate(asked, tmp_path / "made", silent, threading.Event())
+        studio.generate(request, tmp_path / "made", silent, threading.Event())
     assert not (tmp_path / "made").exists()
 
 
@@ -223,22 +226,22 @@ def test_a_list_becomes_a_zip(studio, subject, tmp_path):
     ]
     jsonl = tmp_path / "mine.jsonl"
     jsonl.write_text("".join(json.dumps(record) + "\n" for record in records))
-    said = []
+    reports = []
     made = generate_batch(
         studio,
         jsonl,
         [subject],
         generation_request("", [], GIVEN),
         tmp_path / "made",
-        lambda share, words: said.append((share, words)),
+        lambda share, words: reports.append((share, words)),
         threading.Event(),
     )
     with zipfile.ZipFile(made) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "out")
     assert names == ["contact_sheet.png", "one-0.png", "one-1.png", "two-0.png"]
-    assert said[-1] == (1.0, "3 of 3 images")
-    assert all(0 <= share <= 1 for share, _ in said)
+    assert reports[-1] == (1.0, "3 of 3 images")
+    assert all(0 <= share <= 1 for share, _ in reports)
     settings = read_settings(tmp_path / "out" / "two-0.png")
     assert settings["seed"] == 9 and settings["steps"] == 2 and settings["scheduler"] == "dpm++"
 
@@ -356,11 +359,11 @@ def test_a_wrong_model_is_said_in_one_line_before_libraries_are_loaded(tmp_path)
         "print([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules]); "
         "sys.exit(code)"
     )
-    said = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False
     )
-    assert said.returncode == 2 and said.stdout == "[]\n"
-    assert said.stderr.startswith("error: --model none") and said.stderr.count("\n") == 1
+    assert ended.returncode == 2 and ended.stdout == "[]\n"
+    assert ended.stderr.startswith("error: --model none") and ended.stderr.count("\n") == 1
 
 
 def test_the_shipped_toy_s_page_opens_with_a_prompt_that_can_be_drawn():

@@ -48,10 +48,10 @@ def extended(additions) -> Studio:
     return open_toy(((additions / "lora", 0.5),), nets)
 
 
-def drawn(studio: Studio, folder: Path, prompt: str = "a red circle", **given) -> np.ndarray:
+def drawn(studio: Studio, folder: Path, prompt: str = "a red circle", **values) -> np.ndarray:
     """The first image."""
-    asked = generation_request(prompt, [], GIVEN | {"num_images": 1} | given)
-    return pixels(studio.generate(asked, folder, silent, threading.Event())[0]).astype(int)
+    request = generation_request(prompt, [], GIVEN | {"num_images": 1} | values)
+    return pixels(studio.generate(request, folder, silent, threading.Event())[0]).astype(int)
 
 
 def test_a_start_image_is_kept_the_more_the_less_strength(studio, subject, tmp_path):
@@ -68,12 +68,14 @@ def test_a_start_image_is_kept_the_more_the_less_strength(studio, subject, tmp_p
 
 
 def test_steps_of_a_start_image_are_a_share(studio, subject, tmp_path):
-    said = []
-    asked = generation_request(PROMPT, [subject], GIVEN | {"start_image": subject, "strength": 0.5})
-    made = studio.generate(
-        asked, tmp_path, lambda share, words: said.append(share), threading.Event()
+    recorded = []
+    request = generation_request(
+        PROMPT, [subject], GIVEN | {"start_image": subject, "strength": 0.5}
     )
-    assert said == [0.5, 1.0]
+    made = studio.generate(
+        request, tmp_path, lambda share, words: recorded.append(share), threading.Event()
+    )
+    assert recorded == [0.5, 1.0]
     assert not np.array_equal(pixels(made[0]), pixels(made[1])), "seeds count up"
     settings = read_settings(made[1])
     assert settings["strength"] == 0.5 and page_values(settings)["strength"] == 0.5
@@ -82,21 +84,21 @@ def test_steps_of_a_start_image_are_a_share(studio, subject, tmp_path):
 
 
 def test_what_controlnet_and_lora_do_is_said_and_done_again(extended, studio, subject, tmp_path):
-    plain, own = drawn(studio, tmp_path / "a"), drawn(extended, tmp_path / "b")
+    plain, with_additions = drawn(studio, tmp_path / "a"), drawn(extended, tmp_path / "b")
     without = drawn(extended, tmp_path / "c", lora_scale=0)
-    assert np.array_equal(without, plain) and not np.array_equal(own, plain)
-    given = {"controlnet": "my canny", "control_image": subject, "lora_scale": 0}
-    controlled = drawn(extended, tmp_path / "d", **given, control_scale=0.7)
+    assert np.array_equal(without, plain) and not np.array_equal(with_additions, plain)
+    values = {"controlnet": "my canny", "control_image": subject, "lora_scale": 0}
+    controlled = drawn(extended, tmp_path / "d", **values, control_scale=0.7)
     settings = read_settings(tmp_path / "d" / "image-0.png")
     assert not np.array_equal(controlled, plain)
-    assert np.array_equal(drawn(extended, tmp_path / "e", **given, control_scale=0), plain)
-    both = drawn(extended, tmp_path / "f", **given, start_image=subject, strength=0.5)
+    assert np.array_equal(drawn(extended, tmp_path / "e", **values, control_scale=0), plain)
+    both = drawn(extended, tmp_path / "f", **values, start_image=subject, strength=0.5)
     assert both.shape == plain.shape and not np.array_equal(both, controlled)
 
     assert extended.lora_names == ["lora"] and extended.controlnet_names == ["my canny"]
-    said = {"controlnet": "my canny", "control_scale": 0.7, "lora_scale": 0.0}
-    assert extended.additions(settings) == said and extended.missing_additions(settings) == []
-    again = drawn(extended, tmp_path / "g", control_image=subject, **said)
+    recorded = {"controlnet": "my canny", "control_scale": 0.7, "lora_scale": 0.0}
+    assert extended.additions(settings) == recorded and extended.missing_additions(settings) == []
+    again = drawn(extended, tmp_path / "g", control_image=subject, **recorded)
     assert np.array_equal(again, controlled)
     assert studio.additions(settings)["controlnet"] == "none"
     assert studio.missing_additions(settings) == ["ControlNet", "LoRA"]
@@ -106,7 +108,7 @@ def test_what_controlnet_and_lora_do_is_said_and_done_again(extended, studio, su
 
 
 def test_a_controlnet_and_its_image_belong_together(extended, subject, tmp_path):
-    for given, message in (
+    for values, message in (
         ({"control_image": subject}, "choose a ControlNet"),
         ({"controlnet": "my canny"}, "needs a control image"),
         ({"controlnet": "../x", "control_image": subject}, "there is no ControlNet '../x' here"),
@@ -115,7 +117,7 @@ def test_a_controlnet_and_its_image_belong_together(extended, subject, tmp_path)
         ({"strength": float("nan")}, "strength is a number from 0.05 to 1"),
     ):
         with pytest.raises(PromptError, match=message):
-            drawn(extended, tmp_path, **given)
+            drawn(extended, tmp_path, **values)
 
 
 def test_controlnets_have_names(additions, tmp_path):
@@ -124,7 +126,7 @@ def test_controlnets_have_names(additions, tmp_path):
     odd = tmp_path / "a=b"
     odd.symlink_to(net)
     assert named_folders([str(odd)]) == {"net": odd}
-    for given, message in (
+    for values, message in (
         ([f"={net}"], "give NAME=FOLDER"),
         (["a="], "give NAME=FOLDER"),
         ([f"a={net}", f"a={net}"], "the name a is taken"),
@@ -132,7 +134,7 @@ def test_controlnets_have_names(additions, tmp_path):
         ([f"a={tmp_path}/missing"], "no config.json there"),
     ):
         with pytest.raises(ConfigError, match=message):
-            named_folders(given)
+            named_folders(values)
     assert "edges" in control_image_of("control_v11p_sd15_Canny")
     assert control_image_of("mine") == "the image that it was trained on"
 

@@ -84,9 +84,9 @@ def test_commands_are_understood(name, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     text = BY_NAME[name].read_text("utf-8")
     shown = [line for line in block_lines(text) if "error:" not in line]
-    found = {line: said for line in shown if (said := problems(line))}
+    found = {line: problem for line in shown if (problem := problems(line))}
     refused = [line for line in found if is_shown_as_refused(line, text)]
-    assert not {line: said for line, said in found.items() if line not in refused}
+    assert not {line: problem for line, problem in found.items() if line not in refused}
 
 
 def is_shown_as_refused(line: str, page: str) -> bool:
@@ -97,7 +97,7 @@ def is_shown_as_refused(line: str, page: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "problem"),
     [
         ("kosmosg draw --model x", "no command draw"),
         ("python tools/draw.py", "there is no tools/draw.py"),
@@ -109,8 +109,8 @@ def is_shown_as_refused(line: str, page: str) -> bool:
         ("kosmosg preprocess --sheet 3 ...", "no option --sheet"),
     ],
 )
-def test_a_command_that_fails_is_noticed(line, said):
-    assert any(said in text for text in problems(line)), problems(line)
+def test_a_command_that_fails_is_noticed(line, problem):
+    assert any(problem in text for text in problems(line)), problems(line)
 
 
 @pytest.mark.parametrize(
@@ -126,19 +126,19 @@ def test_a_command_that_fails_is_noticed(line, said):
 )
 def test_a_refusal_that_a_page_shows_is_today_s(name, command, capsys):
     assert cli.main(command.split()) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert " ".join(said.split()) in " ".join(BY_NAME[name].read_text("utf-8").split())
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert " ".join(message.split()) in " ".join(BY_NAME[name].read_text("utf-8").split())
 
 
 def test_commands_of_the_front_page_s_table_exist():
     text = (REPOSITORY / "README.md").read_text("utf-8")
     table = text.split("| I want to ... | command | page |", 1)[1].split("\n\n", 1)[0]
-    given = re.findall(r"`((?:kosmosg|bash|sbatch) [^`]+)`", table)
-    assert len(given) >= 12
-    for command in given:
-        said = problems(command)
-        assert not said or "are required" in said[0], (command, said)
+    commands = re.findall(r"`((?:kosmosg|bash|sbatch) [^`]+)`", table)
+    assert len(commands) >= 12
+    for command in commands:
+        found = problems(command)
+        assert not found or "are required" in found[0], (command, found)
 
 
 def test_the_menu_of_the_site_names_every_page():
@@ -168,11 +168,11 @@ def test_files_for_forges_say_what_is_so():
     run = " ".join(step.get("run", "") for job in jobs.values() for step in job["steps"])
     assert "bash .ci/run" in run and "bash tests/documents_site.sh" in run
     form = REPOSITORY / ".github/ISSUE_TEMPLATE/problem.yml"
-    asked = [
+    labels = [
         part.get("attributes", {}).get("label", "")
         for part in yaml.safe_load(form.read_text())["body"]
     ]
-    assert any("--dry-run" in label for label in asked)
+    assert any("--dry-run" in label for label in labels)
 
 
 def test_generated_pages_are_of_today():
@@ -187,8 +187,8 @@ ROWS = verification_page.cards()["rows"]
 def test_a_card_claims_what_ran_and_nothing_else(row):
     assert row["hardware"] in verification_page.cards()["hardware"]
     assert row["status"] in verification_page.STATUSES
-    said = problems(row["command"])
-    assert not said or "are required" in said[0]
+    problem = problems(row["command"])
+    assert not problem or "are required" in problem[0]
     evidence = row.get("evidence")
     if row["status"] not in ("verified", "rehearsed"):
         assert evidence is None
@@ -225,10 +225,10 @@ def test_messages_of_the_troubleshooting_page_exist():
     lines = [line for table in tables for line in table.split("\n\n")[0].splitlines()]
     cells = [line.split(" | ")[0] for line in lines if line.startswith("| `")]
     of_others = ("zsh", "No matching distribution", "Permission denied", "tools/")
-    said = [m for cell in cells for m in re.findall(r"`([^`]+)`", cell)]
-    said = [message for message in said if not message.startswith(of_others)]
-    assert len(said) >= 12
-    for message in said:
+    messages = [m for cell in cells for m in re.findall(r"`([^`]+)`", cell)]
+    messages = [message for message in messages if not message.startswith(of_others)]
+    assert len(messages) >= 12
+    for message in messages:
         parts = re.split(r"\b[A-Z]\b|\bPATH\b|\.\.\.|\d+|=", message)
         longest = max(parts, key=len).strip()
         assert longest in source, message

@@ -131,13 +131,13 @@ def test_the_thirty_images_are_those_that_the_authors_keep():
 
 def test_the_750_texts_of_one_subject():
     kinds = {subject.name: subject.kind for subject in dreambench.SUBJECTS}
-    wanted = [
+    expected = [
         text.format(word)
         for name, word in (line.split(",") for line in CLASSES.splitlines())
         for text in GOOGLE[kinds[name]].splitlines()
     ]
     cases = list(dreambench.single_cases())
-    assert [case.text for case in cases] == wanted and len(wanted) == 750
+    assert [case.text for case in cases] == expected and len(expected) == 750
     assert len({case.name for case in cases}) == 750
 
 

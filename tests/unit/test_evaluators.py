@@ -64,9 +64,9 @@ def test_resemblance_is_that_of_the_commands(name, networks):
     found = measure(build_evaluators(config_of(name, **networks)), GeneratedImages(*pixels))
     network = open_network(find(Path(networks[name])), torch.device("cpu"))
     features = network.features(torch.stack([rule(image) for image in images]))
-    wanted = torch.cosine_similarity(features[0], features[1], dim=0)
-    assert found == {f"{name}_similarity": pytest.approx(float(wanted), abs=1e-6)}
-    assert wanted < 0.999
+    expected = torch.cosine_similarity(features[0], features[1], dim=0)
+    assert found == {f"{name}_similarity": pytest.approx(float(expected), abs=1e-6)}
+    assert expected < 0.999
 
 
 def test_words_are_compared_with_images_as_the_command_does(networks):
@@ -80,8 +80,8 @@ def test_words_are_compared_with_images_as_the_command_does(networks):
     found = measure(evaluators, GeneratedImages(pixels, pixels, texts))
     network = open_network(find_clip(Path(networks["clip"])), torch.device("cpu"))
     image = network.features(torch.stack([clip_pixels(images[0])]))
-    wanted = torch.cosine_similarity(image, network.text_features(texts[:1]))
-    assert found["clip_text_similarity"] == pytest.approx(float(wanted), abs=1e-6)
+    expected = torch.cosine_similarity(image, network.text_features(texts[:1]))
+    assert found["clip_text_similarity"] == pytest.approx(float(expected), abs=1e-6)
     for none in ((), (None, None), (None, texts[1])):
         found = measure(evaluators, GeneratedImages(pixels, pixels, none))
         assert set(found) == {"clip_similarity"}
@@ -132,8 +132,8 @@ def test_a_stage_that_draws_nothing_has_no_evaluators(stage, more, capsys):
     ],
 )
 def test_a_measurement_that_cannot_be_is_refused(settings, words, capsys):
-    given = ["--config", "toy_instruct", *settings, "parallel.world_size=1", "--dry-run"]
-    assert train.main(given) == exit_codes.BAD_INPUT
+    arguments = ["--config", "toy_instruct", *settings, "parallel.world_size=1", "--dry-run"]
+    assert train.main(arguments) == exit_codes.BAD_INPUT
     assert words in capsys.readouterr().err
 
 

@@ -56,7 +56,7 @@ SIZE = ShardSize(1000, 1 << 20, 1 << 20)
 
 
 @pytest.fixture
-def given(tmp_path) -> Path:
+def dataset_folder(tmp_path) -> Path:
     """The folder of an input; beside it lies an image that is not the input's."""
     folder = tmp_path / "given"
     folder.mkdir()
@@ -78,64 +78,71 @@ def reason_of(found: Record | BadRecord) -> str:
 # ---- where names may lead ------------------------------------------------------------------------
 
 
-def test_a_name_lies_in_the_folder_or_in_the_one_that_is_allowed_too(given, tmp_path):
+def test_a_name_lies_in_the_folder_or_in_the_one_that_is_allowed_too(dataset_folder, tmp_path):
     allowed = tmp_path / "allowed"
-    (given / "link").symlink_to(tmp_path)
-    for name in ("own.png", "a/../own.png", str(given / "own.png"), "link/private.png"):
-        assert inside(given, name) == given / name
+    (dataset_folder / "link").symlink_to(tmp_path)
+    for name in ("own.png", "a/../own.png", str(dataset_folder / "own.png"), "link/private.png"):
+        assert inside(dataset_folder, name) == dataset_folder / name
     for name in ("../private.png", "/etc/passwd", "a/../../private.png", "link/../given2/x"):
         with pytest.raises(OutsideFolder, match="lies outside"):
-            inside(given, name)
-    assert inside(given, str(allowed / "x"), allowed) == allowed / "x"
+            inside(dataset_folder, name)
+    assert inside(dataset_folder, str(allowed / "x"), allowed) == allowed / "x"
     with pytest.raises(OutsideFolder):
-        inside(given, str(tmp_path / "allowed2" / "x"), allowed)
+        inside(dataset_folder, str(tmp_path / "allowed2" / "x"), allowed)
 
 
-def test_a_folder_under_another_name_is_the_same_folder(given, tmp_path):
-    (tmp_path / "alias").symlink_to(given)
-    for folder, named in ((given, tmp_path / "alias"), (tmp_path / "alias", given)):
+def test_a_folder_under_another_name_is_the_same_folder(dataset_folder, tmp_path):
+    (tmp_path / "alias").symlink_to(dataset_folder)
+    for folder, named in (
+        (dataset_folder, tmp_path / "alias"),
+        (tmp_path / "alias", dataset_folder),
+    ):
         assert inside(folder, str(named / "own.png")) == named / "own.png"
 
 
-def test_a_image_from_elsewhere_is_rejected_with_the_flag_that_allows_it(given, tmp_path):
+def test_a_image_from_elsewhere_is_rejected_with_the_flag_that_allows_it(dataset_folder, tmp_path):
     # c9c3073 took any image that the process could read into the dataset.
     elsewhere = str(tmp_path / "private.png")
-    record = Record("x", {}, given)
+    record = Record("x", {}, dataset_folder)
     for name in ("../private.png", elsewhere):
         with pytest.raises(Rejected, match="image lies outside the folder") as rejected:
             ImageCheck(Options()).read(record, {"image": name}, "image")
         assert f"--image-root {tmp_path}" in rejected.value.detail
-    for name in ("own.png", str(given / "own.png")):
+    for name in ("own.png", str(dataset_folder / "own.png")):
         assert ImageCheck(Options()).read(record, {"image": name}, "image") == noise_image(2)
     rooted = ImageCheck(Options(image_root=str(tmp_path)))
     for name in ("private.png", elsewhere):
         assert rooted.read(record, {"image": name}, "image") == noise_image(1)
-    assert rooted.read(record, {"image": str(given / "own.png")}, "image") == noise_image(2)
+    assert rooted.read(record, {"image": str(dataset_folder / "own.png")}, "image") == noise_image(
+        2
+    )
 
 
-def test_prompts_show_images_of_their_own_folder(given, tmp_path):
-    asked = {"prompt": "a <image>", "images": ["../private.png"]}
-    path = write_jsonl(given / "prompts.jsonl", [asked])
+def test_prompts_show_images_of_their_own_folder(dataset_folder, tmp_path):
+    prompt = {"prompt": "a <image>", "images": ["../private.png"]}
+    path = write_jsonl(dataset_folder / "prompts.jsonl", [prompt])
     with pytest.raises(PromptError, match="prompts.jsonl:1: .* lies outside .*--image-root"):
         read_records(path)
     (record,) = read_records(path, tmp_path)
-    assert record.images == [given / "../private.png"]
+    assert record.images == [dataset_folder / "../private.png"]
     write_jsonl(path, [{"prompt": "a", "control_image": str(tmp_path / "private.png")}])
     with pytest.raises(PromptError, match="lies outside"):
         read_records(path)
 
 
-def test_prompt_folders_lie_in_the_input(given, tmp_path):
+def test_prompt_folders_lie_in_the_input(dataset_folder, tmp_path):
     # c9c3073 read any folder that seeds.json named.
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "prompt.json").write_text('{"input": "a", "edit": "b", "output": "c"}')
-    (given / "seeds.json").write_text(json.dumps([["../other", ["1"]], [str(tmp_path), ["1"]]]))
-    found = records_of(PromptFolderReader(), given)
+    (dataset_folder / "seeds.json").write_text(
+        json.dumps([["../other", ["1"]], [str(tmp_path), ["1"]]])
+    )
+    found = records_of(PromptFolderReader(), dataset_folder)
     assert {reason_of(record) for record in found} == {"prompt folder lies outside the input"}
 
 
-def test_masks_lie_beside_their_annotations(given, tmp_path):
-    path = write_jsonl(given / "masks.jsonl", [{"key": "a"}])
+def test_masks_lie_beside_their_annotations(dataset_folder, tmp_path):
+    path = write_jsonl(dataset_folder / "masks.jsonl", [{"key": "a"}])
     with pytest.raises(Rejected, match="mask lies outside the folder of the annotations"):
         Annotations(path).file("../private.png")
     assert Annotations(path).file("own.png") == noise_image(2)
@@ -163,34 +170,34 @@ def test_an_index_names_shards_of_its_own_folder(tmp_path):
 # ---- how much ------------------------------------------------------------------------------------
 
 
-def test_pipes_devices_and_huge_files_are_no_images(given):
+def test_pipes_devices_and_huge_files_are_no_images(dataset_folder):
     # c9c3073 waited for the pipe's writer, and read /dev/zero until memory ended.
-    os.mkfifo(given / "pipe.png")
-    (given / "zero.png").symlink_to("/dev/zero")
-    with (given / "huge.png").open("wb") as file:
+    os.mkfifo(dataset_folder / "pipe.png")
+    (dataset_folder / "zero.png").symlink_to("/dev/zero")
+    with (dataset_folder / "huge.png").open("wb") as file:
         file.truncate(1 << 40)
-    record = Record("x", {}, given)
+    record = Record("x", {}, dataset_folder)
     for name, why in (("pipe", "no regular"), ("zero", "no regular"), ("huge", "512 MiB")):
         with pytest.raises(Rejected, match="image cannot be read") as rejected:
             ImageCheck(Options()).read(record, {"image": f"{name}.png"}, "image")
         assert why in rejected.value.detail
 
 
-def test_a_line_has_a_longest_length_also_where_it_is_packed(given, monkeypatch):
+def test_a_line_has_a_longest_length_also_where_it_is_packed(dataset_folder, monkeypatch):
     # c9c3073 unpacked a line of 3.9 MB to its 4 GB.
     monkeypatch.setattr(lines, "MAX_TEXT_BYTES", 1000)
     text = b'{"a": 1}\n' + b'{"a": "' + b"x" * 5_000_000 + b'"}\n' + b'{"a": 2}\n'
     for name, packed in (("a.jsonl", text), ("a.jsonl.gz", gzip.compress(text))):
-        (given / name).write_bytes(packed)
-        first, long, last = records_of(JsonlReader(), given / name)
+        (dataset_folder / name).write_bytes(packed)
+        first, long, last = records_of(JsonlReader(), dataset_folder / name)
         assert reason_of(long) == "text is too long" and long.source == f"{name}:2"
         assert [first.fields, last.fields] == [{"a": 1}, {"a": 2}]
 
 
-def test_a_line_may_be_as_long_as_allowed(given, monkeypatch):
+def test_a_line_may_be_as_long_as_allowed(dataset_folder, monkeypatch):
     monkeypatch.setattr(lines, "MAX_TEXT_BYTES", 8)
-    (given / "a.jsonl").write_bytes(b'{"a": 1}\n{"b": 2}\n{"c": 33}\n')
-    found = list(records_of(JsonlReader(), given / "a.jsonl"))
+    (dataset_folder / "a.jsonl").write_bytes(b'{"a": 1}\n{"b": 2}\n{"c": 33}\n')
+    found = list(records_of(JsonlReader(), dataset_folder / "a.jsonl"))
     assert [type(record) for record in found] == [Record, Record, BadRecord]
 
 
@@ -295,10 +302,10 @@ def test_a_pickle_takes_no_more_memory_than_it_is_long(tmp_path):
                 load_lazily(path)
 
 
-def test_a_member_of_a_tar_has_a_largest_size(given, monkeypatch):
+def test_a_member_of_a_tar_has_a_largest_size(dataset_folder, monkeypatch):
     monkeypatch.setattr("megatron_kosmosg.preprocess.tar.MAX_FILE_BYTES", 1000)
-    write_tar(given / "a.tar", [("1.png", b"x" * 1001), ("2.png", b"x" * 1000)])
-    first, second = records_of(TarReader(), given / "a.tar")
+    write_tar(dataset_folder / "a.tar", [("1.png", b"x" * 1001), ("2.png", b"x" * 1000)])
+    first, second = records_of(TarReader(), dataset_folder / "a.tar")
     assert reason_of(first) == "tar member is too large" and isinstance(second, Record)
 
 
@@ -352,12 +359,14 @@ def test_a_glob_enters_a_ring_of_links_once(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / "a" / name).symlink_to(tmp_path, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
-    wanted = ["a/2.jsonl", "a/b/1.jsonl", "a/x[1]/4.jsonl"]
+    expected = ["a/2.jsonl", "a/b/1.jsonl", "a/x[1]/4.jsonl"]
     text = KINDS["text"]
     for pattern in ("**/*.jsonl", "a/**/*.jsonl", f"{tmp_path}/a/**/*.jsonl", "a/**/**/*.jsonl"):
-        found = [str(given.path) for given in find_inputs([pattern], text)]
-        assert [name.removeprefix(f"{tmp_path}/") for name in found] == wanted, pattern
-    assert [str(given.path) for given in find_inputs(["a/**/b/*.jsonl"], text)] == wanted[1:2]
+        found = [str(source.path) for source in find_inputs([pattern], text)]
+        assert [name.removeprefix(f"{tmp_path}/") for name in found] == expected, pattern
+    assert [
+        str(dataset_folder.path) for dataset_folder in find_inputs(["a/**/b/*.jsonl"], text)
+    ] == expected[1:2]
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")

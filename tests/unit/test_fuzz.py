@@ -73,15 +73,15 @@ def preprocessing(kind: str, name: str, write: Callable[[Path], object]) -> Call
 
         def read() -> None:
             nonlocal number
-            (given,) = find_inputs([str(path)], KINDS[kind])
-            reader = given.reader(Options())
+            (source,) = find_inputs([str(path)], KINDS[kind])
+            reader = source.reader(Options())
             try:
-                shards = reader.shards(path, None, shard_size([given]))
+                shards = reader.shards(path, None, shard_size([source]))
             except Rejected:
                 return
             for shard in shards:
                 number += 1
-                work_on_shard(ShardJob(kind, ((given, shard),), Options(), model, made, number))
+                work_on_shard(ShardJob(kind, ((source, shard),), Options(), model, made, number))
             made.clear()
 
         return Reader(path, read, (ValueError, InputError))
@@ -138,11 +138,11 @@ def image_file(form: str) -> Callable[[Path], Reader]:
 
 
 def prompts(folder: Path) -> Reader:
-    asked = [
+    records = [
         {"id": "a", "prompt": "a <image> here", "images": ["cat.png"], "seed": 3, "steps": 5},
         {"content": [{"text": "b"}, {"image": "dog.png"}], "num_images": 2, "guidance": 1.5},
     ]
-    path = write_jsonl(folder / "prompts.jsonl", asked)
+    path = write_jsonl(folder / "prompts.jsonl", records)
     return Reader(path, lambda: read_records(path), (PromptError,))
 
 
@@ -286,10 +286,10 @@ def seeds(folder: Path) -> Reader:
     path.write_text(json.dumps([["0001", ["7"]]]))
 
     def read() -> None:
-        (given,) = find_inputs([str(folder / "in")], KINDS["edit"])
+        (source,) = find_inputs([str(folder / "in")], KINDS["edit"])
         options = Options()
-        for shard in given.reader(options).shards(given.path, None, shard_size([given])):
-            list(given.reader(options).read(shard, options))
+        for shard in source.reader(options).shards(source.path, None, shard_size([source])):
+            list(source.reader(options).read(shard, options))
 
     return Reader(path, read)
 

@@ -23,8 +23,8 @@ def list_of_pairs(folder: Path) -> Path:
 
 def captions_of_coco(folder: Path) -> Path:
     path = folder / "captions.json"
-    said = {"annotations": [{"caption": "a cat"}], "images": [{"file_name": "1.jpg"}]}
-    path.write_text(json.dumps(said))
+    annotations = {"annotations": [{"caption": "a cat"}], "images": [{"file_name": "1.jpg"}]}
+    path.write_text(json.dumps(annotations))
     return path
 
 

@@ -85,9 +85,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_images_say_how_they_were_made(records, tmp_path):
     assert draw_all(records, tmp_path / "out") == 11
     with Image.open(tmp_path / "out" / "cat-1.png") as image:
-        said = image.info
-    settings = json.loads(said["settings"])
-    assert (said["prompt"], said["seed"], said["negative_prompt"]) == ("<image> in snow", "6", "")
+        texts = image.info
+    settings = json.loads(texts["settings"])
+    assert (texts["prompt"], texts["seed"], texts["negative_prompt"]) == (
+        "<image> in snow",
+        "6",
+        "",
+    )
     assert settings["shown"] == ["cat.png", "in snow"]
     assert (settings["steps"], settings["guidance"], settings["seed"]) == (4, 2.0, 6)
     with Image.open(tmp_path / "out" / "plain-0.png") as image:

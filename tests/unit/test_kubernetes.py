@@ -45,18 +45,18 @@ def test_the_pods_meet_at_the_first_and_the_run_takes_its_arguments(objects):
     (container,) = job["template"]["spec"]["containers"]
     arguments = [str(each).replace("$(NODE_RANK)", "3") for each in container["args"]]
     assert arguments[0] == "launch"
-    given = launch.build_parser().parse_args(arguments[1:])
+    args = launch.build_parser().parse_args(arguments[1:])
     name, host = objects["Job"]["metadata"]["name"], service["metadata"]["name"]
-    assert given.address == (f"{name}-0.{host}", service["spec"]["ports"][0]["port"])
+    assert args.address == (f"{name}-0.{host}", service["spec"]["ports"][0]["port"])
     assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
     assert job["template"]["spec"]["subdomain"] == host and service["spec"]["clusterIP"] == "None"
-    assert given.nodes == job["completions"] == job["parallelism"]
-    assert given.ranks == int(container["resources"]["limits"]["nvidia.com/gpu"])
-    assert given.command == "train"
-    parsed = train.build_parser().parse_intermixed_args(given.arguments)
+    assert args.nodes == job["completions"] == job["parallelism"]
+    assert args.ranks == int(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert args.command == "train"
+    parsed = train.build_parser().parse_intermixed_args(args.arguments)
     config = load_config(parsed.config, parsed.overrides)
-    assert config.parallel.world_size == given.nodes * given.ranks
-    validate_layout(config, given.nodes * given.ranks, stage_facts(config.stage))
+    assert config.parallel.world_size == args.nodes * args.ranks
+    validate_layout(config, args.nodes * args.ranks, stage_facts(config.stage))
 
 
 def test_the_image_installs_extras_that_there_are():

@@ -163,9 +163,9 @@ def test_shards_have_caches_of_their_own_and_take_that_of_the_joined_dataset(
     cache = LatentCache(store, "own", vae_fingerprint(load_vae(sd, torch.float32)), TRANSFORM)
     for number, shard in enumerate(shards):
         own_store = SampleStore(shard)
-        own = LatentCache(own_store, "own", cache.manifest.source.vae, TRANSFORM)
+        shard_cache = LatentCache(own_store, "own", cache.manifest.source.vae, TRANSFORM)
         for index in range(len(own_store)):
-            assert np.array_equal(own.moments(index), cache.moments(3 * number + index))
+            assert np.array_equal(shard_cache.moments(index), cache.moments(3 * number + index))
     for end in (".bin", ".idx", ".json"):  # one shard's under the other's name
         content = Path(f"{shards[0]}.own{end}").read_bytes()
         Path(f"{shards[1]}.own{end}").write_bytes(content)

@@ -29,10 +29,10 @@ def test_what_fills_the_row_up_is_a_prompt_of_its_own() -> None:
 
 def test_other_settings_of_megatron_stay_at_their_defaults() -> None:
     """TransformerEngine's attention is handed each field of Megatron's class."""
-    said = {"qkv_format", "cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv"}
+    known = {"qkv_format", "cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv"}
     prompts, defaults = pack_prompts(PACKED, PADDING, multiple=1), PackedSeqParams()
     for field in dataclasses.fields(PackedSeqParams):
-        if field.name not in said:
+        if field.name not in known:
             assert getattr(prompts, field.name) == getattr(defaults, field.name), field.name
 
 

@@ -70,14 +70,14 @@ def breaches(text: str) -> Iterator[str]:
         if not isinstance(node, ast.Call):
             continue
         name = _dotted(node.func, modules)
-        given = {keyword.arg: keyword.value for keyword in node.keywords}
-        if name == "torch.load" and not _is(given.get("weights_only"), True):
+        keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+        if name == "torch.load" and not _is(keywords.get("weights_only"), True):
             yield "torch.load without weights_only=True"
-        if name == "numpy.load" and not _is(given.get("allow_pickle"), False, absent=True):
+        if name == "numpy.load" and not _is(keywords.get("allow_pickle"), False, absent=True):
             yield "numpy.load with allow_pickle"
         for flag in ("shell", "trust_remote_code"):
-            if not _is(given.get(flag), False, absent=True) and (
-                flag == "shell" or isinstance(given[flag], ast.Constant)
+            if not _is(keywords.get(flag), False, absent=True) and (
+                flag == "shell" or isinstance(keywords[flag], ast.Constant)
             ):
                 yield f"{flag}=True"
 
@@ -103,10 +103,10 @@ def _dotted(node: ast.AST, modules: dict[str, str]) -> str:
     return modules.get(node.id, node.id) if isinstance(node, ast.Name) else "?"
 
 
-def _is(value: ast.expr | None, wanted: bool, absent: bool = False) -> bool:
+def _is(value: ast.expr | None, expected: bool, absent: bool = False) -> bool:
     if value is None:
         return absent
-    return isinstance(value, ast.Constant) and value.value is wanted
+    return isinstance(value, ast.Constant) and value.value is expected
 
 
 def test_only_the_listed_places_can_run_what_a_file_says():

@@ -124,7 +124,7 @@ def test_the_listing_of_a_folder_of_prompts(tmp_path):
 
 def test_a_glob_takes_no_product_of_any_run_and_a_name_does(tmp_path):
     corpus = write_jsonl(tmp_path / "a.jsonl", [*text_records(3), {"text": ""}])
-    own = write_jsonl(tmp_path / "own.rejects.jsonl", text_records(2))
+    rejects = write_jsonl(tmp_path / "own.rejects.jsonl", text_records(2))
     model = str(write_tokenizer(tmp_path / "model"))
     for name in ("all", "other"):
         job = PreprocessJob("text", (str(corpus),), model, str(tmp_path / name))
@@ -134,15 +134,17 @@ def test_a_glob_takes_no_product_of_any_run_and_a_name_does(tmp_path):
     write_jsonl(tmp_path / ".killed.partial" / "00000000.rejects.jsonl", text_records(1))
 
     def found(pattern: str) -> list[str]:
-        return [given.path.name for given in find_inputs([str(tmp_path / pattern)], KINDS["text"])]
+        return [
+            source.path.name for source in find_inputs([str(tmp_path / pattern)], KINDS["text"])
+        ]
 
     assert found("*.jsonl") == ["a.jsonl", "own.rejects.jsonl"]
     assert found("[!m]*") == found("*.jsonl")
     assert found("all.rejects.jsonl") == ["all.rejects.jsonl"]
-    assert found("own.r*") == [own.name]
+    assert found("own.r*") == [rejects.name]
     for pattern in ("*.rejects.json*", ".killed.partial/*.jsonl", "al*.json"):
         if pattern.startswith("*"):
-            own.unlink()
+            rejects.unlink()
         with pytest.raises(ValueError, match="matches no file but .*, which preprocessing wrote"):
             found(pattern)
 
@@ -201,8 +203,8 @@ def test_a_plan_does_not_replace_what_it_is_made_from(tmp_path, capsys, option, 
     command = ["plan", "--config", str(config), "--gpu", "h100-80", option, str(tmp_path / output)]
     places = [f"data.blend.edit.path={tmp_path / 'data'}", f"model.diffusion.path={tmp_path}/sd"]
     before = contents(tmp_path)
-    said = refused_command([*command, "--num-gpus", "1", *places], capsys)
-    assert f"which is read; give another {option}" in said
+    message = refused_command([*command, "--num-gpus", "1", *places], capsys)
+    assert f"which is read; give another {option}" in message
     assert contents(tmp_path) == before
 
 
@@ -211,8 +213,8 @@ def test_a_run_does_not_replace_the_config_that_was_written_for_it(tmp_path, cap
     config.parent.mkdir()
     text = f"include: toy_pretrain\nlogging: {{output_dir: {config.parent}}}\n"
     config.write_text(text)
-    said = refused_command(["train", "--config", str(config)], capsys)
-    assert f"{config} would be written over {config}" in said
+    message = refused_command(["train", "--config", str(config)], capsys)
+    assert f"{config} would be written over {config}" in message
     assert config.read_text() == text
     config.write_text(to_yaml(load_config(config, [])))
     assert is_saved_config(config)  # the run may be started again with what it left
@@ -236,8 +238,8 @@ def test_a_run_writes_into_nothing_that_it_reads(tmp_path):
     (tmp_path / "linked").symlink_to(tmp_path / "before")
 
     def check(output: str, load: str | None = None, save: str | None = None) -> None:
-        given = {"load": load and str(tmp_path / load), "save": save and str(tmp_path / save)}
-        config = run_of(tmp_path, output, **given)
+        folders = {"load": load and str(tmp_path / load), "save": save and str(tmp_path / save)}
+        config = run_of(tmp_path, output, **folders)
         refuse_to_run_over_inputs(config, files_read(config), [tmp_path / "sd"])
 
     check("before/new", load="before")
@@ -279,10 +281,10 @@ def test_building_data_replaces_no_image_and_no_annotation(tmp_path, capsys, out
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(encode_image(np.zeros((8, 8, 3), np.uint8)))
     before = contents(tmp_path)
-    given = "input" if captions == "input" else str(tmp_path / captions)
-    command = ["build-data", "--input", str(tmp_path / "pictures"), "--captions", given]
-    said = refused_command([*command, "--output", str(tmp_path / output)], capsys)
-    assert "which is read; give another --output" in said
+    source = "input" if captions == "input" else str(tmp_path / captions)
+    command = ["build-data", "--input", str(tmp_path / "pictures"), "--captions", source]
+    message = refused_command([*command, "--output", str(tmp_path / output)], capsys)
+    assert "which is read; give another --output" in message
     assert contents(tmp_path) == before
 
 
@@ -293,8 +295,8 @@ def test_a_report_does_not_replace_a_image_that_it_shows(tmp_path, capsys):
     (tmp_path / "evaluation" / "images.json").write_text(json.dumps(listed))
     (tmp_path / "evaluation" / "metrics.json").write_text('{"rows": [{"group": "g", "name": "n"}]}')
     before = contents(tmp_path)
-    said = refused_command(["toy", "make-report", "--output", str(tmp_path)], capsys)
-    assert "report.html lies outside" in said
+    message = refused_command(["toy", "make-report", "--output", str(tmp_path)], capsys)
+    assert "report.html lies outside" in message
     assert contents(tmp_path) == before
 
 
@@ -304,8 +306,8 @@ def test_an_evaluation_is_not_written_into_a_checkpoint(tmp_path, capsys):
     (checkpoint / "complete.json").write_text('{"files": {}}')
     (checkpoint / "config.yaml").write_text(to_yaml(load_config("toy_instruct", [])))
     command = ["evaluate", "toy", "--run", f"instruct={tmp_path / 'run'}"]
-    said = refused_command([*command, "--output", str(checkpoint / "new")], capsys)
-    assert f"would be written into {checkpoint}" in said
+    message = refused_command([*command, "--output", str(checkpoint / "new")], capsys)
+    assert f"would be written into {checkpoint}" in message
 
 
 def test_toy_assets_are_not_written_into_their_working_folder(tmp_path, capsys):

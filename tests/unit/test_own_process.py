@@ -48,9 +48,9 @@ def test_its_exit_code_is_the_childs(code):
 def test_a_child_that_dies_is_no_failure_of_the_task(number):
     process, child = started("time.sleep(60)")
     os.kill(child, number)
-    _, said = process.communicate(timeout=20)
+    _, output = process.communicate(timeout=20)
     assert process.returncode == 0
-    assert f"score rank 7 was ended by {number.name}; the run goes on without it" in said
+    assert f"score rank 7 was ended by {number.name}; the run goes on without it" in output
 
 
 def test_signals_are_passed_on():

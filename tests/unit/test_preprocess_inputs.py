@@ -125,7 +125,7 @@ def test_inputs_that_cannot_be_meant_are_refused(tmp_path, model):
     (tmp_path / "b.json").write_text('[{"text":')
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(b"x"))
     good, spm = str(tmp_path / "a.txt"), str(model)
-    for asked, message in (
+    for job, message in (
         (PreprocessJob("text", (str(tmp_path / "a.json"),), spm, ""), "one JSON object a line"),
         (PreprocessJob("text", (str(tmp_path / "b.json"),), spm, ""), "b.json begins like a JSON"),
         (PreprocessJob("caption", (str(tmp_path / "a.tar.gz"),), spm, ""), "unpack it first"),
@@ -135,7 +135,7 @@ def test_inputs_that_cannot_be_meant_are_refused(tmp_path, model):
         (PreprocessJob("text", (good,), good, ""), "a.txt is not a SentencePiece model"),
     ):
         with pytest.raises(ValueError, match=message):
-            preprocess(replace(asked, output_prefix=asked.output_prefix or prefix), lambda *_: None)
+            preprocess(replace(job, output_prefix=job.output_prefix or prefix), lambda *_: None)
     with pytest.raises(ValueError, match="--workers 0 must be at least 1"):
         choose_workers(0, {})
     assert not list(tmp_path.glob("o*"))

@@ -63,9 +63,9 @@ def test_plain_text_is_cut_where_it_is_asked(tmp_path, model, tokenizer):
     ):
         options = Options(text_documents=documents)
         samples, _ = run(model, "text", path, options=options)
-        wanted = [tokenizer.encode(text) + [tokenizer.eos_id] for text in expected]
+        tokens = [tokenizer.encode(text) + [tokenizer.eos_id] for text in expected]
         found = [np.frombuffer(sample[0][1], "<i4").tolist() for sample in samples]
-        assert found == wanted, documents
+        assert found == tokens, documents
         packed = tmp_path / "corpus.txt.gz"
         packed.write_bytes(gzip.compress(path.read_bytes()))
         assert run(model, "text", packed, options=options)[0] == samples, documents
@@ -122,10 +122,10 @@ def test_tars_are_cut_into_shards_and_limited_without_changing_the_samples(
     whole, _ = run(model, "caption", path)
     assert len(whole) == 11
     monkeypatch.setattr("megatron_kosmosg.preprocess.input_files.MAX_RECORDS", 3)
-    (given,) = find_inputs([str(path)], KINDS["caption"])
+    (source,) = find_inputs([str(path)], KINDS["caption"])
     from megatron_kosmosg.preprocess.record_readers import ShardSize
 
-    shards = given.reader(Options()).shards(path, None, ShardSize(3, 1, 1 << 30))
+    shards = source.reader(Options()).shards(path, None, ShardSize(3, 1, 1 << 30))
     assert [shard.num_records for shard in shards] == [3, 3, 3, None]
     assert run(model, "caption", path, workers=2)[0] == whole
     assert run(model, "caption", path, limit=7)[0] == whole[:7]

@@ -100,8 +100,8 @@ def test_bad_images(tmp_path, model):
     path = write_jsonl(tmp_path / "a.jsonl", records)
     samples, rejects = run(model, "caption", path)
     found = [(r["source"], r["key"], r["reason"]) for r in rejects]
-    wanted = [(f"a.jsonl:{i + 1}", f"{i}.jpg", reason) for i, reason in enumerate(reasons)]
-    assert found == wanted
+    expected = [(f"a.jsonl:{i + 1}", f"{i}.jpg", reason) for i, reason in enumerate(reasons)]
+    assert found == expected
     assert [info_of(sample)["key"] for sample in samples] == ["good", "small"]
     # A header says nothing about what follows it: only the truncated files pass.
     samples, rejects = run(model, "caption", path, verify_images="header")

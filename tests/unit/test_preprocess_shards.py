@@ -44,8 +44,8 @@ def small_stretches(monkeypatch):
 
 def job(folder: Path, prefix: Path, shard_bytes: float | None, **more) -> PreprocessJob:
     shard_gib = None if shard_bytes is None else shard_bytes / GIB
-    given, model = (str(folder / "in" / "*.jsonl"),), str(folder / "spm.model")
-    return PreprocessJob("caption", given, model, str(prefix), shard_gib=shard_gib, **more)
+    inputs, model = (str(folder / "in" / "*.jsonl"),), str(folder / "spm.model")
+    return PreprocessJob("caption", inputs, model, str(prefix), shard_gib=shard_gib, **more)
 
 
 def quiet(work: PreprocessJob) -> None:

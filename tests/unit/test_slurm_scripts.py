@@ -153,14 +153,14 @@ def test_values_of_a_sweep_may_be_quoted_and_nothing_in_them_runs(cluster):
 
 
 def test_the_fastest_layout_is_asked_for_and_taken_but_for_the_latents(cluster):
-    given = ("--fastest", "--", "data.latent_cache=/l x", "training.seed=5")
-    done = cluster.run(*given, KOSMOSG_GPU="a100-80")
+    arguments = ("--fastest", "--", "data.latent_cache=/l x", "training.seed=5")
+    done = cluster.run(*arguments, KOSMOSG_GPU="a100-80")
     assert "planned for 8 x a100-80: parallel.pipeline_layout=decoder*2|M" in done.stdout
     plan, dry, *_, train = cluster.calls.read_text().splitlines()
     assert "--num-gpus 8 --gpu a100-80 --search --keep-targets data.latent_cache=/l x" in plan
     taken = "data.latent_cache=/l x training.seed=5 parallel.pipeline_layout=decoder*2|M"
     assert dry.endswith(taken) and train.endswith(taken)
-    ended = cluster.run(*given, PLANNED="2")
+    ended = cluster.run(*arguments, PLANNED="2")
     assert ended.returncode == 2 and len(cluster.calls.read_text().splitlines()) == 1
 
 
@@ -209,13 +209,13 @@ def test_a_crash_loop_without_progress_ends_and_one_with_progress_does_not(clust
     for restart in range(4):
         cluster.run(SLURM_RESTART_COUNT=str(restart), NEXT=f"iter_{restart:07d}", **limit)
         assert cluster.was_requeued(), restart
-    outcomes = []
+    requeued = []
     for restart in range(4, 8):
         ended = cluster.run(SLURM_RESTART_COUNT=str(restart), **limit)
-        outcomes.append(cluster.was_requeued())
-        if not outcomes[-1]:
+        requeued.append(cluster.was_requeued())
+        if not requeued[-1]:
             break
-    assert outcomes == [True, True, False] and ended.returncode == 1
+    assert requeued == [True, True, False] and ended.returncode == 1
     assert "no new checkpoint after iteration 3" in ended.stdout
     # Slurm itself requeues after the loss of a node: the next start counts, too.
     again = cluster.run(SLURM_RESTART_COUNT="9", **limit)
@@ -283,8 +283,8 @@ def test_a_signal_to_the_batch_shell_reaches_the_tasks(cluster, number, requeued
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=30)
-    assert process.returncode == code, said
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == code, output
     assert cluster.was_requeued() == requeued
     steps = [call for call in cluster.calls.read_text().splitlines() if "requeue" not in call]
     assert len(steps) == {"dry": 1, "preflight": 2, "training": 4}[when], steps
@@ -311,12 +311,12 @@ def test_a_long_limit_warns_nobody_who_is_done_before(cluster):
 )
 def test_the_third_start_without_time_for_an_iteration_ends_the_job(cluster, phases):
     """Also where the signal comes before the run's folder is known, as Python may start slowly."""
-    outcomes = []
+    requeued = []
     for restart, when in enumerate(phases):
         ended = cluster.run(SLURM_RESTART_COUNT=str(restart), WAITS=when, ENDS="-1 second")
-        outcomes.append(cluster.was_requeued())
+        requeued.append(cluster.was_requeued())
         (cluster.folder / "run.up").unlink(missing_ok=True)
-    assert outcomes == [True, True, False] and ended.returncode == exit_codes.FAILURE
+    assert requeued == [True, True, False] and ended.returncode == exit_codes.FAILURE
     assert "the time limit is too short for a start, one iteration and one save" in ended.stdout
     assert not list(cluster.folder.glob(".slurm_starts*"))
 
@@ -385,16 +385,16 @@ def test_wrong_arguments_say_what_to_write(cluster, arguments, job, words):
 
 def test_help_needs_no_python_and_names_this_script(cluster):
     for script in SCRIPTS:
-        asked = subprocess.run(
+        checked = subprocess.run(
             ["bash", script.name, "--help"],
             capture_output=True,
             text=True,
             cwd=script.parent,
             env=cluster.environment(VIRTUAL_ENV="/no/such/venv", SLURM_JOB_ID=""),
         )
-        assert asked.returncode == 0 and not asked.stderr
-        assert f"sbatch slurm/{script.name}" in asked.stdout.replace(" --nodes=16", "")
-        assert "--check" in asked.stdout and "set -uo" not in asked.stdout
+        assert checked.returncode == 0 and not checked.stderr
+        assert f"sbatch slurm/{script.name}" in checked.stdout.replace(" --nodes=16", "")
+        assert "--check" in checked.stdout and "set -uo" not in checked.stdout
 
 
 SBATCH = """#!/bin/bash
@@ -407,16 +407,16 @@ echo "${ANSWER:-Job 8 to start at 2026-01-01T00:00:00 using 32 processors}" >&2
 def test_a_check_before_sbatch_is_of_the_size_that_sbatch_is_asked_for(cluster):
     (cluster.folder / "sbatch").write_text(SBATCH)
     (cluster.folder / "sbatch").chmod(0o755)
-    asked = cluster.run("--check", "--nodes=4", "--", "training.seed=5", SLURM_JOB_ID="")
-    assert asked.returncode == 0, asked.stderr
-    assert "parallel.world_size=32 training.seed=5" in asked.stdout
+    checked = cluster.run("--check", "--nodes=4", "--", "training.seed=5", SLURM_JOB_ID="")
+    assert checked.returncode == 0, checked.stderr
+    assert "parallel.world_size=32 training.seed=5" in checked.stdout
     call = cluster.calls.read_text()
     assert call == f"--test-only --nodes=4 {REPOSITORY}/slurm/pretrain_256gpu.sh\n"
-    asked = cluster.run("--check", SLURM_JOB_ID="")
-    assert "parallel.world_size=256" in asked.stdout and "to start at" in asked.stdout
+    checked = cluster.run("--check", SLURM_JOB_ID="")
+    assert "parallel.world_size=256" in checked.stdout and "to start at" in checked.stdout
     alone = {"ANSWER": "Unable to contact slurm controller", "SLURM_JOB_ID": ""}
-    asked = cluster.run("--check", **alone)
-    assert asked.returncode == 2 and "from a login node" in asked.stderr
+    checked = cluster.run("--check", **alone)
+    assert checked.returncode == 2 and "from a login node" in checked.stderr
 
 
 def test_no_python_says_what_to_set(cluster):
@@ -444,36 +444,36 @@ def test_tools_go_on_after_an_interruption_and_keep_their_own_errors(cluster):
 
 
 def test_an_evaluation_by_its_name_generates_and_then_scores_on_all_tasks(cluster):
-    given = ("--", "--model", "/runs/x y", "--output", "o")
-    assert cluster.run("dreambench", *given, script="evaluate.sh").returncode == 0
+    arguments = ("--", "--model", "/runs/x y", "--output", "o")
+    assert cluster.run("dreambench", *arguments, script="evaluate.sh").returncode == 0
     calls = cluster.calls.read_text().splitlines()
     assert len(calls) == 2 and all("--kill-on-bad-exit=0" in call for call in calls)
     for call, step in zip(calls, ("generate", "score"), strict=True):
         assert call.endswith(
             f"tools/evaluate_dreambench.py --model /runs/x y --output o --only {step}"
         )
-    cluster.run("coco", *given, script="evaluate.sh", CODE="2")
+    cluster.run("coco", *arguments, script="evaluate.sh", CODE="2")
     assert "coco" in cluster.calls.read_text() and "--only score" not in cluster.calls.read_text()
-    cluster.run("coco", *given, "--only=score", script="evaluate.sh")
+    cluster.run("coco", *arguments, "--only=score", script="evaluate.sh")
     assert cluster.calls.read_text().endswith("--output o --only=score\n")
     for name, tool in (("pairs", "evaluate_pairs"), ("toy", "evaluate_toy")):
-        cluster.run(name, *given, script="evaluate.sh")
+        cluster.run(name, *arguments, script="evaluate.sh")
         assert cluster.calls.read_text().endswith(f"tools/{tool}.py --model /runs/x y --output o\n")
-    cluster.run(*given, script="evaluate.sh", KOSMOSG_EVALUATION="evaluate_coco")
+    cluster.run(*arguments, script="evaluate.sh", KOSMOSG_EVALUATION="evaluate_coco")
     assert cluster.calls.read_text().endswith(
         "tools/evaluate_coco.py --model /runs/x y --output o\n"
     )
-    wrong = cluster.run("dreambnch", *given, script="evaluate.sh")
+    wrong = cluster.run("dreambnch", *arguments, script="evaluate.sh")
     assert wrong.returncode == 2 and "there are toy, dreambench, coco and pairs" in wrong.stderr
 
 
 def test_a_tool_that_is_killed_every_time_is_given_up(cluster):
     killed = {"script": "cache_latents.sh", "CODE": "137"}
-    outcomes = []
+    requeued = []
     for restart in range(5):
         ended = cluster.run("--", SLURM_RESTART_COUNT=str(restart), **killed)
-        outcomes.append(cluster.was_requeued())
-    assert outcomes == [True, True, True, False, False] and ended.returncode == 137
+        requeued.append(cluster.was_requeued())
+    assert requeued == [True, True, True, False, False] and ended.returncode == 137
     stopped = killed | {"CODE": "138"}  # by USR1: as often as somebody asks
     cluster.run("--", SLURM_RESTART_COUNT="9", **stopped)
     assert cluster.was_requeued()

@@ -32,9 +32,9 @@ def encoder() -> VisionEncoder:
 @torch.no_grad()
 def test_training_reads_the_tokens_that_the_model_reads(encoder):
     images = clip.pool.images(clip_probe.crops(1, 4, True))
-    ours = torch.nn.functional.normalize(clip.tokens(encoder.tower, images), dim=-1)
-    theirs = encoder(clip.normalise(images))
-    torch.testing.assert_close(ours, theirs)
+    projected = torch.nn.functional.normalize(clip.tokens(encoder.tower, images), dim=-1)
+    stock = encoder(clip.normalise(images))
+    torch.testing.assert_close(projected, stock)
 
 
 def test_a_linear_map_reads_heldout_subjects(encoder):

@@ -69,13 +69,13 @@ def test_second_colours_belong_to_their_own_entity(pipeline):
     truths = [s for s in drawn if all(e.pattern != "plain" for e in s.entities)][:NUM_PROMPTS]
     images = draw(pipeline, [caption(scene, "coarse", i) for i, scene in enumerate(truths)])
     seen = read_scenes(images, [2] * len(truths))
-    own = [
+    right = [
         coarse_index(there.hue_b) == coarse_index(true.hue_b)
         or hue_distance(there.hue_b, true.hue_b) < 30.0
         for image, truth in zip(seen, truths, strict=True)
         for there, true in zip(image.entities, truth.entities, strict=True)
     ]
-    assert sum(own) / len(own) >= 0.9
+    assert sum(right) / len(right) >= 0.9
 
 
 def test_every_toy_word_is_one_token(pipeline):

@@ -62,5 +62,5 @@ def test_it_draws_with_the_frozen_parts_beside_it():
     """The same bytes, which a repository keeps once."""
     for part in ("unet", "vae"):
         name = Path(part, "diffusion_pytorch_model.safetensors")
-        ours, theirs = FOLDER / name, assets.path() / "stable-diffusion" / name
-        assert ours.read_bytes() == theirs.read_bytes()
+        written, shipped = FOLDER / name, assets.path() / "stable-diffusion" / name
+        assert written.read_bytes() == shipped.read_bytes()

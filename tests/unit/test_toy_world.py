@@ -107,8 +107,8 @@ def test_words_name_the_hue_and_spans_hold_their_words():
         ),
         70.0,
     )
-    said = caption(scene, "coarse")
-    assert said == "a red circle with blue dots and a green square on a yellow background"
+    text = caption(scene, "coarse")
+    assert text == "a red circle with blue dots and a green square on a yellow background"
     text, spans = join_parts(caption_parts(scene, "fine", 1), 2)
     assert [text[a:b] for a, b in spans] == caption_parts(scene, "fine", 1)
     assert set(text.split()) <= set(ALL_WORDS)
@@ -119,9 +119,9 @@ def test_an_edit_changes_one_thing_and_says_which(heldout):
     verbs = Counter()
     for i in range(300):
         scene = sample_scene((9, i), 1, heldout)
-        said, edited = sample_edit(scene, np.random.default_rng(i))
-        assert set(said.split()) <= set(ALL_WORDS)
-        verbs[said.split()[0]] += 1
+        text, edited = sample_edit(scene, np.random.default_rng(i))
+        assert set(text.split()) <= set(ALL_WORDS)
+        verbs[text.split()[0]] += 1
         before, after = scene.entities[0], edited.entities[0]
         assert (before.x, before.y, before.radius) == (after.x, after.y, after.radius)
         changed = {
@@ -130,12 +130,12 @@ def test_an_edit_changes_one_thing_and_says_which(heldout):
             "pattern": before.pattern != after.pattern,
             "background": scene.background_hue != edited.background_hue,
         }
-        assert sum(changed.values()) == 1, (said, changed)
-        last = said.split()[-1]
+        assert sum(changed.values()) == 1, (text, changed)
+        last = text.split()[-1]
         if changed["colour"]:
             assert last == COARSE_WORDS[coarse_index(after.hue_a)]
         elif changed["background"]:
-            assert said.split()[-2] == COARSE_WORDS[coarse_index(edited.background_hue)]
+            assert text.split()[-2] == COARSE_WORDS[coarse_index(edited.background_hue)]
         else:
             assert last in (after.shape, after.pattern)
         if after.pattern != "plain":

@@ -138,8 +138,8 @@ def test_a_working_one_is_hidden_without_a_word_where_no_gpu_is_visible(tmp_path
 
 
 def test_doctor_says_that_it_needs_a_gpu(tmp_path):
-    said = diagnosis(tmp_path, WORKING)
-    assert "not TransformerEngine: it needs a GPU" in said["optimizer"]
+    found = diagnosis(tmp_path, WORKING)
+    assert "not TransformerEngine: it needs a GPU" in found["optimizer"]
 
 
 def diagnosis(folder: Path, files: dict[str, str]) -> dict[str, str]:
@@ -152,21 +152,21 @@ def diagnosis(folder: Path, files: dict[str, str]) -> dict[str, str]:
 
 
 def test_doctor_says_what_a_run_takes_and_why_not_what_is_broken(tmp_path):
-    said = diagnosis(tmp_path, EMPTY | OTHER_APEX | FOR_ANOTHER_TORCH | OLD_DRIVER)
-    assert said["image decoder"].startswith("Pillow; not DALI: ")
-    assert "CUDA driver version is insufficient" in said["image decoder"]
-    assert said["optimizer"].startswith("our own AdamW")
-    assert "Found empty `transformer-engine` meta package" in said["optimizer"]
-    assert "it is not NVIDIA's (No module named 'pyramid')" in said["optimizer"]
-    assert "not apex: undefined symbol: _ZN2at4_ops" in said["weight gradients"]
-    assert said["layer norm"].startswith("torch's kernel; not apex: ")
+    found = diagnosis(tmp_path, EMPTY | OTHER_APEX | FOR_ANOTHER_TORCH | OLD_DRIVER)
+    assert found["image decoder"].startswith("Pillow; not DALI: ")
+    assert "CUDA driver version is insufficient" in found["image decoder"]
+    assert found["optimizer"].startswith("our own AdamW")
+    assert "Found empty `transformer-engine` meta package" in found["optimizer"]
+    assert "it is not NVIDIA's (No module named 'pyramid')" in found["optimizer"]
+    assert "not apex: undefined symbol: _ZN2at4_ops" in found["weight gradients"]
+    assert found["layer norm"].startswith("torch's kernel; not apex: ")
 
 
 def test_doctor_sees_an_apex_that_imports_and_has_no_kernels(tmp_path):
-    said = diagnosis(tmp_path, PYTHON_APEX)
-    assert said["optimizer"].startswith("our own AdamW")
-    assert "built without its CUDA extensions" in said["optimizer"]
-    assert "not installed" in said["layer norm"] and "not installed" in said["weight gradients"]
+    found = diagnosis(tmp_path, PYTHON_APEX)
+    assert found["optimizer"].startswith("our own AdamW")
+    assert "built without its CUDA extensions" in found["optimizer"]
+    assert "not installed" in found["layer norm"] and "not installed" in found["weight gradients"]
 
 
 def test_an_image_decoder_that_cannot_start_is_said_once_and_pillow_decodes(tmp_path):

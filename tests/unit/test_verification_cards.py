@@ -87,15 +87,15 @@ def test_what_failed_or_nobody_else_has_is_not_taken(tmp_path, kept, capsys):
     ]
     good = [step for step in steps if step["passed"]]
     file = tmp_path / "figures.json"
-    for given, said in (
+    for report, message in (
         (steps, "bash tests/oldest_versions.sh failed"),
         ([good[0] | {"commit": good[0]["commit"] + "-dirty"}], "run it on a clean checkout"),
         ([good[0] | {"commit": ""}], "the commit is not known"),
         ([good[0] | {"command": "make"}], "no row of verification.yaml has make"),
         ([{"command": "make"}], "error: "),
     ):
-        file.write_text(json.dumps(given))
+        file.write_text(json.dumps(report))
         assert verification_page.main(["--update", str(file)]) == 1
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert verification_page.main(["--update", str(tmp_path / "none.json")]) == 1
     assert json.loads(kept.read_text()) == [] and not verification_page.PAGE.exists()

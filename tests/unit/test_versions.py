@@ -85,8 +85,8 @@ def test_ci_runs_the_oldest_versions() -> None:
 
 def test_the_transformer_engine_that_is_tested_is_one_that_the_extra_takes(package) -> None:
     tested = pinned(REPOSITORY / "constraints.txt")["transformer-engine"]
-    wanted = map(Requirement, package["extras_require"]["gpu"])
-    assert all(requirement.specifier.contains(tested) for requirement in wanted)
+    expected = map(Requirement, package["extras_require"]["gpu"])
+    assert all(requirement.specifier.contains(tested) for requirement in expected)
 
 
 def test_doctor_names_the_versions_of_the_constraints() -> None:
@@ -101,8 +101,8 @@ def test_doctor_names_the_versions_of_the_constraints() -> None:
 def test_doctor_warns_of_versions_that_no_test_ran_with(monkeypatch) -> None:
     of_the_image = "2.10.0a0+b558c986e8.nv25.11"
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: of_the_image)
-    said = dict.fromkeys(doctor._versions())
-    assert f"torch {of_the_image}; warning: tested is 2.13.0, others are not refused" in said
+    lines = dict.fromkeys(doctor._versions())
+    assert f"torch {of_the_image}; warning: tested is 2.13.0, others are not refused" in lines
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "2.13.1+cpu")
     assert "torch 2.13.1+cpu" in doctor._versions()
 
@@ -140,8 +140,8 @@ def planned(folder: Path, requirements: list[str]) -> subprocess.CompletedProces
 def test_a_container_keeps_its_torch_and_its_kernels(package, tmp_path) -> None:
     """The command of slurm/README.md: core and the extra `data`, without the constraints."""
     assert "pip install -e '.[data]'" in (REPOSITORY / "slurm" / "README.md").read_text()
-    wanted = [*package["install_requires"], *package["extras_require"]["data"]]
-    done = planned(tmp_path, [*wanted, "transformer-engine", "apex"])
+    expected = [*package["install_requires"], *package["extras_require"]["data"]]
+    done = planned(tmp_path, [*expected, "transformer-engine", "apex"])
     assert done.returncode == 0, done.stderr
     assert "Would install" not in done.stdout
     assert f"Requirement already satisfied: torch>=2.6 in {tmp_path}" in done.stdout
