@@ -1,6 +1,6 @@
 """What tells scripts apart that are written without spaces, and where their sentences end.
 
-Entities (kinds/entities.py) and the cuts of packed rows (tokenizer.py) both go by it.
+Entities (kinds/entity_placement.py) and the cuts of packed rows (tokenizer.py) both go by it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One optimizer update: Megatron-Core's schedule over the micro-batches, then the optimizer.
 
 The loss is normalised by the number of items in the global batch (`calculate_per_token_loss`):
-a stage returns sums, Megatron-Core divides the gradients, `LossTotals` divides what is reported.
+a stage returns sums, Megatron-Core divides the gradients, `Totals` divides what is reported.
 """
 
 from __future__ import annotations
