@@ -28,7 +28,7 @@ from megatron_kosmosg.command_line import (
 )
 
 if TYPE_CHECKING:
-    from megatron_kosmosg.evaluation.dreambench import Case
+    from megatron_kosmosg.evaluation.dreambench import DreamBenchCase
     from megatron_kosmosg.inference.prompt_records import PromptRecord
 
 EPILOG = """\
@@ -172,7 +172,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     return finish(report(scoring, evaluate), scoring.rank_info)
 
 
-def _record(case: Case, data: dict[str, Path], args: argparse.Namespace) -> PromptRecord:
+def _record(case: DreamBenchCase, data: dict[str, Path], args: argparse.Namespace) -> PromptRecord:
     from megatron_kosmosg.evaluation.dreambench import (
         AUTHORS_BATCH,
         AUTHORS_IMAGES,

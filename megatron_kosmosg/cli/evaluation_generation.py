@@ -112,13 +112,13 @@ def draw(
 ) -> None:
     """This rank's share of the images, into output/images; finished ones stay, and damaged ones
     are drawn again. Raises ConfigError and PromptError for what cannot be used."""
-    from megatron_kosmosg.inference.generation_run import Request, run
+    from megatron_kosmosg.inference.generation_run import RunRequest, run
     from megatron_kosmosg.inference.model_source import find_model
     from megatron_kosmosg.inference.prompt_records import GenerationOptions
     from megatron_kosmosg.parallel.devices import named_device
 
     device = named_device(args.device, rank_info)
-    request = Request(
+    request = RunRequest(
         records=records,
         is_list=True,
         source=find_model(args.model, args.stable_diffusion, args.tokenizer_model),

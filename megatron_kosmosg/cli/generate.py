@@ -31,7 +31,7 @@ from megatron_kosmosg.foreign_files import parse_json
 from megatron_kosmosg.inference.noise_schedules import SAVED, SCHEDULERS
 
 if TYPE_CHECKING:
-    from megatron_kosmosg.inference.generation_run import Request
+    from megatron_kosmosg.inference.generation_run import RunRequest
     from megatron_kosmosg.inference.prompt_records import PromptRecord
     from megatron_kosmosg.launcher import RankInfo
 
@@ -175,10 +175,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def request_of(args: argparse.Namespace, rank_info: RankInfo) -> Request:
+def request_of(args: argparse.Namespace, rank_info: RankInfo) -> RunRequest:
     """Raises PromptError or ConfigError for what cannot be used."""
     from megatron_kosmosg.config.errors import ConfigError
-    from megatron_kosmosg.inference.generation_run import Request
+    from megatron_kosmosg.inference.generation_run import RunRequest
     from megatron_kosmosg.inference.model_source import find_model
     from megatron_kosmosg.inference.prompt_records import GenerationOptions
     from megatron_kosmosg.parallel.devices import named_device
@@ -187,7 +187,7 @@ def request_of(args: argparse.Namespace, rank_info: RankInfo) -> Request:
         raise ConfigError(f"--output {args.output} is a file; give a folder")
     strengths = args.lora_scale or [1.0] * len(args.lora)
     device = named_device(args.device, rank_info)
-    return Request(
+    return RunRequest(
         records=_records(args),
         is_list=args.prompts is not None,
         source=find_model(

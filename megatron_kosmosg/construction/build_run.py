@@ -22,7 +22,7 @@ from megatron_kosmosg.construction.mask_step import Masks, Segmenter
 from megatron_kosmosg.construction.model_folders import check_type, model_type
 from megatron_kosmosg.construction.on_demand import OnDemand
 from megatron_kosmosg.construction.record_tars import ImageFormat
-from megatron_kosmosg.construction.shard_plan import Plan, make_plan
+from megatron_kosmosg.construction.shard_plan import BuildPlan, make_build_plan
 from megatron_kosmosg.construction.sources import find_sources
 from megatron_kosmosg.construction.square_images import SquareImages
 from megatron_kosmosg.construction.step_rows import StepFolder
@@ -104,7 +104,7 @@ def build(job: BuildJob, rank_info: RankInfo, models: ModelSettings) -> Built:
     reads = origins.files_read()
     refuse_to_overwrite([job.output / name for name in PRODUCTS], reads, "--output")
     refuse_to_write_into(job.output, [path for path in reads if path.is_dir()], "--output")
-    plan = make_plan(job.output, job.inputs, job.shard_size, job.limit, job.options)
+    plan = make_build_plan(job.output, job.inputs, job.shard_size, job.limit, job.options)
     steps = [step for step in origins.steps(plan) if step is not None]
     shown: dict[str, Progress] = {}
 
@@ -138,7 +138,7 @@ class _Origins:
         if job.masks is not None and self._is_model("--masks", job.masks):
             check_type(Path(job.masks), "--masks", MASK_TYPE, MASK_EXAMPLE)
 
-    def steps(self, plan: Plan) -> list[Step | None]:
+    def steps(self, plan: BuildPlan) -> list[Step | None]:
         """Captions, entities, records; None for those that are not asked for."""
         return [self._captions(plan), self._entities(), self._records(plan)]
 
@@ -150,7 +150,7 @@ class _Origins:
         sources = [source.path for source in find_sources(job.inputs)]
         return [*sources, *makers, *root, *job.files_read]
 
-    def _captions(self, plan: Plan) -> Step:
+    def _captions(self, plan: BuildPlan) -> Step:
         job = self._job
         settings = {"made by": self._mark(job.captions, INPUT)}
         folder = self._folder("captions")
@@ -191,7 +191,7 @@ class _Origins:
         work = Entities(captions, model, annotations, job.batch_size, job.max_entities)
         return Step(self._folder("entities"), work, settings, model)
 
-    def _records(self, plan: Plan) -> Step | None:
+    def _records(self, plan: BuildPlan) -> Step | None:
         job = self._job
         if job.masks is None:
             return None

@@ -11,7 +11,7 @@ from PIL import Image
 from megatron_kosmosg.construction.annotations import Annotations
 from megatron_kosmosg.construction.on_demand import OnDemand
 from megatron_kosmosg.construction.read_ahead import in_batches, read_ahead
-from megatron_kosmosg.construction.shard_plan import Plan, PlannedRecord
+from megatron_kosmosg.construction.shard_plan import BuildPlan, PlannedRecord
 from megatron_kosmosg.construction.square_images import SquareImages
 from megatron_kosmosg.construction.step_rows import Row, rejected_row
 from megatron_kosmosg.data.kinds.record import Rejected, text_field
@@ -32,7 +32,7 @@ class Captioner(Protocol):
 class GivenCaptions:
     """Captions of a file, or, without one, those that the input has."""
 
-    plan: Plan
+    plan: BuildPlan
     annotations: Annotations | None
 
     def rows(self, shard: int) -> Iterator[Row]:
@@ -55,7 +55,7 @@ class GivenCaptions:
 class ModelCaptions:
     """Step 1 with a model that writes the captions."""
 
-    plan: Plan
+    plan: BuildPlan
     images: SquareImages
     model: OnDemand[Captioner]
     batch_size: int

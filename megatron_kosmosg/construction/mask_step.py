@@ -19,7 +19,7 @@ from megatron_kosmosg.construction.record_tars import (
     record_file,
 )
 from megatron_kosmosg.construction.regions import entity_region, square_around
-from megatron_kosmosg.construction.shard_plan import Plan, PlannedRecord
+from megatron_kosmosg.construction.shard_plan import BuildPlan, PlannedRecord
 from megatron_kosmosg.construction.square_images import SquareImages
 from megatron_kosmosg.construction.step_rows import Row, StepFolder, rejected_row
 from megatron_kosmosg.data.kinds.record import Record, Rejected, list_field
@@ -44,7 +44,7 @@ class Masks:
     """Step 3: the mask of each entity, from a model or a file, and the records that are built of
     them."""
 
-    plan: Plan
+    plan: BuildPlan
     images: SquareImages
     entities: StepFolder
     output: StepFolder

@@ -32,7 +32,7 @@ class PlannedRecord:
     """Fields `image` and, where the input has them, `caption` and `rotation`."""
 
 
-class Plan:
+class BuildPlan:
     """The images of each shard of an output folder."""
 
     def __init__(self, output: Path, num_shards: int, options: Options) -> None:
@@ -73,9 +73,9 @@ class Plan:
         return PlannedRecord(plain_key(record.key), record)
 
 
-def make_plan(
+def make_build_plan(
     output: Path, inputs: list[str], shard_size: int, limit: int | None, options: Options
-) -> Plan:
+) -> BuildPlan:
     """The plan in `output`, made by the first process that asks.
 
     Raises ValueError for inputs without images and for an output that was begun with others.
@@ -93,7 +93,7 @@ def make_plan(
     with exclusive(folder.path / "lock"):
         if not count.exists():
             write_json(count, _write_shards(output, sources, shard_size, limit, options))
-    return Plan(output, json.loads(count.read_text(encoding="utf-8")), options)
+    return BuildPlan(output, json.loads(count.read_text(encoding="utf-8")), options)
 
 
 def _write_shards(

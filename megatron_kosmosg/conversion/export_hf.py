@@ -9,10 +9,15 @@ import torch
 from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion import hf_folder
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
-from megatron_kosmosg.conversion.exported_folder import ALIGNER, IMAGE_PROCESSOR, MLLM, TOKENIZER
+from megatron_kosmosg.conversion.exported_folder import (
+    ALIGNER,
+    IMAGE_PROCESSOR,
+    MLLM,
+    TOKENIZER,
+    new_output_folder,
+)
 from megatron_kosmosg.conversion.hf_aligner import NATIVE_PREFIXES, NOT_EXPORTED
 from megatron_kosmosg.conversion.model_card import write_model_card
-from megatron_kosmosg.conversion.output_folder import new_folder
 from megatron_kosmosg.conversion.rules import summary
 from megatron_kosmosg.conversion.stable_diffusion import StableDiffusion
 from megatron_kosmosg.progress import ProgressCallback
@@ -58,7 +63,7 @@ def export_hf(
     stable_diffusion = StableDiffusion(sd, config.model.aligner)
     model_file = hf_folder.tokenizer_model(config, tokenizer)
     dropped = [name for name in source.names() if name.startswith(NOT_EXPORTED)]
-    with new_folder(output, (checkpoint, sd, model_file)) as folder:
+    with new_output_folder(output, (checkpoint, sd, model_file)) as folder:
         hf_folder.write_tokenizer_files(folder / TOKENIZER, model_file, config)
         hf_folder.write_image_processor(folder / IMAGE_PROCESSOR, config)
         written = {
@@ -94,7 +99,7 @@ def export_mllm(
     dropped = [
         name for name in source.names() if name.startswith((*NATIVE_PREFIXES, *NOT_EXPORTED))
     ]
-    with new_folder(output, (checkpoint, model_file)) as folder:
+    with new_output_folder(output, (checkpoint, model_file)) as folder:
         written = hf_folder.write_mllm(folder, source, dtype, progress)
         hf_folder.write_tokenizer_files(folder, model_file, config)
         hf_folder.write_image_processor(folder, config)

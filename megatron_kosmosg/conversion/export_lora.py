@@ -9,11 +9,11 @@ import torch
 from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
-from megatron_kosmosg.conversion.json_files import write_json
+from megatron_kosmosg.conversion.exported_folder import new_output_folder
 from megatron_kosmosg.conversion.kosmos2 import kosmos2_table
-from megatron_kosmosg.conversion.output_folder import new_folder
 from megatron_kosmosg.conversion.safetensors_files import write_safetensors
 from megatron_kosmosg.conversion.tensors import InDtype, InMemory
+from megatron_kosmosg.files import write_json
 from megatron_kosmosg.progress import ProgressCallback
 
 STEM = "adapter_model"
@@ -51,9 +51,9 @@ def export_lora(
             "(lora.trains), which adapters do not hold; export-hf writes the merged model"
         )
     tensors = _their_adapters(source)
-    with new_folder(output, (checkpoint,)) as folder:
+    with new_output_folder(output, (checkpoint,)) as folder:
         written = write_safetensors(folder, STEM, InDtype(InMemory(tensors), dtype), progress)
-        write_json(folder / CONFIG_FILE, _peft_config(source.config))
+        write_json(folder / CONFIG_FILE, _peft_config(source.config), indent=2)
     return [written]
 
 

@@ -10,7 +10,7 @@ import torch
 from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.load import flatten
 from megatron_kosmosg.config.schema import AlignerConfig, RunConfig
-from megatron_kosmosg.conversion.json_files import read_json
+from megatron_kosmosg.conversion.exported_folder import read_model_json
 from megatron_kosmosg.conversion.magneto_layers import stack_rules
 from megatron_kosmosg.conversion.rules import RuleTable, same, weight_and_bias
 from megatron_kosmosg.conversion.tensors import (
@@ -74,7 +74,7 @@ def aligner_sizes(folder: Path) -> dict[str, Any]:
 
     Raises ConversionError for a config.json that is not there or lacks one.
     """
-    settings = read_json(folder / "config.json")
+    settings = read_model_json(folder / "config.json")
     missing = [name for name in _KEYS if name not in settings]
     if missing:
         raise ConversionError(f"{folder}: config.json has no {', '.join(missing)}")

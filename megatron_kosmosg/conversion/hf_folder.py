@@ -22,10 +22,10 @@ from megatron_kosmosg.conversion.exported_folder import (
     INDEX_FILE,
     MLLM,
     TOKENIZER,
+    read_model_json,
 )
 from megatron_kosmosg.conversion.hf_aligner import aligner_arguments, aligner_weights
 from megatron_kosmosg.conversion.hf_tokenizer import checked_vocabulary, write_tokenizer
-from megatron_kosmosg.conversion.json_files import read_json, write_json
 from megatron_kosmosg.conversion.kosmos2 import kosmos2_config, kosmos2_weights
 from megatron_kosmosg.conversion.safetensors_files import (
     DIFFUSERS,
@@ -34,6 +34,7 @@ from megatron_kosmosg.conversion.safetensors_files import (
 )
 from megatron_kosmosg.conversion.tensors import InDtype
 from megatron_kosmosg.data.tokenizer import Tokenizer
+from megatron_kosmosg.files import write_json
 from megatron_kosmosg.hf import modeling_kosmosg_aligner, pipeline_kosmosg
 from megatron_kosmosg.progress import ProgressCallback
 
@@ -75,7 +76,7 @@ def write_aligner(
         "_diffusers_version": version("diffusers"),
         **aligner_arguments(source.config),
     }
-    write_json(folder / "config.json", settings)
+    write_json(folder / "config.json", settings, indent=2)
     _copy_module(modeling_kosmosg_aligner, folder, pipeline_kosmosg.ALIGNER_MODULE)
     return written
 
@@ -101,7 +102,7 @@ def write_image_processor(folder: Path, config: RunConfig) -> None:
         "image_mean": list(config.data.image_mean),
         "image_std": list(config.data.image_std),
     }
-    write_json(folder / "preprocessor_config.json", settings)
+    write_json(folder / "preprocessor_config.json", settings, indent=2)
 
 
 def write_processor(folder: Path, config: RunConfig) -> None:
@@ -111,13 +112,15 @@ def write_processor(folder: Path, config: RunConfig) -> None:
     folder's tokenizer has to. Of its own tokens the model has no rows: it gets none for places.
     """
     processor = {"processor_class": "Kosmos2Processor"}
-    write_json(folder / "processor_config.json", {**processor, "num_patch_index_tokens": 0})
+    write_json(
+        folder / "processor_config.json", {**processor, "num_patch_index_tokens": 0}, indent=2
+    )
     tokenizer = {"split_special_tokens": False}
     slots = config.model.resampler.num_latent_queries
     if slots != KOSMOS2_SLOTS:  # taken for the processor's default
         tokenizer["num_image_tokens"] = slots
     for name, more in (("tokenizer_config.json", tokenizer), ("preprocessor_config.json", {})):
-        write_json(folder / name, {**read_json(folder / name), **processor, **more})
+        write_json(folder / name, {**read_model_json(folder / name), **processor, **more}, indent=2)
 
 
 def write_index(folder: Path, stable_diffusion: dict[str, list[str]]) -> None:
@@ -147,7 +150,7 @@ def write_index(folder: Path, stable_diffusion: dict[str, list[str]]) -> None:
         "requires_safety_checker": False,
         **dict(sorted(parts.items())),
     }
-    write_json(folder / INDEX_FILE, index)
+    write_json(folder / INDEX_FILE, index, indent=2)
     _copy_module(pipeline_kosmosg, folder, pipeline_kosmosg.PIPELINE_MODULE)
 
 

@@ -17,8 +17,9 @@ from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
 from megatron_kosmosg.config.errors import ConversionError
-from megatron_kosmosg.conversion.json_files import read_json, write_json
+from megatron_kosmosg.conversion.exported_folder import read_model_json
 from megatron_kosmosg.data.tokenizer import TRAILING_SPECIALS, WORD_START, Tokenizer
+from megatron_kosmosg.files import write_json
 
 MODEL_FILE = "sentencepiece.bpe.model"
 """Copied beside tokenizer.json; the name is XLM-R's and Kosmos-2's, whose model is unigram."""
@@ -96,11 +97,11 @@ def write_tokenizer(model_path: Path, folder: Path, model_max_length: int) -> No
     """Fills `folder` for `AutoTokenizer.from_pretrained`, the SentencePiece model beside."""
     tokenizer = build_tokenizer(model_path, model_max_length)
     tokenizer.save_pretrained(folder)
-    settings = read_json(folder / "tokenizer_config.json")
+    settings = read_model_json(folder / "tokenizer_config.json")
     # Names that transformers 4 knows too.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "tokenizer_config.json", settings, indent=2)
     shutil.copyfile(model_path, folder / MODEL_FILE)
 
 
@@ -139,7 +140,7 @@ def check_same_tokens(model_path: Path, folder: Path) -> None:
 def _tokens_of_folder(folder: Path) -> dict[int, str]:
     described = folder / "tokenizer.json"
     if described.is_file():
-        content = read_json(described)
+        content = read_model_json(described)
         try:
             vocabulary = content["model"]["vocab"]
             if isinstance(vocabulary, dict):  # a BPE model's
@@ -155,7 +156,7 @@ def _tokens_of_folder(folder: Path) -> dict[int, str]:
     found = dict(enumerate(token_list(folder_model(folder))[: -len(TRAILING_SPECIALS) + 1]))
     added = folder / "added_tokens.json"
     if added.is_file():
-        found |= {index: token for token, index in read_json(added).items()}
+        found |= {index: token for token, index in read_model_json(added).items()}
     return found
 
 

@@ -32,7 +32,7 @@ from megatron_kosmosg.conversion.sizes import (
 from megatron_kosmosg.conversion.stored_names import TOWER
 from megatron_kosmosg.conversion.tensors import (
     InDtype,
-    Joined,
+    JoinedSources,
     TensorSource,
     as_native,
     check_ties,
@@ -107,7 +107,7 @@ def _opened(
     source: TensorSource = InDtype(as_native(table, file, from_file), dtype)
     if clip is not None:
         clip_table().check(clip.names(), [name for name in expected if name.startswith(TOWER)])
-        source = Joined(source, as_native(clip_table(), clip, from_clip))
+        source = JoinedSources(source, as_native(clip_table(), clip, from_clip))
     notes = [
         f"{_FILE_OF_STAGE[config.stage]} file -> stage {config.stage}, "
         f"{len(file.names())} tensors, {_PRECISIONS.get(dtype, dtype)}"

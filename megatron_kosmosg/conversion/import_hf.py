@@ -17,21 +17,26 @@ from megatron_kosmosg.conversion.checkpoint_writer import (
     refuse_existing,
     write_checkpoint,
 )
-from megatron_kosmosg.conversion.exported_folder import exported_parts
+from megatron_kosmosg.conversion.exported_folder import exported_parts, read_model_json
 from megatron_kosmosg.conversion.hf_tokenizer import (
     check_same_tokens,
     checked_vocabulary,
     folder_model,
 )
 from megatron_kosmosg.conversion.imported_config import Imported, imported_config
-from megatron_kosmosg.conversion.json_files import read_json
 from megatron_kosmosg.conversion.rules import RuleTable
 from megatron_kosmosg.conversion.safetensors_files import (
     DIFFUSERS,
     TRANSFORMERS,
     SafetensorsFolder,
 )
-from megatron_kosmosg.conversion.tensors import InDtype, Joined, TensorSource, as_native, check_ties
+from megatron_kosmosg.conversion.tensors import (
+    InDtype,
+    JoinedSources,
+    TensorSource,
+    as_native,
+    check_ties,
+)
 from megatron_kosmosg.progress import ProgressCallback
 
 
@@ -71,7 +76,7 @@ def import_hf(
     sources = [language_source(parts.mllm, config)]
     if parts.aligner is not None:
         sources.append(aligner_source(parts.aligner, config))
-    written = write_checkpoint(output, config, InDtype(Joined(*sources), dtype), progress)
+    written = write_checkpoint(output, config, InDtype(JoinedSources(*sources), dtype), progress)
     return Imported(written, [f"stage {config.stage}, tokenizer {config.data.tokenizer_model}"])
 
 
@@ -145,7 +150,7 @@ def _translated(
 
 def _language_facts(mllm: Path, processor: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(sizes, other settings) of the stock Kosmos-2 in a folder, both by dotted key."""
-    stated = read_json(mllm / "config.json")
+    stated = read_model_json(mllm / "config.json")
     if stated.get("model_type") != Kosmos2Config.model_type:
         raise ConversionError(
             f"{mllm} holds a model of type {stated.get('model_type')!r}, not 'kosmos-2'; give the "
@@ -158,7 +163,7 @@ def _language_facts(mllm: Path, processor: Path) -> tuple[dict[str, Any], dict[s
         "data.seq_length": found.text_config.max_position_embeddings,
     }
     if (processor / "preprocessor_config.json").is_file():
-        images = read_json(processor / "preprocessor_config.json")
+        images = read_model_json(processor / "preprocessor_config.json")
         for name in ("image_mean", "image_std"):
             if name in images:
                 settings[f"data.{name}"] = images[name]

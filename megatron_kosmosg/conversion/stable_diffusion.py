@@ -15,7 +15,7 @@ import torch
 from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.frozen_weights import one_file_advice, pickles_advice
 from megatron_kosmosg.config.schema import AlignerConfig
-from megatron_kosmosg.conversion.json_files import read_json
+from megatron_kosmosg.conversion.exported_folder import read_model_json
 from megatron_kosmosg.conversion.safetensors_files import (
     DIFFUSERS,
     SafetensorsFolder,
@@ -96,7 +96,7 @@ class StableDiffusion:
         text = self._folder / "text_encoder" / "config.json"
         if not text.is_file():
             return
-        positions = read_json(text).get("max_position_embeddings")
+        positions = read_model_json(text).get("max_position_embeddings")
         if positions != aligner.num_queries:
             raise ConversionError(
                 f"the U-Net in {self._folder} was trained on conditions of {positions} positions "
@@ -111,7 +111,7 @@ class StableDiffusion:
                 f"no {path}; --stable-diffusion takes a folder in diffusers' layout, with "
                 "unet/, vae/ and scheduler/"
             )
-        return read_json(path)
+        return read_model_json(path)
 
     def _stem(self, part: str) -> str:
         """Prefers the files of full precision to the `.fp16` variant."""

@@ -93,7 +93,7 @@ def _all_finite(tensor: torch.Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-class Joined:
+class JoinedSources:
     """Several sources with different names as one."""
 
     def __init__(self, *sources: TensorSource) -> None:

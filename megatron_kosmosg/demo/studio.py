@@ -22,7 +22,7 @@ from megatron_kosmosg.inference.pipeline_generator import PipelineGenerator
 from megatron_kosmosg.inference.prompt_records import (
     GenerationOptions,
     PromptError,
-    open_image,
+    open_image_file,
     split_prompt,
 )
 
@@ -176,7 +176,7 @@ class Studio:
         if not content:
             raise PromptError("add an image, or write some words")
         parts: list[str | Image.Image] = [
-            part if isinstance(part, str) else open_image(part) for part in content
+            part if isinstance(part, str) else open_image_file(part) for part in content
         ]
         with self._busy:
             try:

@@ -178,7 +178,7 @@ images of a subject."""
 
 
 @dataclass(frozen=True)
-class Case:
+class DreamBenchCase:
     """One prompt of one subject, or of a pair."""
 
     name: str
@@ -192,7 +192,7 @@ class Case:
     """What the model is given: words, with an image of `subjects` between each two."""
 
 
-def single_cases(*, with_class: bool = False) -> Iterator[Case]:
+def single_cases(*, with_class: bool = False) -> Iterator[DreamBenchCase]:
     """The 750 of 30 subjects. with_class: the model is also told what the image shows."""
     for subject in SUBJECTS:
         before = subject.word if with_class else ""
@@ -201,7 +201,7 @@ def single_cases(*, with_class: bool = False) -> Iterator[Case]:
         texts += [f"a {quality} {subject.word}" for quality in QUALITIES]
         phrases = [*places, *(f", {quality}" for quality in QUALITIES)]
         for i, (text, words) in enumerate(zip(texts, phrases, strict=True)):
-            yield Case(f"{subject.name}-{i:02d}", (subject,), i, text, (before, words))
+            yield DreamBenchCase(f"{subject.name}-{i:02d}", (subject,), i, text, (before, words))
 
 
 PAIRS = tuple(
@@ -219,7 +219,7 @@ PAIRS = tuple(
 """UNO's: ten of two objects, ten of two animals, ten of an animal and an object."""
 
 
-def pair_cases(*, with_class: bool = False) -> Iterator[Case]:
+def pair_cases(*, with_class: bool = False) -> Iterator[DreamBenchCase]:
     """UNO's 750 of 30 pairs. The model is given the same sentence with images for the subjects.
 
     Args:
@@ -238,7 +238,7 @@ def pair_cases(*, with_class: bool = False) -> Iterator[Case]:
             if with_class:
                 first, middle = first + pair[0].word, middle + pair[1].word
             words = tuple(part.strip() for part in (first, middle, last))
-            yield Case(f"{'+'.join(names)}-{i:02d}", pair, i, text, words)
+            yield DreamBenchCase(f"{'+'.join(names)}-{i:02d}", pair, i, text, words)
 
 
 def _pair_templates(pair: Sequence[Subject]) -> list[str]:

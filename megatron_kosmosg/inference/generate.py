@@ -18,7 +18,7 @@ from megatron_kosmosg.config.overwrites import refuse_to_overwrite
 from megatron_kosmosg.inference.contact_sheet import SheetRow, contact_sheet
 from megatron_kosmosg.inference.image_files import is_finished, save_atomically, write_image
 from megatron_kosmosg.inference.image_plan import ImagePlan, PlannedImage
-from megatron_kosmosg.inference.prompt_records import PromptRecord, open_image
+from megatron_kosmosg.inference.prompt_records import PromptRecord, open_image_file
 
 MIN_CELL, MAX_CELL = 128, 256
 
@@ -99,8 +99,8 @@ def write_sheet(job: Job, num_records: int) -> Path | None:
         planned_images = job.plan.images(record)
         if not all(is_finished(planned, job.folder) for planned in planned_images):
             return None
-        results = [open_image(job.folder / planned.file_name) for planned in planned_images]
-        shown = [(f"[{i}]", open_image(path)) for i, path in enumerate(record.images, start=1)]
+        results = [open_image_file(job.folder / planned.file_name) for planned in planned_images]
+        shown = [(f"[{i}]", open_image_file(path)) for i, path in enumerate(record.images, start=1)]
         labels = [f"seed {planned.options.seed}" for planned in planned_images]
         rows.append(SheetRow(_numbered(record), shown, list(zip(labels, results, strict=True))))
         sizes += [max(result.size) for result in results]

@@ -20,7 +20,7 @@ from megatron_kosmosg.progress import Progress
 
 
 @dataclass(frozen=True)
-class Request:
+class RunRequest:
     """What a run is to draw, with what and where to."""
 
     records: Sequence[PromptRecord]
@@ -50,7 +50,7 @@ class Finished:
     sheet: Path | None
 
 
-def run(request: Request, rank_info: RankInfo) -> Finished:
+def run(request: RunRequest, rank_info: RankInfo) -> Finished:
     """Generates this rank's share of what is asked for. Raises PromptError or ConfigError before
     anything is written."""
     source = request.source

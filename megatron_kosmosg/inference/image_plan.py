@@ -22,7 +22,7 @@ from megatron_kosmosg.inference.prompt_records import (
     PromptError,
     PromptPart,
     PromptRecord,
-    open_image,
+    open_image_file,
 )
 
 STREAM = "generate"
@@ -163,7 +163,7 @@ class ImagePlan:
     def _read_image(self, path: Path) -> tuple[str, tuple[int, int]]:
         """(digest of the file, (width, height) of the image)."""
         if path not in self._read:
-            size = open_image(path).size
+            size = open_image_file(path).size
             self._read[path] = _digest(path.read_bytes()), size
         return self._read[path]
 

@@ -28,7 +28,7 @@ from megatron_kosmosg.inference.prompt_records import (
     GenerationOptions,
     PromptError,
     PromptRecord,
-    open_image,
+    open_image_file,
 )
 
 OnStep = Callable[[int], None]
@@ -181,7 +181,7 @@ class PipelineGenerator:
         arguments: dict[str, Any] = dict(self._size(options))
         has_start = options.start_image is not None
         if self._controlnet is not None:
-            controls = [open_image(planned.options.control_image) for planned in firsts]
+            controls = [open_image_file(planned.options.control_image) for planned in firsts]
             arguments["control_image" if has_start else "image"] = controls
             arguments["controlnet_conditioning_scale"] = self._control_scale
         if not has_start:
@@ -191,7 +191,7 @@ class PipelineGenerator:
         if self._controlnet is None:  # diffusers takes the size from the image then
             arguments = {}
         # One for each image: of fewer, diffusers repeats the whole list.
-        starts = [open_image(planned.options.start_image) for planned in planned_images]
+        starts = [open_image_file(planned.options.start_image) for planned in planned_images]
         arguments["image"] = [ImageOps.fit(image, size) for image in starts]
         return arguments | {"strength": options.strength}
 
@@ -246,4 +246,4 @@ def _step_callback(on_step: OnStep) -> Callable[..., dict[str, Any]]:
 
 
 def _opened(record: PromptRecord) -> Parts:
-    return [part if isinstance(part, str) else open_image(part) for part in record.content]
+    return [part if isinstance(part, str) else open_image_file(part) for part in record.content]

@@ -259,7 +259,7 @@ def _options(fields: Mapping[str, Any], folder: Path, place: str) -> GenerationO
     return GenerationOptions(**values)
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image_file(path: Path) -> Image.Image:
     """The RGB image of a file, upright. Raises PromptError if it cannot be decoded."""
     try:
         return read_image(read_file(path))

@@ -18,12 +18,13 @@ from megatron_kosmosg.checkpoint.weights import load_weights
 from megatron_kosmosg.config.load import load_saved_config
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.single_process import single_process_config
+from megatron_kosmosg.data.image_reading import encode_png, upright_rgb
 from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.normalise import prompt_transform
 from megatron_kosmosg.data.padding import pad_rows
-from megatron_kosmosg.data.sequence import SequenceFormat
+from megatron_kosmosg.data.samples import Prompt
+from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from megatron_kosmosg.inference.prompt import build_prompt
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.stages import build_stage
@@ -41,6 +42,21 @@ def single_process(config: RunConfig) -> Iterator[ParallelContext]:
         yield platform.initialize(single_process_config(config))
     finally:
         platform.teardown()
+
+
+def build_prompt(parts: Parts, sequence_format: SequenceFormat) -> Prompt:
+    """An interleaved list of words and images as the model's prompt (authors' demo).
+
+    `["a", image, "in the snow"]` becomes <s> a <image> slots </image> in the snow; every fragment
+    is tokenized on its own, and no </s> follows.
+    """
+    builder = SequenceBuilder(sequence_format).add_start()
+    for part in parts:
+        if isinstance(part, str):
+            builder.add_text(sequence_format.tokenizer.encode(part))
+        else:
+            builder.add_image(encode_png(upright_rgb(part)))
+    return builder.prompt()
 
 
 class TrainedModel:

@@ -41,7 +41,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Card:
+class SampleCard:
     """One sample of a stream as the page shows it."""
 
     facts: str
@@ -67,7 +67,7 @@ class SampleCards:
         self._mean = torch.tensor(config.data.image_mean)[:, None, None]
         self._std = torch.tensor(config.data.image_std)[:, None, None]
 
-    def card(self, position: int) -> Card:
+    def card(self, position: int) -> SampleCard:
         """The sample at that position of the stream."""
         sample = self._stream[position]
         batch = self._stream.collate([sample], self._stream.pad_to([sample], [position]))
@@ -87,10 +87,10 @@ class SampleCards:
             facts += f", {padding} padding, {int(counted.sum())} labels count{bad_note}"
             # A label belongs to the token it is the label of, one place further on.
             counts = [False, *(counted[: length - 1] > 0).tolist()]
-            return Card(facts, self._pieces(tokens, counts, images))
+            return SampleCard(facts, self._pieces(tokens, counts, images))
         facts += f", sample {sample.key}{bad_note}"
         raw = self._store[sample.index]
-        return Card(
+        return SampleCard(
             facts,
             self._pieces(tokens, [False] * length, images),
             target=_image(batch["target_pixel_values"][0] / 2 + 0.5, TARGET_PIXELS),

@@ -17,7 +17,7 @@ from megatron_kosmosg.preprocess.options import Options
 NOT_PACKED = np.zeros((0, 2), np.int32)
 
 
-class Conversion:
+class RecordConversion:
     """What records are converted with, as the kinds ask for it (data.kinds.kind.Conversion)."""
 
     def __init__(self, tokenizer: Tokenizer, options: Options | None = None) -> None:

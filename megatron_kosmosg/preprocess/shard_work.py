@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from megatron_kosmosg.preprocess.convert import Conversion
+from megatron_kosmosg.preprocess.convert import RecordConversion
 from megatron_kosmosg.preprocess.counts import Counts
 from megatron_kosmosg.preprocess.input_files import Input
 from megatron_kosmosg.preprocess.layouts import canonical_records
@@ -81,7 +81,7 @@ class _ShardWork:
     def __init__(self, job: ShardJob) -> None:
         tokenizer, words = encoders(job.tokenizer_model)
         self._job, self._kind = job, KINDS[job.kind]
-        self._use = Conversion(tokenizer, job.options)
+        self._use = RecordConversion(tokenizer, job.options)
         self._writer = ShardWriter(job.prefix, self._kind)
         self._texts = TextBatches(self._kind, tokenizer, words, self._writer)
         self._rejects: Counter[str] = Counter()

@@ -25,7 +25,7 @@ from megatron_kosmosg.conversion.safetensors_files import SafetensorsFolder, wri
 from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.hf.modeling_kosmosg_aligner import KosmosGAligner
-from megatron_kosmosg.inference.prompt import build_prompt
+from megatron_kosmosg.inference.trained_model import build_prompt
 from tests.support.conversion_models import (
     TOKENIZER,
     VOCAB_SIZE,

@@ -17,7 +17,7 @@ from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.hf.pipeline_kosmosg import KosmosGPipeline
-from megatron_kosmosg.inference.prompt import build_prompt
+from megatron_kosmosg.inference.trained_model import build_prompt
 from megatron_kosmosg.toy import assets
 from tests.support.tiny_models import CONDITION_WIDTH, NUM_LATENT_QUERIES, NUM_QUERIES, TARGET_SIZE
 from tests.support.tiny_pipeline import IMAGE_SIZE, draw, mllm_config, prompt_image, tiny_pipeline

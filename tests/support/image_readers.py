@@ -27,7 +27,7 @@ from megatron_kosmosg.data.latent_cache import LatentCache
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.hf import pipeline_kosmosg
-from megatron_kosmosg.inference.prompt_records import PromptError, open_image
+from megatron_kosmosg.inference.prompt_records import PromptError, open_image_file
 from megatron_kosmosg.inspection.check import check_dataset
 from megatron_kosmosg.preprocess import latent_moments
 from megatron_kosmosg.preprocess.options import Options
@@ -138,7 +138,7 @@ def by_pipeline(data: bytes, datasets: Datasets, name: str) -> np.ndarray:
 def by_generate(data: bytes, datasets: Datasets, name: str) -> np.ndarray:
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(data)
-        return cropped(open_image(Path(file.name)))
+        return cropped(open_image_file(Path(file.name)))
 
 
 def by_caption_image(data: bytes, datasets: Datasets, name: str) -> np.ndarray:

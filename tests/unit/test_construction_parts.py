@@ -26,7 +26,7 @@ from megatron_kosmosg.construction.regions import (
     largest_component,
     square_around,
 )
-from megatron_kosmosg.construction.shard_plan import make_plan
+from megatron_kosmosg.construction.shard_plan import make_build_plan
 from megatron_kosmosg.construction.square_images import SquareImages
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.preprocess.options import Options
@@ -210,7 +210,7 @@ def test_open_images_list_names_images_and_turns(tmp_path):
         "0b,train,http://y,c,\n0c,train,http://z\n0d,train,http://z,d,nan\n"
     )
     listed = str(tmp_path / "image_ids_and_rotation.csv")
-    plan = make_plan(tmp_path / "out", [listed], 2, None, Options())
+    plan = make_build_plan(tmp_path / "out", [listed], 2, None, Options())
     found = [p for shard in range(plan.num_shards) for p in plan.images(shard)]
     keys = [p.key for p in found]
     assert keys[:2] == ["0a", "0b"] and keys[3] == "0d" and len(keys) == 4
@@ -229,17 +229,17 @@ def test_a_plan_is_kept_and_others_are_refused(tmp_path):
         (images / name).write_bytes(noise_image(1))
     (images / "notes.txt").write_text("no picture")
     inputs = [str(tmp_path / "pictures")]
-    plan = make_plan(tmp_path / "out", inputs, 4, None, Options())
+    plan = make_build_plan(tmp_path / "out", inputs, 4, None, Options())
     assert [p.key for p in plan.images(0)][:2] == ["a/1", "a/2"]
     assert [isinstance(p.record, Rejected) for p in plan.images(0)] == [False, False, True]
     (images / "3.jpg").write_bytes(noise_image(1))
-    again = make_plan(tmp_path / "out", inputs, 4, None, Options())
+    again = make_build_plan(tmp_path / "out", inputs, 4, None, Options())
     assert len(list(again.images(0))) == 3, "a picture that came later is not in the plan"
     with pytest.raises(ValueError, match="shard_size: 4 -> 5"):
-        make_plan(tmp_path / "out", inputs, 5, None, Options())
+        make_build_plan(tmp_path / "out", inputs, 5, None, Options())
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
-        make_plan(tmp_path / "out2", [str(tmp_path / "none")], 4, None, Options())
+        make_build_plan(tmp_path / "out2", [str(tmp_path / "none")], 4, None, Options())
 
 
 def test_annotations_are_found_by_key_and_broken_lines_named(tmp_path):

@@ -17,7 +17,7 @@ from megatron_kosmosg.conversion.rules import (
 )
 from megatron_kosmosg.conversion.tensors import (
     InMemory,
-    Joined,
+    JoinedSources,
     as_external,
     as_native,
     check_shapes,
@@ -146,7 +146,7 @@ def test_two_rules_for_one_name_are_refused() -> None:
 
 
 def test_joined_sources_answer_for_their_names(external) -> None:
-    joined = Joined(InMemory(external), InMemory({"more": torch.zeros(2)}))
+    joined = JoinedSources(InMemory(external), InMemory({"more": torch.zeros(2)}))
     assert joined.names().keys() == {*external, "more"}
     assert joined.read("more").shape == (2,) and joined.read("embed").shape == (7, WIDTH)
 

@@ -16,7 +16,7 @@ from megatron_kosmosg.data.samples import EntityImage
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
 from megatron_kosmosg.data.stored_sample import IMAGE, JSON, TOKENS, RawSample
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from megatron_kosmosg.preprocess.convert import Conversion
+from megatron_kosmosg.preprocess.convert import RecordConversion
 from tests.support.data_helpers import encode_image, noise_image, write_tokenizer
 
 QUERIES = 3
@@ -35,7 +35,7 @@ def layout(tokenizer):
 
 def stored(kind: str, fields: dict, tokenizer: Tokenizer, tmp_path) -> RawSample:
     """What the store gives back for a record."""
-    parts = KINDS[kind].convert(Record("f:1", fields, tmp_path), Conversion(tokenizer)).parts
+    parts = KINDS[kind].convert(Record("f:1", fields, tmp_path), RecordConversion(tokenizer)).parts
     assert parts[0].mode == JSON
     return RawSample.of_bytes((np.frombuffer(p.data, np.uint8), p.mode) for p in parts)
 

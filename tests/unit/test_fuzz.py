@@ -34,7 +34,7 @@ from megatron_kosmosg.data.latent_cache import LatentManifest, LatentSource
 from megatron_kosmosg.data.manifest import Manifest, kind_on_disk
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.foreign_files import OutsideFolder
-from megatron_kosmosg.inference.prompt_records import PromptError, open_image, read_records
+from megatron_kosmosg.inference.prompt_records import PromptError, open_image_file, read_records
 from megatron_kosmosg.preprocess.input_files import find_inputs, shard_size
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.preprocess.shard_work import ShardJob, work_on_shard
@@ -132,7 +132,7 @@ def image_file(form: str) -> Callable[[Path], Reader]:
     def make(folder: Path) -> Reader:
         path = folder / f"picture.{form.lower()}"
         path.write_bytes(noise_image(1, 24, 24, form))
-        return Reader(path, lambda: open_image(path), (PromptError,))
+        return Reader(path, lambda: open_image_file(path), (PromptError,))
 
     return make
 

@@ -18,7 +18,7 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import is_saved_config, load_config, to_yaml
 from megatron_kosmosg.config.overwrites import refuse_to_overwrite, refuse_to_run_over_inputs
 from megatron_kosmosg.config.schema import BlendEntry, DataConfig, RunConfig
-from megatron_kosmosg.conversion.output_folder import new_folder
+from megatron_kosmosg.conversion.exported_folder import new_output_folder
 from megatron_kosmosg.data.dataset_files import dataset_files, files_read
 from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.normalise import target_pixels
@@ -339,12 +339,15 @@ def test_a_temporary_folder_is_not_made_in_place_of_a_model(tmp_path):
     model = tmp_path / "export.tmp"
     model.mkdir()
     (model / "weights").write_text("weights")
-    with pytest.raises(ConfigError, match="written over"), new_folder(tmp_path / "export", [model]):
+    with (
+        pytest.raises(ConfigError, match="written over"),
+        new_output_folder(tmp_path / "export", [model]),
+    ):
         pass
     assert contents(tmp_path) == {"export.tmp/weights": b"weights"}
     (model / "sub").mkdir()
     with pytest.raises(ConfigError, match="written over"):
-        with new_folder(tmp_path / "export", [model / "sub"]):
+        with new_output_folder(tmp_path / "export", [model / "sub"]):
             pass
 
 

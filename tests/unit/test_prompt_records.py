@@ -10,7 +10,7 @@ from PIL import Image
 
 from megatron_kosmosg.inference.prompt_records import (
     PromptError,
-    open_image,
+    open_image_file,
     parse_record,
     read_records,
     split_prompt,
@@ -117,7 +117,7 @@ def test_images_are_opened_upright_or_named(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: the stored image lies on its side
     Image.new("L", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)
-    turned = open_image(tmp_path / "turned.jpg")
+    turned = open_image_file(tmp_path / "turned.jpg")
     assert (turned.mode, turned.size) == ("RGB", (4, 6))
     whole = tmp_path / "whole.png"
     Image.effect_noise((64, 64), 90).save(whole)
@@ -125,6 +125,6 @@ def test_images_are_opened_upright_or_named(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     for name in ("cut.png", "text.png"):
         with pytest.raises(PromptError, match=f"{name} cannot be decoded"):
-            open_image(tmp_path / name)
+            open_image_file(tmp_path / name)
     with pytest.raises(PromptError, match="no image .*none.png"):
-        open_image(tmp_path / "none.png")
+        open_image_file(tmp_path / "none.png")

@@ -13,7 +13,7 @@ from megatron_kosmosg.inference.model_source import find_model
 from megatron_kosmosg.inference.open_model import open_pipeline
 from megatron_kosmosg.toy import assets
 from megatron_kosmosg.toy.evaluation.scene_reader import compare, read_scenes, summarise
-from megatron_kosmosg.toy.evaluation.toy_prompts import Case, cases, images_only
+from megatron_kosmosg.toy.evaluation.toy_prompts import ToyCase, cases, images_only
 
 FOLDER = assets.path() / "kosmosg"
 NUM_PROMPTS = 16
@@ -28,7 +28,7 @@ def pipeline() -> KosmosGPipeline:
     return pipeline
 
 
-def draw(pipeline: KosmosGPipeline, found: list[Case]) -> torch.Tensor:
+def draw(pipeline: KosmosGPipeline, found: list[ToyCase]) -> torch.Tensor:
     """[n, 3, 32, 32] in [-1, 1]."""
     images = pipeline(
         [case.parts for case in found],

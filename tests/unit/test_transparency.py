@@ -27,8 +27,8 @@ from megatron_kosmosg.data.samples import EntityImage
 from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.hf.pipeline_kosmosg import resize_and_crop
-from megatron_kosmosg.inference.prompt import build_prompt
-from megatron_kosmosg.inference.prompt_records import open_image
+from megatron_kosmosg.inference.prompt_records import open_image_file
+from megatron_kosmosg.inference.trained_model import build_prompt
 from megatron_kosmosg.preprocess.options import Options
 from megatron_kosmosg.toy import assets
 from tests.support.data_helpers import encode_image
@@ -105,7 +105,7 @@ def construct(encoded: bytes) -> np.ndarray:
 def generate(encoded: bytes, folder: Path) -> np.ndarray:
     """What tools/generate.py opens, and what its checkpoint's prompt holds."""
     (folder / "picture").write_bytes(encoded)
-    opened = open_image(folder / "picture")
+    opened = open_image_file(folder / "picture")
     tokenizer = Tokenizer(assets.path() / "sentencepiece.model")
     with Image.open(io.BytesIO(encoded)) as raw:
         prompt = build_prompt(["a", raw], SequenceFormat(tokenizer, 4))

@@ -1,7 +1,7 @@
 """Held-out prompts of the toy world, and the scene that each of them should give.
 
-Every cell of the evaluation is a list of `Case`s made from integer seeds: what the model is shown
-(words, images, or both) and the truth the evaluator compares with.
+Every cell of the evaluation is a list of `ToyCase`s made from integer seeds: what the model is
+shown (words, images, or both) and the truth the evaluator compares with.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Parts = list[str | Image.Image]
 
 
 @dataclass(frozen=True)
-class Case:
+class ToyCase:
     """One prompt and the scene that it asks for."""
 
     parts: Parts
@@ -87,17 +87,17 @@ def swapped(scene: Scene) -> Scene:
 
 def cases(
     seed: int, count: int, num_entities: int, parts: Callable[[Scene, int], Parts]
-) -> list[Case]:
+) -> list[ToyCase]:
     """`count` held-out cases whose prompts `parts(scene, seed)` writes."""
     drawn = scenes(seed, count, num_entities)
-    return [Case(parts(scene, seed * 1000 + i), scene) for i, scene in enumerate(drawn)]
+    return [ToyCase(parts(scene, seed * 1000 + i), scene) for i, scene in enumerate(drawn)]
 
 
-def edit_cases(seed: int, count: int) -> list[Case]:
+def edit_cases(seed: int, count: int) -> list[ToyCase]:
     """Prompts such as `<image of one entity> make it blue`; the truth is the edited scene."""
     result = []
     for i, scene in enumerate(scenes(seed, count, 1)):
         rng = np.random.default_rng((seed, i, 13))
         instruction, edited = sample_edit(scene, rng)
-        result.append(Case([to_image(render(scene)), instruction], edited))
+        result.append(ToyCase([to_image(render(scene)), instruction], edited))
     return result

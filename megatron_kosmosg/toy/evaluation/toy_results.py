@@ -18,8 +18,8 @@ from megatron_kosmosg.toy.evaluation.metric_row import MetricRow
 from megatron_kosmosg.toy.evaluation.toy_cells import Cell
 from megatron_kosmosg.toy.evaluation.toy_generation import Sampling, generate_scenes
 from megatron_kosmosg.toy.evaluation.toy_prompts import (
-    Case,
     Parts,
+    ToyCase,
     background_image,
     cases,
     edit_cases,
@@ -132,7 +132,7 @@ class ToyResults:
         """Exchanging two prompt images must exchange the result."""
         plain = self._cases(2, images_only)
         exchanged = [
-            Case([c.parts[0], c.parts[3], c.parts[2], c.parts[1], c.parts[4]], swapped(c.scene))
+            ToyCase([c.parts[0], c.parts[3], c.parts[2], c.parts[1], c.parts[4]], swapped(c.scene))
             for c in plain
         ]
         drawn = self._generate(model, [case.parts for case in exchanged], 2)
@@ -202,7 +202,7 @@ class ToyResults:
             headings,
         )
 
-    def _rows(self, cell: Cell, shown: list[Case]) -> list[list[Image.Image]]:
+    def _rows(self, cell: Cell, shown: list[ToyCase]) -> list[list[Image.Image]]:
         truths = cell.true_images
         return [
             [
@@ -215,7 +215,7 @@ class ToyResults:
             )
         ]
 
-    def _cases(self, num_entities: int, parts) -> list[Case]:
+    def _cases(self, num_entities: int, parts) -> list[ToyCase]:
         return cases(self._sampling.seed, self._count, num_entities, parts)
 
     def _generate(self, model, prompts: list[Parts], num_entities: int):

@@ -68,7 +68,7 @@ def grouped(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 @dataclass(frozen=True)
-class Chart:
+class TrainingChart:
     """Curves of one training, with its speed in words."""
 
     title: str
@@ -76,13 +76,13 @@ class Chart:
     speed: str
 
 
-def charts(inputs: ReportInputs) -> list[Chart]:
+def charts(inputs: ReportInputs) -> list[TrainingChart]:
     """One chart for each training."""
     made = []
     for name, history in inputs.histories.items():
         title = _STAGE_TITLES.get(name, name.replace("ablations/", "ablation: "))
         uri = data_uri(stage_chart(history).encode(), "image/svg+xml")
-        made.append(Chart(title, uri, _speed(history)))
+        made.append(TrainingChart(title, uri, _speed(history)))
     return made
 
 

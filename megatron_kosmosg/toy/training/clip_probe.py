@@ -22,7 +22,7 @@ RIDGE = 1e-5
 
 
 @dataclass(frozen=True)
-class Probe:
+class LinearProbe:
     """Accuracies are shares; hue errors are degrees of the first colour."""
 
     shape: float
@@ -62,7 +62,7 @@ def targets(scenes: list[Scene]) -> Tensor:
 
 def probe(
     tower: CLIPVisionModel, mean: bool, count: int = 4000, heldout: int = 600, seed: int = 5
-) -> Probe:
+) -> LinearProbe:
     """How well ridge regression reads a subject from the tower's tokens, or from their mean."""
     train, test = crops(seed, count, False), crops(seed + 1, heldout, True)
     inputs, outputs = features(tower, train, mean), targets(train)
@@ -78,6 +78,6 @@ def probe(
         same = found[:, columns].argmax(1) == truth[:, columns].argmax(1)
         return same.double().mean().item()
 
-    return Probe(
+    return LinearProbe(
         right(slice(2, last)), right(slice(last, None)), error.mean().item(), error.median().item()
     )
