@@ -1,4 +1,4 @@
-"""`python -m quickstart`: arguments, checks, the run, the verdict. Started by quickstart.sh.
+"""`python -m quickstart`: arguments, checks, the run, the thresholds. Started by quickstart.sh.
 
 Exit codes: 0 done; 1 a step failed; 2 wrong arguments; 3 a quality threshold is missed;
 130 interrupted, the same command continues.
@@ -15,7 +15,7 @@ from megatron_kosmosg.command_line import CommandParser, file_path
 from quickstart.progress import clock
 from quickstart.runner import Interrupted, Runner, StepFailed
 from quickstart.steps import plan
-from quickstart.verdict import missed, read_rows, table
+from quickstart.thresholds import missed, read_rows, table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -46,7 +46,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class Progress:
+class RemainingTime:
     """Time remaining over all steps. Expected times come from the steps, and are scaled by how
     fast this machine turned out to be in the steps that ran so far."""
 

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_kosmosg.files import open_itself, write_json
-from quickstart.progress import Progress
+from quickstart.progress import RemainingTime
 from quickstart.stamps import Stamps
 from quickstart.steps import Step
 
@@ -42,7 +42,7 @@ class Runner:
         self._repository = repository
         self._mode = mode
         self._stamps = Stamps(out / "steps", steps, repository)
-        self._progress = Progress(steps)
+        self._progress = RemainingTime(steps)
         self._environment = child_environment()
         self._interrupted = False
         (out / "logs").mkdir(parents=True, exist_ok=True)

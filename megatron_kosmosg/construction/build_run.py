@@ -15,7 +15,7 @@ import torch
 from megatron_kosmosg.config.overwrites import refuse_to_overwrite, refuse_to_write_into
 from megatron_kosmosg.construction.annotations import Annotations
 from megatron_kosmosg.construction.build_report import ConstructionReport, make_report
-from megatron_kosmosg.construction.caption_step import Captioner, GivenCaptions, ModelCaptions
+from megatron_kosmosg.construction.caption_step import Captioner, ModelCaptions, ProvidedCaptions
 from megatron_kosmosg.construction.entity_prompt import PROMPT
 from megatron_kosmosg.construction.entity_step import Answerer, Entities
 from megatron_kosmosg.construction.mask_step import Masks, Segmenter
@@ -156,7 +156,7 @@ class _Origins:
         folder = self._folder("captions")
         if job.captions == INPUT or not Path(job.captions).is_dir():
             annotations = None if job.captions == INPUT else self._annotations(job.captions)
-            return Step(folder, GivenCaptions(plan, annotations), settings)
+            return Step(folder, ProvidedCaptions(plan, annotations), settings)
         model: OnDemand[Captioner] = OnDemand(self._open_captioner)
         work = ModelCaptions(
             plan, SquareImages(job.options), model, job.batch_size, job.num_threads

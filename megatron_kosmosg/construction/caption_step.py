@@ -29,7 +29,7 @@ class Captioner(Protocol):
 
 
 @dataclass(frozen=True)
-class GivenCaptions:
+class ProvidedCaptions:
     """Captions of a file, or, without one, those that the input has."""
 
     plan: BuildPlan

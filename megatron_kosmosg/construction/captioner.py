@@ -1,4 +1,5 @@
-"""Captions by BLIP-2 (the paper's captioner): greedy, from the image alone."""
+"""Captions by BLIP-2 (the paper's captioner): the likeliest token at every step, from the image
+without a question."""
 
 from __future__ import annotations
 
@@ -12,11 +13,15 @@ from megatron_kosmosg.construction.model_folders import loaded
 
 
 class Blip2Captioner:
-    """A model folder, opened. Raises ValueError where it cannot be."""
+    """The Captioner (caption_step.py) of a BLIP-2 in a local folder of transformers.
+
+    Raises ValueError for a folder that cannot be opened.
+    """
 
     def __init__(
         self, folder: Path, dtype: torch.dtype, device: torch.device, max_tokens: int
     ) -> None:
+        """max_tokens: of a caption; what is longer is cut."""
         self._tokenizer = loaded(AutoTokenizer.from_pretrained, folder)
         self._processor = loaded(AutoImageProcessor.from_pretrained, folder)
         model = loaded(Blip2ForConditionalGeneration.from_pretrained, folder, dtype=dtype)
@@ -30,14 +35,15 @@ class Blip2Captioner:
 
     @torch.inference_mode()
     def __call__(self, images: list[Image.Image]) -> list[str]:
-        """A caption for each RGB image, as Captioner asks for."""
+        """A caption for each RGB image, in their order."""
         pixels = self._processor(images=images, return_tensors="pt")["pixel_values"]
         ids = self._model.generate(
             pixel_values=pixels.to(self._model.device, self._model.dtype),
             max_new_tokens=self._max_tokens,
             do_sample=False,
         )
-        # Decoders without an encoder repeat the places of the image before their answer.
+        # A decoder-only language model (OPT) returns its prompt before its answer: one image token
+        # a query and the start token. One with an encoder (T5) returns the answer alone.
         config = self._model.config
         if ids.shape[1] > config.num_query_tokens and (ids[:, 0] == config.image_token_id).all():
             ids = ids[:, config.num_query_tokens + 1 :]

@@ -122,7 +122,7 @@ def _stored(source: Source, shard: Shard) -> dict[str, Any]:
         "offset": shard.offset,
         "first_record": shard.first_record,
         "num_records": shard.num_records,
-        "names": [name for name, _ in shard.folders],
+        "names": [name for name, _ in shard.entries],
         "label": source.label,
     }
 

@@ -76,7 +76,7 @@ class FolderReader:
     """All images below a folder, in the order of their names; a shard lists its images."""
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
-        """Cuts the folder into shards, as Reader asks for."""
+        """Cuts the folder into shards (Reader.shards): the images are listed here, read later."""
         names = list(_image_names(path))[:limit]
         starts = range(0, len(names), size.records)
         parts = [(start, names[start : start + size.records]) for start in starts]
@@ -87,7 +87,7 @@ class FolderReader:
 
     def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
         """Yields records {"key", "image"}."""
-        for name, _ in shard.folders:
+        for name, _ in shard.entries:
             fields = {"key": plain_key(name), "image": name}
             yield Record(shard.within(name), fields, shard.path)
 

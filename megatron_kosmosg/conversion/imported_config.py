@@ -1,5 +1,5 @@
-"""Writes what an import leaves: a checkpoint, and a config of the sizes found and the user's
-settings."""
+"""What an import gives back, and the config of what it writes: the sizes found in the weights and
+the user's settings."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from megatron_kosmosg.config.schema import RunConfig
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import wrote, and what the user should know of it."""
+    """Where an import wrote its checkpoint, and what the user should know of it."""
 
     checkpoint: Path
+    """The folder `iter_0000000`, with the config in it."""
     notes: list[str]
 
 
@@ -28,12 +29,16 @@ def imported_config(
     config_file: Path | None,
     overrides: Sequence[str],
 ) -> RunConfig:
-    """The config that comes of config_file, settings, sizes and overrides (`section.key=value`); of
-    these, later ones win.
+    """The config that comes of config_file, settings, sizes and overrides; of these, later ones
+    win.
 
     Args:
-        sizes: {dotted key: value} that the imported model has, whatever the config file says.
-        settings: the same for what overrides may change.
+        sizes: {dotted key: value} that the weights show; they hold whatever the config file says,
+            and an override may only repeat them.
+        settings: {dotted key: value} of the import itself, such as where it writes; overrides may
+            change them.
+        config_file: YAML as `kosmosg train --config` takes it, or None.
+        overrides: `section.key=value` of the command line.
 
     Raises ConversionError for a bad file or override, and for an override that contradicts a size.
     """

@@ -133,7 +133,7 @@ def limited(per_input: Sequence[list[Shard]], limit: int | None) -> list[list[Sh
 def _shortened(shard: Shard, records: int) -> Shard:
     assert shard.num_records is not None
     records = min(records, shard.num_records)
-    return replace(shard, num_records=records, folders=shard.folders[:records])
+    return replace(shard, num_records=records, entries=shard.entries[:records])
 
 
 def refuse_streams(path: Path) -> None:

@@ -18,7 +18,7 @@ from megatron_kosmosg.foreign_files import MAX_JSON_BYTES, inside, read_file, re
 from megatron_kosmosg.preprocess.folders import PROMPT_FILE, SEEDS_FILE, walk
 from megatron_kosmosg.preprocess.jsonl import parse_object
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.record_readers import BadRecord, Folder, Shard, ShardSize
+from megatron_kosmosg.preprocess.record_readers import BadRecord, FolderEntry, Shard, ShardSize
 
 _TEXTS = {"caption": ("input", "caption"), "instruction": ("edit",), "output": ("output",)}
 """{our name: names in prompt.json}; the first that says anything is taken."""
@@ -37,7 +37,7 @@ class PromptFolderReader:
 
     def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
         """Yields records named `folder/SEED`."""
-        for name, seeds in shard.folders:
+        for name, seeds in shard.entries:
             try:
                 for record in _pairs(shard.path, name, seeds):
                     yield replace(record, source=shard.within(record.source))
@@ -45,7 +45,7 @@ class PromptFolderReader:
                 yield BadRecord(shard.within(name), rejected)
 
 
-def _prompts(root: Path) -> Iterator[Folder]:
+def _prompts(root: Path) -> Iterator[FolderEntry]:
     listing = root / SEEDS_FILE
     if listing.is_file():
         try:

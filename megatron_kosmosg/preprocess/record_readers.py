@@ -1,4 +1,5 @@
-"""Readers of input formats: what they cut an input into, and what they give."""
+"""What every reader of an input format offers: it cuts an input into shards, and reads a shard's
+records."""
 
 from __future__ import annotations
 
@@ -22,9 +23,10 @@ class BadRecord:
     rejected: Rejected
 
 
-Folder = tuple[str, tuple[str, ...] | None]
-"""A folder below the input, and its seeds if they are listed (prompt_folders.py); or a sample, and
-the endings of its files (sample_folders.py)."""
+FolderEntry = tuple[str, tuple[str, ...] | None]
+"""One record's place below an input that is a folder, and what belongs to it: a prompt folder and
+its seeds, None where they are not listed (prompt_folders.py); the name of a sample up to the dot
+and the endings of its files (sample_folders.py); an image file and None (construction)."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Shard:
     first_record: int
     num_records: int | None
     """None: all up to the end of the input."""
-    folders: tuple[Folder, ...] = ()
-    """What an input that is a folder holds."""
+    entries: tuple[FolderEntry, ...] = ()
+    """The records of an input that is a folder; empty for a file."""
     label: str = ""
     """What records call the input, where the file's name alone does not tell which it is."""
 

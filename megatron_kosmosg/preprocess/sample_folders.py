@@ -1,6 +1,7 @@
 """The reader of img2dataset's `files` output: images beside the .txt and .json of the same name.
 
-A sample is the files of a folder that share their names up to the dot, as in a tar (tar.py).
+A sample is the files of a folder that share their names up to the first dot, as in a tar (tar.py),
+if one of them is an image, a text or a JSON file.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.foreign_files import read_file
 from megatron_kosmosg.preprocess.folders import walk
 from megatron_kosmosg.preprocess.options import Options
-from megatron_kosmosg.preprocess.record_readers import BadRecord, Folder, Shard, ShardSize
+from megatron_kosmosg.preprocess.record_readers import BadRecord, FolderEntry, Shard, ShardSize
 from megatron_kosmosg.preprocess.tar import IMAGE_EXTENSIONS, OTHER_EXTENSIONS, member_fields
 
 SAMPLE_ENDINGS = (*IMAGE_EXTENSIONS, *OTHER_EXTENSIONS, "txt", "json")
-"""One of these tells a sample from a table or a note."""
+"""Files of the same name are a sample if one of them ends so; others are tables, notes and the
+like, which are passed over."""
 STATISTICS_ENDING = "_stats"
 """SHARD_stats.json, which img2dataset leaves beside the folder of a shard."""
 
@@ -26,7 +28,7 @@ class SampleFolderReader:
     """Records whose key is the place in the folder, such as 00000/000000000."""
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
-        """Cuts the folder into shards, as Reader asks for."""
+        """Cuts the folder into shards (Reader.shards): the samples are listed here, read later."""
         samples = tuple(islice(_samples(path), limit))
         if not samples:
             raise ValueError(
@@ -38,8 +40,9 @@ class SampleFolderReader:
         return [Shard(path, start, start, len(part), part) for start, part in parts]
 
     def read(self, shard: Shard, options: Options) -> Iterator[Record | BadRecord]:
-        """Yields records named by their keys."""
-        for name, endings in shard.folders:
+        """Yields a record for each entry of the shard, all of its files read; its key is its place
+        in the folder."""
+        for name, endings in shard.entries:
             source = shard.within(name)
             try:
                 files = {
@@ -50,7 +53,7 @@ class SampleFolderReader:
                 yield BadRecord(source, rejected)
 
 
-def _samples(root: Path) -> Iterator[Folder]:
+def _samples(root: Path) -> Iterator[FolderEntry]:
     """Yields (place and name up to the dot, endings) of each sample."""
     for place, folders, names in walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from quickstart.progress import Progress, clock, last_record
+from quickstart.progress import RemainingTime, clock, last_record
 from quickstart.runner import Interrupted, Runner, StepFailed
 from quickstart.steps import BLENDS, STAGES, Step, plan
-from quickstart.verdict import missed, table
+from quickstart.thresholds import missed, table
 
 from megatron_kosmosg.config.load import load_config
 
@@ -91,7 +91,7 @@ def test_a_failure_names_the_step_and_shows_the_end_of_its_log(tmp_path):
         run([bad], tmp_path)
 
 
-def test_a_verdict_is_no_failure_of_the_step_that_gives_it(tmp_path):
+def test_a_missed_threshold_is_no_failure_of_the_step_that_finds_it(tmp_path):
     judged = Step("judged", "judged", script("raise SystemExit(3)"), (), 1.0, accepts=(0, 3))
     run([judged, *chain(tmp_path)], tmp_path)
     assert (tmp_path / "b").is_file()
@@ -184,7 +184,7 @@ def test_the_record_names_the_commands_and_their_times(tmp_path):
 def test_time_remaining_follows_the_training_itself(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     train = Step("t", "t", (), (), 100.0, metrics=metrics, iterations=100)
-    progress = Progress([train, replace(train, name="u", seconds=50.0)], io.StringIO())
+    progress = RemainingTime([train, replace(train, name="u", seconds=50.0)], io.StringIO())
     progress.begin(0)
     started = time.monotonic()
     assert progress.remaining(started)[1] == pytest.approx(150.0, abs=1.0)
@@ -200,7 +200,7 @@ def test_a_resumed_training_has_less_to_do(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"iteration": 75}\n')
     train = Step("t", "t", (), (), 100.0, metrics=metrics, iterations=100)
-    progress = Progress([train], io.StringIO())
+    progress = RemainingTime([train], io.StringIO())
     progress.begin(0)
     assert progress.remaining(time.monotonic())[0] == pytest.approx(25.0, abs=1.0)
 
