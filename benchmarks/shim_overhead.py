@@ -213,14 +213,14 @@ def compare(name: str, size: tuple[int, ...], rounds: int, extra: float, folder:
     context = platform.initialize(config)
     try:
         feed = FixedFeed(size[2], size[3])
-        ours, model = megatron_update(config, context, feed)
+        megatron, model = megatron_update(config, context, feed)
         plain = plain_update(config, model, feed)
         updates = size[4]
         for _ in range(2):
-            first, second = ours(), plain()
+            first, second = megatron(), plain()
             if abs(first - second) > 1e-4 * abs(second):
                 raise SystemExit(f"{name}: losses differ: {first} and {second}")
-        times: dict[Callable, list[float]] = {ours: [], plain: []}
+        times: dict[Callable, list[float]] = {megatron: [], plain: []}
         for _ in range(rounds):
             spent = dict.fromkeys(times, 0.0)
             for _ in range(updates):  # in turn one by one: other work on the machine slows both
@@ -230,12 +230,15 @@ def compare(name: str, size: tuple[int, ...], rounds: int, extra: float, folder:
                     spent[update] += time.process_time() - started
             for update, measured in times.items():
                 measured.append(spent[update] / updates)
-        mine, other = (statistics.median(times[update]) for update in (ours, plain))
-        calls = count_shim_calls(ours)
-        share = calls * extra / mine
+        megatron_seconds, plain_seconds = (
+            statistics.median(times[update]) for update in (megatron, plain)
+        )
+        calls = count_shim_calls(megatron)
+        share = calls * extra / megatron_seconds
         return (
             f"{name}: {calls} calls x {extra * 1e6:.2f} us = {share:.3%} of the update; "
-            f"{mine * 1e3:.1f} ms, plain PyTorch {other * 1e3:.1f} ms CPU ({mine / other:.2f}x)"
+            f"{megatron_seconds * 1e3:.1f} ms, plain PyTorch {plain_seconds * 1e3:.1f} ms CPU "
+            f"({megatron_seconds / plain_seconds:.2f}x)"
         )
     finally:
         platform.teardown()

@@ -106,7 +106,7 @@ def run(command: list[str], environment: dict[str, str]) -> tuple[str, float, fl
     return done.stdout + done.stderr, seconds, cpu
 
 
-def ours(corpus: Path, model: Path, prefix: Path, workers: int) -> Speed:
+def speed_of_preprocess(corpus: Path, model: Path, prefix: Path, workers: int) -> Speed:
     """Our tool, once."""
     output, seconds, cpu = run(
         [
@@ -121,7 +121,9 @@ def ours(corpus: Path, model: Path, prefix: Path, workers: int) -> Speed:
     return Speed(megabytes / seconds, megabytes / steady, cpu)
 
 
-def theirs(checkout: Path, corpus: Path, model: Path, prefix: Path, workers: int) -> Speed:
+def speed_of_megatron_lm(
+    checkout: Path, corpus: Path, model: Path, prefix: Path, workers: int
+) -> Speed:
     """Megatron-LM's tool, once."""
     path = os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")])
     output, seconds, cpu = run(
@@ -139,9 +141,9 @@ def theirs(checkout: Path, corpus: Path, model: Path, prefix: Path, workers: int
     return Speed(megabytes / seconds, float(rates[-1]) * 1.048576, cpu)
 
 
-def same_tokens(mine: Path, other: Path) -> bool:
+def same_tokens(prefix: Path, other: Path) -> bool:
     """Whether both datasets hold the same tokens: ours are SentencePiece's ids plus one."""
-    ids = np.fromfile(f"{mine}.bin", np.int32)
+    ids = np.fromfile(f"{prefix}.bin", np.int32)
     raw = np.fromfile(f"{other}_text_document.bin", np.uint16).astype(np.int32)
     # <unk> 0 -> 3 and </s> 2 -> 2; see data/tokenizer.py.
     mapped = np.where(raw >= 3, raw + 1, np.where(raw == 2, 2, 3))
@@ -186,9 +188,13 @@ def main() -> None:
         )
         results: dict[str, list[Speed]] = {"ours": []}
         for _ in range(args.rounds):
-            results["ours"].append(ours(corpus, model, folder / "ours", args.workers))
+            results["ours"].append(
+                speed_of_preprocess(corpus, model, folder / "ours", args.workers)
+            )
             if args.megatron_lm:
-                speed = theirs(args.megatron_lm, corpus, model, folder / "theirs", args.workers)
+                speed = speed_of_megatron_lm(
+                    args.megatron_lm, corpus, model, folder / "theirs", args.workers
+                )
                 results.setdefault("Megatron-LM", []).append(speed)
         print(f"{'':12}  {'whole process':>14}  {'steady state':>13}  {'CPU':>8}")
         for tool, speeds in results.items():

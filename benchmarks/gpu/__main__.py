@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 TESTS_AT_MOST, SECTION_AT_MOST, WORTH_STARTING = 240, 360, 20
 """Seconds."""
 OUT_OF_TIME = "ended after"
-OURS, DATA_PATH = "instruct, cached latents", "data path, cached latents"
+INSTRUCT, DATA_PATH = "instruct, cached latents", "data path, cached latents"
 EAGER, COMPILED = "plain loop, eager", "plain loop, torch.compile"
 """Names of rows that are compared; the modules that write them import torch, this one does not."""
 
@@ -98,12 +98,14 @@ class Run:
         """Our best `instruct` on cached latents against the loop, with its compiler and without."""
         self.rows = [row for row in self.rows if row.section != "comparison"]
         values = {row.name: row.value for row in self.rows if row.state == "measured"}
-        ours = max((v for name, v in values.items() if name.startswith(OURS) and v), default=None)
+        instruct = max(
+            (v for name, v in values.items() if name.startswith(INSTRUCT) and v), default=None
+        )
         eager, compiled = values.get(EAGER), values.get(COMPILED)
         cases = (
-            ("ours / the plain loop with its torch.compile", ours, compiled, 2),
-            ("ours / the plain loop without it", ours, eager, 2),
-            ("data path / what the step takes", values.get(DATA_PATH), ours, 3),
+            ("ours / the plain loop with its torch.compile", instruct, compiled, 2),
+            ("ours / the plain loop without it", instruct, eager, 2),
+            ("data path / what the step takes", values.get(DATA_PATH), instruct, 3),
         )
         for name, one, other, target in cases:
             if one and other:

@@ -20,7 +20,7 @@ from megatron_kosmosg.cli.evaluation_generation import (
 from megatron_kosmosg.cli.evaluation_options import (
     add_networks,
     add_scoring,
-    check_place,
+    check_folder,
     finish,
     scoring_of,
 )
@@ -120,7 +120,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         real = coco.real_images(args.coco, listed)
         recipe = fid.recipe_of(args.fid_protocol, weights["inception"], real)
     if kept is not None:
-        check_place(kept.parent, "--real-statistics")
+        check_folder(kept.parent, "--real-statistics")
         files = [args.inception, args.coco / coco.CAPTIONS_FILE]
         refuse_to_overwrite([kept], [file for file in files if file], "--real-statistics")
         known = fid.read_gaussian(kept, recipe) if kept.exists() else None

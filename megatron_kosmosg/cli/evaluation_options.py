@@ -78,13 +78,13 @@ def scoring_of(
             "these networks have nothing to compare: --clip scores texts and references, --dino "
             "references alone"
         )
-    check_place(args.output, "--output")
+    check_folder(args.output, "--output")
     rank_info = find_worker()
     device = named_device(args.device, rank_info)
     return Scoring(groups, weights, args.output, rank_info, device, args.threads)
 
 
-def check_place(folder: Path, option: str) -> None:
+def check_folder(folder: Path, option: str) -> None:
     """Raises ConfigError where a folder cannot be made because a file is in its way."""
     from megatron_kosmosg.config.errors import ConfigError
 

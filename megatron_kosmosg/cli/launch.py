@@ -118,23 +118,23 @@ def _host_and_port(text: str) -> tuple[str, int]:
 
 
 def _start(
-    command: list[str], place: dict[str, object], listener: socket.socket | None
+    command: list[str], coordinates: dict[str, object], listener: socket.socket | None
 ) -> subprocess.Popen:
-    """Starts one rank's process. `place` holds the environment variables that say which rank it is;
+    """Starts one rank's process. `coordinates` holds the variables that say which rank it is;
     `listener` is the socket at which the other ranks arrive, for the rank that has it."""
-    variables = {name: str(value) for name, value in place.items()}
+    variables = {name: str(value) for name, value in coordinates.items()}
     environment = {"OMP_NUM_THREADS": "1", **os.environ, **variables}
     environment.pop(LISTENER, None)
-    handed_on = ()
+    inherited = ()
     if listener is not None:
         environment[LISTENER] = str(listener.fileno())
-        handed_on = (listener.fileno(),)
+        inherited = (listener.fileno(),)
     # A group of its own keeps the terminal's Ctrl-C away from a rank: it gets the one passed on.
     return subprocess.Popen(
         command,
         env=environment,
         stdin=subprocess.DEVNULL,
-        pass_fds=handed_on,
+        pass_fds=inherited,
         process_group=0,
         preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     )

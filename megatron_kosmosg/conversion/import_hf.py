@@ -65,7 +65,7 @@ def import_hf(
     tokenizer = folder_model(parts.tokenizer)
     check_same_tokens(tokenizer, parts.tokenizer)
     checked_vocabulary(tokenizer, sizes["model.vocab_size"])
-    settings |= _places(output, tokenizer)
+    settings |= _path_settings(output, tokenizer)
     sizes["stage"] = "pretrain"
     if parts.aligner is not None:
         sizes["stage"] = "instruct"
@@ -104,7 +104,7 @@ def import_kosmos2(
     rows = sizes["model.vocab_size"]
     sizes["model.vocab_size"] = checked_vocabulary(tokenizer, rows, or_fewer=True)
     sizes["stage"] = "pretrain"
-    settings |= _places(output, tokenizer)
+    settings |= _path_settings(output, tokenizer)
     config = imported_config(sizes, settings, config_file, overrides)
     refuse_existing(output)
     source = InDtype(language_source(folder, config), dtype)
@@ -170,7 +170,7 @@ def _language_facts(mllm: Path, processor: Path) -> tuple[dict[str, Any], dict[s
     return kosmos2.model_sizes(found, mllm), settings
 
 
-def _places(output: Path, tokenizer: Path) -> dict[str, str]:
+def _path_settings(output: Path, tokenizer: Path) -> dict[str, str]:
     return {
         "logging.output_dir": str(output),
         "data.tokenizer_model": str(tokenizer.resolve()),

@@ -95,12 +95,12 @@ def generation_request(
         images=tuple(map(Path, images)),
         options=GenerationOptions(
             negative_prompt=negative,
-            seed=_whole(values, "seed", 0, MAX_PAGE_SEED),
-            num_images=_whole(values, "num_images", 1, MAX_NUM_IMAGES),
-            steps=_whole(values, "steps", 1, MAX_STEPS),
+            seed=_integer(values, "seed", 0, MAX_PAGE_SEED),
+            num_images=_integer(values, "num_images", 1, MAX_NUM_IMAGES),
+            steps=_integer(values, "steps", 1, MAX_STEPS),
             guidance=guidance,
-            height=_whole(values, "height", 0, MAX_SIDE) or None,
-            width=_whole(values, "width", 0, MAX_SIDE) or None,
+            height=_integer(values, "height", 0, MAX_SIDE) or None,
+            width=_integer(values, "width", 0, MAX_SIDE) or None,
             strength=strength if "start_image" in paths else None,
             **paths,
         ),
@@ -209,7 +209,7 @@ def _number(values: Mapping[str, Any], name: str, smallest: float, largest: floa
     return float(value)
 
 
-def _whole(values: Mapping[str, Any], name: str, smallest: int, largest: int) -> int:
+def _integer(values: Mapping[str, Any], name: str, smallest: int, largest: int) -> int:
     value = values.get(name) or 0
     if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
         raise PromptError(f"{name} is a whole number")

@@ -116,7 +116,7 @@ class FeatureFiles:
                 readers.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the features of all ranks are there."""
         return all(self._is_done(shard) for shard in self._shards)
 

@@ -75,4 +75,4 @@ def report(
     None where another rank has not finished, which then writes them. Two ranks that finish together
     write the same bytes."""
     files = features_of(scoring)
-    return write_evaluation(scoring.output, evaluate(files)) if files.is_whole() else None
+    return write_evaluation(scoring.output, evaluate(files)) if files.is_complete() else None

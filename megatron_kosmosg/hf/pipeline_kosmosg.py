@@ -408,9 +408,9 @@ def language_states(
 def copy_own_file(source: Path, target: Path) -> None:
     """Copies a file if it is there. A link is followed only inside its folder and into the `blobs`
     of a hub's cache: what else it may point at is not for others to have."""
-    path, home = source.resolve(), source.parent.resolve()
-    blobs = [parent / "blobs" for parent in home.parents]
-    if path.is_file() and path.parent in [home, *blobs]:
+    path, folder = source.resolve(), source.parent.resolve()
+    blobs = [parent / "blobs" for parent in folder.parents]
+    if path.is_file() and path.parent in [folder, *blobs]:
         if not (target.exists() and target.samefile(path)):
             shutil.copyfile(path, target)
 

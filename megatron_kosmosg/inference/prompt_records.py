@@ -34,7 +34,7 @@ PromptPart = str | Path
 """Words, or the file of an image."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
-_WHOLE_NUMBERS = {
+_INTEGERS = {
     "seed": (0, MAX_SEED),
     "num_images": (1, 10_000),
     "steps": (1, 10_000),
@@ -172,11 +172,11 @@ def parse_record(
     record = PromptRecord(name, content, _options(fields, folder, place))
     for image in (*record.images, *record.options.images):
         if image is not None:
-            _check_place(image, folder, place, image_root)
+            _check_location(image, folder, place, image_root)
     return record
 
 
-def _check_place(image: Path, folder: Path, place: str, image_root: Path | None) -> None:
+def _check_location(image: Path, folder: Path, place: str, image_root: Path | None) -> None:
     named = image.relative_to(folder) if image.is_relative_to(folder) else image
     try:
         inside(folder, str(named), image_root)
@@ -234,7 +234,7 @@ def split_prompt(prompt: str, images: Sequence[Path], place: str) -> tuple[Promp
 
 def _options(fields: Mapping[str, Any], folder: Path, place: str) -> GenerationOptions:
     values = {name: fields[name] for name in OPTION_FIELDS if fields.get(name) is not None}
-    for name, (smallest, largest) in _WHOLE_NUMBERS.items():
+    for name, (smallest, largest) in _INTEGERS.items():
         value = values.get(name, smallest)
         if type(value) is not int or not smallest <= value <= largest:
             raise PromptError(

@@ -21,7 +21,7 @@ _STEP = {
     "seconds": _NUMBER,
     "cpu_seconds": _NUMBER,
 }
-_SHEET = {
+_GRID = {
     "file": (str,),
     "title": (str,),
     "caption": (str,),
@@ -134,7 +134,7 @@ def read_inputs(out: Path) -> ReportInputs:
 
 def _figure(entry: dict[str, Any], evaluation: Path) -> Figure:
     listing = evaluation / "images.json"
-    _check(entry, _SHEET, listing)
+    _check(entry, _GRID, listing)
     entry = {"columns": [], "rows": []} | entry
     if not all(isinstance(text, str) for text in [*entry["columns"], *entry["rows"]]):
         raise ValueError(f"{listing}: columns and rows are lists of texts")
