@@ -106,7 +106,7 @@ def build_parser() -> CommandParser:
         "--field",
         action="append",
         default=[],
-        metavar="OURS=THEIRS",
+        metavar="FIELD=NAME",
         help="what the input calls a field, e.g. caption=title; may be repeated",
     )
     add(
@@ -205,7 +205,7 @@ def job_of(args: argparse.Namespace) -> PreprocessJob:
 
     for pair in args.field:
         if not all(pair.partition("=")):
-            raise ValueError(f"--field {pair} must be OURS=THEIRS, such as caption=title")
+            raise ValueError(f"--field {pair} must be FIELD=NAME, such as caption=title")
     options = Options(
         verify_images=args.verify_images,
         max_image_pixels=args.max_image_pixels,

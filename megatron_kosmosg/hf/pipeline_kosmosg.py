@@ -461,14 +461,12 @@ def as_batch(prompt: str | list | None, images: Any) -> list[Parts]:
             f"{len(prompt)} prompts, but {len(images)} entries in `images`: give a list for each"
         )
     batch = []
-    for number, (item, found) in enumerate(zip(prompt, images, strict=True), start=1):
-        if isinstance(found, (list, tuple)):
-            item_images = list(found)
-        else:
-            item_images = [] if found is None else [found]
+    for number, (item, shown) in enumerate(zip(prompt, images, strict=True), start=1):
+        shown = [] if shown is None else shown
+        shown = list(shown) if isinstance(shown, (list, tuple)) else [shown]
         if isinstance(item, str):
-            batch.append(interleave(item, item_images, number))
-        elif item_images:
+            batch.append(interleave(item, shown, number))
+        elif shown:
             raise ValueError(f"prompt {number} is a list and holds its images; leave out `images`")
         else:
             parts = item if isinstance(item, (list, tuple)) else [item]
