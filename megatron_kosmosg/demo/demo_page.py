@@ -215,7 +215,9 @@ def _draw_tab(
         }  # fmt: skip
         with errors_for_people(*images, made / "image"):
             generation = generation_request(prompt.get("text") or "", images, values)
-            drawn = studio.draw(generation, made, lambda share, words: progress(share, words), stop)
+            drawn = studio.generate(
+                generation, made, lambda share, words: progress(share, words), stop
+            )
         names = [str(path) for path in drawn]
         shown = [*names, *noise_of_batch][:MAX_HISTORY]
         return names, names, int(seed), shown, shown
