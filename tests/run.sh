@@ -4,9 +4,14 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: bash tests/run.sh [--full] [PYTEST ARGUMENTS...]
+usage: bash tests/run.sh [--full [--count N]] [PYTEST ARGUMENTS...]
 
-  --full    also the tests marked slow (long counts, seeds of the moment)
+  --full       also the tests marked slow (long counts, seeds of the moment). It may be interrupted:
+               the same command leaves out what has passed on this state of the checkout and goes
+               on; every half minute it says how many tests are left and for how long. What has
+               passed is in .pytest_cache/d/counts, by commit and count.
+  --count N    with --full, the count to go on with (1): another number starts from nothing. A count
+               is clean where its summary says "no failure on the way".
 
 Other arguments go to pytest, e.g. `bash tests/run.sh tests/unit -k packing`. Uses the active
 virtual environment, or makes .venv in the repository. Exit code 0: everything passed.
@@ -17,11 +22,23 @@ REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=examples/environment.sh
 source "$REPOSITORY/examples/environment.sh"
 
+refuse() {
+    echo "error: $*" >&2
+    exit 2
+}
+
 selection=(-m "not slow")
+full=false
+count=
 arguments=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --full) selection=() ;;
+        --full) full=true ;;
+        --count)
+            count=${2:-}
+            [[ $count =~ ^[1-9][0-9]*$ ]] || refuse "--count needs a number from 1, not '$count'"
+            shift
+            ;;
         -h | --help)
             usage
             exit 0
@@ -30,6 +47,12 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+
+if $full; then
+    selection=(-p tests.support.counted_tests --count "${count:-1}")
+elif [ -n "$count" ]; then
+    refuse "--count is for --full; add --full"
+fi
 
 prepare_environment test,data,demo
 cd "$REPOSITORY"

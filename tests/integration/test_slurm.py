@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,36 @@ def test_a_signal_to_one_rank_and_the_loss_of_a_node_change_no_number(
 
     undisturbed.wait()
     assert newest(straight) == ITERATIONS
+    assert records(run) == records(straight)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_node_that_owns_the_run_folder_is_killed_four_times(
+    slurm, preloaded_python, data, tmp_path
+):
+    """With the batch script and two ranks, at moments of chance; the lock it held stays behind."""
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    seed = int(os.environ.get("KOSMOSG_FAULT_SEED") or random.SystemRandom().randrange(10**6))
+    print(f"KOSMOSG_FAULT_SEED={seed}")
+    rng, kills, longer = random.Random(seed), 4, "training.train_iters=80"
+    elsewhere = {"KOSMOSG_HOME": str(REPOSITORY), "KOSMOSG_PREFLIGHT": "0"}
+    number = submit(slurm, arguments(data, run, longer), run, cwd=tmp_path, env=elsewhere)
+    for kill in range(1, kills + 1):
+        # Past the next save, or three starts without one would end the job.
+        reach(slurm, number, run, newest(run) + 5)
+        time.sleep(rng.random())
+        assert json.loads((run / "owner.json").read_text())["job"] == number
+        slurm.kill_node("n01")
+        slurm.start_node("n01")
+        restarted(slurm, number, kill)
+        assert newest(run) < 80, "it was over before the last kill"
+    undisturbed = FourRanks(
+        preloaded_python, arguments(data, straight, longer), tmp_path / "straight.out"
+    )
+    said = slurm.finish(number)
+    assert said.count("resumed from") == kills and said.rstrip().endswith("slurm: done")
+    undisturbed.wait()
     assert records(run) == records(straight)
 
 

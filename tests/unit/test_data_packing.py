@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -207,6 +208,18 @@ def test_an_index_in_files_equals_the_one_in_memory_and_is_built_once(
         with pytest.raises(AssertionError, match="is built"):  # another capacity is another index
             other.row(0, 0)
         monkeypatch.undo()
+
+
+def test_the_files_do_not_depend_on_threads_or_blocks(stores, tokenizer, tmp_path, monkeypatch):
+    written = []
+    for threads, block in ((1, 24), (3, 5), (8, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=threads: set(range(n)))
+        monkeypatch.setattr(packing, "BLOCK", block)
+        dataset, _ = packed(stores["interleaved"], tokenizer, 17, folder=tmp_path / str(threads))
+        dataset.row(0, 0)
+        files = (tmp_path / str(threads)).rglob("*.i64")
+        written.append({file.name: file.read_bytes() for file in files})
+    assert written[0] == written[1] == written[2] and len(written[0]) == 3
 
 
 def refuse(self, epoch, folder):
