@@ -29,7 +29,8 @@ from megatron_kosmosg.parallel.context import ParallelContext
 
 
 class KosmosG(LanguageModule):
-    """One pipeline stage's part of the model, in float32 on `layout.device`, initialised.
+    """One pipeline stage's part of the model, on `context.device`, initialised: in float32, or as
+    `parameters_in` (training/wrapping.py) says.
 
     After `requires_grad` is decided, all ranks call `agree_on_freezing` (chunks.py).
 

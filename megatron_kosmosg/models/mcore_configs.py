@@ -89,7 +89,7 @@ def _common(config: RunConfig) -> dict:
         "normalization": "LayerNorm",
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
-        "params_dtype": torch.float32,  # built in fp32; the loop casts
+        "params_dtype": torch.float32,  # training/wrapping.py casts
         # Parameters are allocated on torch's default device and filled by initialise.py.
         "use_cpu_initialization": True,
         "perform_initialization": False,

@@ -20,7 +20,7 @@ from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.training.optimizer import build_lr_scheduler, build_optimizer
 from megatron_kosmosg.training.stage import Stage
 from megatron_kosmosg.training.step import connect
-from megatron_kosmosg.training.wrapping import wrap_model
+from megatron_kosmosg.training.wrapping import parameters_in, wrap_model
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def build_trained(
 ) -> Trained:
     """Collective over all ranks. takes_initial_weights: False for a run that is resumed, whose
     checkpoint fills the model afterwards."""
-    modules = stage.build_model(context)
+    with parameters_in(config.training.precision):
+        modules = stage.build_model(context)
     _check_chunks(config, modules)
     if takes_initial_weights:
         _take_initial_weights(stage, modules, context)

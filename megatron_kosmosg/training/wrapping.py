@@ -10,11 +10,35 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import Float16Module
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.parallel.platform import torch_dtype
+
+
+@contextmanager
+def parameters_in(precision: str) -> Iterator[None]:
+    """Context in which modules hold their parameters in the training precision as soon as they are
+    given them.
+
+    A model that is built whole in float32 and cast by `wrap_model` would take 4 bytes a weight
+    first, which is more than an update of frozen weights does. What fills the parameters computes
+    in float32 and rounds as that cast would.
+    """
+    dtype = torch_dtype(precision)
+
+    def cast(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)  # the same object, with its marks
+
+    hook = torch.nn.modules.module.register_module_parameter_registration_hook(cast)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def wrap_model(chunks: list[torch.nn.Module], config: RunConfig) -> list[DistributedDataParallel]:
     """The chunks in the training precision, gradients accumulated in fp32 and reduced over
-    replicas. Chunks come as the stage built them: fp32, each with its `config`."""
+    replicas. Chunks come as the stage built them, in fp32 or under `parameters_in`, each with its
+    `config`."""
     parallel = config.parallel
     wrapped = []
     for index, chunk in enumerate(chunks):
