@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
+from megatron_kosmosg.data.in_threads import results_in_order
 from megatron_kosmosg.data.kinds.record import Rejected
 
 Item = TypeVar("Item")
@@ -17,24 +16,15 @@ Result = TypeVar("Result")
 def read_ahead(
     read: Callable[[Item], Result], items: Iterable[Item], depth: int, num_threads: int
 ) -> Iterator[tuple[Item, Result | Rejected]]:
-    """Yields (item, what `read` makes of it) in order; up to `depth` items are read beforehand."""
+    """(item, what `read` makes of it), in order; up to `depth` items are read beforehand."""
 
-    def attempt(item: Item) -> Result | Rejected:
+    def attempt(item: Item) -> tuple[Item, Result | Rejected]:
         try:
-            return read(item)
+            return item, read(item)
         except Rejected as rejected:
-            return rejected
+            return item, rejected
 
-    waiting: deque[tuple[Item, Future[Result | Rejected]]] = deque()
-    with ThreadPoolExecutor(num_threads, "read") as pool:
-        for item in items:
-            waiting.append((item, pool.submit(attempt, item)))
-            if len(waiting) > depth:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
+    return results_in_order(attempt, items, depth, num_threads, "read")
 
 
 def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

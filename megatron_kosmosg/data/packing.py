@@ -21,9 +21,9 @@ from megatron_kosmosg.data.kinds import names_read_by
 from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.packing_index import (
     EpochIndex,
-    EpochIndexWriter,
     load_or_build,
     pack_rows,
+    write_index,
 )
 from megatron_kosmosg.data.samples import PackedRow, RowImage
 from megatron_kosmosg.data.sequence import SequenceBuilder, SequenceFormat
@@ -35,6 +35,9 @@ EPOCHS_KEPT = 2
 BLOCK = 65_536
 """Documents that are indexed together, which bounds the memory. Indices of smaller datasets are not
 kept in files."""
+SHARDS_OF_A_BLOCK, LARGEST_BLOCK = 256, 8
+"""Every shard of a block costs some calls, so that a dataset of many has larger blocks: of BLOCK
+documents for so many shards, up to so many times BLOCK."""
 FORMAT_VERSION = 1
 """Of the rule by which rows are made; part of an index's name on disk."""
 
@@ -146,7 +149,7 @@ class PackedDataset:
     def _make_index(self, epoch: int) -> EpochIndex:
         if len(self._store) <= BLOCK:  # quicker made than read
             everything = self._order.epoch(epoch).take(np.arange(len(self._store)))
-            documents, document_starts, cuts = self._index_block(everything, 0)
+            documents, document_starts, cuts = self._index_block(everything)
             return EpochIndex(documents, document_starts, pack_rows(cuts, self._capacity))
         folder = self._index_folder / f"epoch{epoch}-{self._index_name(epoch)}"
         return load_or_build(folder, partial(self._write_index, epoch))
@@ -165,31 +168,29 @@ class PackedDataset:
         return hashlib.blake2b(text, digest_size=8, person=b"kosmosg-packing").hexdigest()
 
     def _write_index(self, epoch: int, folder: Path) -> None:
-        writer = EpochIndexWriter(folder, self._capacity)
-        permutation, start = self._order.epoch(epoch), 0
-        for first in range(0, len(self._store), BLOCK):
-            block = np.arange(first, min(first + BLOCK, len(self._store)))
-            documents, document_starts, cuts = self._index_block(permutation.take(block), start)
-            if len(documents):
-                writer.add(documents, document_starts[1:], cuts)
-                start = int(document_starts[-1])
-        writer.finish()
+        permutation, size = self._order.epoch(epoch), len(self._store)
+        larger = len(self._store.shards) // SHARDS_OF_A_BLOCK
+        block = BLOCK * max(1, min(larger, LARGEST_BLOCK))
 
-    def _index_block(
-        self, documents: np.ndarray, start: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        def index_block(first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            places = np.arange(first, min(first + block, size))
+            return self._index_block(permutation.take(places))
+
+        write_index(folder, self._capacity, range(0, size, block), index_block)
+
+    def _index_block(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(documents that hold anything, their starts and the end, allowed cuts) of a block of
-        documents whose first token is token `start` of the epoch."""
+        documents, in tokens from its start."""
         table, counts = self._sentences.take(documents)
         documents, counts = documents[counts > 0], counts[counts > 0]
         if not len(documents):
-            return documents, np.array([start]), np.zeros(0, np.int64)
+            return documents, np.zeros(1, np.int64), np.zeros(0, np.int64)
         firsts = np.cumsum(counts) - counts
         lengths = table[:, 0] + table[:, 1].astype(np.int64) * self._format.image_length
         lengths[firsts] += 1  # <s>
         lengths[firsts + counts - 1] += 1  # </s>
-        ends = start + np.cumsum(lengths)
-        document_starts = np.concatenate([[start], ends[firsts + counts - 1]])
+        ends = np.cumsum(lengths)
+        document_starts = np.concatenate([[0], ends[firsts + counts - 1]])
         cuts = self._cut_long_sentences(ends, lengths, table[:, 1], documents, document_starts)
         return documents, document_starts, cuts
 

@@ -1,25 +1,30 @@
 """Where documents and rows of one packed epoch begin: built in blocks, kept in files, mapped.
 
 An index takes 16 bytes a document and 8 a row on disk. It is built once, by the first process that
-needs it, in memory that does not grow with the dataset; restarts and other ranks map the files.
+needs it, in several threads and in memory that does not grow with the dataset; restarts and other
+ranks map the files.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from megatron_kosmosg.data.in_threads import results_in_order
 from megatron_kosmosg.files import exclusive, new_folder, remove
 
 _ARRAYS = ("documents", "document_starts", "row_starts")
 _SIZES = "sizes.json"
 """Written last: a folder that has it, and files of these sizes, is whole."""
 INDEX_TYPE = np.dtype("<i8")
+MOST_THREADS = 8
+"""That index blocks: more would wait for the one that writes, and hold more blocks in memory."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,32 @@ class EpochIndexWriter:
     def _put(self, name: str, values: np.ndarray) -> None:
         self._files[name].write(np.asarray(values, INDEX_TYPE).tobytes())
         self._counts[name] += len(values)
+
+
+def write_index(
+    folder: Path,
+    capacity: int,
+    blocks: Iterable[int],
+    index_block: Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]],
+) -> None:
+    """Writes the files of an index; they do not depend on blocks or threads.
+
+    Threads index the blocks: each finds its documents at random in files that may be larger than
+    memory. What depends on the blocks before, offsets and rows, is done here as blocks come in, a
+    tenth of the work.
+
+    Args:
+        index_block: (documents, their starts and the end, allowed cuts) of a block, in tokens from
+            its start.
+    """
+    writer, start = EpochIndexWriter(folder, capacity), 0
+    threads = min(len(os.sched_getaffinity(0)), MOST_THREADS)
+    for found in results_in_order(index_block, blocks, 2 * threads, threads, "packing"):
+        documents, document_starts, cuts = found
+        if len(documents):
+            writer.add(documents, document_starts[1:] + start, cuts + start)
+            start += int(document_starts[-1])
+    writer.finish()
 
 
 def load_or_build(folder: Path, build: Callable[[Path], None]) -> EpochIndex:
