@@ -196,7 +196,7 @@ class Selected:
 def check_complete(
     found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raises ConversionError unless `found` has exactly the names and shapes of `wanted`."""
+    """Raises ConversionError unless `found` has exactly the names and shapes of `expected`."""
     for what, names in (
         ("lacks", expected.keys() - found.keys()),
         ("has no place for", found.keys() - expected.keys()),

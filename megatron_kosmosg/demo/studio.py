@@ -50,7 +50,7 @@ class Studio:
         """Takes the opened model.
 
         Args:
-            drawer: draws; it shows no progress of its own from now on.
+            image_generator: generates; it shows no progress of its own from now on.
             source: the files that the model was made of; the images say them.
             dtype: name of the type of its weights; the images say it, too.
             controlnets: by the names that the page offers.
@@ -108,7 +108,8 @@ class Studio:
         )
 
     def prepare(self, request: GenerationRequest) -> None:
-        """Makes the drawer draw as the request says; to be called while nobody else draws."""
+        """Sets the image generator up as the request says; to be called while nobody else uses
+        it."""
         chosen = self._chosen(request)
         self.image_generator.choose_scheduler(request.scheduler)
         self.image_generator.choose_lora_scale(request.lora_scale)
@@ -185,7 +186,7 @@ class Studio:
                 raise PromptError(str(error)) from error
 
     def while_nobody_draws(self) -> threading.Lock:
-        """Held while a batch draws with the drawer itself."""
+        """Held while a batch uses the image generator itself."""
         return self._busy
 
 

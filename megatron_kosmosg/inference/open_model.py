@@ -77,8 +77,8 @@ def open_generator(
 
 
 def open_controlnet(folder: Path, dtype: torch.dtype) -> ControlNetModel:
-    """The ControlNet, in the CPU's memory; a drawer moves it. Raises ConfigError for what cannot be
-    opened."""
+    """The ControlNet, in the CPU's memory; a PipelineGenerator moves it. Raises ConfigError for
+    what cannot be opened."""
     return _opened(
         f"--controlnet {folder}", lambda: ControlNetModel.from_pretrained(folder, torch_dtype=dtype)
     )

@@ -74,7 +74,7 @@ class PipelineGenerator:
             controlnet.to(self._pipeline._execution_device)
         self._controlnet, self._control_scale = controlnet, scale
         # Any: what diffusers says of its pipelines' arguments leaves out half of what they take.
-        self._painters: dict[bool, Any] = {}
+        self._diffusers_pipelines: dict[bool, Any] = {}
 
     def choose_lora_scale(self, scale: float) -> None:
         """Multiplies the strengths of all LoRAs from now on."""
@@ -126,7 +126,7 @@ class PipelineGenerator:
             do_classifier_free_guidance=guided,
             negative_prompt=[p.options.negative_prompt for p in firsts] if guided else None,
         )
-        drawn = self._painter(options.start_image is not None)(
+        drawn = self._diffusers_pipeline(options.start_image is not None)(
             prompt_embeds=embeds,
             negative_prompt_embeds=negative_embeds,
             num_inference_steps=options.steps,
@@ -134,23 +134,24 @@ class PipelineGenerator:
             num_images_per_prompt=options.num_images,
             generator=[torch.Generator("cpu").manual_seed(p.options.seed) for p in planned_images],
             output_type="np" if firsts[0].rounds_down else "pil",
-            **self._painter_arguments(planned_images),
+            **self._size_and_control(planned_images),
             callback_on_step_end=None if on_step is None else _step_callback(on_step),
         ).images
         if firsts[0].rounds_down:
             return [Image.fromarray((values * 255).astype(np.uint8)) for values in drawn]
         return drawn
 
-    def _painter(self, has_start: bool) -> Any:
-        """The pipeline of diffusers that draws: with a ControlNet or not, from images or noise."""
-        if has_start not in self._painters:
-            self._painters[has_start] = self._new_painter(has_start)
-        painter = self._painters[has_start]
-        painter.scheduler = self._scheduler
-        painter.set_progress_bar_config(disable=not self._shows_steps, leave=False)
-        return painter
+    def _diffusers_pipeline(self, has_start: bool) -> Any:
+        """The diffusers pipeline to generate with: with a ControlNet or not, from images or
+        noise."""
+        if has_start not in self._diffusers_pipelines:
+            self._diffusers_pipelines[has_start] = self._new_diffusers_pipeline(has_start)
+        pipeline = self._diffusers_pipelines[has_start]
+        pipeline.scheduler = self._scheduler
+        pipeline.set_progress_bar_config(disable=not self._shows_steps, leave=False)
+        return pipeline
 
-    def _new_painter(self, has_start: bool) -> Any:
+    def _new_diffusers_pipeline(self, has_start: bool) -> Any:
         pipeline, parts = self._pipeline, {}
         if self._controlnet is not None:
             kind: Any = StableDiffusionControlNetPipeline
@@ -174,8 +175,8 @@ class PipelineGenerator:
             **parts,
         )
 
-    def _painter_arguments(self, planned_images: Sequence[PlannedImage]) -> dict[str, Any]:
-        """The arguments by which the painter is told of size, start and control."""
+    def _size_and_control(self, planned_images: Sequence[PlannedImage]) -> dict[str, Any]:
+        """The arguments of the diffusers pipeline for size, start and control."""
         firsts = [planned for planned in planned_images if planned.index == 0]
         options = firsts[0].options
         arguments: dict[str, Any] = dict(self._size(options))

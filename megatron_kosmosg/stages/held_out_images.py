@@ -39,10 +39,12 @@ def held_out_images(
 ) -> Probe | None:
     """A grid with one row per held-out prompt: its images, the true image, the generated one.
 
-    Called on all ranks together; empty on ranks that do not draw (all but one of the last stage).
-    draw: called on that one, and so are the evaluators, which give the metrics. None: it drew
-    nothing, because the run is about to be stopped.
-    num_measured: prompts whose images they see; None is those of the grid.
+    Called on all ranks together; empty on ranks that do not generate (all but one of the last
+    pipeline stage). Returns None where that one gave up, because the run is about to be stopped.
+
+    Args:
+        generate: called on that rank alone, and so are the evaluators, which give the metrics.
+        num_measured: prompts whose images the evaluators see; None is those of the grid.
     """
     shown = config.logging.num_images
     measured = shown if num_measured is None else num_measured

@@ -343,14 +343,14 @@ def test_no_file_of_the_machine_is_read(address, path):
     assert refused.value.code in (403, 404)
 
 
-GIVEN = ["", 2.0, 4, "dpm++", 7, 1, 0, 0, 0.75, "none", 1.0, 1.0]
+PAGE_VALUES = ["", 2.0, 4, "dpm++", 7, 1, 0, 0, 0.75, "none", 1.0, 1.0]
 """What `/draw` and `/draw_all` take of settings, in their order."""
 
 
 def called(address: str, prompt: dict) -> str:
     """The events of a raw call of `/draw`; gradio's client would upload a file that it is told."""
     url = f"{address}/gradio_api/call/draw"
-    data = json.dumps({"data": [prompt, *GIVEN, False, None, None]}).encode()
+    data = json.dumps({"data": [prompt, *PAGE_VALUES, False, None, None]}).encode()
     post = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(post, timeout=60) as answer:
         event = json.load(answer)["event_id"]
@@ -381,7 +381,7 @@ def test_the_rest_client_draws(address, subjects, tmp_path):
     assert client.predict(prompt, 5, api_name="/caption")
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "x", "prompt": "a red circle"}))
     made = client.predict(
-        handle_file(str(tmp_path / "p.jsonl")), [], *GIVEN, None, None, api_name="/draw_all"
+        handle_file(str(tmp_path / "p.jsonl")), [], *PAGE_VALUES, None, None, api_name="/draw_all"
     )
     with zipfile.ZipFile(made) as archive:
         assert "x-0.png" in archive.namelist()

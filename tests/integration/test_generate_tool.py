@@ -247,7 +247,7 @@ def test_a_controlnet(files, pipeline):
     assert generate.main([*arguments, *control, "--control-image", str(files / "cat.png")]) == 0
     embeds, negative = pipeline.encode_prompt("a cross")
     names = ("vae", "tokenizer", "unet", "scheduler")
-    painter = StableDiffusionControlNetPipeline(
+    stock = StableDiffusionControlNetPipeline(
         **{name: pipeline.components[name] for name in names},
         text_encoder=None,
         controlnet=controlnet.eval(),
@@ -255,8 +255,8 @@ def test_a_controlnet(files, pipeline):
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    painter.set_progress_bar_config(disable=True)
-    expected = painter(
+    stock.set_progress_bar_config(disable=True)
+    expected = stock(
         prompt_embeds=embeds,
         negative_prompt_embeds=negative,
         image=prompt_image(1),
@@ -283,16 +283,16 @@ def test_start_images_drawn_together_are_what_diffusers_draws_of_each(files, pip
     assert generate.main([*model, *arguments, *DRAWING]) == 0
     found = pixels(files / "started")
     names = ("vae", "tokenizer", "unet", "scheduler", "safety_checker", "feature_extractor")
-    painter = StableDiffusionImg2ImgPipeline(
+    stock = StableDiffusionImg2ImgPipeline(
         **{name: pipeline.components[name] for name in names},
         text_encoder=None,
         requires_safety_checker=False,
     )
-    painter.set_progress_bar_config(disable=True)
+    stock.set_progress_bar_config(disable=True)
     embeds, negative = pipeline.encode_prompt("a cross")
     for name, file in starts.items():
         for index in range(2):
-            expected = painter(
+            expected = stock(
                 prompt_embeds=embeds,
                 negative_prompt_embeds=negative,
                 image=ImageOps.fit(Image.open(files / file).convert("RGB"), (24, 16)),

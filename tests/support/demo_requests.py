@@ -16,7 +16,7 @@ from megatron_kosmosg.toy import assets
 from megatron_kosmosg.toy.evaluation.toy_prompts import subject_image
 from megatron_kosmosg.toy.world import sample_scene
 
-GIVEN = {
+PAGE_VALUES = {
     "negative_prompt": "",
     "guidance": 2.0,
     "steps": 4,

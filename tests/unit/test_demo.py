@@ -1,4 +1,4 @@
-"""What the page of `kosmosg demo` does, without the page: requests, drawing, batches, sessions.
+"""What the page of `kosmosg demo` does, without the page: requests, generation, batches, sessions.
 
 tests/integration/test_demo_browser.py uses the page.
 """
@@ -6,6 +6,7 @@ tests/integration/test_demo_browser.py uses the page.
 from __future__ import annotations
 
 import json
+import re
 import socket
 import struct
 import subprocess
@@ -34,7 +35,7 @@ from megatron_kosmosg.inference.model_source import find_model
 from megatron_kosmosg.inference.open_model import open_generator
 from megatron_kosmosg.inference.prompt_records import PromptError
 from megatron_kosmosg.toy import assets
-from tests.support.demo_requests import GIVEN, PROMPT, open_toy, pixels, silent, write_subject
+from tests.support.demo_requests import PAGE_VALUES, PROMPT, open_toy, pixels, silent, write_subject
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,13 @@ def studio() -> Studio:
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory) -> Path:
     return write_subject(tmp_path_factory.mktemp("subject"))
+
+
+def test_the_page_calls_what_the_studio_has(studio):
+    """Not by a call, for which it takes a browser."""
+    pages = Path(requests.__file__).parent.glob("*.py")
+    used = {n for page in pages for n in re.findall(r"\bstudio\.(\w+)", page.read_text("utf-8"))}
+    assert "generate" in used and [name for name in used if not hasattr(studio, name)] == ["py"]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +88,7 @@ def test_the_page_says_both_numbers(prompt, num_images, fits, text):
 )
 def test_a_setting_that_no_page_sends_is_refused(changed, message):
     with pytest.raises(PromptError, match=message):
-        generation_request(PROMPT, [], GIVEN | changed)
+        generation_request(PROMPT, [], PAGE_VALUES | changed)
 
 
 def huge_png(path: Path) -> Path:
@@ -97,17 +105,17 @@ def test_what_is_no_image_or_too_large_is_refused_by_its_name(tmp_path, subject,
     huge = huge_png(tmp_path / "huge.png")
     for path, reason in ((text, "is not a known"), (huge, "pixels")):
         with pytest.raises(PromptError, match=f"^{path.name} .*{reason}"):
-            generation_request("<image>", [path], GIVEN).record()
+            generation_request("<image>", [path], PAGE_VALUES).record()
     with pytest.raises(PromptError, match="65 images; a prompt takes at most 64"):
-        generation_request("<image>" * 65, [subject] * 65, GIVEN).record()
+        generation_request("<image>" * 65, [subject] * 65, PAGE_VALUES).record()
     monkeypatch.setattr(requests, "MAX_UPLOAD_BYTES", 10)
     with pytest.raises(PromptError, match="subject.png cannot be used"):
-        generation_request("<image>", [subject], GIVEN).record()
+        generation_request("<image>", [subject], PAGE_VALUES).record()
 
 
 def test_a_image_says_settings_that_draw_it_again(studio, subject, tmp_path):
     reports = []
-    request = generation_request(PROMPT, [subject], GIVEN)
+    request = generation_request(PROMPT, [subject], PAGE_VALUES)
     first = studio.generate(
         request,
         tmp_path / "a",
@@ -137,7 +145,7 @@ def test_a_scheduler_is_of_one_request(studio, subject, tmp_path):
 
     def generate(scheduler: str) -> np.ndarray:
         request = generation_request(
-            PROMPT, [subject], GIVEN | {"scheduler": scheduler, "num_images": 1}
+            PROMPT, [subject], PAGE_VALUES | {"scheduler": scheduler, "num_images": 1}
         )
         return pixels(studio.generate(request, tmp_path, silent, threading.Event())[0])
 
@@ -154,11 +162,14 @@ def test_drawing_stops_at_the_next_step(studio, subject, tmp_path):
 
     with pytest.raises(Cancelled, match="stopped after step 2 of 4"):
         studio.generate(
-            generation_request(PROMPT, [subject], GIVEN), tmp_path / "made", progress, stop
+            generation_request(PROMPT, [subject], PAGE_VALUES), tmp_path / "made", progress, stop
         )
     assert len(seen) == 1 and not (tmp_path / "made").exists()
     studio.generate(
-        generation_request("a red circle", [], GIVEN), tmp_path / "next", silent, threading.Event()
+        generation_request("a red circle", [], PAGE_VALUES),
+        tmp_path / "next",
+        silent,
+        threading.Event(),
     )
 
 
@@ -171,7 +182,7 @@ def test_drawing_stops_at_the_next_step(studio, subject, tmp_path):
     ],
 )
 def test_a_prompt_that_does_not_fit_is_refused(studio, subject, tmp_path, prompt, count, message):
-    request = generation_request(prompt, [subject] * count, GIVEN)
+    request = generation_request(prompt, [subject] * count, PAGE_VALUES)
     with pytest.raises(PromptError, match=message):
         studio.generate(request, tmp_path / "made", silent, threading.Event())
     assert not (tmp_path / "made").exists()
@@ -231,7 +242,7 @@ def test_a_list_becomes_a_zip(studio, subject, tmp_path):
         studio,
         jsonl,
         [subject],
-        generation_request("", [], GIVEN),
+        generation_request("", [], PAGE_VALUES),
         tmp_path / "made",
         lambda share, words: reports.append((share, words)),
         threading.Event(),
@@ -265,7 +276,7 @@ def test_a_list_that_does_not_fit_draws_nothing(studio, subject, tmp_path, recor
             studio,
             jsonl,
             [subject],
-            generation_request("", [], GIVEN),
+            generation_request("", [], PAGE_VALUES),
             tmp_path / "made",
             silent,
             threading.Event(),
@@ -280,7 +291,13 @@ def test_a_list_stops_too(studio, subject, tmp_path):
     stop.set()
     with pytest.raises(Cancelled, match="stopped after 0 of 1 images"):
         generate_batch(
-            studio, jsonl, [], generation_request("", [], GIVEN), tmp_path / "made", silent, stop
+            studio,
+            jsonl,
+            [],
+            generation_request("", [], PAGE_VALUES),
+            tmp_path / "made",
+            silent,
+            stop,
         )
 
 

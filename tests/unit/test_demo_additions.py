@@ -20,7 +20,7 @@ from megatron_kosmosg.inference.model_source import find_model
 from megatron_kosmosg.inference.open_model import open_controlnet
 from megatron_kosmosg.inference.prompt_records import PromptError
 from megatron_kosmosg.toy import assets
-from tests.support.demo_requests import GIVEN, PROMPT, open_toy, pixels, silent, write_subject
+from tests.support.demo_requests import PAGE_VALUES, PROMPT, open_toy, pixels, silent, write_subject
 from tests.support.unet_additions import write_additions
 
 
@@ -50,7 +50,7 @@ def extended(additions) -> Studio:
 
 def drawn(studio: Studio, folder: Path, prompt: str = "a red circle", **values) -> np.ndarray:
     """The first image."""
-    request = generation_request(prompt, [], GIVEN | {"num_images": 1} | values)
+    request = generation_request(prompt, [], PAGE_VALUES | {"num_images": 1} | values)
     return pixels(studio.generate(request, folder, silent, threading.Event())[0]).astype(int)
 
 
@@ -70,7 +70,7 @@ def test_a_start_image_is_kept_the_more_the_less_strength(studio, subject, tmp_p
 def test_steps_of_a_start_image_are_a_share(studio, subject, tmp_path):
     recorded = []
     request = generation_request(
-        PROMPT, [subject], GIVEN | {"start_image": subject, "strength": 0.5}
+        PROMPT, [subject], PAGE_VALUES | {"start_image": subject, "strength": 0.5}
     )
     made = studio.generate(
         request, tmp_path, lambda share, words: recorded.append(share), threading.Event()

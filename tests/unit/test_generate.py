@@ -1,4 +1,4 @@
-"""Drawing a list of prompts: restarts, ranks, metadata, the sheet; the drawer makes noise."""
+"""Generating a list of prompts: restarts, ranks, metadata, the sheet; the generator makes noise."""
 
 from __future__ import annotations
 

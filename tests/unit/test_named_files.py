@@ -95,6 +95,37 @@ def test_files_and_classes_that_the_code_speaks_of_exist():
     assert not found
 
 
+def unknown_arguments(source: str) -> list[str]:
+    """What the `Args:` of a function's docstring explains and the function does not take."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            text = (ast.get_docstring(node) or "").partition("Args:\n")[2]
+            text = re.split(r"^\S", text, maxsplit=1, flags=re.MULTILINE)[0]
+            named = ",".join(re.findall(r"^    (\w+(?:, \w+)*): ", text, re.MULTILINE))
+            known = {
+                argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)
+            }
+            found += [
+                f"{node.name}: {name}" for name in re.findall(r"\w+", named) if name not in known
+            ]
+    return found
+
+
+def test_arguments_that_docstrings_explain_are_taken():
+    found = {
+        path.name: unknown_arguments(path.read_text("utf-8")) for path in PACKAGE.rglob("*.py")
+    }
+    assert not {name: names for name, names in found.items() if names}
+
+
+def test_an_argument_that_is_not_taken_is_noticed():
+    code = 'def f({}):\n    """Adds.\n\n    Args:\n        a, b: numbers.\n    """\n'
+    assert unknown_arguments(code.format("a")) == ["f: b"] and not unknown_arguments(
+        code.format("a, *, b")
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "absent"),
     [
