@@ -165,7 +165,8 @@ def zeromq_server(pipe: Connection, times: int) -> None:
 
     address, server, key = pipe.recv()
     to = [DecoderAddress(0, address, server)]
-    with Membership(to, key, _limits(), "server", "CPU", lambda _: Standing.OWN) as member:
+    about = to, key, _limits(), "server", "CPU"
+    with Membership(*about, lambda _: Standing.OWN, silence_seconds=60.0) as member:
         member.is_loaded({})
         while member.end is None:
             request = member.take(1.0)

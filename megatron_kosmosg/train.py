@@ -1,6 +1,7 @@
 """`kosmosg train`, the entry of all stages, also as `python -m megatron_kosmosg.train`.
 
 Heavy imports happen inside `run`, so that `--help` and a mistyped setting answer at once.
+Long because a rank's whole way is here, from its command line to its exit code.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from megatron_kosmosg.terminal_text import printable_lines
 if TYPE_CHECKING:
     from megatron_kosmosg.monitoring.notice import Notices
     from megatron_kosmosg.monitoring.run_owner import RunOwner
+    from megatron_kosmosg.score.own_process import OwnProcess
 
 DESCRIPTION = """\
 Trains one stage (pretrain, align or instruct) of KOSMOS-G. Start it with `kosmosg launch` or srun,
@@ -111,7 +113,7 @@ def run(config: RunConfig) -> int:
     On a score rank this returns in a child process alone.
     """
     started = time.time()
-    _be_apart(config)
+    own_process = _be_apart(config)
     _quieten_libraries()
     from megatron_kosmosg.monitoring.failure import (
         exit_code_of,
@@ -127,11 +129,13 @@ def run(config: RunConfig) -> int:
             notices = _notices(config, owner)
             notices.started()
             try:
-                code = _train(config, started, owner, at_end)
+                code = _train(config, started, owner, own_process, at_end)
             except RunFolderTaken:
                 raise  # the folder is another's: nothing is written there
             except ScoreRankLost as lost:
                 report_lost_rank(output_folder(config), str(lost), lost.__cause__ or lost)
+                assert own_process is not None
+                own_process.is_lost()
                 code = exit_codes.DONE  # a task that fails would end the others
             except (Exception, KeyboardInterrupt) as error:
                 # Before the groups are left: the others then fail, and this error is the cause.
@@ -149,16 +153,19 @@ def run(config: RunConfig) -> int:
         platform.teardown()
 
 
-def _be_apart(config: RunConfig) -> None:
-    """Lets a score rank work in a child, before anything is loaded."""
+def _be_apart(config: RunConfig) -> OwnProcess | None:
+    """Lets a score rank work in a child, before anything is loaded; None for other ranks."""
     from megatron_kosmosg.config.rank_grid import has_score_ranks, rank_grid
     from megatron_kosmosg.score.own_process import go_on_as_child
+    from megatron_kosmosg.score.run_watch import RunWatch
 
     if not has_score_ranks(config):
-        return
-    rank_info = find_rank_info()
-    if rank_grid(config, rank_info.world_size).coordinates(rank_info.rank).role == "score":
-        go_on_as_child(f"score rank {rank_info.rank}")
+        return None
+    rank_info, times = find_rank_info(), config.parallel
+    if rank_grid(config, rank_info.world_size).coordinates(rank_info.rank).role != "score":
+        return None
+    run = RunWatch(output_folder(config), times.stall_seconds, times.timeout_seconds)
+    return go_on_as_child(f"score rank {rank_info.rank}", run)
 
 
 def _notices(config: RunConfig, owner: RunOwner | None) -> Notices:
@@ -183,7 +190,13 @@ def _owner(config: RunConfig) -> Iterator[RunOwner | None]:
         yield owner
 
 
-def _train(config: RunConfig, started: float, owner: RunOwner | None, at_end: ExitStack) -> int:
+def _train(
+    config: RunConfig,
+    started: float,
+    owner: RunOwner | None,
+    own_process: OwnProcess | None,
+    at_end: ExitStack,
+) -> int:
     """Trains, and returns the exit code. What is put on `at_end` is closed when a failure has been
     reported, so that others know its cause."""
     from megatron_kosmosg.monitoring.failure import forget_failure, raise_together
@@ -201,7 +214,10 @@ def _train(config: RunConfig, started: float, owner: RunOwner | None, at_end: Ex
         forget_failure(output_folder(config), started)
         planned = plan_the_run(config, find_rank_info().world_size)
     if platform.holds_unet_alone(config):
-        finished = run_score_rank(config, join_as_score_rank(config))
+        rank = join_as_score_rank(config)
+        assert own_process is not None
+        own_process.has_joined(rank.start)
+        finished = run_score_rank(config, rank)
     else:
         context = platform.initialize(config)
         raise_together(lambda: check_files(config))

@@ -21,9 +21,9 @@ import torch.distributed as dist
 
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.config.errors import ConfigError, InputError
-from megatron_kosmosg.config.paths import FAILURE_FILE, LOST_RANKS_FILE
+from megatron_kosmosg.config.paths import FAILURE_FILE
 from megatron_kosmosg.data.bad_images import TooManyBadImages
-from megatron_kosmosg.launcher import node_name
+from megatron_kosmosg.monitoring.lost_ranks import note_lost_rank
 from megatron_kosmosg.terminal_text import printable_lines
 
 
@@ -78,14 +78,7 @@ def report_failure(folder: Path, rank: int, error: BaseException, started: float
 def report_lost_rank(folder: Path, name: str, error: BaseException) -> None:
     """Writes the traceback of a rank without which the run goes on to stderr, and to the end of
     `lost_ranks.txt`."""
-    when = time.strftime("%Y-%m-%d %H:%M:%S")
-    full = "".join(traceback.format_exception(error))
-    text = printable_lines(
-        f"{when} {name} on {node_name()} failed, which does not end the run:\n{full}"
-    )
-    print(text, file=sys.stderr, flush=True)
-    with suppress(OSError), open(folder / LOST_RANKS_FILE, "a", encoding="utf-8") as file:
-        file.write(text.rstrip("\n") + "\n\n")  # at once: other ranks write there, too
+    note_lost_rank(folder, name, "failed", "".join(traceback.format_exception(error)))
 
 
 def raise_together(check: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""The number of score ranks that a run needs, by what its decoder and score ranks measured."""
+"""What metrics.jsonl says of score ranks: how many a run needs, and which hardware answered."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ _KEPT_IDLE = 0.1
 """Of score ranks: they have to be a little faster than the decoder, or it waits in turns."""
 _WAITS = 0.05
 """Share of an iteration that decoder ranks may wait."""
+ANSWERS = "score_answers/"
+"""Before the kind of hardware in the name of a number of metrics.jsonl."""
 
 
 def size_advice(iterations: Sequence[Mapping[str, Any]]) -> str | None:
@@ -38,6 +40,22 @@ def size_advice(iterations: Sequence[Mapping[str, Any]]) -> str | None:
     if needed < now:
         return f"{measured}: {needed} of the {now} score ranks would do"
     return f"{measured}: {now} score ranks fit"
+
+
+def answers_in(record: Mapping[str, Any]) -> dict[str, int]:
+    """{kind: answers} of a line of metrics.jsonl."""
+    return {
+        name.removeprefix(ANSWERS): int(value)
+        for name, value in record.items()
+        if name.startswith(ANSWERS) and _is_number(value)
+    }
+
+
+def hardware_in_words(answers: Mapping[str, int]) -> str:
+    """{kind: answers} as "480 (94%) from NVIDIA H100, 32 (6%) from NVIDIA L40S"."""
+    total = max(1, sum(answers.values()))
+    ordered = sorted(answers.items(), key=lambda item: -item[1])
+    return ", ".join(f"{count:,} ({count / total:.0%}) from {kind}" for kind, count in ordered)
 
 
 def _is_number(value: object) -> bool:

@@ -30,6 +30,8 @@ OWNER_FILE = "owner.json"
 BEAT_SECONDS, STALE_SECONDS = 10.0, 60.0
 """Between signs of life, and without one until another run may have the folder: a disk that does
 not answer for half a minute is no death."""
+SINCE_FORMAT = "%Y-%m-%d %H:%M:%S %z"
+"""Of the time since when an owner has the folder."""
 
 
 class RunFolderTaken(InputError):
@@ -86,7 +88,7 @@ class RunOwner:
             job=job,
             restart=restart,
             user=_user(),
-            since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            since=time.strftime(SINCE_FORMAT),
         )
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="run owner", daemon=True)

@@ -6,16 +6,26 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_kosmosg.config.errors import ConfigError, InputError
 from megatron_kosmosg.config.load import load_saved_config
-from megatron_kosmosg.config.paths import COMPLETE_FILE, FAILURE_FILE, METRICS_FILE
+from megatron_kosmosg.config.paths import (
+    COMPLETE_FILE,
+    FAILURE_FILE,
+    METRICS_FILE,
+)
 from megatron_kosmosg.foreign_files import read_json
-from megatron_kosmosg.monitoring.fleet_size import size_advice
-from megatron_kosmosg.monitoring.run_owner import OWNER_FILE, STALE_SECONDS, Holder
+from megatron_kosmosg.monitoring.fleet_size import answers_in, hardware_in_words, size_advice
+from megatron_kosmosg.monitoring.lost_ranks import latest_start, lost_in_words, lost_ranks
+from megatron_kosmosg.monitoring.run_owner import (
+    OWNER_FILE,
+    STALE_SECONDS,
+    Holder,
+)
 
 TAIL_BYTES = 256 << 10
 """Of metrics.jsonl: hundreds of iterations, of a file that may have hundreds of thousands."""
@@ -47,6 +57,10 @@ class RunStatus:
     """On the disk of the checkpoints."""
     score_ranks: str | None
     """Whether they are too many or too few, by the latest iterations."""
+    answered_by: str | None
+    """The kinds of hardware that gave the latest answers of score ranks."""
+    lost_ranks: tuple[str, ...]
+    """Score ranks of the job without which the latest start goes on, or went on."""
     owner: str | None
     error: str | None
     """Last line of the first error of the latest start that failed."""
@@ -80,6 +94,7 @@ def run_status(folder: Path) -> RunStatus:
     save = save if save.is_dir() else folder
     newest = _newest_checkpoint(save)
     owner, error = _owner(folder), _error(folder / FAILURE_FILE)
+    answers = sum((Counter(answers_in(line)) for line in train), Counter())
     age = None
     if isinstance(heartbeat.get("time"), (int, float)):
         age = max(
@@ -101,6 +116,8 @@ def run_status(folder: Path) -> RunStatus:
         checkpoint_gib=None if newest is None else _size(newest) / _GIB,
         free_gib=shutil.disk_usage(save).free / _GIB,
         score_ranks=size_advice(train[-_RECENT:]),
+        answered_by=hardware_in_words(answers) if answers else None,
+        lost_ranks=tuple(lost_ranks(folder, latest_start(folder))),
         owner=owner,
         error=error,
     )
@@ -125,6 +142,8 @@ def to_text(status: RunStatus) -> str:
     lines.append(f"{kept}, {status.free_gib:.1f} GiB free")
     for what, text in (
         ("score ranks", status.score_ranks),
+        ("answered by", status.answered_by),
+        ("lost", lost_in_words(status.lost_ranks, status.folder, is_running=bool(status.owner))),
         ("owner", status.owner),
         ("stall", status.stall),
         ("last error", status.error),

@@ -23,6 +23,7 @@ from megatron_kosmosg.files import write_json
 from megatron_kosmosg.launcher import RankInfo, node_name
 from megatron_kosmosg.monitoring.stall_detector import Heartbeat, StallDetector
 from megatron_kosmosg.parallel.rendezvous import connect
+from megatron_kosmosg.terminal_text import say
 
 PACKAGE = str(Path(__file__).parents[1])
 
@@ -92,7 +93,7 @@ class Watchdog:
             awake, before = awake + min(now - before, 2 * self._interval), now
             report = self._detector.report(self._heartbeats, awake)
             if report is not None and not self._ended.is_set():
-                print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {report}", file=sys.stderr, flush=True)
+                say(report)
             if self._rank_info.rank == 0:
                 self._write()
 

@@ -71,8 +71,13 @@ def convolution_format(device: torch.device) -> torch.memory_format:
 
 
 def hardware_name(device: torch.device) -> str:
-    """Kind of device: on the same kind the numbers are the same to the bit."""
-    return torch.cuda.get_device_name(device) if has_stream(device) else "CPU"
+    """Kind of device and library: on the same kind the numbers are the same to the bit."""
+    if has_stream(device):
+        name = torch.cuda.get_device_name(device)
+    else:
+        threads = torch.get_num_threads()  # sums are split among them
+        name = f"CPU {torch.backends.cpu.get_cpu_capability()} x {threads}"
+    return f"{name}, torch {torch.__version__}"
 
 
 def timing_event() -> torch.cuda.Event:

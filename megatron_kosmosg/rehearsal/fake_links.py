@@ -45,6 +45,8 @@ class FakeFleet:
     def state(self) -> tuple[int, int, float]:
         return 1, 0, 0.0
 
+    def publish_answered(self) -> None: ...
+
     def close(self, end: RunEnd) -> None: ...
 
 

@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -68,6 +69,8 @@ def open_fleet(config: RunConfig, context: ParallelContext) -> Fleet:
     store = _store(context.store, config)
     address = DecoderAddress(replica, f"tcp://{host}:{fleet.port}", public.decode())
     store.set(f"decoder {replica}", json.dumps(vars(address)))
+    fleet.publish = lambda answered: store.set(_answered(replica), json.dumps(answered))
+    fleet.publish_answered()
     if replica == 0:
         guests_public, guests_secret = (key.decode() for key in zmq.curve_keypair())
         decoders = [json.loads(store.get(f"decoder {r}")) for r in range(world.num_replicas)]
@@ -87,6 +90,18 @@ def open_fleet(config: RunConfig, context: ParallelContext) -> Fleet:
         store.set("start", start)
     fleet.admit(bytes(store.get("guests")))
     return fleet
+
+
+def answers_by_hardware(config: RunConfig, context: ParallelContext) -> Counter[str]:
+    """Answers that replicas got so far in this start, by the kind of hardware that gave them; as of
+    the last iteration whose sums this rank knows."""
+    keys = [_answered(replica) for replica in range(context.dp_size)]
+    told = _store(context.store, config).multi_get(keys)
+    return sum((Counter(json.loads(counts)) for counts in told), Counter())
+
+
+def _answered(replica: int) -> str:
+    return f"answered {replica}"
 
 
 def limits(config: RunConfig) -> Limits:
@@ -134,6 +149,8 @@ class ScoreRank:
     world: RankGrid | None = None
     coordinates: RankCoordinates | None = None
     """Where it is a rank of the run's job."""
+    start: str = ""
+    """Of the run, that it works for."""
 
 
 def join_as_score_rank(config: RunConfig) -> ScoreRank:
@@ -152,14 +169,14 @@ def join_as_score_rank(config: RunConfig) -> ScoreRank:
         name,
         lambda replica: Standing.OWN if replica in served else Standing.RESERVE,
     )
-    return ScoreRank(joined.device, name, membership, world, coordinates)
+    return ScoreRank(joined.device, name, membership, world, coordinates, start)
 
 
 def join_as_guest(config: RunConfig, address: RunAddress, device: torch.device) -> ScoreRank:
     """Connects this process, which is no rank of the run's job, to the run as a score rank."""
     name = f"joined rank {node_name()}:{os.getpid()}"
     membership = open_membership(config, address, device, name, lambda _: Standing.JOINED)
-    return ScoreRank(device, name, membership)
+    return ScoreRank(device, name, membership, start=address.start)
 
 
 def open_membership(
@@ -171,7 +188,15 @@ def open_membership(
 ) -> Membership:
     """Connections to the decoder ranks of a run. Close it."""
     key = address.public.encode(), address.secret.encode()
-    return Membership(address.decoders, key, limits(config), name, hardware_name(device), standing)
+    return Membership(
+        address.decoders,
+        key,
+        limits(config),
+        name,
+        f"{hardware_name(device)}, {config.training.precision}",
+        standing,
+        silence_seconds=config.parallel.timeout_seconds,
+    )
 
 
 def _seen(config: RunConfig, start: str) -> RunAddress:

@@ -9,7 +9,6 @@ Long because a rank's whole stay is here: its arrival, its answers, its end.
 from __future__ import annotations
 
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,12 +23,12 @@ from megatron_kosmosg.score import wire
 from megatron_kosmosg.score.messages import Answer, Request, Rows
 from megatron_kosmosg.score.roster import Evicted, Lack, Member, Roster, Standing, is_finite
 from megatron_kosmosg.score.wire import BadMessage, Frames, Limits, Message, RunEnd
+from megatron_kosmosg.terminal_text import say
 
 BEAT_SECONDS = 1.0
 MOST_SILENCE = 10.0
 """Seconds without a sign of life of a rank's program or node until its connection is closed."""
 _LINGER_MS = 2000
-_PEER_KEY = 32
 _ALLOWED, _REFUSED = b"200", b"400"
 _NEWS_MS = 1
 """Between two looks at a condition that is still on its way from the device."""
@@ -98,6 +97,7 @@ class Fleet:
         self._button.connect("inproc://bell")
         self._thread = threading.Thread(target=self._run, name="score-fleet", daemon=True)
         self.on_close: Callable[[], None] = lambda: None
+        self.publish: Callable[[dict[str, int]], None] = lambda answered: None
 
     def admit(self, guest_key: bytes) -> None:
         """Lets score ranks in that have this public key (z85), from now on."""
@@ -145,6 +145,12 @@ class Fleet:
             known = [member.latency for member in ready if member.latency]
             mean = sum(known) / len(known) if known else 0.0
             return len(ready), self._roster.num_waiting, mean
+
+    def publish_answered(self) -> None:
+        """Says through `publish` how many answers each kind of hardware has given so far."""
+        with self._changed:
+            answered = dict(self._roster.answered)
+        self.publish(answered)
 
     def close(self, end: RunEnd) -> None:
         """Tells all score ranks how the run ended; nothing the second time."""
@@ -212,9 +218,7 @@ class Fleet:
     def _let_in(self) -> None:
         """ZeroMQ's question (RFC 27) whether a client's key is known."""
         version, request_id, *rest = self._gate.recv_multipart()
-        key = rest[-1]
-        is_known = len(key) == _PEER_KEY and key == self._guest_key
-        code = _ALLOWED if is_known else _REFUSED
+        code = _ALLOWED if rest[-1] == self._guest_key else _REFUSED
         self._gate.send_multipart([version, request_id, code, b"", b"", b""])
 
     def _send_waiting(self) -> bool:
@@ -259,7 +263,7 @@ class Fleet:
     def _take_off(self, identity: bytes, why: str) -> None:
         member = self._roster.remove(identity)
         if member is not None:
-            _say(f"{member.name} {why}; {len(self._roster.members)} left")
+            say(f"{member.name} {why}; {len(self._roster.members)} left")
         self._changed.notify_all()
 
     def _beat(self, now: float) -> None:
@@ -267,7 +271,7 @@ class Fleet:
             self._send(identity, wire.pack(Message.BEAT))
         with self._changed:
             for name in self._roster.repeat_late(now):
-                _say(f"{name} is late; its requests go to others")
+                say(f"{name} is late; its requests go to others")
             self._notice_lack(now)
 
     def _notice_lack(self, now: float) -> None:
@@ -279,10 +283,10 @@ class Fleet:
         if lack is not self._lack:
             self._idle_since = now if self._lack is None else self._idle_since
             self._lack, self._lack_since = lack, now
-            _say(f"{lack.value}: training waits up to {limit:.0f} s for one")
+            say(f"{lack.value}: training waits up to {limit:.0f} s for one")
         elif now - self._lack_since > limit or now - self._idle_since > self._patience.load:
             self._gave_up = True
-            _say("no score rank works: the run is saved and stops")
+            say("no score rank works: the run is saved and stops")
             self._changed.notify_all()
 
     def _receive(self, identity: bytes, frames: list[Any]) -> None:
@@ -325,7 +329,7 @@ class Fleet:
             self._reference = self._reference or prints
         is_new = known is None or known.prints is None
         if is_new and prints is not None and standing is Standing.JOINED:
-            _say(f"{name} has joined ({hardware})")
+            say(f"{name} has joined ({hardware})")
         self._send(identity, wire.pack(Message.WELCOME))
         # Guests work when a rank of the job has said what they are held against.
         for other, member in list(self._roster.members.items()):
@@ -389,10 +393,6 @@ class Fleet:
 
     def _evict_as(self, evicted: Evicted) -> None:
         self._send(evicted.identity, wire.pack_words(Message.REFUSED, {"why": evicted.why}))
-        _say(f"{evicted.name} is evicted: {evicted.why}")
+        say(f"{evicted.name} is evicted: {evicted.why}")
         self._roster.remove(evicted.identity)
         self._changed.notify_all()
-
-
-def _say(what: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {what}", file=sys.stderr, flush=True)

@@ -85,6 +85,8 @@ class Membership:
         hardware: str,
         standing: Callable[[int], Standing],
         prepare: Callable[[Rows], None] = lambda rows: None,
+        *,
+        silence_seconds: float,
     ) -> None:
         """Connects to all decoder ranks; a thread keeps the connections.
 
@@ -94,6 +96,8 @@ class Membership:
             hardware: kind of this rank's device, told to people.
             standing: whom this rank is for, by replica.
             prepare: is called, in the thread, with rows whose condition will come.
+            silence_seconds: a decoder rank that says nothing for so long counts as gone, though
+                the connection holds: its process is stopped, or its node is down.
         """
         self._decoders, self._limits = list(decoders), limits
         self._about = {"name": name, "hardware": hardware}
@@ -106,6 +110,8 @@ class Membership:
         self._trouble: Exception | None = None
         self._over_since: float | None = None
         self._lost_since: dict[int, float] = {}
+        self._silence_seconds = silence_seconds
+        self._silent = dict.fromkeys(range(len(decoders)), 0.0)
         self._working: Asked | None = None
         self._has_answered = False
         self._is_over = False
@@ -249,8 +255,13 @@ class Membership:
         poller = zmq.Poller()
         for socket in (*self._sockets, *self._monitors, self._bell):
             poller.register(socket, zmq.POLLIN)
+        before = time.monotonic()
         while True:
             poller.poll(int(BEAT_SECONDS * 1000))
+            # While this process itself is stopped, it hears nothing: that is nobody's silence.
+            before, passed = time.monotonic(), time.monotonic() - before
+            for index in self._silent:
+                self._silent[index] += min(passed, 2 * BEAT_SECONDS)
             while self._bell.poll(0):
                 self._bell.recv()
             is_over = self._is_over
@@ -263,6 +274,7 @@ class Membership:
                 while self._monitors[index].poll(0):
                     self._connection(index, self._monitors[index].recv_multipart())
                 while self._sockets[index].poll(0):
+                    self._silent[index] = 0.0
                     self._receive(index, self._sockets[index].recv_multipart(copy=False))
             self._notice_lost()
             self._end_a_rank_that_loads()
@@ -279,15 +291,20 @@ class Membership:
 
     def _notice_lost(self) -> None:
         now = time.monotonic()
-        for index, since in self._lost_since.items():
-            if index not in self._ends and now - since > LOST_SECONDS and self._trouble is None:
-                decoder = self._decoders[index]
-                self._stop(
-                    DecoderLost(
-                        f"the decoder rank of replica {decoder.replica} at {decoder.address} is "
-                        f"gone: no connection for {LOST_SECONDS:.0f} s"
-                    )
+        for index, decoder in enumerate(self._decoders):
+            if index in self._ends or self._trouble is not None:
+                continue
+            about = f"the decoder rank of replica {decoder.replica} at {decoder.address}"
+            if now - self._lost_since.get(index, now) > LOST_SECONDS:
+                why = f"is gone: no connection for {LOST_SECONDS:.0f} s"
+            elif self._silent[index] > self._silence_seconds:
+                why = (
+                    f"has said nothing for {self._silence_seconds:.0f} s: its process is stopped, "
+                    "or its node is down"
                 )
+            else:
+                continue
+            self._stop(DecoderLost(f"{about} {why}"))
 
     def _end_a_rank_that_loads(self) -> None:
         """Ends this process where nobody waits any more for it to load. Nothing else can end it:

@@ -172,6 +172,7 @@ class RemoteScore:
         if self._fleet is not None:
             work.num_bytes = self._fleet.pop_bytes()
             work.ranks, work.queued, work.latency = self._fleet.state()
+            self._fleet.publish_answered()
         return work
 
     def pass_on_signal(self) -> None:

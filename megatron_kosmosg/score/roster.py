@@ -8,7 +8,7 @@ Long because every way that a request can take is here, and nowhere else.
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -135,6 +135,8 @@ class Roster:
         self.answers: dict[int, Answer] = {}
         """Of requests, until somebody takes them."""
         self._had_rank = False
+        self.answered: Counter[str] = Counter()
+        """Answers that counted, by the hardware that gave them."""
         self.repeated = 0
         """Requests that were given to a second rank."""
 
@@ -215,7 +217,7 @@ class Roster:
             if not job.held_by:
                 self._wait_again(number)
             return None
-        self._close(number, answer)
+        self._close(number, answer, member.hardware)
         return None
 
     def remove(self, identity: bytes) -> Member | None:
@@ -230,7 +232,8 @@ class Roster:
             if held and not job.held_by:
                 self._wait_again(number)
             if job.doubted is not None and not job.held_by and not self._has_referee(job):
-                self._close(number, job.doubted[1])  # nobody is left to confirm it
+                # Nobody is left to confirm it.
+                self._close(number, job.doubted[1], self.members[job.doubted[0]].hardware)
         return member
 
     def repeat_late(self, now: float) -> list[str]:
@@ -309,14 +312,15 @@ class Roster:
         identity, doubted = job.doubted
         other = self.members.get(identity)
         same_kind = other is None or other.hardware == member.hardware
-        self._close(number, answer)
+        self._close(number, answer, member.hardware)
         if other is None or agree(doubted, answer, bitwise=same_kind):
             return None
         why = f"its numbers for a request are not those of {member.name}"
         return Evicted(identity, other.name, why)
 
-    def _close(self, number: int, answer: Answer) -> None:
+    def _close(self, number: int, answer: Answer, hardware: str) -> None:
         del self._open[number]
+        self.answered[hardware] += 1
         if number in self._waiting:
             self._waiting.remove(number)
         self.answers[number] = answer
@@ -338,7 +342,7 @@ def _mixed(known: float, value: float) -> float:
 
 
 MOST_DIFFERENCE = 0.05
-"""Relative, between kinds of hardware: bf16's rounding in the U-Net gives about a fifth of it."""
+"""Relative, between kinds of hardware: bf16's rounding in the U-Net gives about a third of it."""
 
 
 def agree(one: Answer, other: Answer, *, bitwise: bool) -> bool:
@@ -346,13 +350,21 @@ def agree(one: Answer, other: Answer, *, bitwise: bool) -> bool:
     of other hardware."""
     if one.bad_samples != other.bad_samples:
         return False
-    pairs = [torch.cat([a.payload, torch.tensor([a.loss])]) for a in (one, other)]
+    # Each by itself: a loss is a thousand times as large as a gradient, and would hide it.
+    parts = (
+        (one.payload, other.payload),
+        (torch.tensor([one.loss]), torch.tensor([other.loss])),
+    )
     if bitwise:
-        return torch.equal(pairs[0].nan_to_num(), pairs[1].nan_to_num())
-    finite = [torch.isfinite(values) for values in pairs]
-    if not torch.equal(*finite):
+        return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in parts)
+    return all(_are_near(a, b) for a, b in parts)
+
+
+def _are_near(first: torch.Tensor, second: torch.Tensor) -> bool:
+    finite = torch.isfinite(first)
+    if not torch.equal(finite, torch.isfinite(second)):
         return False
-    first, second = (values[finite[0]] for values in pairs)
+    first, second = first[finite], second[finite]
     return float((first - second).norm()) <= MOST_DIFFERENCE * float(second.norm())
 
 

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_kosmosg.config.errors import InputError
+from megatron_kosmosg.config.paths import SCORE_RANKS_FILE
 from megatron_kosmosg.files import replacing
 from megatron_kosmosg.foreign_files import read_json
 from megatron_kosmosg.score.member import DecoderAddress
 
-RUN_FILE = "score_ranks.json"
 _VERSION = 1
 _ONLY_OWNER = 0o600
 
@@ -45,7 +45,7 @@ def config_hash(text: str) -> str:
 def publish(folder: Path, address: RunAddress) -> None:
     """Writes the file, in place of an earlier start's."""
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / RUN_FILE, only_writer=True) as temporary:
+    with replacing(folder / SCORE_RANKS_FILE, only_writer=True) as temporary:
         os.chmod(temporary, _ONLY_OWNER)  # while it is empty
         temporary.write_text(json.dumps({"version": _VERSION} | asdict(address)) + "\n")
 
@@ -54,7 +54,7 @@ def withdraw(folder: Path, start: str) -> None:
     """Removes the file if it is still of this start."""
     found = find(folder)
     if found is not None and found.start == start:
-        (folder / RUN_FILE).unlink(missing_ok=True)
+        (folder / SCORE_RANKS_FILE).unlink(missing_ok=True)
 
 
 def find(folder: Path) -> RunAddress | None:
@@ -62,7 +62,7 @@ def find(folder: Path) -> RunAddress | None:
 
     Raises InputError for a file that others can read, or that is not this program's.
     """
-    path = folder / RUN_FILE
+    path = folder / SCORE_RANKS_FILE
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
     except FileNotFoundError:

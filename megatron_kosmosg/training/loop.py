@@ -26,6 +26,7 @@ from megatron_kosmosg.monitoring.signals import StopRequest
 from megatron_kosmosg.monitoring.stragglers import Stragglers
 from megatron_kosmosg.monitoring.watchdog import Watchdog
 from megatron_kosmosg.parallel.context import ParallelContext
+from megatron_kosmosg.score.hardware_mix import HardwareMix
 from megatron_kosmosg.training.against_plan import AgainstPlan, PlannedRun
 from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.evaluation import Evaluations, is_due
@@ -33,6 +34,7 @@ from megatron_kosmosg.training.metrics import MetricsWriter, iteration_record
 from megatron_kosmosg.training.run_display import ProgressDisplay
 from megatron_kosmosg.training.run_notes import (
     announce,
+    note_hardware,
     note_skipped,
     note_straggler,
     note_trace,
@@ -137,6 +139,7 @@ def _fit(
 
     evaluations = Evaluations(stage, config, context, chunks, heldout, metrics, display, stop)
     stopping, saved = False, progress.iteration
+    hardware = HardwareMix(config, context)
 
     def save() -> None:
         watchdog.at(progress.iteration, "saving")
@@ -196,8 +199,11 @@ def _fit(
                 context=context,
             )
             record |= stragglers.report(progress.iteration)
+            if writes:
+                record |= hardware.report(progress.iteration)
             metrics.iteration(record)
             note_straggler(display, stragglers, record)
+            note_hardware(display, hardware, record)
             display.step(progress.iteration, seconds, update.totals.losses, record)
             if (compared := against_plan.after(seconds)) is not None:
                 display.say(compared)

@@ -9,6 +9,7 @@ from megatron_kosmosg.checkpoint.save_and_resume import TrainingProgress
 from megatron_kosmosg.config.paths import trace_file
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.monitoring.stragglers import Stragglers
+from megatron_kosmosg.score.hardware_mix import HardwareMix
 from megatron_kosmosg.training.run_display import ProgressDisplay
 
 SLOW_RATIO = 1.5
@@ -55,6 +56,14 @@ def note_straggler(
             f"iteration {record['iteration']} | rank {rank} on {stragglers.nodes[rank]} takes "
             f"{ratio:.2f} x the median rank's time for its own work"
         )
+
+
+def note_hardware(
+    display: ProgressDisplay, hardware: HardwareMix, record: dict[str, float | None]
+) -> None:
+    """Names the kinds of hardware that answered in an interval, where there are several."""
+    if (news := hardware.news(record)) is not None:
+        display.say(f"iteration {record['iteration']} | {news}")
 
 
 def note_trace(display: ProgressDisplay, config: RunConfig, was_written: bool) -> None:

@@ -6,13 +6,19 @@ from __future__ import annotations
 import json
 import signal
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from megatron_kosmosg.config.paths import FAILURE_FILE, LOST_RANKS_FILE, METRICS_FILE
+from megatron_kosmosg.config.paths import (
+    FAILURE_FILE,
+    LOST_RANKS_FILE,
+    METRICS_FILE,
+    SCORE_RANKS_FILE,
+)
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.score.run_file import RUN_FILE
+from megatron_kosmosg.monitoring.fleet_size import answers_in
 from tests.support.fault_runs import Lived
 from tests.support.fleet_runs import Habit, rank_of_job, start_guest, wait_for_iteration
 from tests.support.ranks import Ended, run_ranks_until_they_end
@@ -65,13 +71,25 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(stable_diffusion, updates, tmp_path_factory) -> tuple[str, list]:
+def straight(tmp_path_factory, updates) -> Path:
+    """Folder of the run that nobody disturbs."""
+    return tmp_path_factory.mktemp(f"straight{updates}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stable_diffusion, updates, straight) -> tuple[str, list]:
     """Hash of the parameters, and the losses."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    lived = Job(config_of(stable_diffusion, folder, updates)).decoder()
+    lived = Job(config_of(stable_diffusion, straight, updates)).decoder()
     assert lived.code == 0, lived.said
-    assert not (folder / RUN_FILE).exists()
-    return lived.parameters, losses(folder)
+    assert not (straight / SCORE_RANKS_FILE).exists()
+    assert "unlike" not in lived.said and len(hardware_of(straight)) == 1
+    return lived.parameters, losses(straight)
+
+
+def hardware_of(folder: Path) -> dict[str, int]:
+    """{kind: answers} of a run."""
+    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    return dict(sum((Counter(answers_in(line)) for line in lines), Counter()))
 
 
 def losses(folder: Path) -> list[tuple]:
@@ -89,7 +107,7 @@ def test_half_killed_twice_and_new_ones_twice(stable_diffusion, updates, undistu
     habits = {2: Habit(dies_at=updates // 8 * MICRO_BATCHES // 2)}
     job = Job(config_of(stable_diffusion, tmp_path, updates), habits)
     wait_for_iteration(tmp_path, updates // 5)
-    assert (tmp_path / RUN_FILE).stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / SCORE_RANKS_FILE).stat().st_mode & 0o777 == 0o600
     first = start_guest(tmp_path, Habit(dies_at=updates // 6))
     wait_for_iteration(tmp_path, updates // 2)
     second = start_guest(tmp_path)
@@ -130,7 +148,7 @@ def test_an_error_a_lie_and_a_guest_that_is_told_to_stop(
     lived = job.decoder()
     assert ends_as(undisturbed, lived, tmp_path)
     assert job.exit_codes() == [0, 0, 0], "a task that fails would end the job"
-    assert lived.said.count("has joined (CPU)") == 2 and "has left; " in lived.said
+    assert lived.said.count("has joined (CPU ") == 2 and "has left; " in lived.said
     assert "is evicted: its numbers for a request are not those of score rank" in lived.said
     trouble = "ArithmeticError: this rank's own trouble"
     assert f"score rank 2 failed: {trouble}; " in lived.said

@@ -76,10 +76,13 @@ def children(process: int) -> Iterator[int]:
             continue  # it ended meanwhile
 
 
-def kill_the_runs_own_score_rank(python: PreloadedPython) -> None:
-    """It works in the only program that has started another process: its task's child."""
-    (grandchild,) = (child for program in children(python.server) for child in children(program))
-    os.kill(grandchild, signal.SIGKILL)
+def kill_the_runs_own_score_rank(python: PreloadedPython) -> int:
+    """It works in the only program that has started another process: its task's child. Returns the
+    task's process."""
+    tasks = {child: task for task in children(python.server) for child in children(task)}
+    ((score_rank, task),) = tasks.items()
+    os.kill(score_rank, signal.SIGKILL)
+    return task
 
 
 def test_training_lives_on_score_jobs_that_are_cancelled_give_way_and_lose_their_node(
@@ -100,10 +103,10 @@ def test_training_lives_on_score_jobs_that_are_cancelled_give_way_and_lose_their
 
     # Without score ranks training waits: nothing of what follows comes after its end.
     slurm.wait_until(lambda: iterations(run) > 0 and (run / CONFIG_FILE).exists(), "iterations")
-    kill_the_runs_own_score_rank(preloaded_python)
+    task = kill_the_runs_own_score_rank(preloaded_python)
     has_printed("no score rank is left: training waits")
     warned, yielding = score_job(slurm, run), score_job(slurm, run, "--partition=spare")
-    has_printed("has joined (CPU)", times=2)
+    has_printed("has joined (CPU ", times=2)
     slurm.run("scancel", "--signal=USR1", warned)  # as sbatch --signal does before the time limit
     urgent = slurm.submit("--nodelist=n02", "--exclusive", "--output=/dev/null", "--wrap=sleep 600")
     has_printed("has left", times=2)
@@ -113,7 +116,7 @@ def test_training_lives_on_score_jobs_that_are_cancelled_give_way_and_lose_their
             slurm.wait_until(lambda n=number: slurm.job(n)["Restarts"] == "1", "the restart")
         slurm.wait_until(lambda: slurm.job(urgent)["JobState"] == "RUNNING", "the urgent job")
         slurm.run("scancel", urgent)
-        has_printed("has joined (CPU)", times=4)
+        has_printed("has joined (CPU ", times=4)
         slurm.run("scancel", warned)
         has_printed("has left", "is gone", times=4)  # TERM, and USR1 while it leaves
         slurm.kill_node("n02")
@@ -121,6 +124,8 @@ def test_training_lives_on_score_jobs_that_are_cancelled_give_way_and_lose_their
         slurm.start_node("n02")
         last = score_job(slurm, run)
         assert iterations(run) < UPDATES
+        # `srun --wait` ends a job two minutes after the first of its tasks.
+        assert task in children(preloaded_python.server), "a lost score rank's task has not stayed"
         assert [ended.code for ended in undisturbed.result()] == [0, 0]
     output = slurm.finish(training)
     slurm.run("scancel", yielding, last)

@@ -23,8 +23,8 @@ def newest_checkpoint(run: Path) -> Path:
     return max(path for path in (run / "checkpoints").glob("iter_*") if not path.suffix)
 
 
-def parameters_digest(folder: Path) -> str:
-    """sha256 over name, dtype, shape and bytes of all parameters of a checkpoint, by name."""
+def parameters(folder: Path) -> dict[str, torch.Tensor]:
+    """All parameters of a checkpoint, by name."""
     reader = checkpoint.FileSystemReader(folder)
     stored = reader.read_metadata().state_dict_metadata
     state: dict[str, Any] = {
@@ -35,7 +35,12 @@ def parameters_digest(folder: Path) -> str:
     with warnings.catch_warnings():  # that one process reads is meant
         warnings.simplefilter("ignore", UserWarning)
         checkpoint.load(state, storage_reader=reader, no_dist=True)
-    whole = hashlib.sha256()
+    return state
+
+
+def parameters_digest(folder: Path) -> str:
+    """sha256 over name, dtype, shape and bytes of all parameters of a checkpoint, by name."""
+    state, whole = parameters(folder), hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].contiguous()
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -20,6 +20,8 @@ from megatron_kosmosg import train
 from megatron_kosmosg.cli import score_rank
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.score import service
+from megatron_kosmosg.score.keyed_noise import KeyedNoise
+from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.messages import Answer, Request
 from megatron_kosmosg.training.metrics import METRICS_FILE
 from tests.support.fault_runs import Lived, parameters_hash, use_stage
@@ -44,15 +46,17 @@ class Habit:
     """An error at its n-th request; 0: never."""
     lies: bool = False
     """Its gradients are a hundredth too large."""
+    is_unlike: bool = False
+    """It rounds as other hardware does: rows one by one, sums split between two threads."""
 
 
 def rank_of_job(config: RunConfig, habits: dict[int, Habit]) -> Lived:
-    """The training program as this rank; habits: of ranks."""
+    """The training program as this rank, and all that it prints; habits: of ranks."""
     built: list[torch.nn.Module] = []
     use_stage("instruct", built)
     _take_up(habits.get(int(os.environ["RANK"]), Habit()))
     said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         code = train.run(config)
     return Lived(code, said.getvalue(), parameters_hash(built))
 
@@ -105,3 +109,26 @@ def _take_up(habit: Habit) -> None:
         return Answer(true.loss, true.bad_samples, true.signal, idle, true.seconds, wrong)
 
     service._Work.answer = behave
+    if habit.is_unlike:
+        torch.set_num_threads(2)
+        DenoisingLoss.__call__ = _by_row(DenoisingLoss.__call__)
+
+
+def _by_row(denoise: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def denoise_by_row(
+        self: DenoisingLoss,
+        condition: torch.Tensor,
+        targets: torch.Tensor,
+        positions: torch.Tensor,
+        stream: str,
+        keyed_noise: KeyedNoise | None = None,
+    ) -> torch.Tensor:
+        losses = []
+        for row in torch.arange(len(positions)).split(1):
+            noise = keyed_noise and {name: values[row] for name, values in keyed_noise.items()}
+            losses.append(
+                denoise(self, condition[row], targets[row], positions[row], stream, noise)
+            )
+        return torch.cat(losses)
+
+    return denoise_by_row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 from megatron_kosmosg.cli import status as command
 from megatron_kosmosg.config.load import load_config, to_yaml
+from megatron_kosmosg.launcher import node_name
+from megatron_kosmosg.monitoring.lost_ranks import note_lost_rank
 from megatron_kosmosg.monitoring.run_owner import Holder
 from megatron_kosmosg.monitoring.run_status import run_status
 
@@ -92,6 +95,43 @@ def test_the_number_of_score_ranks_is_judged(tmp_path, capsys, waits, idle, rank
     said = shown(folder, capsys)[1]
     measured = f"decoder ranks wait {waits:.0%} of the time, score ranks {idle:.0%}"
     assert f"score ranks: {measured}: {words}" in said
+
+
+def test_lost_score_ranks_of_this_start_are_named_with_what_to_do(tmp_path, capsys):
+    folder = make_run(tmp_path / "run")
+    assert "lost:" not in shown(folder, capsys)[1]
+    holder = dataclasses.asdict(HOLDER) | {"since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    (folder / "owner.json").write_text(json.dumps(holder))
+    error = "Traceback (most recent call last):\nArithmeticError: no numbers\n"
+    note_lost_rank(folder, "score rank 3", "failed", error)
+    text = (folder / "lost_ranks.txt").read_text()
+    earlier = text.replace(text[:19], "2026-01-01 00:00:00").replace("rank 3", "rank 5")
+    (folder / "lost_ranks.txt").write_text(earlier + text)
+    note_lost_rank(folder, "score rank 2", "was ended by SIGKILL")
+    node = node_name()
+    names = f"score rank 3 on {node} failed; score rank 2 on {node} was ended by SIGKILL"
+    code, said = shown(folder, capsys)
+    assert code == 0
+    assert f"lost: {names} (lost_ranks.txt says more). The run goes on without; " in said
+    assert f"kosmosg score-rank --run {folder}, from any job, can take the place of one" in said
+    (folder / "owner.json").unlink()
+    at = time.time() - 60
+    os.utime(folder / "config.yaml", (at, at))
+    assert "The next start begins with all of them" in shown(folder, capsys)[1]
+    os.utime(folder / "config.yaml", (at + 120, at + 120))  # a start without losses
+    assert "lost:" not in shown(folder, capsys)[1]
+
+
+def test_the_hardware_that_answered_is_named(tmp_path, capsys):
+    folder = make_run(tmp_path / "run")
+    assert "answered by" not in shown(folder, capsys)[1]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:-1]]
+    for line in lines[-21:-1:10]:  # as every logging interval has it
+        line |= {"score_answers/NVIDIA L40S": 1, "score_answers/NVIDIA H100": 999.0}
+    lines[3] |= {"score_answers/NVIDIA A100": 7}  # of an earlier start
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = "answered by: 1,998 (100%) from NVIDIA H100, 2 (0%) from NVIDIA L40S\n"
+    assert told in shown(folder, capsys)[1]
 
 
 def test_a_run_at_work(tmp_path, capsys):

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +29,7 @@ from megatron_kosmosg.score.wire import Limits, RunEnd
 LIMITS = Limits(most_rows=4, condition=(3, 8), dtype=torch.bfloat16, image_size=8)
 PRINTS = {"U-Net": "a", "VAE": "b"}
 PATIENCE = Patience(answer=2.0, alone=1.0, load=2.0)
+SILENCE = 60.0
 TROUBLE = ArithmeticError("own trouble")
 
 
@@ -71,7 +74,8 @@ def compute(request: Request) -> Answer:
 def member(
     link: Link, name: str, standing: Standing = Standing.OWN, key: tuple[bytes, bytes] | None = None
 ) -> Membership:
-    return Membership([link.address], key or link.key, LIMITS, name, "CPU", lambda _: standing)
+    about = [link.address], key or link.key, LIMITS, name, "CPU"
+    return Membership(*about, lambda _: standing, silence_seconds=SILENCE)
 
 
 def serving(
@@ -146,7 +150,8 @@ def test_requests_and_answers_of_real_size_arrive():
     rows, condition = Rows(tuple(range(8)), (0,) * 8), torch.randn(8, 77, 768).to(torch.bfloat16)
     wanted = Request(Kind.GRADIENT, rows, condition, torch.tensor(2.0))
     key, standing = link.key, Standing.OWN
-    made = Membership([link.address], key, limits, "own", "CPU", lambda _: standing)
+    about = [link.address], key, limits, "own", "CPU"
+    made = Membership(*about, lambda _: standing, silence_seconds=SILENCE)
     try:
         made.is_loaded(PRINTS)
         number = link.fleet.ask(wanted, lambda: True)
@@ -257,7 +262,8 @@ from megatron_kosmosg.score import member as m
 m.LOADING_SECONDS = 0.5
 limits = m.Limits(most_rows=4, condition=(3, 8), dtype=torch.bfloat16, image_size=8)
 to, key = m.DecoderAddress(0, *sys.argv[1:3]), tuple(part.encode() for part in sys.argv[3:])
-m.Membership([to], key, limits, "own", "CPU", lambda _: m.Standing.OWN)
+about = [to], key, limits, "own", "CPU"
+m.Membership(*about, lambda _: m.Standing.OWN, silence_seconds=60)
 threading.Event().wait(60)
 """
     address = link.address
@@ -439,6 +445,21 @@ def test_bytes_that_are_no_message_disturb_nobody(link):
     context.term()
 
 
+def test_peers_that_say_nothing_or_half_of_it_hold_up_nobody(link):
+    """The greeting of ZeroMQ's protocol has 64 bytes."""
+    port = int(link.address.address.rpartition(":")[2])
+    with contextlib.ExitStack() as held:
+        for said in [b"", b"\xff" + bytes(8), b"\xff" + bytes(8) + b"\x7f\x03"] * 8:
+            peer = socket.create_connection(("127.0.0.1", port))
+            held.enter_context(peer).sendall(said)
+        serving(link, "own")
+        started = time.monotonic()
+        for first in range(8):
+            assert equal(link.fleet.take(ask(link, first)), first)
+        assert time.monotonic() - started < 10
+        assert link.fleet.state()[0] == 1
+
+
 def test_a_score_rank_notices_that_its_decoder_rank_is_gone(monkeypatch):
     monkeypatch.setattr(member_module, "LOST_SECONDS", 1.0)
     context, (public, secret) = zmq.Context(), zmq.curve_keypair()
@@ -447,13 +468,43 @@ def test_a_score_rank_notices_that_its_decoder_rank_is_gone(monkeypatch):
     port = router.bind_to_random_port("tcp://127.0.0.1")
     address = DecoderAddress(0, f"tcp://127.0.0.1:{port}", public.decode())
     key = zmq.curve_keypair()
-    made = Membership([address], key, LIMITS, "own", "CPU", lambda _: Standing.OWN)
+    about = [address], key, LIMITS, "own", "CPU"
+    made = Membership(*about, lambda _: Standing.OWN, silence_seconds=SILENCE)
     assert router.poll(10_000), "it says hello"
     router.close(0)
     context.term()
     with pytest.raises(DecoderLost, match="replica 0"):
         made.take(20)
     made.close()
+
+
+def test_a_score_rank_notices_that_its_decoder_rank_is_stopped():
+    """Its connection holds: the kernel keeps it."""
+    code = """
+import sys, time, torch
+from megatron_kosmosg.score.fleet import Fleet, Limits, Patience
+limits = Limits(most_rows=4, condition=(3, 8), dtype=torch.bfloat16, image_size=8)
+public, secret, guests = (part.encode() for part in sys.argv[1:])
+fleet = Fleet("127.0.0.1", (public, secret), limits, Patience(2.0, 1.0, 2.0))
+fleet.admit(guests)
+print(fleet.port, flush=True)
+time.sleep(60)
+"""
+    (public, secret), key = zmq.curve_keypair(), zmq.curve_keypair()
+    command = [sys.executable, "-c", code, *(part.decode() for part in (public, secret, key[0]))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = f"tcp://127.0.0.1:{int(process.stdout.readline())}"
+        about = [DecoderAddress(0, address, public.decode())], key, LIMITS, "own", "CPU"
+        made = Membership(*about, lambda _: Standing.OWN, silence_seconds=2.5)
+        made.is_loaded(PRINTS)
+        assert made.take(4) is None, "it says that it is there every second"
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(DecoderLost, match="replica 0 at .* has said nothing for 2 s"):
+            made.take(20)
+            made.take(0)
+        made.close()
+        process.kill()
 
 
 def test_announced_rows_reach_the_rank_that_then_gets_their_request(link):

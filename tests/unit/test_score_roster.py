@@ -73,6 +73,22 @@ def test_the_jobs_own_rank_for_the_replica_comes_before_those_for_others():
     assert [roster.assign(number, now=0.0) for number in roster.waiting()][:2] == [b"other"] * 2
 
 
+def test_an_answer_counts_for_the_hardware_whose_numbers_are_used():
+    roster = roster_of(b"guest")
+    roster.members[b"guest"].hardware = "another"
+    roster.members[b"own"] = Member("own", Standing.OWN, "like", is_ready=True)
+    for number, doubted in ((roster.ask(request(n)), n > 0) for n in range(2)):
+        roster.members[b"own"].held[0] = 0.0  # the guest is the first to be asked
+        roster.members[b"own"].held[-1] = 0.0
+        assert roster.assign(number, now=0.0) == b"guest"
+        roster.members[b"own"].held.clear()
+        roster.answer(b"guest", number, answer(), now=1.0, is_doubted=doubted)
+    assert roster.answered == {"another": 1}
+    assert roster.assign(number, now=1.0) == b"own", "it has to confirm the second"
+    assert roster.answer(b"own", number, answer(), now=2.0, is_doubted=False) is None
+    assert roster.answered == {"another": 1, "like": 1}
+
+
 def test_replicas_do_not_all_choose_the_same_ranks():
     """Half of the speed that a fleet without queues would have is lost where they do."""
     times = score_fleet.Times([0.1] * 8, [0.2] * 8, spread=0.1)
