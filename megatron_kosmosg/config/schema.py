@@ -249,8 +249,8 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class PerformanceConfig:
-    """How the frozen networks run. What is asked for is compared at the start, on one batch, with
-    the plain passes, and left aside with one line where it does not give the same."""
+    """How passes run. What is asked of the frozen networks is compared at the start, on one batch,
+    with the plain passes, and left aside with one line where it does not give the same."""
 
     compile: Literal["none", "regional", "cudagraph"] = "none"
     """`regional`: torch.compile of the U-Net's transformer blocks, of its and the VAE encoder's
@@ -262,6 +262,10 @@ class PerformanceConfig:
     nhwc_group_norm: bool = False
     """NVIDIA apex's group norm for channels-last images in the U-Net (a GPU; has not run on one).
     """
+    gradient_accumulation_fusion: bool = True
+    """TransformerEngine's linears, and Megatron-Core's own where apex has its kernel, add the
+    gradients of trained weights straight to the float32 sums over micro-batches. `false` makes each
+    gradient first (a GPU; has not run on one)."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ class KosmosG(LanguageModule):
         chunk: int = 0,
     ) -> None:
         stages = pipeline_stage_specs(config, aligner_parts)
-        super().__init__(decoder_config(config, stages), pg_collection=context.process_groups)
+        with context.device:  # on the meta device, layers and switches are others
+            super().__init__(decoder_config(config, stages), pg_collection=context.process_groups)
         self.model_type = ModelType.encoder_or_decoder
         stage = chunk * context.pp_size + context.pp_rank
         self.vp_stage = chunk if self.vp_size is not None else None

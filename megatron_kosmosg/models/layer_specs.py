@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import (
@@ -76,15 +75,8 @@ def transformer_engine_provider() -> Provider:
 
 
 def provider() -> Provider:
-    """The provider for this process.
-
-    Models on the meta device, which are counted and never run, are of the local one:
-    TransformerEngine's modules copy their weights, and there is nothing to copy.
-    """
-    is_counted = torch.get_default_device().type == "meta"
-    if is_counted or transformer_impl() == "local":
-        return LOCAL
-    return transformer_engine_provider()
+    """The provider for this process and torch's default device."""
+    return LOCAL if transformer_impl() == "local" else transformer_engine_provider()
 
 
 def block_spec(num_layers: int, layer: ModuleSpec) -> TransformerBlockSubmodules:

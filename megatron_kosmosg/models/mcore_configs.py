@@ -93,8 +93,11 @@ def _common(config: RunConfig) -> dict:
         # Parameters are allocated on torch's default device and filled by initialise.py.
         "use_cpu_initialization": True,
         "perform_initialization": False,
+        # Told which micro-batch is the first, TransformerEngine's linears would write over their
+        # sums of weight gradients there, which is right only for a module that runs once in it.
+        "disable_parameter_transpose_cache": True,
         **recompute[config.training.recompute],
-        **transformer_flags(),
+        **transformer_flags(config.performance.gradient_accumulation_fusion),
     }
 
 

@@ -6,6 +6,7 @@ image slots, everything times sqrt(h), sinusoidal positions, dropout.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 
 from megatron_kosmosg.models.positions import SinusoidalPositions
+from megatron_kosmosg.parallel.platform import has_fused_weight_gradient_kernel
 
 _ROW_MULTIPLE = 128
 """Padding of the vocabulary (matrix tiles). A power of two, so that tensor-parallel sizes 1, 2, 4,
@@ -98,7 +100,8 @@ class OutputHead(ColumnParallelLinear):
     embedding's weight.
 
     On the embedding's own pipeline stage it has no weight and is handed the embedding's; elsewhere
-    it holds a copy that Megatron keeps equal.
+    it holds a copy that Megatron keeps equal. It is Megatron-Core's own linear beside
+    TransformerEngine's layers, too, and without apex then adds no gradient into its buffer.
     """
 
     def __init__(
@@ -110,10 +113,12 @@ class OutputHead(ColumnParallelLinear):
     ) -> None:
         tp_group = process_groups.tp
         padded = padded_vocab_size(vocab_size, get_pg_size(tp_group))
+        own = copy.copy(config)
+        own.gradient_accumulation_fusion &= has_fused_weight_gradient_kernel()
         super().__init__(
             config.hidden_size,
             padded,
-            config=config,
+            config=own,
             init_method=config.embedding_init_method,
             bias=False,
             skip_weight_param_allocation=not holds_weight,
@@ -130,5 +135,6 @@ class OutputHead(ColumnParallelLinear):
         infinity."""
         logits, _ = super().forward(hidden, weight=weight)
         if self._num_tokens_here < self.output_size_per_partition:
-            logits[..., self._num_tokens_here :] = float("-inf")
+            # A loss gives minus infinity no gradient, so autograd, which would copy all, need not.
+            logits.detach()[..., self._num_tokens_here :] = float("-inf")
         return logits

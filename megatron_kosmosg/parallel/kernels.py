@@ -82,9 +82,7 @@ def kernel_choices(unusable: Mapping[str, Unusable]) -> list[Choice]:
         ),
         Choice(
             "weight gradients",
-            "added into their buffer by apex's kernel"
-            if flags["gradient_accumulation_fusion"]
-            else "added into their buffer by a kernel of their own",
+            _weight_gradients(flags["gradient_accumulation_fusion"]),
             _others(("apex", gradient_kernel or needs_gpu)),
         ),
         Choice(
@@ -93,6 +91,15 @@ def kernel_choices(unusable: Mapping[str, Unusable]) -> list[Choice]:
             _others(("torch's compiler", needs_gpu)),
         ),
     ]
+
+
+def _weight_gradients(fused: bool) -> str:
+    if not fused:
+        return "added into their buffer by a kernel of their own"
+    by = "apex's kernel"
+    if platform.transformer_impl() == "transformer_engine":
+        by = "TransformerEngine's matrix products"
+    return f"added into their buffer by {by}"
 
 
 def _others(*reasons: tuple[str, str | None]) -> tuple[str, ...]:

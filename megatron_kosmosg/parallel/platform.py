@@ -141,30 +141,43 @@ def torch_dtype(precision: str) -> torch.dtype:
     return DTYPES[precision]
 
 
-def transformer_flags() -> dict[str, bool]:
+def transformer_flags(fuse_weight_gradients: bool = True) -> dict[str, bool]:
     """Fusion switches of Megatron-Core's TransformerConfig for this device.
 
     Off on a CPU, where a fused function is a torch.compile of 10-20 seconds. Its fused bias+GELU is
     the tanh approximation and therefore off everywhere.
+
+    Args:
+        fuse_weight_gradients: `performance.gradient_accumulation_fusion`, heeded where the layers
+            can do it: TransformerEngine's, or Megatron-Core's own with apex's kernel.
     """
     on_gpu = torch.cuda.is_available()
     return {
         "bias_activation_fusion": False,
         "bias_dropout_fusion": on_gpu,
         "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": on_gpu and has_gradient_accumulation_fusion(),
+        "gradient_accumulation_fusion": on_gpu
+        and fuse_weight_gradients
+        and (transformer_impl() == "transformer_engine" or has_fused_weight_gradient_kernel()),
     }
 
 
-def has_gradient_accumulation_fusion() -> bool:
-    """Whether NVIDIA apex was built with its fused weight-gradient kernel."""
+def has_fused_weight_gradient_kernel() -> bool:
+    """Whether NVIDIA apex was built with the kernel by which Megatron-Core's own linears add weight
+    gradients into their buffer. TransformerEngine's need none."""
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def transformer_impl() -> str:
     """The implementation of layers: "transformer_engine" where it imports on a GPU, otherwise
-    "local"."""
-    if not torch.cuda.is_available():
+    "local".
+
+    Models on the meta device (torch's default one at the moment), which are counted and never run,
+    are of the local one: TransformerEngine's modules copy their weights, and there is nothing to
+    copy.
+    """
+    is_counted = torch.get_default_device().type == "meta"
+    if is_counted or not torch.cuda.is_available():
         return "local"
     try:
         importlib.import_module("transformer_engine.pytorch")

@@ -72,7 +72,12 @@ def _take_for_tensors() -> None:
     choice.get_attention_backend = get_attention_backend
 
 
-if __name__ == "__main__":
+def find_engine() -> None:
+    """Has this process find TransformerEngine with the stand-in for its compiled part."""
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # so that it looks for no library of CUDA
     sys.meta_path.insert(0, _Finder())
+
+
+if __name__ == "__main__":
+    find_engine()
     server.main(sys.argv[1])

@@ -1,16 +1,18 @@
 """With TransformerEngine's own Python, its kernels replaced: layers are made, run forward and
-backward, also without images, and models are counted on the meta device."""
+backward, also without images, models are counted on the meta device, and gradients are compared."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_kosmosg.rehearsal.case import Case
-from tests.support.marks import not_mended_yet
 from tests.support.rehearsals import Rehearsals, Report
 
 STAGES = ("pretrain", "align", "instruct")
@@ -23,6 +25,8 @@ FORWARD = {
     "instruct": DECODER + RESAMPLER + ALIGNER,
 }
 BACKWARD = FORWARD | {"align": 2 * ALIGNER}
+UNFUSED, FUSED = "gemm NT", "gemm NT into its buffer"
+"""The product that is a weight's gradient, by itself and added to the sum over micro-batches."""
 UPDATE = "tests.support.engine_tasks:update"
 
 
@@ -56,7 +60,8 @@ def test_every_linear_and_causal_attention_of_a_stage(engine, stage):
     report = updated_again(engine, stage)
     calls, modules = report.answer["calls"], report.answer["modules"]
     assert calls["gemm TN"] == FORWARD[stage]
-    assert calls["gemm NN"] == calls["gemm NT"] == BACKWARD[stage]
+    assert calls["gemm NN"] == calls[FUSED] == BACKWARD[stage]
+    assert UNFUSED not in calls
     (kind,) = attention(report)
     assert "CAUSAL" in kind and calls[kind] == modules["TEDotProductAttention"] == 2
     assert calls.get("backward of attention", 0) == (0 if stage == "align" else 2)
@@ -147,10 +152,45 @@ def test_the_code_of_the_gpu_tests_runs_with_it(engine, stage):
     assert isinstance(answer["loss"], float) and len(answer["gradients"]) > 20
 
 
-@not_mended_yet("its linears could add weight gradients into their buffers, without apex")
 def test_weight_gradients_are_added_where_they_are_summed(engine):
-    calls = updated_again(engine, "pretrain").answer["calls"]
-    assert calls.get("gemm NT into its buffer", 0) == BACKWARD["pretrain"]
+    """Without apex, whose kernel the head's linear would need: its gradient stays apart."""
+    taken = engine.answer(task(engine, "pretrain", "choices"))
+    assert taken["weight gradients"].endswith("by TransformerEngine's matrix products")
+    fused = updated(engine, "pretrain")
+    apart = updated(engine, "pretrain", "performance.gradient_accumulation_fusion=false")
+    assert fused.answer["calls"][FUSED] == apart.answer["calls"][UNFUSED] == BACKWARD["pretrain"]
+    assert UNFUSED not in fused.answer["calls"] and FUSED not in apart.answer["calls"]
+
+
+def test_frozen_weights_get_no_gradient_in_their_buffer(engine):
+    """Where adapters train, the linears of decoder and resampler have no buffer."""
+    calls = updated(engine, "instruct", "lora.rank=4").answer["calls"]
+    assert calls[FUSED] == ALIGNER and UNFUSED not in calls
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `engine_numbers` writes."""
+    folder = tmp_path_factory.mktemp("numbers")
+    subprocess.run([sys.executable, "-m", "tests.support.engine_numbers", str(folder)], check=True)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["unfused", "fused"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_loss_and_gradients_are_those_of_megatrons_own_linears(numbers, stage, kind):
+    """Over two micro-batches, in float32. The products are the stand-in's; which of them are made
+    of what, and where their results are added, is TransformerEngine's and Megatron-Core's code."""
+    expected, found = (dict(np.load(numbers / f"{stage}-{x}.npz")) for x in ("local", kind))
+    said = {x: json.loads((numbers / f"{stage}-{x}.json").read_text()) for x in ("local", kind)}
+    product = FUSED if kind == "fused" else UNFUSED
+    assert said["local"]["calls"] == {} and said[kind]["calls"][product] > 2 * DECODER
+    assert said[kind]["loss"] == pytest.approx(said["local"]["loss"], rel=1e-6)
+    assert found.keys() == expected.keys() and len(expected) > 20
+    largest = max(np.abs(gradient).max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        bound = 1e-5 * max(np.abs(gradient).max(), 1e-3 * largest)
+        assert np.abs(found[name] - gradient).max() <= bound, name
 
 
 def test_its_python_alone_is_said_and_not_used():

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from types import ModuleType
 
 import pytest
+import torch
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion.authors import authors_table
 from megatron_kosmosg.models import layer_specs
 from megatron_kosmosg.models.parameter_count import meta_model
+from megatron_kosmosg.parallel.platform import transformer_flags
 
 PARTS = ("embedding", "decoder", "vision_encoder", "resampler", "aligner_m", "aligner_n")
 
@@ -84,12 +88,18 @@ def test_a_model_that_is_only_counted_takes_the_local_layers(monkeypatch) -> Non
     def take() -> None:
         raise Taken
 
-    monkeypatch.setattr(layer_specs, "transformer_impl", lambda: "transformer_engine")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    engine = "transformer_engine.pytorch"
+    monkeypatch.setitem(sys.modules, engine, ModuleType(engine))
     monkeypatch.setattr(layer_specs, "transformer_engine_provider", take)
-    model = meta_model(RunConfig(stage="align"), False, ("M", "N"))
-    assert all(parameter.is_meta for parameter in model.parameters())
+    for stage, with_head, parts in (("align", False, ("M", "N")), ("pretrain", True, ())):
+        model = meta_model(RunConfig(stage=stage), with_head, parts)
+        assert all(parameter.is_meta for parameter in model.parameters())
+        assert not model.config.gradient_accumulation_fusion  # they would need apex's kernel
     with pytest.raises(Taken):
         layer_specs.provider()
+    assert transformer_flags()["gradient_accumulation_fusion"]
+    assert not transformer_flags(fuse_weight_gradients=False)["gradient_accumulation_fusion"]
 
 
 def _count(modules) -> int:
