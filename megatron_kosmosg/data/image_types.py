@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.data.samples import EntityImage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Encoded = bytes | EntityImage
 _OBJECT = re.compile(r"\s*<[\w.]+ object at 0x[0-9a-fA-F]+>")
@@ -66,7 +67,7 @@ class BadImage(ValueError):
 class Backend(Protocol):
     """Decodes images of one of the libraries."""
 
-    def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> np.ndarray:
-        """The decoded images, uint8 [n, 3, size, size], levels 0 to 255, n >= 1. Raises any
-        exception when one of them cannot be decoded."""
+    def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> Tensor:
+        """The decoded images, uint8 [n, 3, size, size], levels 0 to 255, n >= 1, on the CPU or on
+        the device that decoded them. Raises any exception when one of them cannot be decoded."""
         ...

@@ -47,10 +47,10 @@ class PillowBackend:
     """Decodes one image after the other on the CPU, step by step as the authors' torchvision
     does."""
 
-    def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> np.ndarray:
+    def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> Tensor:
         """The decoded images, uint8 [n, 3, size, size]. Raises what Pillow raises."""
         pixels = np.stack([_resize_and_crop(read_image(image), transform) for image in images])
-        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
 
 def _resize_and_crop(image: Image.Image, transform: ImageTransform) -> np.ndarray:
@@ -156,28 +156,32 @@ class ImageDecoder:
         self, images: Sequence[Encoded], transform: ImageTransform
     ) -> tuple[Tensor, list[BadImage]]:
         """The images as uint8 [n, 3, size, size], not normalised, n may be 0; and the bad ones,
-        each of which is blank there: of the levels next to `transform.mean`."""
+        each of which is blank there: of the levels next to `transform.mean`.
+
+        They are on the GPU that decoded them, whole and for the default stream, or on the CPU; a
+        list with an image that the library cannot decode comes to the CPU.
+        """
         shape = (len(images), 3, transform.size, transform.size)
         if not images:
             return torch.zeros(shape, dtype=torch.uint8), []
         try:
-            return torch.from_numpy(self._backend.decode(images, transform)), []
+            return self._backend.decode(images, transform), []
         except Exception:  # noqa: BLE001 - the library fails a whole batch; found one by one below
             blank = (np.array(transform.mean) * 255).round().astype(np.uint8)
-            pixels, bad = np.broadcast_to(blank[:, None, None], shape).copy(), []
+            pixels, bad = torch.from_numpy(blank)[:, None, None].expand(shape).clone(), []
             for i, image in enumerate(images):
                 try:
                     pixels[i] = self._decode_one(image, transform)
                 except Exception as error:  # noqa: BLE001 - any failure means: this image is bad
                     bad.append(BadImage(i, _reason(error)))
             self._require_working(transform)
-            return torch.from_numpy(pixels), bad
+            return pixels, bad
 
-    def _decode_one(self, image: Encoded, transform: ImageTransform) -> np.ndarray:
-        """Decodes one image. Whatever the backend, an image is bad only if Pillow cannot read
-        it, for Pillow's reason."""
+    def _decode_one(self, image: Encoded, transform: ImageTransform) -> Tensor:
+        """Decodes one image, uint8 [3, size, size] on the CPU. Whatever the backend, an image is
+        bad only if Pillow cannot read it, for Pillow's reason."""
         try:
-            return self._backend.decode([image], transform)[0]
+            return self._backend.decode([image], transform)[0].cpu()
         except Exception as error:
             if self._backend is self._pillow:
                 raise
@@ -200,11 +204,11 @@ class ImageDecoder:
     def _require_working(self, transform: ImageTransform) -> None:
         """Raises BrokenDecoder unless known images are decoded and have their colour."""
         try:
-            pixels = self._backend.decode(_known_good(), transform)
+            pixels = self._backend.decode(_known_good(), transform).cpu()
         except Exception as error:  # noqa: BLE001 - libraries raise what they like
             raise BrokenDecoder(self.name, self._device_id, _reason(error)) from error
-        colour = np.array(_KNOWN_COLOUR, np.float32)[:, None, None]
-        if not (np.abs(pixels - colour) <= TOLERANCE[1]).all():
+        colour = torch.tensor(_KNOWN_COLOUR, dtype=torch.float32)[:, None, None]
+        if not bool(((pixels - colour).abs() <= TOLERANCE[1]).all()):
             raise BrokenDecoder(self.name, self._device_id, "its pixels are wrong")
 
 

@@ -3,15 +3,18 @@
 Only those that DALI decodes as image_reading.py has it (image_headers.py); the others are another
 backend's. Masks are read by image_reading.py: DALI knows neither their forms nor their turns.
 DALI fails a whole batch when one image is bad and calls the pipeline invalid after that, so a
-failed pipeline is thrown away. Each thread has its own pipelines.
+failed pipeline is thrown away. Each thread has its own pipelines, and on a GPU its own stream.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import torch
 from nvidia.dali import fn, math, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
@@ -41,28 +44,52 @@ class DaliBackend:
             others: decodes what DALI must not be given.
         """
         self._device_id = device_id
+        self._device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
+        self._streams: Any = torch.get_device_module(self._device)
         self._others = others
         self._local = threading.local()
 
-    def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> np.ndarray:
-        """The decoded images, uint8 [n, 3, size, size]. Raises any exception when one of them is
-        bad."""
-        pixels = np.empty((len(images), 3, transform.size, transform.size), np.uint8)
-        plain, masked = {}, {}
+    def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> torch.Tensor:
+        """The decoded images, uint8 [n, 3, size, size], where they were decoded and whole. Raises
+        any exception when one of them is bad."""
+        plain, masked, of_others = {}, {}, {}
         for i, image in enumerate(images):
             feed = _feed(image)
             if feed is None:
-                pixels[i] = self._others.decode([image], transform)[0]
+                of_others[i] = self._others.decode([image], transform)[0]
             else:
                 (plain if len(feed) == 1 else masked)[i] = feed
-        for feeds in (plain, masked):
-            places = list(feeds)
-            for start in range(0, len(places), MAX_BATCH):
-                chunk = places[start : start + MAX_BATCH]
-                pixels[chunk] = self._run([feeds[i] for i in chunk], transform)
+        shape = (len(images), 3, transform.size, transform.size)
+        with self._stream():
+            pixels = torch.empty(shape, dtype=torch.uint8, device=self._device)
+            for i, image in of_others.items():
+                pixels[i] = image.to(self._device)
+            for feeds in (plain, masked):
+                places = list(feeds)
+                for start in range(0, len(places), MAX_BATCH):
+                    chunk = places[start : start + MAX_BATCH]
+                    decoded = self._run([feeds[i] for i in chunk], transform)
+                    for i, image in zip(chunk, decoded, strict=True):
+                        pixels[i] = image
+        if self._device_id is not None:
+            # Training reads them there: this thread's memory is not used again before it has.
+            pixels.record_stream(self._streams.default_stream(self._device))
         return pixels
 
-    def _run(self, feeds: list[Feed], transform: ImageTransform) -> np.ndarray:
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        """Context in which this thread works on a stream of its own, beside training; at its end
+        that work is done. Nothing on a CPU."""
+        if self._device_id is None:
+            yield
+            return
+        if "stream" not in self._local.__dict__:
+            self._local.stream = self._streams.Stream(self._device)
+        with self._streams.stream(self._local.stream):
+            yield
+        self._local.stream.synchronize()
+
+    def _run(self, feeds: list[Feed], transform: ImageTransform) -> torch.Tensor:
         if "pipelines" not in self._local.__dict__:
             self._local.pipelines = {}
         pipelines: dict[tuple[ImageTransform, bool], Pipeline] = self._local.pipelines
@@ -71,12 +98,23 @@ class DaliBackend:
         for name, arrays in zip(("image", "mask"), zip(*feeds, strict=True), strict=False):
             pipeline.feed_input(name, list(arrays))
         (output,) = pipeline.run()
-        if self._device_id is not None:
-            output = output.as_cpu()
-        result = np.array(output.as_tensor())
+        result = _copied(output, self._device)
         # Only a pipeline that has not failed is used again.
         pipelines[key] = pipeline
         return result
+
+
+def _copied(output: Any, device: torch.device) -> torch.Tensor:
+    """DALI's images in memory of torch on `device`, where they were decoded: a pipeline's next run
+    uses its own memory again. On a GPU the copy is made on the current stream."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.array(output.as_tensor()))
+    from nvidia.dali.plugin.pytorch import feed_ndarray  # it is another second of imports
+
+    whole = output.as_tensor()
+    copy = torch.empty(whole.shape(), dtype=torch.uint8, device=device)
+    stream = torch.get_device_module(device).current_stream(device)
+    return feed_ndarray(whole, copy, cuda_stream=stream)
 
 
 def _feed(encoded: Encoded) -> Feed | None:

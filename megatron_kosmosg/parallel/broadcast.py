@@ -15,8 +15,8 @@ def broadcast_batch(
     """The batch of tp_rank 0 on every rank of its tensor-parallel group, on their devices.
 
     Args:
-        batch: CPU tensors of any dtype and shape on tp_rank 0, None elsewhere. What is for the host
-            (samples.FOR_THE_HOST) stays on the CPU.
+        batch: tensors of any dtype and shape on tp_rank 0, on the CPU or (images) on the device;
+            None elsewhere. What is for the host (samples.FOR_THE_HOST) stays on the CPU.
     """
     if context.tp_size == 1:
         return {key: _placed(key, value, context.device) for key, value in batch.items()}

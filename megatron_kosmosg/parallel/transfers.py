@@ -14,10 +14,14 @@ from megatron_kosmosg.parallel.devices import has_stream
 
 
 def pinned(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """CPU tensors where `device` can read them by itself; for the threads that read."""
+    """The tensors where `device` can read them by itself; for the threads that read. Images that
+    were decoded on the device stay there."""
     if not has_stream(device):
         return batch
-    return {name: values.pin_memory() for name, values in batch.items()}
+    return {
+        name: values if has_stream(values.device) else values.pin_memory()
+        for name, values in batch.items()
+    }
 
 
 def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:

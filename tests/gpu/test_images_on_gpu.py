@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_kosmosg.data.images import TOLERANCE, ImageDecoder
 from megatron_kosmosg.data.samples import EntityImage
@@ -48,4 +49,29 @@ def test_a_bad_image_on_the_gpu_costs_one_image():
     expected = decoder.decode(good, CLIP)
     pixels, bad = decoder.try_decode([*good, b"no picture"], CLIP)
     assert [error.index for error in bad] == [3]
-    assert np.array_equal(pixels[:3], expected) and not pixels[3].any()
+    assert torch.equal(pixels[:3].cpu(), expected.cpu()) and not pixels[3].any()
+
+
+def test_images_stay_where_they_are_decoded_and_are_whole():
+    """Also while the device is busy, and when memory of earlier ones is used again."""
+    decoder = ImageDecoder("dali", device_id=0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    files = [noise_image(i, 30, 40) for i in range(70)]  # more than one run of a pipeline
+    expected = ImageDecoder("pillow").try_levels(files, CLIP)[0].float()
+    matrix = torch.ones(2048, 2048, device=device)
+    sums = []
+    for _ in range(4):
+        pixels, bad = decoder.try_levels(files, CLIP)
+        assert pixels.device.type == device.type and not bad
+        matrix = matrix @ matrix * 2.0**-11
+        sums.append((pixels * matrix[0, 0]).float())
+        del pixels
+    for found in sums:
+        difference = (found.cpu() - expected).abs()
+        assert difference.mean() <= TOLERANCE[0] and difference.max() <= TOLERANCE[1]
+
+
+def test_a_list_with_a_bad_image_comes_to_the_cpu():
+    decoder = ImageDecoder("dali", device_id=0)
+    pixels, bad = decoder.try_levels([noise_image(0, 30, 40), b"no picture"], CLIP)
+    assert pixels.device.type == "cpu" and len(bad) == 1

@@ -26,4 +26,4 @@ needs_dali = pytest.mark.skipif(len(BACKENDS) == 1, reason="nvidia-dali is not i
 def levels(pixels: torch.Tensor, transform: ImageTransform) -> np.ndarray:
     """Back to 0..255, [n, H, W, 3]."""
     mean, std = (np.array(v)[:, None, None] for v in (transform.mean, transform.std))
-    return ((pixels.numpy() * std + mean) * 255).transpose(0, 2, 3, 1)
+    return ((pixels.cpu().numpy() * std + mean) * 255).transpose(0, 2, 3, 1)

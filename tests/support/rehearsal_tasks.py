@@ -11,6 +11,8 @@ import torch
 
 from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.data.images import ImageDecoder
+from megatron_kosmosg.data.normalise import prompt_transform
 from megatron_kosmosg.models import norms
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.parallel import platform
@@ -18,6 +20,7 @@ from megatron_kosmosg.planning.gpus import Efficiency
 from megatron_kosmosg.planning.memory import decoder_memory, score_memory
 from megatron_kosmosg.planning.model_counts import count_model
 from megatron_kosmosg.planning.workload import MicroBatch
+from megatron_kosmosg.rehearsal import rank_update
 from megatron_kosmosg.rehearsal.case import Case
 from megatron_kosmosg.rehearsal.fake_links import FakeMembership
 from megatron_kosmosg.rehearsal.made_up_stream import MadeUpStream
@@ -30,6 +33,7 @@ from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.member import Asked
 from megatron_kosmosg.score.messages import Kind, Request, Rows
 from megatron_kosmosg.score.service import serve
+from tests.support.data_helpers import noise_image
 from tests.support.tiny_models import tiny_config, write_stable_diffusion
 
 _APEX = {
@@ -112,6 +116,42 @@ def update_with_bare_apex(case: Case, stand_ins: StandIns) -> dict:
     importlib.invalidate_caches()
     importlib.reload(norms)
     return run_update(case, stand_ins)
+
+
+def update_with_decoded_images(case: Case, stand_ins: StandIns) -> dict:
+    """`run_update` whose prompt images are files, which DALI decodes for the device."""
+    return _update_with_files(case, stand_ins, first=noise_image(99, 30, 40))
+
+
+def update_with_a_bad_image(case: Case, stand_ins: StandIns) -> dict:
+    """The same, the first image of every micro-batch being no image."""
+    return _update_with_files(case, stand_ins, first=b"no image")
+
+
+def _update_with_files(case: Case, stand_ins: StandIns, first: bytes) -> dict:
+    """DALI's pipelines decode on the CPU, and what is copied from them has the device alone."""
+    from megatron_kosmosg.data import images_dali  # where DALI is installed
+
+    build, seen = images_dali._build, []
+    images_dali._build = lambda transform, has_mask, _: build(transform, has_mask, None)
+    images_dali._copied = lambda output, device: torch.zeros(
+        output.as_tensor().shape(), dtype=torch.uint8, device=device
+    )
+    ImageDecoder._require_working = lambda *_: None  # which compares numbers
+
+    class Files(MadeUpStream):
+        def _prompts(self, rows: int, length: int) -> dict[str, torch.Tensor]:
+            batch = super()._prompts(rows, length)
+            files = [noise_image(i, 30, 40) for i in range(len(batch["pixel_values"]))]
+            files[:1] = [first]
+            decoder = ImageDecoder("dali", device_id=0)
+            levels, bad = decoder.try_levels(files, prompt_transform(self._config))
+            assert levels.shape == batch["pixel_values"].shape and levels.dtype is torch.uint8
+            seen.append([levels.device.type, len(bad)])
+            return batch | {"pixel_values": levels}
+
+    rank_update.MadeUpStream = Files
+    return run_update(case, stand_ins) | {"read": seen}
 
 
 def score_rank_order(case: Case, stand_ins: StandIns) -> dict:

@@ -198,7 +198,7 @@ def test_a_library_that_breaks_later_is_not_taken_for_bad_images_either(monkeypa
 def test_a_library_that_gives_other_pixels_is_refused(monkeypatch):
     class Black:
         def decode(self, images, transform):
-            return np.zeros((len(images), 3, transform.size, transform.size), np.float32)
+            return torch.zeros(len(images), 3, transform.size, transform.size, dtype=torch.uint8)
 
     monkeypatch.setattr(images_module, "PillowBackend", Black)
     with pytest.raises(BrokenDecoder, match="its pixels are wrong"):

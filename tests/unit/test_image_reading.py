@@ -193,7 +193,7 @@ def test_a_strip_costs_its_middle(monkeypatch):
     rng = np.random.default_rng(0)
     for shape in ((30, 9000, 3), (9000, 30, 3)):
         strip = encode_image(rng.integers(0, 256, shape, dtype=np.uint8))
-        found = PillowBackend().decode([strip], SQUARE)[0].astype(np.float32)
+        found = PillowBackend().decode([strip], SQUARE)[0].numpy().astype(np.float32)
         opened = Image.open(io.BytesIO(strip))
         shown = np.asarray(resize_and_crop(opened, 24, "image 1"), np.float32)
         assert max(max(size) for size in sizes) == 24
