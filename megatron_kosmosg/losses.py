@@ -9,21 +9,79 @@ from __future__ import annotations
 import torch
 from megatron.core import tensor_parallel
 
+_ELEMENTS_AT_ONCE = 2**26
+"""Of logits in half precision that are in float32 at a time: 256 MiB."""
+
 
 def token_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    loss_mask: torch.Tensor,
+    tp_group: torch.distributed.ProcessGroup,
 ) -> torch.Tensor:
-    """Next-token cross-entropy summed over the positions that count.
+    """Next-token cross-entropy summed over the positions that count, computed in float32. The
+    logits are spent: the loss or its gradient writes over them.
 
     Args:
         logits: [s, b, v/tp], this rank's vocabulary shard.
         labels: [b, s].
         loss_mask: [b, s], 1 counts.
+        tp_group: the ranks that share the vocabulary.
     """
-    losses = tensor_parallel.vocab_parallel_cross_entropy(
-        logits.float(), labels.transpose(0, 1).contiguous()
-    )
+    own_labels = labels.transpose(0, 1).contiguous()
+    if logits.dtype is torch.float32:  # Megatron-Core's works in them; others it copies whole
+        losses = tensor_parallel.vocab_parallel_cross_entropy(logits, own_labels)
+    else:
+        losses = half_cross_entropy(logits, own_labels, tp_group, _ELEMENTS_AT_ONCE)
     return (losses.transpose(0, 1) * loss_mask).sum()
+
+
+def half_cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    tp_group: torch.distributed.ProcessGroup,
+    elements_at_once: int,
+) -> torch.Tensor:
+    """Cross-entropy of each position, float32 [s, b], of logits [s, b, v/tp] that stay in their
+    dtype: some positions at a time are in float32, once for the loss and once for its gradient,
+    which takes the logits' place. labels: [s, b]."""
+    return _HalfCrossEntropy.apply(logits, labels, tp_group, elements_at_once)
+
+
+class _HalfCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels, group, elements_at_once):
+        rows, width = logits.flatten(0, 1), logits.shape[-1]
+        own = labels.flatten() - group.rank() * width
+        is_elsewhere = (own < 0) | (own >= width)
+        own = own.masked_fill(is_elsewhere, 0)[:, None]
+        predicted = rows.gather(1, own)[:, 0].float()
+        log_sum = torch.empty_like(predicted)
+        ctx.at_once = max(1, elements_at_once // width)
+        for start in range(0, len(rows), ctx.at_once):
+            part = slice(start, start + ctx.at_once)
+            torch.logsumexp(rows[part].float(), dim=1, out=log_sum[part])
+        if group.size() > 1:
+            highest = log_sum.clone()
+            torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group)
+            shares = (log_sum - highest).exp_()
+            sums = torch.stack([shares, predicted.masked_fill_(is_elsewhere, 0)])
+            torch.distributed.all_reduce(sums, group=group)
+            log_sum, predicted = highest + sums[0].log_(), sums[1]
+        ctx.save_for_backward(logits, own, is_elsewhere, log_sum)
+        return (log_sum - predicted).view_as(labels)
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, own, is_elsewhere, log_sum = ctx.saved_tensors
+        rows, scale = logits.flatten(0, 1), grad.reshape(-1, 1)
+        at_label = is_elsewhere[:, None].float() - 1
+        for start in range(0, len(rows), ctx.at_once):
+            part = slice(start, start + ctx.at_once)
+            shares = rows[part].float().sub_(log_sum[part, None]).exp_()
+            shares.scatter_add_(1, own[part], at_label[part])
+            torch.mul(shares, scale[part], out=rows[part])
+        return rows.view_as(logits), None, None, None
 
 
 def alignment_loss(condition: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -123,9 +123,10 @@ def stage_activations(
         passing = max(passing, aligner.passing(batch.positions, recompute))
     if is_last and facts.has_output_head:
         tp = config.parallel.tensor_model_parallel_size
-        logits = batch.positions * padded_vocab_size(config.model.vocab_size, tp) / tp
-        # In float32 for the loss, beside what they were computed in and, later, their gradient.
-        passing = max(passing, logits * (_FP32 + element))
+        tokens = padded_vocab_size(config.model.vocab_size, tp) / tp
+        # Their gradient takes the logits' place; beside it are some in float32, then the head's.
+        beside = config.model.decoder.hidden_size * tokens * element
+        passing = max(passing, batch.positions * tokens * element + beside)
     return StageActivations(saved, passing)
 
 

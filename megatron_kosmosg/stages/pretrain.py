@@ -64,8 +64,12 @@ class PretrainStage:
             batch["tokens"], batch["image_mask"], batch["padding_mask"], batch["pixel_values"]
         )
 
+        tp_group = self._context.process_groups.tp
+
         def loss_func(output):
-            loss = token_cross_entropy(output["logits"], batch["labels"], batch["loss_mask"])
+            loss = token_cross_entropy(
+                output["logits"], batch["labels"], batch["loss_mask"], tp_group
+            )
             num_tokens = batch["loss_mask"].sum()
             report = {"loss": torch.stack([loss.detach(), num_tokens])}
             return loss, num_tokens.int(), report
