@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from megatron.core import tensor_parallel
 
-_ELEMENTS_AT_ONCE = 2**26
+ELEMENTS_AT_ONCE = 2**26
 """Of logits in half precision that are in float32 at a time: 256 MiB."""
 
 
@@ -32,7 +32,7 @@ def token_cross_entropy(
     if logits.dtype is torch.float32:  # Megatron-Core's works in them; others it copies whole
         losses = tensor_parallel.vocab_parallel_cross_entropy(logits, own_labels)
     else:
-        losses = half_cross_entropy(logits, own_labels, tp_group, _ELEMENTS_AT_ONCE)
+        losses = half_cross_entropy(logits, own_labels, tp_group, ELEMENTS_AT_ONCE)
     return (losses.transpose(0, 1) * loss_mask).sum()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.losses import ELEMENTS_AT_ONCE
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
 from megatron_kosmosg.models.pipeline_stage_specs import PipelineStageSpec
 from megatron_kosmosg.planning.workload import MicroBatch
@@ -124,9 +125,11 @@ def stage_activations(
     if is_last and facts.has_output_head:
         tp = config.parallel.tensor_model_parallel_size
         tokens = padded_vocab_size(config.model.vocab_size, tp) / tp
+        logits = batch.positions * tokens
         # Their gradient takes the logits' place; beside it are some in float32, then the head's.
-        beside = config.model.decoder.hidden_size * tokens * element
-        passing = max(passing, batch.positions * tokens * element + beside)
+        in_fp32 = 0 if element == _FP32 else min(logits, ELEMENTS_AT_ONCE) * _FP32
+        of_head = config.model.decoder.hidden_size * tokens * element
+        passing = max(passing, logits * element + max(in_fp32, of_head))
     return StageActivations(saved, passing)
 
 
