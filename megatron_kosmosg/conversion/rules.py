@@ -134,7 +134,9 @@ class RuleTable:
     def external_names(self, native: Collection[str]) -> list[str]:
         """The external names that the `native` tensors turn into, without duplicates of tied
         ones."""
-        return list(dict.fromkeys(name for name in native for name in self.native_recipe(name)[0]))
+        return list(
+            dict.fromkeys(name for tensor in native for name in self.native_recipe(tensor)[0])
+        )
 
     def ties(self, external: Collection[str]) -> list[tuple[str, str]]:
         """The pairs (name, duplicate) among `external` that must hold equal tensors."""

@@ -220,8 +220,8 @@ def test_the_shape_of_256_gpus_is_accepted_and_its_dry_run_done(
     with LocalSlurm(folder, num_nodes=32) as wide:
         wide.environment["VIRTUAL_ENV"] = str(preloaded_python.venv)
         script = str(REPOSITORY / "slurm" / "instruct_256gpu.sh")
-        output = f"--output={tmp_path}/x.out"
-        number = wide.submit(output, script, "--check", cwd=REPOSITORY)
+        log = f"--output={tmp_path}/x.out"
+        number = wide.submit(log, script, "--check", cwd=REPOSITORY)
         output = wide.finish(number)
         assert int(wide.job(number)["NumNodes"]) == 32
     assert "Ranks (256)" in output and "1024 samples an update" in output
