@@ -123,8 +123,8 @@ def write_index(
     """Writes the files of an index; they do not depend on blocks or threads.
 
     Threads index the blocks: each finds its documents at random in files that may be larger than
-    memory. What depends on the blocks before, offsets and rows, is done here as blocks come in, a
-    tenth of the work.
+    memory. What depends on the blocks before, offsets and rows, is done here as blocks come in: a
+    fifth of the work in the processor's caches, a tenth out of them.
 
     Args:
         index_block: (documents, their starts and the end, allowed cuts) of a block, in tokens from
