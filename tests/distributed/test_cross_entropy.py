@@ -17,6 +17,8 @@ from tests.support.tiny_models import tiny_config
 LENGTH, ROWS, WIDTH, TOKENS = 7, 3, 32, 21
 """Of 32 columns the last 11 are padding of the vocabulary: all of some rank's, of four."""
 
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
 
 def case(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logits, labels, loss mask)."""
@@ -38,36 +40,39 @@ def expected(dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
     return losses.detach().numpy(), leaf.grad.numpy()
 
 
-def on_a_rank(tp: int, dtype: torch.dtype, folder: Path) -> tuple[np.ndarray, np.ndarray, float]:
-    """(losses, this rank's columns of the gradient, what `token_cross_entropy` gives)."""
+def on_a_rank(tp: int, folder: Path) -> list[tuple[np.ndarray, np.ndarray, float]]:
+    """For each dtype: losses, this rank's columns of the gradient, what `token_cross_entropy`
+    gives."""
     config = tiny_config("pretrain", folder, folder, tensor_model_parallel_size=tp)
     group = platform.initialize(config).tp_group
     try:
-        logits, labels, mask = case(dtype)
-        own = logits.chunk(tp, dim=2)[group.rank()]
-        leaf = own.clone().requires_grad_()
-        head = leaf * 1  # the gradient takes the place of what a head returned
-        losses = half_cross_entropy(head, labels.T.contiguous(), group, 4 * own.shape[2])
-        (3 * losses * mask.T).sum().backward()
-        total = token_cross_entropy(own.clone(), labels, mask, group)
-        return losses.detach().numpy(), leaf.grad.float().numpy(), float(total)
+        return [of_dtype(dtype, group) for dtype in ROUNDING]
     finally:
         platform.teardown()
 
 
+def of_dtype(
+    dtype: torch.dtype, group: torch.distributed.ProcessGroup
+) -> tuple[np.ndarray, np.ndarray, float]:
+    logits, labels, mask = case(dtype)
+    shard = logits.chunk(group.size(), dim=2)[group.rank()]
+    leaf = shard.clone().requires_grad_()
+    head = leaf * 1  # the gradient takes the place of what a head returned
+    losses = half_cross_entropy(head, labels.T.contiguous(), group, 4 * shard.shape[2])
+    (3 * losses * mask.T).sum().backward()
+    total = token_cross_entropy(shard.clone(), labels, mask, group)
+    return losses.detach().numpy(), leaf.grad.float().numpy(), float(total)
+
+
 @pytest.mark.parametrize("tp", [1, 4])
-@pytest.mark.parametrize(
-    ("dtype", "rounding"),
-    [(torch.float32, 1e-6), (torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)],
-    ids=str,
-)
-def test_loss_and_gradient_are_those_of_float32_logits(tp, dtype, rounding, tmp_path):
+def test_loss_and_gradient_are_those_of_float32_logits(tp, tmp_path):
     """The gradient, rounded to the logits' dtype."""
-    losses, gradient = expected(dtype)
-    found = run_ranks(tp, on_a_rank, tp, dtype, tmp_path)
-    mask = case(dtype)[2].T.numpy()
-    for own, _, total in found:
-        assert np.abs(own - losses).max() <= 1e-5
-        assert total == pytest.approx((losses * mask).sum(), rel=1e-5)
-    whole = np.concatenate([part for _, part, _ in found], axis=2)
-    assert (np.abs(whole - gradient) <= rounding * np.abs(gradient) + 1e-6).all()
+    ranks = run_ranks(tp, on_a_rank, tp, tmp_path)
+    for (dtype, rounding), found in zip(ROUNDING.items(), zip(*ranks, strict=True), strict=True):
+        losses, gradient = expected(dtype)
+        mask = case(dtype)[2].T.numpy()
+        for rank_losses, _, total in found:
+            assert np.abs(rank_losses - losses).max() <= 1e-5
+            assert total == pytest.approx((losses * mask).sum(), rel=1e-5)
+        whole = np.concatenate([part for _, part, _ in found], axis=2)
+        assert (np.abs(whole - gradient) <= rounding * np.abs(gradient) + 1e-6).all(), dtype
