@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_kosmosg.config.paths import (
     FAILURE_FILE,
@@ -19,6 +20,7 @@ from megatron_kosmosg.config.paths import (
 )
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.monitoring.fleet_size import answers_in
+from tests.support.digests import newest_checkpoint, parameters
 from tests.support.fault_runs import Lived
 from tests.support.fleet_runs import Habit, rank_of_job, start_guest, wait_for_iteration
 from tests.support.ranks import Ended, run_ranks_until_they_end
@@ -155,3 +157,26 @@ def test_an_error_a_lie_and_a_guest_that_is_told_to_stop(
     lost = (tmp_path / LOST_RANKS_FILE).read_text()
     assert "score rank 2 on " in lost and "Traceback" in lost and lost.endswith(f"{trouble}\n\n")
     assert not (tmp_path / FAILURE_FILE).exists()
+
+
+def test_ranks_of_unlike_hardware_are_named_and_move_the_run_by_rounding_alone(
+    stable_diffusion, updates, undisturbed, straight, tmp_path
+):
+    """fp32: each kind rounds by 1e-6 of a gradient (tests/unit/test_score_rounding.py). Found after 30
+    updates: losses 8e-7 apart, parameters at most 9e-7 (1e-8 in the mean) of the 0.03 that Adam could
+    have moved one. Another CPU rounds elsewhere: the bounds are ten times and more of that."""
+    lived = Job(
+        config_of(stable_diffusion, tmp_path, updates), {2: Habit(is_unlike=True)}
+    ).decoder()
+    assert lived.code == 0, lived.said
+    answers = hardware_of(tmp_path)
+    assert len(answers) == 2 and sum(answers.values()) == updates * MICRO_BATCHES
+    assert lived.said.count("answers of unlike kinds, which round differently: ") == 1
+    assert all(kind in lived.said and kind.endswith(" fp32") for kind in answers)
+    for found, expected in zip(losses(tmp_path), undisturbed[1], strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    first, second = (parameters(newest_checkpoint(folder)) for folder in (straight, tmp_path))
+    assert first.keys() == second.keys()
+    gaps = torch.cat([(first[name] - second[name]).flatten().double() for name in first])
+    assert 0 < gaps.abs().max() < 3e-5
+    assert gaps.square().mean().sqrt() < 1e-6
