@@ -35,7 +35,7 @@ def compare_layouts(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tup
     """Whether the checkpoint's random state fits this run's ranks, and notes for the log.
 
     A field that the checkpoint lacks is unknown, not different. Checkpoints of earlier versions
-    have no `pipeline_layout`, and `vp` where a rank held several stages alone.
+    have no `pipeline_layout`, and `vp` where a rank held several pipeline stages alone.
     """
     saved = {"vp": 1, **saved}
     if any(name in saved and saved[name] != value for name, value in current.items()):

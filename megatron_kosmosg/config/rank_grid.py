@@ -2,9 +2,9 @@
 
 colocated: world = replicas x tensor x pipeline, in Megatron's order (tensor ranks adjacent,
 pipeline stages furthest apart). dedicated: ranks come in units that stay together on a node. A
-unit is score.replicas_per_rank decoder replicas, each stage by stage, and then its score ranks:
-world = replicas x (tensor x pipeline + score.ranks_per_replica), or, when replicas share a score
-rank, world = units x (score.replicas_per_rank x tensor x pipeline + 1).
+unit is score.replicas_per_rank decoder replicas, each pipeline stage by pipeline stage, and then
+its score ranks: world = replicas x (tensor x pipeline + score.ranks_per_replica), or, when replicas
+share a score rank, world = units x (score.replicas_per_rank x tensor x pipeline + 1).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class RankGrid:
         return [self.decoder_rank(replica, pp_rank, tp) for tp in range(self.tp_size)]
 
     def pipeline_group(self, replica: int, tp_rank: int) -> list[int]:
-        """Ranks that hold the stages of one replica, in order."""
+        """Ranks that hold the pipeline stages of one replica, in order."""
         return [self.decoder_rank(replica, pp, tp_rank) for pp in range(self.pp_size)]
 
     def data_group(self, pp_rank: int, tp_rank: int) -> list[int]:

@@ -162,8 +162,8 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Split the decoder's norms and dropouts along the sequence (decoder only)."""
     pipeline_layout: str | None = None
-    """What each pipeline stage holds, stages separated by `|`: `decoder*13|decoder*11,M,N`, in the
-    order of the model; with V stages per rank, V times as many as there are pipeline ranks.
+    """What each pipeline stage holds, the stages separated by `|`: `decoder*13|decoder*11,M,N`, in
+    the order of the model; with V stages per rank, V times as many as there are pipeline ranks.
     Default: AlignerNet on the last stage, decoder layers so that the slowest stage has the fewest
     FLOPs."""
     use_distributed_optimizer: bool = True

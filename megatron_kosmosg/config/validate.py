@@ -213,7 +213,7 @@ def _check_tensor_parallel(config: RunConfig, facts: StageFacts) -> None:
 
 def _check_pipeline(config: RunConfig) -> None:
     parallel, layers = config.parallel, config.model.decoder.num_layers
-    stages = parallel.pipeline_model_parallel_size
+    pp_size = parallel.pipeline_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size
     if virtual is not None:
         if virtual < 2:
@@ -221,18 +221,22 @@ def _check_pipeline(config: RunConfig) -> None:
                 f"parallel.virtual_pipeline_model_parallel_size={virtual} must be at least 2; "
                 "null turns interleaving off"
             )
-        if stages <= 2:
+        if pp_size <= 2:
             raise ConfigError(
                 f"interleaving (parallel.virtual_pipeline_model_parallel_size={virtual}) with "
-                f"parallel.pipeline_model_parallel_size={stages} would exchange wrong tensors "
-                "between the stages without an error; set "
+                f"parallel.pipeline_model_parallel_size={pp_size} would exchange wrong tensors "
+                "between the pipeline stages without an error; set "
                 "parallel.pipeline_model_parallel_size to 3 or more, or "
                 "parallel.virtual_pipeline_model_parallel_size=null"
             )
-    stages_in_all = stages * (virtual or 1)
-    if parallel.pipeline_layout is None and layers < stages_in_all:
-        shape = f"{stages} ranks x {virtual} = {stages_in_all}" if virtual else str(stages_in_all)
-        fewer = layers // stages
+    num_pipeline_stages = pp_size * (virtual or 1)
+    if parallel.pipeline_layout is None and layers < num_pipeline_stages:
+        shape = (
+            f"{pp_size} ranks x {virtual} = {num_pipeline_stages}"
+            if virtual
+            else str(num_pipeline_stages)
+        )
+        fewer = layers // pp_size
         instead = (
             f"parallel.pipeline_model_parallel_size to at most {layers // (virtual or 1)}"
             if virtual is None or layers // virtual > 2
@@ -251,19 +255,19 @@ def _check_pipeline(config: RunConfig) -> None:
 
 def _check_microbatches(config: RunConfig, dp_size: int) -> None:
     microbatches = num_microbatches(config, dp_size)
-    stages, training = config.parallel.pipeline_model_parallel_size, config.training
-    if config.parallel.virtual_pipeline_model_parallel_size is None or microbatches % stages == 0:
+    pp_size, training = config.parallel.pipeline_model_parallel_size, config.training
+    if config.parallel.virtual_pipeline_model_parallel_size is None or microbatches % pp_size == 0:
         return
-    batches = neighbours(training.global_batch_size, training.micro_batch_size * dp_size * stages)
+    batches = neighbours(training.global_batch_size, training.micro_batch_size * dp_size * pp_size)
     sizes = [
         size
         for size in divisors(training.global_batch_size // dp_size)
-        if training.global_batch_size // (dp_size * size) % stages == 0
+        if training.global_batch_size // (dp_size * size) % pp_size == 0
     ]
     instead = f"training.micro_batch_size to {', '.join(map(str, sizes))} or " if sizes else ""
     raise ConfigError(
         f"{microbatches} micro-batches per update and replica do not divide into groups of "
-        f"parallel.pipeline_model_parallel_size ({stages}), which the interleaved schedule needs; "
+        f"parallel.pipeline_model_parallel_size ({pp_size}), which the interleaved schedule needs; "
         f"set {instead}training.global_batch_size to {batches}"
     )
 

@@ -46,7 +46,7 @@ class _ZeroGradient(torch.autograd.Function):
 
 
 def with_zero_gradient(value: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
-    """`value`, tied to the tensor received from the stage before by a gradient of zero.
+    """`value`, tied to the tensor received from the pipeline stage before by a gradient of zero.
 
     Megatron's schedule sends the received tensor's gradient back whether or not anything upstream
     trains; this supplies one without running the backward of frozen layers.

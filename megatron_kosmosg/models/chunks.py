@@ -1,6 +1,7 @@
-"""This rank's stages of the model, and what each knows of the stages before it.
+"""This rank's pipeline stages, and what each knows of those before it.
 
-One stage a rank; with parallel.virtual_pipeline_model_parallel_size that many (interleaving).
+One pipeline stage a rank; with parallel.virtual_pipeline_model_parallel_size that many
+(interleaving).
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class KosmosG(LanguageModule):
         context: this rank's place.
         output_head: build the tied language head (`pretrain`).
         aligner_parts: (), ("M",) or ("M", "N").
-        chunk: which of this rank's stages, where it holds several.
+        chunk: which of this rank's pipeline stages, where it holds several.
     """
 
     def __init__(
@@ -51,17 +51,17 @@ class KosmosG(LanguageModule):
         aligner_parts: tuple[str, ...] = (),
         chunk: int = 0,
     ) -> None:
-        stages = pipeline_stage_specs(config, aligner_parts)
+        specs = pipeline_stage_specs(config, aligner_parts)
         with context.device:  # on the meta device, layers and switches are others
-            super().__init__(decoder_config(config, stages), pg_collection=context.process_groups)
+            super().__init__(decoder_config(config, specs), pg_collection=context.process_groups)
         self.model_type = ModelType.encoder_or_decoder
-        stage = chunk * context.pp_size + context.pp_rank
+        pipeline_stage = chunk * context.pp_size + context.pp_rank
         self.vp_stage = chunk if self.vp_size is not None else None
-        self.pre_process = stage == 0
-        self.post_process = stage == len(stages) - 1
+        self.pre_process = pipeline_stage == 0
+        self.post_process = pipeline_stage == len(specs) - 1
         self.share_embeddings_and_output_weights = output_head
         self.input_tensor: torch.Tensor | None = None
-        self._run_config, self._context, self._spec = config, context, stages[stage]
+        self._run_config, self._context, self._spec = config, context, specs[pipeline_stage]
         # None: nothing arrives; False: its gradient is needed upstream; True: nothing there trains.
         self._is_upstream_frozen = None if self.pre_process else False
         with context.device:
@@ -110,7 +110,7 @@ class KosmosG(LanguageModule):
             self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor) -> None:
-        """Take what the stage before sent (Megatron's schedules call this)."""
+        """Take what the pipeline stage before sent (Megatron's schedules call this)."""
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     @property
@@ -119,8 +119,8 @@ class KosmosG(LanguageModule):
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def set_upstream_frozen(self, is_frozen: bool) -> None:
-        """Whether nothing before this stage trains, so that no gradient is computed for it (the
-        schedule is sent zeros). Of no meaning to the first stage."""
+        """Whether nothing before this pipeline stage trains, so that no gradient is computed for it
+        (the schedule is sent zeros). Of no meaning to the first pipeline stage."""
         if not self.pre_process:
             self._is_upstream_frozen = is_frozen
 
@@ -223,12 +223,12 @@ class KosmosG(LanguageModule):
         return whole if whole.shape[0] == length else whole[:length].clone()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
-        """Megatron's description of every weight; keys depend on no layout and no stage.
+        """Megatron's description of every weight; keys depend on no layout and no pipeline stage.
 
         The output head appears as the embedding it is tied to. Megatron's empty `_extra_state`
         entries are left out.
         """
-        # LanguageModule's version takes a last stage without output head for an error.
+        # LanguageModule's version takes a last pipeline stage without output head for an error.
         owner = LanguageModule if self.share_embeddings_and_output_weights else MegatronModule
         state = owner.sharded_state_dict(self, prefix, sharded_offsets, metadata)
         return {key: value for key, value in state.items() if not key.endswith("_extra_state")}

@@ -19,7 +19,7 @@ def gelu_fp32(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x.float()).to(x.dtype)
 
 
-def decoder_config(config: RunConfig, stages: list[PipelineStageSpec]) -> TransformerConfig:
+def decoder_config(config: RunConfig, specs: list[PipelineStageSpec]) -> TransformerConfig:
     """The language decoder, which alone is split over pipeline stages and along the sequence."""
     decoder, parallel = config.model.decoder, config.parallel
     return TransformerConfig(
@@ -33,7 +33,7 @@ def decoder_config(config: RunConfig, stages: list[PipelineStageSpec]) -> Transf
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        pipeline_model_parallel_layout=_megatron_layout(stages) if len(stages) > 1 else None,
+        pipeline_model_parallel_layout=_megatron_layout(specs) if len(specs) > 1 else None,
         pipeline_dtype=torch_dtype(config.training.precision),
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for; no experts here
@@ -101,8 +101,8 @@ def _common(config: RunConfig) -> dict:
     }
 
 
-def _megatron_layout(stages: list[PipelineStageSpec]) -> list[list[str]]:
-    layout = [["decoder"] * stage.num_decoder_layers for stage in stages]
+def _megatron_layout(specs: list[PipelineStageSpec]) -> list[list[str]]:
+    layout = [["decoder"] * spec.num_decoder_layers for spec in specs]
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     return layout

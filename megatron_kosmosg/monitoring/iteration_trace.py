@@ -74,8 +74,8 @@ class DecoderTrace:
             yield [spans.over(iterator, "wait for data") for iterator in iterators]
         place = find_rank_info()
         self._exchange.publish(
-            f"rank {place.rank}: decoder replica {context.dp_rank}, stage {context.pp_rank}, "
-            f"tensor {context.tp_rank}",
+            f"rank {place.rank}: decoder replica {context.dp_rank}, pipeline stage "
+            f"{context.pp_rank}, tensor {context.tp_rank}",
             spans.finished(),
         )
         self._is_pending = place.rank == 0

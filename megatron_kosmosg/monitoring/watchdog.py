@@ -142,8 +142,8 @@ _WAITING = ("torch/distributed/", "p2p_communication", "score/fleet.py", "score/
 
 
 def is_waiting(frame: FrameType | None) -> bool:
-    """Whether the stack is inside torch.distributed, Megatron-Core's exchange of stages, or the
-    links between decoder and score ranks."""
+    """Whether the stack is inside torch.distributed, Megatron-Core's exchange between pipeline
+    stages, or the links between decoder and score ranks."""
     while frame is not None:
         name = frame.f_code.co_filename
         if any(part in name for part in _WAITING):

@@ -44,17 +44,17 @@ class ParallelContext:
 
     @property
     def canonical_rank(self) -> int:
-        """This rank's number where tensor ranks are adjacent, then replicas, then stages; `rank`
-        counts otherwise where replicas have score ranks."""
+        """This rank's number where tensor ranks are adjacent, then replicas, then pipeline stages;
+        `rank` counts otherwise where replicas have score ranks."""
         return self.tp_rank + self.tp_size * (self.dp_rank + self.dp_size * self.pp_rank)
 
     @property
-    def is_first_stage(self) -> bool:
+    def is_first_pipeline_stage(self) -> bool:
         """Whether this rank embeds tokens and images."""
         return self.pp_rank == 0
 
     @property
-    def is_last_stage(self) -> bool:
+    def is_last_pipeline_stage(self) -> bool:
         """Whether this rank is in the last pipeline stage, which computes the loss."""
         return self.pp_rank == self.pp_size - 1
 
@@ -78,7 +78,8 @@ def create_groups(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         distributed_timeout_minutes=timedelta(seconds=parallel.timeout_seconds).total_seconds()
         / 60,
-        # config/rank_grid.py keeps the stages of a replica together where it has score ranks.
+        # config/rank_grid.py keeps the pipeline stages of a replica together where it has score
+        # ranks.
         order="tp-cp-ep-pp-dp" if num_score_ranks else "tp-cp-ep-dp-pp",
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()

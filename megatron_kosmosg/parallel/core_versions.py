@@ -38,7 +38,8 @@ def quieten() -> None:
 def backward_step(
     received: Any, output: Any, gradient: Any, model: torch.nn.Module, config: Any
 ) -> Any:
-    """Gradient of what a stage received. 0.17 took the model's type out of the arguments."""
+    """Gradient of what a pipeline stage received. 0.17 took the model's type out of the
+    arguments."""
     model_type = [get_model_type(model)] if _ASKS_FOR_TYPE else []
     return schedules.backward_step(received, output, gradient, *model_type, config)
 

@@ -33,9 +33,9 @@ def pretend_rank(world: RankGrid, rank: int) -> Iterator[ParallelContext]:
     )
     try:
         context = _context(world, rank)
-        # Two things ask Megatron's global state, not the groups: a pipeline layout for its stage,
-        # and cross-attention's linears for the ranks that split them. Without it (its sign is the
-        # data group) those linears are built whole, without an error.
+        # Two things ask Megatron's global state, not the groups: a pipeline layout for its pipeline
+        # stage, and cross-attention's linears for the ranks that split them. Without it (its sign
+        # is the data group) those linears are built whole, without an error.
         parallel_state.set_pipeline_model_parallel_rank(coordinates.pp_rank)
         parallel_state.set_pipeline_model_parallel_world_size(world.pp_size)
         parallel_state._TENSOR_MODEL_PARALLEL_GROUP = context.tp_group
@@ -53,7 +53,7 @@ def _context(world: RankGrid, rank: int) -> ParallelContext:
     coordinates = world.coordinates(rank)
     pipeline = world.pipeline_group(coordinates.replica, coordinates.tp_rank)
     ends = sorted({pipeline[0], pipeline[-1]})
-    tensor, stages, data, alone = (
+    tensor, pipeline_group, data, alone = (
         torch.distributed.new_group(ranks, backend=_BACKEND)
         for ranks in (
             world.tensor_group(coordinates.replica, coordinates.pp_rank),
@@ -73,10 +73,10 @@ def _context(world: RankGrid, rank: int) -> ParallelContext:
         dp_rank=coordinates.replica,
         dp_size=world.num_replicas,
         tp_group=tensor,
-        pp_group=stages,
+        pp_group=pipeline_group,
         dp_group=data,
         process_groups=ProcessGroupCollection(
-            tp=tensor, pp=stages, cp=alone, dp=data, dp_cp=data, embd=tied, pos_embd=None
+            tp=tensor, pp=pipeline_group, cp=alone, dp=data, dp_cp=data, embd=tied, pos_embd=None
         ),
         device=torch.device("meta"),
     )

@@ -1,10 +1,10 @@
 """The replacement indices of a micro-batch, told to the pipeline stages that decode no images.
 
-Only the first stage has the image tower. A bad image replaces a sample or silences labels, which
-every stage must know (samples.ImageStream). The indices go through the store of the rendezvous,
-so that the exchange of tensors between the stages stays as Megatron-Core has it. The first stage
-tells before its forward pass, so that the others, which read after they have received its output,
-do not wait.
+Only the first pipeline stage has the image tower. A bad image replaces a sample or silences labels,
+which every pipeline stage must know (samples.ImageStream). The indices go through the store of the
+rendezvous, so that the exchange of tensors between the pipeline stages stays as Megatron-Core has
+it. The first tells before its forward pass, so that the others, which read after they have received
+its output, do not wait.
 """
 
 from __future__ import annotations
@@ -23,31 +23,32 @@ class ReplacementExchange:
     has one."""
 
     def __init__(self, context: ParallelContext, stream: str, timeout_seconds: float) -> None:
-        """Connects to the job's store, through which the stages exchange indices.
+        """Connects to the job's store, through which the pipeline stages exchange indices.
 
         Args:
-            stream: a name for what is read, the same on all stages.
+            stream: a name for what is read, the same on all pipeline stages.
         """
         timeout = timedelta(seconds=timeout_seconds)
         self._context, self._stream = context, stream
         self._store = connect(find_rank_info(), timeout)
 
     def share(self, position: int, own: Sequence[int]) -> list[int]:
-        """The first stage's indices of the micro-batch that begins at stream position `position`.
+        """The first pipeline stage's indices of the micro-batch that begins at stream position
+        `position`.
 
         Args:
-            own: what this rank found; counts on the first stage.
+            own: what this rank found; counts on the first pipeline stage.
         """
         context = self._context
-        if context.is_first_stage:
+        if context.is_first_pipeline_stage:
             text = json.dumps(list(own))
-            for stage in range(1, context.pp_size):
-                self._store.set(self._key(position, stage), text)
+            for pipeline_stage in range(1, context.pp_size):
+                self._store.set(self._key(position, pipeline_stage), text)
             return list(own)
         key = self._key(position, context.pp_rank)
         told = json.loads(self._store.get(key))
         self._store.delete_key(key)
         return told
 
-    def _key(self, position: int, stage: int) -> str:
-        return f"replacements of {self._stream} {position} for stage {stage}"
+    def _key(self, position: int, pipeline_stage: int) -> str:
+        return f"replacements of {self._stream} {position} for pipeline stage {pipeline_stage}"

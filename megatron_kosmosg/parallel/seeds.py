@@ -10,7 +10,7 @@ from megatron.core import tensor_parallel
 
 from megatron_kosmosg.parallel.context import ParallelContext
 
-_PER_STAGE = 100  # Megatron-LM's stride between pipeline stages
+_PER_PIPELINE_STAGE = 100  # Megatron-LM's stride between pipeline stages
 _PER_REPLICA = 10
 
 
@@ -21,7 +21,11 @@ def set_seeds(seed: int, context: ParallelContext) -> None:
     the tracker's (dropout of split ones). Replicas and pipeline stages differ in both, so that
     dropout is not correlated between them.
     """
-    own = seed + _PER_STAGE * context.pp_rank + _PER_REPLICA * _PER_STAGE * context.dp_rank
+    own = (
+        seed
+        + _PER_PIPELINE_STAGE * context.pp_rank
+        + _PER_REPLICA * _PER_PIPELINE_STAGE * context.dp_rank
+    )
     random.seed(own)
     np.random.seed(own % 2**32)
     torch.manual_seed(own)

@@ -95,7 +95,7 @@ class _Stack:
         return gradients + (self.layer(positions) if recompute else 0)
 
 
-def stage_activations(
+def pipeline_stage_activations(
     config: RunConfig, spec: PipelineStageSpec, is_last: bool, batch: MicroBatch
 ) -> StageActivations:
     """The activations of one pipeline stage, without those of the frozen U-Net."""

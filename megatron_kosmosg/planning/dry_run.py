@@ -102,7 +102,7 @@ def per_rank_table(config: RunConfig, world: RankGrid, counts: ModelCounts) -> s
 def memory_section(config: RunConfig, world: RankGrid, counts: ModelCounts) -> str:
     """Peak of each kind of rank, as `kosmosg plan` reckons it."""
     if config.parallel.virtual_pipeline_model_parallel_size is not None:
-        return "not planned for interleaved stages"
+        return "not planned for interleaved pipeline stages"
     batches = micro_batches(config, num_microbatches(config, world.num_replicas))
     kinds = rank_kinds(config, world, counts.shares, batches, Efficiency())
     return memory_table(kinds)

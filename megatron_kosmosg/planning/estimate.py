@@ -20,8 +20,12 @@ from megatron_kosmosg.planning.joined import (
 from megatron_kosmosg.planning.launches import update_launches
 from megatron_kosmosg.planning.memory import GIB, RankKind, rank_kinds
 from megatron_kosmosg.planning.model_counts import ModelShares, RankCount
+from megatron_kosmosg.planning.pipeline_stage_cost import (
+    PipelineStageCost,
+    needed_flops,
+    pipeline_stage_cost,
+)
 from megatron_kosmosg.planning.rates import Rates
-from megatron_kosmosg.planning.stage_cost import StageCost, needed_flops, stage_cost
 from megatron_kosmosg.planning.timeline import Timeline, play
 from megatron_kosmosg.planning.workload import MicroBatch, ScoreShare, micro_batches, score_share
 
@@ -85,8 +89,8 @@ def estimate(
     dedicated = world.score_ranks_per_unit > 0
     scored = score_share(config, world, count)
     costs = [
-        stage_cost(config, world, stage, spec, batches, gpu, rates)
-        for stage, spec in enumerate(specs)
+        pipeline_stage_cost(config, world, pipeline_stage, spec, batches, gpu, rates)
+        for pipeline_stage, spec in enumerate(specs)
     ]
     fleet: JoinedPlay | None = None
     if joined and dedicated:
@@ -97,16 +101,16 @@ def estimate(
         timeline = _timeline(config, world, costs, scored, rates)
         score_busy = timeline.score_busy * scored.used
     data, optimizer, traffic = 0.0, 0.0, []
-    for stage, (held, cost) in enumerate(zip(counts, costs, strict=True)):
+    for pipeline_stage, (held, cost) in enumerate(zip(counts, costs, strict=True)):
         exchange = comm.data_traffic(config, world, held)
-        wire = comm.data_gb_s(world, gpu, stage)
+        wire = comm.data_gb_s(world, gpu, pipeline_stage)
         gradients, parameters = (t.seconds(wire, efficiency, world.num_replicas) for t in exchange)
         if config.parallel.overlap_grad_reduce:
             gradients = _exposed(gradients, cost.last_backward)
         if config.parallel.overlap_param_gather:
             parameters = _exposed(parameters, cost.first_forward)
         data = max(data, gradients + parameters)
-        kernels = update_launches(config, world, specs[stage], held.gradient_elements)
+        kernels = update_launches(config, world, specs[pipeline_stage], held.gradient_elements)
         stepping = rates.launching(kernels)
         stepping = max(stepping, _optimizer_seconds(config, world, held, gpu, efficiency))
         optimizer = max(optimizer, stepping)
@@ -146,7 +150,7 @@ def estimate(
 def _timeline(
     config: RunConfig,
     world: RankGrid,
-    costs: list[StageCost],
+    costs: list[PipelineStageCost],
     scored: ScoreShare,
     rates: Rates,
 ) -> Timeline:

@@ -67,52 +67,54 @@ class _Run:
     ) -> None:
         """servers: [replica], those that it may ask."""
         self._seconds = {"F": forward, "B": backward}
-        self._stages, self._count = len(forward), len(forward[0])
+        self._num_pipeline_stages, self._count = len(forward), len(forward[0])
         self._servers, self._parts = servers, parts
         self._orders = [
-            pass_order(self._stages, stage, self._count, ahead) for stage in range(self._stages)
+            pass_order(self._num_pipeline_stages, pipeline_stage, self._count, ahead)
+            for pipeline_stage in range(self._num_pipeline_stages)
         ]
-        places = [(r, s) for r in range(len(servers)) for s in range(self._stages)]
+        places = [(r, s) for r in range(len(servers)) for s in range(self._num_pipeline_stages)]
         self._next, self._free = dict.fromkeys(places, 0), dict.fromkeys(places, 0.0)
         self._works = dict.fromkeys(places, False)
-        self._done: dict[tuple[str, int, int, int], float] = {}  # (pass, replica, stage, number)
+        # By pass, replica, pipeline stage and number.
+        self._done: dict[tuple[str, int, int, int], float] = {}
         self._events: list[tuple[float, int, int, str, int]] = []
 
     def play(self) -> float:
         """Seconds until all have ended."""
-        for replica, stage in self._next:
-            self._go_on(replica, stage)
+        for replica, pipeline_stage in self._next:
+            self._go_on(replica, pipeline_stage)
         while self._events:
-            end, replica, stage, name, number = heapq.heappop(self._events)
-            self._works[replica, stage] = False
-            self._done[name, replica, stage, number] = end
-            if (name, stage) == ("F", self._stages - 1):
+            end, replica, pipeline_stage, name, number = heapq.heappop(self._events)
+            self._works[replica, pipeline_stage] = False
+            self._done[name, replica, pipeline_stage, number] = end
+            if (name, pipeline_stage) == ("F", self._num_pipeline_stages - 1):
                 self._ask(end, replica, number)
-            neighbour = stage + 1 if name == "F" else stage - 1
-            if 0 <= neighbour < self._stages:
+            neighbour = pipeline_stage + 1 if name == "F" else pipeline_stage - 1
+            if 0 <= neighbour < self._num_pipeline_stages:
                 self._go_on(replica, neighbour)
-            self._go_on(replica, stage)
+            self._go_on(replica, pipeline_stage)
         return max(self._free.values())
 
-    def _go_on(self, replica: int, stage: int) -> None:
+    def _go_on(self, replica: int, pipeline_stage: int) -> None:
         """Starts the next pass of a rank where it is free and the inputs are there."""
-        place = replica, stage
+        place = replica, pipeline_stage
         if self._works[place] or self._next[place] == 2 * self._count:
             return
-        name, number = self._orders[stage][self._next[place]]
-        needed = ("F", stage - 1) if name == "F" else ("B", stage + 1)
-        if name == "B" and stage == self._stages - 1:
-            needed = "S", stage
+        name, number = self._orders[pipeline_stage][self._next[place]]
+        needed = ("F", pipeline_stage - 1) if name == "F" else ("B", pipeline_stage + 1)
+        if name == "B" and pipeline_stage == self._num_pipeline_stages - 1:
+            needed = "S", pipeline_stage
         ready = 0.0
         if needed[1] >= 0:
             key = needed[0], replica, needed[1], number
             if key not in self._done:
                 return
             ready = self._done[key]
-        end = max(self._free[place], ready) + self._seconds[name][stage][number]
+        end = max(self._free[place], ready) + self._seconds[name][pipeline_stage][number]
         self._free[place], self._works[place] = end, True
         self._next[place] += 1
-        heapq.heappush(self._events, (end, replica, stage, name, number))
+        heapq.heappush(self._events, (end, replica, pipeline_stage, name, number))
 
     def _ask(self, now: float, replica: int, number: int) -> None:
         there = 0.0
@@ -120,7 +122,7 @@ class _Run:
             queue = min(self._servers[replica], key=lambda queue: queue.would_answer(now))
             there = max(there, queue.would_answer(now))
             queue.take(now)
-        self._done["S", replica, self._stages - 1, number] = there
+        self._done["S", replica, self._num_pipeline_stages - 1, number] = there
 
 
 def play_fleet(
@@ -134,10 +136,10 @@ def play_fleet(
     parts: int = 1,
     ahead: int = 0,
 ) -> FleetTimeline:
-    """forward, backward: [stage][micro-batch] seconds.
+    """forward, backward: [pipeline stage][micro-batch] seconds.
 
     own: the score ranks of a unit of `replicas` replicas, of which there are `units`. joined: those
-    of all. parts: requests of a micro-batch. ahead: extra warm-up forwards of every stage.
+    of all. parts: requests of a micro-batch. ahead: extra warm-up forwards of every pipeline stage.
     """
     shared, mine = [_Queue(servers) for servers in joined], [_Queue(own) for _ in range(units)]
     may_ask = [[queue, *shared] for queue in mine for _ in range(replicas)]

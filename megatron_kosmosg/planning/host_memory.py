@@ -126,8 +126,11 @@ def _fullest(
 ) -> list[HostMemory]:
     """The ranks that take most: a node may hold just these."""
     kinds = [
-        (world.num_replicas * world.tp_size, _decoder_rank(config, world, stage, held, batches))
-        for stage, held in enumerate(shares.counts)
+        (
+            world.num_replicas * world.tp_size,
+            _decoder_rank(config, world, pipeline_stage, held, batches),
+        )
+        for pipeline_stage, held in enumerate(shares.counts)
     ]
     if world.score_ranks_per_unit:
         reads = _batches(config, batches)
@@ -152,7 +155,7 @@ def _state_bytes(config: RunConfig) -> int:
 def _decoder_rank(
     config: RunConfig,
     world: RankGrid,
-    stage: int,
+    pipeline_stage: int,
     held: RankCount,
     batches: Sequence[MicroBatch],
 ) -> HostMemory:
@@ -161,7 +164,7 @@ def _decoder_rank(
     replicas = world.num_replicas
     weights = element * (trained + held.frozen) / replicas  # this rank writes its part of them
     if parallel.use_distributed_optimizer:
-        bucket = bucket_elements(config, world, trained, is_first=stage == 0)
+        bucket = bucket_elements(config, world, trained, is_first=pipeline_stage == 0)
         # All states of this rank's weights; first with its own of a bucket and one state of all of
         # the bucket twice, then with what is copied for the writer.
         copied = weights + (states / replicas if config.checkpoint.async_save else 0)

@@ -13,8 +13,8 @@ from megatron_kosmosg.planning import communication as comm
 from megatron_kosmosg.planning.fleet_timeline import FleetTimeline, Servers, play_fleet
 from megatron_kosmosg.planning.gpus import GPUS, Efficiency, Gpu, gpu_named
 from megatron_kosmosg.planning.memory import GIB, score_memory
+from megatron_kosmosg.planning.pipeline_stage_cost import PipelineStageCost, score_seconds
 from megatron_kosmosg.planning.rates import Rates
-from megatron_kosmosg.planning.stage_cost import StageCost, score_seconds
 from megatron_kosmosg.planning.workload import ScoreShare
 
 
@@ -106,7 +106,7 @@ class JoinedPlay:
 def play_joined(
     config: RunConfig,
     world: RankGrid,
-    costs: Sequence[StageCost],
+    costs: Sequence[PipelineStageCost],
     scored: ScoreShare,
     rates: Rates,
     joined: Sequence[Joined],

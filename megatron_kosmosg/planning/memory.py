@@ -21,7 +21,7 @@ from megatron_kosmosg.config.rank_grid import RankGrid
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.models.diffusion_flops import unet_and_vae
 from megatron_kosmosg.models.pipeline_stage_specs import PipelineStageSpec
-from megatron_kosmosg.planning.activations import ELEMENT_BYTES, stage_activations
+from megatron_kosmosg.planning.activations import ELEMENT_BYTES, pipeline_stage_activations
 from megatron_kosmosg.planning.gpus import Efficiency
 from megatron_kosmosg.planning.model_counts import ModelShares, RankCount, frozen_helpers
 from megatron_kosmosg.planning.workload import MicroBatch, score_share
@@ -86,7 +86,7 @@ def decoder_memory(
     element = ELEMENT_BYTES[precision]
     is_last = pp_rank == world.pp_size - 1
     largest = max(batches, key=lambda batch: (batch.positions, batch.prompt_images))
-    activations = stage_activations(config, spec, is_last, largest)
+    activations = pipeline_stage_activations(config, spec, is_last, largest)
     in_flight = min(world.pp_size - pp_rank + _ahead(config, world), len(batches))
     sharing = world.num_replicas if parallel.use_distributed_optimizer else 1
     states, updating = _optimizer_bytes(config)
@@ -180,13 +180,13 @@ def rank_kinds(
     replica in one update."""
     found = [
         RankKind(
-            name=f"decoder_stage_{stage}" if world.pp_size > 1 else "decoder",
+            name=f"decoder_stage_{pipeline_stage}" if world.pp_size > 1 else "decoder",
             holds=held.holds,
             count=world.num_replicas * world.tp_size,
             parameters=held,
-            memory=decoder_memory(config, world, spec, stage, held, batches, efficiency),
+            memory=decoder_memory(config, world, spec, pipeline_stage, held, batches, efficiency),
         )
-        for stage, (spec, held) in enumerate(zip(shares.specs, shares.counts, strict=True))
+        for pipeline_stage, (spec, held) in enumerate(zip(shares.specs, shares.counts, strict=True))
     ]
     if world.score_ranks_per_unit:
         memory = score_memory(config, score_share(config, world, len(batches)).images, efficiency)

@@ -53,7 +53,7 @@ class ModelShares:
     specs: list[PipelineStageSpec]
     """Of the pipeline stages."""
     counts: list[RankCount]
-    """What each tensor-parallel rank of a pipeline rank holds (one stage, or several chunks)."""
+    """What each tensor-parallel rank of a pipeline rank holds (one chunk, or several)."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def frozen_helpers(config: RunConfig) -> dict[str, int]:
 def model_shares(config: RunConfig, model: torch.nn.Module) -> ModelShares:
     """The share of `model` (whole_model) that each pipeline and tensor rank of `config` holds."""
     facts = stage_facts(config.stage)
-    stages = pipeline_stage_specs(config, facts.aligner_parts)
+    specs = pipeline_stage_specs(config, facts.aligner_parts)
     tp_size = config.parallel.tensor_model_parallel_size
     vocabulary = padded_vocab_size(config.model.vocab_size, tp_size) // tp_size
     width = config.model.decoder.hidden_size
@@ -141,11 +141,11 @@ def model_shares(config: RunConfig, model: torch.nn.Module) -> ModelShares:
     held: list[defaultdict[bool, int]] = [defaultdict(int) for _ in range(num_ranks)]
     buffers = [0] * num_ranks
     for name, parameter in model.named_parameters():
-        owners = [_pipeline_stage(name, stages)]
+        owners = [_pipeline_stage(name, specs)]
         if name.endswith("word_embeddings.weight"):
             numel = vocabulary * width
             if facts.has_output_head and num_ranks > 1:
-                owners.append(len(stages) - 1)  # the output head's tied copy
+                owners.append(len(specs) - 1)  # the output head's tied copy
         else:
             numel = parameter.numel() // (tp_size if _is_split(parameter) else 1)
         for owner in owners:
@@ -158,12 +158,12 @@ def model_shares(config: RunConfig, model: torch.nn.Module) -> ModelShares:
             count[False],
             buffers[index],
             "; ".join(
-                _describe(config, stages, stage) for stage in range(index, len(stages), num_ranks)
+                _describe(config, specs, chunk) for chunk in range(index, len(specs), num_ranks)
             ),
         )
         for index, count in enumerate(held)
     ]
-    return ModelShares(stages, counts)
+    return ModelShares(specs, counts)
 
 
 def _is_split(parameter: torch.nn.Parameter) -> bool:
@@ -171,27 +171,27 @@ def _is_split(parameter: torch.nn.Parameter) -> bool:
     return hasattr(parameter, "tensor_model_parallel") and parameter.tensor_model_parallel
 
 
-def _pipeline_stage(name: str, stages: list[PipelineStageSpec]) -> int:
+def _pipeline_stage(name: str, specs: list[PipelineStageSpec]) -> int:
     if name.startswith("decoder.layers."):
         layer = int(name.split(".")[2])
-        return max(i for i, stage in enumerate(stages) if stage.first_decoder_layer <= layer)
+        return max(i for i, spec in enumerate(specs) if spec.first_decoder_layer <= layer)
     if name.startswith("decoder."):
-        return next(i for i, stage in enumerate(stages) if stage.ends_decoder)
+        return next(i for i, spec in enumerate(specs) if spec.ends_decoder)
     for part in ("M", "N"):
         if name.startswith(f"aligner_{part.lower()}."):
-            return next(i for i, stage in enumerate(stages) if part in stage.aligner_parts)
+            return next(i for i, spec in enumerate(specs) if part in spec.aligner_parts)
     return 0
 
 
-def _describe(config: RunConfig, stages: list[PipelineStageSpec], index: int) -> str:
-    stage, facts = stages[index], stage_facts(config.stage)
+def _describe(config: RunConfig, specs: list[PipelineStageSpec], index: int) -> str:
+    spec, facts = specs[index], stage_facts(config.stage)
     parts = ["image tower, resampler, embedding"] if index == 0 else []
-    if stage.num_decoder_layers:
-        first, last_layer = stage.first_decoder_layer, stage.num_decoder_layers - 1
+    if spec.num_decoder_layers:
+        first, last_layer = spec.first_decoder_layer, spec.num_decoder_layers - 1
         several = f"layers {first}-{first + last_layer}"
         parts.append(f"decoder {several if last_layer else f'layer {first}'}")
-    parts += [f"AlignerNet {part}" for part in stage.aligner_parts]
-    if index == len(stages) - 1:
+    parts += [f"AlignerNet {part}" for part in spec.aligner_parts]
+    if index == len(specs) - 1:
         beside = {
             "output head": facts.has_output_head,
             "CLIP text encoder": facts.has_text_encoder,
@@ -220,14 +220,14 @@ def build_shards(config: RunConfig, world: RankGrid) -> list[BuiltShard]:
     """The shard of the first rank of every kind, U-Net and VAE only where they have own ranks."""
     element = ELEMENT_BYTES[config.training.precision]
     shards = []
-    for stage in range(world.pp_size):
-        rank = world.decoder_rank(0, stage, 0)
+    for pipeline_stage in range(world.pp_size):
+        rank = world.decoder_rank(0, pipeline_stage, 0)
         trainable, frozen = _count(config, world, rank)
-        name = f"decoder_stage_{stage}" if world.pp_size > 1 else "decoder"
+        name = f"decoder_stage_{pipeline_stage}" if world.pp_size > 1 else "decoder"
         groups = {
-            "tensor": world.tensor_group(0, stage),
+            "tensor": world.tensor_group(0, pipeline_stage),
             "pipeline": world.pipeline_group(0, 0),
-            "data": world.data_group(stage, 0),
+            "data": world.data_group(pipeline_stage, 0),
         }
         shards.append(
             BuiltShard(name, rank, trainable, frozen, (trainable + frozen) * element, groups)

@@ -123,11 +123,11 @@ def plan_layout(
 ) -> Plan:
     """The plan of the layout in `config` alone. model: `whole_model(config)`.
 
-    Raises ConfigError for interleaved stages.
+    Raises ConfigError for interleaved pipeline stages.
     """
     if config.parallel.virtual_pipeline_model_parallel_size is not None:
         raise ConfigError(
-            "times of interleaved stages are not planned; add "
+            "times of interleaved pipeline stages are not planned; add "
             "parallel.virtual_pipeline_model_parallel_size=null (train --dry-run shows who does "
             "what with them)"
         )

@@ -12,7 +12,7 @@ _CELL, _GAP, _LABEL = 78, 6, 92
 
 
 def rank_table(world: RankGrid) -> str:
-    """Replicas, their ranks stage by stage and the score ranks that serve them.
+    """Replicas, their ranks pipeline stage by pipeline stage and the score ranks that serve them.
 
     Ranks that share tensors are listed together, pipeline stages follow each other.
     """
@@ -29,7 +29,7 @@ def rank_table(world: RankGrid) -> str:
     for previous, replica in zip([-1, *shown], shown, strict=False):
         if replica > previous + 1:
             lines.append("  ...")
-        lines.append(f"  replica {replica}: {_stages(world, replica)}")
+        lines.append(f"  replica {replica}: {_pipeline_stages(world, replica)}")
     return "\n".join(lines)
 
 
@@ -85,11 +85,15 @@ def _words(world: RankGrid, coordinates: RankCoordinates) -> tuple[str, str]:
     return f"d{coordinates.replica}", f"s{coordinates.pp_rank} t{coordinates.tp_rank}"
 
 
-def _stages(world: RankGrid, replica: int) -> str:
-    stages = []
-    for stage in range(world.pp_size):
-        ranks = ", ".join(map(str, world.tensor_group(replica, stage)))
-        stages.append(f"stage {stage}: ranks {ranks}" if world.pp_size > 1 else f"ranks {ranks}")
+def _pipeline_stages(world: RankGrid, replica: int) -> str:
+    pipeline_stages = []
+    for pipeline_stage in range(world.pp_size):
+        ranks = ", ".join(map(str, world.tensor_group(replica, pipeline_stage)))
+        pipeline_stages.append(
+            f"pipeline stage {pipeline_stage}: ranks {ranks}"
+            if world.pp_size > 1
+            else f"ranks {ranks}"
+        )
     if world.score_ranks_per_unit:
-        stages.append(f"score ranks {', '.join(map(str, world.score_ranks(replica)))}")
-    return " -> ".join(stages)
+        pipeline_stages.append(f"score ranks {', '.join(map(str, world.score_ranks(replica)))}")
+    return " -> ".join(pipeline_stages)

@@ -28,7 +28,7 @@ def plan_the_run(config: RunConfig, world_size: int) -> PlannedRun | None:
         planned, notes = planned_config(config, world_size, gpu)
         plan = plan_layout(planned, world_size, gpu, Efficiency(), notes, whole_model(planned))
     except ConfigError:
-        return None  # as of interleaved stages; `kosmosg plan` says why
+        return None  # as of interleaved pipeline stages; `kosmosg plan` says why
     plan_file(config).parent.mkdir(parents=True, exist_ok=True)
     write_text(plan_file(config), json.dumps(to_json(plan), indent=2) + "\n", only_writer=True)
     first = plan.estimate.kinds[0]

@@ -33,18 +33,26 @@ def play(
     ahead: int = 0,
     link: float = 0.0,
 ) -> Timeline:
-    """Seconds of the whole. forward, backward: [stage][micro-batch] seconds.
+    """Seconds of the whole. forward, backward: [pipeline stage][micro-batch] seconds.
 
     Args:
         score: seconds of each micro-batch on a dedicated score rank; None where it is colocated.
         replicas: number of those that share the score ranks.
-        ahead: extra warm-up forwards of every stage.
+        ahead: extra warm-up forwards of every pipeline stage.
         link: seconds that a condition takes to a score rank, and its answer back.
     """
-    stages, count = len(forward), len(forward[0])
-    orders = [pass_order(stages, stage, count, ahead) for stage in range(stages)]
-    done: dict[tuple[str, int, int, int], float] = {}  # (pass, replica, stage, micro-batch)
-    free = {(replica, stage): 0.0 for replica in range(replicas) for stage in range(stages)}
+    num_pipeline_stages, count = len(forward), len(forward[0])
+    orders = [
+        pass_order(num_pipeline_stages, pipeline_stage, count, ahead)
+        for pipeline_stage in range(num_pipeline_stages)
+    ]
+    # By pass, replica, pipeline stage and micro-batch.
+    done: dict[tuple[str, int, int, int], float] = {}
+    free = {
+        (replica, pipeline_stage): 0.0
+        for replica in range(replicas)
+        for pipeline_stage in range(num_pipeline_stages)
+    }
     pointers = dict.fromkeys(free, 0)
     servers = [0.0] * score_ranks
     queue = [(i, replica) for i in range(count) for replica in range(replicas)]
@@ -53,31 +61,35 @@ def play(
     ]
     left = len(free) * 2 * count
     while left:
-        for (replica, stage), pointer in pointers.items():
+        for (replica, pipeline_stage), pointer in pointers.items():
             while pointer < 2 * count:
-                name, i = orders[stage][pointer]
-                ready = _ready(done, name, replica, stage, i, stages, score is not None)
+                name, i = orders[pipeline_stage][pointer]
+                ready = _ready(
+                    done, name, replica, pipeline_stage, i, num_pipeline_stages, score is not None
+                )
                 if ready is None:
                     break
-                seconds = (forward if name == "F" else backward)[stage][i]
-                end = max(free[replica, stage], ready) + seconds
-                free[replica, stage] = done[name, replica, stage, i] = end
+                seconds = (forward if name == "F" else backward)[pipeline_stage][i]
+                end = max(free[replica, pipeline_stage], ready) + seconds
+                free[replica, pipeline_stage] = done[name, replica, pipeline_stage, i] = end
                 pointer, left = pointer + 1, left - 1
-            pointers[replica, stage] = pointer
+            pointers[replica, pipeline_stage] = pointer
         for server, entries in enumerate(waiting if score is not None else []):
-            while entries and ("F", entries[0][1], stages - 1, entries[0][0]) in done:
+            while entries and ("F", entries[0][1], num_pipeline_stages - 1, entries[0][0]) in done:
                 i, replica = entries.pop(0)
-                there = done["F", replica, stages - 1, i] + link
+                there = done["F", replica, num_pipeline_stages - 1, i] + link
                 servers[server] = max(servers[server], there) + score[i]
-                done["S", replica, stages - 1, i] = servers[server] + link
+                done["S", replica, num_pipeline_stages - 1, i] = servers[server] + link
     busy = sum(map(sum, forward)) + sum(map(sum, backward))
     scored = sum(score) * replicas / score_ranks if score is not None else 0.0
-    return Timeline(max(free.values()), busy / stages, scored)
+    return Timeline(max(free.values()), busy / num_pipeline_stages, scored)
 
 
-def pass_order(stages: int, stage: int, count: int, ahead: int) -> list[tuple[str, int]]:
-    """Forward ("F") and backward ("B") passes of one stage, with the number of the micro-batch."""
-    warm_up = min(stages - stage - 1 + ahead, count)
+def pass_order(
+    num_pipeline_stages: int, pipeline_stage: int, count: int, ahead: int
+) -> list[tuple[str, int]]:
+    """Forward ("F") and backward ("B") passes of one pipeline stage, with micro-batch numbers."""
+    warm_up = min(num_pipeline_stages - pipeline_stage - 1 + ahead, count)
     order = [("F", i) for i in range(warm_up)]
     for i in range(count):
         if warm_up + i < count:
@@ -90,14 +102,14 @@ def _ready(
     done: dict[tuple[str, int, int, int], float],
     name: str,
     replica: int,
-    stage: int,
+    pipeline_stage: int,
     i: int,
-    stages: int,
+    num_pipeline_stages: int,
     dedicated: bool,
 ) -> float | None:
     """The time when the inputs of a pass are there; None while that is unknown."""
     if name == "F":
-        return 0.0 if stage == 0 else done.get(("F", replica, stage - 1, i))
-    if stage < stages - 1:
-        return done.get(("B", replica, stage + 1, i))
-    return done.get(("S" if dedicated else "F", replica, stage, i))
+        return 0.0 if pipeline_stage == 0 else done.get(("F", replica, pipeline_stage - 1, i))
+    if pipeline_stage < num_pipeline_stages - 1:
+        return done.get(("B", replica, pipeline_stage + 1, i))
+    return done.get(("S" if dedicated else "F", replica, pipeline_stage, i))

@@ -20,7 +20,8 @@ class Case:
     received: tuple[int, ...] | None = None
     """Shape of what the pipeline stage before this one sends; its own rehearsal says it."""
     told: tuple[tuple[str, str], ...] = ()
-    """{key: value} that the stage before put into the store; its own rehearsal says it, too."""
+    """{key: value} that the pipeline stage before put into the store; its own rehearsal says it,
+    too."""
     upstream_trains: bool = True
     """Whether anything trains on the pipeline stages before."""
     gpu: str = "h100-80"

@@ -140,10 +140,11 @@ def start(config: RunConfig, case: Case, stand_ins: StandIns) -> Rank:
         case.length,
         case.images,
         reads="all" if remote_score is None else "prompts",
-        decodes=context.is_first_stage,
+        decodes=context.is_first_pipeline_stage,
     )
     feed = BatchFeed(stream, config, context, start_sample=0)
     iterators = feed.chunk_iterators(len(trained.chunks))
-    collectives.others_say = ["loss"]  # the names of the losses, which the last stage knows
+    # The names of the losses, which the last pipeline stage knows.
+    collectives.others_say = ["loss"]
     reporter = Reporter(context, remote_score)
     return Rank(stage, config, context, trained, feed, iterators, reporter, held)

@@ -38,7 +38,8 @@ def rehearse(
     Returns:
         dict: what `rehearsed_ranks.describe` says of the run, "gpu" and "num_gpus". Each of its
         "kinds" has besides, under "rehearsed", what `run_update` or `run_service` returns or the
-        "error" that ended it. Behind a stage with an error it is not rehearsed, and has "skipped".
+        "error" that ended it. Behind a pipeline stage with an error it is not rehearsed, and has
+        "skipped".
 
     Raises:
         FakeDeviceError: the device ends, or cannot describe the run.
@@ -78,7 +79,7 @@ def rehearse(
 
 def behind(case: Case, before: dict[str, Any]) -> Case:
     """The case of the rank on the pipeline stage behind the one that did `before`."""
-    sent = list(before["sent"].values())  # the first went to the stage behind, others back
+    sent = list(before["sent"].values())  # the first went to the pipeline stage behind, others back
     return dataclasses.replace(
         case,
         received=tuple(sent[0]) if sent else None,

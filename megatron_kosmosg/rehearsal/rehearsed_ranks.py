@@ -52,8 +52,8 @@ def describe(case: Case, stand_ins: StandIns) -> dict:
 
 
 def _enough(config: RunConfig, world: RankGrid, count: int) -> int:
-    """Micro-batches after which an update only repeats itself: all stages are busy then, and every
-    score rank has had one."""
+    """Micro-batches after which an update only repeats itself: all pipeline stages are busy then,
+    and every score rank has had one."""
     chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
     ahead = config.score.window - 1 if world.score_ranks_per_unit else 0
     return min(count, max(world.pp_size * chunks + ahead, world.score_ranks_per_unit))
@@ -67,10 +67,10 @@ def _kinds(config: RunConfig, world: RankGrid, batches: list[MicroBatch]) -> lis
         kinds = rank_kinds(config, world, shares, batches, Efficiency())
         planned = {kind.name: kind for kind in kinds}
     found = []
-    for stage, held in enumerate(shares.counts):
-        name = f"decoder_stage_{stage}" if world.pp_size > 1 else "decoder"
+    for pipeline_stage, held in enumerate(shares.counts):
+        name = f"decoder_stage_{pipeline_stage}" if world.pp_size > 1 else "decoder"
         ranks = world.num_replicas * world.tp_size
-        found.append((name, world.decoder_rank(0, stage, 0), ranks, held.holds))
+        found.append((name, world.decoder_rank(0, pipeline_stage, 0), ranks, held.holds))
     if world.score_ranks_per_unit:
         first = world.score_ranks(0)[0]
         found.append((SCORE, first, world.num_score_ranks, "U-Net and VAE"))

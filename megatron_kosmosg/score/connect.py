@@ -44,7 +44,7 @@ _SEEN_EVERYWHERE = 60.0
 def open_remote_score(config: RunConfig, context: ParallelContext) -> RemoteScore | None:
     """The replica's score ranks as this rank sees them; None on ranks that do not compute the loss,
     and where the U-Net sits beside the decoder. Close it when training ends."""
-    if not context.num_score_ranks or not context.is_last_stage:
+    if not context.num_score_ranks or not context.is_last_pipeline_stage:
         return None
     return RemoteScore(
         open_fleet(config, context) if context.tp_rank == 0 else None,

@@ -1,9 +1,10 @@
 """The schedule of an iteration whose U-Net sits on other ranks: 1F1B with more warm-up.
 
-The score ranks are a stage behind the last one. A forward pass of the last stage sends a condition
-and returns; its gradient is awaited in backward, when score.window conditions are under way. With
-one pipeline stage the same loop is a window over the micro-batches. Passes without gradients and
-interleaved stages take Megatron-Core's own schedules, where nothing runs further ahead.
+The score ranks are a pipeline stage behind the last one. A forward pass of the last sends a
+condition and returns; its gradient is awaited in backward, when score.window conditions are under
+way. With one pipeline stage the same loop is a window over the micro-batches. Passes without
+gradients and interleaved pipeline stages take Megatron-Core's own schedules, where nothing runs
+further ahead.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ def _one_forward_one_backward(
     micro_batch_size: int,
     forward_only: bool,
 ) -> list:
-    """Reports of the micro-batches on the last stage, else an empty list."""
+    """Reports of the micro-batches on the last pipeline stage, else an empty list."""
     assert not forward_only
     config, groups = get_model_config(model), context.process_groups
     link = P2PCommunicator(pp_group=context.pp_group, config=config)
-    first, last = context.is_first_stage, context.is_last_stage
+    first, last = context.is_first_pipeline_stage, context.is_last_pipeline_stage
     shapes = get_tensor_shapes(
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
@@ -86,7 +87,7 @@ def _one_forward_one_backward(
             cp_group_size=1,
             is_first_microbatch=index == 0,
             current_microbatch=index,
-            is_last_stage=last,
+            is_last_pipeline_stage=last,
         )
         num_items.add_(count)
         return output

@@ -47,7 +47,9 @@ class AlignStage:
         self.config = config
         self.remote_score = remote_score
         self._context = context
-        self._text_encoder = load_text_encoder(config, context) if context.is_last_stage else None
+        self._text_encoder = (
+            load_text_encoder(config, context) if context.is_last_pipeline_stage else None
+        )
 
     def build_model(self, context: ParallelContext) -> list[nn.Module]:
         """Decoder without output head, and both halves of AlignerNet."""

@@ -52,7 +52,7 @@ class InstructStage:
         self._evaluators = evaluators
         self._diffusion: FrozenDiffusion | None = None
         self._score: ColocatedScore | None = None
-        if context.is_last_stage and remote_score is None:
+        if context.is_last_pipeline_stage and remote_score is None:
             self._diffusion = load_diffusion(config, context.device)
             rows = row_range(config.training.micro_batch_size, context)
             take_faster_passes(self._diffusion, config, rows.stop - rows.start)
@@ -69,7 +69,12 @@ class InstructStage:
         reads = "prompts" if self._score is None else "all"
         context = self._context
         return open_stream(
-            self.config, context.device, split, reads, context.is_first_stage, self._diffusion
+            self.config,
+            context.device,
+            split,
+            reads,
+            context.is_first_pipeline_stage,
+            self._diffusion,
         )
 
     def forward_step(self, data_iterator: Iterator[dict[str, torch.Tensor]], model: nn.Module):

@@ -55,7 +55,9 @@ class PretrainStage:
     def build_dataset(self, split: str) -> StreamDataset:
         """Packed rows of text, captioned images and interleaved documents."""
         context = self._context
-        return pretrain_stream(self.config, split, context.device.index, context.is_first_stage)
+        return pretrain_stream(
+            self.config, split, context.device.index, context.is_first_pipeline_stage
+        )
 
     def forward_step(self, data_iterator: Iterator[dict[str, torch.Tensor]], model: nn.Module):
         """Next-token loss on the text tokens of one micro-batch (mcore's contract)."""

@@ -1,4 +1,5 @@
-"""Micro-batches as the stages see them: loaded on one rank of each stage, broadcast, on device.
+"""Micro-batches as the stages see them: loaded on one rank of each pipeline stage, broadcast, on
+device.
 
 Images are decoded on the first pipeline stage alone. Also counts the work in the batches and the
 time spent waiting for them.

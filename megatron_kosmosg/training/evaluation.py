@@ -113,7 +113,7 @@ def evaluate(
         if heldout is not None:
             metrics = _heldout_losses(stage, config, context, chunks, heldout, stop)
         if metrics is not None:
-            probe = _from_last_stage(stage.probe(chunks, iteration), context)
+            probe = _from_last_pipeline_stage(stage.probe(chunks, iteration), context)
     for chunk in chunks:
         chunk.train()
     restore_rng_state(state)
@@ -146,9 +146,9 @@ def _heldout_losses(
     return {name: sum(losses[name] for losses in passes) / len(passes) for name in passes[0]}
 
 
-def _from_last_stage(probe: Probe | None, context: ParallelContext) -> Probe | None:
+def _from_last_pipeline_stage(probe: Probe | None, context: ParallelContext) -> Probe | None:
     """The probe of the first replica's last pipeline stage, on every rank; others have none."""
-    speaks = context.is_last_stage and context.tp_rank == 0 and context.dp_rank == 0
+    speaks = context.is_last_pipeline_stage and context.tp_rank == 0 and context.dp_rank == 0
     source = torch.tensor([context.rank if speaks else 0], device=context.device)
     dist.all_reduce(source, op=dist.ReduceOp.MAX)
     spoken = [probe]

@@ -19,13 +19,14 @@ def collect_outputs(
     micro_batches: Iterator[dict[str, torch.Tensor]],
     num_microbatches: int,
 ) -> list[Any]:
-    """What `forward(batch, model)` gives for each micro-batch; an empty list before the last stage.
+    """What `forward(batch, model)` gives for each micro-batch; an empty list before the last
+    pipeline stage.
 
     model: the chunks of this rank. All ranks of a replica call this together. The model's
     train/eval mode is the caller's choice.
     """
     batches = list(itertools.islice(micro_batches, num_microbatches))
-    if len(model) > 1:  # interleaved stages take micro-batches in whole groups
+    if len(model) > 1:  # interleaved pipeline stages take micro-batches in whole groups
         group = get_model_config(model[0]).microbatch_group_size_per_vp_stage
         batches += batches[-1:] * (-num_microbatches % group)
 

@@ -75,9 +75,10 @@ def connect(
         # Given no number of items, Megatron-Core adds up the gradients and leaves the division to
         # the lines below: its own, in 0.16, waits for the device to see whether there is anything.
         finalize_model_grads(model, None, pg_collection=pg_collection, **named)
-        # Only the last stage counted the items: it tells the others, then the replicas add up.
-        stages = pg_collection.pp
-        dist.broadcast(num_items, dist.get_global_rank(stages, stages.size() - 1), group=stages)
+        # The last pipeline stage alone counted the items: it tells the others, then replicas add up.
+        pipeline = pg_collection.pp
+        last = dist.get_global_rank(pipeline, pipeline.size() - 1)
+        dist.broadcast(num_items, last, group=pipeline)
         dist.all_reduce(num_items, group=pg_collection.dp_cp)
         scaling = 1.0 / num_items.clamp(min=1)
         for chunk in model:
@@ -110,8 +111,8 @@ class Reporter:
         """(the totals, the number in `beside`, 0 for none). One collective, and one transfer to
         the host of all that a pass tells it; a stop signal of a score rank is passed on.
 
-        losses: what the micro-batches of the last stage reported, else empty. A value is [sum,
-        count]; equal on the tensor-parallel ranks of a replica. beside: scalar on the device.
+        losses: what the micro-batches of the last pipeline stage reported, else empty. A value is
+        [sum, count]; equal on the tensor-parallel ranks of a replica. beside: scalar on the device.
         """
         context = self._context
         # Stages before the last report no losses, but the vector has to be as long on every rank.
@@ -124,7 +125,7 @@ class Reporter:
         score = ScoreWork() if remote is None else remote.pop_work()
         # One rank of each replica counts its work; bad targets are seen where the loss is.
         speaks_for_input = loads and context.pp_rank == 0
-        speaks_for_loss = loads and context.is_last_stage
+        speaks_for_loss = loads and context.is_last_pipeline_stage
         values = [0.0] * (2 * len(self._names)) + [
             float(work.tokens) if speaks_for_input else 0.0,
             float(work.padding) if speaks_for_input else 0.0,

@@ -132,7 +132,7 @@ def check_order(send, unet, wait):
 def check_contents(got: Trace, folder: Path):
     """What a person looks for is there, inside the iteration, and agrees with the metrics."""
     assert got.names == {
-        0: "rank 0: decoder replica 0, stage 0, tensor 0",
+        0: "rank 0: decoder replica 0, pipeline stage 0, tensor 0",
         1: "rank 1: score rank 0 of replica 0",
     }
     (iteration,) = got.named(0, "iteration")

@@ -202,14 +202,14 @@ def frozen_backward(pp: int) -> tuple[int, int]:
     for module in model.decoder.modules():
         if type(module).__name__ == "ColumnParallelLinear":
             module.register_full_backward_hook(lambda *args: calls.append(1))
-    if not context.is_first_stage:
+    if not context.is_first_pipeline_stage:
         model.set_input_tensor([torch.randn(15, 3, HIDDEN_SIZE, requires_grad=True)])
     batch = micro_batch(0)
     output = model(
         batch["tokens"], batch["image_mask"], batch["padding_mask"], batch["pixel_values"]
     )
     trains = sum(p.requires_grad for p in model.parameters())
-    if context.is_last_stage:
+    if context.is_last_pipeline_stage:
         output["reconstruction"].sum().backward()
         assert not model.input_tensor.grad.any()
     platform.teardown()

@@ -14,8 +14,8 @@ from megatron_kosmosg.planning.launches import (
     update_launches,
 )
 from megatron_kosmosg.planning.model_counts import model_shares, whole_model
+from megatron_kosmosg.planning.pipeline_stage_cost import score_work
 from megatron_kosmosg.planning.rates import MOVED
-from megatron_kosmosg.planning.stage_cost import score_work
 from megatron_kosmosg.rehearsal.case import Case
 from megatron_kosmosg.stages import stage_facts
 from tests.support.rehearsals import Rehearsals

@@ -103,7 +103,10 @@ class FakeModel(MegatronModule):
 
     def __init__(self, config: TransformerConfig, context: ParallelContext, dropout: float) -> None:
         super().__init__(config)
-        self.pre_process, self.post_process = context.is_first_stage, context.is_last_stage
+        self.pre_process, self.post_process = (
+            context.is_first_pipeline_stage,
+            context.is_last_pipeline_stage,
+        )
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self._received: Tensor | None = None

@@ -46,7 +46,7 @@ def numbers_on_a_rank(index: int, parallel: Mapping, stable_diffusion: Path) -> 
                 _GoldenInstruct(weights, instruct, context), context, instruct_batches(golden)
             ),
         }
-        if context.is_first_stage:
+        if context.is_first_pipeline_stage:
             model = KosmosG(config, context, output_head=False)
             fill(model, context, weights)
             with torch.no_grad():

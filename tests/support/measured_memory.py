@@ -146,7 +146,7 @@ def measured_bytes(config: RunConfig, rows: int, length: int) -> dict[str, int]:
             connect(chunks, optimizer, stage.remote_score)
             frozen = []
             if (
-                config.stage == "instruct" and context.is_last_stage
+                config.stage == "instruct" and context.is_last_pipeline_stage
             ):  # read from files, unseen so far
                 frozen = [stage._diffusion.unet, stage._diffusion.vae]
             for module in [*chunks, *frozen]:

@@ -18,7 +18,7 @@ from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.fake_world import pretend_rank
 from megatron_kosmosg.planning.dry_run import describe
 from megatron_kosmosg.planning.pipeline_balance import with_default_layout
-from megatron_kosmosg.planning.stage_cost import score_work, stage_work
+from megatron_kosmosg.planning.pipeline_stage_cost import pipeline_stage_work, score_work
 from megatron_kosmosg.planning.workload import micro_batches
 from megatron_kosmosg.stages import stage_facts
 
@@ -40,7 +40,7 @@ def slowest(config, layout: str) -> float:
     stages = pipeline_stage_specs(config, stage_facts(config.stage).aligner_parts)
     for index, piece in enumerate(stages):
         is_last = index == len(stages) - 1
-        work = stage_work(config, piece, is_last, batch)
+        work = pipeline_stage_work(config, piece, is_last, batch)
         if is_last and config.stage == "instruct" and config.score.placement == "colocated":
             tp = config.parallel.tensor_model_parallel_size
             work = work + score_work(config, -(-batch.images // tp))

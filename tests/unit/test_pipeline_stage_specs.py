@@ -69,7 +69,7 @@ def test_interleaved_ranks_hold_several_stages_each() -> None:
     pieces = _pieces(8, 3, None, ("M",), virtual=2)
     assert [piece.num_decoder_layers for piece in pieces] == [2, 2, 1, 1, 1, 1]
     assert [piece.aligner_parts for piece in pieces] == [()] * 5 + [("M",)]
-    with pytest.raises(ConfigError, match="has 3 stages, it must have 6"):
+    with pytest.raises(ConfigError, match="has 3 pipeline stages, it must have 6"):
         _pieces(8, 3, "decoder*3|decoder*3|decoder*2,M", ("M",), virtual=2)
 
 
@@ -77,7 +77,7 @@ def test_a_run_with_an_unusable_layout_ends_before_it_starts(capsys) -> None:
     layout = "parallel.pipeline_layout=decoder|decoder"
     settings = ["stage=pretrain", "logging.output_dir=x", layout]
     assert main(settings) == exit_codes.BAD_INPUT
-    assert "has 2 stages, it must have 1" in capsys.readouterr().err
+    assert "has 2 pipeline stages, it must have 1" in capsys.readouterr().err
 
 
 def test_stage_that_would_hold_nothing_is_named() -> None:

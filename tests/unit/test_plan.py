@@ -22,7 +22,7 @@ from megatron_kosmosg.planning.estimate import estimate
 from megatron_kosmosg.planning.gpus import GPUS, Efficiency
 from megatron_kosmosg.planning.memory import RankMemory, decoder_memory, unet_bytes
 from megatron_kosmosg.planning.model_counts import build_shards, model_shares, whole_model
-from megatron_kosmosg.planning.stage_cost import score_work, stage_work
+from megatron_kosmosg.planning.pipeline_stage_cost import pipeline_stage_work, score_work
 from megatron_kosmosg.planning.workload import MicroBatch, micro_batches
 from tests.support.measured_memory import measured_bytes
 from tests.support.ranks import run_ranks
@@ -102,7 +102,7 @@ def test_work_of_every_module_is_what_its_real_forward_pass_counts():
     config = full_size("align", "parallel.tensor_model_parallel_size=1")
     (spec,) = model_shares(config, whole_model(config)).specs
     batch = MicroBatch(images=1, rows=1, length=215, prompt_images=2)
-    work = {w.module: w.forward for w in stage_work(config, spec, True, batch)}
+    work = {w.module: w.forward for w in pipeline_stage_work(config, spec, True, batch)}
 
     def empty(*shape):
         return torch.empty(*shape, device="meta")

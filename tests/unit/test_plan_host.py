@@ -28,7 +28,7 @@ from megatron_kosmosg.planning.model_counts import (
     trained_and_frozen,
     whole_model,
 )
-from megatron_kosmosg.planning.stage_cost import stage_work
+from megatron_kosmosg.planning.pipeline_stage_cost import pipeline_stage_work
 from megatron_kosmosg.planning.workload import MicroBatch, micro_batches
 from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.training.setup import build_trained
@@ -184,7 +184,7 @@ def test_adapters_and_frozen_weights_cost_what_their_real_passes_count():
     config = load_config("instruct_256gpu", [*settings, "parallel.sequence_parallel=false"])
     (spec,) = model_shares(config, whole_model(config)).specs
     batch = MicroBatch(images=1, rows=1, length=215, prompt_images=2)
-    work = {each.module: each for each in stage_work(config, spec, True, batch)}
+    work = {each.module: each for each in pipeline_stage_work(config, spec, True, batch)}
     with pretend_rank(rank_grid(config, 1), 0) as context:
         model = KosmosG(config, context, output_head=False, aligner_parts=("M",))
         model.requires_grad_(False)

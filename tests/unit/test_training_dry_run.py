@@ -112,8 +112,8 @@ def test_rank_table_follows_megatrons_order():
         ],
     )
     assert rank_table(rank_grid(config, 8)).splitlines()[1:] == [
-        "  replica 0: stage 0: ranks 0, 1 -> stage 1: ranks 4, 5",
-        "  replica 1: stage 0: ranks 2, 3 -> stage 1: ranks 6, 7",
+        "  replica 0: pipeline stage 0: ranks 0, 1 -> pipeline stage 1: ranks 4, 5",
+        "  replica 1: pipeline stage 0: ranks 2, 3 -> pipeline stage 1: ranks 6, 7",
     ]
 
 
@@ -148,5 +148,5 @@ def test_interleaved_stages_are_counted_on_their_ranks():
     assert held == sum(
         rank.trainable + rank.frozen for rank in count_model(full_size("pretrain", *plain)).ranks
     )
-    with pytest.raises(ConfigError, match="interleaved stages are not planned"):
+    with pytest.raises(ConfigError, match="interleaved pipeline stages are not planned"):
         make_plan(interleaved, 256, GPUS["h100-80"], Efficiency(), [])

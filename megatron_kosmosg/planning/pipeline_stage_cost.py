@@ -24,7 +24,7 @@ from megatron_kosmosg.planning.workload import MicroBatch
 from megatron_kosmosg.stages import stage_facts
 
 
-def stage_work(
+def pipeline_stage_work(
     config: RunConfig, spec: PipelineStageSpec, is_last: bool, batch: MicroBatch
 ) -> list[ModuleWork]:
     """The modules on a rank of one pipeline stage, the frozen U-Net left out."""
@@ -103,8 +103,10 @@ def needed_flops(
     for batch, times in Counter(batches).items():
         done = [
             (work, 1 if work.module in _WHOLE else world.tp_size, once_more * _recomputed(work))
-            for stage, spec in enumerate(specs)
-            for work in stage_work(config, spec, stage == world.pp_size - 1, batch)
+            for pipeline_stage, spec in enumerate(specs)
+            for work in pipeline_stage_work(
+                config, spec, pipeline_stage == world.pp_size - 1, batch
+            )
         ]
         if stage_facts(config.stage).has_unet:
             again = config.score.recompute
@@ -129,7 +131,7 @@ def _recomputed(work: ModuleWork) -> float:
 
 
 @dataclass(frozen=True)
-class StageCost:
+class PipelineStageCost:
     """What one update costs a rank of a pipeline stage."""
 
     forward: list[float]
@@ -147,22 +149,23 @@ class StageCost:
     """The same of the last one, behind which gradients are exchanged; the U-Net comes before."""
 
 
-def stage_cost(
+def pipeline_stage_cost(
     config: RunConfig,
     world: RankGrid,
-    stage: int,
+    pipeline_stage: int,
     spec: PipelineStageSpec,
     batches: list[MicroBatch],
     gpu: Gpu,
     rates: Rates,
-) -> StageCost:
-    """The cost of pipeline stage `stage`; the U-Net is part of it only where it is colocated."""
-    is_last = stage == world.pp_size - 1
-    neighbours = (stage > 0) + (not is_last)
+) -> PipelineStageCost:
+    """The cost of pipeline stage `pipeline_stage`; the U-Net is part of it only where it is
+    colocated."""
+    is_last = pipeline_stage == world.pp_size - 1
+    neighbours = (pipeline_stage > 0) + (not is_last)
     has_unet = stage_facts(config.stage).has_unet
     scores_itself = is_last and has_unet and not world.score_ranks_per_unit
-    tensor_wire = comm.group_gb_s(world.tensor_group(0, stage), gpu)
-    stage_wire = comm.group_gb_s(world.pipeline_group(0, 0), gpu)
+    tensor_wire = comm.group_gb_s(world.tensor_group(0, pipeline_stage), gpu)
+    pipeline_wire = comm.group_gb_s(world.pipeline_group(0, 0), gpu)
     forward, backward = [], []
     parts = dict.fromkeys(("forward", "backward", "score", "tensor", "pipeline", "launches"), 0.0)
     sent = dict.fromkeys(("tensor", "pipeline", "score_link"), 0.0)
@@ -171,7 +174,15 @@ def stage_cost(
     for index, batch in enumerate(batches):
         if batch not in known:
             known[batch] = _pass_cost(
-                config, world, spec, is_last, scores_itself, batch, tensor_wire, stage_wire, rates
+                config,
+                world,
+                spec,
+                is_last,
+                scores_itself,
+                batch,
+                tensor_wire,
+                pipeline_wire,
+                rates,
             )
         cost = known[batch]
         computed = (
@@ -192,7 +203,7 @@ def stage_cost(
         sent["pipeline"] += neighbours * cost.boundary_sent
         if is_last and world.score_ranks_per_unit:
             sent["score_link"] += comm.score_link_traffic(config, batch.images).sent
-    return StageCost(forward, backward, parts, sent, first_forward, last_backward)
+    return PipelineStageCost(forward, backward, parts, sent, first_forward, last_backward)
 
 
 @dataclass(frozen=True)
@@ -220,10 +231,10 @@ def _pass_cost(
     scores_itself: bool,
     batch: MicroBatch,
     tensor_wire: float,
-    stage_wire: float,
+    pipeline_wire: float,
     rates: Rates,
 ) -> _PassCost:
-    work = stage_work(config, spec, is_last, batch)
+    work = pipeline_stage_work(config, spec, is_last, batch)
     scored = score_work(config, -(-batch.images // world.tp_size)) if scores_itself else []
     ahead, back = launches(config, spec, is_last, batch.prompt_images)
     if scores_itself:
@@ -238,7 +249,7 @@ def _pass_cost(
         score_back=sum(rates.seconds(w, w.backward) for w in scored),
         launching=(rates.launching(ahead), rates.launching(back)),
         tensor=[t.seconds(tensor_wire, rates.efficiency, world.tp_size) for t in exchanged],
-        boundary=handed.seconds(stage_wire, rates.efficiency),
+        boundary=handed.seconds(pipeline_wire, rates.efficiency),
         tensor_sent=sum(traffic.sent for traffic in exchanged),
         boundary_sent=handed.sent,
     )
