@@ -19,7 +19,7 @@ from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.planning.estimate import estimate
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu, gpu_named
-from megatron_kosmosg.planning.joined import Joined, joined_ranks, own_servers, play_joined
+from megatron_kosmosg.planning.joined import Joined, joined_ranks, play_joined, unit_servers
 from megatron_kosmosg.planning.model_counts import ModelShares, model_shares, whole_model
 from megatron_kosmosg.planning.pipeline_stage_cost import pipeline_stage_cost
 from megatron_kosmosg.planning.rates import Rates
@@ -69,7 +69,7 @@ def compare(
     rates = Rates(gpu, config.training.precision, efficiency)
     scored = score_share(config, world, len(batches))
     cost = pipeline_stage_cost(config, world, 0, shares.specs[0], batches, gpu, rates)
-    own = own_servers(config, world, scored, rates)
+    own = unit_servers(config, world, scored, rates)
     played = play_joined(config, world, [cost], scored, rates, joined)
     rest = planned.seconds - played.timeline.seconds  # exchange of gradients, optimizer
 

@@ -136,7 +136,7 @@ class Fleet:
 
     def _ask(self, replica: int, rows: Rows) -> int:
         request = Request(Kind.GRADIENT, rows, torch.zeros(0), torch.ones(()))
-        number = self._rosters[replica].ask(request)
+        number = self._rosters[replica].submit(request)
         self._give(replica)
         return number
 

@@ -188,7 +188,7 @@ def zeromq_client(pipe: Connection, times: int) -> tuple[list[float], float, int
     rows, scale = Rows(tuple(range(ROWS)), (0,) * ROWS), torch.ones(())
 
     def ask(condition: torch.Tensor) -> int:
-        return fleet.ask(Request(Kind.GRADIENT, rows, condition, scale), lambda: True)
+        return fleet.submit(Request(Kind.GRADIENT, rows, condition, scale), lambda: True)
 
     measured = measure(ask, lambda number: fleet.take(number).payload, times)
     fleet.close(RunEnd.DONE)

@@ -55,8 +55,8 @@ class CommandParser(argparse.ArgumentParser):
             advice = self._nearest(wrong.split()[0]) or advice
         sys.exit(report(f"{message}; {advice}"))
 
-    def _in_new_spelling(self, given: Sequence[str] | None) -> list[str]:
-        words = list(sys.argv[1:] if given is None else given)
+    def _in_new_spelling(self, args: Sequence[str] | None) -> list[str]:
+        words = list(sys.argv[1:] if args is None else args)
         for i, word in enumerate(words):
             if word == "--":
                 break

@@ -109,7 +109,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def own_folder(path: Path) -> Path:
+def real_folder(path: Path) -> Path:
     """The folder `path`, made if need be, for files that are going to be replaced and deleted.
 
     Raises OSError where it is a link: they would be replaced and deleted in a folder of another

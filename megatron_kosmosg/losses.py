@@ -111,6 +111,6 @@ def reconstruction_loss(
     error = (reconstruction.float() - hidden.float()).square()
     if padding_mask is None:
         return num_queries / hidden.shape[1] * error.mean(dim=(1, 2)).sum()
-    own = (~padding_mask).sum(dim=1)
-    errors = error.mean(dim=2).masked_fill(padding_mask, 0).sum(dim=1) / own
-    return (num_queries / own * errors).sum()
+    num_valid = (~padding_mask).sum(dim=1)
+    errors = error.mean(dim=2).masked_fill(padding_mask, 0).sum(dim=1) / num_valid
+    return (num_queries / num_valid * errors).sum()

@@ -41,7 +41,7 @@ from megatron_kosmosg.terminal_text import printable_lines
 if TYPE_CHECKING:
     from megatron_kosmosg.monitoring.notice import Notices
     from megatron_kosmosg.monitoring.run_owner import RunOwner
-    from megatron_kosmosg.score.own_process import OwnProcess
+    from megatron_kosmosg.score.child_process import OwnProcess
 
 DESCRIPTION = """\
 Trains one stage (pretrain, align or instruct) of KOSMOS-G. Start it with `kosmosg launch` or srun,
@@ -113,7 +113,7 @@ def run(config: RunConfig) -> int:
     On a score rank this returns in a child process alone.
     """
     started = time.time()
-    own_process = _be_apart(config)
+    child_process = _be_apart(config)
     _quieten_libraries()
     from megatron_kosmosg.monitoring.failure import (
         exit_code_of,
@@ -122,20 +122,20 @@ def run(config: RunConfig) -> int:
     )
     from megatron_kosmosg.monitoring.run_owner import RunFolderTaken
     from megatron_kosmosg.parallel import platform
-    from megatron_kosmosg.score.own_process import ScoreRankLost
+    from megatron_kosmosg.score.child_process import ScoreRankLost
 
     try:
         with _owner(config) as owner, ExitStack() as at_end:
             notices = _notices(config, owner)
             notices.started()
             try:
-                code = _train(config, started, owner, own_process, at_end)
+                code = _train(config, started, owner, child_process, at_end)
             except RunFolderTaken:
                 raise  # the folder is another's: nothing is written there
             except ScoreRankLost as lost:
                 report_lost_rank(output_folder(config), str(lost), lost.__cause__ or lost)
-                assert own_process is not None
-                own_process.is_lost()
+                assert child_process is not None
+                child_process.is_lost()
                 code = exit_codes.DONE  # a task that fails would end the others
             except (Exception, KeyboardInterrupt) as error:
                 # Before the groups are left: the others then fail, and this error is the cause.
@@ -156,7 +156,7 @@ def run(config: RunConfig) -> int:
 def _be_apart(config: RunConfig) -> OwnProcess | None:
     """Lets a score rank work in a child, before anything is loaded; None for other ranks."""
     from megatron_kosmosg.config.rank_grid import has_score_ranks, rank_grid
-    from megatron_kosmosg.score.own_process import go_on_as_child
+    from megatron_kosmosg.score.child_process import go_on_as_child
     from megatron_kosmosg.score.run_watch import RunWatch
 
     if not has_score_ranks(config):
@@ -194,7 +194,7 @@ def _train(
     config: RunConfig,
     started: float,
     owner: RunOwner | None,
-    own_process: OwnProcess | None,
+    child_process: OwnProcess | None,
     at_end: ExitStack,
 ) -> int:
     """Trains, and returns the exit code. What is put on `at_end` is closed when a failure has been
@@ -215,8 +215,8 @@ def _train(
         planned = plan_the_run(config, find_rank_info().world_size)
     if platform.holds_unet_alone(config):
         rank = join_as_score_rank(config)
-        assert own_process is not None
-        own_process.has_joined(rank.start)
+        assert child_process is not None
+        child_process.has_joined(rank.start)
         finished = run_score_rank(config, rank)
     else:
         context = platform.initialize(config)

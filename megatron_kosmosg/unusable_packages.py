@@ -112,7 +112,7 @@ class _BeforeReaders(MetaPathFinder):
             sys.meta_path.remove(self)
             for unusable in hide_unusable():
                 if unusable.repair:
-                    _say(unusable)
+                    _warn(unusable)
 
 
 def _why_not(package: _Package) -> str | None:
@@ -121,8 +121,8 @@ def _why_not(package: _Package) -> str | None:
             importlib.import_module("torch")  # whose libraries the extensions are linked with
             importlib.import_module(module)
         except Exception as error:  # noqa: BLE001 - it fails with whatever its parts raise
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-            return f"{meaning} ({said})" if meaning else said
+            message = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            return f"{meaning} ({message})" if meaning else message
     return None
 
 
@@ -137,7 +137,7 @@ def _hide(name: str) -> None:
     sys.modules[name] = None  # type: ignore[assignment]  # typeshed knows modules only
 
 
-def _say(unusable: Unusable) -> None:
+def _warn(unusable: Unusable) -> None:
     from megatron_kosmosg.launcher import is_first_rank
 
     if is_first_rank():

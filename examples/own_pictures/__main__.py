@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.command_line import CommandParser, existing_folder, file_path, report
 from megatron_kosmosg.construction.sources import ENDINGS, plain_key
-from megatron_kosmosg.files import own_folder, write_text
+from megatron_kosmosg.files import real_folder, write_text
 
 CAMERA_NAMES = {"dsc", "dscf", "dscn", "image", "img", "mvimg", "photo", "pict", "picture", "pxl"}
 """What cameras call their files, which says nothing of what is in them."""
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = describe(args.pictures)
     except ValueError as error:
         return report(str(error))
-    output = own_folder(args.output)
+    output = real_folder(args.output)
     _write(output / "annotations.jsonl", [_annotation(each) for each in found])
     _write(
         output / "captions.jsonl",

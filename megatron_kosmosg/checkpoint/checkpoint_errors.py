@@ -29,7 +29,7 @@ class DamagedCheckpoint(Exception):
     """A checkpoint has its files in full, but their content cannot be read."""
 
 
-def load_state(path: Path, wanted: dict[str, Any], strategy: Any = None) -> dict[str, Any]:
+def load_state(path: Path, sharded_state: dict[str, Any], strategy: Any = None) -> dict[str, Any]:
     """What `dist_checkpointing.load` returns.
 
     Raises, on all ranks or on none, DamagedCheckpoint for tensors that cannot be read and
@@ -41,7 +41,7 @@ def load_state(path: Path, wanted: dict[str, Any], strategy: Any = None) -> dict
     read_description(path)
     read_common(path)
     try:
-        return dist_checkpointing.load(wanted, str(path), strategy)
+        return dist_checkpointing.load(sharded_state, str(path), strategy)
     except CheckpointException as error:
         if error.args[0] == "read":
             raise DamagedCheckpoint(f"{path} cannot be read: {_cause(error)}") from error

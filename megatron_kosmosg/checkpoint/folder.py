@@ -117,11 +117,11 @@ def set_aside(folder: Path) -> None:
     folder.rename(aside)
 
 
-def find_checkpoint(path: Path, given_as: str = "checkpoint.load=") -> Path:
+def find_checkpoint(path: Path, option: str = "checkpoint.load=") -> Path:
     """The checkpoint meant by a run folder, a checkpoint folder or an `iter_` folder.
 
     Args:
-        given_as: how the user named it.
+        option: what the user gave the path to, for messages, as "--run ".
 
     Raises ConfigError if there is no whole checkpoint.
     """
@@ -129,14 +129,14 @@ def find_checkpoint(path: Path, given_as: str = "checkpoint.load=") -> Path:
         problem = damage(path)
         if problem is None:
             return path
-        raise ConfigError(f"{given_as}{path} is damaged: {problem}; give another checkpoint")
+        raise ConfigError(f"{option}{path} is damaged: {problem}; give another checkpoint")
     for save in (path, path / "checkpoints"):
         found = latest_valid(save)
         if found is not None:
             return found
     advice = how_to_import(path)
     raise ConfigError(
-        f"{given_as}{path}: no finished checkpoint (iter_*/{COMPLETE_FILE}) there or in "
+        f"{option}{path}: no finished checkpoint (iter_*/{COMPLETE_FILE}) there or in "
         f"{path / 'checkpoints'}" + (f"; {advice}" if advice else "")
     )
 

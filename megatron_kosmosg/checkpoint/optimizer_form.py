@@ -46,21 +46,21 @@ class FormChange:
         """Where float32 weights are to be put that the checkpoint has in the model alone:
         {parameter: key of the model's}."""
 
-    def ask(self, wanted: dict[str, Any]) -> None:
-        """Makes of `wanted`, the state that this run would load, what the checkpoint has."""
+    def adapt_request(self, sharded_state: dict[str, Any]) -> None:
+        """Makes of `sharded_state`, which this run would load, what the checkpoint has."""
         if self._saved == self._current or self._current == "float32":
             return
-        optimizer, own = wanted["optimizer"], _WEIGHTS[self._current]
+        optimizer, prefix = sharded_state["optimizer"], _WEIGHTS[self._current]
         if self._saved == "float32" and self._current == "distributed":
             for parameter, entries in optimizer["param_state"].items():
-                self._weights[parameter] = entries.pop("param").key.removeprefix(own)
+                self._weights[parameter] = entries.pop("param").key.removeprefix(prefix)
             return
         for entry in _sharded(nested_values(optimizer)):
-            if entry.key.startswith(own):
-                entry.key = _WEIGHTS.get(self._saved, "") + entry.key.removeprefix(own)
+            if entry.key.startswith(prefix):
+                entry.key = _WEIGHTS.get(self._saved, "") + entry.key.removeprefix(prefix)
 
-    def take(self, wanted: dict[str, Any], loaded: dict[str, Any]) -> None:
-        """Makes of `loaded`, which was read for `wanted`, what this run's optimizer loads."""
+    def adapt_loaded(self, sharded_state: dict[str, Any], loaded: dict[str, Any]) -> None:
+        """Makes of `loaded`, read for `sharded_state`, what this run's optimizer loads."""
         if self._saved == self._current:
             return
         optimizer = loaded["optimizer"]
@@ -72,7 +72,7 @@ class FormChange:
             _take_groups(optimizer.setdefault("optimizer", {}), groups)
         if self._current == "distributed":
             optimizer["param_state_sharding_type"] = self._sharding_type
-            values = _model_values(wanted, loaded) if self._weights else {}
+            values = _model_values(sharded_state, loaded) if self._weights else {}
             for parameter, key in self._weights.items():
                 optimizer["param_state"][parameter]["param"] = values[key]
 
@@ -89,10 +89,10 @@ def _take_groups(state: dict[str, Any], saved: list[dict[str, Any]]) -> None:
     ]
 
 
-def _model_values(wanted: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
+def _model_values(sharded_state: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
     return {
         entry.key: loaded[part][name]
-        for part, entries in wanted.items()
+        for part, entries in sharded_state.items()
         if part.startswith(MODEL)
         for name, entry in entries.items()
         if isinstance(entry, ShardedBase)

@@ -73,23 +73,23 @@ def set_num_updates(optimizer: MegatronOptimizer, num_updates: int) -> None:
                     part.state[parameter]["step"].fill_(num_updates)
 
 
-def drop_own_settings(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+def drop_local_settings(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Takes out of `state`, which is to be saved, what an optimizer on the host adds to its groups:
     classes, which are no plain data, and how it works."""
     for inner in _on_host(optimizer):
         for group in state["optimizer"]["param_groups"]:
-            for name in _own_settings(inner):
+            for name in _local_settings(inner):
                 group.pop(name, None)
 
 
-def add_own_settings(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+def add_local_settings(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Puts it back into `state`, which was loaded and is to be handed to `optimizer`."""
     for inner in _on_host(optimizer):
         for group in state["optimizer"]["param_groups"]:
-            group.update(_own_settings(inner))
+            group.update(_local_settings(inner))
 
 
-def _own_settings(inner: HybridDeviceOptimizer) -> dict[str, Any]:
+def _local_settings(inner: HybridDeviceOptimizer) -> dict[str, Any]:
     return {key: value for key, value in inner.defaults.items() if key not in _HYPER_PARAMETERS}
 
 

@@ -124,5 +124,5 @@ def check_archive(file: BinaryIO | io.RawIOBase, length: int) -> None:
 def _short(error: BaseException) -> str:
     """The cause alone: torch adds advice on how to run what the file holds."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith(("WeightsUnpickler error", "Unsupported"))]
-    return (told or lines or [type(error).__name__])[0]
+    causes = [line for line in lines if line.startswith(("WeightsUnpickler error", "Unsupported"))]
+    return (causes or lines or [type(error).__name__])[0]

@@ -29,8 +29,8 @@ from megatron_kosmosg.checkpoint.checkpoint_errors import explain_write_errors, 
 from megatron_kosmosg.checkpoint.layout_signature import compare_layouts, layout_signature
 from megatron_kosmosg.checkpoint.optimizer_form import FormChange
 from megatron_kosmosg.checkpoint.optimizer_state import (
-    add_own_settings,
-    drop_own_settings,
+    add_local_settings,
+    drop_local_settings,
     restore_settings,
     set_num_updates,
 )
@@ -136,24 +136,24 @@ class Checkpointer:
         strategy = get_default_load_sharded_strategy(str(path))
         if self._context.dp_size > 1:
             strategy = FullyParallelLoadStrategyWrapper(strategy, self._context.dp_group)
-        wanted = self._state(TrainingProgress(), is_loading=True)
+        sharded_state = self._state(TrainingProgress(), is_loading=True)
         if not same_layout:
-            del wanted["rng"]
+            del sharded_state["rng"]
         if self._average is not None and AVERAGE not in common:
-            del wanted[AVERAGE]
+            del sharded_state[AVERAGE]
             notes.append(
                 "the checkpoint holds no average of the weights (optimizer.ema_decay): it begins "
                 "with the checkpoint's weights"
             )
         form = FormChange(saved_config, self._config, OPTIMIZER_SHARDING)
-        form.ask(wanted)
-        loaded = load_state(path, wanted, strategy)
-        form.take(wanted, loaded)
+        form.adapt_request(sharded_state)
+        loaded = load_state(path, sharded_state, strategy)
+        form.adapt_loaded(sharded_state, loaded)
         set_model_state(self._chunks, loaded)
         progress = TrainingProgress(**loaded["progress"])
         settings = self._config.optimizer
         adopt_learning_rates(loaded["optimizer"], settings.lr, settings.min_lr)
-        add_own_settings(self._optimizer, loaded["optimizer"])
+        add_local_settings(self._optimizer, loaded["optimizer"])
         with torch.no_grad():  # Megatron-Core copies into fp32 parameters in place
             self._optimizer.load_state_dict(loaded["optimizer"])
         restore_settings(self._config, self._optimizer, progress.updates)
@@ -204,7 +204,7 @@ class Checkpointer:
         optimizer = self._optimizer.sharded_state_dict(
             flat, is_loading=is_loading, metadata=metadata
         )
-        drop_own_settings(self._optimizer, optimizer)
+        drop_local_settings(self._optimizer, optimizer)
         return {
             **models,
             **({AVERAGE: average.state(models, is_loading=is_loading)} if average else {}),

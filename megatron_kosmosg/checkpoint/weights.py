@@ -41,8 +41,8 @@ def model_state(chunks: list[torch.nn.Module], metadata: dict) -> dict[str, Shar
 def set_model_state(chunks: list[torch.nn.Module], state: dict[str, dict]) -> None:
     """Loads what `dist_checkpointing.load` returned for `model_state`; every tensor must match."""
     for index, chunk in enumerate(chunks):
-        own = chunk.state_dict()
-        extra = {name: value for name, value in own.items() if name.endswith("_extra_state")}
+        current = chunk.state_dict()
+        extra = {name: value for name, value in current.items() if name.endswith("_extra_state")}
         chunk.load_state_dict({**extra, **state[f"{MODEL}{index}"]}, strict=True)
 
 
@@ -79,18 +79,18 @@ def load_weights(
         for key in read_description(path).state_dict_metadata
         if not key.startswith(NOT_MODEL) and "_extra_state" not in key
     }
-    wanted_keys = _keys_of_all_ranks(state)
-    started = {key for key in wanted_keys - stored if key.endswith(tuple(new))}
-    _check_keys(path, written_by, wanted_keys - started, stored, tuple(absent), tuple(unused))
+    model_keys = _keys_of_all_ranks(state)
+    started = {key for key in model_keys - stored if key.endswith(tuple(new))}
+    _check_keys(path, written_by, model_keys - started, stored, tuple(absent), tuple(unused))
     kept = [_split(part, stored) for part in state.values()]
-    wanted = {name: found for name, (found, _) in zip(state, kept, strict=True)}
+    sharded_state = {name: found for name, (found, _) in zip(state, kept, strict=True)}
     try:
-        loaded = load_state(path, wanted)
+        loaded = load_state(path, sharded_state)
     except DamagedCheckpoint as error:
         raise ConfigError(f"{error}; set checkpoint.load to another checkpoint") from error
     for index, (chunk, (_, missing)) in enumerate(zip(chunks, kept, strict=True)):
-        own = chunk.state_dict()
-        loaded.setdefault(f"model{index}", {}).update({name: own[name] for name in missing})
+        current = chunk.state_dict()
+        loaded.setdefault(f"model{index}", {}).update({name: current[name] for name in missing})
     set_model_state(chunks, loaded)
 
 

@@ -20,7 +20,7 @@ _PARTS = {
 _WHOLE_MODEL = (".safetensors", ".ckpt")
 _REWRITE = (
     'python -c "from diffusers import StableDiffusionPipeline as P; '
-    "P.{reader}('{given}', {settings}safety_checker=None).save_pretrained('NEW')\""
+    "P.{reader}('{path}', {settings}safety_checker=None).save_pretrained('NEW')\""
 )
 
 
@@ -46,7 +46,7 @@ def one_file_advice(path: str) -> str | None:
     """What to do with a whole Stable Diffusion in one file; None where `path` is none."""
     if not path.endswith(_WHOLE_MODEL) or not Path(path).is_file():
         return None
-    command = _REWRITE.format(reader="from_single_file", given=path, settings="")
+    command = _REWRITE.format(reader="from_single_file", path=path, settings="")
     return (
         "is one file; a folder in diffusers' layout is needed. Make it once (it asks the internet "
         f"for the model's settings): {command}, and give NEW"
@@ -59,7 +59,7 @@ def pickles_advice(part: Path) -> str | None:
     if not any(part.glob("*.bin")):
         return None
     command = _REWRITE.format(
-        reader="from_pretrained", given=part.parent, settings="use_safetensors=False, "
+        reader="from_pretrained", path=part.parent, settings="use_safetensors=False, "
     )
     return (
         "has its weights as pickles (.bin) alone; where you trust them, write the folder once as "

@@ -17,19 +17,21 @@ def known_keys() -> list[str]:
     return [name for name, _ in _schema_leaves(RunConfig, "")]
 
 
-def refuse_unknown_keys(source: str, given: Any, schema: Any = RunConfig, prefix: str = "") -> None:
+def refuse_unknown_keys(
+    source: str, settings: Any, schema: Any = RunConfig, prefix: str = ""
+) -> None:
     """Raises ConfigError for a name that does not exist, and for a plain value where settings
     belong.
 
     Args:
         source: where the settings stand, for the message.
-        given: settings as nested mappings, such as a YAML file has.
+        settings: as nested mappings, such as a YAML file has.
         schema: the dataclass that says which names there are: RunConfig, or a section of it, since
             this calls itself for each section.
         prefix: dotted name of the section with a dot behind it; empty for the whole config.
     """
     hints = typing.get_type_hints(schema)
-    for name, value in given.items():
+    for name, value in settings.items():
         key = f"{prefix}{name}"
         if name not in hints:
             raise ConfigError(f"{source}: unknown key {key}{_suggest(key)}")

@@ -103,7 +103,7 @@ def is_saved_config(path: Path) -> bool:
         return False
 
 
-def given_keys(path: str | Path | None, overrides: list[str]) -> set[str]:
+def configured_keys(path: str | Path | None, overrides: list[str]) -> set[str]:
     """Dotted keys that the file (with what it includes) or an override sets; no defaults."""
     return {
         key for _, layer in _layers(path, overrides, _silently) for key, _ in _flat_items(layer, "")

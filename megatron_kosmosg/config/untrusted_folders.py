@@ -72,8 +72,8 @@ def check_model_config(path: Path) -> None:
     for key, value in _items(_read(path)):
         if key not in _ATTENTION_KEYS:
             continue
-        asked = list(value.values()) if isinstance(value, dict) else [value]
-        for name in asked:
+        implementations = list(value.values()) if isinstance(value, dict) else [value]
+        for name in implementations:
             if name not in _ATTENTION:
                 raise ConversionError(
                     f"{path} asks for the attention implementation {name!r}, which may be code "

@@ -100,11 +100,11 @@ def _check_numbers(config: RunConfig) -> None:
 
 
 def _check_world_size(config: RunConfig, world_size: int) -> None:
-    wanted = config.parallel.world_size
-    if wanted is not None and wanted != world_size:
+    planned = config.parallel.world_size
+    if planned is not None and planned != world_size:
         raise ConfigError(
-            f"this run was started with {world_size} ranks but parallel.world_size={wanted}; "
-            f"start {wanted} ranks or set parallel.world_size={world_size} (null takes any number)"
+            f"this run was started with {world_size} ranks but parallel.world_size={planned}; "
+            f"start {planned} ranks or set parallel.world_size={world_size} (null takes any number)"
         )
 
 
@@ -151,8 +151,8 @@ def _check_performance(config: RunConfig) -> None:
 def _check_lora(config: RunConfig, facts: StageFacts) -> None:
     lora = config.lora
     if lora.rank < 0 or lora.alpha <= 0:
-        given = f"lora.rank={lora.rank}, lora.alpha={lora.alpha:g}"
-        raise ConfigError(f"{given}: the rank must be 0 (no adapters) or more, alpha above 0")
+        settings = f"lora.rank={lora.rank}, lora.alpha={lora.alpha:g}"
+        raise ConfigError(f"{settings}: the rank must be 0 (no adapters) or more, alpha above 0")
     if not lora.rank:
         return
     if facts.name != "instruct":

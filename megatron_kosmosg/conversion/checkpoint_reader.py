@@ -55,7 +55,7 @@ class CheckpointTensors:
             ema: read the averages of the weights (float32) in place of those that trained.
         """
         try:
-            self.path = find_checkpoint(Path(folder), given_as="")
+            self.path = find_checkpoint(Path(folder), option="")
             self.config = load_saved_config(self.path / CONFIG_FILE)
         except ConfigError as error:
             raise ConversionError(str(error)) from None

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_kosmosg.config.errors import ConversionError
-from megatron_kosmosg.config.load import given_keys
+from megatron_kosmosg.config.load import configured_keys
 from megatron_kosmosg.config.schema import ModelConfig, RunConfig
 from megatron_kosmosg.conversion.authors import authors_table, has_fused_vision, stage_of
 from megatron_kosmosg.conversion.checkpoint_writer import (
@@ -131,7 +131,7 @@ def _config(
     if not any(name.startswith(TOWER) for name in shapes):
         raise ConversionError("there is no image tower in it; add --vision ViT-L-14-sd.pt")
     overrides = list(job.overrides)
-    configured = given_keys(job.config_file, overrides)
+    configured = configured_keys(job.config_file, overrides)
     found = {"stage": stage, **sizes(shapes, stage)}
     found |= head_counts(found, stage, file.option("decoder_attention_heads"), configured)
     if stage_facts(stage).aligner_parts:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kosmosg.config.errors import ConversionError
-from megatron_kosmosg.config.load import flatten, given_keys, load_config
+from megatron_kosmosg.config.load import configured_keys, flatten, load_config
 from megatron_kosmosg.config.schema import ModelConfig
 from megatron_kosmosg.conversion.rules import RuleTable, split_layer
 from megatron_kosmosg.conversion.stored_names import EMBEDDING, TOWER
@@ -109,7 +109,7 @@ def refuse_contradictions(
     config_file: Path | None, overrides: list[str], found: Mapping[str, Any]
 ) -> None:
     """Raises ConversionError when the config file or an override contradicts what was found."""
-    configured = given_keys(config_file, overrides)
+    configured = configured_keys(config_file, overrides)
     needed = [f"{key}={found[key]}" for key in found if key not in configured]
     stated = flatten(load_config(config_file, [*needed, "logging.output_dir=unused", *overrides]))
     wrong = [

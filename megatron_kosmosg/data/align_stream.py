@@ -95,16 +95,18 @@ class AlignStream:
         if self._packs:
             return max(len(sample.tokens) for sample in samples)
         longest = 0
-        which, ordinals = self._blend.take(np.asarray(global_positions))
+        dataset_indices, ordinals = self._blend.take(np.asarray(global_positions))
         for i, name in enumerate(self._blend.names):
-            mine = which == i
-            if not mine.any():
+            in_dataset = dataset_indices == i
+            if not in_dataset.any():
                 continue
-            indices = self._orders[name].take(ordinals[mine])
+            indices = self._orders[name].take(ordinals[in_dataset])
             lengths = self._stores[name].part_lengths(indices, self._captions[name].tokens)
             for place in np.flatnonzero(lengths > self._max_tokens).tolist():
-                position = int(np.asarray(global_positions)[mine][place])
-                lengths[place] = self._first_that_fits(name, int(ordinals[mine][place]), position)
+                position = int(np.asarray(global_positions)[in_dataset][place])
+                lengths[place] = self._first_that_fits(
+                    name, int(ordinals[in_dataset][place]), position
+                )
             longest = max(longest, int(lengths.max()))
         return 1 + longest
 

@@ -16,12 +16,12 @@ class TooManyBadImages(ValueError):
 
 
 def report_bad_image(
-    dataset: str, key: str, position: int, reason: str, outcome: str = "replaced"
+    dataset: str, key: str, position: int, reason: str, action: str = "replaced"
 ) -> None:
     """Names one bad image in the log, and what became of its sample."""
     logger.warning(
         "dataset %s, sample %s, stream position %d: bad image %s: %s",
-        *(dataset, key, position, outcome, reason),
+        *(dataset, key, position, action, reason),
     )
 
 

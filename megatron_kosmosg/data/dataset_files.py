@@ -39,5 +39,6 @@ def files_read(config: RunConfig, *, of_shards: bool = True) -> list[Path]:
 def folders_read(config: RunConfig) -> list[Path]:
     """Folders of models that a run of `config` may open."""
     model = config.model
-    given = [model.vision.path, model.clip_text.path, model.diffusion.path, config.evaluation.clip]
-    return [Path(path) for path in given if path is not None]
+    frozen = [model.vision.path, model.clip_text.path, model.diffusion.path]
+    configured = [*frozen, config.evaluation.clip]
+    return [Path(path) for path in configured if path is not None]

@@ -27,10 +27,10 @@ def decoding_reason(error: Exception) -> str:
     """What a library said of an image that it cannot decode, whole and in one line, the same in
     every run: Pillow names the buffer that it reads by its address, DALI where in our files its
     pipeline was written down."""
-    said = str(error)
+    message = str(error)
     for noise in (_OBJECT, _TRACEBACK, _NOT_USED_AGAIN):
-        said = noise.sub("", said)
-    return " ".join(said.split()) or type(error).__name__
+        message = noise.sub("", message)
+    return " ".join(message.split()) or type(error).__name__
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class ImageDecoder:
             device_id: CUDA device on which DALI decodes; None decodes on the CPU.
         """
         self._pillow: Backend = PillowBackend()
-        self._has_told = False
+        self._has_warned = False
         self._device_id = device_id
         has_dali = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
         if backend == "dali" and not has_dali:
@@ -186,8 +186,8 @@ class ImageDecoder:
             if self._backend is self._pillow:
                 raise
             pixels = self._pillow.decode([image], transform)[0]
-            if not self._has_told:
-                self._has_told = True
+            if not self._has_warned:
+                self._has_warned = True
                 logger.warning(
                     "an image that Pillow reads and %s does not is taken from Pillow, and others "
                     "like it without a line: %s",

@@ -166,14 +166,14 @@ class LatentCache:
                 f"{self._advice}"
             )
         manifests = [LatentManifest.read(Path(f"{prefix}.json")) for prefix in prefixes]
-        for prefix, manifest, wanted in zip(prefixes, manifests, made_of, strict=True):
-            made, needed = asdict(manifest.source), asdict(wanted)
+        for prefix, manifest, expected in zip(prefixes, manifests, made_of, strict=True):
+            made, required = asdict(manifest.source), asdict(expected)
             # Those of another decoder are as good, whatever this run decodes prompts with.
-            needed.pop("decoder")
+            required.pop("decoder")
             differ = [
-                f"{key}: made from {made[key]}, this run has {needed[key]}"
-                for key in needed
-                if made[key] != needed[key]
+                f"{key}: made from {made[key]}, this run has {required[key]}"
+                for key in required
+                if made[key] != required[key]
             ]
             if differ:
                 raise InputError(

@@ -146,7 +146,7 @@ class MicroBatchIterator(Iterator[Batch]):
             self._pending.append(self._pool.submit(self._read, next(self._numbers)))
 
     def _read(self, number: int) -> Batch:
-        own, whole = self.positions(number)
-        samples = [self._dataset[position] for position in own[self._rows]]
+        local, whole = self.positions(number)
+        samples = [self._dataset[position] for position in local[self._rows]]
         batch = self._dataset.collate(samples, self._dataset.pad_to(samples, whole))
         return batch if self._finish is None else self._finish(batch)

@@ -53,10 +53,10 @@ class SampleOrder:
         these are other samples, chosen by key without repetition, so that all ranks that know the
         index of a position read the same sample there.
         """
-        own = self[ordinal]
+        drawn = self[ordinal]
         others = self._num_samples - 1
         if index == 0 or others == 0:
-            return own
+            return drawn
         key = stream_key(self._seed, self._stage, position, f"replacement/{self._name}")
         other = KeyedPermutation(others, key)[(index - 1) % others]
-        return other if other < own else other + 1
+        return other if other < drawn else other + 1

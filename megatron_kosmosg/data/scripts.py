@@ -31,7 +31,7 @@ SURE_TERMINATORS = (
 )
 """A sentence ends at one of these whatever follows, as they have no other use."""
 POINTS = (".", "\uff0e")
-ASKS = ("?", "!")
+QUESTIONS_AND_EXCLAMATIONS = ("?", "!")
 """What SentencePiece's normalisation makes of Chinese and Japanese full-width marks."""
 CLOSERS = "\"')]}\u201d\u2019\u00bb\u300d\u300f\u300b\u3009\u3011\u3015\uff09\uff3d"
 """Quotes and brackets that belong to the sentence whose mark they follow."""

@@ -141,13 +141,15 @@ class SentenceTables:
         firsts = ends - counts
         rows = np.empty((int(ends[-1]) if len(ends) else 0, 2), np.int32)
         for table, places, starts in found:
-            mine = counts[places]
-            within = np.arange(mine.sum()) - np.repeat(np.cumsum(mine) - mine, mine)
-            chosen = table[np.repeat(starts, mine) + within]
+            group_counts = counts[places]
+            within = np.arange(group_counts.sum()) - np.repeat(
+                np.cumsum(group_counts) - group_counts, group_counts
+            )
+            chosen = table[np.repeat(starts, group_counts) + within]
             if isinstance(places, slice):
                 rows = chosen
             else:
-                rows[np.repeat(firsts[places], mine) + within] = chosen
+                rows[np.repeat(firsts[places], group_counts) + within] = chosen
         return rows, counts
 
     def _table(self, shard: StoredShard) -> tuple[np.ndarray, np.ndarray]:

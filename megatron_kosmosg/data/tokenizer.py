@@ -105,15 +105,15 @@ class Tokenizer:
         closers = self._closes[ids]
         for _ in range(2):
             ends[1:] |= closers[1:] & ends[:-1]
-        before, here, after = ids[:-1], ids, ids[1:]
+        before, current, after = ids[:-1], ids, ids[1:]
         ends[:-1] &= self._starts_word[after]
-        alone = self._is_sure_end[here]
+        alone = self._is_sure_end[current]
         alone[:-1] &= ~self._goes_on[after]
-        tight = self._asks[here]
-        tight[1:] |= self._is_point[ids[1:]] & self._ends_unspaced[before]
-        tight[:-1] &= self._starts_unspaced[after]
-        tight[-1:] = False
-        return ends | alone | tight
+        closes_unspaced = self._is_question_or_exclamation[current]
+        closes_unspaced[1:] |= self._is_point[ids[1:]] & self._ends_unspaced[before]
+        closes_unspaced[:-1] &= self._starts_unspaced[after]
+        closes_unspaced[-1:] = False
+        return ends | alone | closes_unspaced
 
     def _build_sentence_tables(self) -> None:
         pieces = [""] * self.vocab_size
@@ -126,7 +126,9 @@ class Tokenizer:
         marks = scripts.TERMINATORS + scripts.SURE_TERMINATORS
         self._terminates = table(lambda p: p.rstrip(scripts.CLOSERS).endswith(tuple(marks)))
         self._is_sure_end = table(lambda p: p[-1] in scripts.SURE_TERMINATORS)
-        self._asks = table(lambda p: p.endswith(scripts.ASKS))
+        self._is_question_or_exclamation = table(
+            lambda p: p.endswith(scripts.QUESTIONS_AND_EXCLAMATIONS)
+        )
         self._is_point = table(lambda p: p in scripts.POINTS)
         self._closes = table(lambda p: p.strip(scripts.CLOSERS) == "")
         self._goes_on = table(lambda p: p.strip(scripts.CLOSERS + marks) == "")

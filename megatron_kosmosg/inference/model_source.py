@@ -99,7 +99,7 @@ def check_controlnet(folder: Path) -> None:
 
 def _checkpoint(path: Path) -> Path:
     try:
-        return find_checkpoint(path, given_as="")
+        return find_checkpoint(path, option="")
     except ConfigError as error:
         raise ConfigError(
             f"--model {path} is no exported folder, which would have a {INDEX_FILE}; and {error}"

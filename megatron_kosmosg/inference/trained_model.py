@@ -63,7 +63,7 @@ class TrainedModel:
     """A run's model in eval mode. Prompts are interleaved lists of words and images."""
 
     def __init__(self, run: Path, context: ParallelContext) -> None:
-        checkpoint = find_checkpoint(run, given_as="")
+        checkpoint = find_checkpoint(run, option="")
         self.config = single_process_config(load_saved_config(checkpoint / CONFIG_FILE))
         self.stage = build_stage(self.config, context)
         (self.model,) = self.stage.build_model(context)

@@ -67,8 +67,8 @@ class CoreAttention(MegatronModule):
         dropout = self.config.attention_dropout if self.training else 0.0
         # Heads are split over ranks, so each rank drops with the tracker's own stream. Under
         # sequence parallelism the whole block runs in that stream already.
-        own_stream = dropout > 0 and not self.config.sequence_parallel
-        with get_cuda_rng_tracker().fork() if own_stream else nullcontext():
+        forks = dropout > 0 and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if forks else nullcontext():
             context = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),

@@ -45,7 +45,7 @@ Network = TypeVar("Network", UNet2DConditionModel, AutoencoderKL)
 
 
 @dataclass(frozen=True)
-class _Try:
+class _Trial:
     """One faster pass that the settings of `performance` ask for."""
 
     setting: str
@@ -59,53 +59,53 @@ def take_faster_passes(diffusion: FrozenDiffusion, config: RunConfig, num_rows: 
 
     num_rows: of the micro-batches, or parts of them, that this rank's U-Net works on.
     """
-    asked = config.performance
-    tries = []
-    if asked.fuse_qkv:
-        tries.append(_Try("performance.fuse_qkv=true", _fuse_qkv))
-    if asked.nhwc_group_norm:
-        tries.append(_Try("performance.nhwc_group_norm=true", _use_nhwc_group_norm))
-    if asked.compile != "none":
-        change = _compile_unet if asked.compile == "regional" else None
-        tries.append(_Try(f"performance.compile={asked.compile}", change))
-    if not tries or num_rows == 0 or diffusion.unet.device.type == "meta":
+    requested = config.performance
+    trials = []
+    if requested.fuse_qkv:
+        trials.append(_Trial("performance.fuse_qkv=true", _fuse_qkv))
+    if requested.nhwc_group_norm:
+        trials.append(_Trial("performance.nhwc_group_norm=true", _use_nhwc_group_norm))
+    if requested.compile != "none":
+        change = _compile_unet if requested.compile == "regional" else None
+        trials.append(_Trial(f"performance.compile={requested.compile}", change))
+    if not trials or num_rows == 0 or diffusion.unet.device.type == "meta":
         return
     size = (config.data.target_image_size, config.data.target_image_size)
     aligner = config.model.aligner
     condition_shape = (num_rows, aligner.num_queries, aligner.hidden_size)
     batch = _unet_batch(diffusion, (num_rows, *diffusion.latent_shape(size)), condition_shape)
-    _try_unet(diffusion, tries, batch)
-    if asked.compile != "none" and config.data.latent_cache is None:
+    _try_unet(diffusion, trials, batch)
+    if requested.compile != "none" and config.data.latent_cache is None:
         pixels = fixed_normal((num_rows, 3, *size)).clamp(-1, 1).to(diffusion.vae.device)
-        _try_vae(diffusion, asked.compile, pixels)
+        _try_vae(diffusion, requested.compile, pixels)
 
 
-def _try_unet(diffusion: FrozenDiffusion, tries: list[_Try], batch: list[torch.Tensor]) -> None:
+def _try_unet(diffusion: FrozenDiffusion, trials: list[_Trial], batch: list[torch.Tensor]) -> None:
     plain = partial(unet_pass, diffusion.unet)
-    wanted = _with_gradient(plain, batch)
+    expected = _with_gradient(plain, batch)
     changes: list[Callable[[UNet2DConditionModel], None]] = []
     taken: UNetPass = plain
-    for attempt in tries:
+    for trial in trials:
 
-        def build(attempt: _Try = attempt, taken: UNetPass = taken) -> UNetPass:
-            if attempt.change is None:
+        def build(trial: _Trial = trial, taken: UNetPass = taken) -> UNetPass:
+            if trial.change is None:
                 return record_passes(taken, batch)
             unet = _copy_on_the_same_weights(diffusion.unet)
-            if attempt.change is not _compile_unet:  # which does that itself
+            if trial.change is not _compile_unet:  # which does that itself
                 skip_scaling_by_one(unet)
-            for change in (*changes, attempt.change):
+            for change in (*changes, trial.change):
                 change(unet)
             return partial(unet_pass, unet)
 
         def gradients(run: UNetPass) -> list[torch.Tensor]:
             return _with_gradient(run, batch)
 
-        what = f"{attempt.setting}: the U-Net"
-        faster = tried(what, build, gradients, wanted, diffusion.unet.dtype)
+        what = f"{trial.setting}: the U-Net"
+        faster = tried(what, build, gradients, expected, diffusion.unet.dtype)
         if faster is not None:
             taken = diffusion.faster_unet = faster
-            if attempt.change is not None:
-                changes.append(attempt.change)
+            if trial.change is not None:
+                changes.append(trial.change)
 
 
 def _try_vae(diffusion: FrozenDiffusion, how: str, pixels: torch.Tensor) -> None:
@@ -147,14 +147,14 @@ def compile_frozen_blocks(encoder: VisionEncoder, config: RunConfig) -> None:
         (gradient,) = torch.autograd.grad(output.float().square().sum(), states)
         return [output.detach(), gradient]
 
-    wanted = results(block)
+    expected = results(block)
 
     def build() -> nn.Module:
         block.compile(**_OF_THE_TOWER)
         return block
 
     what = "performance.compile=regional: the image tower"
-    if tried(what, build, results, wanted, dtype) is not None:
+    if tried(what, build, results, expected, dtype) is not None:
         for frozen in blocks:
             frozen.compile(**_OF_THE_TOWER)
 

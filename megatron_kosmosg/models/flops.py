@@ -42,8 +42,8 @@ def instruct_flops(config: RunConfig, num_tokens: int, num_images: int, num_targ
         config.model.aligner.num_queries,
         with_vae=config.data.latent_cache is None,
     )
-    ours = language + TRAINED * adapters + aligner + _images(config, num_images)
-    return ours + num_targets * score
+    trained = language + TRAINED * adapters + aligner + _images(config, num_images)
+    return trained + num_targets * score
 
 
 def updates(config: RunConfig, part: str) -> int:

@@ -55,8 +55,8 @@ class _Adapter(_Linear):
     lora_a: torch.nn.Parameter
     lora_b: torch.nn.Parameter
 
-    def __init__(self, input_size: int, output_size: int, *, config: Any, **named: Any) -> None:
-        super().__init__(input_size, output_size, config=config, **named)
+    def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
         self._shards = get_pg_size(self.tp_group)
         self._is_sequence_split = config.sequence_parallel and self._shards > 1
         shapes = {LORA_A: [self.rank, input_size], LORA_B: [output_size, self.rank]}
@@ -70,10 +70,10 @@ class _Adapter(_Linear):
                 setattr(parameter, "sequence_parallel", self._is_sequence_split)  # noqa: B010 - see above
             self.register_parameter(name, parameter)
 
-    def forward(self, x: torch.Tensor, *given: Any, **named: Any) -> Any:
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """(output, bias) as the linear gives them for x [s, b, inputs], with the adapter's output
         added; s may be split."""
-        output, bias = super().forward(x, *given, **named)
+        output, bias = super().forward(x, *args, **kwargs)
         low = self._exchange(F.linear(x, self.lora_a))
         return output + self.scale * F.linear(low, self.lora_b), bias
 

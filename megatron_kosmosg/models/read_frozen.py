@@ -30,8 +30,8 @@ _OF_THE_FILES = (
 
 
 @contextmanager
-def reading_frozen(given: str) -> Iterator[None]:
-    """Context in which files of `given` (as "model.diffusion.path=/models/sd") are read into
+def reading_frozen(setting: str) -> Iterator[None]:
+    """Context in which files of `setting` (as "model.diffusion.path=/models/sd") are read into
     networks.
 
     Raises ConfigError for files that cannot be; lets pass what may be over at the next start.
@@ -43,11 +43,11 @@ def reading_frozen(given: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in _MAY_PASS:
             raise
-        raise ConfigError(_message(given, error)) from error
+        raise ConfigError(_message(setting, error)) from error
     except _OF_THE_FILES as error:
-        raise ConfigError(_message(given, error)) from error
+        raise ConfigError(_message(setting, error)) from error
 
 
-def _message(given: str, error: Exception) -> str:
+def _message(setting: str, error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{given} cannot be read: {' '.join(lines[:2]) or type(error).__name__}"
+    return f"{setting} cannot be read: {' '.join(lines[:2]) or type(error).__name__}"

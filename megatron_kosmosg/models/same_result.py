@@ -20,7 +20,7 @@ def tried(
     what: str,
     build: Callable[[], Pass],
     results: Callable[[Pass], list[torch.Tensor]],
-    wanted: list[torch.Tensor],
+    expected: list[torch.Tensor],
     dtype: torch.dtype,
 ) -> Pass | None:
     """The pass that `build` gives, where its results, [output, gradient], are those wanted; None,
@@ -37,7 +37,7 @@ def tried(
         logger.warning("%s stays as it is, for it cannot run so here: %s", what, reason)
         return None
     largest = LARGEST_ERROR[dtype]
-    for name, result, plain in zip(("output", "gradient"), found, wanted, strict=False):
+    for name, result, plain in zip(("output", "gradient"), found, expected, strict=False):
         error = relative_error(result, plain)
         if not error <= largest:  # also when it is not a number
             logger.warning(

@@ -73,7 +73,7 @@ def load_tower(encoder: VisionEncoder, vision: VisionConfig) -> None:
     check_model_config(folder / "config.json")
     with reading_frozen(f"model.vision.path={vision.path}"):
         loaded = CLIPVisionModel.from_pretrained(folder, torch_dtype=torch.float32)
-    wanted, found = encoder.tower.config, loaded.config
+    configured, stored = encoder.tower.config, loaded.config
     names = {
         "num_hidden_layers": "num_layers",
         "hidden_size": "hidden_size",
@@ -84,12 +84,12 @@ def load_tower(encoder: VisionEncoder, vision: VisionConfig) -> None:
         "hidden_act": None,
         "layer_norm_eps": None,
     }
-    for name, ours in names.items():
-        given, needed = getattr(found, name), getattr(wanted, name)
-        if given != needed:
-            remedy = f"set model.vision.{ours}={given}" if ours else "give another tower"
+    for name, setting in names.items():
+        value, required = getattr(stored, name), getattr(configured, name)
+        if value != required:
+            remedy = f"set model.vision.{setting}={value}" if setting else "give another tower"
             raise ConfigError(
-                f"The tower in model.vision.path={vision.path!r} has {name}={given}, the config "
-                f"needs {needed}; {remedy}"
+                f"The tower in model.vision.path={vision.path!r} has {name}={value}, the config "
+                f"needs {required}; {remedy}"
             )
     encoder.tower.load_state_dict(loaded.state_dict(), strict=True)

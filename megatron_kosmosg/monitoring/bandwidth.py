@@ -27,16 +27,16 @@ def measure_bandwidth(node: str, device: torch.device) -> Bandwidth:
     `node` is this rank's."""
     names: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(names, node)
-    own = 0.0
+    local_speed = 0.0
     for name in sorted(set(names)):
         ranks = [rank for rank, other in enumerate(names) if other == name]
         group = dist.new_group(ranks)  # every rank takes part in making every group
         if name == node:
-            mine, size = group, len(ranks)
+            local_group, size = group, len(ranks)
     if size > 1:
-        own = _all_reduce_speed(mine, size, device)
+        local_speed = _all_reduce_speed(local_group, size, device)
     speeds: list[float] = [0.0] * len(names)
-    dist.all_gather_object(speeds, own)
+    dist.all_gather_object(speeds, local_speed)
     slowest = {
         name: min(s for n, s in zip(names, speeds, strict=True) if n == name) for name in names
     }

@@ -22,11 +22,11 @@ def gpu_problems(expected: int, program: str = "nvidia-smi") -> list[str]:
     if expected == 0:
         return []
     try:
-        counters = _said_by(program, *QUERY)
+        counters = _output_of(program, *QUERY)
     except (OSError, subprocess.SubprocessError) as error:
         return [f"{expected} GPUs promised, but {program} does not work: {_reason(error)}"]
     try:
-        links = _said_by(program, "nvlink", "--status")
+        links = _output_of(program, "nvlink", "--status")
     except subprocess.SubprocessError:  # a card or a driver without NVLink
         links = ""
     return [*count_problems(counters, expected), *ecc_problems(counters), *link_problems(links)]
@@ -103,17 +103,17 @@ def memory_gib(root: Path = Path("/")) -> float | None:
     """What a program may still take here: free on the machine, and below the limits of its control
     groups (a job's); None where the kernel does not say."""
     try:
-        said = (root / "proc" / "meminfo").read_text()
+        meminfo = (root / "proc" / "meminfo").read_text()
         groups = (root / "proc" / "self" / "cgroup").read_text()
     except OSError:
         return None
-    available = re.search(r"^MemAvailable: +(\d+) kB", said, re.MULTILINE)
+    available = re.search(r"^MemAvailable: +(\d+) kB", meminfo, re.MULTILINE)
     if available is None:
         return None
     least = int(available[1]) * 1024
     for line in groups.splitlines():
-        own = Path(line.split(":", 2)[2].lstrip("/"))
-        for group in (own, *own.parents):
+        innermost = Path(line.split(":", 2)[2].lstrip("/"))
+        for group in (innermost, *innermost.parents):
             folder = root / "sys" / "fs" / "cgroup" / group
             limit, used = (_number(folder / name) for name in ("memory.max", "memory.current"))
             if limit is not None and used is not None:
@@ -129,7 +129,7 @@ def _number(file: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _said_by(program: str, *arguments: str) -> str:
+def _output_of(program: str, *arguments: str) -> str:
     command = [program, *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=SECONDS, check=True

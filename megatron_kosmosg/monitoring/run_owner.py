@@ -79,7 +79,7 @@ class RunOwner:
         """
         self._path, self._say = folder / OWNER_FILE, say
         job, restart = find_job()
-        self._own = Holder(
+        self._holder = Holder(
             token=secrets.token_hex(16),
             node=node_name(),
             machine=_machine(),
@@ -91,7 +91,7 @@ class RunOwner:
             since=time.strftime(SINCE_FORMAT),
         )
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="run owner", daemon=True)
+        self._thread = threading.Thread(target=self._keep_alive, name="run owner", daemon=True)
 
     def __enter__(self) -> RunOwner:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,12 +109,12 @@ class RunOwner:
         self._ended.set()
         self._thread.join(timeout=1.0)  # one may be waiting for a disk
         with suppress(OSError):
-            if self._is_own():
+            if self._is_owner():
                 self._path.unlink()
 
     def check(self) -> None:
         """Raises RunFolderTaken once the folder is no longer this process's."""
-        if not self._is_own():
+        if not self._is_owner():
             found = _read(self._path)
             now = "nobody" if found is None else str(found)
             raise RunFolderTaken(
@@ -126,7 +126,7 @@ class RunOwner:
         """Whether this call made the file; False where there is one already."""
         try:
             with open_itself(self._path, "x", encoding="utf-8") as file:
-                json.dump(asdict(self._own), file)
+                json.dump(asdict(self._holder), file)
                 file.flush()
                 os.fsync(file.fileno())
         except FileExistsError:
@@ -152,25 +152,25 @@ class RunOwner:
 
     def _await_death(self, found: Holder | None) -> None:
         """Returns when the file has had no sign of life for STALE_SECONDS."""
-        first, told = None, False
+        first, has_announced = None, False
         while True:
             try:
-                beat = os.stat(self._path).st_mtime_ns
+                touched = os.stat(self._path).st_mtime_ns
             except FileNotFoundError:
                 return
-            age = (self._file_server_time() - beat) / 1e9
-            first = beat if first is None else first
-            if beat != first or _read(self._path) != found:
+            age = (self._file_server_time() - touched) / 1e9
+            first = touched if first is None else first
+            if touched != first or _read(self._path) != found:
                 raise self._taken(_read(self._path), age)
             if age > STALE_SECONDS:
                 return
-            if not told:
+            if not has_announced:
                 self._say(
                     f"{self._path.parent} belongs to {found or 'another process'}, last sign of "
                     f"life {max(age, 0):.0f} s ago: waiting for the next, or {STALE_SECONDS:.0f} s "
                     "without one"
                 )
-                told = True
+                has_announced = True
             time.sleep(min(1.0, BEAT_SECONDS / 4))
 
     def _taken(self, holder: Holder | None, age: float) -> RunFolderTaken:
@@ -181,10 +181,10 @@ class RunOwner:
         )
 
     def _is_known_to_be_gone(self, found: Holder) -> bool:
-        own = self._own
-        if found.job and found.job == own.job and found.restart < own.restart:
+        holder = self._holder
+        if found.job and found.job == holder.job and found.restart < holder.restart:
             return True  # Slurm starts a job again only when its former start has ended
-        if not own.machine or found.machine != own.machine:
+        if not holder.machine or found.machine != holder.machine:
             return False
         return _started(found.pid) != found.pid_started
 
@@ -198,14 +198,14 @@ class RunOwner:
         finally:
             probe.unlink()
 
-    def _is_own(self) -> bool:
+    def _is_owner(self) -> bool:
         found = _read(self._path)
-        return found is not None and found.token == self._own.token
+        return found is not None and found.token == self._holder.token
 
-    def _beat(self) -> None:
+    def _keep_alive(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             with suppress(OSError):  # the run itself will say what is wrong with the disk
-                if self._is_own():
+                if self._is_owner():
                     os.utime(self._path)
 
 

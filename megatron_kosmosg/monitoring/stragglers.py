@@ -57,9 +57,9 @@ class Stragglers:
             return {}
         mean = sum(self._seconds) / len(self._seconds)
         self._seconds.clear()
-        own = torch.tensor([mean], dtype=torch.float64, device=self._context.device)
-        gathered = [torch.empty_like(own) for _ in range(self._context.world_size)]
-        dist.all_gather(gathered, own)
+        local = torch.tensor([mean], dtype=torch.float64, device=self._context.device)
+        gathered = [torch.empty_like(local) for _ in range(self._context.world_size)]
+        dist.all_gather(gathered, local)
         return compare(dict(zip(self._ranks, torch.cat(gathered).tolist(), strict=True)))
 
     def _stopping_before(self, finish: Callable[..., Any]) -> Callable[..., Any]:

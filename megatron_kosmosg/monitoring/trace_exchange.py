@@ -18,7 +18,7 @@ from megatron_kosmosg.launcher import RankInfo, node_name
 from megatron_kosmosg.monitoring.spans import Span
 from megatron_kosmosg.parallel.rendezvous import connect
 
-_ASKED = 8
+_NUM_ROUND_TRIPS = 8
 """Times that a node asks for the time; the quickest answer counts."""
 
 
@@ -69,8 +69,8 @@ class TraceExchange:
         }
 
     def _agree(self) -> float:
-        store, own = self._store, node_name()
-        store.set(f"kosmosg/clock/node/{self._rank}", own)
+        store, node = self._store, node_name()
+        store.set(f"kosmosg/clock/node/{self._rank}", node)
         if self._rank == 0:
             names = [
                 store.get(f"kosmosg/clock/node/{rank}").decode() for rank in range(self._world_size)
@@ -78,25 +78,25 @@ class TraceExchange:
             firsts = {name: names.index(name) for name in names}
             store.set("kosmosg/clock/firsts", json.dumps(firsts))
             for rank in sorted(firsts.values()):
-                for number in range(_ASKED if rank else 0):
-                    store.wait([f"kosmosg/clock/asked/{rank}/{number}"])
-                    store.set(f"kosmosg/clock/told/{rank}/{number}", repr(time.time()))
-        first = json.loads(store.get("kosmosg/clock/firsts"))[own]
+                for number in range(_NUM_ROUND_TRIPS if rank else 0):
+                    store.wait([f"kosmosg/clock/request/{rank}/{number}"])
+                    store.set(f"kosmosg/clock/reply/{rank}/{number}", repr(time.time()))
+        first = json.loads(store.get("kosmosg/clock/firsts"))[node]
         if first == 0:
             return 0.0
         if first == self._rank:
-            store.set(f"kosmosg/clock/offset/{own}", repr(self._ask()))
-        return float(store.get(f"kosmosg/clock/offset/{own}"))
+            store.set(f"kosmosg/clock/offset/{node}", repr(self._measure_offset()))
+        return float(store.get(f"kosmosg/clock/offset/{node}"))
 
-    def _ask(self) -> float:
+    def _measure_offset(self) -> float:
         """Rank 0's time less this node's; half the quickest round trip is the largest error."""
         tried = []
-        for number in range(_ASKED):
+        for number in range(_NUM_ROUND_TRIPS):
             sent = time.time()
-            self._store.set(f"kosmosg/clock/asked/{self._rank}/{number}", "")
-            told = float(self._store.get(f"kosmosg/clock/told/{self._rank}/{number}"))
+            self._store.set(f"kosmosg/clock/request/{self._rank}/{number}", "")
+            reply = float(self._store.get(f"kosmosg/clock/reply/{self._rank}/{number}"))
             back = time.time()
-            tried.append((back - sent, told - (sent + back) / 2))
+            tried.append((back - sent, reply - (sent + back) / 2))
         return min(tried)[1]
 
 

@@ -76,11 +76,11 @@ class Watchdog:
     def _exchange(self) -> None:
         store: dist.Store | None = None
         while not self._ended.wait(self._interval):
-            own = self._heartbeat()
+            local = self._heartbeat()
             try:
                 if store is None:
                     store = connect(self._rank_info, timedelta(seconds=2 * self._interval + 10))
-                store.set(_key(own.rank), json.dumps(asdict(own)))
+                store.set(_key(local.rank), json.dumps(asdict(local)))
                 self._heartbeats = {rank: _read(store, rank) for rank in self._detector.ranks}
             except (RuntimeError, OSError):  # rank 0 has the store: it is gone, or ending
                 store = None

@@ -64,7 +64,7 @@ def install() -> None:
         if name.startswith("megatron.core") and vars(module).get("torch") is torch:
             module.torch = view
     _patch_random(view)
-    _spare_lone_ranks()
+    _skip_collectives_of_one_rank()
     _keep_freed_memory()
     for method, answer in (("cuda", _cuda_for_megatron), ("type", _type_for_megatron)):
         original = getattr(torch.Tensor, method)
@@ -149,7 +149,7 @@ def _patch_random(view: types.ModuleType) -> None:
     )
 
 
-def _spare_lone_ranks() -> None:
+def _skip_collectives_of_one_rank() -> None:
     """Makes collectives of gradient and parameter buffers nothing where their group has one rank.
 
     Their output is their input then, which NCCL knows; gloo makes three copies an update.
@@ -164,14 +164,14 @@ def _spare_lone_ranks() -> None:
 def _unless_alone(
     collective: Callable[..., Any],
     output: torch.Tensor,
-    given: torch.Tensor,
+    source: torch.Tensor,
     *,
     group: torch.distributed.ProcessGroup,
-    **named: Any,
+    **kwargs: Any,
 ) -> Any:
-    if group.size() == 1 and output.data_ptr() == given.data_ptr():
+    if group.size() == 1 and output.data_ptr() == source.data_ptr():
         return None
-    return collective(output, given, group=group, **named)
+    return collective(output, source, group=group, **kwargs)
 
 
 def _keep_freed_memory() -> None:

@@ -72,11 +72,12 @@ def initialize(config: RunConfig) -> ParallelContext:
     `teardown`, also after an error.
     """
     joined = join(config)
-    chosen, world, own = joined.device, joined.world, joined.coordinates
+    chosen, world, coordinates = joined.device, joined.world, joined.coordinates
     prepare_megatron(chosen)
     number = joined.rank
     if world.num_score_ranks:  # torch.distributed's world has no score ranks: count without them
-        number = own.replica * world.replica_size + own.pp_rank * world.tp_size + own.tp_rank
+        in_replica = coordinates.pp_rank * world.tp_size + coordinates.tp_rank
+        number = coordinates.replica * world.replica_size + in_replica
     torch.distributed.init_process_group(
         collective_backend(chosen),
         store=torch.distributed.PrefixStore("decoders", joined.store),

@@ -32,23 +32,23 @@ class ReplacementExchange:
         self._context, self._stream = context, stream
         self._store = connect(find_rank_info(), timeout)
 
-    def share(self, position: int, own: Sequence[int]) -> list[int]:
+    def share(self, position: int, local: Sequence[int]) -> list[int]:
         """The first pipeline stage's indices of the micro-batch that begins at stream position
         `position`.
 
         Args:
-            own: what this rank found; counts on the first pipeline stage.
+            local: what this rank found; counts on the first pipeline stage.
         """
         context = self._context
         if context.is_first_pipeline_stage:
-            text = json.dumps(list(own))
+            text = json.dumps(list(local))
             for pipeline_stage in range(1, context.pp_size):
                 self._store.set(self._key(position, pipeline_stage), text)
-            return list(own)
+            return list(local)
         key = self._key(position, context.pp_rank)
-        told = json.loads(self._store.get(key))
+        received = json.loads(self._store.get(key))
         self._store.delete_key(key)
-        return told
+        return received
 
     def _key(self, position: int, pipeline_stage: int) -> str:
         return f"replacements of {self._stream} {position} for pipeline stage {pipeline_stage}"

@@ -21,12 +21,12 @@ def set_seeds(seed: int, context: ParallelContext) -> None:
     the tracker's (dropout of split ones). Replicas and pipeline stages differ in both, so that
     dropout is not correlated between them.
     """
-    own = (
+    rank_seed = (
         seed
         + _PER_PIPELINE_STAGE * context.pp_rank
         + _PER_REPLICA * _PER_PIPELINE_STAGE * context.dp_rank
     )
-    random.seed(own)
-    np.random.seed(own % 2**32)
-    torch.manual_seed(own)
-    tensor_parallel.model_parallel_cuda_manual_seed(own, force_reset_rng=True)
+    random.seed(rank_seed)
+    np.random.seed(rank_seed % 2**32)
+    torch.manual_seed(rank_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(rank_seed, force_reset_rng=True)

@@ -114,15 +114,15 @@ def reasons(result: SearchResult) -> list[str]:
     it loses to."""
     best, lines = result.candidates[0], []
     for question, answer in _QUESTIONS.items():
-        mine = answer(best.choice)
+        chosen = answer(best.choice)
         others: dict[str, Candidate] = {}
         for candidate in result.candidates:
             others.setdefault(answer(candidate.choice), candidate)
         compared = [
-            f"{value}: {_loss(best, other)}" for value, other in others.items() if value != mine
+            f"{value}: {_loss(best, other)}" for value, other in others.items() if value != chosen
         ]
         if compared:
-            lines.append(f"{question} {mine}; " + "; ".join(compared))
+            lines.append(f"{question} {chosen}; " + "; ".join(compared))
     tightest = max(best.estimate.kinds, key=lambda kind: kind.memory.total)
     lines.append(
         f"memory: {tightest.memory.total / GIB:.1f} GiB on {tightest.name} ranks; "

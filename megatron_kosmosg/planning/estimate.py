@@ -14,8 +14,8 @@ from megatron_kosmosg.planning.joined import (
     Joined,
     JoinedEstimate,
     JoinedPlay,
-    own_servers,
     play_joined,
+    unit_servers,
 )
 from megatron_kosmosg.planning.launches import update_launches
 from megatron_kosmosg.planning.memory import GIB, RankKind, rank_kinds
@@ -157,15 +157,15 @@ def _timeline(
     forward, backward = [cost.forward for cost in costs], [cost.backward for cost in costs]
     if not world.score_ranks_per_unit:
         return play(forward, backward)
-    own = own_servers(config, world, scored, rates)
+    servers = unit_servers(config, world, scored, rates)
     return play(
         forward,
         backward,
-        [own.seconds] * len(forward[0]),
+        [servers.seconds] * len(forward[0]),
         score_ranks=scored.groups,
         replicas=world.replicas_per_unit,
         ahead=config.score.window - 1,
-        link=own.link,
+        link=servers.link,
     )
 
 

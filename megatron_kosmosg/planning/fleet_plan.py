@@ -66,26 +66,26 @@ class FleetPlan:
 
     def lines(self) -> list[str]:
         """For people."""
-        said = []
+        lines = []
         for one, enough in zip(self.estimate.joined, self.enough, strict=True):
             gpu, rank = one.joined.gpu, one.bytes_a_rank / self.estimate.seconds / 1e6
-            said.append(
+            lines.append(
                 f"joined: {one.joined.count} x {gpu.name} answer {one.answered:.0%} of the "
                 f"requests in {one.seconds * 1e3:.0f} ms each, idle {one.idle:.1%}, "
                 f"{rank:.1f} MB/s a rank; {one.memory_gib:.1f} GiB of {gpu.memory_gib:g}: "
                 + ("fits" if one.fits else "DOES NOT FIT")
             )
             speed = f"{enough.images_per_second:,.0f} samples/s, decoder idle"
-            said.append(
+            lines.append(
                 f"  {enough.count} x {gpu.name} are enough: no decoder rank waits for a free one "
                 f"({speed} {enough.decoder_idle:.1%})"
             )
-        said.append(
+        lines.append(
             f"without them {self.images_per_second_without:,.0f} samples/s; over the network "
             f"{self._network_mb_s():.1f} MB/s a replica; planned as if replicas knew who is free "
             "(docs/score_ranks.md: what they reach of it)"
         )
-        return said
+        return lines
 
     def _network_mb_s(self) -> float:
         """What a replica exchanges with those that joined."""
@@ -141,13 +141,13 @@ def fleet_plan(
 
 def _fewest(seconds: Callable[[int], float], most: int) -> int:
     """The smallest count with which an update takes hardly longer than with `most`; 0 is one."""
-    wanted = seconds(most) / _ENOUGH
-    if seconds(0) <= wanted:
+    target = seconds(most) / _ENOUGH
+    if seconds(0) <= target:
         return 0
     low, high = 0, 1
-    while high < most and seconds(high) > wanted:
+    while high < most and seconds(high) > target:
         low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if seconds(middle) <= wanted else (middle, high)
+        low, high = (low, middle) if seconds(middle) <= target else (middle, high)
     return high

@@ -89,7 +89,7 @@ class _Run:
             self._works[replica, pipeline_stage] = False
             self._done[name, replica, pipeline_stage, number] = end
             if (name, pipeline_stage) == ("F", self._num_pipeline_stages - 1):
-                self._ask(end, replica, number)
+                self._request(end, replica, number)
             neighbour = pipeline_stage + 1 if name == "F" else pipeline_stage - 1
             if 0 <= neighbour < self._num_pipeline_stages:
                 self._go_on(replica, neighbour)
@@ -116,19 +116,19 @@ class _Run:
         self._next[place] += 1
         heapq.heappush(self._events, (end, replica, pipeline_stage, name, number))
 
-    def _ask(self, now: float, replica: int, number: int) -> None:
-        there = 0.0
+    def _request(self, now: float, replica: int, number: int) -> None:
+        answered = 0.0
         for _ in range(self._parts):
             queue = min(self._servers[replica], key=lambda queue: queue.would_answer(now))
-            there = max(there, queue.would_answer(now))
+            answered = max(answered, queue.would_answer(now))
             queue.take(now)
-        self._done["S", replica, self._num_pipeline_stages - 1, number] = there
+        self._done["S", replica, self._num_pipeline_stages - 1, number] = answered
 
 
 def play_fleet(
     forward: Sequence[Sequence[float]],
     backward: Sequence[Sequence[float]],
-    own: Servers,
+    unit_servers: Servers,
     joined: Sequence[Servers],
     *,
     units: int,
@@ -138,16 +138,20 @@ def play_fleet(
 ) -> FleetTimeline:
     """forward, backward: [pipeline stage][micro-batch] seconds.
 
-    own: the score ranks of a unit of `replicas` replicas, of which there are `units`. joined: those
-    of all. parts: requests of a micro-batch. ahead: extra warm-up forwards of every pipeline stage.
+    unit_servers: the score ranks of a unit of `replicas` replicas, of which there are `units`.
+    joined: those of all. parts: requests of a micro-batch. ahead: extra warm-up forwards of every
+    pipeline stage.
     """
-    shared, mine = [_Queue(servers) for servers in joined], [_Queue(own) for _ in range(units)]
-    may_ask = [[queue, *shared] for queue in mine for _ in range(replicas)]
-    seconds = _Run(forward, backward, may_ask, parts, ahead).play()
+    shared, unit_queues = (
+        [_Queue(servers) for servers in joined],
+        [_Queue(unit_servers) for _ in range(units)],
+    )
+    queues = [[queue, *shared] for queue in unit_queues for _ in range(replicas)]
+    seconds = _Run(forward, backward, queues, parts, ahead).play()
     busy = sum(map(sum, forward)) + sum(map(sum, backward))
     return FleetTimeline(
         seconds=seconds,
         decoder_busy=busy / len(forward),
-        score_busy=sum(queue.busy for queue in mine) / units,
+        score_busy=sum(queue.busy for queue in unit_queues) / units,
         busy=tuple(queue.busy for queue in shared),
     )

@@ -146,16 +146,16 @@ def _needed() -> list[str]:
     return [f.name for f in fields(Gpu) if f.default is MISSING and f.name != "name"]
 
 
-def _gpu_of(path: Path, given: Mapping[str, Any]) -> Gpu:
+def _gpu_of(path: Path, values: Mapping[str, Any]) -> Gpu:
     """The GPU that a file describes; it has the file's name where the file gives it none."""
     types = typing.get_type_hints(Gpu)
-    unknown, missing = sorted(given.keys() - types), [k for k in _needed() if k not in given]
+    unknown, missing = sorted(values.keys() - types), [k for k in _needed() if k not in values]
     if unknown or missing:
         wrong = [f"{', '.join(unknown)} is unknown"] if unknown else []
         wrong += [f"{', '.join(missing)} is missing"] if missing else []
         raise ConfigError(f"GPU {path}: {'; '.join(wrong)}")
     figures: dict[str, Any] = {"name": path.stem}
-    for key, value in given.items():
+    for key, value in values.items():
         least = 0 if key == "bf16_tflops" else 1 if key == "per_node" else 1e-9
         if types[key] is str:
             figures[key], right = value, isinstance(value, str) and bool(value)
@@ -235,12 +235,12 @@ def efficiency_with(settings: list[str]) -> Efficiency:
     names = [field.name for field in fields(Efficiency)]
     changes = {}
     for setting in settings:
-        given, _, text = setting.partition("=")
-        name = _OLD_NAMES.get(given, (given,))[0]
+        key, _, text = setting.partition("=")
+        name = _OLD_NAMES.get(key, (key,))[0]
         if name not in names:
             raise ConfigError(f"--assume {setting}: {name!r} is none of {', '.join(names)}")
         try:
-            changes |= dict.fromkeys(_OLD_NAMES.get(given, ())[1:], 0.0)
+            changes |= dict.fromkeys(_OLD_NAMES.get(key, ())[1:], 0.0)
             changes[name] = float(text)
         except ValueError:
             raise ConfigError(f"--assume {setting}: {text!r} is not a number") from None

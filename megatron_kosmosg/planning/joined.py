@@ -44,24 +44,24 @@ class JoinedEstimate:
     """With `memory_error` to spare."""
 
 
-def joined_ranks(given: str) -> tuple[Joined, ...]:
+def joined_ranks(text: str) -> tuple[Joined, ...]:
     """Those of `--score-ranks`: COUNTxGPU, several with commas between them.
 
     GPU is a name as `gpu_named` takes it, or one without its memory where the card is sold in one
     size. Raises ConfigError.
     """
     found = []
-    for part in given.split(","):
+    for part in text.split(","):
         count, sign, name = part.strip().partition("x")
         if not sign or not name or not count.isascii() or not count.isdigit() or int(count) < 1:
             raise ConfigError(
-                f"--score-ranks {given}: {part.strip()!r} is not COUNTxGPU with a count of 1 or "
+                f"--score-ranks {text}: {part.strip()!r} is not COUNTxGPU with a count of 1 or "
                 f"more, as 64xl40s-48 or 8xmy_card.yaml; GPUs: {', '.join(GPUS)}"
             )
         try:
             found.append(Joined(int(count), _card(name)))
         except ConfigError as error:
-            raise ConfigError(f"--score-ranks {given}: {error}") from None
+            raise ConfigError(f"--score-ranks {text}: {error}") from None
     return tuple(found)
 
 
@@ -119,7 +119,7 @@ def play_joined(
     timeline = play_fleet(
         [cost.forward for cost in costs],
         [cost.backward for cost in costs],
-        own_servers(config, world, scored, rates),
+        unit_servers(config, world, scored, rates),
         [Servers(one.count // alike, one.seconds, one.link) for one in servers],
         units=units // alike,
         replicas=world.replicas_per_unit,
@@ -130,7 +130,7 @@ def play_joined(
     return JoinedPlay(timeline, joined, servers, requests)
 
 
-def own_servers(config: RunConfig, world: RankGrid, scored: ScoreShare, rates: Rates) -> Servers:
+def unit_servers(config: RunConfig, world: RankGrid, scored: ScoreShare, rates: Rates) -> Servers:
     """The score ranks of the job in a unit, that has some."""
     wire = comm.group_gb_s(list(range(world.unit_size)), rates.gpu)
     link = comm.score_link_seconds(config, scored.images, wire, rates.efficiency) / 2
@@ -139,7 +139,7 @@ def own_servers(config: RunConfig, world: RankGrid, scored: ScoreShare, rates: R
 
 
 def _servers(config: RunConfig, scored: ScoreShare, rates: Rates, joined: Joined) -> Servers:
-    there = Rates(joined.gpu, rates.precision, rates.efficiency)
+    joined_rates = Rates(joined.gpu, rates.precision, rates.efficiency)
     network = min(rates.gpu.network_gb_s, joined.gpu.network_gb_s)
     link = comm.score_link_seconds(config, scored.images, network, rates.efficiency) / 2
-    return Servers(joined.count, score_seconds(config, scored.images, there), link)
+    return Servers(joined.count, score_seconds(config, scored.images, joined_rates), link)

@@ -234,9 +234,9 @@ class _FusedAttention(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.nn.functional.scaled_dot_product_attention:
-            given = kwargs or {}
+            keywords = kwargs or {}
             query, key, value = (
-                args[i] if i < len(args) else given[name]
+                args[i] if i < len(args) else keywords[name]
                 for i, name in enumerate(("query", "key", "value"))
             )
             return _SavesInputsAndOutput.apply(query, key, value)

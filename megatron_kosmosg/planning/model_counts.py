@@ -101,9 +101,9 @@ def count_model(config: RunConfig) -> ModelCounts:
 
 def whole_model(config: RunConfig) -> torch.nn.Module:
     """The stage's model on one rank, on the meta device, frozen as in training."""
-    lone = single_process_context(torch.device("meta"))
-    alone = dataclasses.replace(config, parallel=ParallelConfig())
-    (model,) = bare_stage(alone, lone).build_model(lone)
+    context = single_process_context(torch.device("meta"))
+    unsplit = dataclasses.replace(config, parallel=ParallelConfig())
+    (model,) = bare_stage(unsplit, context).build_model(context)
     return model
 
 

@@ -222,12 +222,12 @@ def _choices(config: RunConfig, world_size: int) -> Iterator[list[Choice]]:
         for size, cached in itertools.product(
             _micro_batch_sizes(config, world.num_replicas, world_size), caches
         ):
-            here = replace(base, micro_batch_size=size, cached_latents=cached)
-            layout = balanced_layout(with_choice(config, here, world_size))
+            unbalanced = replace(base, micro_batch_size=size, cached_latents=cached)
+            layout = balanced_layout(with_choice(config, unbalanced, world_size))
             for window in _windows(config, world, size):
                 yield [
                     replace(
-                        here,
+                        unbalanced,
                         pipeline_layout=layout,
                         window=window,
                         recompute=recompute,

@@ -77,8 +77,8 @@ def play(
         for server, entries in enumerate(waiting if score is not None else []):
             while entries and ("F", entries[0][1], num_pipeline_stages - 1, entries[0][0]) in done:
                 i, replica = entries.pop(0)
-                there = done["F", replica, num_pipeline_stages - 1, i] + link
-                servers[server] = max(servers[server], there) + score[i]
+                arrived = done["F", replica, num_pipeline_stages - 1, i] + link
+                servers[server] = max(servers[server], arrived) + score[i]
                 done["S", replica, num_pipeline_stages - 1, i] = servers[server] + link
     busy = sum(map(sum, forward)) + sum(map(sum, backward))
     scored = sum(score) * replicas / score_ranks if score is not None else 0.0

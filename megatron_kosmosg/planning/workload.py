@@ -88,7 +88,7 @@ def mixture(config: RunConfig) -> list[MixtureEntry]:
 def assumed_kinds(config: RunConfig) -> list[str]:
     """A sentence for every dataset whose kind `mixture` had to assume."""
     heaviest = _heaviest(_kinds_read(config))
-    said = [
+    sentences = [
         f"data.blend.{name}: its kind is unknown (no dataset at {entry.path} on this machine, no "
         f"data.blend.{name}.kind) and assumed to be {heaviest}, the heaviest that {config.stage} "
         "reads"
@@ -96,8 +96,8 @@ def assumed_kinds(config: RunConfig) -> list[str]:
         if entry.kind is None
     ]
     if not config.data.blend:
-        said.append(f"data.blend is empty: samples are assumed to be of kind {heaviest}")
-    return said
+        sentences.append(f"data.blend is empty: samples are assumed to be of kind {heaviest}")
+    return sentences
 
 
 def _kinds_read(config: RunConfig) -> dict[str, UsualSize]:

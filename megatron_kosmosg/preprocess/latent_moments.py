@@ -37,7 +37,7 @@ from megatron_kosmosg.data.latent_cache import (
 )
 from megatron_kosmosg.data.normalise import normalise
 from megatron_kosmosg.data.store import SampleStore
-from megatron_kosmosg.files import exclusive, own_folder
+from megatron_kosmosg.files import exclusive, real_folder
 from megatron_kosmosg.models.diffusion import vae_moments
 from megatron_kosmosg.progress import ProgressCallback
 from megatron_kosmosg.shards import ShardFolder
@@ -134,7 +134,7 @@ def cache_latents(
         finished = _finished(prefix, source)
         if finished is not None:
             return _of_finished(job, finished)
-        own_folder(parts.path)
+        real_folder(parts.path)
         parts.begin(asdict(source) | {"precision": job.precision, "shard_size": job.shard_size})
     todo = parts.to_do(range(rank, job.num_shards, world_size))
     bad = _bad_targets(job, _notes(job, parts))

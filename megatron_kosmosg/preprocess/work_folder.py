@@ -10,7 +10,7 @@ import fcntl
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_kosmosg.files import open_itself, own_folder, refuse_link
+from megatron_kosmosg.files import open_itself, real_folder, refuse_link
 from megatron_kosmosg.shards import ShardFolder
 
 LOCK_FILE = "lock"
@@ -42,7 +42,7 @@ class WorkFolder:
         Raises ValueError when another run is at work in it, or when --resume finds another job's;
         OSError when it is a link, or one is to be resumed from.
         """
-        own_folder(self.path)
+        real_folder(self.path)
         self._take_lock()
         if resume and self.shards.is_begun:
             for path in self.path.iterdir():

@@ -36,14 +36,14 @@ def answer_for_attention(recorder: Recorder) -> None:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        given = (query, key, value, attn_mask, dropout_p, is_causal)
-        named = {"scale": scale, "enable_gqa": enable_gqa}
+        args = (query, key, value, attn_mask, dropout_p, is_causal)
+        kwargs = {"scale": scale, "enable_gqa": enable_gqa}
         if has_torch_function_variadic(query, key, value):
             function = F.scaled_dot_product_attention
-            return handle_torch_function(function, (query, key, value), *given, **named)
+            return handle_torch_function(function, (query, key, value), *args, **kwargs)
         _check(query, key, value, attn_mask)
         if query.device.type != "cuda":
-            return real(*given, **named)
+            return real(*args, **kwargs)
         if 0 in query.shape or 0 in key.shape:
             kernel = _matrix
         else:

@@ -19,7 +19,7 @@ class Case:
     world_size: int = 1
     received: tuple[int, ...] | None = None
     """Shape of what the pipeline stage before this one sends; its own rehearsal says it."""
-    told: tuple[tuple[str, str], ...] = ()
+    store_values: tuple[tuple[str, str], ...] = ()
     """{key: value} that the pipeline stage before put into the store; its own rehearsal says it,
     too."""
     upstream_trains: bool = True

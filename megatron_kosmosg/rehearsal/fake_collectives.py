@@ -36,16 +36,16 @@ class _Store(dist.Store):
 
     def __init__(self) -> None:
         super().__init__()
-        self.said: dict[str, str] = {}
+        self.values: dict[str, str] = {}
 
     def set(self, key: str, value: bytes) -> None:
-        self.said[key] = bytes(value).decode()
+        self.values[key] = bytes(value).decode()
 
     def get(self, key: str) -> bytes:
-        return self.said[key].encode()
+        return self.values[key].encode()
 
     def deleteKey(self, key: str) -> bool:  # the name under which C++ asks
-        return self.said.pop(key, None) is not None
+        return self.values.pop(key, None) is not None
 
 
 class Collectives:
@@ -60,7 +60,7 @@ class Collectives:
         """Shape of what the pipeline stage before sends, where nothing was sent to it yet."""
         self.store = _Store()
         """What pipeline stages tell each other beside the tensors."""
-        self.others_say: Any = None
+        self.gathered_object: Any = None
         """What the other ranks give `all_gather_object` where this rank has nothing to say."""
 
     def install(self) -> None:
@@ -119,21 +119,21 @@ class Collectives:
         return call
 
     def _many(self, kind: str, *, is_gather: bool) -> Callable:
-        def call(output: torch.Tensor, given: torch.Tensor, *args: Any, **named: Any):
+        def call(output: torch.Tensor, source: torch.Tensor, *args: Any, **named: Any):
             group = _group(args, named.get("group"))
-            self._count(kind, group, output, given)
-            whole, part = (output, given) if is_gather else (given, output)
+            self._count(kind, group, output, source)
+            whole, part = (output, source) if is_gather else (source, output)
             if whole.numel() != dist.get_world_size(group) * part.numel():
                 raise RuntimeError(
-                    f"{kind} over {dist.get_world_size(group)} ranks from {tuple(given.shape)} "
+                    f"{kind} over {dist.get_world_size(group)} ranks from {tuple(source.shape)} "
                     f"to {tuple(output.shape)}"
                 )
             return _Done() if named.get("async_op") else None
 
         return call
 
-    def _all_gather(self, outputs: list, given: torch.Tensor, group=None, async_op=False):
-        self._count("all_gather", group, given, *outputs)
+    def _all_gather(self, outputs: list, source: torch.Tensor, group=None, async_op=False):
+        self._count("all_gather", group, source, *outputs)
         if len(outputs) != dist.get_world_size(group):
             raise RuntimeError(
                 f"all_gather over {dist.get_world_size(group)} ranks into {len(outputs)} tensors"
@@ -141,7 +141,7 @@ class Collectives:
         return _Done() if async_op else None
 
     def _all_gather_object(self, objects: list, value: Any, group=None) -> None:
-        objects[:] = [value or self.others_say] * len(objects)
+        objects[:] = [value or self.gathered_object] * len(objects)
 
     def _send(self, tensor: torch.Tensor, dst: int | None = None, group=None, **_: Any) -> _Done:
         self._count("send", group, tensor)

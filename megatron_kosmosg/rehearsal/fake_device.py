@@ -43,7 +43,7 @@ class FakeDevice:
             raise ConfigError(f"nothing can be rehearsed here: {reason}")
         self._folder = tempfile.TemporaryDirectory()
         self._process: subprocess.Popen[str] | None = None
-        self._said: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._stderr: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
 
     def __enter__(self) -> FakeDevice:
         return self
@@ -53,10 +53,10 @@ class FakeDevice:
             # It keeps nothing, and may be amid a case that nobody wants any more.
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        self._said.close()
+        self._stderr.close()
         self._folder.cleanup()
 
-    def ask(self, case: Case) -> dict:
+    def run(self, case: Case) -> dict:
         """What the case's function returned, or {"error": {"message", "phase", "place", "lines"}}.
 
         Raises FakeDeviceError when the process itself ends.
@@ -68,7 +68,7 @@ class FakeDevice:
                 start_new_session=True,  # so that it ends as a whole, with the case that it runs
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=self._said,
+                stderr=self._stderr,
                 text=True,
             )
         process = self._process
@@ -85,11 +85,11 @@ class FakeDevice:
         return json.loads(answer)
 
     def _last_words(self) -> str:
-        self._said.seek(0)
-        lines = [line.strip() for line in self._said if line.strip()]
+        self._stderr.seek(0)
+        lines = [line.strip() for line in self._stderr if line.strip()]
         return lines[-1] if lines else "it said nothing"
 
 
 def _python_path() -> list[str]:
-    given = os.environ.get("PYTHONPATH")
-    return [given] if given else []
+    path = os.environ.get("PYTHONPATH")
+    return [path] if path else []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_kosmosg.rehearsal.recorder import Recorder, Traffic
-from megatron_kosmosg.score.member import Asked
+from megatron_kosmosg.score.member import ReceivedRequest
 from megatron_kosmosg.score.messages import Answer, Request, Rows
 from megatron_kosmosg.score.wire import RunEnd
 
@@ -24,18 +24,18 @@ class FakeFleet:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._asked: dict[int, Request] = {}
+        self._submitted: dict[int, Request] = {}
 
     def prepare(self, rows: Rows) -> None: ...
 
-    def ask(self, request: Request, has_arrived: Callable[[], bool]) -> int:
-        number = len(self._asked)
-        self._asked[number] = request
+    def submit(self, request: Request, has_arrived: Callable[[], bool]) -> int:
+        number = len(self._submitted)
+        self._submitted[number] = request
         _count(self._recorder, "send to score ranks", request.condition)
         return number
 
     def take(self, number: int) -> Answer | None:
-        payload = torch.zeros(self._asked[number].num_values)
+        payload = torch.zeros(self._submitted[number].num_values)
         _count(self._recorder, "receive from score ranks", payload)
         return Answer(0.0, 0, 0, 0.0, 0.0, payload)
 
@@ -61,19 +61,19 @@ class FakeMembership:
         """The rows of the first request are announced."""
         self._announce()
 
-    def take(self, seconds: float | None = None) -> Asked | None:
+    def take(self, seconds: float | None = None) -> ReceivedRequest | None:
         """A request comes when there is nothing else to do, as where decoder ranks are slow."""
         if seconds == 0 or not self._requests:
             return None
-        asked = Asked(0, len(self._requests), self._requests.popleft())
+        received = ReceivedRequest(0, len(self._requests), self._requests.popleft())
         self._announce()
-        return asked
+        return received
 
     @property
     def end(self) -> RunEnd | None:
         return None if self._requests else RunEnd.DONE
 
-    def reply(self, asked: Asked, answer: Answer) -> None:
+    def reply(self, received: ReceivedRequest, answer: Answer) -> None:
         _count(self._recorder, "send to decoder ranks", answer.payload)
 
     def wake(self) -> None: ...

@@ -54,7 +54,7 @@ def take_rank(case: Case, stand_ins: StandIns) -> None:
     )
     collectives = stand_ins.collectives
     stand_ins.numbers.flag = case.upstream_trains
-    collectives.store.said.update(case.told)
+    collectives.store.values.update(case.store_values)
     collectives.announced = case.received
     stand_ins.card.kind = gpu_named(case.gpu)
 
@@ -73,15 +73,15 @@ def run_update(case: Case, stand_ins: StandIns) -> dict:
             recorder.restart_timeline()
             with recorder.phase(UPDATE):
                 rank.update()
-    behind_others = rank.context.pp_rank > 0
+    is_behind_others = rank.context.pp_rank > 0
     return {
         "phases": recorder.as_dict(),
         "timeline": recorder.timeline(),
         "num_micro_batches": num_microbatches(config, rank.context.dp_size),
         "held": rank.held,
-        "trains": rank.held["optimizer"] > 0 or (behind_others and case.upstream_trains),
+        "trains": rank.held["optimizer"] > 0 or (is_behind_others and case.upstream_trains),
         "sent": stand_ins.collectives.sent,
-        "told": stand_ins.collectives.store.said,
+        "told": stand_ins.collectives.store.values,
     }
 
 
@@ -125,7 +125,7 @@ def start(config: RunConfig, case: Case, stand_ins: StandIns) -> Rank:
     stage = build_stage(config, context, remote_score)
     helpers = memory.now
     # Megatron-Core gives all ranks the parameter groups of all; where something trains it is one.
-    collectives.others_say = [(None, False)]
+    collectives.gathered_object = [(None, False)]
     trained = build_trained(stage, config, context, takes_initial_weights=False)
     parameters: list[Any] = [
         parameter for chunk in trained.chunks for parameter in chunk.parameters()
@@ -145,6 +145,6 @@ def start(config: RunConfig, case: Case, stand_ins: StandIns) -> Rank:
     feed = BatchFeed(stream, config, context, start_sample=0)
     iterators = feed.chunk_iterators(len(trained.chunks))
     # The names of the losses, which the last pipeline stage knows.
-    collectives.others_say = ["loss"]
+    collectives.gathered_object = ["loss"]
     reporter = Reporter(context, remote_score)
     return Rank(stage, config, context, trained, feed, iterators, reporter, held)

@@ -203,7 +203,7 @@ def _kind_lines(kind: dict[str, Any]) -> list[str]:
     lines += [f"  {line}" for line in memory_lines(kind)]
     lines.append("  what the GPU would wait for:")
     found = waits(answer)
-    lines += [f"    {_said(wait)}" for wait in found[:_SHOWN]]
+    lines += [f"    {_in_words(wait)}" for wait in found[:_SHOWN]]
     if len(found) > _SHOWN:
         lines.append(f"    and {len(found) - _SHOWN} more lines (--json and --page have all)")
     for kernel, shapes in attention(answer).items():
@@ -212,7 +212,7 @@ def _kind_lines(kind: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _said(wait: Wait) -> str:
+def _in_words(wait: Wait) -> str:
     size = "" if wait.num_bytes is None else f", {wait.num_bytes / MB:.3g} MB"
     calls = "" if wait.calls is None else f"{wait.calls:.4g} "
     return f"{calls}a {wait.of}: {wait.what} at {wait.where}{size}"

@@ -45,7 +45,7 @@ def rehearse(
         FakeDeviceError: the device ends, or cannot describe the run.
     """
     plain = Case(config, tuple(overrides), 0, 0, world_size=num_gpus, gpu=gpu)
-    described = device.ask(dataclasses.replace(plain, do=_DESCRIBE))
+    described = device.run(dataclasses.replace(plain, do=_DESCRIBE))
     if "error" in described:
         error = described["error"]
         raise FakeDeviceError(f"{error['message']} (at {error['place']})")
@@ -63,14 +63,14 @@ def rehearse(
     on_progress(0, len(kinds))
     before: dict[str, Any] | None = None
     for number, kind in enumerate(kinds, start=1):
-        own = dataclasses.replace(case, rank=kind["rank"])
+        rank_case = dataclasses.replace(case, rank=kind["rank"])
         if kind["name"] == SCORE:
-            kind["rehearsed"] = device.ask(dataclasses.replace(own, do=_SERVE))
+            kind["rehearsed"] = device.run(dataclasses.replace(rank_case, do=_SERVE))
         elif before is not None and "sent" not in before:
             kind["rehearsed"] = {"skipped": "the pipeline stage before it did not end"}
         else:
-            own = own if before is None else behind(own, before)
-            kind["rehearsed"] = before = device.ask(own)
+            rank_case = rank_case if before is None else behind(rank_case, before)
+            kind["rehearsed"] = before = device.run(rank_case)
         on_progress(number, len(kinds))
     described.pop("cpu_seconds")
     described.pop("resident_bytes")
@@ -83,6 +83,6 @@ def behind(case: Case, before: dict[str, Any]) -> Case:
     return dataclasses.replace(
         case,
         received=tuple(sent[0]) if sent else None,
-        told=tuple(before["told"].items()),
+        store_values=tuple(before["told"].items()),
         upstream_trains=before["trains"],
     )

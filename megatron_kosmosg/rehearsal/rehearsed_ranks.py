@@ -29,13 +29,13 @@ def describe(case: Case, stand_ins: StandIns) -> dict:
     "global_batch_size": with which so many are made, "kinds": [{"name", "rank": the first of them,
     "count", "holds", "planned": bytes by use, or None}]}.
     """
-    given = with_kinds(run_config(case))
-    config = with_frozen_folders(given, stand_ins.folder)
+    configured = with_kinds(run_config(case))
+    config = with_frozen_folders(configured, stand_ins.folder)
     world = rank_grid(config, case.world_size)
     count = num_microbatches(config, world.num_replicas)
     largest = max(micro_batches(config, count), key=lambda x: (x.positions, x.prompt_images))
     rehearsed = _enough(config, world, count)
-    missing = missing_folders(given)
+    missing = missing_folders(configured)
     notes = [f"{key} is not here: the sizes of Stable Diffusion v1.5 are taken" for key in missing]
     return {
         "stage": config.stage,

@@ -81,9 +81,13 @@ def _run(case: Case, stand_ins: StandIns) -> dict:
 
 def _place(frames: traceback.StackSummary) -> str:
     """The line of the program where something went wrong, as file:line."""
-    package, here = Path(__file__).parents[1], Path(__file__).parent
-    own = [x for x in frames if package in Path(x.filename).parents]
-    program = [x for x in own if here not in Path(x.filename).parents] or own or list(frames)
+    package, rehearsal_folder = Path(__file__).parents[1], Path(__file__).parent
+    package_frames = [x for x in frames if package in Path(x.filename).parents]
+    program = (
+        [x for x in package_frames if rehearsal_folder not in Path(x.filename).parents]
+        or package_frames
+        or list(frames)
+    )
     file = Path(program[-1].filename)
     shown = file.relative_to(package.parent) if package in file.parents else file
     return f"{shown}:{program[-1].lineno}"

@@ -104,11 +104,11 @@ class Fleet:
         self._guest_key = z85.decode(guest_key)
         self._thread.start()
 
-    def ask(self, request: Request, has_arrived: Callable[[], bool]) -> int:
+    def submit(self, request: Request, has_arrived: Callable[[], bool]) -> int:
         """Number of a request, for `take`. Nothing is waited for. has_arrived: whether the
         condition is in the host's memory yet."""
         with self._changed:
-            number = self._roster.ask(request)
+            number = self._roster.submit(request)
             self._arrivals[number] = has_arrived
         self._ring()
         return number
@@ -196,10 +196,10 @@ class Fleet:
         poller = zmq.Poller()
         for socket in (self._router, self._gate, self._bell):
             poller.register(socket, zmq.POLLIN)
-        next_beat = 0.0
+        next_heartbeat = 0.0
         while self._end is None:
             is_coming = self._send_waiting()
-            patience = max(0.0, next_beat - time.monotonic())
+            patience = max(0.0, next_heartbeat - time.monotonic())
             ready = dict(poller.poll(_NEWS_MS if is_coming else int(patience * 1000) + 1))
             if self._gate in ready:
                 self._let_in()
@@ -209,9 +209,9 @@ class Fleet:
                 identity, *frames = self._router.recv_multipart(copy=False)
                 self._receive(bytes(identity.buffer), frames)
             now = time.monotonic()
-            if now >= next_beat:
-                next_beat = now + BEAT_SECONDS
-                self._beat(now)
+            if now >= next_heartbeat:
+                next_heartbeat = now + BEAT_SECONDS
+                self._send_heartbeats(now)
         for identity in list(self._roster.members):
             self._send(identity, wire.pack(Message.BYE, int(self._end)))
 
@@ -266,7 +266,7 @@ class Fleet:
             say(f"{member.name} {why}; {len(self._roster.members)} left")
         self._changed.notify_all()
 
-    def _beat(self, now: float) -> None:
+    def _send_heartbeats(self, now: float) -> None:
         for identity in list(self._roster.members):
             self._send(identity, wire.pack(Message.BEAT))
         with self._changed:
@@ -379,12 +379,12 @@ class Fleet:
         error that others would meet, too."""
         member = self._roster.members[identity]
         failed = f"failed: {words.get('error')}"
-        told, before = f"{member.name} {failed}", self._failures.get(number)
+        failure, before = f"{member.name} {failed}", self._failures.get(number)
         if number and before:
-            self._trouble = ScoreRankFailed(f"{told}; at the same request, before it, {before}")
+            self._trouble = ScoreRankFailed(f"{failure}; at the same request, before it, {before}")
         elif words.get("ends_run") and member.standing is not Standing.JOINED:
-            self._trouble = ScoreRankFailed(told)
-        self._failures[number] = told
+            self._trouble = ScoreRankFailed(failure)
+        self._failures[number] = failure
         self._take_off(identity, failed)
 
     def _evict(self, identity: bytes, why: str) -> None:

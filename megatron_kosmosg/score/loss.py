@@ -58,10 +58,10 @@ class ColocatedScore:
             keyed_noise: what `ScoreNoise.noise` gave for them, where it was drawn before.
         """
         rows = row_range(len(condition), self._context)
-        mine = take_rows(condition, self._context)
+        local = take_rows(condition, self._context)
         if keyed_noise is not None:
             keyed_noise = {name: values[rows] for name, values in keyed_noise.items()}
-        losses = self._denoising(mine, targets[rows], positions[rows], stream, keyed_noise)
+        losses = self._denoising(local, targets[rows], positions[rows], stream, keyed_noise)
         return sum_over_tensor_ranks((losses * weights[rows]).sum(), self._context)
 
 

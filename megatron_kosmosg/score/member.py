@@ -62,7 +62,7 @@ class DecoderAddress:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReceivedRequest:
     """A request that this rank is to answer."""
 
     decoder: int
@@ -104,15 +104,15 @@ class Membership:
         self._standing = standing
         self.prepare = prepare
         self._prints: dict[str, str] | None = None
-        self._asked: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()
-        self._said: queue.SimpleQueue[tuple[int | None, Frames]] = queue.SimpleQueue()
+        self._received: queue.SimpleQueue[ReceivedRequest | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[tuple[int | None, Frames]] = queue.SimpleQueue()
         self._ends: dict[int, RunEnd] = {}
         self._trouble: Exception | None = None
         self._over_since: float | None = None
         self._lost_since: dict[int, float] = {}
         self._silence_seconds = silence_seconds
         self._silent = dict.fromkeys(range(len(decoders)), 0.0)
-        self._working: Asked | None = None
+        self._working: ReceivedRequest | None = None
         self._has_answered = False
         self._is_over = False
         self._context = zmq.Context()
@@ -147,7 +147,7 @@ class Membership:
                 frames = wire.pack_words(Message.FAILED, words)
                 if work is not None and work.decoder == decoder:
                     frames[0] = wire.pack(Message.FAILED, number)[0]
-                self._say(decoder, frames)
+                self._send(decoder, frames)
         self.close()
 
     def ends_run(self, error: BaseException) -> bool:
@@ -163,9 +163,9 @@ class Membership:
         loaded."""
         self._prints = prints
         for decoder in range(len(self._decoders)):
-            self._say(decoder, self._hello(decoder))
+            self._send(decoder, self._hello(decoder))
 
-    def take(self, seconds: float | None = None) -> Asked | None:
+    def take(self, seconds: float | None = None) -> ReceivedRequest | None:
         """The next request, waited for so long at most; None: there is none, the run has ended,
         or this rank was woken. Raises DecoderLost and NotAdmitted."""
         self._working = None
@@ -174,7 +174,7 @@ class Membership:
         if self.end is not None:
             return None
         try:
-            self._working = self._asked.get(timeout=seconds)
+            self._working = self._received.get(timeout=seconds)
         except queue.Empty:
             return None
         if self._working is None and self._trouble is not None:
@@ -183,7 +183,7 @@ class Membership:
 
     def wake(self) -> None:
         """Ends a wait in `take`, because there is other work."""
-        self._asked.put(None)
+        self._received.put(None)
 
     @property
     def end(self) -> RunEnd | None:
@@ -192,16 +192,16 @@ class Membership:
             return None
         return max(self._ends.values())
 
-    def reply(self, asked: Asked, answer: Answer) -> None:
+    def reply(self, received: ReceivedRequest, answer: Answer) -> None:
         """Sends an answer; returns without waiting until it has arrived."""
-        answer = replace(answer, waiting=self._asked.qsize())
+        answer = replace(answer, waiting=self._received.qsize())
         self._has_answered = True
-        self._say(asked.decoder, wire.pack_answer(asked.number, answer))
+        self._send(received.decoder, wire.pack_answer(received.number, answer))
 
     def leave(self) -> None:
         """Tells the decoder ranks that this rank ends; what it was asked goes to others."""
         for decoder in range(len(self._decoders)):
-            self._say(decoder, wire.pack(Message.LEAVE))
+            self._send(decoder, wire.pack(Message.LEAVE))
 
     def close(self) -> None:
         """Returns when all messages have left this process, which may end then."""
@@ -231,8 +231,8 @@ class Membership:
         words: dict[str, Any] = {"standing": standing, "prints": self._prints}
         return wire.pack_words(Message.HELLO, self._about | words)
 
-    def _say(self, decoder: int | None, frames: Frames) -> None:
-        self._said.put((decoder, frames))
+    def _send(self, decoder: int | None, frames: Frames) -> None:
+        self._outgoing.put((decoder, frames))
         self._ring()
 
     def _ring(self) -> None:
@@ -249,7 +249,7 @@ class Membership:
 
     def _stop(self, error: Exception) -> None:
         self._trouble = self._trouble or error
-        self._asked.put(None)
+        self._received.put(None)
 
     def _exchange(self) -> None:
         poller = zmq.Poller()
@@ -265,8 +265,8 @@ class Membership:
             while self._bell.poll(0):
                 self._bell.recv()
             is_over = self._is_over
-            while not self._said.empty():
-                decoder, frames = self._said.get()
+            while not self._outgoing.empty():
+                decoder, frames = self._outgoing.get()
                 self._sockets[decoder or 0].send_multipart(frames)
             if is_over:
                 return
@@ -328,7 +328,7 @@ class Membership:
         if message is Message.ASK:
             request = wire.unpack_request(parts, self._limits)
             self.prepare(request.rows)
-            self._asked.put(Asked(index, number, request))
+            self._received.put(ReceivedRequest(index, number, request))
         elif message is Message.PREPARE:
             self.prepare(wire.unpack_rows(parts, self._limits))
         elif message is Message.UNKNOWN:
@@ -338,6 +338,6 @@ class Membership:
         elif message is Message.BYE:
             self._ends[index] = RunEnd(number)
             if self.end is not None:
-                self._asked.put(None)
+                self._received.put(None)
         elif message not in (Message.BEAT, Message.WELCOME):
             raise BadMessage(f"{message.name}, which is not for a score rank")

@@ -17,11 +17,11 @@ from megatron_kosmosg.launcher import find_rank_info
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.models.faster_passes import take_faster_passes
 from megatron_kosmosg.monitoring.watchdog import Watchdog
+from megatron_kosmosg.score.child_process import ScoreRankLost
 from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.generation import generate_images
 from megatron_kosmosg.score.keyed_noise import KeyedNoise
 from megatron_kosmosg.score.loss import DenoisingLoss
-from megatron_kosmosg.score.own_process import ScoreRankLost
 from megatron_kosmosg.score.prints import diffusion_prints
 from megatron_kosmosg.score.service import serve
 from megatron_kosmosg.score.stream import open_stream

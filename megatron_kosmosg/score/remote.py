@@ -114,16 +114,17 @@ class RemoteScore:
         kind = Kind.GRADIENT if wants_gradient else Kind.LOSS
         number, split = self._number % self._num_microbatches, self._shares(len(condition))
         self._number += 1
-        asked = []
+        request_numbers = []
         for rows in split if self._fleet is not None else ():
             about = _rows(positions[rows], replacements[rows], is_heldout)
             with self.record(SEND, micro_batch=number, sample=positions[rows]):
-                asked.append(self._ask(kind, about, condition[rows].detach().to(dtype), scale))
+                request_numbers.append(
+                    self._submit(kind, about, condition[rows].detach().to(dtype), scale)
+                )
         reported = torch.zeros(2, device=condition.device)
         reported[1:].fill_(len(condition))
-        pending = _Pending(
-            self, number, split, asked, positions, condition.shape, wants_gradient, reported
-        )
+        requests = number, split, request_numbers
+        pending = _Pending(self, *requests, positions, condition.shape, wants_gradient, reported)
         self._pending.append(pending)
         if not wants_gradient:
             if len(self._pending) > _MOST_IN_FLIGHT:
@@ -144,7 +145,7 @@ class RemoteScore:
         assert self._fleet is not None
         about = _rows(positions, torch.zeros_like(positions), is_heldout=True)
         one = torch.ones((), device=condition.device)
-        answer = self._fleet.take(self._ask(Kind.IMAGES, about, condition.detach(), one, size))
+        answer = self._fleet.take(self._submit(Kind.IMAGES, about, condition.detach(), one, size))
         if answer is None:
             self._pass_on(_GIVEN_UP)
             return None
@@ -189,7 +190,7 @@ class RemoteScore:
         if received in STOP_SIGNALS:
             signal.raise_signal(received)
 
-    def _ask(
+    def _submit(
         self,
         kind: Kind,
         rows: Rows,
@@ -200,7 +201,7 @@ class RemoteScore:
         assert self._fleet is not None
         download = Download(condition, scale.float())
         request = Request(kind, rows, *download.tensors, image_size)
-        return self._fleet.ask(request, download.has_arrived)
+        return self._fleet.submit(request, download.has_arrived)
 
     def _shares(self, num_rows: int) -> list[slice]:
         """The rows of a micro-batch as they are asked for."""
@@ -221,7 +222,7 @@ class RemoteScore:
             watch = Stopwatch(device)
             watch.start()
             host = torch.zeros(_HEAD + pending.num_rows * width)
-            for rows, number in zip(pending.split, pending.asked, strict=True):
+            for rows, number in zip(pending.split, pending.request_numbers, strict=True):
                 about = {"micro_batch": pending.number, "sample": pending.positions[rows]}
                 with self.record(WAIT, **about):
                     answer = self._fleet.take(number)
@@ -261,14 +262,15 @@ class _Pending:
         score: RemoteScore,
         number: int,
         split: list[slice],
-        asked: list[int],
+        request_numbers: list[int],
         positions: torch.Tensor,
         shape: torch.Size,
         wants_gradient: bool,
         reported: torch.Tensor,
     ) -> None:
         self._score, self._shape = score, shape
-        self.number, self.split, self.asked, self.positions = number, split, asked, positions
+        self.number, self.split, self.positions = number, split, positions
+        self.request_numbers = request_numbers
         self.reported = reported
         self.num_rows = shape[0]
         self.values_per_row = shape[1:].numel() if wants_gradient else 0

@@ -140,7 +140,7 @@ class Roster:
         self.repeated = 0
         """Requests that were given to a second rank."""
 
-    def ask(self, request: Request) -> int:
+    def submit(self, request: Request) -> int:
         """Number of the request, which now waits for a rank."""
         number, self._next = self._next, self._next + 1
         self._open[number] = _Open(request)
@@ -266,12 +266,12 @@ class Roster:
     def _choose(self, without: set[bytes], now: float, *, with_work: bool = False) -> bytes | None:
         """The rank of a few that will be done first; those of other replicas only where nobody else
         is. Of a few: what one knows of a rank is old, and all replicas would choose the same."""
-        there = {
+        reachable = {
             identity: member
             for identity, member in self.members.items()
             if identity not in without and member.is_ready
         }
-        on_time = {i: m for i, m in there.items() if not m.is_late} or there
+        on_time = {i: m for i, m in reachable.items() if not m.is_late} or reachable
         close = {i: m for i, m in on_time.items() if m.standing is not Standing.RESERVE} or on_time
         expected = list(self._expected.values())
         free = [i for i, m in close.items() if with_work or m.is_free]

@@ -20,7 +20,7 @@ from megatron_kosmosg.monitoring.stopwatch import Stopwatch
 from megatron_kosmosg.parallel.transfers import upload
 from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.keyed_noise import KeyedNoise
-from megatron_kosmosg.score.member import Asked, DecoderLost
+from megatron_kosmosg.score.member import DecoderLost, ReceivedRequest
 from megatron_kosmosg.score.messages import Answer, Kind, Request
 from megatron_kosmosg.score.targets import Encode, OpenStream, TargetReader
 from megatron_kosmosg.score.trace import ScoreTrace
@@ -67,44 +67,44 @@ def serve(
         with StopRequest() as stop:
             membership.is_loaded({**prints, **data})
             while True:
-                asked, idle = _next(rank, reader, trace, stop)
-                if asked is None:
+                received, idle = _next(rank, reader, trace, stop)
+                if received is None:
                     trace.ended()
                     if membership.end is RunEnd.FAILED:
                         raise DecoderLost("the decoder ranks ended because of a failure")
                     if membership.end is None:
                         membership.leave()
                     return membership.end is RunEnd.DONE
-                trace.received(asked.request)
+                trace.received(received.request)
                 signal = 0 if stop.received is None else int(stop.received)
-                about = {"sample": torch.tensor(asked.request.rows.positions)}
+                about = {"sample": torch.tensor(received.request.rows.positions)}
                 with trace.record(UNET, **about):
-                    answer = work.answer(asked.request, idle, signal)
+                    answer = work.answer(received.request, idle, signal)
                 with trace.record(REPLY, **about):
-                    membership.reply(asked, answer)
+                    membership.reply(received, answer)
     finally:
         reader.close()
 
 
 def _next(
     rank: ScoreRank, reader: TargetReader, trace: ScoreTrace, stop: StopRequest
-) -> tuple[Asked | None, float]:
+) -> tuple[ReceivedRequest | None, float]:
     """(the next request, seconds that were waited for it); (None, seconds) when the service is
     over."""
     idle, membership, watch = 0.0, rank.membership, Stopwatch(rank.device)
     is_guest = rank.coordinates is None
     while True:
-        asked = membership.take(0.0)
-        if asked is None and not reader.encode_ahead():
+        received = membership.take(0.0)
+        if received is None and not reader.encode_ahead():
             watch.start()
             with trace.record(IDLE):
-                asked = membership.take(_LOOK_SECONDS)
+                received = membership.take(_LOOK_SECONDS)
             watch.stop()
             # The stream's time: the program also waits for the U-Net's work before the request.
             idle += watch.seconds()
         is_over = membership.end is not None or (is_guest and stop.received is not None)
-        if asked is not None or is_over:
-            return asked, idle
+        if received is not None or is_over:
+            return received, idle
 
 
 class _Work:

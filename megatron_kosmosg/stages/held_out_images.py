@@ -50,7 +50,7 @@ def held_out_images(
     measured = shown if num_measured is None else num_measured
     together = shown or PROMPTS_TOGETHER
     count = max(shown, measured if evaluators else 0)
-    grid, words, drawn, is_given_up = {}, {}, [], False
+    grid, words, drawn, is_interrupted = {}, {}, [], False
     for start in range(0, count, together):
         positions = range(start, min(start + together, count))
         found = _generated(config, context, generate, dataset, model, positions)
@@ -58,13 +58,13 @@ def held_out_images(
             continue
         batch, images = found
         if images is None:  # the other ranks go on to the last prompt, so this one does, too
-            is_given_up = True
+            is_interrupted = True
             continue
         if start == 0 and shown:
             grid[GRID] = _grid(config, batch, images)
             words[GRID] = tuple(text or "" for text in images.texts)
         drawn.append(images)
-    if is_given_up:
+    if is_interrupted:
         return None
     if not drawn:
         return Probe()

@@ -93,7 +93,7 @@ class InstructStage:
                 drop = self._condition_drop(batch, stream)
                 condition = drop_condition(condition, null_condition, drop)
             if self.remote_score is not None:
-                return self._ask_score_ranks(condition, batch, model, training)
+                return self._remote_loss(condition, batch, model, training)
             cached = "target_moments" in batch
             targets = batch["target_moments" if cached else "target_pixel_values"]
             weights = batch["target_weights"]
@@ -110,7 +110,7 @@ class InstructStage:
         noise = ScoreNoise(self.config.score, self.config.training.seed)
         return noise.condition_drop(batch["stream_positions"], stream)[CONDITION_DROP]
 
-    def _ask_score_ranks(
+    def _remote_loss(
         self,
         condition: torch.Tensor,
         batch: dict[str, torch.Tensor],

@@ -100,9 +100,9 @@ class BatchFeed:
         if self._exchange is None:
             timeout = self._config.parallel.timeout_seconds
             self._exchange = ReplacementExchange(self._context, self._split, timeout)
-        own, positions = batch["replacements"].tolist(), batch["stream_positions"].tolist()
-        agreed = self._exchange.share(positions[0], own)
-        if agreed == own:
+        local, positions = batch["replacements"].tolist(), batch["stream_positions"].tolist()
+        agreed = self._exchange.share(positions[0], local)
+        if agreed == local:
             return batch
         samples = [self._dataset[position] for position in positions]
         return self._dataset.collate(samples, batch["tokens"].shape[1], agreed)

@@ -75,7 +75,7 @@ def connect(
         # Given no number of items, Megatron-Core adds up the gradients and leaves the division to
         # the lines below: its own, in 0.16, waits for the device to see whether there is anything.
         finalize_model_grads(model, None, pg_collection=pg_collection, **named)
-        # The last pipeline stage alone counted the items: it tells the others, then replicas add up.
+        # Only the last pipeline stage counted the items: it tells the others, then replicas add up.
         pipeline = pg_collection.pp
         last = dist.get_global_rank(pipeline, pipeline.size() - 1)
         dist.broadcast(num_items, last, group=pipeline)
@@ -147,10 +147,10 @@ class Reporter:
             for reported in losses:
                 pairs = torch.cat([reported[name].detach().view(2) for name in self._names])
                 vector[: pairs.numel()] += pairs.to(vector)
-        own = vector.new_zeros(1) if beside is None else beside.to(vector).view(1)
+        extra = vector.new_zeros(1) if beside is None else beside.to(vector).view(1)
         dist.all_reduce(vector)
         # `beside` is equal on all ranks already. It joins behind the sum, for the one transfer.
-        numbers = torch.cat([vector, own]).tolist()
+        numbers = torch.cat([vector, extra]).tolist()
         # A score rank's stop signal came with its answers. Raised now that they are all here, it
         # counts when the ranks next agree whether to stop.
         if remote is not None:

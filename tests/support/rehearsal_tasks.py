@@ -30,7 +30,7 @@ from megatron_kosmosg.rehearsal.stand_ins import StandIns
 from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.generation import generate_images
 from megatron_kosmosg.score.loss import DenoisingLoss
-from megatron_kosmosg.score.member import Asked
+from megatron_kosmosg.score.member import ReceivedRequest
 from megatron_kosmosg.score.messages import Kind, Request, Rows
 from megatron_kosmosg.score.service import serve
 from tests.support.data_helpers import noise_image
@@ -202,7 +202,7 @@ class _Links(FakeMembership):
         super().__init__(Recorder(), requests)
         self._events = events
 
-    def take(self, seconds: float | None = None) -> Asked | None:
+    def take(self, seconds: float | None = None) -> ReceivedRequest | None:
         asked = super().take(seconds)
         if asked is not None:
             self._events.append("request")

@@ -222,7 +222,7 @@ class Rehearsals:
     def answer(self, case: Case) -> dict:
         """What the case's function returned. Raises RehearsalError with its error, if any."""
         if case not in self._answers:
-            self._answers[case] = self._device.ask(case)
+            self._answers[case] = self._device.run(case)
         answer = self._answers[case]
         if "error" in answer:
             error = answer["error"]

@@ -14,9 +14,9 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.frozen_weights import weights_variant
 from megatron_kosmosg.config.known_keys import known_keys
 from megatron_kosmosg.config.load import (
+    configured_keys,
     differences,
     flatten,
-    given_keys,
     load_config,
     load_saved_config,
     to_yaml,
@@ -119,7 +119,7 @@ def test_a_key_of_an_earlier_version_still_loads_with_one_note(tmp_path, capsys)
     assert load_config(path, ["data.max_bad_samples=3"]).data.max_bad_images == 3
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert load_config(path, ["data.max_bad_images=4"]).data.max_bad_images == 4
-    assert "data.max_bad_images" in given_keys(path, [])
+    assert "data.max_bad_images" in configured_keys(path, [])
     capsys.readouterr()
     assert load_saved_config(base).data.max_bad_images == 7 and not capsys.readouterr().err
     path.write_text("include: base.yaml\ndata: {max_bad_images: 1, max_bad_samples: 8}\n")

@@ -14,7 +14,7 @@ from megatron_kosmosg.files import (
     exclusive,
     new_folder,
     open_itself,
-    own_folder,
+    real_folder,
     remove,
     remove_folder,
     replacing,
@@ -187,7 +187,7 @@ def test_a_lock_is_not_taken_through_a_link(tmp_path, theirs):
 def test_a_folder_whose_files_are_deleted_is_no_link(tmp_path, theirs):
     (tmp_path / "link").symlink_to(theirs.parent)
     with pytest.raises(OSError, match="is a link"):
-        own_folder(tmp_path / "link")
+        real_folder(tmp_path / "link")
     remove(tmp_path / "link")
     assert not (tmp_path / "link").is_symlink() and theirs.read_text() == "theirs"
 

@@ -115,7 +115,7 @@ def request(first: int, kind: Kind = Kind.GRADIENT) -> Request:
 
 
 def ask(link: Link, first: int, kind: Kind = Kind.GRADIENT) -> int:
-    return link.fleet.ask(request(first, kind), lambda: True)
+    return link.fleet.submit(request(first, kind), lambda: True)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -154,7 +154,7 @@ def test_requests_and_answers_of_real_size_arrive():
     made = Membership(*about, lambda _: standing, silence_seconds=SILENCE)
     try:
         made.is_loaded(PRINTS)
-        number = link.fleet.ask(wanted, lambda: True)
+        number = link.fleet.submit(wanted, lambda: True)
         asked = made.take(10)
         assert asked is not None and torch.equal(asked.request.condition, condition)
         made.reply(asked, compute(asked.request))

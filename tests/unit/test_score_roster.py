@@ -31,9 +31,9 @@ def test_work_goes_to_the_fastest_rank():
     roster = roster_of(b"slow", b"fast")
     for name, seconds in ((b"slow", 4.0), (b"fast", 1.0)):
         roster.members[name].seconds = seconds
-    assert [roster.assign(roster.ask(request(n)), now=0.0) for n in range(2)] == [b"fast"] * 2
+    assert [roster.assign(roster.submit(request(n)), now=0.0) for n in range(2)] == [b"fast"] * 2
     # Two before it on the fast one are as long as one alone on the slow one: that has to be free.
-    assert roster.assign(roster.ask(request(2)), now=0.0) == b"slow"
+    assert roster.assign(roster.submit(request(2)), now=0.0) == b"slow"
 
 
 def test_a_rank_that_was_slow_once_is_tried_again():
@@ -42,7 +42,7 @@ def test_a_rank_that_was_slow_once_is_tried_again():
         roster.members[name].seconds = seconds
     names = []
     for number in range(400):
-        name = roster.assign(roster.ask(request(number)), now=float(number))
+        name = roster.assign(roster.submit(request(number)), now=float(number))
         assert name is not None
         names.append(name)
         sent = number + 1
@@ -52,22 +52,22 @@ def test_a_rank_that_was_slow_once_is_tried_again():
 
 def test_a_rank_for_which_other_replicas_wait_is_left_alone_until_it_has_done_their_work():
     roster = roster_of(b"a", b"b")
-    numbers = [roster.ask(request(n)) for n in range(2)]
+    numbers = [roster.submit(request(n)) for n in range(2)]
     given = {roster.assign(number, now=0.0): number for number in numbers}
     assert given.keys() == {b"a", b"b"}
     roster.answer(b"a", given[b"a"], answer(waiting=5), now=1.0, is_doubted=False)
     roster.answer(b"b", given[b"b"], answer(waiting=2), now=1.0, is_doubted=False)
-    third = roster.ask(request(2))
+    third = roster.submit(request(2))
     assert roster.assign(third, now=1.0) == b"b"
     roster.answer(b"b", third, answer(waiting=4), now=8.0, is_doubted=False)
     # Seven seconds later the five that waited for the other are done.
-    assert roster.assign(roster.ask(request(3)), now=8.0) == b"a"
+    assert roster.assign(roster.submit(request(3)), now=8.0) == b"a"
 
 
 def test_the_jobs_own_rank_for_the_replica_comes_before_those_for_others():
     roster = roster_of(b"own", standing=Standing.OWN)
     roster.members[b"other"] = Member("other", Standing.RESERVE, is_ready=True)
-    given = [roster.assign(roster.ask(request(n)), now=0.0) for n in range(3)]
+    given = [roster.assign(roster.submit(request(n)), now=0.0) for n in range(3)]
     assert given == [b"own", b"own", None], "it is asked again when it is free"
     roster.remove(b"own")
     assert [roster.assign(number, now=0.0) for number in roster.waiting()][:2] == [b"other"] * 2

@@ -59,8 +59,8 @@ class EditPrompts:
     def length(self, sizes: PartSizes, key: SampleKey) -> int:
         """Length of the prompt in tokens."""
         (_, caption), (_, instruction), *_ = sizes
-        said = 0 if self._drops_caption(key) else caption
-        return 1 + said + self._format.image_length + instruction
+        caption_length = 0 if self._drops_caption(key) else caption
+        return 1 + caption_length + self._format.image_length + instruction
 
     def __call__(self, raw: RawSample, key: SampleKey) -> Prompt:
         """The prompt; one coin decides whether the caption of the first image is said."""

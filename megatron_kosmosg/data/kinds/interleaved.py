@@ -26,10 +26,10 @@ def convert(record: Record, use: Conversion) -> Converted:
         if not isinstance(item, dict):
             raise Rejected("content item is neither text nor image", repr(item)[:80])
         # Parquet gives every item both fields, one of them null.
-        given = [name for name in ("text", "image") if item.get(name) is not None]
-        if len(given) != 1:
-            raise Rejected("content item is neither text nor image", f"it has {given}")
-        if given == ["text"]:
+        present = [name for name in ("text", "image") if item.get(name) is not None]
+        if len(present) != 1:
+            raise Rejected("content item is neither text nor image", f"it has {present}")
+        if present == ["text"]:
             parts.append(StoredPart.tokens(use.encode(text_field(item, "text"))))
             continue
         if num_images == use.options.max_images:

@@ -49,8 +49,8 @@ class Record:
 
     def with_fields(self, fields: dict[str, Any]) -> Record:
         """The same record with other fields; it keeps its key."""
-        own = {"key": self.fields["key"]} if self.has_own_key else {}
-        return replace(self, fields=own | fields)
+        key_field = {"key": self.fields["key"]} if self.has_own_key else {}
+        return replace(self, fields=key_field | fields)
 
 
 def is_filled(value: object) -> bool:

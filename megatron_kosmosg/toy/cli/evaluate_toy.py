@@ -81,9 +81,9 @@ def evaluate(args: argparse.Namespace) -> Results:
     runs = dict(entry.split("=", 1) for entry in args.run)
     count = 8 if args.fast else args.count
     sampling = Sampling(args.steps, args.guidance_scale, args.seed)
-    last = find_checkpoint(Path(runs["instruct"]), given_as="--run ")
+    last = find_checkpoint(Path(runs["instruct"]), option="--run ")
     config = load_saved_config(last / CONFIG_FILE)
-    folders = [find_checkpoint(Path(folder), given_as="--run ") for folder in runs.values()]
+    folders = [find_checkpoint(Path(folder), option="--run ") for folder in runs.values()]
     refuse_to_write_into(args.output, [*folders, *folders_read(config)], "--output")
     with single_process(config) as context:
         models = {}

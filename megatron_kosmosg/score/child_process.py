@@ -54,7 +54,7 @@ def go_on_as_child(name: str, run: RunWatch) -> OwnProcess:
     with its exit code. Where a signal that did not come through here has ended it, or it says that
     it is lost, this process stays until the run ends.
 
-    Call before anything is loaded. name: of the rank, told to people.
+    Call before anything is loaded. name: of the rank, forwarded to people.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -78,10 +78,10 @@ def go_on_as_child(name: str, run: RunWatch) -> OwnProcess:
 
 
 def _exit_code_of(child: int, name: str, heard: int, run: RunWatch) -> int:
-    told: set[int] = set()
+    forwarded: set[int] = set()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        told.add(number)
+        forwarded.add(number)
         with suppress(ProcessLookupError):
             os.kill(child, number)
 
@@ -92,7 +92,7 @@ def _exit_code_of(child: int, name: str, heard: int, run: RunWatch) -> int:
     code, lines = os.waitstatus_to_exitcode(status), _said(heard)
     if code >= 0 and _LOST not in lines:
         return code
-    if -code in told:
+    if -code in forwarded:
         return 128 - code
     if code < 0:
         note_lost_rank(run.folder, name, f"was ended by {signal.Signals(-code).name}")

@@ -22,7 +22,7 @@ CODE = """
 import os, signal, sys, time
 from pathlib import Path
 from megatron_kosmosg.score import run_watch
-from megatron_kosmosg.score.own_process import go_on_as_child
+from megatron_kosmosg.score.child_process import go_on_as_child
 run_watch.GONE_SECONDS = run_watch.FEWEST_SECONDS = 1.0
 run_watch.LOOK_SECONDS = 0.1
 first, run = os.getpid(), run_watch.RunWatch(Path(sys.argv[1]), 1.5, float(sys.argv[2]))
