@@ -19,7 +19,7 @@ from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.planning.estimate import estimate
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu, gpu_named
-from megatron_kosmosg.planning.joined import Joined, joined_ranks, play_joined, unit_servers
+from megatron_kosmosg.planning.joined import JoinedRanks, joined_ranks, play_joined, unit_servers
 from megatron_kosmosg.planning.model_counts import ModelShares, model_shares, whole_model
 from megatron_kosmosg.planning.pipeline_stage_cost import pipeline_stage_cost
 from megatron_kosmosg.planning.rates import Rates
@@ -59,7 +59,7 @@ def shared_layout(replicas: int) -> RunConfig:
 
 
 def compare(
-    config: RunConfig, gpu: Gpu, joined: Sequence[Joined], shares: ModelShares, updates: int
+    config: RunConfig, gpu: Gpu, joined: Sequence[JoinedRanks], shares: ModelShares, updates: int
 ) -> Compared:
     """joined: at most one sort. shares: `model_shares` of `config`, without pipeline stages."""
     efficiency, images = Efficiency(), config.training.global_batch_size

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_kosmosg.score.messages import Answer, Kind, Request, Rows
+from megatron_kosmosg.score.messages import Answer, Kind, Rows, ScoreRequest
 from megatron_kosmosg.score.roster import Member, Roster, Standing
 
 SETTLING = 3
@@ -135,7 +135,7 @@ class Fleet:
             self._awaited[replica] = -step, self._now
 
     def _ask(self, replica: int, rows: Rows) -> int:
-        request = Request(Kind.GRADIENT, rows, torch.zeros(0), torch.ones(()))
+        request = ScoreRequest(Kind.GRADIENT, rows, torch.zeros(0), torch.ones(()))
         number = self._rosters[replica].submit(request)
         self._give(replica)
         return number

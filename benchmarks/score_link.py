@@ -178,7 +178,7 @@ def zeromq_client(pipe: Connection, times: int) -> tuple[list[float], float, int
     import zmq
 
     from megatron_kosmosg.score.fleet import Fleet, Patience
-    from megatron_kosmosg.score.messages import Kind, Request, Rows
+    from megatron_kosmosg.score.messages import Kind, Rows, ScoreRequest
     from megatron_kosmosg.score.wire import RunEnd
 
     secret, key = zmq.curve_keypair(), zmq.curve_keypair()
@@ -188,7 +188,7 @@ def zeromq_client(pipe: Connection, times: int) -> tuple[list[float], float, int
     rows, scale = Rows(tuple(range(ROWS)), (0,) * ROWS), torch.ones(())
 
     def ask(condition: torch.Tensor) -> int:
-        return fleet.submit(Request(Kind.GRADIENT, rows, condition, scale), lambda: True)
+        return fleet.submit(ScoreRequest(Kind.GRADIENT, rows, condition, scale), lambda: True)
 
     measured = measure(ask, lambda number: fleet.take(number).payload, times)
     fleet.close(RunEnd.DONE)

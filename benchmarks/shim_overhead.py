@@ -30,7 +30,7 @@ from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.stages.pretrain import PretrainStage
 from megatron_kosmosg.training.batches import UpdateWork
 from megatron_kosmosg.training.optimizer import build_lr_scheduler, build_optimizer
-from megatron_kosmosg.training.step import Reporter, connect, train_step
+from megatron_kosmosg.training.step import Reporter, configure_schedules, train_step
 from megatron_kosmosg.training.wrapping import wrap_model
 from tests.support.shares import unwrap_model
 
@@ -96,7 +96,7 @@ def megatron_update(config: schema.RunConfig, context: ParallelContext, feed: Fi
     chunks = wrap_model(stage.build_model(context), config)
     optimizer = build_optimizer(config, chunks)
     scheduler = build_lr_scheduler(config, optimizer)
-    connect(chunks, optimizer, stage.remote_score)
+    configure_schedules(chunks, optimizer, stage.remote_score)
     reporter = Reporter(context)
 
     def update() -> float:

@@ -53,7 +53,7 @@ class CommandParser(argparse.ArgumentParser):
         wrong = message.removeprefix("unrecognized arguments: ")
         if wrong != message:
             advice = self._nearest(wrong.split()[0]) or advice
-        sys.exit(report(f"{message}; {advice}"))
+        sys.exit(report_error(f"{message}; {advice}"))
 
     def _in_new_spelling(self, args: Sequence[str] | None) -> list[str]:
         words = list(sys.argv[1:] if args is None else args)
@@ -87,7 +87,7 @@ def nearest(wrong: str, names: Iterable[str]) -> str | None:
 # ---- how a command ends --------------------------------------------------------------------------
 
 
-def run(work: Callable[[], int], interrupted: str = "interrupted") -> int:
+def run_command(work: Callable[[], int], interrupted: str = "interrupted") -> int:
     """The exit code of `work`, also where it raises for an input that cannot be used.
 
     Args:
@@ -99,7 +99,7 @@ def run(work: Callable[[], int], interrupted: str = "interrupted") -> int:
     except BrokenPipeError:
         return exit_codes.of_a_reader_that_left()
     except (ValueError, OSError) as error:
-        return report(str(error))
+        return report_error(str(error))
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return exit_codes.INTERRUPTED
@@ -119,7 +119,7 @@ def note(message: str) -> None:
         print(f"note: {printable_lines(message)}", file=sys.stderr, flush=True)
 
 
-def report(message: str, code: int = exit_codes.BAD_INPUT) -> int:
+def report_error(message: str, code: int = exit_codes.BAD_INPUT) -> int:
     """Says on stderr what is wrong, in one line where the message is not a list; the code."""
     print(f"error: {printable_lines(message)}", file=sys.stderr, flush=True)
     return code

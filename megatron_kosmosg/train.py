@@ -21,7 +21,7 @@ from megatron_kosmosg.command_line import (
     command_parser,
     note,
     quieten_imports,
-    report,
+    report_error,
 )
 from megatron_kosmosg.config.errors import ConfigError, InputError
 from megatron_kosmosg.config.load import config_files, is_saved_config, load_config
@@ -85,9 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_evaluators(config)
         check_trackers(config)
         if parsed.dry_run:
-            from megatron_kosmosg.planning.dry_run import describe
+            from megatron_kosmosg.planning.dry_run import dry_run_report
 
-            print(printable_lines(describe(config)))
+            print(printable_lines(dry_run_report(config)))
             if parsed.check_files:
                 validate_files(config, stage_facts(config.stage))
             return exit_codes.DONE
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config.logging.planned_gpu is not None:
             gpu_named(config.logging.planned_gpu)  # raises for one that is nowhere
     except ConfigError as error:  # the same on every rank: one of them says it
-        return report(str(error)) if is_first_rank() else exit_codes.BAD_INPUT
+        return report_error(str(error)) if is_first_rank() else exit_codes.BAD_INPUT
     return run(config)
 
 
@@ -144,9 +144,11 @@ def run(config: RunConfig) -> int:
             notices.ended(code)
             return code
     except InputError as error:  # of rank 0 alone; its launcher ends the others
-        return report(str(error))
+        return report_error(str(error))
     except OSError as error:
-        return report(f"logging.output_dir={output_folder(config)}: {error}", exit_codes.FAILURE)
+        return report_error(
+            f"logging.output_dir={output_folder(config)}: {error}", exit_codes.FAILURE
+        )
     except KeyboardInterrupt:
         return exit_codes.INTERRUPTED
     finally:
@@ -220,7 +222,7 @@ def _train(
         finished = run_score_rank(config, rank)
     else:
         context = platform.initialize(config)
-        raise_together(lambda: check_files(config))
+        raise_together(lambda: check_inputs(config))
         raise_together(lambda: check_optimizer(config, context.device))
         remote_score = open_remote_score(config, context)
         if remote_score is not None:
@@ -232,7 +234,7 @@ def _train(
     return exit_codes.DONE if finished else exit_codes.STOPPED
 
 
-def check_files(config: RunConfig) -> None:
+def check_inputs(config: RunConfig) -> None:
     """Raises ConfigError for what is missing, and for inputs that the run would write over."""
     from megatron_kosmosg.data.dataset_files import files_read, folders_read
 

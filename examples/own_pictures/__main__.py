@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_kosmosg import exit_codes
-from megatron_kosmosg.command_line import CommandParser, existing_folder, file_path, report
+from megatron_kosmosg.command_line import CommandParser, existing_folder, file_path, report_error
 from megatron_kosmosg.construction.sources import ENDINGS, plain_key
 from megatron_kosmosg.files import real_folder, write_text
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = describe(args.pictures)
     except ValueError as error:
-        return report(str(error))
+        return report_error(str(error))
     output = real_folder(args.output)
     _write(output / "annotations.jsonl", [_annotation(each) for each in found])
     _write(

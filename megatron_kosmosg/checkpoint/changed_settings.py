@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.input_paths import is_input_path, is_same_input
-from megatron_kosmosg.config.load import differences
+from megatron_kosmosg.config.load import config_differences
 from megatron_kosmosg.config.schema import RunConfig
 
 FREE_TO_CHANGE = (
@@ -68,7 +68,7 @@ def check_resume(
     moved = [f"data.blend.{name}.path" for name in both if saved_data[name] == current_data[name]]
     changed = {
         key: f"{old} -> {new}"
-        for key, (old, new) in differences(saved, current).items()
+        for key, (old, new) in config_differences(saved, current).items()
         if not (is_input_path(key) and is_same_input(old, new))
     }
     for name in sorted(both):

@@ -16,8 +16,8 @@ from megatron_kosmosg.command_line import (
     file_path,
     natural_int,
     positive_int,
-    report,
-    run,
+    report_error,
+    run_command,
     share,
     some_text,
 )
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.masks is not None and args.entities is None:
         parser.error("--masks needs --entities: what is to be found in the images")
-    return run(lambda: _build(args), "interrupted; the same command goes on from here")
+    return run_command(lambda: _build(args), "interrupted; the same command goes on from here")
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -167,7 +167,7 @@ def _build(args: argparse.Namespace) -> int:
         print(f"stopped before the next step as asked; {args.output} can be looked at")
         return exit_codes.DONE
     if built.report.num_records == 0:
-        return report("no record could be built", exit_codes.FAILURE)
+        return report_error("no record could be built", exit_codes.FAILURE)
     _write_sheet(built.records, built.num_shards, args)
     shown = f"   look at: {args.output}/{SHEET_FILE}" if args.sheet_rows else ""
     print(f"records: {built.records.path}/*.tar{shown}")

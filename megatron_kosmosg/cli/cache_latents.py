@@ -15,8 +15,8 @@ from megatron_kosmosg.command_line import (
     name_part,
     natural_int,
     positive_int,
-    report,
-    run,
+    report_error,
+    run_command,
 )
 from megatron_kosmosg.terminal_text import printable
 
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when this rank's share is done; with a message on stderr 2 for wrong input, 3 for
     too many undecodable images, 130 when interrupted."""
     args = build_parser().parse_args(arguments)
-    return run(lambda: _cache(args), "interrupted; the same command goes on from here")
+    return run_command(lambda: _cache(args), "interrupted; the same command goes on from here")
 
 
 def _cache(args: argparse.Namespace) -> int:
@@ -125,7 +125,7 @@ def _cache(args: argparse.Namespace) -> int:
                 job, vae, mark, decoder, rank_info.rank, rank_info.world_size, shown
             )
         except TooManyBadImages as error:
-            return report(str(error), exit_codes.MISSED)
+            return report_error(str(error), exit_codes.MISSED)
         state = "this rank's share is done, others still work"
         if cached.is_complete:
             state = "complete"

@@ -23,7 +23,7 @@ from megatron_kosmosg.command_line import (
     existing_file,
     file_path,
     number_from_zero,
-    run,
+    run_command,
 )
 from megatron_kosmosg.terminal_text import printable_lines
 
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when all is done, 2 (with a message on stderr) when nothing was written, 3 when
     models differ."""
     args = build_parser().parse_args(arguments)
-    return run(lambda: _convert(args))
+    return run_command(lambda: _convert(args))
 
 
 def _convert(args: argparse.Namespace) -> int:

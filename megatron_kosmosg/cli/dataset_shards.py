@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_kosmosg import exit_codes
-from megatron_kosmosg.command_line import CommandParser, command_parser, run, some_text
+from megatron_kosmosg.command_line import CommandParser, command_parser, run_command, some_text
 from megatron_kosmosg.terminal_text import printable
 
 EPILOG = """\
@@ -38,7 +38,7 @@ def build_parser() -> CommandParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when all is well, 1 when a shard is bad, 2 when the input cannot be used."""
     args = build_parser().parse_args(arguments)
-    return run(lambda: _shards(args))
+    return run_command(lambda: _shards(args))
 
 
 def _shards(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from megatron_kosmosg.command_line import (
     file_path,
     number_from_zero,
     positive_int,
-    run,
+    run_command,
     some_text,
 )
 
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when the page was ended, and 2, with a message on stderr, when it could not
     begin."""
     args = parse(arguments)
-    return run(lambda: _serve(args))
+    return run_command(lambda: _serve(args))
 
 
 def _source(args: argparse.Namespace) -> ModelSource:

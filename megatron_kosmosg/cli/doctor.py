@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron_kosmosg import exit_codes
-from megatron_kosmosg.command_line import CommandParser, command_parser, run
+from megatron_kosmosg.command_line import CommandParser, command_parser, run_command
 from megatron_kosmosg.terminal_text import printable
 from megatron_kosmosg.unusable_packages import Unusable, hide_unusable
 
@@ -39,7 +39,7 @@ def build_parser() -> CommandParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the diagnosis and returns 0, whatever was found."""
     build_parser().parse_args(arguments)
-    return run(_print)
+    return run_command(_print)
 
 
 def _print() -> int:

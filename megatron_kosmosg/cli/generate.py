@@ -23,8 +23,8 @@ from megatron_kosmosg.command_line import (
     natural_int,
     number_from_zero,
     positive_int,
-    report,
-    run,
+    report_error,
+    run_command,
     some_text,
 )
 from megatron_kosmosg.foreign_files import parse_json
@@ -246,18 +246,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when this rank's images are all there; with a message on stderr 2 when nothing
     was drawn, 1 when one could not be written, 130 on Ctrl-C."""
     args = parse(arguments)
-    return run(lambda: _generate(args), "stopped; the same command continues")
+    return run_command(lambda: _generate(args), "stopped; the same command continues")
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from megatron_kosmosg.inference.generation_run import run as draw
+    from megatron_kosmosg.inference.generation_run import run_command as draw
     from megatron_kosmosg.launcher import find_rank_info
 
     rank_info = find_rank_info()
     try:
         finished = draw(request_of(args, rank_info), rank_info)
     except OSError as error:
-        return report(f"{error}; the same command continues", exit_codes.FAILURE)
+        return report_error(f"{error}; the same command continues", exit_codes.FAILURE)
     rank = f"rank {rank_info.rank}: " if rank_info.world_size > 1 else ""
     print(f"{rank}{finished.num_drawn} drawn, {finished.num_kept} kept in {args.output}")
     if finished.sheet is not None:

@@ -18,7 +18,7 @@ from megatron_kosmosg.command_line import (
     file_path,
     natural_int,
     positive_int,
-    run,
+    run_command,
 )
 from megatron_kosmosg.terminal_text import printable, printable_lines
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.config is None and args.tokenizer_model is None:
         parser.error("give --tokenizer-model or --config")
-    return run(lambda: _inspect(args))
+    return run_command(lambda: _inspect(args))
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_kosmosg import exit_codes
-from megatron_kosmosg.command_line import nearest, report, run
+from megatron_kosmosg.command_line import nearest, report_error, run_command
 from megatron_kosmosg.launcher import as_typed
 
 
@@ -74,9 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         group, rest = f"{words[0]} ", words[1:]
     offered = [name for name in COMMANDS if name.startswith(group)]
     if not rest or rest[0] in ("-h", "--help"):
-        return run(lambda: _show(offered, group)) if rest else _unknown(None, offered, group)
+        if rest:
+            return run_command(lambda: _show(offered, group))
+        return _unknown(None, offered, group)
     if not group and rest[0] in ("-V", "--version"):
-        return run(_show_versions)
+        return run_command(_show_versions)
     name = group + rest[0]
     if name not in COMMANDS:
         return _unknown(rest[0], offered, group)
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"megatron_kosmosg.{COMMANDS[name].module}")
         return module.main(rest[1:])
 
-    return run(work)
+    return run_command(work)
 
 
 def start() -> None:
@@ -125,7 +127,7 @@ def _unknown(word: str | None, offered: list[str], group: str) -> int:
     typed = as_typed(group).strip()
     names = [name.removeprefix(group) for name in offered]
     if word is None:
-        return report(f"{typed} needs a command: {', '.join(names)}")
+        return report_error(f"{typed} needs a command: {', '.join(names)}")
     near = nearest(word, names)
     advice = f"did you mean {group}{near}?" if near else f"{typed} --help lists them"
-    return report(f"{typed} has no command {word}; {advice}")
+    return report_error(f"{typed} has no command {word}; {advice}")

@@ -18,7 +18,7 @@ from megatron_kosmosg.command_line import (
     file_path,
     note,
     positive_int,
-    run,
+    run_command,
 )
 from megatron_kosmosg.files import write_text
 from megatron_kosmosg.planning.gpus import GPUS
@@ -94,7 +94,7 @@ def build_parser() -> CommandParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when the plan fits the GPU, 1 when it does not, 2 for what cannot be planned."""
     args = build_parser().parse_intermixed_args(arguments)
-    return run(lambda: _plan(args))
+    return run_command(lambda: _plan(args))
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -15,8 +15,8 @@ from megatron_kosmosg.command_line import (
     natural_int,
     number_from_zero,
     positive_number,
-    report,
-    run,
+    report_error,
+    run_command,
 )
 from megatron_kosmosg.launcher import find_rank_info, node_name
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     node = node_name()
     check = check_node if args.command == "node" else check_network
-    return run(lambda: check(args, node))
+    return run_command(lambda: check(args, node))
 
 
 def check_node(args: argparse.Namespace, node: str) -> int:
@@ -87,7 +87,7 @@ def check_node(args: argparse.Namespace, node: str) -> int:
         print(f"warning: node {node}: {warning}", file=sys.stderr)
     problems = [*gpu_problems(args.gpus), *disk_problems(args.folder, args.free_gib)]
     for problem in problems:
-        report(f"node {node}: {problem}")
+        report_error(f"node {node}: {problem}")
     return exit_codes.FAILURE if problems else exit_codes.DONE
 
 
@@ -113,7 +113,7 @@ def check_network(args: argparse.Namespace, node: str) -> int:
         measured = measure_bandwidth(node, device)
         dist.destroy_process_group()
     except (ConfigError, RuntimeError) as error:
-        return report(f"node {node}, rank {rank_info.rank}: {error}", exit_codes.FAILURE)
+        return report_error(f"node {node}, rank {rank_info.rank}: {error}", exit_codes.FAILURE)
     slow = slow_nodes(measured.inside, args.slow_share)
     if rank_info.rank == 0:
         if measured.inside:

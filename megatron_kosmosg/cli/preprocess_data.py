@@ -16,8 +16,8 @@ from megatron_kosmosg.command_line import (
     natural_int,
     positive_int,
     positive_number,
-    report,
-    run,
+    report_error,
+    run_command,
     some_text,
 )
 from megatron_kosmosg.data.kinds import KINDS
@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when the dataset is complete; otherwise there is a message on stderr and no new
     dataset."""
     args = build_parser().parse_args(arguments)
-    return run(lambda: _preprocess(args), "interrupted; --resume goes on from here")
+    return run_command(lambda: _preprocess(args), "interrupted; --resume goes on from here")
 
 
 def _preprocess(args: argparse.Namespace) -> int:
@@ -188,7 +188,7 @@ def _preprocess(args: argparse.Namespace) -> int:
         with Progress("", "shard", is_shown=workers.is_leader) as progress:
             made = preprocess(job_of(args), show, workers)
     except TooManyRejects as error:
-        return report(str(error), exit_codes.MISSED)
+        return report_error(str(error), exit_codes.MISSED)
     if workers.is_leader:
         print(printable_lines(summary(made.counts)))
         if made.counts.verified:

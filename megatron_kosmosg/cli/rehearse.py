@@ -16,8 +16,8 @@ from megatron_kosmosg.command_line import (
     command_parser,
     file_path,
     positive_int,
-    report,
-    run,
+    report_error,
+    run_command,
 )
 from megatron_kosmosg.files import write_text
 from megatron_kosmosg.launcher import as_typed
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when every kind of rank made its update, 1 when one did not, 2 for bad input."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     args = build_parser().parse_intermixed_args(words)
-    return run(lambda: _rehearse(args, words))
+    return run_command(lambda: _rehearse(args, words))
 
 
 def _rehearse(args: argparse.Namespace, words: list[str]) -> int:
@@ -100,7 +100,7 @@ def _rehearse(args: argparse.Namespace, words: list[str]) -> int:
         with FakeDevice() as device, Progress("rehearsing", "rank") as progress:
             found = rehearse(device, args.config, overrides, num_gpus, gpu, progress)
     except FakeDeviceError as error:
-        return report(str(error), exit_codes.FAILURE)
+        return report_error(str(error), exit_codes.FAILURE)
     print(printable_lines(to_text(found)))
     if args.json is not None:
         write_text(args.json, json.dumps({"figures": "rehearsed"} | found, indent=2) + "\n")
@@ -109,7 +109,7 @@ def _rehearse(args: argparse.Namespace, words: list[str]) -> int:
     for kind in found["kinds"]:
         wrong = failure(kind)
         if wrong is not None:
-            report(wrong)
+            report_error(wrong)
     return exit_codes.FAILURE if has_errors(found) else exit_codes.DONE
 
 

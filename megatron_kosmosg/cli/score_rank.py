@@ -18,8 +18,8 @@ from megatron_kosmosg.command_line import (
     existing_folder,
     note,
     number_from_zero,
-    report,
-    run,
+    report_error,
+    run_command,
 )
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def build_parser() -> CommandParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Works until told to stop, and returns the exit code that the command's help explains."""
     args = build_parser().parse_args(arguments)
-    return run(lambda: _join(args))
+    return run_command(lambda: _join(args))
 
 
 def _join(args: argparse.Namespace) -> int:
@@ -76,7 +76,7 @@ def _join(args: argparse.Namespace) -> int:
     while True:
         found = _next_start(args.run, joined, args.wait)
         if found is None:
-            return report(f"{args.run}: no start of the run to join", exit_codes.FAILURE)
+            return report_error(f"{args.run}: no start of the run to join", exit_codes.FAILURE)
         address, config = found
         joined.add(address.start)
         rank = join_as_guest(config, address, device)
@@ -86,7 +86,7 @@ def _join(args: argparse.Namespace) -> int:
             note(f"{error}; waiting for the next start of the run")
             continue
         except NotAdmitted as error:
-            return report(f"{args.run}: the run refuses this rank: {error}")
+            return report_error(f"{args.run}: the run refuses this rank: {error}")
         if finished:
             return exit_codes.DONE
         if rank.membership.end is None:

@@ -13,7 +13,7 @@ from megatron_kosmosg.command_line import (
     command_parser,
     existing_folder,
     file_path,
-    run,
+    run_command,
 )
 from megatron_kosmosg.files import write_text
 from megatron_kosmosg.terminal_text import printable_lines
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 where all is well with the run, 1 where somebody should look after it, 2 where
     there is no run."""
     args = build_parser().parse_args(arguments)
-    return run(lambda: _show(args.run, args.json))
+    return run_command(lambda: _show(args.run, args.json))
 
 
 def _show(folder: Path, file: Path | None) -> int:

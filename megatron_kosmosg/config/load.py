@@ -120,7 +120,7 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     return dict(_flat_items(dataclasses.asdict(config), ""))
 
 
-def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+def config_differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """The settings that differ, as {dotted key: (old value, new value)}; a setting that one side
     lacks is None there."""
     before, after = flatten(old), flatten(new)

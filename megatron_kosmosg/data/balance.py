@@ -31,7 +31,7 @@ def by_length(lengths: np.ndarray, micro_batch_size: int, dp_size: int) -> np.nd
     return deal.T.reshape(dp_size, -1, micro_batch_size)
 
 
-def share(num_rows: int, index: int, parts: int) -> slice:
+def row_share(num_rows: int, index: int, parts: int) -> slice:
     """Part `index` of `parts` of a micro-batch's rows; sizes differ by at most one, may be zero."""
     size, extra = divmod(num_rows, parts)
     start = index * size + min(index, extra)

@@ -101,13 +101,13 @@ def decode_image(data: bytes) -> StoredImage:
     """The image of a file. Raises UnreadableImage."""
     image = open_image(data)
     note = noted_orientation(image)
-    load(image, data)
+    load_pixels(image, data)
     if image.format == "TIFF" and note in TURNS:  # which Pillow has made upright
         image = image.transpose(TURNS[_BACK.get(note, note)])
     return StoredImage(image, note)
 
 
-def load(image: Image.Image, data: bytes | None = None) -> None:
+def load_pixels(image: Image.Image, data: bytes | None = None) -> None:
     """Decodes an opened image, of the file `data` if that is known. Raises UnreadableImage."""
     try:
         image.load()
@@ -123,7 +123,7 @@ def noted_orientation(image: Image.Image) -> int | None:
     """EXIF's orientation of an opened image, as described at StoredImage.note. Raises
     UnreadableImage."""
     if image.format == "PNG":  # which may say it behind its pixels
-        load(image)
+        load_pixels(image)
     try:
         note = image.getexif().get(ExifTags.Base.Orientation)
         return note if note == 1 or note in TURNS else None
@@ -177,7 +177,7 @@ def over_white(image: Image.Image, mask: Image.Image | None = None) -> Image.Ima
 def upright_rgb(image: Image.Image) -> Image.Image:
     """An opened image as people see it, in RGB. Raises UnreadableImage."""
     require_certain_pixels(image)
-    load(image)
+    load_pixels(image)
     return turned(over_white(image), noted_orientation(image) or 1)
 
 

@@ -23,7 +23,7 @@ from megatron_kosmosg.data.image_headers import may_be_transparent
 from megatron_kosmosg.data.image_types import ImageTransform
 from megatron_kosmosg.data.index_file import write_index
 from megatron_kosmosg.data.manifest import check_fields
-from megatron_kosmosg.data.shard_list import ShardEntry, check_files, named
+from megatron_kosmosg.data.shard_list import ShardEntry, check_shard_files, named
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.stored_shards import StoredShards
 from megatron_kosmosg.files import open_itself, replacing, write_json
@@ -138,7 +138,7 @@ class LatentCache:
                 own = SampleStore(store.shards.prefixes[number]) if in_shards else store
                 _require_opaque(own, prefix, self._advice)
         entries = self._entries(store.shards.entries) if in_shards else []
-        check_files(whole, entries, has_modes=True)
+        check_shard_files(whole, entries, has_modes=True)
         self._shards = StoredShards(whole, entries, has_modes=True)
         if self._shards.num_samples != len(store):
             found = self._shards.num_samples

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.data.balance import by_length, in_stream_order, share
+from megatron_kosmosg.data.balance import by_length, in_stream_order, row_share
 from megatron_kosmosg.data.samples import StreamDataset
 
 Batch = dict[str, Tensor]
@@ -73,7 +73,8 @@ class MicroBatchIterator(Iterator[Batch]):
         num_microbatches = global_batch_size // (micro_batch_size * dp_size)
         self._rows, turns = slice(None), range(part, num_microbatches, num_parts)
         if num_microbatches < num_parts:
-            self._rows, turns = share(micro_batch_size, part, num_parts), range(num_microbatches)
+            self._rows = row_share(micro_batch_size, part, num_parts)
+            turns = range(num_microbatches)
         self._numbers = (
             batch * num_microbatches + turn for batch in itertools.count() for turn in turns
         )

@@ -83,7 +83,7 @@ def check_doubled(entries: Sequence[ShardEntry]) -> None:
             raise ValueError(f"shard {entry.path} has the content of shard {other}")
 
 
-def check_files(prefix: str | Path, entries: Sequence[ShardEntry], has_modes: bool) -> None:
+def check_shard_files(prefix: str | Path, entries: Sequence[ShardEntry], has_modes: bool) -> None:
     """Raises FileNotFoundError or InputError, by name, where files of shards are missing, or have
     another size than the manifest notes: two calls of the file system for a shard."""
     missing, wrong = [], []

@@ -25,7 +25,7 @@ from megatron_kosmosg.data.joined_files import joined_fingerprint
 from megatron_kosmosg.data.kinds import TEXT, find_kind
 from megatron_kosmosg.data.manifest import Manifest, manifest_path
 from megatron_kosmosg.data.sentences import sentence_table
-from megatron_kosmosg.data.shard_list import check_files
+from megatron_kosmosg.data.shard_list import check_shard_files
 from megatron_kosmosg.data.stored_sample import (
     JSON,
     TOKEN_BYTES,
@@ -70,7 +70,7 @@ class SampleStore:
         except InputError as error:
             raise InputError(f"{manifest_path(prefix)}: {error}") from None
         has_modes = not self.sample_kind.is_plain_text
-        check_files(prefix, entries, has_modes)
+        check_shard_files(prefix, entries, has_modes)
         self.shards = StoredShards(self.prefix, entries, has_modes)
         """Where the samples lie; one shard where the dataset is in one piece."""
         self._fingerprint: str | None = None

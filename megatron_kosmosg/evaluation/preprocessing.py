@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from megatron_kosmosg.config.errors import InputError
-from megatron_kosmosg.data.image_reading import load, open_image
+from megatron_kosmosg.data.image_reading import load_pixels, open_image
 from megatron_kosmosg.data.image_types import UnreadableImage
 from megatron_kosmosg.foreign_files import read_file
 
@@ -37,7 +37,7 @@ def read_rgb(path: Path) -> Image.Image:
     try:
         data = read_file(path)
         image = open_image(data)
-        load(image, data)
+        load_pixels(image, data)
     except FileNotFoundError:
         raise InputError(f"no image {path}") from None
     except (OSError, UnreadableImage) as error:

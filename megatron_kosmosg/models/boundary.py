@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 
-def pack(hidden: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+def pack_boundary(hidden: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
     """Joins hidden states [s, b, h] and a condition [b, c, d] into one tensor [s + r, b, h]."""
     width = hidden.shape[-1]
     flat = condition.flatten(1)  # [b, c*d]
@@ -20,10 +20,10 @@ def pack(hidden: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
     return torch.cat([hidden, rows.to(hidden.dtype)])
 
 
-def unpack(
+def unpack_boundary(
     packed: torch.Tensor, num_queries: int, condition_width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hidden states [s, b, h] and the condition [b, c, d] that `pack` joined."""
+    """The hidden states [s, b, h] and the condition [b, c, d] that `pack_boundary` joined."""
     size = num_queries * condition_width
     rows = -(-size // packed.shape[-1])
     hidden, condition = packed[:-rows], packed[-rows:]

@@ -195,7 +195,7 @@ class KosmosG(LanguageModule):
             received = received.detach()
         if "N" in self._spec.aligner_parts and self.aligner_m is None:
             aligner = self._run_config.model.aligner
-            return boundary.unpack(received, aligner.num_queries, aligner.hidden_size)
+            return boundary.unpack_boundary(received, aligner.num_queries, aligner.hidden_size)
         return received, None
 
     def _send(self, output: dict[str, torch.Tensor], hidden: torch.Tensor):
@@ -206,7 +206,7 @@ class KosmosG(LanguageModule):
                 output[last] = boundary.with_zero_gradient(output[last], self.input_tensor)
             return output
         condition = output.get("condition")
-        sent = hidden if condition is None else boundary.pack(hidden, condition)
+        sent = hidden if condition is None else boundary.pack_boundary(hidden, condition)
         if self._is_upstream_frozen:
             sent = boundary.with_zero_gradient(sent, self.input_tensor)
         return sent

@@ -12,7 +12,7 @@ from megatron_kosmosg.models.diffusion import FrozenDiffusion
 
 
 @torch.no_grad()
-def generate(
+def sample_images(
     diffusion: FrozenDiffusion,
     condition: torch.Tensor,
     null_condition: torch.Tensor,

@@ -28,7 +28,7 @@ class Stragglers:
 
         Args:
             chunks: the wrapped model, whose finalize_model_grads_func must be set already
-                (`connect`).
+                (`configure_schedules`).
             interval: iterations between two reports.
         """
         self._context, self._interval = context, interval
@@ -60,7 +60,7 @@ class Stragglers:
         local = torch.tensor([mean], dtype=torch.float64, device=self._context.device)
         gathered = [torch.empty_like(local) for _ in range(self._context.world_size)]
         dist.all_gather(gathered, local)
-        return compare(dict(zip(self._ranks, torch.cat(gathered).tolist(), strict=True)))
+        return straggler_metrics(dict(zip(self._ranks, torch.cat(gathered).tolist(), strict=True)))
 
     def _stopping_before(self, finish: Callable[..., Any]) -> Callable[..., Any]:
         def stop_and_finish(*arguments: Any, **named: Any) -> Any:
@@ -70,7 +70,7 @@ class Stragglers:
         return stop_and_finish
 
 
-def compare(seconds: dict[int, float]) -> dict[str, float]:
+def straggler_metrics(seconds: dict[int, float]) -> dict[str, float]:
     """The fields of the metrics for {rank: its own time}."""
     median = sorted(seconds.values())[(len(seconds) - 1) // 2]
     slowest = max(seconds, key=seconds.__getitem__)

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_kosmosg.launcher import RankInfo, node_name
 from megatron_kosmosg.monitoring.spans import Span
-from megatron_kosmosg.parallel.rendezvous import connect
+from megatron_kosmosg.parallel.rendezvous import connect_to_store
 
 _NUM_ROUND_TRIPS = 8
 """Times that a node asks for the time; the quickest answer counts."""
@@ -38,7 +38,7 @@ class TraceExchange:
 
     def __init__(self, rank_info: RankInfo, timeout_seconds: float) -> None:
         self._rank, self._world_size = rank_info.rank, rank_info.world_size
-        self._store = connect(rank_info, timedelta(seconds=timeout_seconds))
+        self._store = connect_to_store(rank_info, timedelta(seconds=timeout_seconds))
         self.clock_offset = self._agree()
         """Seconds to add to this node's time to have rank 0's."""
 

@@ -79,7 +79,9 @@ class Watchdog:
             local = self._heartbeat()
             try:
                 if store is None:
-                    store = connect(self._rank_info, timedelta(seconds=2 * self._interval + 10))
+                    store = connect_to_store(
+                        self._rank_info, timedelta(seconds=2 * self._interval + 10)
+                    )
                 store.set(_key(local.rank), json.dumps(asdict(local)))
                 self._heartbeats = {rank: _read(store, rank) for rank in self._detector.ranks}
             except (RuntimeError, OSError):  # rank 0 has the store: it is gone, or ending

@@ -12,7 +12,7 @@ import time
 from datetime import timedelta
 
 from megatron_kosmosg.launcher import RankInfo
-from megatron_kosmosg.parallel.rendezvous import connect
+from megatron_kosmosg.parallel.rendezvous import connect_to_store
 
 SECONDS = 25.0
 """Without all of them, before the first word; then after each time as long again."""
@@ -42,7 +42,7 @@ class Arrivals:
         missing: list[int] | None = None
         while True:
             try:
-                store = connect(self._rank_info, _TRY)
+                store = connect_to_store(self._rank_info, _TRY)
                 if not signed:
                     store.set(_key(self._rank_info.rank), "here")
                     signed = True

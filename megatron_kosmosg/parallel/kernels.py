@@ -18,7 +18,7 @@ from megatron_kosmosg.unusable_packages import Unusable
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """Which implementation one part of a run takes on this machine, and why."""
 
     part: str
@@ -27,23 +27,23 @@ class Choice:
     """"NAME: why it is not taken"."""
 
 
-def device_choices() -> list[Choice]:
+def device_choices() -> list[KernelChoice]:
     """The device and what carries collectives on it."""
     device = platform.device()
     if device.type == "cpu":
-        chosen = Choice("device", "CPU", (f"a GPU: {_why_no_gpu()}",))
+        chosen = KernelChoice("device", "CPU", (f"a GPU: {_why_no_gpu()}",))
     else:
         facts = torch.cuda.get_device_properties(device)
-        chosen = Choice(
+        chosen = KernelChoice(
             "device",
             f"{torch.cuda.device_count()} GPUs, the first {facts.name} with "
             f"{facts.total_memory / 2**30:.0f} GiB, capability {facts.major}.{facts.minor}, "
             f"CUDA {torch.version.cuda}",
         )
-    return [chosen, Choice("collectives", collective_backend(device))]
+    return [chosen, KernelChoice("collectives", collective_backend(device))]
 
 
-def kernel_choices(unusable: Mapping[str, Unusable]) -> list[Choice]:
+def kernel_choices(unusable: Mapping[str, Unusable]) -> list[KernelChoice]:
     """Layers, optimizer and fusions. unusable: what was hidden, by module."""
     on_gpu = platform.device().type != "cpu"
     engine = _why_not("transformer_engine", unusable) or "" if on_gpu else "it needs a GPU"
@@ -63,29 +63,29 @@ def kernel_choices(unusable: Mapping[str, Unusable]) -> list[Choice]:
     gradient_kernel = _why_not("fused_weight_gradient_mlp_cuda", unusable)
     needs_gpu = None if on_gpu else "it needs a GPU"
     return [
-        Choice(
+        KernelChoice(
             "layers",
             layers[platform.transformer_impl()],
             _others(("TransformerEngine", engine)),
         ),
-        Choice(
+        KernelChoice(
             "optimizer",
             adam[fused_adam.install()],
             _others(
                 ("TransformerEngine", _why_not("transformer_engine", unusable)), ("apex", apex)
             ),
         ),
-        Choice(
+        KernelChoice(
             "layer norm",
             "apex's kernel" if on_gpu and norm_kernel is None else "torch's kernel",
             _others(("apex", norm_kernel or needs_gpu)),
         ),
-        Choice(
+        KernelChoice(
             "weight gradients",
             _weight_gradients(flags["gradient_accumulation_fusion"]),
             _others(("apex", gradient_kernel or needs_gpu)),
         ),
-        Choice(
+        KernelChoice(
             "bias, dropout and sum",
             "fused by torch's compiler" if flags["bias_dropout_fusion"] else "torch's kernels",
             _others(("torch's compiler", needs_gpu)),

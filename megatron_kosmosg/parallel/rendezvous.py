@@ -87,7 +87,7 @@ def _listener(rank_info: RankInfo) -> int | None:
         return made.detach()
 
 
-def connect(rank_info: RankInfo, timeout: timedelta) -> torch.distributed.Store:
+def connect_to_store(rank_info: RankInfo, timeout: timedelta) -> torch.distributed.Store:
     """A further connection to the store that `meet` gives, so that waiting here holds up nobody."""
     import torch
 

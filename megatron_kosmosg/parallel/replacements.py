@@ -15,7 +15,7 @@ from datetime import timedelta
 
 from megatron_kosmosg.launcher import find_rank_info
 from megatron_kosmosg.parallel.context import ParallelContext
-from megatron_kosmosg.parallel.rendezvous import connect
+from megatron_kosmosg.parallel.rendezvous import connect_to_store
 
 
 class ReplacementExchange:
@@ -30,7 +30,7 @@ class ReplacementExchange:
         """
         timeout = timedelta(seconds=timeout_seconds)
         self._context, self._stream = context, stream
-        self._store = connect(find_rank_info(), timeout)
+        self._store = connect_to_store(find_rank_info(), timeout)
 
     def share(self, position: int, local: Sequence[int]) -> list[int]:
         """The first pipeline stage's indices of the micro-batch that begins at stream position

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_kosmosg.config.load import differences
+from megatron_kosmosg.config.load import config_differences
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.planning.estimate import Estimate
 from megatron_kosmosg.planning.memory import GIB
@@ -72,7 +72,7 @@ def beside(config: RunConfig, planned: Estimate, candidate: Candidate) -> Faster
         layout = f"{batch:,} samples an update: {layout}"
     settings = [
         f"{key}={_as_setting(new)}"
-        for key, (_, new) in differences(config, candidate.config).items()
+        for key, (_, new) in config_differences(config, candidate.config).items()
         if not (key.startswith("score.") and _is_idle(key, candidate))
     ]
     times = candidate.samples_per_second / speed

@@ -42,7 +42,7 @@ from megatron_kosmosg.stages import stage_facts
 _RANKS_A_NODE = 8
 
 
-def describe(config: RunConfig) -> str:
+def dry_run_report(config: RunConfig) -> str:
     """The whole report. Raises ConfigError if the layout does not fit the ranks."""
     world_size = planned_world_size(config)
     validate_layout(config, world_size, stage_facts(config.stage))

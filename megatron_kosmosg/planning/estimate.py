@@ -11,9 +11,9 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.planning import communication as comm
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
 from megatron_kosmosg.planning.joined import (
-    Joined,
     JoinedEstimate,
     JoinedPlay,
+    JoinedRanks,
     play_joined,
     unit_servers,
 )
@@ -75,7 +75,7 @@ def estimate(
     gpu: Gpu,
     efficiency: Efficiency,
     shares: ModelShares,
-    joined: Sequence[Joined] = (),
+    joined: Sequence[JoinedRanks] = (),
 ) -> Estimate:
     """The update of `config` on `world`. shares: `model_counts.model_shares` of `config`.
 

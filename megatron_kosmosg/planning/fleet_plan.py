@@ -10,7 +10,7 @@ from megatron_kosmosg.config.rank_grid import has_score_ranks, rank_grid
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.planning.estimate import Estimate, estimate
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
-from megatron_kosmosg.planning.joined import Joined
+from megatron_kosmosg.planning.joined import JoinedRanks
 from megatron_kosmosg.planning.model_counts import ModelShares
 from megatron_kosmosg.stages import stage_facts
 
@@ -93,7 +93,7 @@ class FleetPlan:
         return moved / self.estimate.world.num_replicas / self.estimate.seconds / 1e6
 
 
-def check_joined(config: RunConfig, joined: Sequence[Joined], *, searches: bool) -> None:
+def check_joined(config: RunConfig, joined: Sequence[JoinedRanks], *, searches: bool) -> None:
     """Raises ConfigError where they could not join: there is no U-Net, it has no ranks of its own
     and no search gives it some, or a GPU lacks the run's precision."""
     if not joined:
@@ -120,7 +120,7 @@ def fleet_plan(
     images = config.training.global_batch_size
     world = rank_grid(config, planned.world.world_size)
 
-    def with_ranks(*joined: Joined) -> Estimate:
+    def with_ranks(*joined: JoinedRanks) -> Estimate:
         return estimate(config, world, gpu, efficiency, shares, joined)
 
     # As many as there can be requests: more would not be asked.
@@ -130,11 +130,11 @@ def fleet_plan(
         card = one.joined.gpu
 
         def seconds(count: int, card: Gpu = card) -> float:
-            joined = [Joined(count, card)] if count else []
+            joined = [JoinedRanks(count, card)] if count else []
             return with_ranks(*joined).seconds
 
         count = _fewest(seconds, most)
-        found = with_ranks(*([Joined(count, card)] if count else []))
+        found = with_ranks(*([JoinedRanks(count, card)] if count else []))
         enough.append(Enough(card.name, count, images / found.seconds, found.decoder_idle))
     return FleetPlan(planned, images, images / with_ranks().seconds, enough)
 

@@ -19,7 +19,7 @@ from megatron_kosmosg.planning.workload import ScoreShare
 
 
 @dataclass(frozen=True)
-class Joined:
+class JoinedRanks:
     """Score ranks outside the job, on GPUs of one kind."""
 
     count: int
@@ -30,7 +30,7 @@ class Joined:
 class JoinedEstimate:
     """What they do in one update."""
 
-    joined: Joined
+    joined: JoinedRanks
     seconds: float
     """That one takes for a request."""
     idle: float
@@ -44,7 +44,7 @@ class JoinedEstimate:
     """With `memory_error` to spare."""
 
 
-def joined_ranks(text: str) -> tuple[Joined, ...]:
+def joined_ranks(text: str) -> tuple[JoinedRanks, ...]:
     """Those of `--score-ranks`: COUNTxGPU, several with commas between them.
 
     GPU is a name as `gpu_named` takes it, or one without its memory where the card is sold in one
@@ -59,7 +59,7 @@ def joined_ranks(text: str) -> tuple[Joined, ...]:
                 f"more, as 64xl40s-48 or 8xmy_card.yaml; GPUs: {', '.join(GPUS)}"
             )
         try:
-            found.append(Joined(int(count), _card(name)))
+            found.append(JoinedRanks(int(count), _card(name)))
         except ConfigError as error:
             raise ConfigError(f"--score-ranks {text}: {error}") from None
     return tuple(found)
@@ -75,7 +75,7 @@ class JoinedPlay:
     """The update of all replicas of a run that others have joined, played through."""
 
     timeline: FleetTimeline
-    joined: Sequence[Joined]
+    joined: Sequence[JoinedRanks]
     servers: list[Servers]
     """The same, as the timeline knows them."""
     requests: float
@@ -109,7 +109,7 @@ def play_joined(
     costs: Sequence[PipelineStageCost],
     scored: ScoreShare,
     rates: Rates,
-    joined: Sequence[Joined],
+    joined: Sequence[JoinedRanks],
 ) -> JoinedPlay:
     """Raises ConfigError where a GPU lacks the run's precision."""
     servers = [_servers(config, scored, rates, one) for one in joined]
@@ -138,7 +138,7 @@ def unit_servers(config: RunConfig, world: RankGrid, scored: ScoreShare, rates: 
     return Servers(world.score_ranks_per_unit, seconds, link)
 
 
-def _servers(config: RunConfig, scored: ScoreShare, rates: Rates, joined: Joined) -> Servers:
+def _servers(config: RunConfig, scored: ScoreShare, rates: Rates, joined: JoinedRanks) -> Servers:
     joined_rates = Rates(joined.gpu, rates.precision, rates.efficiency)
     network = min(rates.gpu.network_gb_s, joined.gpu.network_gb_s)
     link = comm.score_link_seconds(config, scored.images, network, rates.efficiency) / 2

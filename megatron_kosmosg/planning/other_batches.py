@@ -12,7 +12,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.planning.comparison import WORTH_SAYING, Faster, beside, in_words
 from megatron_kosmosg.planning.estimate import Estimate
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
-from megatron_kosmosg.planning.joined import Joined
+from megatron_kosmosg.planning.joined import JoinedRanks
 from megatron_kosmosg.planning.search import PLACEMENTS, Candidate, NothingFits, search
 
 
@@ -22,7 +22,7 @@ def other_batches(
     gpu: Gpu,
     efficiency: Efficiency,
     model: torch.nn.Module,
-    joined: Sequence[Joined] = (),
+    joined: Sequence[JoinedRanks] = (),
 ) -> list[Candidate]:
     """The fastest layout of each multiple of the GPUs next to the batch; none where that is one.
 

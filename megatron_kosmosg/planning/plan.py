@@ -21,7 +21,7 @@ from megatron_kosmosg.planning.estimate import Estimate, estimate
 from megatron_kosmosg.planning.fleet_plan import FleetPlan, check_joined, fleet_plan
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
 from megatron_kosmosg.planning.host_memory import HostPlan, plan_host
-from megatron_kosmosg.planning.joined import Joined
+from megatron_kosmosg.planning.joined import JoinedRanks
 from megatron_kosmosg.planning.memory import GIB, memory_table
 from megatron_kosmosg.planning.model_counts import (
     BuiltShard,
@@ -79,7 +79,7 @@ def make_plan(
     gpu: Gpu,
     efficiency: Efficiency,
     notes: list[str],
-    joined: Sequence[Joined] = (),
+    joined: Sequence[JoinedRanks] = (),
 ) -> Plan:
     """Plans the layout in `config`, and names those that would be faster.
 
@@ -119,7 +119,7 @@ def plan_layout(
     efficiency: Efficiency,
     notes: list[str],
     model: torch.nn.Module,
-    joined: Sequence[Joined] = (),
+    joined: Sequence[JoinedRanks] = (),
 ) -> Plan:
     """The plan of the layout in `config` alone. model: `whole_model(config)`.
 
@@ -150,7 +150,7 @@ def search_plan(
     efficiency: Efficiency,
     notes: list[str],
     top: int,
-    joined: Sequence[Joined] = (),
+    joined: Sequence[JoinedRanks] = (),
     *,
     may_cache_latents: bool = True,
 ) -> tuple[Plan, str, dict]:
@@ -225,7 +225,7 @@ def _idle_note(
     gpu: Gpu,
     efficiency: Efficiency,
     shares: ModelShares,
-    joined: Sequence[Joined],
+    joined: Sequence[JoinedRanks],
 ) -> str:
     """The smallest multiple of the batch at which decoder ranks idle less than the goal."""
     training = config.training

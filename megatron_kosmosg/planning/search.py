@@ -20,7 +20,7 @@ from megatron_kosmosg.config.stage_facts import StageFacts
 from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.planning.estimate import Estimate, estimate
 from megatron_kosmosg.planning.gpus import Efficiency, Gpu
-from megatron_kosmosg.planning.joined import Joined
+from megatron_kosmosg.planning.joined import JoinedRanks
 from megatron_kosmosg.planning.memory import GIB
 from megatron_kosmosg.planning.model_counts import ModelShares, model_shares
 from megatron_kosmosg.planning.pipeline_balance import balanced_layout
@@ -41,7 +41,7 @@ _SMALL_WORLD = 16
 
 
 @dataclass(frozen=True)
-class Choice:
+class LayoutChoice:
     """A value for each of the settings that a search varies."""
 
     tensor: int
@@ -91,7 +91,7 @@ class Choice:
         return lines
 
 
-def with_choice(config: RunConfig, choice: Choice, world_size: int) -> RunConfig:
+def with_choice(config: RunConfig, choice: LayoutChoice, world_size: int) -> RunConfig:
     """The config with the settings of a choice; exchanges overlap wherever there are replicas."""
     return replace(
         config,
@@ -129,7 +129,7 @@ def with_choice(config: RunConfig, choice: Choice, world_size: int) -> RunConfig
 
 @dataclass(frozen=True)
 class Candidate:
-    choice: Choice
+    choice: LayoutChoice
     config: RunConfig
     estimate: Estimate
 
@@ -162,7 +162,7 @@ def search(
     gpu: Gpu,
     efficiency: Efficiency,
     model: torch.nn.Module,
-    joined: Sequence[Joined] = (),
+    joined: Sequence[JoinedRanks] = (),
 ) -> SearchResult:
     """Estimates all valid layouts of `config` on `world_size` GPUs, best first; those with score
     ranks beside the ones that `joined`. Raises NothingFits when none is left."""
@@ -206,7 +206,7 @@ def _nothing_fits(
     )
 
 
-def _choices(config: RunConfig, world_size: int) -> Iterator[list[Choice]]:
+def _choices(config: RunConfig, world_size: int) -> Iterator[list[LayoutChoice]]:
     """Layouts, each as a list with ever more recomputation."""
     has_unet = stage_facts(config.stage).has_unet
     placements = PLACEMENTS if has_unet else PLACEMENTS[:1]
@@ -214,7 +214,7 @@ def _choices(config: RunConfig, world_size: int) -> Iterator[list[Choice]]:
     for tp, pp, (placement, k, r) in itertools.product(TENSOR, PIPELINE, placements):
         if tp * pp > 8 or tp * pp * r + (k if placement == "dedicated" else 0) > world_size:
             continue
-        base = Choice(tp, pp, None, placement, k, r, WINDOWS[0], 1, "none", False, False)
+        base = LayoutChoice(tp, pp, None, placement, k, r, WINDOWS[0], 1, "none", False, False)
         try:
             world = rank_grid(with_choice(config, base, world_size), world_size)
         except ConfigError:
@@ -270,13 +270,13 @@ class _Estimator:
         gpu: Gpu,
         efficiency: Efficiency,
         model: torch.nn.Module,
-        joined: Sequence[Joined],
+        joined: Sequence[JoinedRanks],
     ) -> None:
         self._world_size, self._gpu, self._efficiency = world_size, gpu, efficiency
         self._model, self._joined = model, joined
         self._shares: dict[tuple, ModelShares] = {}
 
-    def candidate(self, config: RunConfig, choice: Choice) -> Candidate | None:
+    def candidate(self, config: RunConfig, choice: LayoutChoice) -> Candidate | None:
         """The choice with its estimate; None where its numbers do not divide."""
         planned = with_choice(config, choice, self._world_size)
         key = (choice.tensor, choice.pipeline, choice.pipeline_layout, choice.placement)

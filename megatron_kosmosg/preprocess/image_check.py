@@ -25,7 +25,7 @@ from megatron_kosmosg.data.image_reading import (
     encode_png,
     fitted_mask,
     is_stored_as_it_is,
-    load,
+    load_pixels,
     open_image,
     stored_form,
 )
@@ -100,7 +100,7 @@ class ImageCheck:
             with rejecting(name):
                 image = self._header(data, name)
                 if self._options.verify_images == "decode":
-                    load(image, data)
+                    load_pixels(image, data)
             return image
         finally:
             self.seconds += time.process_time() - started

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Case:
+class RehearsalCase:
     config: str | None
     """YAML file of the run, or the name of a shipped one; None for defaults."""
     overrides: tuple[str, ...]

@@ -15,7 +15,7 @@ import torch.distributed.distributed_c10d as c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_kosmosg.rehearsal.fake_numbers import Numbers
-from megatron_kosmosg.rehearsal.recorder import Recorder, Traffic
+from megatron_kosmosg.rehearsal.recorder import CollectiveCount, Recorder
 
 _NUM_DIMENSIONS = 3
 """Of what pipeline stages send each other; its shape travels before it, as so many integers."""
@@ -176,7 +176,7 @@ class Collectives:
         if len({tensor.dtype for tensor in tensors}) > 1:
             raise RuntimeError(f"{kind} between {' and '.join(str(x.dtype) for x in tensors)}")
         name = f"{kind} over {self._name(group)}"
-        traffic = self._recorder.now.collectives.setdefault(name, Traffic())
+        traffic = self._recorder.now.collectives.setdefault(name, CollectiveCount())
         traffic.calls += 1
         traffic.num_bytes += sum(tensor.nbytes for tensor in tensors)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.case import RehearsalCase
 from megatron_kosmosg.rehearsal.cuda_guard import why_not
 
 SERVER = "megatron_kosmosg.rehearsal.server"
@@ -56,7 +56,7 @@ class FakeDevice:
         self._stderr.close()
         self._folder.cleanup()
 
-    def run(self, case: Case) -> dict:
+    def run(self, case: RehearsalCase) -> dict:
         """What the case's function returned, or {"error": {"message", "phase", "place", "lines"}}.
 
         Raises FakeDeviceError when the process itself ends.

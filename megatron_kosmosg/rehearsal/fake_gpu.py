@@ -14,7 +14,7 @@ from megatron_kosmosg.rehearsal.recorder import Recorder
 
 
 @dataclass
-class Card:
+class FakeGpu:
     """The kind of GPU; another one may take its place before a program starts."""
 
     kind: Gpu
@@ -31,9 +31,9 @@ class Card:
         )
 
 
-def answer_for_a_gpu(recorder: Recorder) -> Card:
+def answer_for_a_gpu(recorder: Recorder) -> FakeGpu:
     """Puts the answers into `torch.cuda`, for the rest of this process."""
-    device, card = torch.device("cuda", 0), Card(GPUS["h100-80"])
+    device, gpu = torch.device("cuda", 0), FakeGpu(GPUS["h100-80"])
 
     class Event:
         num_recorded = num_passed = 0
@@ -124,9 +124,9 @@ def answer_for_a_gpu(recorder: Recorder) -> Card:
         "manual_seed_all": lambda _: None,
         "get_rng_state": lambda *_, **__: generators[0].get_state(),
         "set_rng_state": lambda *_, **__: None,
-        "get_device_capability": lambda *_: card.kind.capability,
-        "get_device_name": lambda *_: card.properties().name,
-        "get_device_properties": card.properties,
+        "get_device_capability": lambda *_: gpu.kind.capability,
+        "get_device_name": lambda *_: gpu.properties().name,
+        "get_device_properties": gpu.properties,
         "memory_allocated": lambda *_: recorder.memory.now,
         "memory_reserved": lambda *_: recorder.memory.now,
         "max_memory_allocated": lambda *_: recorder.memory.peak,
@@ -136,4 +136,4 @@ def answer_for_a_gpu(recorder: Recorder) -> Card:
         setattr(torch.cuda, name, answer)
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
-    return card
+    return gpu

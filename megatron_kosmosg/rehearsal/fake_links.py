@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from megatron_kosmosg.rehearsal.recorder import Recorder, Traffic
+from megatron_kosmosg.rehearsal.recorder import CollectiveCount, Recorder
 from megatron_kosmosg.score.member import ReceivedRequest
-from megatron_kosmosg.score.messages import Answer, Request, Rows
+from megatron_kosmosg.score.messages import Answer, Rows, ScoreRequest
 from megatron_kosmosg.score.wire import RunEnd
 
 
@@ -24,11 +24,11 @@ class FakeFleet:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._submitted: dict[int, Request] = {}
+        self._submitted: dict[int, ScoreRequest] = {}
 
     def prepare(self, rows: Rows) -> None: ...
 
-    def submit(self, request: Request, has_arrived: Callable[[], bool]) -> int:
+    def submit(self, request: ScoreRequest, has_arrived: Callable[[], bool]) -> int:
         number = len(self._submitted)
         self._submitted[number] = request
         _count(self._recorder, "send to score ranks", request.condition)
@@ -53,7 +53,7 @@ class FakeFleet:
 class FakeMembership:
     """Stands for score.member.Membership: decoder ranks that ask what they are told to, and end."""
 
-    def __init__(self, recorder: Recorder, requests: list[Request]) -> None:
+    def __init__(self, recorder: Recorder, requests: list[ScoreRequest]) -> None:
         self._recorder, self._requests = recorder, deque(requests)
         self.prepare: Callable[[Rows], None] = lambda rows: None
 
@@ -99,6 +99,6 @@ def answer_every_request(reporter: Any) -> None:
 
 
 def _count(recorder: Recorder, name: str, tensor: torch.Tensor) -> None:
-    traffic = recorder.now.collectives.setdefault(name, Traffic())
+    traffic = recorder.now.collectives.setdefault(name, CollectiveCount())
     traffic.calls += 1
     traffic.num_bytes += tensor.nbytes

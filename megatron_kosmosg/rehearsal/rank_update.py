@@ -16,7 +16,7 @@ from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.planning.gpus import gpu_named
 from megatron_kosmosg.planning.pipeline_balance import with_default_layout
-from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.case import RehearsalCase
 from megatron_kosmosg.rehearsal.frozen_files import with_frozen_folders
 from megatron_kosmosg.rehearsal.made_up_stream import MadeUpStream
 from megatron_kosmosg.rehearsal.stand_ins import StandIns
@@ -32,18 +32,18 @@ UPDATE = "update"
 """Phase of everything between the micro-batches and around them."""
 
 
-def run_config(case: Case) -> RunConfig:
+def run_config(case: RehearsalCase) -> RunConfig:
     """The run's config; data are read in the thread that the stand-ins know."""
     overrides = [*case.overrides, f"parallel.world_size={case.world_size}", "data.num_workers=0"]
     return with_default_layout(load_config(case.config, overrides))
 
 
-def resolved_config(case: Case, stand_ins: StandIns) -> RunConfig:
+def resolved_config(case: RehearsalCase, stand_ins: StandIns) -> RunConfig:
     """The config of the case with frozen models whose sizes are on this machine."""
     return with_frozen_folders(run_config(case), stand_ins.folder)
 
 
-def take_rank(case: Case, stand_ins: StandIns) -> None:
+def take_rank(case: RehearsalCase, stand_ins: StandIns) -> None:
     """Makes this process the case's rank, as torchrun would; says what other ranks would."""
     os.environ.update(
         RANK=str(case.rank),
@@ -56,17 +56,17 @@ def take_rank(case: Case, stand_ins: StandIns) -> None:
     stand_ins.numbers.flag = case.upstream_trains
     collectives.store.values.update(case.store_values)
     collectives.announced = case.received
-    stand_ins.card.kind = gpu_named(case.gpu)
+    stand_ins.gpu.kind = gpu_named(case.gpu)
 
 
-def run_update(case: Case, stand_ins: StandIns) -> dict:
+def run_update(case: RehearsalCase, stand_ins: StandIns) -> dict:
     """Runs updates of the case's rank. Returns {"phases": counts of the last update, "timeline":
     its memory, "num_micro_batches": in it, "held": bytes between updates, "trains": whether
     anything does on this rank or before it, "sent": shapes by rank, "told": through the store}."""
     config, recorder = resolved_config(case, stand_ins), stand_ins.recorder
     take_rank(case, stand_ins)
     with stand_ins.device():
-        rank = start(config, case, stand_ins)
+        rank = start_rank(config, case, stand_ins)
         for number in range(case.num_updates):
             if number:
                 recorder.forget()
@@ -116,7 +116,7 @@ class Rank:
             forward_losses(*parts, self.feed, self.iterators, self.reporter)
 
 
-def start(config: RunConfig, case: Case, stand_ins: StandIns) -> Rank:
+def start_rank(config: RunConfig, case: RehearsalCase, stand_ins: StandIns) -> Rank:
     """Starts the rank up to its first update."""
     memory, collectives = stand_ins.recorder.memory, stand_ins.collectives
     context = platform.initialize(config)

@@ -23,7 +23,7 @@ _UNSEEN = (_HERE, f"{Path(torch.__file__).parent}/", "<")
 
 
 @dataclass
-class Traffic:
+class CollectiveCount:
     """How much passed through one kind of collective on one group."""
 
     calls: int = 0
@@ -52,7 +52,7 @@ class Phase:
     """Bytes copied between the device and memory that is not pinned, without waiting, by place."""
     uploaded: int = 0
     """Bytes copied to the device, from any memory."""
-    collectives: dict[str, Traffic] = field(default_factory=dict)
+    collectives: dict[str, CollectiveCount] = field(default_factory=dict)
     """By kind and group."""
     attention: dict[str, Counter[str]] = field(default_factory=dict)
     """Calls by kernel that torch would take, and by shape."""

@@ -25,7 +25,7 @@ _TICKS = 4
 
 
 @dataclass(frozen=True)
-class Chart:
+class MemoryChart:
     """Geometry of an image of WIDTH x HEIGHT."""
 
     outline: str
@@ -41,7 +41,7 @@ class Chart:
     kernels: int
 
 
-def write_chart(kind: dict[str, Any]) -> Chart:
+def write_chart(kind: dict[str, Any]) -> MemoryChart:
     """The chart of one kind of rank that got to the end of its update."""
     answer, planned = kind["rehearsed"], kind["planned"]
     timeline = answer["timeline"]
@@ -70,7 +70,7 @@ def write_chart(kind: dict[str, Any]) -> Chart:
     names = dict.fromkeys(
         name for (name, start), end in zip(spans, ends, strict=True) if end > start
     )
-    return Chart(
+    return MemoryChart(
         outline=" ".join(f"{a},{b}" for a, b in outline),
         bands=bands,
         legend=[(name, _colour(name)) for name in names],

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_kosmosg.progress import ProgressCallback
-from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.case import RehearsalCase
 from megatron_kosmosg.rehearsal.fake_device import FakeDevice, FakeDeviceError
 
 _DESCRIBE = "megatron_kosmosg.rehearsal.rehearsed_ranks:describe"
@@ -44,7 +44,7 @@ def rehearse(
     Raises:
         FakeDeviceError: the device ends, or cannot describe the run.
     """
-    plain = Case(config, tuple(overrides), 0, 0, world_size=num_gpus, gpu=gpu)
+    plain = RehearsalCase(config, tuple(overrides), 0, 0, world_size=num_gpus, gpu=gpu)
     described = device.run(dataclasses.replace(plain, do=_DESCRIBE))
     if "error" in described:
         error = described["error"]
@@ -77,7 +77,7 @@ def rehearse(
     return {"gpu": gpu, "num_gpus": num_gpus} | described
 
 
-def behind(case: Case, before: dict[str, Any]) -> Case:
+def behind(case: RehearsalCase, before: dict[str, Any]) -> RehearsalCase:
     """The case of the rank on the pipeline stage behind the one that did `before`."""
     sent = list(before["sent"].values())  # the first went to the pipeline stage behind, others back
     return dataclasses.replace(

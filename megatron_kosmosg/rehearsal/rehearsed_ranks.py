@@ -12,7 +12,7 @@ from megatron_kosmosg.planning.gpus import Efficiency
 from megatron_kosmosg.planning.memory import RankKind, rank_kinds
 from megatron_kosmosg.planning.model_counts import model_shares, whole_model
 from megatron_kosmosg.planning.workload import MicroBatch, assumed_kinds, micro_batches, with_kinds
-from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.case import RehearsalCase
 from megatron_kosmosg.rehearsal.frozen_files import missing_folders, with_frozen_folders
 from megatron_kosmosg.rehearsal.rank_update import run_config
 from megatron_kosmosg.rehearsal.stand_ins import StandIns
@@ -21,7 +21,7 @@ SCORE = "score"
 """Name of the ranks that hold the U-Net alone, as the planner calls them."""
 
 
-def describe(case: Case, stand_ins: StandIns) -> dict:
+def describe(case: RehearsalCase, stand_ins: StandIns) -> dict:
     """Describes the case: what its config counts, and the number of ranks.
 
     {"stage", "precision", "notes", "micro_batch_size", "length": of every row, "images": of a

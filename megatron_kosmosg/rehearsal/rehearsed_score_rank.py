@@ -9,10 +9,10 @@ import torch
 from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.rank_grid import RankCoordinates, RankGrid
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.data.balance import share
+from megatron_kosmosg.data.balance import row_share
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.parallel.platform import join, torch_dtype
-from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.case import RehearsalCase
 from megatron_kosmosg.rehearsal.fake_links import FakeMembership
 from megatron_kosmosg.rehearsal.made_up_stream import MadeUpStream
 from megatron_kosmosg.rehearsal.phases import FORWARD, SERVE
@@ -20,11 +20,11 @@ from megatron_kosmosg.rehearsal.rank_update import resolved_config, take_rank
 from megatron_kosmosg.rehearsal.stand_ins import StandIns
 from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.loss import DenoisingLoss
-from megatron_kosmosg.score.messages import Kind, Request, Rows
+from megatron_kosmosg.score.messages import Kind, Rows, ScoreRequest
 from megatron_kosmosg.score.service import serve
 
 
-def run_service(case: Case, stand_ins: StandIns) -> dict:
+def run_service(case: RehearsalCase, stand_ins: StandIns) -> dict:
     """Answers the requests of one global batch and leaves.
 
     {"phases", "timeline", "num_micro_batches": answered, "held": bytes before the first request}.
@@ -61,7 +61,9 @@ def run_service(case: Case, stand_ins: StandIns) -> dict:
     }
 
 
-def _requests(config: RunConfig, world: RankGrid, coordinates: RankCoordinates) -> list[Request]:
+def _requests(
+    config: RunConfig, world: RankGrid, coordinates: RankCoordinates
+) -> list[ScoreRequest]:
     """The requests of one global batch from all replicas that the rank is for, if none is late."""
     total = num_microbatches(config, world.num_replicas)
     rows, ranks, index = (
@@ -72,13 +74,13 @@ def _requests(config: RunConfig, world: RankGrid, coordinates: RankCoordinates) 
     if total >= ranks:
         sizes = [rows] * len(range(index, total, ranks))
     else:
-        span = share(rows, index, ranks)
+        span = row_share(rows, index, ranks)
         sizes = [span.stop - span.start] * total
     aligner = config.model.aligner
     shape = aligner.num_queries, aligner.hidden_size
     dtype = torch_dtype(config.training.precision)
     return [
-        Request(
+        ScoreRequest(
             Kind.GRADIENT,
             Rows(tuple(range(size)), (0,) * size),
             torch.zeros(size, *shape, dtype=dtype),

@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.case import RehearsalCase
 from megatron_kosmosg.rehearsal.cuda_guard import load_guard
 
 if TYPE_CHECKING:
@@ -37,11 +37,11 @@ def main(folder: str) -> None:
     gc.collect()
     gc.freeze()  # no case frees anything of what was imported, and each would search it
     for line in sys.stdin:
-        answers.write(_in_child(Case(**_tuples(json.loads(line))), stand_ins))
+        answers.write(_in_child(RehearsalCase(**_tuples(json.loads(line))), stand_ins))
         answers.flush()
 
 
-def _in_child(case: Case, stand_ins: StandIns) -> str:
+def _in_child(case: RehearsalCase, stand_ins: StandIns) -> str:
     """Runs the case in a child process, and returns the answer's line."""
     receive, send = os.pipe()
     child = os.fork()
@@ -59,7 +59,7 @@ def _in_child(case: Case, stand_ins: StandIns) -> str:
     return line or json.dumps({"error": {"message": "the process died", "phase": "?"}}) + "\n"
 
 
-def _run(case: Case, stand_ins: StandIns) -> dict:
+def _run(case: RehearsalCase, stand_ins: StandIns) -> dict:
     module, _, function = case.do.partition(":")
     try:
         answer = getattr(importlib.import_module(module), function)(case, stand_ins)

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_kosmosg.rehearsal.attention_choice import answer_for_attention
 from megatron_kosmosg.rehearsal.fake_collectives import Collectives
-from megatron_kosmosg.rehearsal.fake_gpu import Card, answer_for_a_gpu
+from megatron_kosmosg.rehearsal.fake_gpu import FakeGpu, answer_for_a_gpu
 from megatron_kosmosg.rehearsal.fake_numbers import Numbers, answer_for_tensors
 from megatron_kosmosg.rehearsal.operator_watch import OperatorWatch
 from megatron_kosmosg.rehearsal.recorder import Recorder
@@ -33,16 +33,16 @@ class StandIns:
     recorder: Recorder
     numbers: Numbers
     collectives: Collectives
-    card: Card
+    gpu: FakeGpu
     folder: Path
     """For sizes of frozen models that are not on this machine."""
 
-    def device(self) -> FakeDevice:
+    def device(self) -> FakeDeviceMode:
         """Context in which tensors have no memory, and operators are counted."""
-        return FakeDevice(self.recorder, self.numbers)
+        return FakeDeviceMode(self.recorder, self.numbers)
 
 
-class FakeDevice:
+class FakeDeviceMode:
     """FakeTensorMode and the watch over it, as one context manager."""
 
     def __init__(self, recorder: Recorder, numbers: Numbers) -> None:
@@ -67,7 +67,7 @@ def install(folder: Path) -> StandIns:
     collectives = Collectives(recorder, numbers)
     # Although torch.cuda says that there is a device.
     setattr(FakeTensorMode, _NO_DRIVER, True)
-    card = answer_for_a_gpu(recorder)
+    gpu = answer_for_a_gpu(recorder)
     answer_for_tensors(recorder, numbers)
     answer_for_attention(recorder)
     collectives.install()
@@ -81,4 +81,4 @@ def install(folder: Path) -> StandIns:
     connect: Any = importlib.import_module("megatron_kosmosg.score.connect")
     connect.open_fleet = lambda *_: links.FakeFleet(recorder)
     links.answer_every_request(importlib.import_module("megatron_kosmosg.training.step").Reporter)
-    return StandIns(recorder, numbers, collectives, card, folder)
+    return StandIns(recorder, numbers, collectives, gpu, folder)

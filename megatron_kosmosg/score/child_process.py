@@ -54,7 +54,7 @@ def go_on_as_child(name: str, run: RunWatch) -> OwnProcess:
     with its exit code. Where a signal that did not come through here has ended it, or it says that
     it is lost, this process stays until the run ends.
 
-    Call before anything is loaded. name: of the rank, forwarded to people.
+    Call before anything is loaded. name: of the rank, told to people.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -20,7 +20,7 @@ import zmq
 from zmq.utils import z85
 
 from megatron_kosmosg.score import wire
-from megatron_kosmosg.score.messages import Answer, Request, Rows
+from megatron_kosmosg.score.messages import Answer, Rows, ScoreRequest
 from megatron_kosmosg.score.roster import Evicted, Lack, Member, Roster, Standing, is_finite
 from megatron_kosmosg.score.wire import BadMessage, Frames, Limits, Message, RunEnd
 from megatron_kosmosg.terminal_text import say
@@ -104,7 +104,7 @@ class Fleet:
         self._guest_key = z85.decode(guest_key)
         self._thread.start()
 
-    def submit(self, request: Request, has_arrived: Callable[[], bool]) -> int:
+    def submit(self, request: ScoreRequest, has_arrived: Callable[[], bool]) -> int:
         """Number of a request, for `take`. Nothing is waited for. has_arrived: whether the
         condition is in the host's memory yet."""
         with self._changed:
@@ -229,7 +229,7 @@ class Fleet:
             for rows in prepare:
                 expected = self._roster.expect(rows, time.monotonic())
                 if expected is not None:
-                    self._send(expected, wire.pack_rows(rows))
+                    self._send(expected, wire.pack_prepare(rows))
             for number in self._roster.waiting():
                 if not self._arrivals[number]():
                     is_coming = True

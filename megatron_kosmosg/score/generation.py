@@ -6,7 +6,7 @@ import torch
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
-from megatron_kosmosg.models.sampler import generate
+from megatron_kosmosg.models.sampler import sample_images
 from megatron_kosmosg.score.keyed_noise import RandomKey
 
 
@@ -24,7 +24,7 @@ def generate_images(
     """
     key = RandomKey(config.training.seed, "held-out-pictures")
     shape = diffusion.latent_shape((size, size))
-    return generate(
+    return sample_images(
         diffusion,
         condition[:-1],
         condition[-1:],

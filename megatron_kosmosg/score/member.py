@@ -25,7 +25,7 @@ from zmq.utils.monitor import parse_monitor_message
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.monitoring.failure import exit_code_of
 from megatron_kosmosg.score import wire
-from megatron_kosmosg.score.messages import Answer, Request, Rows
+from megatron_kosmosg.score.messages import Answer, Rows, ScoreRequest
 from megatron_kosmosg.score.roster import Standing
 from megatron_kosmosg.score.wire import BadMessage, Frames, Limits, Message, RunEnd
 
@@ -67,7 +67,7 @@ class ReceivedRequest:
 
     decoder: int
     number: int
-    request: Request
+    request: ScoreRequest
 
 
 class Membership:
@@ -330,7 +330,7 @@ class Membership:
             self.prepare(request.rows)
             self._received.put(ReceivedRequest(index, number, request))
         elif message is Message.PREPARE:
-            self.prepare(wire.unpack_rows(parts, self._limits))
+            self.prepare(wire.unpack_prepare(parts, self._limits))
         elif message is Message.UNKNOWN:
             self._sockets[index].send_multipart(self._hello(index))
         elif message is Message.REFUSED:

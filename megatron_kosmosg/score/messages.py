@@ -36,7 +36,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Request:
+class ScoreRequest:
     """A question to a score rank, whole in itself: any rank may answer it, twice, or later."""
 
     kind: Kind

@@ -11,7 +11,7 @@ import torch
 from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.paths import heartbeat_file
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.data.balance import share
+from megatron_kosmosg.data.balance import row_share
 from megatron_kosmosg.data.random_keys import StreamName
 from megatron_kosmosg.launcher import find_rank_info
 from megatron_kosmosg.models.diffusion import load_diffusion
@@ -96,5 +96,5 @@ def _rows_at_once(config: RunConfig, rank: ScoreRank) -> int:
     ranks = rank.world.score_ranks_per_unit
     if num_microbatches(config, rank.world.num_replicas) >= ranks:
         return rows
-    part = share(rows, rank.coordinates.score_index, ranks)
+    part = row_share(rows, rank.coordinates.score_index, ranks)
     return part.stop - part.start

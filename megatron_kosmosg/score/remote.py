@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch.distributed import ProcessGroup
 
-from megatron_kosmosg.data.balance import share
+from megatron_kosmosg.data.balance import row_share
 from megatron_kosmosg.monitoring.signals import STOP_SIGNALS
 from megatron_kosmosg.monitoring.spans import SEND, WAIT, RecordSpan, no_record
 from megatron_kosmosg.monitoring.stopwatch import Stopwatch
 from megatron_kosmosg.parallel.transfers import Download, upload
 from megatron_kosmosg.score.fleet import Fleet
-from megatron_kosmosg.score.messages import Answer, Kind, Request, Rows
+from megatron_kosmosg.score.messages import Answer, Kind, Rows, ScoreRequest
 from megatron_kosmosg.score.wire import RunEnd
 
 _MOST_IN_FLIGHT = 16
@@ -200,7 +200,7 @@ class RemoteScore:
     ) -> int:
         assert self._fleet is not None
         download = Download(condition, scale.float())
-        request = Request(kind, rows, *download.tensors, image_size)
+        request = ScoreRequest(kind, rows, *download.tensors, image_size)
         return self._fleet.submit(request, download.has_arrived)
 
     def _shares(self, num_rows: int) -> list[slice]:
@@ -208,7 +208,7 @@ class RemoteScore:
         ranks = self._num_score_ranks
         if self._num_microbatches >= ranks:
             return [slice(0, num_rows)]
-        shares = [share(num_rows, index, ranks) for index in range(ranks)]
+        shares = [row_share(num_rows, index, ranks) for index in range(ranks)]
         return [rows for rows in shares if rows.start < rows.stop]
 
     def _receive(self, pending: _Pending) -> torch.Tensor:

@@ -15,7 +15,7 @@ from enum import Enum
 
 import torch
 
-from megatron_kosmosg.score.messages import Answer, Kind, Request, Rows
+from megatron_kosmosg.score.messages import Answer, Kind, Rows, ScoreRequest
 
 MOST_AT_ONCE = 2
 """Requests of one decoder rank that a score rank holds: one in work, one whose targets it reads."""
@@ -99,7 +99,7 @@ class Member:
 class _Open:
     """A request without an answer that counts."""
 
-    request: Request
+    request: ScoreRequest
     held_by: set[bytes] = field(default_factory=set)
     spared: set[bytes] = field(default_factory=set)
     """Ranks that it is not given to (again)."""
@@ -140,14 +140,14 @@ class Roster:
         self.repeated = 0
         """Requests that were given to a second rank."""
 
-    def submit(self, request: Request) -> int:
+    def submit(self, request: ScoreRequest) -> int:
         """Number of the request, which now waits for a rank."""
         number, self._next = self._next, self._next + 1
         self._open[number] = _Open(request)
         self._waiting.append(number)
         return number
 
-    def request(self, number: int) -> Request:
+    def request(self, number: int) -> ScoreRequest:
         return self._open[number].request
 
     @property

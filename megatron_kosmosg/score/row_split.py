@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from megatron_kosmosg.data.balance import share
+from megatron_kosmosg.data.balance import row_share
 from megatron_kosmosg.parallel.context import ParallelContext
 
 
 def row_range(num_rows: int, context: ParallelContext) -> slice:
     """The rows of this tensor-parallel rank; sizes differ by at most one and may be zero."""
-    return share(num_rows, context.tp_rank, context.tp_size)
+    return row_share(num_rows, context.tp_rank, context.tp_size)
 
 
 def take_rows(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
@@ -43,13 +43,13 @@ class _TakeRows(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor):
         context = ctx.context
         # Rows are ragged, collectives are not: every rank sends as many rows as the largest share.
-        share = -(-ctx.num_rows // context.tp_size)
-        sent = grad.new_zeros(share, *grad.shape[1:])
+        most = -(-ctx.num_rows // context.tp_size)
+        sent = grad.new_zeros(most, *grad.shape[1:])
         sent[: grad.shape[0]] = grad
-        gathered = grad.new_empty(context.tp_size * share, *grad.shape[1:])
+        gathered = grad.new_empty(context.tp_size * most, *grad.shape[1:])
         torch.distributed.all_gather_into_tensor(gathered, sent, group=context.tp_group)
         size, extra = divmod(ctx.num_rows, context.tp_size)
-        parts = gathered.split(share)
+        parts = gathered.split(most)
         rows = [part[: size + (rank < extra)] for rank, part in enumerate(parts)]
         return torch.cat(rows), None
 

@@ -21,7 +21,7 @@ from megatron_kosmosg.parallel.transfers import upload
 from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.keyed_noise import KeyedNoise
 from megatron_kosmosg.score.member import DecoderLost, ReceivedRequest
-from megatron_kosmosg.score.messages import Answer, Kind, Request
+from megatron_kosmosg.score.messages import Answer, Kind, ScoreRequest
 from megatron_kosmosg.score.targets import Encode, OpenStream, TargetReader
 from megatron_kosmosg.score.trace import ScoreTrace
 from megatron_kosmosg.score.wire import RunEnd
@@ -121,7 +121,7 @@ class _Work:
         self._config, self._device, self._reader = config, device, reader
         self._denoise, self._generate = denoise, generate
 
-    def answer(self, request: Request, idle: float, signal: int) -> Answer:
+    def answer(self, request: ScoreRequest, idle: float, signal: int) -> Answer:
         """The answer to a request. `idle` and `signal` are put into it besides."""
         started = time.perf_counter()
         condition = upload(request.condition, self._device)
@@ -136,7 +136,7 @@ class _Work:
         return Answer(float(host[0]), num_bad, signal, idle, seconds, host[1:])
 
     def _score(
-        self, request: Request, condition: torch.Tensor, positions: torch.Tensor
+        self, request: ScoreRequest, condition: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, int, torch.Tensor]:
         """(sum of losses, number of bad targets, gradient of the unscaled sum in fp32)."""
         targets = self._reader.take(request.rows)

@@ -11,7 +11,7 @@ from megatron_kosmosg.launcher import find_rank_info
 from megatron_kosmosg.monitoring.iteration_trace import open_exchange
 from megatron_kosmosg.monitoring.spans import RecordSpan, Spans, no_record
 from megatron_kosmosg.score.connect import ScoreRank
-from megatron_kosmosg.score.messages import Kind, Request
+from megatron_kosmosg.score.messages import Kind, ScoreRequest
 
 
 class ScoreTrace:
@@ -28,7 +28,7 @@ class ScoreTrace:
         self._spans = Spans(rank.device)
         self.record = no_record if self._exchange is None else self._spans
 
-    def received(self, request: Request) -> None:
+    def received(self, request: ScoreRequest) -> None:
         """Notes a request; call it for every one, before it is answered."""
         if self.record is no_record or request.kind is not Kind.GRADIENT:
             return

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_kosmosg.score.messages import Answer, Kind, Request, Rows
+from megatron_kosmosg.score.messages import Answer, Kind, Rows, ScoreRequest
 
 Frames = list[Any]
 """Of one message: bytes, or views of a tensor's memory."""
@@ -147,20 +147,20 @@ def unpack_words(parts: Sequence[Any]) -> dict[str, Any]:
     return words
 
 
-def pack_rows(rows: Rows) -> Frames:
+def pack_prepare(rows: Rows) -> Frames:
     """The frames of a PREPARE message."""
     head = _ROWS.pack(rows.is_heldout, len(rows.positions))
     return pack(Message.PREPARE, 0, head, *_numbers(rows))
 
 
-def unpack_rows(parts: Sequence[Any], limits: Limits) -> Rows:
+def unpack_prepare(parts: Sequence[Any], limits: Limits) -> Rows:
     if len(parts) != 3:
         raise BadMessage("rows of another form")
     is_heldout, n = _fields(_ROWS, parts[0])
     return _rows(parts[1], parts[2], n, bool(is_heldout), limits)
 
 
-def pack_request(request_id: int, request: Request) -> Frames:
+def pack_request(request_id: int, request: ScoreRequest) -> Frames:
     """The frames of an ASK message."""
     count, c, d = request.condition.shape
     rows = request.rows
@@ -180,7 +180,7 @@ def pack_request(request_id: int, request: Request) -> Frames:
     return pack(Message.ASK, request_id, head, *_pieces(request.condition))
 
 
-def unpack_request(parts: Sequence[Any], limits: Limits) -> Request:
+def unpack_request(parts: Sequence[Any], limits: Limits) -> ScoreRequest:
     if len(parts) < 2:
         raise BadMessage("a request of another form")
     head = _bytes(parts[0])
@@ -193,7 +193,7 @@ def unpack_request(parts: Sequence[Any], limits: Limits) -> Request:
     half = len(numbers) // 2
     rows = _rows(numbers[:half], numbers[half:], n, bool(is_heldout), limits)
     condition = _tensor(parts[1:], (count, c, d), limits.dtype)
-    return Request(Kind(kind), rows, condition, torch.tensor(scale), size)
+    return ScoreRequest(Kind(kind), rows, condition, torch.tensor(scale), size)
 
 
 def pack_answer(request_id: int, answer: Answer) -> Frames:

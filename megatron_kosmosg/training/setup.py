@@ -19,7 +19,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.training.optimizer import build_lr_scheduler, build_optimizer
 from megatron_kosmosg.training.stage import Stage
-from megatron_kosmosg.training.step import connect
+from megatron_kosmosg.training.step import configure_schedules
 from megatron_kosmosg.training.wrapping import parameters_in, wrap_model
 
 
@@ -49,7 +49,7 @@ def build_trained(
     chunks = wrap_model(modules, config)
     optimizer = build_optimizer(config, chunks)
     scheduler = build_lr_scheduler(config, optimizer)
-    connect(chunks, optimizer, stage.remote_score)
+    configure_schedules(chunks, optimizer, stage.remote_score)
     average, decay = None, config.optimizer.ema_decay
     if decay:
         average = WeightAverage(decay, modules, optimizer, context.dp_group)

@@ -51,7 +51,7 @@ class Update:
     score rank was left, of which `totals.score.unanswered` tells."""
 
 
-def connect(
+def configure_schedules(
     chunks: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     remote_score: RemoteScore | None,

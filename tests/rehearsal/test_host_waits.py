@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.case import RehearsalCase
 from tests.support.marks import not_mended_yet
 from tests.support.rehearsals import Rehearsals
 
@@ -14,7 +14,7 @@ MOST_OF_A_PIPELINE = 10
 """A micro-batch's, while Megatron-Core's stages tell each other the shapes on the device."""
 
 
-def case(rehearse: Rehearsals, name: str) -> Case:
+def case(rehearse: Rehearsals, name: str) -> RehearsalCase:
     if name == "dedicated":
         return rehearse.repeated("instruct", "score.placement=dedicated", world_size=2)
     return rehearse.tiny("pretrain", pp=2) if name == "pipeline" else rehearse.repeated(name)

@@ -24,12 +24,12 @@ megatron-core 0.16.1 has two fewer in an update than 0.19.2."""
 MATRIX_PRODUCTS = ("mm", "addmm", "bmm")
 
 
-def instruct(rehearse: Rehearsals) -> Case:
+def instruct(rehearse: Rehearsals) -> RehearsalCase:
     """The 256-GPU run with a U-Net beside every decoder: four prompts with six images."""
     return rehearse.full("instruct", micro_batch=4, length=215, images=6)
 
 
-def pretrain(rehearse: Rehearsals) -> Case:
+def pretrain(rehearse: Rehearsals) -> RehearsalCase:
     return rehearse.full("pretrain", micro_batch=1, length=2048, images=20)
 
 

@@ -16,26 +16,26 @@ from megatron_kosmosg.planning.launches import (
 from megatron_kosmosg.planning.model_counts import model_shares, whole_model
 from megatron_kosmosg.planning.pipeline_stage_cost import score_work
 from megatron_kosmosg.planning.rates import MOVED
-from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.case import RehearsalCase
 from megatron_kosmosg.stages import stage_facts
 from tests.support.rehearsals import Rehearsals
 
 ROWS = 4
 
 
-def instruct(rehearse: Rehearsals) -> Case:
+def instruct(rehearse: Rehearsals) -> RehearsalCase:
     return rehearse.full("instruct", micro_batch=ROWS, length=215, images=6)
 
 
-def pretrain(rehearse: Rehearsals) -> Case:
+def pretrain(rehearse: Rehearsals) -> RehearsalCase:
     return rehearse.full("pretrain", micro_batch=1, length=2048, images=20)
 
 
-def align(rehearse: Rehearsals) -> Case:
+def align(rehearse: Rehearsals) -> RehearsalCase:
     return rehearse.full("align", micro_batch=14, length=40, images=0)
 
 
-def split(rehearse: Rehearsals) -> Case:
+def split(rehearse: Rehearsals) -> RehearsalCase:
     """TP2 with sequence parallelism."""
     settings = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
     return rehearse.full("pretrain", *settings, micro_batch=1, length=2048, images=20)

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.case import RehearsalCase
 from megatron_kosmosg.rehearsal.rehearsal_report import attention, peak
 from tests.support.rehearsals import Rehearsals
 
@@ -15,19 +15,19 @@ HELD |= {"optimizer": ("optimizer",)}
 """{counted: planned}, between updates."""
 
 
-def instruct(rehearse: Rehearsals) -> Case:
+def instruct(rehearse: Rehearsals) -> RehearsalCase:
     return rehearse.full("instruct", micro_batch=4, length=215, images=6)
 
 
-def pretrain(rehearse: Rehearsals, rows: int = 1, *overrides: str) -> Case:
+def pretrain(rehearse: Rehearsals, rows: int = 1, *overrides: str) -> RehearsalCase:
     return rehearse.full("pretrain", *overrides, micro_batch=rows, length=2048, images=20 * rows)
 
 
-def align(rehearse: Rehearsals) -> Case:
+def align(rehearse: Rehearsals) -> RehearsalCase:
     return rehearse.full("align", micro_batch=14, length=40, images=0)
 
 
-def score(rehearse: Rehearsals) -> Case:
+def score(rehearse: Rehearsals) -> RehearsalCase:
     return rehearse.full(
         "instruct",
         "score.placement=dedicated",
@@ -41,11 +41,11 @@ def score(rehearse: Rehearsals) -> Case:
     )
 
 
-def recomputed(rehearse: Rehearsals) -> Case:
+def recomputed(rehearse: Rehearsals) -> RehearsalCase:
     return pretrain(rehearse, 4, "training.recompute=full", "optimizer.ema_decay=0.9999")
 
 
-def offloaded(rehearse: Rehearsals) -> Case:
+def offloaded(rehearse: Rehearsals) -> RehearsalCase:
     states = "optimizer.optimizer_cpu_offload=true"
     return dataclasses.replace(align(rehearse), overrides=(*align(rehearse).overrides, states))
 
@@ -53,11 +53,11 @@ def offloaded(rehearse: Rehearsals) -> Case:
 CASES = {each.__name__: each for each in (instruct, pretrain, recomputed, align, offloaded, score)}
 
 
-def case(rehearse: Rehearsals, name: str) -> Case:
+def case(rehearse: Rehearsals, name: str) -> RehearsalCase:
     return CASES[name](rehearse)
 
 
-def planned(rehearse: Rehearsals, rehearsed: Case) -> dict:
+def planned(rehearse: Rehearsals, rehearsed: RehearsalCase) -> dict:
     return rehearse.answer(dataclasses.replace(rehearsed, do="tests.support.rehearsal_tasks:plan"))
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.case import RehearsalCase
 from tests.support.rehearsals import Rehearsals
 
 
-def dedicated(rehearse: Rehearsals, do: str, rank: int = 0) -> Case:
+def dedicated(rehearse: Rehearsals, do: str, rank: int = 0) -> RehearsalCase:
     return rehearse.tiny(
         "instruct",
         "score.placement=dedicated",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.case import RehearsalCase
 
 DO = "tests.support.fake_device_programs:"
 
 
 @pytest.fixture(scope="module")
 def phases(rehearse) -> dict:
-    return rehearse.answer(Case(None, (), 0, 0, do=f"{DO}count"))["phases"]
+    return rehearse.answer(RehearsalCase(None, (), 0, 0, do=f"{DO}count"))["phases"]
 
 
 def test_launches_are_counted_and_views_are_not(phases):
@@ -77,5 +77,5 @@ def test_attention_takes_the_kernel_that_the_gpu_would(phases):
     ],
 )
 def test_what_a_gpu_refuses_is_an_error(rehearse, wrong, said):
-    errors = rehearse.answer(Case(None, (), 0, 0, do=f"{DO}fail"))["errors"]
+    errors = rehearse.answer(RehearsalCase(None, (), 0, 0, do=f"{DO}fail"))["errors"]
     assert said in errors[wrong], errors[wrong]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.case import RehearsalCase
 from tests.support.rehearsals import Rehearsals
 
 
-def task(rehearse: Rehearsals, stage: str, do: str, *overrides: str) -> Case:
+def task(rehearse: Rehearsals, stage: str, do: str, *overrides: str) -> RehearsalCase:
     return rehearse.tiny(stage, *overrides, do=f"tests.support.rehearsal_tasks:{do}")
 
 

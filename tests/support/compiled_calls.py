@@ -14,8 +14,8 @@ from typing import Any
 import megatron.core.fusions.fused_bias_dropout as fusions
 import torch
 
-from megatron_kosmosg.rehearsal.case import Case
-from megatron_kosmosg.rehearsal.rank_update import resolved_config, start, take_rank
+from megatron_kosmosg.rehearsal.case import RehearsalCase
+from megatron_kosmosg.rehearsal.rank_update import resolved_config, start_rank, take_rank
 from megatron_kosmosg.rehearsal.stand_ins import StandIns
 
 FUNCTIONS = {
@@ -26,7 +26,7 @@ OTHER_LENGTHS = (2, -2, 4)
 """What later batches are longer by than the first."""
 
 
-def count_graphs(case: Case, stand_ins: StandIns) -> dict:
+def count_graphs(case: RehearsalCase, stand_ins: StandIns) -> dict:
     """{"training", "evaluation": number of graphs, "limit": after which torch compiles no more}."""
     config, calls = resolved_config(case, stand_ins), {}
     originals = {name: _plain(getattr(fusions, name)) for name in FUNCTIONS.values()}
@@ -35,7 +35,7 @@ def count_graphs(case: Case, stand_ins: StandIns) -> dict:
         setattr(fusions, name, _noting(function, calls[name]))
     take_rank(case, stand_ins)
     with stand_ins.device():
-        rank = start(config, case, stand_ins)
+        rank = start_rank(config, case, stand_ins)
         rank.update()
         rank.evaluate()
     graphs = {

@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.case import RehearsalCase
 from megatron_kosmosg.rehearsal.stand_ins import StandIns
 
 CUDA = "cuda"
 
 
-def count(_: Case, stand_ins: StandIns) -> dict:
+def count(_: RehearsalCase, stand_ins: StandIns) -> dict:
     """{"phases": one for each of the programs}."""
     recorder = stand_ins.recorder
     with stand_ins.device():
@@ -81,7 +81,7 @@ def attention() -> None:
     F.scaled_dot_product_attention(odd, odd, odd, attn_mask=mask)
 
 
-def fail(_: Case, stand_ins: StandIns) -> dict:
+def fail(_: RehearsalCase, stand_ins: StandIns) -> dict:
     """{"errors": by what was wrong}, an empty text where nothing was raised."""
     dist.init_process_group("nccl", rank=0, world_size=2)
     host, device = torch.empty(4, 4), "cuda"

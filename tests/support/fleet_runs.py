@@ -88,7 +88,7 @@ def _take_up(habit: Habit) -> None:
     answer: Callable[..., Answer] = service._Work.answer
     calls = 0
 
-    def behave(self: service._Work, request: Request, idle: float, number: int) -> Answer:
+    def behave(self: service._Work, request: ScoreRequest, idle: float, number: int) -> Answer:
         nonlocal calls
         calls += 1
         time.sleep(PACE)

@@ -25,7 +25,7 @@ from megatron_kosmosg.score.wire import RunEnd
 from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.training.batches import BatchFeed
 from megatron_kosmosg.training.optimizer import apply_update, build_optimizer, squared_gradient_norm
-from megatron_kosmosg.training.step import _run_schedule, connect
+from megatron_kosmosg.training.step import _run_schedule, configure_schedules
 from megatron_kosmosg.training.wrapping import wrap_model
 from tests.support.tiny_models import random_batch
 from tests.support.tiny_stream import TinyStream
@@ -86,7 +86,7 @@ def measured_apart(config: RunConfig) -> dict[str, int]:
             stage = build_stage(config, context, open_remote_score(config, context))
             chunks = wrap_model(stage.build_model(context), config)
             optimizer = build_optimizer(config, chunks)
-            connect(chunks, optimizer, stage.remote_score)
+            configure_schedules(chunks, optimizer, stage.remote_score)
             parameters = [p for chunk in chunks for p in chunk.parameters()]
             for parameter in parameters:
                 tracker.see(parameter.data)
@@ -143,7 +143,7 @@ def measured_bytes(config: RunConfig, rows: int, length: int) -> dict[str, int]:
             stage = build_stage(config, context)
             chunks = wrap_model(stage.build_model(context), config)
             optimizer = build_optimizer(config, chunks)
-            connect(chunks, optimizer, stage.remote_score)
+            configure_schedules(chunks, optimizer, stage.remote_score)
             frozen = []
             if (
                 config.stage == "instruct" and context.is_last_pipeline_stage

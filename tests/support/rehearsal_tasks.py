@@ -31,7 +31,7 @@ from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.generation import generate_images
 from megatron_kosmosg.score.loss import DenoisingLoss
 from megatron_kosmosg.score.member import ReceivedRequest
-from megatron_kosmosg.score.messages import Kind, Request, Rows
+from megatron_kosmosg.score.messages import Kind, Rows, ScoreRequest
 from megatron_kosmosg.score.service import serve
 from tests.support.data_helpers import noise_image
 from tests.support.tiny_models import tiny_config, write_stable_diffusion
@@ -47,7 +47,7 @@ def fused_layer_norm_affine(*_):
 """NVIDIA's apex installed without its CUDA extensions: it imports, and fails when it is used."""
 
 
-def plan(case: Case, stand_ins: StandIns) -> dict:
+def plan(case: RehearsalCase, stand_ins: StandIns) -> dict:
     """What the planner reckons for the case's rank and micro-batches, in bytes, and the number of
     trained parameters."""
     config = resolved_config(case, stand_ins)
@@ -67,7 +67,7 @@ def plan(case: Case, stand_ins: StandIns) -> dict:
     return vars(memory) | {"tensors": memory.tensors, "trainable": counts.trainable}
 
 
-def gradients_of_a_stage(case: Case, stand_ins: StandIns) -> dict:
+def gradients_of_a_stage(case: RehearsalCase, stand_ins: StandIns) -> dict:
     """What tests/gpu runs on the device: {"loss": of one global batch, "gradients": their names}.
 
     On the tiny models of that test; of the case only the stage counts.
@@ -82,7 +82,7 @@ def gradients_of_a_stage(case: Case, stand_ins: StandIns) -> dict:
     return {"loss": loss, "gradients": sorted(share.tensors)}
 
 
-def images(case: Case, stand_ins: StandIns) -> dict:
+def images(case: RehearsalCase, stand_ins: StandIns) -> dict:
     """{"shape", "device": of held-out images, "phases": "draw"}."""
     config, recorder = resolved_config(case, stand_ins), stand_ins.recorder
     take_rank(case, stand_ins)
@@ -105,7 +105,7 @@ def images(case: Case, stand_ins: StandIns) -> dict:
     }
 
 
-def update_with_bare_apex(case: Case, stand_ins: StandIns) -> dict:
+def update_with_bare_apex(case: RehearsalCase, stand_ins: StandIns) -> dict:
     """`run_update` where apex is installed without its CUDA extensions."""
     folder = Path(tempfile.mkdtemp())
     for name, text in _APEX.items():
@@ -191,7 +191,7 @@ class _Links(FakeMembership):
         rows, aligner = config.training.micro_batch_size, config.model.aligner
         shape = rows, aligner.num_queries, aligner.hidden_size
         requests = [
-            Request(
+            ScoreRequest(
                 Kind.GRADIENT,
                 Rows(tuple(range(first, first + rows)), (0,) * rows),
                 torch.zeros(shape),

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.case import RehearsalCase
 from megatron_kosmosg.rehearsal.fake_device import SERVER, FakeDevice
 from megatron_kosmosg.rehearsal.rehearsal_report import MICRO_BATCH_PHASES, attention, peak
 from megatron_kosmosg.rehearsal.rehearse import behind, rehearse
@@ -132,7 +132,7 @@ class Rehearsals:
             path = folder / "tiny" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(content))
-        self._answers: dict[Case, dict] = {}
+        self._answers: dict[RehearsalCase, dict] = {}
         self._device = FakeDevice(server)
 
     def __enter__(self) -> Rehearsals:
@@ -151,11 +151,11 @@ class Rehearsals:
         micro_batches: int | None = None,
         images: int | None = None,
         **fields: object,
-    ) -> Case:
+    ) -> RehearsalCase:
         """Two rows a micro-batch, one prompt image a row but in `align`; one micro-batch an update
         for every pipeline stage."""
         world_size, micro_batches = world_size or tp * pp, micro_batches or pp
-        return Case(
+        return RehearsalCase(
             config=None,
             overrides=(
                 f"stage={stage}",
@@ -169,7 +169,7 @@ class Rehearsals:
             **fields,
         )
 
-    def repeated(self, stage: str, *overrides: str, **fields: object) -> Case:
+    def repeated(self, stage: str, *overrides: str, **fields: object) -> RehearsalCase:
         """`tiny`, in its second update: without what a run does once."""
         return self.tiny(stage, *overrides, num_updates=2, **fields)
 
@@ -189,9 +189,9 @@ class Rehearsals:
         length: int,
         images: int,
         **fields: object,
-    ) -> Case:
+    ) -> RehearsalCase:
         """The paper's sizes on eight replicas, one micro-batch an update."""
-        return Case(
+        return RehearsalCase(
             config=f"{stage}_256gpu",
             overrides=(
                 *self._settings("full", 1, 1, micro_batch, 8 * micro_batch),
@@ -219,7 +219,7 @@ class Rehearsals:
             f"logging.output_dir={self._folder / 'run'}",
         ]
 
-    def answer(self, case: Case) -> dict:
+    def answer(self, case: RehearsalCase) -> dict:
         """What the case's function returned. Raises RehearsalError with its error, if any."""
         if case not in self._answers:
             self._answers[case] = self._device.run(case)
@@ -230,11 +230,11 @@ class Rehearsals:
             raise RehearsalError(f"in phase {error['phase']}: {error['message']}\n  {lines}")
         return answer
 
-    def report(self, case: Case) -> Report:
+    def report(self, case: RehearsalCase) -> Report:
         """Of an update."""
         return Report(self.answer(case))
 
-    def behind(self, case: Case, first: Case) -> Case:
+    def behind(self, case: RehearsalCase, first: RehearsalCase) -> RehearsalCase:
         """`case` on the second pipeline stage, which gets what `first`, on the first one, sends."""
         rank = case.world_size // 2
         return dataclasses.replace(behind(case, self.answer(first)), rank=rank)

@@ -16,7 +16,7 @@ from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.training.optimizer import build_optimizer
 from megatron_kosmosg.training.stage import Stage
-from megatron_kosmosg.training.step import _run_schedule, connect
+from megatron_kosmosg.training.step import _run_schedule, configure_schedules
 from megatron_kosmosg.training.wrapping import wrap_model
 from tests.support.shares import Share, gradients, unwrap_model
 from tests.support.tiny_models import random_batch
@@ -94,7 +94,7 @@ def train_pass(
     Runs the real schedule, data-parallel reduction and normalisation.
     """
     chunks = wrap_model(stage.build_model(context), config)
-    connect(chunks, build_optimizer(config, chunks), stage.remote_score)
+    configure_schedules(chunks, build_optimizer(config, chunks), stage.remote_score)
     for chunk in chunks:
         chunk.train()
         chunk.zero_grad_buffer()

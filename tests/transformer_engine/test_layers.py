@@ -30,7 +30,7 @@ UNFUSED, FUSED = "gemm NT", "gemm NT into its buffer"
 UPDATE = "tests.support.engine_tasks:update"
 
 
-def task(engine: Rehearsals, stage: str, do: str, **fields: object) -> Case:
+def task(engine: Rehearsals, stage: str, do: str, **fields: object) -> RehearsalCase:
     return engine.tiny(stage, do=f"tests.support.engine_tasks:{do}", **fields)
 
 

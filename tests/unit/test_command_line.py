@@ -311,7 +311,7 @@ def raises(error: BaseException):
     ],
 )
 def test_how_a_command_ends(work, code, message, capsys):
-    assert command_line.run(work, "stopped") == code
+    assert command_line.run_command(work, "stopped") == code
     assert capsys.readouterr().err == message
 
 
@@ -328,7 +328,7 @@ def test_an_evaluation_says_whether_thresholds_are_missed(thresholds, code, monk
 
 def test_a_mistake_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        command_line.run(lambda: 1 // 0)
+        command_line.run_command(lambda: 1 // 0)
 
 
 def test_ctrl_c_while_a_command_is_imported_is_no_traceback(monkeypatch, capsys):

@@ -14,8 +14,8 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.frozen_weights import weights_variant
 from megatron_kosmosg.config.known_keys import known_keys
 from megatron_kosmosg.config.load import (
+    config_differences,
     configured_keys,
-    differences,
     flatten,
     load_config,
     load_saved_config,
@@ -51,7 +51,7 @@ def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
 
 def test_yaml_round_trip_is_exact():
     config = load_config(None, [*BASE, "data.blend.a.path=x", "data.blend.a.weight=0.3"])
-    assert differences(config, config) == {}
+    assert config_differences(config, config) == {}
     assert flatten(config)["data.blend.a.weight"] == 0.3
 
 

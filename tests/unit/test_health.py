@@ -15,7 +15,7 @@ from megatron_kosmosg.monitoring.node_health import (
     link_problems,
 )
 from megatron_kosmosg.monitoring.stall_detector import Heartbeat, StallDetector
-from megatron_kosmosg.monitoring.stragglers import compare
+from megatron_kosmosg.monitoring.stragglers import straggler_metrics
 
 LINKS = """\
 GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)
@@ -84,7 +84,7 @@ def test_slow_nodes_are_compared_with_the_median():
 
 
 def test_the_slowest_rank_is_a_multiple_of_the_median():
-    assert compare({0: 1.0, 1: 1.1, 3: 3.3, 4: 1.2}) == {
+    assert straggler_metrics({0: 1.0, 1: 1.1, 3: 3.3, 4: 1.2}) == {
         "slowest_rank": 3,
         "slowest_rank_ratio": pytest.approx(3.0),
         "median_rank_seconds": 1.1,

@@ -269,7 +269,7 @@ def test_a_run_does_not_replace_its_dataset(tmp_path, name):
     )
     config = dataclasses.replace(run_of(tmp_path, "run"), data=data)
     with pytest.raises(ConfigError, match="written over .*give another logging.output_dir"):
-        train.check_files(config)
+        train.check_inputs(config)
 
 
 @pytest.mark.parametrize(

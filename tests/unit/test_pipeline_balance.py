@@ -16,7 +16,7 @@ from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.models.pipeline_stage_specs import pipeline_stage_specs
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.fake_world import pretend_rank
-from megatron_kosmosg.planning.dry_run import describe
+from megatron_kosmosg.planning.dry_run import dry_run_report
 from megatron_kosmosg.planning.pipeline_balance import with_default_layout
 from megatron_kosmosg.planning.pipeline_stage_cost import pipeline_stage_work, score_work
 from megatron_kosmosg.planning.workload import micro_batches
@@ -97,7 +97,7 @@ def test_a_named_layout_and_a_single_stage_are_left_alone():
 def test_training_and_its_dry_run_take_the_default(monkeypatch, tmp_path):
     config = config_of("pretrain", 2, f"logging.output_dir={tmp_path}")
     wanted = with_default_layout(config).parallel.pipeline_layout
-    assert f"  pipeline_layout: {wanted}\n" in describe(config)
+    assert f"  pipeline_layout: {wanted}\n" in dry_run_report(config)
     seen = []
 
     def stop_here(resolved) -> bool:

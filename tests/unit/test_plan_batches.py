@@ -6,9 +6,9 @@ import json
 import re
 
 from megatron_kosmosg.cli import plan as command
-from megatron_kosmosg.config.load import differences, load_config
+from megatron_kosmosg.config.load import config_differences, load_config
 from megatron_kosmosg.config.validate import validate_layout
-from megatron_kosmosg.planning.dry_run import describe
+from megatron_kosmosg.planning.dry_run import dry_run_report
 from megatron_kosmosg.stages import stage_facts
 
 
@@ -63,8 +63,8 @@ def test_a_written_config_is_the_plan_and_reads_what_the_config_reads(tmp_path, 
     capsys.readouterr()
     before, after = load_config("toy_instruct", []), load_config(written, [])
     validate_layout(after, 4, stage_facts("instruct"))
-    assert "Files" in describe(after)
-    changed = differences(before, after)
+    assert "Files" in dry_run_report(after)
+    changed = config_differences(before, after)
     assert changed["parallel.world_size"] == (None, 4)
     assert after.logging.planned_gpu == "h100-80"
     assert {key.split(".")[0] for key in changed} <= {"parallel", "score", "training", "logging"}

@@ -17,7 +17,7 @@ from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.manifest import Manifest, manifest_path
 from megatron_kosmosg.parallel import platform
-from megatron_kosmosg.planning.dry_run import describe
+from megatron_kosmosg.planning.dry_run import dry_run_report
 from megatron_kosmosg.planning.estimate import estimate
 from megatron_kosmosg.planning.gpus import GPUS, Efficiency
 from megatron_kosmosg.planning.model_counts import model_shares, whole_model
@@ -109,7 +109,7 @@ def test_training_takes_the_split_that_its_plan_shows(monkeypatch, tmp_path):
     split = with_default_layout(config).parallel.pipeline_layout
     assumed = with_default_layout(with_blend(config, {"other": BlendEntry("/nowhere")}))
     assert split != assumed.parallel.pipeline_layout
-    assert f"  pipeline_layout: {split}\n" in describe(config)
+    assert f"  pipeline_layout: {split}\n" in dry_run_report(config)
     seen = []
 
     def stop_here(resolved) -> bool:
@@ -136,7 +136,7 @@ def test_an_unknown_kind_is_assumed_in_words_whatever_the_others_are_called(stag
         _, (note,) = planned_config(unknown, 256, GPUS["h100-80"])
         for words in ("data.blend.x.kind", "/nowhere/x", assumed):
             assert words in note
-        assert f"note: {note}" in describe(unknown)
+        assert f"note: {note}" in dry_run_report(unknown)
     assert planned_config(config, 256, GPUS["h100-80"])[1] == []
 
 

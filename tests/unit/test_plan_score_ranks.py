@@ -8,7 +8,7 @@ import pytest
 
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.rank_grid import rank_grid
-from megatron_kosmosg.planning.dry_run import describe
+from megatron_kosmosg.planning.dry_run import dry_run_report
 from megatron_kosmosg.planning.gpus import Efficiency
 from megatron_kosmosg.planning.memory import rank_kinds
 from megatron_kosmosg.planning.model_counts import build_shards, model_shares, whole_model
@@ -73,7 +73,7 @@ def test_rows_are_split_as_in_training(images, ranks, count, wanted):
 
 
 def test_dry_run_of_the_shipped_config_names_score_ranks():
-    report = describe(load_config(CONFIG, ["model.diffusion.path=null"]))
+    report = dry_run_report(load_config(CONFIG, ["model.diffusion.path=null"]))
     assert "tensor 1 x pipeline 1 x data 128 + 1 score of each replica" in report
     assert "replica 127: ranks 254 -> score ranks 255" in report
     assert (
@@ -92,7 +92,7 @@ def test_dry_run_of_the_shipped_config_names_score_ranks():
 
 
 def test_dry_run_of_the_colocated_override():
-    report = describe(load_config(CONFIG, [
+    report = dry_run_report(load_config(CONFIG, [
         "model.diffusion.path=null", "score.placement=colocated", "training.micro_batch_size=4",
     ]))  # fmt: skip
     assert "tensor 1 x pipeline 1 x data 256\n" in report

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import ScoreConfig
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
-from megatron_kosmosg.models.sampler import generate
+from megatron_kosmosg.models.sampler import sample_images
 from megatron_kosmosg.parallel.context import single_process_context
 from megatron_kosmosg.score.keyed_noise import RandomKey, ScoreNoise
 from megatron_kosmosg.score.loss import ColocatedScore, drop_condition
@@ -142,7 +142,7 @@ def test_sampler_equals_the_stock_pipeline(tmp_path):
     condition = torch.randn(2, NUM_QUERIES, CONDITION_WIDTH, generator=generator)
     null_condition = torch.randn(1, NUM_QUERIES, CONDITION_WIDTH, generator=generator)
     noise = torch.randn(2, *diffusion.latent_shape(), generator=generator)
-    images = generate(
+    images = sample_images(
         diffusion, condition, null_condition, noise, num_inference_steps=5, guidance_scale=3.0
     )
     pipeline = StableDiffusionPipeline(

@@ -22,7 +22,7 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.score import member as member_module
 from megatron_kosmosg.score.fleet import Fleet, Patience, ScoreRankFailed
 from megatron_kosmosg.score.member import DecoderAddress, DecoderLost, Membership, NotAdmitted
-from megatron_kosmosg.score.messages import Answer, Kind, Request, Rows
+from megatron_kosmosg.score.messages import Answer, Kind, Rows, ScoreRequest
 from megatron_kosmosg.score.roster import Standing
 from megatron_kosmosg.score.wire import Limits, RunEnd
 
@@ -60,10 +60,10 @@ def link() -> Iterator[Link]:
         worker.join(20)
 
 
-Work = Callable[[Request], Answer]
+Work = Callable[[ScoreRequest], Answer]
 
 
-def compute(request: Request) -> Answer:
+def compute(request: ScoreRequest) -> Answer:
     """Numbers that depend on all that a rank is told."""
     payload = request.condition.float().flatten() * float(request.scale)
     loss = float(sum(request.rows.positions)) + request.rows.is_heldout
@@ -108,10 +108,10 @@ def serving(
     return seen
 
 
-def request(first: int, kind: Kind = Kind.GRADIENT) -> Request:
+def request(first: int, kind: Kind = Kind.GRADIENT) -> ScoreRequest:
     rows = Rows((first, first + 1), (0, 1))
     condition = torch.full((2, 3, 8), float(first), dtype=torch.bfloat16)
-    return Request(kind, rows, condition, torch.tensor(4.0))
+    return ScoreRequest(kind, rows, condition, torch.tensor(4.0))
 
 
 def ask(link: Link, first: int, kind: Kind = Kind.GRADIENT) -> int:
@@ -148,7 +148,7 @@ def test_requests_and_answers_of_real_size_arrive():
     limits = Limits(most_rows=8, condition=(77, 768), dtype=torch.bfloat16, image_size=8)
     link = opened(limits=limits)
     rows, condition = Rows(tuple(range(8)), (0,) * 8), torch.randn(8, 77, 768).to(torch.bfloat16)
-    wanted = Request(Kind.GRADIENT, rows, condition, torch.tensor(2.0))
+    wanted = ScoreRequest(Kind.GRADIENT, rows, condition, torch.tensor(2.0))
     key, standing = link.key, Standing.OWN
     about = [link.address], key, limits, "own", "CPU"
     made = Membership(*about, lambda _: standing, silence_seconds=SILENCE)
@@ -182,7 +182,7 @@ def test_requests_of_a_rank_that_leaves_go_to_another(link):
 def test_requests_of_a_rank_that_is_late_go_to_another_and_its_answer_is_dropped(link):
     woken = threading.Event()
 
-    def sleep(asked: Request) -> Answer:
+    def sleep(asked: ScoreRequest) -> Answer:
         woken.wait(20)
         return compute(asked)
 
@@ -280,7 +280,7 @@ threading.Event().wait(60)
 def failing(error: Exception = TROUBLE, after: int = 0) -> Work:
     """Answers requests whose first position is less than `after`, and raises at others."""
 
-    def work(asked: Request) -> Answer:
+    def work(asked: ScoreRequest) -> Answer:
         if asked.rows.positions[0] >= after:
             raise error
         return compute(asked)
@@ -377,7 +377,7 @@ def test_a_guest_waits_until_a_rank_of_the_job_says_what_it_is_held_against(link
 def test_a_guest_that_lies_is_evicted_and_its_numbers_never_used(lie):
     link = opened(audit_rate=1.0 if lie == "other" else 0.0)
 
-    def wrong(asked: Request) -> Answer:
+    def wrong(asked: ScoreRequest) -> Answer:
         true = compute(asked)
         factor = 1.5 if lie == "other" else float("nan")
         return Answer(true.loss, true.bad_samples, 0, 0.0, 0.1, true.payload * factor)
@@ -397,7 +397,7 @@ def test_a_guest_that_lies_is_evicted_and_its_numbers_never_used(lie):
 def test_a_guest_whose_numbers_are_rightly_not_finite_stays():
     link = opened()
 
-    def overflow(asked: Request) -> Answer:
+    def overflow(asked: ScoreRequest) -> Answer:
         true = compute(asked)
         return Answer(true.loss, true.bad_samples, 0, 0.0, 0.1, true.payload / 0)
 
@@ -414,7 +414,7 @@ def test_a_guest_whose_numbers_are_rightly_not_finite_stays():
 
 
 def test_a_wrong_shape_evicts(link):
-    def short(asked: Request) -> Answer:
+    def short(asked: ScoreRequest) -> Answer:
         true = compute(asked)
         return Answer(true.loss, true.bad_samples, 0, 0.0, 0.1, true.payload[:-1])
 

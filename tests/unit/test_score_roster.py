@@ -7,13 +7,13 @@ import torch
 
 from benchmarks import score_fleet
 from megatron_kosmosg.score import wire
-from megatron_kosmosg.score.messages import Answer, Kind, Request, Rows
+from megatron_kosmosg.score.messages import Answer, Kind, Rows, ScoreRequest
 from megatron_kosmosg.score.roster import Member, Roster, Standing
 from megatron_kosmosg.score.wire import BadMessage, Limits
 
 
-def request(position: int) -> Request:
-    return Request(Kind.GRADIENT, Rows((position,), (0,)), torch.zeros(0), torch.ones(()))
+def request(position: int) -> ScoreRequest:
+    return ScoreRequest(Kind.GRADIENT, Rows((position,), (0,)), torch.zeros(0), torch.ones(()))
 
 
 def answer(waiting: int = 0, seconds: float = 1.0) -> Answer:
@@ -121,7 +121,7 @@ def test_an_answer_of_real_size_travels_in_pieces():
     assert 8 * 77 * 768 * 2 % wire.PIECE_BYTES and 8 * 77 * 768 * 2 > wire.PIECE_BYTES
     rows = Rows(tuple(range(8)), (0,) * 8)
     condition = torch.randn(8, 77, 768).to(torch.bfloat16)
-    frames = wire.pack_request(5, Request(Kind.GRADIENT, rows, condition, torch.tensor(2.0)))
+    frames = wire.pack_request(5, ScoreRequest(Kind.GRADIENT, rows, condition, torch.tensor(2.0)))
     message, number, parts = wire.unpack(frames, large)
     found = wire.unpack_request(parts, large)
     assert (message, number, found.rows) == (wire.Message.ASK, 5, rows)

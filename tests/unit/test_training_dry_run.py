@@ -11,7 +11,7 @@ import pytest
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.rank_grid import rank_grid
-from megatron_kosmosg.planning.dry_run import describe
+from megatron_kosmosg.planning.dry_run import dry_run_report
 from megatron_kosmosg.planning.gpus import GPUS, Efficiency
 from megatron_kosmosg.planning.model_counts import ModelPart, count_model
 from megatron_kosmosg.planning.plan import make_plan
@@ -33,7 +33,7 @@ def full_size(stage: str, *overrides: str):
     ],
 )
 def test_full_size_counts_equal_the_authors_model(stage, trainable, frozen):
-    report = describe(full_size(stage))
+    report = dry_run_report(full_size(stage))
     assert re.search(
         rf"^total +{trainable:,} +{frozen:,} +{trainable + frozen:,}$", report, re.MULTILINE
     )
@@ -80,7 +80,7 @@ def test_every_module_of_a_stage_has_the_published_count(stage, wanted):
 
 
 def test_pretrain_batch_is_the_papers():
-    report = describe(full_size("pretrain"))
+    report = dry_run_report(full_size("pretrain"))
     assert "1,179,648 tokens an update (576 rows of 2048" in report
     assert "9 per micro-batch x 1 micro-batches x 64 replicas" in report
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron_kosmosg.config.schema import DataConfig
 from megatron_kosmosg.data.kinds.entity_placement import order_entities
 from megatron_kosmosg.data.kinds.kind import (
-    Conversion,
     Converted,
     ImageSize,
     Prompts,
+    RecordConverter,
     SampleKind,
     UsualSize,
 )
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 OVERLAP = "entities: words overlap the entity before"
 
 
-def convert(record: Record, use: Conversion) -> Converted:
+def convert(record: Record, use: RecordConverter) -> Converted:
     """Converts a record {"key", "caption", "image", "entities": [{"text", "span", "image", "mask"},
     ...]}."""
     fields = record.fields
@@ -129,7 +129,7 @@ def masks(raw: RawSample) -> dict[int, int]:
     return found
 
 
-def check(raw: RawSample, sizes: Sequence[ImageSize]) -> Iterator[str]:
+def check_spans(raw: RawSample, sizes: Sequence[ImageSize]) -> Iterator[str]:
     """Yields what is wrong with the spans of the caption."""
     caption, entities = raw.info["caption"], raw.info["entities"]
     expected = [IMAGE]
@@ -166,6 +166,6 @@ COMPOSITIONAL = SampleKind(
     convert=convert,
     formats=("jsonl", "tar", "parquet", "arrow", "tsv", "files"),
     masks=masks,
-    check=check,
+    check=check_spans,
     instruct=Prompts(_maker, target_image, UsualSize(length=215, images=2.0)),
 )

@@ -16,7 +16,7 @@ from megatron_kosmosg.command_line import (
     file_path,
     number_from_zero,
     positive_int,
-    run,
+    run_command,
 )
 from megatron_kosmosg.files import replacing, write_json
 
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [name for name, equals, folder in (r.partition("=") for r in args.run) if folder]
     if len(names) < len(args.run) or "instruct" not in names:
         parser.error("give runs as --run NAME=FOLDER, among them instruct=...")
-    return run(lambda: _evaluate(args))
+    return run_command(lambda: _evaluate(args))
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_kosmosg import exit_codes
-from megatron_kosmosg.command_line import CommandParser, command_parser, file_path, run
+from megatron_kosmosg.command_line import CommandParser, command_parser, file_path, run_command
 
 
 def build_parser() -> CommandParser:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when the page is written, and 2, with a message on stderr, when the folder has not
     what it needs."""
     args = build_parser().parse_args(arguments)
-    return run(lambda: _report(args))
+    return run_command(lambda: _report(args))
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from megatron_kosmosg.command_line import (
     add_seed,
     command_parser,
     file_path,
-    run,
+    run_command,
 )
 
 EPILOG = """\
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when the folder is there, and 2, with a message on stderr, when it could not be
     written."""
     args = build_parser().parse_args(arguments)
-    return run(lambda: _make(args), "interrupted; the same command begins it anew")
+    return run_command(lambda: _make(args), "interrupted; the same command begins it anew")
 
 
 def _make(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from megatron_kosmosg.command_line import (
     command_parser,
     file_path,
     positive_int,
-    run,
+    run_command,
 )
 from megatron_kosmosg.toy import assets
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.train_iters is not None and args.part not in ITERATIONS:
         parser.error(f"--train-iters {args.train_iters} goes with one of {', '.join(ITERATIONS)}")
-    return run(lambda: _train(args), "interrupted; the same command goes on from here")
+    return run_command(lambda: _train(args), "interrupted; the same command goes on from here")
 
 
 def _train(args: argparse.Namespace) -> int:

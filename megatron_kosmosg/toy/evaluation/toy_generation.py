@@ -9,7 +9,7 @@ import torch
 
 from megatron_kosmosg.data.random_keys import torch_generator
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
-from megatron_kosmosg.models.sampler import generate
+from megatron_kosmosg.models.sampler import sample_images
 from megatron_kosmosg.toy.evaluation.scene_reader import SceneComparison, compare, read_scenes
 from megatron_kosmosg.toy.world import Scene, render_batch
 
@@ -58,7 +58,7 @@ def generate_scenes(
     )
     images = torch.cat(
         [
-            generate(
+            sample_images(
                 diffusion,
                 condition[start : start + ROWS_PER_PASS],
                 null_condition,
