@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.config.other_folders import how_to_import
+from megatron_kosmosg.config.import_advice import how_to_import
 from megatron_kosmosg.config.paths import COMPLETE_FILE
 from megatron_kosmosg.files import begin_folder, finish_folder, remove, remove_folder
 from megatron_kosmosg.foreign_files import inside, read_json

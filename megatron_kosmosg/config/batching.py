@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_kosmosg.config.divisors import neighbours
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.config.rank_grid import rank_grid
+from megatron_kosmosg.config.rank_grid import neighbours, rank_grid
 from megatron_kosmosg.config.schema import RunConfig
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_kosmosg.config.dataset_prefixes import missing_files
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.frozen_weights import missing_parts, one_file_advice
-from megatron_kosmosg.config.other_folders import how_to_import
+from megatron_kosmosg.config.import_advice import how_to_import
 from megatron_kosmosg.config.paths import COMPLETE_FILE, output_folder, save_folder
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.stage_facts import StageFacts

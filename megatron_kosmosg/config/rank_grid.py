@@ -9,12 +9,12 @@ share a score rank, world = units x (score.replicas_per_rank x tensor x pipeline
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_kosmosg.config.divisors import neighbours
 from megatron_kosmosg.config.errors import ConfigError
-from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
 
 _LARGEST_RATIO = 8
 """Largest score.ranks_per_replica or score.replicas_per_rank that an error message proposes."""
@@ -177,3 +177,21 @@ def _cannot_fill(config: RunConfig, world_size: int, unit: int) -> str:
         f"({score.ranks_per_replica}) = {unit} ranks; start {neighbours(world_size, unit)} ranks, "
         f"{instead}or set score.placement=colocated"
     )
+
+
+def single_process_config(config: RunConfig) -> RunConfig:
+    """The config of the same model whole on one rank, the U-Net beside the decoder, whatever layout
+    its run was trained with."""
+    score = dataclasses.replace(config.score, placement="colocated")
+    return dataclasses.replace(config, parallel=ParallelConfig(), score=score)
+
+
+def divisors(value: int) -> list[int]:
+    """All numbers that divide a positive number, ascending."""
+    return [number for number in range(1, value + 1) if value % number == 0]
+
+
+def neighbours(value: int, unit: int) -> str:
+    """The multiples of `unit` around `value`, for a message: `24 or 32`; the lower one unless 0."""
+    lower = value // unit * unit
+    return f"{lower} or {lower + unit}" if lower else f"{unit}"

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 
 from megatron_kosmosg.config.batching import data_parallel_size, num_microbatches
-from megatron_kosmosg.config.divisors import divisors, neighbours
 from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.rank_grid import divisors, neighbours
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.stage_facts import StageFacts
 

@@ -31,8 +31,8 @@ from megatron_kosmosg.conversion.tensors import (
     in_files,
     num_bytes,
 )
+from megatron_kosmosg.models.kosmosg import meta_model
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
-from megatron_kosmosg.models.parameter_count import meta_model
 from megatron_kosmosg.progress import ProgressCallback
 from megatron_kosmosg.stages import stage_facts
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from megatron_kosmosg.config.errors import ConversionError
+from megatron_kosmosg.config.rank_grid import single_process_config
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.single_process import single_process_config
 from megatron_kosmosg.conversion.exported_models import load_aligner, load_mllm
 from megatron_kosmosg.conversion.stored_names import EMBEDDING
 from megatron_kosmosg.conversion.tensors import TensorSource

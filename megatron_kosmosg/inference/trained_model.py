@@ -16,8 +16,8 @@ from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
 from megatron_kosmosg.checkpoint.save_and_resume import checkpoint_metadata
 from megatron_kosmosg.checkpoint.weights import load_weights
 from megatron_kosmosg.config.load import load_saved_config
+from megatron_kosmosg.config.rank_grid import single_process_config
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.config.single_process import single_process_config
 from megatron_kosmosg.data.image_reading import encode_png, upright_rgb
 from megatron_kosmosg.data.images import ImageDecoder
 from megatron_kosmosg.data.normalise import prompt_transform

@@ -6,6 +6,8 @@ that lives elsewhere is None. Composition only: the parts are in their own files
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
@@ -14,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import nn
 
-from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
 from megatron_kosmosg.models import boundary
 from megatron_kosmosg.models.aligner import build_aligner_m, build_aligner_n
 from megatron_kosmosg.models.initialise import initialise, mark_tensor_parallel
@@ -25,7 +27,7 @@ from megatron_kosmosg.models.packed_prompts import pack_prompts
 from megatron_kosmosg.models.pipeline_stage_specs import pipeline_stage_specs
 from megatron_kosmosg.models.resampler import Resampler
 from megatron_kosmosg.models.vision_encoder import VisionEncoder, load_tower
-from megatron_kosmosg.parallel.context import ParallelContext
+from megatron_kosmosg.parallel.context import ParallelContext, single_process_context
 
 
 class KosmosG(LanguageModule):
@@ -232,3 +234,15 @@ class KosmosG(LanguageModule):
         owner = LanguageModule if self.share_embeddings_and_output_weights else MegatronModule
         state = owner.sharded_state_dict(self, prefix, sharded_offsets, metadata)
         return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
+
+def meta_model(config: RunConfig, output_head: bool, aligner_parts: tuple[str, ...]) -> KosmosG:
+    """The whole model on one rank, without memory (meta device), to ask for names, shapes and
+    counts."""
+    unsplit = dataclasses.replace(config, parallel=ParallelConfig())
+    return KosmosG(
+        unsplit,
+        single_process_context(torch.device("meta")),
+        output_head=output_head,
+        aligner_parts=aligner_parts,
+    )

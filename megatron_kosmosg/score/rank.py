@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +16,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.balance import row_share
 from megatron_kosmosg.data.random_keys import StreamName
 from megatron_kosmosg.launcher import find_rank_info
-from megatron_kosmosg.models.diffusion import load_diffusion
+from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_diffusion
 from megatron_kosmosg.models.faster_passes import take_faster_passes
 from megatron_kosmosg.monitoring.watchdog import Watchdog
 from megatron_kosmosg.score.child_process import ScoreRankLost
@@ -22,7 +24,6 @@ from megatron_kosmosg.score.connect import ScoreRank
 from megatron_kosmosg.score.generation import generate_images
 from megatron_kosmosg.score.keyed_noise import KeyedNoise
 from megatron_kosmosg.score.loss import DenoisingLoss
-from megatron_kosmosg.score.prints import diffusion_prints
 from megatron_kosmosg.score.service import serve
 from megatron_kosmosg.score.stream import open_stream
 
@@ -45,7 +46,7 @@ def run_score_rank(config: RunConfig, rank: ScoreRank) -> bool:
 def _work(config: RunConfig, rank: ScoreRank) -> bool:
     with rank.membership:
         diffusion = load_diffusion(config, rank.device)
-        prints = diffusion_prints(config, diffusion)
+        prints = _fingerprints(config, diffusion)
         take_faster_passes(diffusion, config, _rows_at_once(config, rank))
         denoising = DenoisingLoss(diffusion, config.score, config.training.seed)
         trained = StreamName("instruct", "train").noise_key
@@ -98,3 +99,32 @@ def _rows_at_once(config: RunConfig, rank: ScoreRank) -> int:
         return rows
     part = row_share(rows, rank.coordinates.score_index, ranks)
     return part.stop - part.start
+
+
+def _fingerprints(config: RunConfig, diffusion: FrozenDiffusion) -> dict[str, str]:
+    """The fingerprints of U-Net, VAE and noise schedule as loaded, and of the settings that they
+    run with."""
+    described = dict(diffusion.noise_scheduler.config).items()
+    settings = [config.training.seed, config.data.target_image_size, config.stage]
+    schedule = {name: value for name, value in described if not name.startswith("_")}
+    return {
+        "U-Net": _weights_digest(diffusion.unet),
+        "VAE": _weights_digest(diffusion.vae),
+        "noise schedule": _json_digest(schedule),
+        "dtype": str(diffusion.unet.dtype),
+        "settings": _json_digest(settings),
+    }
+
+
+def _weights_digest(module: torch.nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=12, person=b"kosmosg-score")
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}|".encode())
+        values = tensor.detach().to("cpu").contiguous()
+        digest.update(memoryview(values.flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _json_digest(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.stage_facts import StageFacts
-from megatron_kosmosg.stages.align_facts import ALIGN
-from megatron_kosmosg.stages.instruct_facts import INSTRUCT
-from megatron_kosmosg.stages.pretrain_facts import PRETRAIN
+from megatron_kosmosg.stages.facts import ALIGN, INSTRUCT, PRETRAIN
 
 if TYPE_CHECKING:
     from megatron_kosmosg.evaluation.evaluator import Evaluator

@@ -27,7 +27,7 @@ from megatron_kosmosg.models.flops import align_flops
 from megatron_kosmosg.models.read_frozen import reading_frozen
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.score.remote import RemoteScore
-from megatron_kosmosg.stages.align_facts import ALIGN
+from megatron_kosmosg.stages.facts import ALIGN
 from megatron_kosmosg.stages.freezing import build_frozen
 from megatron_kosmosg.training.stage import InitialWeights, Probe
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from PIL import Image
 from torch import nn
 
@@ -15,7 +19,6 @@ from megatron_kosmosg.data.samples import PromptSample, StreamDataset
 from megatron_kosmosg.evaluation.evaluator import Evaluator, GeneratedImages, measure
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
-from megatron_kosmosg.training.forward import collect_outputs
 from megatron_kosmosg.training.image_grid import image_grid, to_image
 from megatron_kosmosg.training.stage import Probe
 
@@ -91,7 +94,7 @@ def _generated(
     batch = dataset.collate(samples, dataset.pad_to(samples, positions))
     batch = {name: value.to(context.device) for name, value in batch.items()}
     batch = normalise_batch(batch, config)
-    outputs = collect_outputs(forward_with_null_row, model, iter([batch]), 1)
+    outputs = _collect_outputs(forward_with_null_row, model, iter([batch]), 1)
     if not outputs or context.tp_rank != 0 or context.dp_rank != 0:
         return None
     condition = outputs[0]["condition"]
@@ -131,3 +134,38 @@ def _prompt_images(
     counts = (batch["image_mask"].sum(dim=1) // slots).tolist()
     shown = iter([to_image(image) for image in pixels])
     return [[next(shown) for _ in range(count)] for count in counts]
+
+
+@torch.no_grad()
+def _collect_outputs(
+    forward: Callable[[dict[str, torch.Tensor], nn.Module], Any],
+    model: list[nn.Module],
+    micro_batches: Iterator[dict[str, torch.Tensor]],
+    num_microbatches: int,
+) -> list[Any]:
+    """What `forward(batch, model)` gives for each micro-batch, without loss or gradient, through
+    the pipeline schedule of training; an empty list before the last pipeline stage.
+
+    model: the chunks of this rank. All ranks of a replica call this together. The model's
+    train/eval mode is the caller's choice.
+    """
+    batches = list(itertools.islice(micro_batches, num_microbatches))
+    if len(model) > 1:  # interleaved pipeline stages take micro-batches in whole groups
+        group = get_model_config(model[0]).microbatch_group_size_per_vp_stage
+        batches += batches[-1:] * (-num_microbatches % group)
+
+    def forward_step(data_iterator, chunk):
+        output = forward(next(data_iterator), chunk)
+        return output, lambda output, non_loss_data=True: output
+
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(batches) for _ in model],
+        model=model,
+        num_microbatches=len(batches),
+        seq_length=1,  # shapes travel with the tensors (variable_seq_lengths)
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return outputs[:num_microbatches]

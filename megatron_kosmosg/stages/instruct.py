@@ -29,9 +29,9 @@ from megatron_kosmosg.score.loss import ColocatedScore, drop_condition
 from megatron_kosmosg.score.remote import RemoteScore
 from megatron_kosmosg.score.row_split import row_range
 from megatron_kosmosg.score.stream import open_stream
+from megatron_kosmosg.stages.facts import INSTRUCT
 from megatron_kosmosg.stages.freezing import build_frozen
 from megatron_kosmosg.stages.held_out_images import held_out_images
-from megatron_kosmosg.stages.instruct_facts import INSTRUCT
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
 from megatron_kosmosg.training.stage import InitialWeights, Probe
 

@@ -20,8 +20,8 @@ from megatron_kosmosg.losses import token_cross_entropy
 from megatron_kosmosg.models.flops import pretrain_flops
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.score.remote import RemoteScore
+from megatron_kosmosg.stages.facts import PRETRAIN
 from megatron_kosmosg.stages.freezing import build_frozen
-from megatron_kosmosg.stages.pretrain_facts import PRETRAIN
 from megatron_kosmosg.training.stage import InitialWeights, Probe
 
 

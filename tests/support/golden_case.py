@@ -15,8 +15,8 @@ from megatron_kosmosg.config import schema
 from megatron_kosmosg.conversion.authors import authors_table
 from megatron_kosmosg.conversion.stored_names import EMBEDDING
 from megatron_kosmosg.conversion.tensors import InMemory, as_native
+from megatron_kosmosg.models.kosmosg import meta_model
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
-from megatron_kosmosg.models.parameter_count import meta_model
 from tests.support.shares import whole
 
 

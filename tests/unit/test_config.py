@@ -25,8 +25,7 @@ from megatron_kosmosg.config.needed_files import validate_files
 from megatron_kosmosg.config.renamed_keys import RENAMED_KEYS
 from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.stages import stage_facts
-from megatron_kosmosg.stages.align_facts import ALIGN
-from megatron_kosmosg.stages.instruct_facts import INSTRUCT
+from megatron_kosmosg.stages.facts import ALIGN, INSTRUCT
 
 BASE = ["stage=align", "logging.output_dir=run", "training.global_batch_size=8"]
 

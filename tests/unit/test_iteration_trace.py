@@ -14,7 +14,7 @@ from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.monitoring.iteration_trace import chrome_trace
 from megatron_kosmosg.monitoring.spans import MegatronTimers, Spans
 from megatron_kosmosg.monitoring.trace_exchange import TracePart
-from megatron_kosmosg.stages.pretrain_facts import PRETRAIN
+from megatron_kosmosg.stages.facts import PRETRAIN
 
 
 def test_stretches_nest_and_carry_what_they_are_about():

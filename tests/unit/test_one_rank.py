@@ -9,7 +9,7 @@ import pytest
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_config
-from megatron_kosmosg.config.single_process import single_process_config
+from megatron_kosmosg.config.rank_grid import single_process_config
 from megatron_kosmosg.config.validate import validate_layout
 from megatron_kosmosg.stages import stage_facts
 

@@ -12,7 +12,7 @@ import torch
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.conversion.authors import authors_table
 from megatron_kosmosg.models import layer_specs
-from megatron_kosmosg.models.parameter_count import meta_model
+from megatron_kosmosg.models.kosmosg import meta_model
 from megatron_kosmosg.parallel.platform import transformer_flags
 
 PARTS = ("embedding", "decoder", "vision_encoder", "resampler", "aligner_m", "aligner_n")
