@@ -74,7 +74,7 @@ class Progress:
         if done >= total:
             self.close()
 
-    def say(self, text: str) -> None:
+    def write(self, text: str) -> None:
         """Lines on stdout, above the bar; control characters in them are spelt out."""
         text = printable_lines(text)
         if isinstance(self._display, _Bar):

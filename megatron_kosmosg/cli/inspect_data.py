@@ -99,7 +99,7 @@ def _inspect(args: argparse.Namespace) -> int:
             problems += 1
             if problems <= args.max_shown:
                 at = "dataset" if problem.index is None else f"{problem.index} ({problem.key})"
-                progress.say(printable(f"{at}: {problem.reason}"))
+                progress.write(printable(f"{at}: {problem.reason}"))
     print(f"check: {len(store):,} samples, {problems:,} problems")
     return exit_codes.FAILURE if problems else exit_codes.DONE
 

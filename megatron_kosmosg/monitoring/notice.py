@@ -26,16 +26,16 @@ class Notices:
     """The notices of one start, on rank 0; without a target nobody is told."""
 
     def __init__(
-        self, target: str | None, stage: str, folder: Path, say: Callable[[str], None]
+        self, target: str | None, stage: str, folder: Path, log: Callable[[str], None]
     ) -> None:
         """A notice is sent when a method is called.
 
         Args:
             target: http(s)://..., which gets JSON by POST, or a command line, which gets it on
                 stdin.
-            say: is told what went wrong with a notice.
+            log: is told what went wrong with a notice.
         """
-        self._target, self._stage, self._folder, self._say = target, stage, folder, say
+        self._target, self._stage, self._folder, self._log = target, stage, folder, log
 
     def started(self) -> None:
         self._send("start", None, None)
@@ -82,7 +82,7 @@ class Notices:
             # The address may have a secret in its path: the host is enough.
             where = urlsplit(self._target).hostname if is_webhook(self._target) else self._target
             reason = str(problem).replace(self._target, str(where))
-            self._say(f"the notice of the {event} did not get through to {where}: {reason}")
+            self._log(f"the notice of the {event} did not get through to {where}: {reason}")
 
 
 def is_webhook(target: str) -> bool:

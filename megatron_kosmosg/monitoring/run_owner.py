@@ -70,14 +70,14 @@ class RunOwner:
     Raises RunFolderTaken for one that is not, OSError where the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
         """Entering the context takes the folder.
 
         Args:
             folder: the run's folder.
-            say: is told when the folder is taken over, and that this waits.
+            log: is told when the folder is taken over, and that this waits.
         """
-        self._path, self._say = folder / OWNER_FILE, say
+        self._path, self._log = folder / OWNER_FILE, log
         job, restart = find_job()
         self._holder = Holder(
             token=secrets.token_hex(16),
@@ -148,7 +148,7 @@ class RunOwner:
                 old.unlink()
                 raise self._taken(moved, 0)
             old.unlink()
-            self._say(f"{self._path.parent}: its former owner is gone ({found or 'unknown'})")
+            self._log(f"{self._path.parent}: its former owner is gone ({found or 'unknown'})")
 
     def _await_death(self, found: Holder | None) -> None:
         """Returns when the file has had no sign of life for STALE_SECONDS."""
@@ -165,7 +165,7 @@ class RunOwner:
             if age > STALE_SECONDS:
                 return
             if not has_announced:
-                self._say(
+                self._log(
                     f"{self._path.parent} belongs to {found or 'another process'}, last sign of "
                     f"life {max(age, 0):.0f} s ago: waiting for the next, or {STALE_SECONDS:.0f} s "
                     "without one"

@@ -61,11 +61,11 @@ class Arrivals:
             if waited >= self._seconds * (spoken + 1) and missing and not self._ended.is_set():
                 spoken += 1
                 if self._rank_info.local_rank == 0:
-                    self._say(missing, waited)
+                    self._log(missing, waited)
             if self._ended.wait(min(1.0, self._seconds / 4)):
                 return
 
-    def _say(self, missing: list[int], waited: float) -> None:
+    def _log(self, missing: list[int], waited: float) -> None:
         several = "s" if len(missing) > 1 else ""
         names = ", ".join(map(str, missing[:_NAMED]))
         more = len(missing) - _NAMED

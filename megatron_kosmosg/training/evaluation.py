@@ -75,7 +75,7 @@ class Evaluations:
         self._metrics.evaluation(iteration, probe)
         if probe.metrics or probe.images:
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in probe.metrics.items())
-            self._display.say(f"iteration {iteration} | held out: {numbers or 'images only'}")
+            self._display.log(f"iteration {iteration} | held out: {numbers or 'images only'}")
         return True
 
     def _has_loss(self, iteration: int) -> bool:

@@ -147,7 +147,7 @@ def _fit(
         metrics.flush()
         with whole_parameters(chunks):
             checkpointer.save(progress)
-        display.say(f"iteration {progress.iteration} | checkpoint")
+        display.log(f"iteration {progress.iteration} | checkpoint")
 
     try:
         # An evaluation that a stop cut short is made up for before training goes on.
@@ -158,7 +158,7 @@ def _fit(
             stop.run_alone(feed.prepare)
             stopping = stop.agreed(context.device)
         if stopping:
-            display.say(f"asked to stop: still at iteration {progress.iteration}, nothing to save")
+            display.log(f"asked to stop: still at iteration {progress.iteration}, nothing to save")
             return False
         while progress.iteration < config.training.train_iters and not stopping:
             watchdog.at(progress.iteration + 1, "training")
@@ -177,7 +177,7 @@ def _fit(
                 # As if this iteration had not begun: the rerun makes it.
                 scheduler.step(-1)
                 restore_rng_state(before)
-                display.say("no score rank is left, and none came")
+                display.log("no score rank is left, and none came")
                 stopping = True
                 if progress.iteration > saved:
                     save()
@@ -206,7 +206,7 @@ def _fit(
             note_hardware(display, hardware, record)
             display.step(progress.iteration, seconds, update.totals.losses, record)
             if (compared := against_plan.after(seconds)) is not None:
-                display.say(compared)
+                display.log(compared)
             # After the line is written: what ends the run here has its numbers on disk.
             if not update.made:
                 note_skipped(display, progress, config)
@@ -227,7 +227,7 @@ def _fit(
         checkpointer.wait()
         note_trace(display, config, trace.write(only_all=False))
         if stopping:
-            display.say(f"asked to stop: state of iteration {progress.iteration} is saved")
+            display.log(f"asked to stop: state of iteration {progress.iteration} is saved")
         elif progress.iteration >= config.training.train_iters:
             refuse_nonfinite_end(progress, config)
     finally:

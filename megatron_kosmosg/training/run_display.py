@@ -25,10 +25,10 @@ class ProgressDisplay:
         self._bar = Progress(config.stage, is_shown=enabled and sys.stderr.isatty())
         self._bar(start_iteration, self._total)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Prints one line above the progress bar."""
         if self._enabled:
-            self._bar.say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+            self._bar.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def step(
         self,
@@ -47,7 +47,7 @@ class ProgressDisplay:
         parts = [f"{name} {value:.4g}" for name, value in losses.items() if name != "loss"]
         inside = f" ({', '.join(parts)})" if parts else ""
         norm = record["grad_norm"]
-        self.say(
+        self.log(
             f"iteration {iteration}/{self._total} | loss {losses['loss']:.4f}{inside}"
             f" | lr {record['lr']:.3g}"
             f" | grad norm {'not finite' if norm is None else f'{norm:.3g}'}"

@@ -19,7 +19,7 @@ SLOW_RATIO = 1.5
 def note_skipped(display: ProgressDisplay, progress: TrainingProgress, config: RunConfig) -> None:
     """Counts a skipped update in the log. Raises FloatingPointError at the configured limit."""
     limit = config.training.max_nonfinite_iters
-    display.say(
+    display.log(
         f"iteration {progress.iteration} | loss or gradient not finite, parameters kept "
         f"({progress.nonfinite_in_a_row} in a row, {limit} end the run)"
     )
@@ -52,7 +52,7 @@ def note_straggler(
     ratio = record.get("slowest_rank_ratio")
     if ratio is not None and ratio > SLOW_RATIO:
         rank = int(record["slowest_rank"])
-        display.say(
+        display.log(
             f"iteration {record['iteration']} | rank {rank} on {stragglers.nodes[rank]} takes "
             f"{ratio:.2f} x the median rank's time for its own work"
         )
@@ -69,7 +69,7 @@ def note_hardware(
 def note_trace(display: ProgressDisplay, config: RunConfig, was_written: bool) -> None:
     """Says where the trace is, once it has been written."""
     if was_written:
-        display.say(f"trace of iteration {config.logging.trace_iteration}: {trace_file(config)}")
+        display.log(f"trace of iteration {config.logging.trace_iteration}: {trace_file(config)}")
 
 
 def announce(
@@ -78,11 +78,11 @@ def announce(
     """The first lines of a start: what rank 0 holds, and what the run goes on from."""
     trained = sum(p.numel() for chunk in modules for p in chunk.parameters() if p.requires_grad)
     held = sum(p.numel() for chunk in modules for p in chunk.parameters())
-    display.say(f"rank 0 holds {held:,} parameters, {trained:,} of them train")
+    display.log(f"rank 0 holds {held:,} parameters, {trained:,} of them train")
     if resumed is None:
         return
     for line in resumed.passed_over:
-        display.say(line)
-    display.say(f"resumed from {resumed.path} at iteration {resumed.progress.iteration}")
+        display.log(line)
+    display.log(f"resumed from {resumed.path} at iteration {resumed.progress.iteration}")
     for difference in resumed.differences:
-        display.say(f"  differs from the checkpoint: {difference}")
+        display.log(f"  differs from the checkpoint: {difference}")

@@ -51,7 +51,7 @@ def test_half_that_is_not_built_is_skipped() -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ("decoder*2|decoder|M", "3 stages"),
+        ("decoder*2|decoder|M", "3 pipeline stages"),
         ("decoder*2|decoder*2,M", "4 decoder layers"),
         ("decoder*2|decoder,X", "'X' is not a piece"),
         ("decoder,M|decoder*2", "before the decoder's end"),

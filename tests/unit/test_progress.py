@@ -133,9 +133,9 @@ def test_a_line_of_the_caller_stands_above_the_bar(every_state, capsys):
     screen = Screen(True)
     show = Progress("x", stream=screen)
     show(1, 10)
-    show.say("loss 3")
+    show.write("loss 3")
     show(2, 10)
     show.close()
     assert capsys.readouterr().out.endswith("loss 3\n")
-    show.say("later")
+    show.write("later")
     assert capsys.readouterr().out == "later\n"
