@@ -44,9 +44,9 @@ def test_a_run_goes_on_from_any_layout_to_any_other(tmp_path):
         moving = config_of(stable_diffusion, tmp_path / "moving", until, **parallel)
         moving = replace_section(moving, "checkpoint", async_save=is_async)
         run_ranks(num_ranks, run_stage, moving)
-    found, wanted = ([r for r in records(c) if "lr" in r] for c in (moving, straight))
+    found, expected = ([r for r in records(c) if "lr" in r] for c in (moving, straight))
     assert [record["iteration"] for record in found] == list(range(1, total + 1))
     for key in ("loss", "grad_norm", "lr"):
         bound = getattr(BOUNDS["fp32"], key, 1e-12)
-        values = [[record[key] for record in run] for run in (found, wanted)]
+        values = [[record[key] for record in run] for run in (found, expected)]
         assert values[0] == pytest.approx(values[1], rel=bound), key

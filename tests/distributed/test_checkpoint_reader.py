@@ -58,7 +58,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wanted(tmp_path_factory) -> dict[str, torch.Tensor]:
+def expected(tmp_path_factory) -> dict[str, torch.Tensor]:
     """The same model on one rank: initial weights do not depend on the layout."""
     case = Case(**PARTS)
     with single_process(case.config()) as context:
@@ -67,12 +67,12 @@ def wanted(tmp_path_factory) -> dict[str, torch.Tensor]:
     return {name: t.clone() for name, t in state.items() if not name.endswith("_extra_state")}
 
 
-def test_every_weight_is_whole_and_nothing_else_is_read(checkpoint: Path, wanted) -> None:
+def test_every_weight_is_whole_and_nothing_else_is_read(checkpoint: Path, expected) -> None:
     source = CheckpointTensors(checkpoint.parent)
     assert source.path == checkpoint and source.stage == "align"
     names = source.names()
-    assert names.keys() == wanted.keys() == model_tensors(source.config).keys()
-    for name, value in wanted.items():
+    assert names.keys() == expected.keys() == model_tensors(source.config).keys()
+    for name, value in expected.items():
         found = source.read(name)
         assert names[name] == (tuple(found.shape), found.dtype)
         assert torch.equal(found, value), name
@@ -81,17 +81,17 @@ def test_every_weight_is_whole_and_nothing_else_is_read(checkpoint: Path, wanted
     assert not torch.distributed.is_initialized()
 
 
-def test_what_is_written_loads_like_any_checkpoint(tmp_path: Path, wanted) -> None:
+def test_what_is_written_loads_like_any_checkpoint(tmp_path: Path, expected) -> None:
     case = Case(**PARTS)
     config = align_config(case, tmp_path)
     told = []
     path = write_checkpoint(
-        tmp_path / "new", config, InMemory(wanted), lambda done, total: told.append((done, total))
+        tmp_path / "new", config, InMemory(expected), lambda done, total: told.append((done, total))
     )
     assert path.name == "iter_0000000" and checkpoint_folder.is_valid(path)
-    total = sum(value.nbytes for value in wanted.values())
+    total = sum(value.nbytes for value in expected.values())
     assert told[0] == (0, total) and told[-1] == (total, total)
-    assert len(told) == 1 + len(wanted)
+    assert len(told) == 1 + len(expected)
     changed = dataclasses.replace(
         config, training=dataclasses.replace(config.training, seed=99)
     )  # other initial weights
@@ -99,8 +99,8 @@ def test_what_is_written_loads_like_any_checkpoint(tmp_path: Path, wanted) -> No
         model = build(case, context)
         load_weights(path, [model], checkpoint_metadata(context), stage="align")
         for name, value in model.state_dict().items():
-            if name in wanted:
-                assert torch.equal(value[: len(wanted[name])], wanted[name]), name
+            if name in expected:
+                assert torch.equal(value[: len(expected[name])], expected[name]), name
 
 
 def load(case: Case, folder: str) -> Share:
@@ -113,8 +113,8 @@ def load(case: Case, folder: str) -> Share:
     return share
 
 
-def test_what_is_written_loads_on_several_ranks(tmp_path: Path, wanted) -> None:
-    changed = {name: value * 1.5 + 0.25 for name, value in wanted.items()}
+def test_what_is_written_loads_on_several_ranks(tmp_path: Path, expected) -> None:
+    changed = {name: value * 1.5 + 0.25 for name, value in expected.items()}
     path = write_checkpoint(
         tmp_path / "new", align_config(Case(**PARTS), tmp_path), InMemory(changed)
     )
@@ -124,9 +124,9 @@ def test_what_is_written_loads_on_several_ranks(tmp_path: Path, wanted) -> None:
         assert torch.equal(torch.from_numpy(loaded[name])[: len(value)], value), name
 
 
-def test_weights_alone_are_no_run_to_continue(tmp_path: Path, wanted) -> None:
+def test_weights_alone_are_no_run_to_continue(tmp_path: Path, expected) -> None:
     config = align_config(Case(**PARTS), tmp_path)
-    path = write_checkpoint(tmp_path / "new", config, InMemory(wanted))
+    path = write_checkpoint(tmp_path / "new", config, InMemory(expected))
     checkpointer = Checkpointer(config, single_process_context("cpu"), [], None, None, {})
     with pytest.raises(ConfigError, match=f"set checkpoint.load={tmp_path / 'new'}"):
         checkpointer.resume(path)
@@ -173,27 +173,27 @@ class Failing:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk full")])
 def test_an_interrupted_write_leaves_nothing_and_can_be_repeated(
-    tmp_path: Path, wanted, error: BaseException
+    tmp_path: Path, expected, error: BaseException
 ) -> None:
     config, output = align_config(Case(**PARTS), tmp_path), tmp_path / "new"
     with pytest.raises(type(error)):
-        write_checkpoint(output, config, Failing(InMemory(wanted), error))
+        write_checkpoint(output, config, Failing(InMemory(expected), error))
     assert not output.exists()
     (output / "iter_0000000.tmp").mkdir(parents=True)  # what a killed process leaves
     (output / "iter_0000000.tmp" / "__0_0.distcp").write_bytes(b"half")
-    path = write_checkpoint(output, config, InMemory(wanted))
+    path = write_checkpoint(output, config, InMemory(expected))
     assert [item.name for item in output.iterdir()] == ["iter_0000000"]
-    assert CheckpointTensors(path).names().keys() == wanted.keys()
+    assert CheckpointTensors(path).names().keys() == expected.keys()
     with pytest.raises(ConversionError, match="already holds iter_0000000"):
-        write_checkpoint(output, config, InMemory(wanted))
+        write_checkpoint(output, config, InMemory(expected))
 
 
-def test_only_a_complete_model_is_written(tmp_path: Path, wanted) -> None:
+def test_only_a_complete_model_is_written(tmp_path: Path, expected) -> None:
     config = align_config(Case(**PARTS), tmp_path)
-    fewer = {name: value for name, value in wanted.items() if name != "aligner_n.query"}
+    fewer = {name: value for name, value in expected.items() if name != "aligner_n.query"}
     with pytest.raises(ConversionError, match=r"lacks aligner_n\.query"):
         write_checkpoint(tmp_path / "new", config, InMemory(fewer))
-    wider = wanted | {"aligner_n.query": torch.ones(64, 3)}
+    wider = expected | {"aligner_n.query": torch.ones(64, 3)}
     with pytest.raises(ConversionError, match=r"aligner_n\.query has shape \[64, 3\]"):
         write_checkpoint(tmp_path / "new", config, InMemory(wider))
     assert not (tmp_path / "new").exists()

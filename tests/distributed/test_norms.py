@@ -62,9 +62,9 @@ def test_sharded_norm_is_layer_norm(
         tensor.requires_grad_()
     y = F.layer_norm(x, (WIDTH,), weight, bias, 1e-5)
     y.backward(grad)
-    wanted = {"y": y, "x": x.grad, "weight": weight.grad, "bias": bias.grad}
+    expected = {"y": y, "x": x.grad, "weight": weight.grad, "bias": bias.grad}
     shares = run_ranks(tp, sharded, tp, mean, dtype)
-    for name, value in wanted.items():
+    for name, value in expected.items():
         got = np.concatenate([share[name] for share in shares], axis=-1)
         value = value.detach().float().numpy()
         assert np.abs(got - value).max() / np.abs(value).max() < tolerance, name

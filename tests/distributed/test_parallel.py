@@ -52,11 +52,11 @@ def rows_gradient(num_rows: int, tp: int) -> tuple[float, list, slice]:
 def test_split_rows_have_the_gradient_of_all_rows_on_every_rank(num_rows: int, tp: int) -> None:
     x = torch.arange(num_rows * 2.0).view(num_rows, 2).requires_grad_()
     weights = torch.arange(1.0, num_rows + 1)
-    wanted = ((x * 3).square().sum(dim=1) * weights).sum()
-    wanted.backward()
+    expected = ((x * 3).square().sum(dim=1) * weights).sum()
+    expected.backward()
     covered = []
     for loss, gradient, rows in run_ranks(tp, rows_gradient, num_rows, tp):
-        assert loss == pytest.approx(wanted.item())
+        assert loss == pytest.approx(expected.item())
         assert gradient == x.grad.tolist()
         covered += range(num_rows)[rows]
     assert covered == list(range(num_rows))

@@ -170,9 +170,9 @@ def test_common_state_that_unpacks_to_more_than_it_is_long_is_refused(checkpoint
 def load_random_state(folder: Path) -> str:
     """What a rank that resumes is told, or the kinds of state it found."""
     dist.init_process_group("gloo")
-    wanted = {"rng": ShardedObject("rng", None, (1,), (0,))}
+    expected = {"rng": ShardedObject("rng", None, (1,), (0,))}
     try:
-        return ", ".join(sorted(load_state(folder, wanted)["rng"]))
+        return ", ".join(sorted(load_state(folder, expected)["rng"]))
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
     finally:

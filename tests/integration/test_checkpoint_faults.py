@@ -46,9 +46,9 @@ def start(config: RunConfig, settings: dict | None = None) -> tuple[list[int], s
     """(exit codes, the one error shown, what rank 0 said of its checkpoints)."""
     ends = run_ranks_until_they_end(2, run_program, config, settings)
     assert all(end.answer is not None for end in ends), ends
-    said = [end.answer[1] for end in ends]
-    errors = [line for text in said for line in text.splitlines() if line.startswith("error: ")]
-    assert not any("Traceback" in text for text in said), said
+    output = [end.answer[1] for end in ends]
+    errors = [line for text in output for line in text.splitlines() if line.startswith("error: ")]
+    assert not any("Traceback" in text for text in output), output
     assert len(errors) <= 1, errors
     return [end.answer[0] for end in ends], "".join(errors), ends[0].answer[2]
 
@@ -115,10 +115,10 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(tmp_pa
     shard, common = newest / "__1_0.distcp", newest / "common.pt"
 
     def goes_on(*words: str) -> None:
-        codes, error, said = start(config)
+        codes, error, output = start(config)
         assert codes == [0, 0], error
         for word in (*words, "iter_0000006", "resumed from", "iter_0000004 at iteration 4"):
-            assert word in said, said
+            assert word in output, output
         assert curve(tmp_path) == straight and is_valid(newest)
 
     shard.write_bytes(shard.read_bytes()[:100])

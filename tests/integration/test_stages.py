@@ -131,8 +131,8 @@ def test_instruct_learns_the_same_from_cached_moments_and_from_balanced_batches(
     for kind in ("compositional", "edit", "caption"):
         store = SampleStore(uninterrupted / "data" / "train" / kind)
         job = LatentJob(store, "moments", target_pixels(32), "fp32")
-        said = (0, 1, lambda done, total: None)
-        cached = cache_latents(job, vae, vae_fingerprint(vae), ImageDecoder("auto"), *said)
+        output = (0, 1, lambda done, total: None)
+        cached = cache_latents(job, vae, vae_fingerprint(vae), ImageDecoder("auto"), *output)
         assert cached.is_complete and cached.bad.count == 0
     curves = {}
     for name, changes in {

@@ -155,10 +155,10 @@ def test_a_signal_to_one_rank_in_an_evaluation_stops_all_and_it_is_made_up_for(
 def test_the_rank_that_holds_the_others_up_is_named(tmp_path, rank, whole, reader, words):
     config = fake_config(str(tmp_path), parallel={"stall_seconds": 1}, training={"train_iters": 4})
     pause = PauseAt(call=4, rank=rank, seconds=4, whole=whole)
-    said = run_ranks(2, said_while_training, config, {"hook": pause})[reader]
-    reports = [line for line in said.splitlines() if "stall:" in line]
+    output = run_ranks(2, said_while_training, config, {"hook": pause})[reader]
+    reports = [line for line in output.splitlines() if "stall:" in line]
     named = [line for line in reports if words.format(node=socket.gethostname()) in line]
-    assert named, said
+    assert named, output
     if not whole:
         assert any("training of iteration 3" in line for line in named), named
     assert json.loads((tmp_path / "heartbeat.json").read_text())["iteration"] in (2, 3, 4)
@@ -179,8 +179,10 @@ def test_a_port_in_use_is_said_in_one_line(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        ((code, said, _),) = run_ranks(1, run_on_taken_port, fake_config(str(tmp_path)), port)
-    assert code == 2 and f"port {port}" in said and "in use" in said and "Traceback" not in said
+        ((code, output, _),) = run_ranks(1, run_on_taken_port, fake_config(str(tmp_path)), port)
+    assert (
+        code == 2 and f"port {port}" in output and "in use" in output and "Traceback" not in output
+    )
 
 
 @pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])

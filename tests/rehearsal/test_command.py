@@ -78,7 +78,7 @@ def test_an_error_of_the_program_is_named_by_its_line(rehearse):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "output"),
     [
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--config", "instruct_256gpu", "--num-gpus", "255"], "255 ranks"),
@@ -89,10 +89,10 @@ def test_an_error_of_the_program_is_named_by_its_line(rehearse):
         (["--config", "instruct_256gpu", "--gpu", "v100-32"], "training.precision=fp16"),
     ],
 )
-def test_what_cannot_be_rehearsed_is_one_line(capsys, arguments, said):
+def test_what_cannot_be_rehearsed_is_one_line(capsys, arguments, output):
     assert command.main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and said in line
+    assert line.startswith("error: ") and output in line
 
 
 def test_without_a_compiler_it_says_what_to_install(capsys, monkeypatch):

@@ -65,7 +65,7 @@ def test_attention_takes_the_kernel_that_the_gpu_would(phases):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "output"),
     [
         ("device", "device"),
         ("dtype", "dtype"),
@@ -76,6 +76,6 @@ def test_attention_takes_the_kernel_that_the_gpu_would(phases):
         ("gloo", "backend gloo"),
     ],
 )
-def test_what_a_gpu_refuses_is_an_error(rehearse, wrong, said):
+def test_what_a_gpu_refuses_is_an_error(rehearse, wrong, output):
     errors = rehearse.answer(RehearsalCase(None, (), 0, 0, do=f"{DO}fail"))["errors"]
-    assert said in errors[wrong], errors[wrong]
+    assert output in errors[wrong], errors[wrong]

@@ -159,5 +159,5 @@ class Torment:
     def _check_end(self, ends: list[Lived]) -> None:
         told = "\n".join(self.log)
         assert [lived.code for lived in ends] == [0] * len(ends), f"{ends}\n{told}"
-        found, wanted = ([r.parameters for r in ranks] for ranks in (ends, self._straight))
-        assert found == wanted, f"other parameters than the undisturbed run after\n{told}"
+        found, expected = ([r.parameters for r in ranks] for ranks in (ends, self._straight))
+        assert found == expected, f"other parameters than the undisturbed run after\n{told}"

@@ -55,10 +55,10 @@ def rank_of_job(config: RunConfig, habits: dict[int, Habit]) -> Lived:
     built: list[torch.nn.Module] = []
     use_stage("instruct", built)
     _take_up(habits.get(int(os.environ["RANK"]), Habit()))
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         code = train.run(config)
-    return Lived(code, said.getvalue(), parameters_hash(built))
+    return Lived(code, output.getvalue(), parameters_hash(built))
 
 
 def start_guest(folder: Path, habit: Habit = Habit()) -> BaseProcess:

@@ -127,8 +127,8 @@ def _large_modules() -> tuple[str, ...]:
     import gc
 
     names = {type(o).__name__ for o in gc.get_objects() if isinstance(o, torch.nn.Module)}
-    wanted = {"UNet2DConditionModel", "AutoencoderKL", "KosmosG"}
-    return tuple(sorted(names & wanted))
+    expected = {"UNet2DConditionModel", "AutoencoderKL", "KosmosG"}
+    return tuple(sorted(names & expected))
 
 
 def _fingerprint(module: torch.nn.Module) -> str:

@@ -126,10 +126,10 @@ class PauseAt:
 
 def said_while_training(config: RunConfig, settings: dict | None = None) -> str:
     """What this rank wrote to stderr."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output):
         train(config, settings)
-    return said.getvalue()
+    return output.getvalue()
 
 
 @dataclass(frozen=True)
@@ -189,10 +189,10 @@ def run_program(config: RunConfig, settings: dict | None = None) -> tuple[int, s
 
     train.build_stage = lambda config, context, *_: FakeStage(config, **(settings or {}))
     train.validate_files = lambda config, facts: None  # the fake stage reads no files
-    said, shown = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
+    output, shown = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(shown):
         code = train.run(config)
-    return code, said.getvalue(), shown.getvalue()
+    return code, output.getvalue(), shown.getvalue()
 
 
 def run_on_taken_port(config: RunConfig, port: int) -> tuple[int, str, str]:

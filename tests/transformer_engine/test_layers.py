@@ -203,6 +203,8 @@ def test_its_python_alone_is_said_and_not_used():
         text=True,
         check=False,
     )
-    said = done.stdout + done.stderr
-    assert done.returncode == 0 and "Found empty `transformer-engine` meta package" in said, said
-    assert "Traceback" not in said
+    output = done.stdout + done.stderr
+    assert done.returncode == 0 and "Found empty `transformer-engine` meta package" in output, (
+        output
+    )
+    assert "Traceback" not in output

@@ -89,14 +89,14 @@ def test_pruning_keeps_every_so_many_iterations(tmp_path):
 
 
 def test_a_run_folder_a_checkpoint_folder_and_an_iteration_all_name_the_same(tmp_path):
-    wanted = save(tmp_path / "checkpoints", 7)
-    for path in (tmp_path, tmp_path / "checkpoints", wanted):
-        assert folders.find_checkpoint(path) == wanted
+    expected = save(tmp_path / "checkpoints", 7)
+    for path in (tmp_path, tmp_path / "checkpoints", expected):
+        assert folders.find_checkpoint(path) == expected
     with pytest.raises(ConfigError, match="checkpoint.load"):
         folders.find_checkpoint(tmp_path / "elsewhere")
-    os.truncate(wanted / "part" / "a.bin", 0)
+    os.truncate(expected / "part" / "a.bin", 0)
     with pytest.raises(ConfigError, match="damaged"):
-        folders.find_checkpoint(wanted)
+        folders.find_checkpoint(expected)
 
 
 @pytest.mark.parametrize(

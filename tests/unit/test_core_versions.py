@@ -34,8 +34,11 @@ def test_rates_are_adopted_at_any_depth_and_nothing_else():
         1: {"param_groups": [group]},
     }
     core_versions.adopt_learning_rates(saved, 3.0, 0.0)
-    wanted = {"max_lr": 3.0, "min_lr": 0.0, "wd_mult": 2.0}
-    assert saved == {"optimizer": {"param_groups": [wanted, wanted]}, 1: {"param_groups": [wanted]}}
+    expected = {"max_lr": 3.0, "min_lr": 0.0, "wd_mult": 2.0}
+    assert saved == {
+        "optimizer": {"param_groups": [expected, expected]},
+        1: {"param_groups": [expected]},
+    }
 
 
 def test_advice_to_programmers_is_hidden_and_other_warnings_are_not(caplog):

@@ -70,8 +70,8 @@ def loss_and_gradient(diffusion, rows: int = ROWS) -> list[torch.Tensor]:
 
 
 def check_same(diffusion, folder) -> None:
-    wanted = loss_and_gradient(load_diffusion(config_of(folder), CPU))
-    for found, plain in zip(loss_and_gradient(diffusion), wanted, strict=True):
+    expected = loss_and_gradient(load_diffusion(config_of(folder), CPU))
+    for found, plain in zip(loss_and_gradient(diffusion), expected, strict=True):
         assert (found - plain).norm() <= 1e-5 * plain.norm()
 
 

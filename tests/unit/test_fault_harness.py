@@ -99,8 +99,8 @@ def test_every_seed_of_a_thousand_hits_every_phase(phases, tmp_path, monkeypatch
             assert 1 <= kill.entry <= max(1, count // 2) and 0 <= kill.delay < longest, seed
             places[kill.phase, kill.rank] += 1
     builder = {("data build", None)} if "data build" in phases else set()
-    wanted = {(p, r) for p in phases for r in range(2) if STAYS[p][r] and p != "data build"}
-    assert set(places) == wanted | builder
+    expected = {(p, r) for p in phases for r in range(2) if STAYS[p][r] and p != "data build"}
+    assert set(places) == expected | builder
     assert late or "save" not in phases
 
 

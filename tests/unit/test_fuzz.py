@@ -96,8 +96,8 @@ def images(kind: str) -> Callable[[Path], object]:
 def members(path: Path) -> None:
     files = []
     for i in range(3):
-        said = {"caption": f"red {i}", "tags": [1, 2]}
-        files += [(f"{i}.json", json.dumps(said).encode()), (f"{i}.png", noise_image(i))]
+        output = {"caption": f"red {i}", "tags": [1, 2]}
+        files += [(f"{i}.json", json.dumps(output).encode()), (f"{i}.png", noise_image(i))]
     write_tar(path, files)
 
 
@@ -278,8 +278,8 @@ def model_index(folder: Path) -> Reader:
 
 def seeds(folder: Path) -> Reader:
     (folder / "in" / "0001").mkdir(parents=True)
-    said = {"input": "a cat", "edit": "make it red", "output": "a red cat"}
-    (folder / "in" / "0001" / "prompt.json").write_text(json.dumps(said))
+    output = {"input": "a cat", "edit": "make it red", "output": "a red cat"}
+    (folder / "in" / "0001" / "prompt.json").write_text(json.dumps(output))
     for end in (0, 1):
         (folder / "in" / "0001" / f"7_{end}.jpg").write_bytes(noise_image(end, 12, 12, "JPEG"))
     path = folder / "in" / "seeds.json"

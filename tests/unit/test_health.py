@@ -102,11 +102,11 @@ def test_a_rank_that_does_not_wait_holds_the_others_up():
     fine = {rank: heartbeat(rank, 1, 2.0, waits=True) for rank in range(3)}
     assert detector.report(fine, 0.0) is None
     stuck = {rank: heartbeat(rank, 2, 11.0, waits=rank != 1) for rank in range(3)}
-    said = detector.report(stuck, 9.0)
-    assert "rank 1 on n1" in said and "training/x.py:1" in said and "rank 0" not in said
+    output = detector.report(stuck, 9.0)
+    assert "rank 1 on n1" in output and "training/x.py:1" in output and "rank 0" not in output
     again = {rank: heartbeat(rank, 3, 14.0, waits=rank != 1) for rank in range(3)}
     assert detector.report(again, 12.0) is None  # the same stall is said once
-    assert detector.stall == said  # and lasts
+    assert detector.stall == output  # and lasts
     moving = {rank: heartbeat(rank, 4, 0.5, waits=True) for rank in range(3)}
     assert detector.report(moving, 15.0) is None
     assert detector.stall is None
@@ -128,10 +128,10 @@ def test_a_silent_rank_is_named_with_its_last_words():
             1: heartbeat(1, 0, 1.0, waits=False),
         }
         assert detector.report(heartbeats, float(second)) is None
-    said = detector.report(
+    output = detector.report(
         {0: heartbeat(0, 99, 9.0, waits=True), 1: heartbeat(1, 0, 1.0, waits=False)}, 11.0
     )
-    assert "no sign of life from rank 1 on n1" in said and "training/x.py:1" in said
+    assert "no sign of life from rank 1 on n1" in output and "training/x.py:1" in output
 
 
 def test_a_score_rank_that_is_gone_is_no_stall_and_hides_none():
@@ -141,8 +141,8 @@ def test_a_score_rank_that_is_gone_is_no_stall_and_hides_none():
         heartbeats = {rank: heartbeat(rank, second, 1.0, waits=True) for rank in range(2)}
         assert detector.report({**heartbeats, 2: last_words}, float(second)) is None
     stuck = {rank: heartbeat(rank, 99, 11.0, waits=rank == 0) for rank in range(2)}
-    said = detector.report({**stuck, 2: last_words}, 42.0)
-    assert "held up by rank 1 on n1" in said and "rank 2" not in said
+    output = detector.report({**stuck, 2: last_words}, 42.0)
+    assert "held up by rank 1 on n1" in output and "rank 2" not in output
 
 
 def test_a_rank_that_never_spoke_is_named_when_the_others_stall():

@@ -29,8 +29,8 @@ def test_features_are_the_stock_towers_normed_tokens(encoder: VisionEncoder) -> 
     stock = CLIPVisionModel(tower_config(SIZES)).eval()
     stock.load_state_dict(encoder.tower.state_dict())
     tokens = stock(images).last_hidden_state
-    wanted = F.normalize(stock.post_layernorm(tokens), dim=-1)
-    torch.testing.assert_close(encoder(images), wanted)
+    expected = F.normalize(stock.post_layernorm(tokens), dim=-1)
+    torch.testing.assert_close(encoder(images), expected)
     torch.testing.assert_close(encoder(images).norm(dim=-1), torch.ones(2, 5))
 
 

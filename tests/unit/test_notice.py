@@ -50,8 +50,8 @@ def address(server: HTTPServer) -> str:
     ],
 )
 def test_a_webhook_is_told_the_start_and_the_end(hook, tmp_path, code, event, error):
-    said: list[str] = []
-    notices = Notices(address(hook), "align", tmp_path, said.append)
+    output: list[str] = []
+    notices = Notices(address(hook), "align", tmp_path, output.append)
     notices.started()
     if error:
         (tmp_path / "failure.txt").write_text(f"rank 3 failed:\nTraceback\n{error}\n")
@@ -59,7 +59,7 @@ def test_a_webhook_is_told_the_start_and_the_end(hook, tmp_path, code, event, er
     first, last = hook.posted
     assert first["event"] == "start" and first["run"] == str(tmp_path)
     assert (last["event"], last["exit_code"], last["error"]) == (event, code, error)
-    assert last["text"].startswith(f"align in {tmp_path}: {event}") and not said
+    assert last["text"].startswith(f"align in {tmp_path}: {event}") and not output
 
 
 def test_a_command_gets_the_same_on_stdin(tmp_path):
@@ -75,10 +75,10 @@ def test_nothing_is_told_without_a_target(tmp_path):
 
 
 def test_what_does_not_get_through_is_one_line_without_the_secret(hook, tmp_path):
-    said: list[str] = []
+    output: list[str] = []
     hook.status = 403
-    Notices(address(hook), "align", tmp_path, said.append).started()
+    Notices(address(hook), "align", tmp_path, output.append).started()
     for target in ("nothing-of-this-name x", "false", "open 'quote"):
-        Notices(target, "align", Path("run"), said.append).ended(1)
-    assert len(said) == 4 and all("did not get through to" in line for line in said)
-    assert "127.0.0.1" in said[0] and "403" in said[0] and "SECRET" not in said[0]
+        Notices(target, "align", Path("run"), output.append).ended(1)
+    assert len(output) == 4 and all("did not get through to" in line for line in output)
+    assert "127.0.0.1" in output[0] and "403" in output[0] and "SECRET" not in output[0]

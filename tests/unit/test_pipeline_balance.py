@@ -96,8 +96,8 @@ def test_a_named_layout_and_a_single_stage_are_left_alone():
 
 def test_training_and_its_dry_run_take_the_default(monkeypatch, tmp_path):
     config = config_of("pretrain", 2, f"logging.output_dir={tmp_path}")
-    wanted = with_default_layout(config).parallel.pipeline_layout
-    assert f"  pipeline_layout: {wanted}\n" in dry_run_report(config)
+    expected = with_default_layout(config).parallel.pipeline_layout
+    assert f"  pipeline_layout: {expected}\n" in dry_run_report(config)
     seen = []
 
     def stop_here(resolved) -> bool:
@@ -106,7 +106,7 @@ def test_training_and_its_dry_run_take_the_default(monkeypatch, tmp_path):
 
     monkeypatch.setattr(platform, "holds_unet_alone", stop_here)
     assert train.run(config) == exit_codes.INTERRUPTED
-    assert seen == [wanted]
+    assert seen == [expected]
 
 
 def test_the_model_is_built_as_the_layout_says_with_the_aligner_on_a_stage_of_its_own():

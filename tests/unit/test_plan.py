@@ -244,7 +244,7 @@ def test_the_shipped_instruct_plan_names_what_is_faster(monkeypatch, tmp_path, c
     shipped, other = tmp_path / "shipped.json", tmp_path / "other.json"
     arguments = ["--config", config, "--gpu", "a100-80", "model.diffusion.path=null"]
     assert run_tool(monkeypatch, *arguments, "--json", str(shipped)) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     plan = json.loads(shipped.read_text())
     assert plan["num_gpus"] == 256
     assert plan["layout"]["placement"] == "dedicated"
@@ -254,11 +254,11 @@ def test_the_shipped_instruct_plan_names_what_is_faster(monkeypatch, tmp_path, c
         "decoder": 128,
         "score": 128,
     }
-    assert "x this speed" in said and plan["iteration"]["score_idle"] > 0
+    assert "x this speed" in output and plan["iteration"]["score_idle"] > 0
     best = plan["faster"][0]
     assert best["times"] > 1.5 and "colocated" in best["layout"]
     assert "score.placement=colocated" in best["settings"]
-    assert " ".join(best["settings"]) in said
+    assert " ".join(best["settings"]) in output
     # Its settings are enough: their plan has the speed that was promised, and nothing to add.
     assert run_tool(monkeypatch, *arguments, *best["settings"], "--json", str(other)) == 0
     plan = json.loads(other.read_text())
@@ -273,7 +273,7 @@ def test_search_plans_the_best_layout(monkeypatch, tmp_path, capsys):
     arguments = ["--config", str(config), "--num-gpus", "16", "--gpu", "a100-80", "--search"]
     settings = ["training.global_batch_size=64", "model.diffusion.path=null"]
     assert run_tool(monkeypatch, *arguments, "--json", str(found), *settings) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     plan = json.loads(found.read_text())
     listed = plan["search"]["candidates"]
     assert [c["seconds"] for c in listed] == sorted(c["seconds"] for c in listed)
@@ -282,7 +282,7 @@ def test_search_plans_the_best_layout(monkeypatch, tmp_path, capsys):
         sum(plan["iteration"]["parts_seconds"].values())
     )
     assert any(reason.startswith("score ranks") for reason in plan["search"]["reasons"])
-    assert "why the first wins" in said and plan["search"]["settings"][0] in said
+    assert "why the first wins" in output and plan["search"]["settings"][0] in output
     # What the search calls best is what a plan of the same settings says.
     again = tmp_path / "again.json"
     assert (
@@ -332,9 +332,9 @@ def test_bad_input_ends_with_2_and_a_remedy(monkeypatch, capsys, arguments, word
     if "training.global_batch_size=1000" in arguments:
         arguments = [*arguments, "parallel.world_size=16"]
     assert run_tool(monkeypatch, "--config", config, *arguments) == 2
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     for word in words:
-        assert word in said
+        assert word in output
 
 
 def test_a_layout_that_does_not_fit_ends_with_1(monkeypatch, capsys):
@@ -343,6 +343,6 @@ def test_a_layout_that_does_not_fit_ends_with_1(monkeypatch, capsys):
         monkeypatch, "--config", config, "--gpu", "v100-32", "--num-gpus", "256",
         "training.micro_batch_size=128", "training.global_batch_size=16384",
     )  # fmt: skip
-    said = capsys.readouterr().out
-    assert code == 1 and "TOO LARGE" in said
-    assert "training.precision=fp16" in said  # V100 has no bf16
+    output = capsys.readouterr().out
+    assert code == 1 and "TOO LARGE" in output
+    assert "training.precision=fp16" in output  # V100 has no bf16

@@ -26,9 +26,9 @@ ARITHMETIC_ALONE += ["--assume", "launch_us=0"]
 def test_a_batch_that_no_layout_divides_ends_with_the_nearest_and_their_speed(capsys):
     """31 is a prime number, and 17 GPUs make 17, 8, 4 or 2 replicas."""
     assert plan("toy_instruct", 17, "--search", "training.global_batch_size=31") == 2
-    said = capsys.readouterr().err
-    assert "divides training.global_batch_size=31" in said
-    speeds = dict(re.findall(r"global_batch_size=(\d+): ([\d,]+) samples/s", said))
+    output = capsys.readouterr().err
+    assert "divides training.global_batch_size=31" in output
+    speeds = dict(re.findall(r"global_batch_size=(\d+): ([\d,]+) samples/s", output))
     assert set(speeds) == {"17", "34"}
     assert all(int(speed.replace(",", "")) > 0 for speed in speeds.values())
 
@@ -38,10 +38,10 @@ def test_a_batch_that_divides_badly_names_a_faster_one(tmp_path, capsys):
     found = tmp_path / "plan.json"
     settings = ["--json", str(found), "--search", "training.global_batch_size=124"]
     assert plan("toy_instruct", 12, *settings, *ARITHMETIC_ALONE) == 0
-    said, faster = capsys.readouterr().out, json.loads(found.read_text())["faster"]
+    output, faster = capsys.readouterr().out, json.loads(found.read_text())["faster"]
     assert faster[0]["times"] > 1.1
     assert any(setting.startswith("training.global_batch") for setting in faster[0]["settings"])
-    assert re.search(r"x this speed .* is planned for 1(20|32) samples an update", said)
+    assert re.search(r"x this speed .* is planned for 1(20|32) samples an update", output)
 
 
 def test_an_impossible_layout_points_to_the_search(capsys):
@@ -80,8 +80,8 @@ def test_nothing_is_written_for_a_layout_that_does_not_fit(tmp_path, capsys):
     )
     written = tmp_path / "mine.yaml"
     assert plan("toy_instruct", 2, "--write-config", str(written), gpu=str(small)) == 1
-    said = capsys.readouterr()
-    assert "is not written" in said.err and not written.exists()
-    assert "no layout of stage=instruct on 2 x small fits" in said.out
+    output = capsys.readouterr()
+    assert "is not written" in output.err and not written.exists()
+    assert "no layout of stage=instruct on 2 x small fits" in output.out
     assert plan("toy_instruct", 2, "--search", gpu=str(small)) == 2
     assert "not even 16 are enough" in capsys.readouterr().err

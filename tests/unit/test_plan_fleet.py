@@ -140,7 +140,7 @@ def test_a_plan_says_what_those_that_join_do_and_how_many_are_enough(tmp_path, c
     found = tmp_path / "plan.json"
     given = ["--score-ranks", "2xl40s", *SHARED, "--json", str(found)]
     assert plan("toy_instruct", 4, *given) == 0
-    said, planned = capsys.readouterr().out, json.loads(found.read_text())
+    output, planned = capsys.readouterr().out, json.loads(found.read_text())
     fleet, speed = planned["score_fleet"], planned["iteration"]["images_per_second"]
     (joined,) = fleet["joined"]
     assert (joined["gpu"], joined["count"], joined["fits"]) == ("l40s-48", 2, True)
@@ -148,7 +148,7 @@ def test_a_plan_says_what_those_that_join_do_and_how_many_are_enough(tmp_path, c
     assert 0 < joined["share_of_requests"] < 1 and 0 < joined["idle"] < 1
     assert 3 * fleet["network_mb_s_a_replica"] == pytest.approx(2 * joined["network_mb_s"])
     enough = joined["enough"]
-    assert f"{enough} x l40s-48 are enough" in said and "2 x l40s-48 answer" in said
+    assert f"{enough} x l40s-48 are enough" in output and "2 x l40s-48 answer" in output
 
     def speed_with(count: int) -> float:
         assert plan("toy_instruct", 4, f"--score-ranks={count}xl40s", *given[2:]) == 0

@@ -70,8 +70,8 @@ def saved(config: RunConfig) -> float:
 
 
 def in_status(name: str) -> int:
-    said = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{name}:\s+(\d+) kB", said)[1]) * 1024
+    output = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{name}:\s+(\d+) kB", output)[1]) * 1024
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.999])
@@ -86,9 +86,9 @@ def test_a_save_takes_what_is_planned_and_not_much_less(ema_decay, tmp_path):
     assert plan.rank.saving > 300 * MIB
     # gloo gathers into one buffer more, float32, which NCCL does not.
     (held,) = model_shares(config, whole_model(config)).counts
-    wanted = plan.rank.saving + 4 * held.gradient_elements
+    expected = plan.rank.saving + 4 * held.gradient_elements
     for grown in run_ranks(2, saved, config):
-        assert 0.85 * wanted < grown < 1.05 * wanted + 16 * MIB
+        assert 0.85 * expected < grown < 1.05 * expected + 16 * MIB
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("iter_*")
     on_disk = sum(file.stat().st_size for file in checkpoint.iterdir())
     assert plan.checkpoint == pytest.approx(on_disk, rel=0.02)
@@ -150,8 +150,8 @@ def machine(root: Path, available_gib: int, limit: str, used: int) -> Path:
     group = root / "sys" / "fs" / "cgroup" / "job"
     (group / "step").mkdir(parents=True)
     (root / "proc" / "self").mkdir(parents=True)
-    said = f"MemTotal: 99 kB\nMemAvailable:   {available_gib * MIB} kB\n"
-    (root / "proc" / "meminfo").write_text(said)
+    output = f"MemTotal: 99 kB\nMemAvailable:   {available_gib * MIB} kB\n"
+    (root / "proc" / "meminfo").write_text(output)
     (root / "proc" / "self" / "cgroup").write_text("0::/job/step\n")
     (group / "memory.max").write_text(f"{limit}\n")
     (group / "memory.current").write_text(f"{used}\n")

@@ -55,21 +55,21 @@ def test_memory_is_within_15_percent_of_the_measured_peak(tmp_path, parallel, ra
 
 
 @pytest.mark.parametrize(
-    ("images", "ranks", "count", "wanted"),
+    ("images", "ranks", "count", "expected"),
     [
         (16, 2, 1, (8, 1, 1.0)),  # one micro-batch: each rank takes half of its rows
         (4, 3, 2, (2, 1, 2 / 3)),  # 2 + 2 + 0 of 4 rows
         (4, 2, 4, (4, 2, 1.0)),  # whole micro-batches in turn
     ],
 )
-def test_rows_are_split_as_in_training(images, ranks, count, wanted):
+def test_rows_are_split_as_in_training(images, ranks, count, expected):
     config = load_config(
         CONFIG,
         [f"training.micro_batch_size={images}", f"score.ranks_per_replica={ranks}",
          "parallel.tensor_model_parallel_size=2", f"parallel.world_size={2 + ranks}"],
     )  # fmt: skip
     share = score_share(config, rank_grid(config, 2 + ranks), count)
-    assert (share.images, share.groups, share.used) == wanted
+    assert (share.images, share.groups, share.used) == expected
 
 
 def test_dry_run_of_the_shipped_config_names_score_ranks():

@@ -40,9 +40,9 @@ def test_an_update_launches_what_was_rehearsed(name):
 def test_buckets_are_megatron_cores():
     """At least 40 million elements, a million for every replica; one where nothing is split."""
     config = load_config("instruct_256gpu", ["score.placement=colocated"])
-    for ranks, wanted in ((8, 40e6), (256, 256e6)):
+    for ranks, expected in ((8, 40e6), (256, 256e6)):
         world = rank_grid(config, ranks)
-        assert bucket_elements(config, world, 1e9, is_first=True) == wanted
+        assert bucket_elements(config, world, 1e9, is_first=True) == expected
         assert bucket_elements(config, world, 1e7, is_first=True) == 1e7
         assert bucket_elements(config, world, 1e9, is_first=False) == 1e9
     alone = load_config("instruct_256gpu", ["parallel.overlap_grad_reduce=false"])

@@ -125,8 +125,8 @@ def test_several_processes_on_a_terminal_get_lines():
 
 def test_the_stream_is_found_when_work_begins(capsys):
     Progress("late", "sample")(10, 10)
-    said = capsys.readouterr()
-    assert said.err.startswith("late: 100% 10/10") and not said.out
+    output = capsys.readouterr()
+    assert output.err.startswith("late: 100% 10/10") and not output.out
 
 
 def test_a_line_of_the_caller_stands_above_the_bar(every_state, capsys):

@@ -52,16 +52,18 @@ def test_rank_zero_says_within_the_time_who_is_missing(capsys) -> None:
         rank.start()
     for rank in ranks:
         rank.join()
-    said = capsys.readouterr().err.splitlines()
-    assert any(f"at 127.0.0.1:{port} for ranks 1, 3 of 4" in line for line in said), said
-    assert all("rank 0 has waited" in line for line in said)
+    output = capsys.readouterr().err.splitlines()
+    assert any(f"at 127.0.0.1:{port} for ranks 1, 3 of 4" in line for line in output), output
+    assert all("rank 0 has waited" in line for line in output)
 
 
 def test_a_rank_whose_rank_zero_is_missing_says_so(capsys) -> None:
     rank_info = RankInfo(1, 2, 0, "127.0.0.1", free_port())
     with Arrivals(rank_info, seconds=0.2), suppress(ConfigError):
         meet(rank_info, timedelta(seconds=12))
-    assert "rank 1 has waited" in (said := capsys.readouterr().err) and "for rank 0 of 2" in said
+    assert (
+        "rank 1 has waited" in (output := capsys.readouterr().err) and "for rank 0 of 2" in output
+    )
 
 
 def test_nobody_speaks_where_all_come(capsys) -> None:

@@ -65,11 +65,11 @@ def test_a_killed_process_of_this_machine_is_known_to_be_gone(tmp_path):
     )
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
     assert killed.returncode == -9 and (tmp_path / OWNER_FILE).exists()
-    said: list[str] = []
+    output: list[str] = []
     begun = time.monotonic()
-    with RunOwner(tmp_path, said.append) as owner:
+    with RunOwner(tmp_path, output.append) as owner:
         owner.check()
-    assert time.monotonic() - begun < 0.5 and "former owner is gone" in said[0]
+    assert time.monotonic() - begun < 0.5 and "former owner is gone" in output[0]
 
 
 def test_a_number_that_a_later_process_got_is_not_the_owner(tmp_path):
@@ -94,11 +94,11 @@ def test_a_file_that_says_nothing_is_waited_for(tmp_path, content):
 
 def test_an_owner_elsewhere_is_dead_when_it_gives_no_sign(tmp_path):
     leave_behind(tmp_path, machine="another", node="gpu07")
-    said: list[str] = []
+    output: list[str] = []
     begun = time.monotonic()
-    with RunOwner(tmp_path, said.append):
+    with RunOwner(tmp_path, output.append):
         assert time.monotonic() - begun > 0.9
-    assert "gpu07" in said[0] and "waiting" in said[0] and "former owner is gone" in said[1]
+    assert "gpu07" in output[0] and "waiting" in output[0] and "former owner is gone" in output[1]
 
 
 def test_the_same_job_started_again_waits_for_nobody(tmp_path, monkeypatch):

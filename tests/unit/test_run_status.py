@@ -92,9 +92,9 @@ def test_the_number_of_score_ranks_is_judged(tmp_path, capsys, waits, idle, rank
     lines = (folder / "metrics.jsonl").read_text().splitlines()[:-1]
     changed = [json.dumps(json.loads(line) | score) + "\n" for line in lines]
     (folder / "metrics.jsonl").write_text("".join(changed))
-    said = shown(folder, capsys)[1]
+    output = shown(folder, capsys)[1]
     measured = f"decoder ranks wait {waits:.0%} of the time, score ranks {idle:.0%}"
-    assert f"score ranks: {measured}: {words}" in said
+    assert f"score ranks: {measured}: {words}" in output
 
 
 def test_lost_score_ranks_of_this_start_are_named_with_what_to_do(tmp_path, capsys):
@@ -135,14 +135,14 @@ def test_the_hardware_that_answered_is_named(tmp_path, capsys):
 
 
 def test_a_run_at_work(tmp_path, capsys):
-    code, said = shown(make_run(tmp_path / "run", checkpoint=50), capsys)
+    code, output = shown(make_run(tmp_path / "run", checkpoint=50), capsys)
     assert code == 0
-    assert f"pretrain in {tmp_path / 'run'}: running" in said
-    assert "iteration 100 of 200 (50.0%), 3:20 left" in said  # 100 x 2 s
-    assert "loss 9.0000, 4.0 samples/s" in said
-    assert "sign of life 0:00 ago (training)" in said
-    assert "newest checkpoint iter_0000050" in said and "GiB free" in said
-    assert "owner: Slurm job 99, process 7 of ada on n01" in said and "error" not in said
+    assert f"pretrain in {tmp_path / 'run'}: running" in output
+    assert "iteration 100 of 200 (50.0%), 3:20 left" in output  # 100 x 2 s
+    assert "loss 9.0000, 4.0 samples/s" in output
+    assert "sign of life 0:00 ago (training)" in output
+    assert "newest checkpoint iter_0000050" in output and "GiB free" in output
+    assert "owner: Slurm job 99, process 7 of ada on n01" in output and "error" not in output
 
 
 @pytest.mark.parametrize(
@@ -160,10 +160,10 @@ def test_a_run_at_work(tmp_path, capsys):
 def test_every_state_has_its_word_and_its_code(tmp_path, capsys, how, state, code):
     folder = make_run(tmp_path / "run", **how)
     assert run_status(folder).state == state
-    found, said = shown(folder, capsys)
+    found, output = shown(folder, capsys)
     assert found == code
     if state == "failed":
-        assert "last error: RuntimeError: no memory" in said
+        assert "last error: RuntimeError: no memory" in output
 
 
 def test_json_has_the_same(tmp_path, capsys):
@@ -181,8 +181,8 @@ def test_json_has_the_same(tmp_path, capsys):
 def test_a_damaged_file_is_no_end_of_the_answer(tmp_path, capsys, name):
     folder = make_run(tmp_path / "run")
     (folder / name).write_bytes(b"\xff{")
-    _, said = shown(folder, capsys)
-    assert "pretrain in" in said
+    _, output = shown(folder, capsys)
+    assert "pretrain in" in output
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, capsys):

@@ -126,9 +126,9 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def equal(found: Answer | None, first: int, kind: Kind = Kind.GRADIENT) -> bool:
-    wanted = compute(request(first, kind))
+    expected = compute(request(first, kind))
     assert found is not None
-    return found.loss == wanted.loss and torch.equal(found.payload, wanted.payload)
+    return found.loss == expected.loss and torch.equal(found.payload, expected.payload)
 
 
 def test_answers_come_back_for_their_requests_in_any_order(link):
@@ -148,18 +148,18 @@ def test_requests_and_answers_of_real_size_arrive():
     limits = Limits(most_rows=8, condition=(77, 768), dtype=torch.bfloat16, image_size=8)
     link = opened(limits=limits)
     rows, condition = Rows(tuple(range(8)), (0,) * 8), torch.randn(8, 77, 768).to(torch.bfloat16)
-    wanted = ScoreRequest(Kind.GRADIENT, rows, condition, torch.tensor(2.0))
+    expected = ScoreRequest(Kind.GRADIENT, rows, condition, torch.tensor(2.0))
     key, standing = link.key, Standing.OWN
     about = [link.address], key, limits, "own", "CPU"
     made = Membership(*about, lambda _: standing, silence_seconds=SILENCE)
     try:
         made.is_loaded(PRINTS)
-        number = link.fleet.submit(wanted, lambda: True)
+        number = link.fleet.submit(expected, lambda: True)
         asked = made.take(10)
         assert asked is not None and torch.equal(asked.request.condition, condition)
         made.reply(asked, compute(asked.request))
         found = link.fleet.take(number)
-        assert found is not None and torch.equal(found.payload, compute(wanted).payload)
+        assert found is not None and torch.equal(found.payload, compute(expected).payload)
     finally:
         link.fleet.close(RunEnd.DONE)
         made.close()
@@ -202,9 +202,9 @@ def test_with_no_rank_coming_the_wait_ends_and_was_said(link, capfd):
     started = time.monotonic()
     assert link.fleet.take(ask(link, 1)) is None
     assert PATIENCE.load <= time.monotonic() - started < PATIENCE.load + 5
-    said = capfd.readouterr().err
-    assert "no score rank has come yet: training waits up to 2 s for one" in said
-    assert "no score rank works: the run is saved and stops" in said
+    output = capfd.readouterr().err
+    assert "no score rank has come yet: training waits up to 2 s for one" in output
+    assert "no score rank works: the run is saved and stops" in output
 
 
 def test_a_rank_that_loads_for_ever_is_not_waited_for_longer_than_said(link, capfd):
@@ -213,8 +213,8 @@ def test_a_rank_that_loads_for_ever_is_not_waited_for_longer_than_said(link, cap
     started = time.monotonic()
     assert link.fleet.take(ask(link, 1)) is None
     assert PATIENCE.load <= time.monotonic() - started < PATIENCE.load + 5
-    said = capfd.readouterr().err
-    assert "no score rank has loaded the U-Net yet: training waits up to 2 s for one" in said
+    output = capfd.readouterr().err
+    assert "no score rank has loaded the U-Net yet: training waits up to 2 s for one" in output
     loading.close()
 
 
@@ -272,9 +272,9 @@ threading.Event().wait(60)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     until(lambda: bool(link.fleet._roster.members))
     link.fleet.close(RunEnd.STOPPED)
-    _, said = process.communicate(timeout=20)
+    _, output = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert "the run has ended, and this rank has not loaded the U-Net" in said
+    assert "the run has ended, and this rank has not loaded the U-Net" in output
 
 
 def failing(error: Exception = TROUBLE, after: int = 0) -> Work:
@@ -310,8 +310,8 @@ def test_what_a_rank_of_the_job_fails_at_later_goes_to_another(link, capfd):
     until(lambda: link.fleet.state()[0] == 0)
     serving(link, "score rank 2")
     assert equal(link.fleet.take(number), 2)
-    said = capfd.readouterr().err
-    assert "score rank 1 failed: ArithmeticError: own trouble; 0 left" in said
+    output = capfd.readouterr().err
+    assert "score rank 1 failed: ArithmeticError: own trouble; 0 left" in output
 
 
 def test_with_its_last_rank_failed_the_run_gives_up_waiting(link):
@@ -388,8 +388,8 @@ def test_a_guest_that_lies_is_evicted_and_its_numbers_never_used(lie):
     until(lambda: link.fleet.state()[0] == 2)
     for first in range(1, 9, 2):
         numbers = [ask(link, first), ask(link, first + 1)]
-        for number, wanted in zip(numbers, (first, first + 1), strict=True):
-            assert equal(link.fleet.take(number), wanted)
+        for number, expected in zip(numbers, (first, first + 1), strict=True):
+            assert equal(link.fleet.take(number), expected)
     assert "its numbers for a request are not those of own" in str(told[-1])
     link.fleet.close(RunEnd.DONE)
 
@@ -424,8 +424,8 @@ def test_a_wrong_shape_evicts(link):
     until(lambda: link.fleet.state()[0] == 2)
     for first in range(1, 9, 2):
         numbers = [ask(link, first), ask(link, first + 1)]
-        for number, wanted in zip(numbers, (first, first + 1), strict=True):
-            assert equal(link.fleet.take(number), wanted)
+        for number, expected in zip(numbers, (first, first + 1), strict=True):
+            assert equal(link.fleet.take(number), expected)
     until(lambda: isinstance(told[-1], NotAdmitted))
     assert "sent 47 numbers where 48 were asked for" in str(told[-1])
     assert link.fleet.state()[0] == 1

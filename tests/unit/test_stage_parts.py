@@ -47,13 +47,13 @@ def test_what_trains(stage: str, parts: tuple[str, ...], tmp_path) -> None:
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     tower = "vision_encoder.tower."
     trained_tower = (f"{tower}encoder.layers.2.", f"{tower}post_layernorm.")
-    wanted = tuple(f"{part}." for part in parts) + (trained_tower if stage != "align" else ())
+    expected = tuple(f"{part}." for part in parts) + (trained_tower if stage != "align" else ())
     assert [part for part in ("M", "N") if getattr(model, f"aligner_{part.lower()}")] == list(
         {"pretrain": "", "align": "MN", "instruct": "M"}[stage]
     )
     assert (model.output_layer is not None) == (stage == "pretrain")
     names = {name for name, _ in model.named_parameters()}
-    assert trained == {name for name in names if name.startswith(wanted)}
+    assert trained == {name for name in names if name.startswith(expected)}
     assert {name.split(".")[0] for name in trained} >= set(parts)
     if stage != "align":
         assert len([name for name in trained if name.startswith(tower)]) == 18

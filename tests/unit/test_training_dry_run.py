@@ -46,7 +46,7 @@ TOWER_TRAINED, TOWER_FROZEN = 12_598_272, 290_581_504
 
 
 @pytest.mark.parametrize(
-    ("stage", "wanted"),
+    ("stage", "expected"),
     [
         (
             "pretrain",
@@ -75,8 +75,8 @@ TOWER_TRAINED, TOWER_FROZEN = 12_598_272, 290_581_504
         ),
     ],
 )
-def test_every_module_of_a_stage_has_the_published_count(stage, wanted):
-    assert count_model(full_size(stage)).parts == wanted
+def test_every_module_of_a_stage_has_the_published_count(stage, expected):
+    assert count_model(full_size(stage)).parts == expected
 
 
 def test_pretrain_batch_is_the_papers():
