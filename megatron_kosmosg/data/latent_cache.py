@@ -135,8 +135,8 @@ class LatentCache:
             if manifest.shape != self.manifest.shape:
                 raise InputError(f"{prefix} holds {manifest.shape}, not {self.manifest.shape}")
             if not manifest.source.decoder:
-                own = SampleStore(store.shards.prefixes[number]) if in_shards else store
-                _require_opaque(own, prefix, self._advice)
+                shard_store = SampleStore(store.shards.prefixes[number]) if in_shards else store
+                _require_opaque(shard_store, prefix, self._advice)
         entries = self._entries(store.shards.entries) if in_shards else []
         check_shard_files(whole, entries, has_modes=True)
         self._shards = StoredShards(whole, entries, has_modes=True)

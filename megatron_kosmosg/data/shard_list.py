@@ -88,15 +88,15 @@ def check_shard_files(prefix: str | Path, entries: Sequence[ShardEntry], has_mod
     another size than the manifest notes: two calls of the file system for a shard."""
     missing, wrong = [], []
     for entry in entries:
-        own = shard_prefix(prefix, entry.path)
+        stored_prefix = shard_prefix(prefix, entry.path)
         for end, size in ((".bin", entry.num_bytes), (".idx", entry.index_bytes(has_modes))):
             try:
-                stored = os.stat(f"{own}{end}").st_size
+                stored = os.stat(f"{stored_prefix}{end}").st_size
             except OSError:
-                missing.append(f"{own}{end}")
+                missing.append(f"{stored_prefix}{end}")
                 continue
             if stored != size:
-                wrong.append(f"{own}{end} has {stored} bytes, not {size}")
+                wrong.append(f"{stored_prefix}{end} has {stored} bytes, not {size}")
     if missing:
         raise FileNotFoundError(
             f"shards of {prefix}: {named(missing)} missing; put back what was moved, or say where "

@@ -6,8 +6,6 @@ that lives elsewhere is None. Composition only: the parts are in their own files
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
@@ -16,7 +14,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import nn
 
-from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
+from megatron_kosmosg.config.rank_grid import single_process_config
+from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.models import boundary
 from megatron_kosmosg.models.aligner import build_aligner_m, build_aligner_n
 from megatron_kosmosg.models.initialise import initialise, mark_tensor_parallel
@@ -239,9 +238,8 @@ class KosmosG(LanguageModule):
 def meta_model(config: RunConfig, output_head: bool, aligner_parts: tuple[str, ...]) -> KosmosG:
     """The whole model on one rank, without memory (meta device), to ask for names, shapes and
     counts."""
-    unsplit = dataclasses.replace(config, parallel=ParallelConfig())
     return KosmosG(
-        unsplit,
+        single_process_config(config),
         single_process_context(torch.device("meta")),
         output_head=output_head,
         aligner_parts=aligner_parts,

@@ -87,8 +87,8 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
         if common is not None and torch.distributed.get_rank() == 0:
             torch.save(common.data, Path(checkpoint_dir) / "common.pt")
         taken = inspect.signature(super().async_save).parameters
-        own_writer = {"async_strategy": "mcore"} if "async_strategy" in taken else {}
-        return super().async_save(sharded_state_dict, Path(checkpoint_dir), **own_writer)
+        writer = {"async_strategy": "mcore"} if "async_strategy" in taken else {}
+        return super().async_save(sharded_state_dict, Path(checkpoint_dir), **writer)
 
 
 def adopt_learning_rates(saved: Any, lr: float, min_lr: float) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_kosmosg.config.rank_grid import RankGrid, has_score_ranks
-from megatron_kosmosg.config.schema import ParallelConfig, RunConfig
+from megatron_kosmosg.config.rank_grid import RankGrid, has_score_ranks, single_process_config
+from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.models.diffusion_flops import clip_text_shape, diffusion_parameters
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
 from megatron_kosmosg.models.pipeline_stage_specs import PipelineStageSpec, pipeline_stage_specs
@@ -102,8 +102,7 @@ def count_model(config: RunConfig) -> ModelCounts:
 def whole_model(config: RunConfig) -> torch.nn.Module:
     """The stage's model on one rank, on the meta device, frozen as in training."""
     context = single_process_context(torch.device("meta"))
-    unsplit = dataclasses.replace(config, parallel=ParallelConfig())
-    (model,) = bare_stage(unsplit, context).build_model(context)
+    (model,) = bare_stage(single_process_config(config), context).build_model(context)
     return model
 
 
