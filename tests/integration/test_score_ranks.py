@@ -194,7 +194,8 @@ def test_bad_images_cost_the_same_in_every_layout(world, with_bad_images, tmp_pa
     runs = {
         "beside": (1, ()),
         "apart": (3, (DEDICATED, "score.ranks_per_replica=2")),
-        "stages": (2, PP2),  # the last stage decodes no prompt and is told what was replaced
+        # The last pipeline stage decodes no prompt and is told what was replaced.
+        "stages": (2, PP2),
     }
     for name, (num_ranks, settings) in runs.items():
         run = arguments(world, tmp_path / name, *more, *settings)

@@ -34,7 +34,7 @@ def test_a_rank_of_two_that_split_the_tensors_and_the_sequence(rehearse, stage):
 def test_both_of_two_pipeline_stages(rehearse, stage):
     case = rehearse.tiny(stage, pp=2)
     first, behind = rehearse.report(case), rehearse.report(rehearse.behind(case, case))
-    if stage == "align":  # nothing trains before AlignerNet, which is on the last stage
+    if stage == "align":  # nothing trains before AlignerNet, which is on the last pipeline stage
         assert first.kernels("forward") > 0
     else:
         assert trained(first)

@@ -11,7 +11,7 @@ from tests.support.rehearsals import Rehearsals
 MOST_AN_UPDATE = 3
 CASES = ("pretrain", "align", "instruct", "dedicated", "pipeline")
 MOST_OF_A_PIPELINE = 10
-"""A micro-batch's, while Megatron-Core's stages tell each other the shapes on the device."""
+"""A micro-batch's, while the pipeline stages tell each other the shapes on the device."""
 
 
 def case(rehearse: Rehearsals, name: str) -> RehearsalCase:

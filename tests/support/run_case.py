@@ -87,7 +87,7 @@ def records(config: RunConfig) -> list[dict]:
 
 
 def share_of(chunks: list[KosmosG], context: ParallelContext) -> Share:
-    """The parameters of all of a rank's stages."""
+    """The parameters of all of a rank's pipeline stages."""
     shares = [parameters(chunk, context) for chunk in chunks]
     return Share(context.tp_rank, {k: v for share in shares for k, v in share.tensors.items()})
 

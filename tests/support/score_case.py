@@ -33,7 +33,7 @@ class Placed:
 
     is_score_rank: bool
     loss: float = 0.0
-    """Sum over this replica's images; 0 but on the last stage."""
+    """Sum over this replica's images; 0 but on the last pipeline stage."""
     share: Share | None = None
     heldout_loss: float = 0.0
     grid: np.ndarray | None = None

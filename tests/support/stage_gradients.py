@@ -52,7 +52,8 @@ def prompts_alone(config: RunConfig, context: ParallelContext) -> Iterator[dict[
 
 
 def stage_gradients(config: RunConfig, *, alone: bool = False) -> tuple[float, Share]:
-    """(reported loss sum on the last stage else 0, this rank's gradients) of one global batch.
+    """(reported loss sum on the last pipeline stage, else 0, this rank's gradients) of one global
+    batch.
 
     alone: of `align` on one rank, every prompt in a micro-batch of its own.
     """

@@ -33,14 +33,14 @@ def config_of(stage: str, pp: int, *overrides: str):
 
 
 def slowest(config, layout: str) -> float:
-    """FLOPs of the busiest stage."""
+    """FLOPs of the busiest pipeline stage."""
     config = replace(config, parallel=replace(config.parallel, pipeline_layout=layout))
     (batch,) = micro_batches(config, 1)
     loads = []
-    stages = pipeline_stage_specs(config, stage_facts(config.stage).aligner_parts)
-    for index, piece in enumerate(stages):
-        is_last = index == len(stages) - 1
-        work = pipeline_stage_work(config, piece, is_last, batch)
+    specs = pipeline_stage_specs(config, stage_facts(config.stage).aligner_parts)
+    for index, spec in enumerate(specs):
+        is_last = index == len(specs) - 1
+        work = pipeline_stage_work(config, spec, is_last, batch)
         if is_last and config.stage == "instruct" and config.score.placement == "colocated":
             tp = config.parallel.tensor_model_parallel_size
             work = work + score_work(config, -(-batch.images // tp))
@@ -60,7 +60,7 @@ def slowest(config, layout: str) -> float:
         ("instruct", 4, ()),
     ],
 )
-def test_no_split_of_the_layers_has_a_faster_slowest_stage(stage, pp, overrides):
+def test_no_split_of_the_layers_has_a_faster_slowest_pipeline_stage(stage, pp, overrides):
     config = config_of(stage, pp, *overrides)
     chosen = with_default_layout(config).parallel.pipeline_layout
     tail = "".join(f",{part}" for part in stage_facts(stage).aligner_parts)
@@ -68,7 +68,7 @@ def test_no_split_of_the_layers_has_a_faster_slowest_stage(stage, pp, overrides)
     for cuts in itertools.combinations(range(1, 24), pp - 1):
         counts = [b - a for a, b in zip((0, *cuts), (*cuts, 24), strict=True)]
         others.append("|".join(f"decoder*{count}" for count in counts) + tail)
-    if tail:  # AlignerNet alone on the last stage
+    if tail:  # AlignerNet alone on the last pipeline stage
         for cuts in itertools.combinations(range(1, 24), pp - 2):
             counts = [b - a for a, b in zip((0, *cuts), (*cuts, 24), strict=True)]
             others.append("|".join([*(f"decoder*{count}" for count in counts), tail[1:]]))
@@ -116,8 +116,8 @@ def test_the_model_is_built_as_the_layout_says_with_the_aligner_on_a_stage_of_it
     )  # fmt: skip
     world = rank_grid(config, 8)
     held = []
-    for stage in range(4):
-        with pretend_rank(world, world.decoder_rank(0, stage, 0)) as layout:
+    for pipeline_stage in range(4):
+        with pretend_rank(world, world.decoder_rank(0, pipeline_stage, 0)) as layout:
             model = KosmosG(config, layout, output_head=False, aligner_parts=("M", "N"))
         layers = 0 if model.decoder is None else len(model.decoder.layers)
         held.append((layers, model.aligner_m is not None, model.aligner_n is not None))

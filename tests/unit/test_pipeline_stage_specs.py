@@ -11,12 +11,12 @@ from megatron_kosmosg.models.pipeline_stage_specs import PipelineStageSpec, pipe
 from megatron_kosmosg.train import main
 
 
-def _pieces(num_layers: int, stages: int, layout: str | None, parts: tuple[str, ...], virtual=None):
+def _specs(num_layers: int, pp_size: int, layout: str | None, parts: tuple[str, ...], virtual=None):
     config = RunConfig(
         stage="align",
         model=ModelConfig(decoder=DecoderConfig(num_layers=num_layers)),
         parallel=ParallelConfig(
-            pipeline_model_parallel_size=stages,
+            pipeline_model_parallel_size=pp_size,
             virtual_pipeline_model_parallel_size=virtual,
             pipeline_layout=layout,
         ),
@@ -25,14 +25,14 @@ def _pieces(num_layers: int, stages: int, layout: str | None, parts: tuple[str, 
 
 
 def test_default_spreads_layers_and_puts_the_aligner_last() -> None:
-    assert _pieces(5, 2, None, ("M", "N")) == [
+    assert _specs(5, 2, None, ("M", "N")) == [
         PipelineStageSpec(0, 3, False, ()),
         PipelineStageSpec(3, 2, True, ("M", "N")),
     ]
 
 
 def test_uneven_layout_with_the_aligner_on_stages_of_its_own() -> None:
-    assert _pieces(24, 4, "decoder*13 | decoder*11 | M | N", ("M", "N")) == [
+    assert _specs(24, 4, "decoder*13 | decoder*11 | M | N", ("M", "N")) == [
         PipelineStageSpec(0, 13, False, ()),
         PipelineStageSpec(13, 11, True, ()),
         PipelineStageSpec(24, 0, False, ("M",)),
@@ -41,11 +41,11 @@ def test_uneven_layout_with_the_aligner_on_stages_of_its_own() -> None:
 
 
 def test_first_stage_may_hold_the_embedding_alone() -> None:
-    assert _pieces(3, 2, "|decoder*3", ())[0] == PipelineStageSpec(0, 0, False, ())
+    assert _specs(3, 2, "|decoder*3", ())[0] == PipelineStageSpec(0, 0, False, ())
 
 
 def test_half_that_is_not_built_is_skipped() -> None:
-    assert _pieces(3, 2, "decoder*2|decoder,M,N", ("M",))[1].aligner_parts == ("M",)
+    assert _specs(3, 2, "decoder*2|decoder,M,N", ("M",))[1].aligner_parts == ("M",)
 
 
 @pytest.mark.parametrize(
@@ -61,16 +61,16 @@ def test_half_that_is_not_built_is_skipped() -> None:
 )
 def test_unusable_layouts_are_named(layout: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        _pieces(3, 2, layout, ("M",))
+        _specs(3, 2, layout, ("M",))
 
 
 def test_interleaved_ranks_hold_several_stages_each() -> None:
     """3 ranks x 2 chunks: rank 0 holds stages 0 and 3, and so on."""
-    pieces = _pieces(8, 3, None, ("M",), virtual=2)
+    pieces = _specs(8, 3, None, ("M",), virtual=2)
     assert [piece.num_decoder_layers for piece in pieces] == [2, 2, 1, 1, 1, 1]
     assert [piece.aligner_parts for piece in pieces] == [()] * 5 + [("M",)]
     with pytest.raises(ConfigError, match="has 3 pipeline stages, it must have 6"):
-        _pieces(8, 3, "decoder*3|decoder*3|decoder*2,M", ("M",), virtual=2)
+        _specs(8, 3, "decoder*3|decoder*3|decoder*2,M", ("M",), virtual=2)
 
 
 def test_a_run_with_an_unusable_layout_ends_before_it_starts(capsys) -> None:
@@ -81,5 +81,5 @@ def test_a_run_with_an_unusable_layout_ends_before_it_starts(capsys) -> None:
 
 
 def test_stage_that_would_hold_nothing_is_named() -> None:
-    with pytest.raises(ConfigError, match="stage 1 holds nothing"):
-        _pieces(3, 2, "decoder*3|N", ())
+    with pytest.raises(ConfigError, match="pipeline stage 1 holds nothing"):
+        _specs(3, 2, "decoder*3|N", ())

@@ -51,10 +51,10 @@ def test_one_stage_and_one_score_rank_by_hand():
 
 def test_two_stages_and_two_score_ranks_by_hand():
     """F 1, B 2, U-Net 5; micro-batches 0 and 2 to the first score rank, 1 to the second; one pass
-    ahead, so two on stage 0.
+    ahead, so two on the first.
 
-    stage 0: F0 0-1, F1 1-2, F2 2-3, B0 9-11, B1 12-14, B2 17-19
-    stage 1: F0 1-2, F1 2-3, B0 7-9, F2 9-10, B1 10-12, B2 15-17
+    pipeline stage 0: F0 0-1, F1 1-2, F2 2-3, B0 9-11, B1 12-14, B2 17-19
+    pipeline stage 1: F0 1-2, F1 2-3, B0 7-9, F2 9-10, B1 10-12, B2 15-17
     U-Nets:  S0 2-7, S2 10-15; S1 3-8
     """
     played = play([[1.0] * 3] * 2, [[2.0] * 3] * 2, [5.0] * 3, score_ranks=2, ahead=1)
@@ -142,9 +142,11 @@ def test_random_schedules_take_as_long_as_a_simulation_in_ticks():
 
 
 @pytest.mark.parametrize(
-    ("stages", "count", "window"), [(1, 4, 1), (1, 5, 3), (3, 4, 2), (2, 2, 4)]
+    ("num_pipeline_stages", "count", "window"), [(1, 4, 1), (1, 5, 3), (3, 4, 2), (2, 2, 4)]
 )
-def test_the_order_of_passes_is_the_one_that_training_runs(monkeypatch, stages, count, window):
+def test_the_order_of_passes_is_the_one_that_training_runs(
+    monkeypatch, num_pipeline_stages, count, window
+):
     ran: list[tuple[str, int]] = []
 
     class Link:
@@ -173,15 +175,15 @@ def test_the_order_of_passes_is_the_one_that_training_runs(monkeypatch, stages, 
     monkeypatch.setattr(score_schedule, "deallocate_output_tensor", lambda *arguments: None)
     monkeypatch.setattr(score_schedule, "get_model_config", lambda model: options)
     monkeypatch.setattr(score_schedule, "get_tensor_shapes", lambda **named: [])
-    for stage in range(stages):
+    for pipeline_stage in range(num_pipeline_stages):
         ran.clear()
         context = SimpleNamespace(
             pp_group=None,
             process_groups=SimpleNamespace(tp=None, cp=None),
-            is_first_pipeline_stage=stage == 0,
-            is_last_pipeline_stage=stage == stages - 1,
-            pp_size=stages,
-            pp_rank=stage,
+            is_first_pipeline_stage=pipeline_stage == 0,
+            is_last_pipeline_stage=pipeline_stage == num_pipeline_stages - 1,
+            pp_size=num_pipeline_stages,
+            pp_rank=pipeline_stage,
             device=torch.device("cpu"),
         )
         score_schedule._one_forward_one_backward(
@@ -195,4 +197,4 @@ def test_the_order_of_passes_is_the_one_that_training_runs(monkeypatch, stages, 
             micro_batch_size=1,
             forward_only=False,
         )
-        assert ran == pass_order(stages, stage, count, window - 1)
+        assert ran == pass_order(num_pipeline_stages, pipeline_stage, count, window - 1)
