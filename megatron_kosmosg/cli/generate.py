@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from megatron_kosmosg.inference.generation_run import run_command as draw
+    from megatron_kosmosg.inference.generation_run import run as draw
     from megatron_kosmosg.launcher import find_rank_info
 
     rank_info = find_rank_info()
