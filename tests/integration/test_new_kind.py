@@ -16,11 +16,11 @@ import pytest
 from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.kinds.kind import (
     Captions,
+    Conversion,
     Converted,
     ImageSize,
     PackedDocuments,
     Prompts,
-    RecordConverter,
     SampleKind,
     UsualSize,
 )
@@ -43,7 +43,7 @@ MODEL = str(assets.path() / "sentencepiece.model")
 STABLE_DIFFUSION = assets.path() / "stable-diffusion"
 
 
-def convert(record: Record, use: RecordConverter) -> Converted:
+def convert(record: Record, use: Conversion) -> Converted:
     """{"key", "before", "words", "after"}."""
     words, ids = use.text_field(record.fields, "words")
     if words == "nothing":

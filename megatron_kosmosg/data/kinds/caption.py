@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from megatron_kosmosg.data.kinds.kind import (
     Captions,
+    Conversion,
     Converted,
     PackedDocuments,
     Prompts,
-    RecordConverter,
     SampleKind,
     UsualSize,
 )
@@ -29,7 +29,7 @@ MAX_TOKENS = 128
 USUAL = UsualSize(length=40, images=0.0)
 
 
-def convert(record: Record, use: RecordConverter) -> Converted:
+def convert(record: Record, use: Conversion) -> Converted:
     """Converts a record {"key", "image", "caption"}."""
     caption, ids = use.text_field(record.fields, "caption")
     image = use.image(record, record.fields, "image")

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron_kosmosg.config.schema import DataConfig
 from megatron_kosmosg.data.kinds.entity_placement import order_entities
 from megatron_kosmosg.data.kinds.kind import (
+    Conversion,
     Converted,
     ImageSize,
     Prompts,
-    RecordConverter,
     SampleKind,
     UsualSize,
 )
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 OVERLAP = "entities: words overlap the entity before"
 
 
-def convert(record: Record, use: RecordConverter) -> Converted:
+def convert(record: Record, use: Conversion) -> Converted:
     """Converts a record {"key", "caption", "image", "entities": [{"text", "span", "image", "mask"},
     ...]}."""
     fields = record.fields

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_kosmosg.data.kinds.kind import (
+    Conversion,
     Converted,
     Prompts,
-    RecordConverter,
     SampleKind,
     UsualSize,
 )
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from megatron_kosmosg.data.random_keys import SampleKey
 
 
-def convert(record: Record, use: RecordConverter) -> Converted:
+def convert(record: Record, use: Conversion) -> Converted:
     """Converts a record {"key", "caption", "image", "instruction", "target"}."""
     fields = record.fields
     caption, caption_ids = "", use.encode("")

@@ -5,7 +5,7 @@ Stored parts: JSON {key, ...}, then tokens and images in reading order.
 
 from __future__ import annotations
 
-from megatron_kosmosg.data.kinds.kind import Converted, PackedDocuments, RecordConverter, SampleKind
+from megatron_kosmosg.data.kinds.kind import Conversion, Converted, PackedDocuments, SampleKind
 from megatron_kosmosg.data.kinds.record import (
     Record,
     Rejected,
@@ -16,7 +16,7 @@ from megatron_kosmosg.data.kinds.record import (
 from megatron_kosmosg.data.stored_sample import IMAGE, TOKENS, StoredPart
 
 
-def convert(record: Record, use: RecordConverter) -> Converted:
+def convert(record: Record, use: Conversion) -> Converted:
     """Converts a record {"key", "content": [...]} whose content are texts {"text"} and images
     {"image"} in any order."""
     info = {"key": record.key} | extra_fields(record.fields, ("key", "content"))

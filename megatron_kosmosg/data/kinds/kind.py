@@ -68,7 +68,7 @@ class ConversionOptions(Protocol):
     def drop_bad_images(self) -> bool: ...
 
 
-class RecordConverter(Protocol):
+class Conversion(Protocol):
     """What records are converted with. All methods raise Rejected."""
 
     @property
@@ -207,7 +207,7 @@ class SampleKind:
     """Its records as help texts show them."""
     fields: tuple[str, ...]
     """What a record may hold besides its key, in our layout or in another that is read."""
-    convert: Callable[[Record, RecordConverter], Converted] | None = None
+    convert: Callable[[Record, Conversion], Converted] | None = None
     """Record -> stored sample. Raises Rejected."""
     plain_text: Callable[[Record], str] | None = None
     """Record -> document, for a kind that is stored as an ordinary Megatron token dataset: one
