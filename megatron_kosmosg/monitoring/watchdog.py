@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron_kosmosg.files import write_json
 from megatron_kosmosg.launcher import RankInfo, node_name
 from megatron_kosmosg.monitoring.stall_detector import Heartbeat, StallDetector
-from megatron_kosmosg.parallel.rendezvous import connect
+from megatron_kosmosg.parallel.rendezvous import connect_to_store
 from megatron_kosmosg.terminal_text import say
 
 PACKAGE = str(Path(__file__).parents[1])

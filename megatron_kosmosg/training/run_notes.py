@@ -63,7 +63,7 @@ def note_hardware(
 ) -> None:
     """Names the kinds of hardware that answered in an interval, where there are several."""
     if (news := hardware.news(record)) is not None:
-        display.say(f"iteration {record['iteration']} | {news}")
+        display.log(f"iteration {record['iteration']} | {news}")
 
 
 def note_trace(display: ProgressDisplay, config: RunConfig, was_written: bool) -> None:

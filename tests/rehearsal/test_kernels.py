@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.case import RehearsalCase
 from tests.support.rehearsals import Rehearsals
 
 MOST = {
@@ -33,7 +33,7 @@ def pretrain(rehearse: Rehearsals) -> RehearsalCase:
     return rehearse.full("pretrain", micro_batch=1, length=2048, images=20)
 
 
-def align(rehearse: Rehearsals) -> Case:
+def align(rehearse: Rehearsals) -> RehearsalCase:
     return rehearse.full("align", micro_batch=14, length=40, images=0)
 
 

@@ -22,7 +22,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.score import service
 from megatron_kosmosg.score.keyed_noise import KeyedNoise
 from megatron_kosmosg.score.loss import DenoisingLoss
-from megatron_kosmosg.score.messages import Answer, Request
+from megatron_kosmosg.score.messages import Answer, ScoreRequest
 from megatron_kosmosg.training.metrics import METRICS_FILE
 from tests.support.fault_runs import Lived, parameters_hash, use_stage
 

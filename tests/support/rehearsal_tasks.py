@@ -21,7 +21,7 @@ from megatron_kosmosg.planning.memory import decoder_memory, score_memory
 from megatron_kosmosg.planning.model_counts import count_model
 from megatron_kosmosg.planning.workload import MicroBatch
 from megatron_kosmosg.rehearsal import rank_update
-from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.case import RehearsalCase
 from megatron_kosmosg.rehearsal.fake_links import FakeMembership
 from megatron_kosmosg.rehearsal.made_up_stream import MadeUpStream
 from megatron_kosmosg.rehearsal.rank_update import resolved_config, run_update, take_rank
@@ -118,17 +118,17 @@ def update_with_bare_apex(case: RehearsalCase, stand_ins: StandIns) -> dict:
     return run_update(case, stand_ins)
 
 
-def update_with_decoded_images(case: Case, stand_ins: StandIns) -> dict:
+def update_with_decoded_images(case: RehearsalCase, stand_ins: StandIns) -> dict:
     """`run_update` whose prompt images are files, which DALI decodes for the device."""
     return _update_with_files(case, stand_ins, first=noise_image(99, 30, 40))
 
 
-def update_with_a_bad_image(case: Case, stand_ins: StandIns) -> dict:
+def update_with_a_bad_image(case: RehearsalCase, stand_ins: StandIns) -> dict:
     """The same, the first image of every micro-batch being no image."""
     return _update_with_files(case, stand_ins, first=b"no image")
 
 
-def _update_with_files(case: Case, stand_ins: StandIns, first: bytes) -> dict:
+def _update_with_files(case: RehearsalCase, stand_ins: StandIns, first: bytes) -> dict:
     """DALI's pipelines decode on the CPU, and what is copied from them has the device alone."""
     from megatron_kosmosg.data import images_dali  # where DALI is installed
 
@@ -154,7 +154,7 @@ def _update_with_files(case: Case, stand_ins: StandIns, first: bytes) -> dict:
     return run_update(case, stand_ins) | {"read": seen}
 
 
-def score_rank_order(case: Case, stand_ins: StandIns) -> dict:
+def score_rank_order(case: RehearsalCase, stand_ins: StandIns) -> dict:
     """{"events": in the order in which a score rank on the CPU does things for two micro-batches}.
 
     "encode": the VAE turns target images into moments; "request": a condition has arrived.

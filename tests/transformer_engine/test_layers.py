@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_kosmosg.rehearsal.case import Case
+from megatron_kosmosg.rehearsal.case import RehearsalCase
 from tests.support.rehearsals import Rehearsals, Report
 
 STAGES = ("pretrain", "align", "instruct")
