@@ -77,7 +77,7 @@ def test_an_answer_counts_for_the_hardware_whose_numbers_are_used():
     roster = roster_of(b"guest")
     roster.members[b"guest"].hardware = "another"
     roster.members[b"own"] = Member("own", Standing.OWN, "like", is_ready=True)
-    for number, doubted in ((roster.ask(request(n)), n > 0) for n in range(2)):
+    for number, doubted in ((roster.submit(request(n)), n > 0) for n in range(2)):
         roster.members[b"own"].held[0] = 0.0  # the guest is the first to be asked
         roster.members[b"own"].held[-1] = 0.0
         assert roster.assign(number, now=0.0) == b"guest"
