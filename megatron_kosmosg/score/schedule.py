@@ -87,7 +87,7 @@ def _one_forward_one_backward(
             cp_group_size=1,
             is_first_microbatch=index == 0,
             current_microbatch=index,
-            is_last_pipeline_stage=last,
+            is_last_stage=last,
         )
         num_items.add_(count)
         return output
