@@ -162,9 +162,9 @@ def test_an_error_a_lie_and_a_guest_that_is_told_to_stop(
 def test_ranks_of_unlike_hardware_are_named_and_move_the_run_by_rounding_alone(
     stable_diffusion, updates, undisturbed, straight, tmp_path
 ):
-    """fp32: each kind rounds by 1e-6 of a gradient (tests/unit/test_score_rounding.py). Found after 30
-    updates: losses 8e-7 apart, parameters at most 9e-7 (1e-8 in the mean) of the 0.03 that Adam could
-    have moved one. Another CPU rounds elsewhere: the bounds are ten times and more of that."""
+    """fp32: each kind rounds by 1e-6 of a gradient (tests/unit/test_score_rounding.py). Found after
+    30 updates: losses 8e-7 apart, parameters at most 9e-7 (1e-8 in the mean) of the 0.03 that Adam
+    could have moved one. Another CPU rounds elsewhere: the bounds are over ten times of that."""
     lived = Job(
         config_of(stable_diffusion, tmp_path, updates), {2: Habit(is_unlike=True)}
     ).decoder()
