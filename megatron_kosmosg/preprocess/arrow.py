@@ -80,5 +80,5 @@ def _batches(path: Path) -> Iterator[Iterator[RecordBatch]]:
     try:
         with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as stream:
             yield iter(stream)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise Rejected("Arrow file is damaged", str(error).splitlines()[0]) from error

@@ -63,7 +63,8 @@ class ParquetReader:
                             yield BadRecord(source, row)
                         else:
                             yield Record(source, row, shard.path.parent)
-        except (pyarrow.ArrowException, OSError) as error:
+        # A name of a column may be damaged, too: pyarrow decodes it when a row is made.
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             detail = f"after row {number}: {str(error).splitlines()[0]}"
             raise Rejected("Parquet file is damaged", detail) from error
 
@@ -99,5 +100,5 @@ def _open(path: Path) -> ParquetFile:
         # A column of a row group is read a page at a time (1,024 rows as pyarrow writes them), not
         # as a whole and ahead of need: tables that pandas wrote are one row group, however large.
         return pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise Rejected("not a Parquet file", str(error).splitlines()[0]) from error

@@ -75,6 +75,22 @@ def test_damaged_files_are_met_with_a_limit_too(tmp_path, model):
         assert 2 < len(read_samples(tmp_path / "o", has_modes=False)) <= 54
 
 
+def test_a_column_name_that_is_not_unicode_is_damage_to_the_file(tmp_path, model):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra `data`")
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"comment": ["red dog"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"comment", b"co\x80ment"))
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "snow"}] * 3)
+    paths = (str(path), str(tmp_path / "b.jsonl"))
+    job = PreprocessJob("text", paths, str(model), str(tmp_path / "o"))
+    preprocess(job, lambda *_: None)
+    (line,) = (tmp_path / "o.rejects.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "not a Parquet file"
+    assert len(read_samples(tmp_path / "o", has_modes=False)) > 0
+
+
 def test_too_many_rejects_end_the_run_early(tmp_path, model, monkeypatch):
     monkeypatch.setattr("megatron_kosmosg.preprocess.input_files.MAX_RECORDS", 2)
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": ""}] * 100)
