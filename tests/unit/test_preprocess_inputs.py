@@ -76,11 +76,10 @@ def test_damaged_files_are_met_with_a_limit_too(tmp_path, model):
 
 
 def test_a_column_name_that_is_not_unicode_is_damage_to_the_file(tmp_path, model):
-    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra `data`")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra `data`")
     path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"comment": ["red dog"]}), path, store_schema=False)
+    table = pytest.importorskip("pyarrow").table({"comment": ["red dog"]})
+    parquet.write_table(table, path, store_schema=False)
     path.write_bytes(path.read_bytes().replace(b"comment", b"co\x80ment"))
     write_jsonl(tmp_path / "b.jsonl", [{"text": "snow"}] * 3)
     paths = (str(path), str(tmp_path / "b.jsonl"))
