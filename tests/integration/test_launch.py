@@ -103,12 +103,12 @@ def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path, start):
 MEET = """
 import datetime, re
 from megatron_kosmosg.launcher import find_rank_info
-from megatron_kosmosg.parallel.rendezvous import connect, meet
+from megatron_kosmosg.parallel.rendezvous import connect_to_store, meet
 rank_info, wait = find_rank_info(), datetime.timedelta(seconds=60)
 store = meet(rank_info, wait)
 store.set(f"rank {rank_info.rank}", "here")
 assert store.get("rank 0") == store.get("rank 1") == b"here"
-connect(rank_info, wait).set("more", "1")
+connect_to_store(rank_info, wait).set("more", "1")
 hosts = set()
 for table in ("tcp", "tcp6"):
     for line in open(f"/proc/net/{table}").readlines()[1:]:
