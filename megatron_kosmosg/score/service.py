@@ -76,7 +76,10 @@ def serve(
                         membership.leave()
                     return membership.end is RunEnd.DONE
                 trace.received(received.request)
-                signal = 0 if stop.received is None else int(stop.received)
+                signal = 0
+                # A guest's stop is its own end alone: training goes on without it.
+                if stop.received is not None and rank.coordinates is not None:
+                    signal = int(stop.received)
                 about = {"sample": torch.tensor(received.request.rows.positions)}
                 with trace.record(UNET, **about):
                     answer = work.answer(received.request, idle, signal)
