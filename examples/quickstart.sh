@@ -5,11 +5,12 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: bash examples/quickstart.sh [--output FOLDER] [--fast] [--ablations] [--fresh]
+usage: bash examples/quickstart.sh [--output FOLDER] [--fast] [--ablations] [--seed N] [--fresh]
 
   --output FOLDER  for everything that is made (default: runs/quickstart in the repository)
   --fast           every step with few iterations (minutes); no quality thresholds
   --ablations      also train the variants of the paper's Table 2 (much longer)
+  --seed N         of all trainings (0): other initial weights, order and noise on the same data
   --fresh          repeat all steps instead of reusing what is done
 
 Uses the active virtual environment, or makes .venv in the repository (about 2 GB on a machine
@@ -42,6 +43,15 @@ while [ $# -gt 0 ]; do
             shift
             ;;
         --output=?*) out=${1#*=} ;;
+        --seed)
+            [[ ${2:-} =~ ^[0-9]+$ ]] || wrong "--seed needs a number from 0, not '${2:-}'"
+            options+=("$1" "$2")
+            shift
+            ;;
+        --seed=*)
+            set -- --seed "${1#*=}" "${@:2}"
+            continue
+            ;;
         --fast | --ablations | --fresh) options+=("$1") ;;
         -h | --help)
             usage

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from megatron_kosmosg import exit_codes
-from megatron_kosmosg.command_line import CommandParser, file_path
+from megatron_kosmosg.command_line import CommandParser, file_path, seed
 from quickstart.progress import clock
 from quickstart.runner import Interrupted, Runner, StepFailed
 from quickstart.steps import plan
@@ -33,6 +33,12 @@ def build_parser() -> CommandParser:
     parser.renamed("--out", "--output")
     parser.add_argument("--fast", action="store_true", help="few iterations, no thresholds")
     parser.add_argument("--ablations", action="store_true", help="variants of the paper's Table 2")
+    parser.add_argument(
+        "--seed",
+        type=seed,
+        metavar="N",
+        help="of the initial weights, order and noise of all trainings (that of the configs, 0)",
+    )
     parser.add_argument("--fresh", action="store_true", help="repeat what is done")
     return parser
 
@@ -42,7 +48,9 @@ def main(argv: list[str]) -> int:
     out = arguments.output.resolve()
     if arguments.fresh:
         shutil.rmtree(out / "steps", ignore_errors=True)
-    steps = plan(REPOSITORY, out, fast=arguments.fast, ablations=arguments.ablations)
+    steps = plan(
+        REPOSITORY, out, fast=arguments.fast, ablations=arguments.ablations, seed=arguments.seed
+    )
     mode = "fast" if arguments.fast else "full"
     print(
         f"{len(steps)} steps into {out}, about {clock(sum(step.seconds for step in steps))} "

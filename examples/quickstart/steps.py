@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_kosmosg import exit_codes
@@ -134,9 +134,15 @@ ABLATIONS = (
 )
 
 
-def plan(repository: Path, out: Path, *, fast: bool, ablations: bool) -> list[Step]:
-    """All steps of one quickstart into the absolute folder `out`, in order."""
+def plan(
+    repository: Path, out: Path, *, fast: bool, ablations: bool, seed: int | None = None
+) -> list[Step]:
+    """All steps of one quickstart into the absolute folder `out`, in order. `seed` is that of
+    every training; the data and the evaluation stay the same."""
     sizes = FAST if fast else FULL
+    if seed is not None:
+        seeded = {s: (*sizes.overrides.get(s, ()), f"training.seed={seed}") for s in STAGES}
+        sizes = replace(sizes, overrides=seeded)
     steps = [_world_step(out, sizes), *_data_steps(repository, out, sizes)]
     previous: str | None = None
     for stage in STAGES:

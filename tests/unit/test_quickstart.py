@@ -236,6 +236,20 @@ def test_the_configs_name_the_datasets_that_are_made(stage):
 
 
 @pytest.mark.parametrize("fast", [False, True])
+def test_a_seed_is_that_of_the_trainings_and_of_nothing_else(tmp_path, fast):
+    usual, seeded = (
+        plan(REPOSITORY, tmp_path, fast=fast, ablations=True, seed=n) for n in (None, 3)
+    )
+    for before, after in zip(usual, seeded, strict=True):
+        added = ("training.seed=3",) if before.metrics is not None else ()
+        assert tuple(w for w in after.command if w not in before.command) == added, after.name
+        if before.metrics is not None:
+            config = REPOSITORY / after.command[after.command.index("--config") + 1]
+            words = [w for w in after.command if w.startswith("training.")]
+            assert load_config(config, words).training.seed == 3
+
+
+@pytest.mark.parametrize("fast", [False, True])
 def test_the_progress_knows_how_long_each_training_is(tmp_path, fast):
     for step in plan(REPOSITORY, tmp_path, fast=fast, ablations=True):
         if step.metrics is not None:
@@ -268,6 +282,8 @@ def test_the_table_marks_misses_and_missing_values():
         (["--output"], 2, "--output needs a folder"),
         (["--output", "/proc/none"], 2, "cannot make the folder /proc/none"),
         (["--out", "/proc/none"], 2, "note: --out is called --output today"),
+        (["--seed", "one"], 2, "--seed needs a number from 0, not 'one'"),
+        (["--seed=4", "--output=/proc/none"], 2, "cannot make the folder /proc/none"),
         (["--out=/proc/none"], 2, "cannot make the folder /proc/none"),
     ],
 )
