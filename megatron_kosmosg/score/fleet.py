@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import zmq
@@ -362,6 +362,8 @@ class Fleet:
             return
         answer = wire.unpack_answer(parts, num_values)
         is_guest = member.standing is Standing.JOINED
+        if is_guest:
+            answer = replace(answer, signal=0)  # its job's end is not this run's
         is_doubted = is_guest and (
             not is_finite(answer) or self._random.random() < self._audit_rate
         )

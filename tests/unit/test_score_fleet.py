@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -384,6 +384,25 @@ def test_a_guest_waits_until_a_rank_of_the_job_says_what_it_is_held_against(link
     serving(link, "own")
     until(lambda: link.fleet.state()[0] == 2)
     assert equal(link.fleet.take(number), 1)
+
+
+@pytest.mark.parametrize("standing", [Standing.OWN, Standing.JOINED])
+def test_a_stop_signal_comes_from_ranks_of_the_job_alone(link, standing):
+    free = threading.Event()
+
+    def stopped(asked: ScoreRequest) -> Answer:
+        return replace(compute(asked), signal=int(signal.SIGTERM))
+
+    serving(link, "own", lambda asked: (free.wait(20), compute(asked))[1])
+    until(lambda: link.fleet.state()[0] == 1)
+    busy = ask(link, 1)
+    until(lambda: link.fleet.state()[1] == 0)
+    serving(link, "other", stopped, standing)
+    answer = link.fleet.take(ask(link, 2))
+    assert answer is not None
+    assert answer.signal == (signal.SIGTERM if standing is Standing.OWN else 0)
+    free.set()
+    assert equal(link.fleet.take(busy), 1)
 
 
 @pytest.mark.parametrize("lie", ["other", "nan"])
