@@ -38,6 +38,7 @@ def decoder_config(config: RunConfig, specs: list[PipelineStageSpec]) -> Transfo
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for; no experts here
         deallocate_pipeline_outputs=True,
+        batch_p2p_sync=False,  # a host's wait that torch older than any tested here asked for
         calculate_per_token_loss=True,
         **_common(config),
     )

@@ -32,6 +32,8 @@ class ParallelContext:
     process_groups: ProcessGroupCollection
     """The same and more, in the form that Megatron-Core modules take."""
     device: torch.device
+    pp_host_group: ProcessGroup | None = None
+    """The ranks of `pp_group`, for tensors in the hosts' memory."""
     num_score_ranks: int = 0
     """Ranks of the whole run that hold the U-Net alone; `world_size` does not count them."""
     store: Store | None = None
@@ -94,11 +96,26 @@ def create_groups(
         dp_size=groups.dp.size(),
         tp_group=groups.tp,
         pp_group=groups.pp,
+        pp_host_group=_host_group(groups.pp, device, parallel.timeout_seconds),
         dp_group=groups.dp,
         process_groups=groups,
         device=device,
         num_score_ranks=num_score_ranks,
         store=store,
+    )
+
+
+def _host_group(group: ProcessGroup, device: torch.device, timeout_seconds: float) -> ProcessGroup:
+    """The same ranks over gloo, unless they talk through it anyway."""
+    if device.type == "cpu" or group.size() == 1:
+        return group
+    return torch.distributed.new_group(
+        torch.distributed.get_process_group_ranks(group),
+        timeout=timedelta(seconds=timeout_seconds),
+        backend="gloo",
+        # Only these ranks know of it: no rank waits for the other pipelines.
+        use_local_synchronization=True,
+        group_desc="pipeline of hosts",
     )
 
 

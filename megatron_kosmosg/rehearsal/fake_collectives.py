@@ -54,6 +54,8 @@ class Collectives:
     def __init__(self, recorder: Recorder, numbers: Numbers) -> None:
         self._recorder, self._numbers = recorder, numbers
         self._names: dict[dist.ProcessGroup, str] = {}
+        self._of_hosts: set[dist.ProcessGroup] = set()
+        """Groups over gloo, whose tensors are in the hosts' memory."""
         self.sent: dict[int | None, tuple[int, ...]] = {}
         """{global rank: shape of the last tensor sent to it}, shapes themselves left out."""
         self.announced: tuple[int, ...] | None = None
@@ -72,6 +74,8 @@ class Collectives:
             group = real_group(ranks, backend="fake")
             if isinstance(group, dist.ProcessGroup):
                 self._names[group] = named.get("group_desc") or "unnamed"
+                if named.get("backend") == "gloo":
+                    self._of_hosts.add(group)
             return group
 
         def init_process_group(backend: str, *, rank: int, world_size: int, **_: Any) -> None:
@@ -163,9 +167,10 @@ class Collectives:
         return [each.op(each.tensor, each.peer, group=each.group) for each in operations]
 
     def _count(self, kind: str, group: dist.ProcessGroup | None, *tensors: torch.Tensor):
+        backend, place = ("gloo", "cpu") if group in self._of_hosts else ("NCCL", "cuda")
         for tensor in tensors:
-            if tensor.device.type != "cuda":
-                raise RuntimeError(f"{kind}: NCCL has no tensors on {tensor.device.type}")
+            if tensor.device.type != place:
+                raise RuntimeError(f"{kind}: {backend} has no tensors on {tensor.device.type}")
             if not tensor.is_contiguous():
                 raise RuntimeError(
                     f"{kind}: NCCL wants contiguous tensors, not {tuple(tensor.shape)} with "

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     deallocate_output_tensor,
     forward_step,
@@ -27,15 +25,16 @@ from megatron.core.utils import get_model_config
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.parallel.core_versions import backward_step
+from megatron_kosmosg.parallel.pipeline_link import PipelineLink, pipeline_schedule
 
 
 def forward_backward_function(
-    config: RunConfig, context: ParallelContext, *, forward_only: bool
+    config: RunConfig, context: ParallelContext, model: torch.nn.Module, *, forward_only: bool
 ) -> Callable[..., list]:
     """What runs the micro-batches of a global batch; arguments as of Megatron-Core's schedules."""
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     if context.num_score_ranks == 0 or forward_only or virtual is not None:
-        return get_forward_backward_func()
+        return pipeline_schedule(context, get_model_config(model))
 
     def run(**arguments: Any) -> list:
         return _one_forward_one_backward(context, config.score.window - 1, **arguments)
@@ -58,7 +57,7 @@ def _one_forward_one_backward(
     """Reports of the micro-batches on the last pipeline stage, else an empty list."""
     assert not forward_only
     config, groups = get_model_config(model), context.process_groups
-    link = P2PCommunicator(pp_group=context.pp_group, config=config)
+    link = PipelineLink(context, config)
     first, last = context.is_first_pipeline_stage, context.is_last_pipeline_stage
     shapes = get_tensor_shapes(
         seq_length=seq_length,

@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from PIL import Image
 from torch import nn
@@ -18,6 +17,7 @@ from megatron_kosmosg.data.normalise import normalise_batch
 from megatron_kosmosg.data.samples import PromptSample, StreamDataset
 from megatron_kosmosg.evaluation.evaluator import Evaluator, GeneratedImages, measure
 from megatron_kosmosg.parallel.context import ParallelContext
+from megatron_kosmosg.parallel.pipeline_link import pipeline_schedule
 from megatron_kosmosg.stages.null_condition import forward_with_null_row
 from megatron_kosmosg.training.image_grid import image_grid, to_image
 from megatron_kosmosg.training.stage import Probe
@@ -94,7 +94,7 @@ def _generated(
     batch = dataset.collate(samples, dataset.pad_to(samples, positions))
     batch = {name: value.to(context.device) for name, value in batch.items()}
     batch = normalise_batch(batch, config)
-    outputs = _collect_outputs(forward_with_null_row, model, iter([batch]), 1)
+    outputs = _collect_outputs(context, forward_with_null_row, model, iter([batch]), 1)
     if not outputs or context.tp_rank != 0 or context.dp_rank != 0:
         return None
     condition = outputs[0]["condition"]
@@ -138,6 +138,7 @@ def _prompt_images(
 
 @torch.no_grad()
 def _collect_outputs(
+    context: ParallelContext,
     forward: Callable[[dict[str, torch.Tensor], nn.Module], Any],
     model: list[nn.Module],
     micro_batches: Iterator[dict[str, torch.Tensor]],
@@ -158,7 +159,7 @@ def _collect_outputs(
         output = forward(next(data_iterator), chunk)
         return output, lambda output, non_loss_data=True: output
 
-    outputs = get_forward_backward_func()(
+    outputs = pipeline_schedule(context, get_model_config(model[0]))(
         forward_step_func=forward_step,
         data_iterator=[iter(batches) for _ in model],
         model=model,

@@ -231,7 +231,7 @@ def _run_schedule(
     forward_only: bool,
 ) -> list[dict[str, torch.Tensor]]:
     single = len(chunks) == 1
-    run = forward_backward_function(config, context, forward_only=forward_only)
+    run = forward_backward_function(config, context, chunks[0], forward_only=forward_only)
     losses = run(
         forward_step_func=stage.forward_step,
         data_iterator=iterators[0] if single else iterators,

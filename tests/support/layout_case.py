@@ -1,8 +1,9 @@
 """One training step of a tiny model on a given layout, and what must not depend on the layout.
 
-The step goes through Megatron-Core's stock schedule, its DDP wrapper and finalize_model_grads. The
-loss is simple but touches every output; the sizes are awkward (odd vocabulary, odd number of
-decoder layers and of queries), and sequence length and number of images vary by micro-batch.
+The step goes through Megatron-Core's stock schedule over our links, its DDP wrapper and
+finalize_model_grads. The loss is simple but touches every output; the sizes are awkward (odd
+vocabulary, odd number of decoder layers and of queries), and sequence length and number of images
+vary by micro-batch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from megatron_kosmosg.config.schema import ParallelConfig, RunConfig, TrainingConfig
@@ -25,6 +25,7 @@ from megatron_kosmosg.models.chunks import agree_on_freezing
 from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.parallel.context import ParallelContext
+from megatron_kosmosg.parallel.pipeline_link import pipeline_schedule
 from megatron_kosmosg.score.row_split import sum_over_tensor_ranks, take_rows
 from tests.support.shares import gradients
 from tests.support.tiny_models import (
@@ -152,7 +153,7 @@ def _train_step(case: Case, context: ParallelContext) -> dict:
 
         return output, loss_func
 
-    losses = get_forward_backward_func()(
+    losses = pipeline_schedule(context, model.config)(
         forward_step_func=forward_step,
         data_iterator=iter([micro_batch(index) for index in indices]),
         model=[wrapped],

@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from megatron.core.utils import get_model_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,6 +18,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import Reads
 from megatron_kosmosg.models.diffusion import load_diffusion
 from megatron_kosmosg.parallel import platform
+from megatron_kosmosg.parallel.pipeline_link import pipeline_schedule
 from megatron_kosmosg.score.connect import join_as_score_rank, open_remote_score
 from megatron_kosmosg.score.generation import generate_images
 from megatron_kosmosg.score.loss import DenoisingLoss
@@ -135,8 +137,6 @@ def _measured_score_rank(config: RunConfig) -> dict[str, int]:
 
 def measured_bytes(config: RunConfig, rows: int, length: int) -> dict[str, int]:
     """On this rank: `kept` between updates, `peak` of an update, `parameters` by requires_grad."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     context = platform.initialize(config)
     try:
         with StorageTracker() as tracker:
@@ -159,7 +159,7 @@ def measured_bytes(config: RunConfig, rows: int, length: int) -> dict[str, int]:
                 optimizer.zero_grad()
                 tracker.peak = kept = tracker.now
                 batches = (random_batch(config.stage, rows, length, seed) for seed in range(count))
-                get_forward_backward_func()(
+                pipeline_schedule(context, get_model_config(chunks[0]))(
                     forward_step_func=stage.forward_step,
                     data_iterator=batches,
                     model=chunks[0],

@@ -152,7 +152,7 @@ def test_the_order_of_passes_is_the_one_that_training_runs(
     class Link:
         """Every exchange of the schedule; nothing is sent."""
 
-        def __init__(self, **named) -> None:
+        def __init__(self, *arguments) -> None:
             both = ("send_forward_recv_backward", "send_backward_recv_forward")
             for name in ("recv_forward", "send_forward", "send_backward", "recv_backward", *both):
                 setattr(self, name, lambda *arguments: None)
@@ -169,7 +169,7 @@ def test_the_order_of_passes_is_the_one_that_training_runs(
         deallocate_pipeline_outputs=False,
         finalize_model_grads_func=lambda *arguments, **named: None,
     )
-    monkeypatch.setattr(score_schedule, "P2PCommunicator", Link)
+    monkeypatch.setattr(score_schedule, "PipelineLink", Link)
     monkeypatch.setattr(score_schedule, "forward_step", forward_step)
     monkeypatch.setattr(score_schedule, "backward_step", backward_step)
     monkeypatch.setattr(score_schedule, "deallocate_output_tensor", lambda *arguments: None)
