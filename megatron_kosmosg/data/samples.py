@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:  # kinds of samples, which plans and help texts read, need neither
     import numpy as np
@@ -92,19 +92,21 @@ class PackedRow:
 
 
 Sample = PromptSample | CaptionSample | PackedRow
-
+SampleT = TypeVar("SampleT", bound=Sample)
+Split = Literal["train", "heldout"]
+"""Which stream of a stage: the one it learns from, or the held-out one."""
 
 FOR_THE_HOST = frozenset({"stream_positions", "replacements", "bad_samples"})
 """What only the program reads of a batch: it stays in the host's memory."""
 
 
-class StreamDataset(Protocol):
-    """An endless stream of samples; everything is a pure function of the position.
+class StreamDataset(Protocol[SampleT]):
+    """An endless stream of samples of one kind; everything is a pure function of the position.
 
     `position` counts samples of the stage over all epochs, from 0.
     """
 
-    def __getitem__(self, position: int) -> Sample:
+    def __getitem__(self, position: int) -> SampleT:
         """The sample at `position`, images still encoded."""
         ...
 
@@ -120,14 +122,14 @@ class StreamDataset(Protocol):
         """
         ...
 
-    def pad_to(self, samples: Sequence[Sample], global_positions: Sequence[int]) -> int:
+    def pad_to(self, samples: Sequence[SampleT], global_positions: Sequence[int]) -> int:
         """Tokens that the rows of the micro-batch `samples` are padded to.
 
         `global_positions` are those of the whole global batch.
         """
         ...
 
-    def collate(self, samples: Sequence[Sample], pad_to: int) -> dict[str, Tensor]:
+    def collate(self, samples: Sequence[SampleT], pad_to: int) -> dict[str, Tensor]:
         """The batch of `samples`, images decoded. A bad image is replaced and reported, and
         `bad_samples`, an int64 scalar, counts those of this batch.
 
@@ -136,7 +138,7 @@ class StreamDataset(Protocol):
         ...
 
 
-class ImageStream(StreamDataset, Protocol):
+class ImageStream(StreamDataset[SampleT], Protocol[SampleT]):
     """A stream with images, which some ranks leave undecoded: they have no use for them.
 
     Its batches have `stream_positions` int64 [b] and `replacements` int64 [k]: the replacement
@@ -144,7 +146,7 @@ class ImageStream(StreamDataset, Protocol):
     """
 
     def collate(
-        self, samples: Sequence[Sample], pad_to: int, replacements: Sequence[int] | None = None
+        self, samples: Sequence[SampleT], pad_to: int, replacements: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
         """A batch, as StreamDataset.collate makes it.
 

@@ -6,8 +6,6 @@ positions are the same held-out samples at every evaluation.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.paths import packing_folder
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
@@ -23,11 +21,10 @@ from megatron_kosmosg.data.order import SampleOrder
 from megatron_kosmosg.data.packing import PackedDataset
 from megatron_kosmosg.data.pretrain_stream import PretrainStream
 from megatron_kosmosg.data.random_keys import StreamName
+from megatron_kosmosg.data.samples import Split
 from megatron_kosmosg.data.sequence import SequenceFormat
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.tokenizer import Tokenizer
-
-Split = Literal["train", "heldout"]
 
 
 def pretrain_stream(

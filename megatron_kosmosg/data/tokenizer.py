@@ -7,7 +7,7 @@ Ids: <s> 0, <pad> 1, </s> 2, <unk> 3, SentencePiece id p >= 3 at p + 1, then six
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +87,7 @@ class Tokenizer:
         is_known = spm.piece_to_id(WORD_START) != spm.unk_id()
         return is_known and spm.encode("  a b!\n\n C\na ") == alone
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens are left out, <unk> shows as SentencePiece's mark."""
         last = self.num_pieces
         pieces = [0 if i == self.unk_id else i - 1 for i in map(int, ids) if 3 <= i <= last]

@@ -7,6 +7,8 @@ from enum import IntEnum
 
 import torch
 
+from megatron_kosmosg.data.samples import Split
+
 
 class Kind(IntEnum):
     """The kinds of work that a decoder rank asks for."""
@@ -31,7 +33,7 @@ class Rows:
     """Whether the positions are of the held-out stream."""
 
     @property
-    def split(self) -> str:
+    def split(self) -> Split:
         return "heldout" if self.is_heldout else "train"
 
 

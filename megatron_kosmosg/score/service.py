@@ -14,6 +14,7 @@ import torch
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.random_keys import StreamName
+from megatron_kosmosg.data.samples import Split
 from megatron_kosmosg.monitoring.signals import StopRequest
 from megatron_kosmosg.monitoring.spans import IDLE, REPLY, UNET
 from megatron_kosmosg.monitoring.stopwatch import Stopwatch
@@ -55,7 +56,7 @@ def serve(
     membership = rank.membership
     reader = TargetReader(config, rank.device, open_stream, encode)
     try:
-        splits = ["train", *(["heldout"] if config.data.heldout else [])]
+        splits: list[Split] = ["train", *(["heldout"] if config.data.heldout else [])]
         data = {
             f"data of {split}, {name}": fingerprint
             for split in splits

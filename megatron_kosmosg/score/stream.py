@@ -8,6 +8,7 @@ import torch
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import InstructStream, Reads
 from megatron_kosmosg.data.random_keys import StreamName
+from megatron_kosmosg.data.samples import Split
 from megatron_kosmosg.data.streams import instruct_stream
 from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_vae, vae_fingerprint
 from megatron_kosmosg.score.keyed_noise import KeyedNoise, ScoreNoise
@@ -16,7 +17,7 @@ from megatron_kosmosg.score.keyed_noise import KeyedNoise, ScoreNoise
 def open_stream(
     config: RunConfig,
     device: torch.device,
-    split: str,
+    split: Split,
     reads: Reads,
     decodes_prompts: bool,
     diffusion: FrozenDiffusion | None = None,

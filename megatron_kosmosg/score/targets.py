@@ -13,12 +13,13 @@ import torch
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.instruct_stream import InstructStream
 from megatron_kosmosg.data.normalise import normalise, target_transform
+from megatron_kosmosg.data.samples import Split
 from megatron_kosmosg.parallel.transfers import pinned, upload
 from megatron_kosmosg.score.keyed_noise import KeyedNoise, noise_of_batch
 from megatron_kosmosg.score.messages import Rows
 
-OpenStream = Callable[[str], InstructStream]
-"""The stream of a split (train | heldout), reading targets."""
+OpenStream = Callable[[Split], InstructStream]
+"""The stream of a split, reading targets."""
 Encode = Callable[[torch.Tensor], torch.Tensor]
 """Moments of pixels."""
 _MOST_AHEAD = 8
@@ -55,7 +56,7 @@ class TargetReader:
         """
         self._config, self._device, self._encode = config, device, encode
         self._open_stream = open_stream
-        self._streams: dict[str, InstructStream] = {}
+        self._streams: dict[Split, InstructStream] = {}
         self._opening = threading.Lock()
         threads = config.data.num_workers
         self._pool = ThreadPoolExecutor(threads, "target-reader") if threads else None
@@ -105,7 +106,7 @@ class TargetReader:
         batch = self._batch(rows) if future is None else future.result()
         return self._on_device(batch)
 
-    def fingerprints(self, split: str) -> dict[str, str]:
+    def fingerprints(self, split: Split) -> dict[str, str]:
         """The fingerprints of the datasets of a split, by name."""
         return self._stream(split).fingerprints()
 
@@ -114,7 +115,7 @@ class TargetReader:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _stream(self, split: str) -> InstructStream:
+    def _stream(self, split: Split) -> InstructStream:
         with self._opening:
             if split not in self._streams:
                 self._streams[split] = self._open_stream(split)

@@ -11,13 +11,14 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.loader import MicroBatchIterator
 from megatron_kosmosg.data.normalise import normalise_batch
-from megatron_kosmosg.data.samples import ImageStream, StreamDataset
+from megatron_kosmosg.data.samples import ImageStream, Split, StreamDataset
 from megatron_kosmosg.parallel.broadcast import broadcast_batch
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.parallel.replacements import ReplacementExchange
@@ -51,7 +52,7 @@ class BatchFeed:
         config: RunConfig,
         context: ParallelContext,
         start_sample: int,
-        split: str = "train",
+        split: Split = "train",
     ) -> None:
         """Begins to read at sample `start_sample`.
 
@@ -104,8 +105,9 @@ class BatchFeed:
         agreed = self._exchange.share(positions[0], local)
         if agreed == local:
             return batch
-        samples = [self._dataset[position] for position in positions]
-        return self._dataset.collate(samples, batch["tokens"].shape[1], agreed)
+        stream = cast(ImageStream, self._dataset)  # no other stream has replacements
+        samples = [stream[position] for position in positions]
+        return stream.collate(samples, batch["tokens"].shape[1], agreed)
 
     def chunk_iterators(self, num_chunks: int) -> list[Iterator[Batch]]:
         """One iterator per model chunk of this rank, all over the same batches."""

@@ -5,15 +5,16 @@ The loop takes one Stage and never knows which. A new objective is a new file in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from megatron.core.transformer.module import MegatronModule
 from PIL import Image
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.data.samples import StreamDataset
+from megatron_kosmosg.data.samples import Split, StreamDataset
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.score.remote import RemoteScore
 
@@ -57,11 +58,11 @@ class Stage(Protocol):
     remote_score: RemoteScore | None
     """The ranks that answer this rank's losses, where others do: a pass waits for all answers."""
 
-    def build_model(self, context: ParallelContext) -> list[torch.nn.Module]:
+    def build_model(self, context: ParallelContext) -> Sequence[MegatronModule]:
         """Model chunks of this rank, fp32, on `layout.device`; `requires_grad` is decided here."""
         ...
 
-    def build_dataset(self, split: str) -> StreamDataset:
+    def build_dataset(self, split: Split) -> StreamDataset:
         """The sample stream of `split` (train | heldout), a pure function of its position."""
         ...
 
@@ -79,7 +80,7 @@ class Stage(Protocol):
         """The checkpoint of the previous stage, or None when training starts from scratch."""
         ...
 
-    def probe(self, model: list[torch.nn.Module], iteration: int) -> Probe | None:
+    def probe(self, model: Sequence[torch.nn.Module], iteration: int) -> Probe | None:
         """Metrics and images of fixed held-out prompts; called on all ranks together. None: the
         run is about to be stopped."""
         ...
