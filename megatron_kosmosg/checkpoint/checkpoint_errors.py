@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -41,7 +41,8 @@ def load_state(path: Path, sharded_state: dict[str, Any], strategy: Any = None) 
     read_description(path)
     read_common(path)
     try:
-        return dist_checkpointing.load(sharded_state, str(path), strategy)
+        # It returns a tuple only where its `strict` asks for one.
+        return cast(dict[str, Any], dist_checkpointing.load(sharded_state, str(path), strategy))
     except CheckpointException as error:
         if error.args[0] == "read":
             raise DamagedCheckpoint(f"{path} cannot be read: {_cause(error)}") from error

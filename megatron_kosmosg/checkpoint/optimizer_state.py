@@ -3,15 +3,21 @@ how Megatron-Core's optimizer on the host (`optimizer.optimizer_cpu_offload`) ke
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_kosmosg.config.schema import RunConfig
 
 _HYPER_PARAMETERS = ("lr", "weight_decay", "betas", "eps")
+
+
+def updating_parts(optimizer: ChainedOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers in it that have parameters on this rank: all may be frozen."""
+    # Every class that a chain holds says so, their common one does not.
+    return [part for part in optimizer.chained_optimizers if not cast(Any, part).is_stub_optimizer]
 
 
 def begin_state(part: MegatronOptimizer) -> None:
@@ -34,7 +40,7 @@ def begin_state(part: MegatronOptimizer) -> None:
         part.init_state_fn(inner, part.config)
 
 
-def restore_settings(config: RunConfig, optimizer: MegatronOptimizer, num_updates: int) -> None:
+def restore_settings(config: RunConfig, optimizer: ChainedOptimizer, num_updates: int) -> None:
     """Puts this run's hyper-parameters and the update count back after a checkpoint was loaded.
 
     The checkpoint's parameter groups carry the old run's values; and Adam's update count is
@@ -56,7 +62,7 @@ def restore_settings(config: RunConfig, optimizer: MegatronOptimizer, num_update
     set_num_updates(optimizer, num_updates)
 
 
-def set_num_updates(optimizer: MegatronOptimizer, num_updates: int) -> None:
+def set_num_updates(optimizer: ChainedOptimizer, num_updates: int) -> None:
     """Writes Adam's update count into every group, also empty ones, so that ranks agree."""
     for group in optimizer.param_groups:
         group["step"] = num_updates
@@ -73,7 +79,7 @@ def set_num_updates(optimizer: MegatronOptimizer, num_updates: int) -> None:
                     part.state[parameter]["step"].fill_(num_updates)
 
 
-def drop_local_settings(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+def drop_local_settings(optimizer: ChainedOptimizer, state: dict[str, Any]) -> None:
     """Takes out of `state`, which is to be saved, what an optimizer on the host adds to its groups:
     classes, which are no plain data, and how it works."""
     for inner in _on_host(optimizer):
@@ -82,7 +88,7 @@ def drop_local_settings(optimizer: MegatronOptimizer, state: dict[str, Any]) -> 
                 group.pop(name, None)
 
 
-def add_local_settings(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+def add_local_settings(optimizer: ChainedOptimizer, state: dict[str, Any]) -> None:
     """Puts it back into `state`, which was loaded and is to be handed to `optimizer`."""
     for inner in _on_host(optimizer):
         for group in state["optimizer"]["param_groups"]:
@@ -93,7 +99,7 @@ def _local_settings(inner: HybridDeviceOptimizer) -> dict[str, Any]:
     return {key: value for key, value in inner.defaults.items() if key not in _HYPER_PARAMETERS}
 
 
-def _on_host(optimizer: MegatronOptimizer) -> list[HybridDeviceOptimizer]:
+def _on_host(optimizer: ChainedOptimizer) -> list[HybridDeviceOptimizer]:
     inner = [part.optimizer for part in optimizer.chained_optimizers]
     return [each for each in inner if isinstance(each, HybridDeviceOptimizer)]
 

@@ -6,11 +6,12 @@ Covers torch, the accelerator, numpy, Python, and Megatron-Core's tensor-paralle
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
 from megatron_kosmosg.parallel.devices import device_rng_state, set_device_rng_state
 
@@ -22,9 +23,7 @@ def rng_state() -> dict[str, Any]:
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
         "device": device_rng_state(),
-        "tracker": {
-            name: state.clone() for name, state in get_cuda_rng_tracker().get_states().items()
-        },
+        "tracker": {name: state.clone() for name, state in _tracker().get_states().items()},
     }
 
 
@@ -35,6 +34,9 @@ def restore_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["device"] is not None:
         set_device_rng_state(state["device"])
-    get_cuda_rng_tracker().set_states(
-        {name: value.clone() for name, value in state["tracker"].items()}
-    )
+    _tracker().set_states({name: value.clone() for name, value in state["tracker"].items()})
+
+
+def _tracker() -> CudaRNGStatesTracker:
+    """Megatron-Core's states by name. It makes them when asked first, and is typed as if not."""
+    return cast(CudaRNGStatesTracker, get_cuda_rng_tracker())

@@ -7,6 +7,7 @@ back on the layout that wrote it: elsewhere the streams restart from the seed an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
 
 from megatron_kosmosg.checkpoint import folder as checkpoint_folder
 from megatron_kosmosg.checkpoint.changed_settings import check_resume
@@ -77,8 +79,8 @@ class Checkpointer:
         self,
         config: RunConfig,
         context: ParallelContext,
-        chunks: list[torch.nn.Module],
-        optimizer: MegatronOptimizer,
+        chunks: Sequence[MegatronModule],
+        optimizer: ChainedOptimizer,
         scheduler: OptimizerParamScheduler,
         datasets: dict[str, str],
         average: WeightAverage | None = None,

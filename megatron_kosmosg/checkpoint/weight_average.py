@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_kosmosg.checkpoint.optimizer_state import updating_parts
 
 AVERAGE = "ema"
 """Of the state of a checkpoint; with a dot, what the averages' keys begin with."""
@@ -33,7 +35,7 @@ class WeightAverage:
         self,
         decay: float,
         modules: Sequence[torch.nn.Module],
-        optimizer: MegatronOptimizer,
+        optimizer: ChainedOptimizer,
         group: dist.ProcessGroup,
     ) -> None:
         """Starts from the weights as they are.
@@ -84,10 +86,10 @@ class WeightAverage:
             "weights": {
                 name: make_sharded_optimizer_tensor(
                     entry,
-                    torch.empty(entry.data.shape) if is_loading else self._whole(entry.data),
+                    torch.empty(parameter.shape) if is_loading else self._whole(parameter),
                     AVERAGE,
                 )
-                for name, entry in _trained(models)
+                for name, entry, parameter in _trained(models)
             },
         }
 
@@ -95,9 +97,9 @@ class WeightAverage:
     def load(self, models: dict[str, ShardedStateDict], state: dict[str, Any]) -> None:
         """Takes back what was read into `state(models, is_loading=True)`."""
         self._updates = state["updates"]
-        for name, entry in _trained(models):
-            if entry.data in self._shares:
-                average, share = self._shares[entry.data]
+        for name, _, parameter in _trained(models):
+            if parameter in self._shares:
+                average, share = self._shares[parameter]
                 average.view(-1).copy_(state["weights"][name].view(-1)[share])
 
     def _whole(self, parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -113,11 +115,11 @@ class WeightAverage:
 
 
 def _updated_here(
-    modules: Sequence[torch.nn.Module], optimizer: MegatronOptimizer
+    modules: Sequence[torch.nn.Module], optimizer: ChainedOptimizer
 ) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, slice]]:
     """Yields, for each parameter that this rank updates, (parameter, its float32 copy in the
     optimizer, the slice of the flattened parameter that this copy is)."""
-    parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
+    parts = updating_parts(optimizer)
     shared_out = [part for part in parts if isinstance(part, DistributedOptimizer)]
     for part in shared_out:
         for parameter, (group, order) in part.model_param_group_index_map.items():
@@ -132,8 +134,11 @@ def _updated_here(
                     yield parameter, parameter if weight is None else weight, slice(None)
 
 
-def _trained(models: dict[str, ShardedStateDict]) -> Iterator[tuple[str, ShardedTensor]]:
+def _trained(
+    models: dict[str, ShardedStateDict],
+) -> Iterator[tuple[str, ShardedTensor, torch.nn.Parameter]]:
     for part, entries in models.items():
         for name, entry in entries.items():
-            if isinstance(entry.data, torch.nn.Parameter) and entry.data.requires_grad:
-                yield f"{part}.{name}", entry
+            parameter = entry.data
+            if isinstance(parameter, torch.nn.Parameter) and parameter.requires_grad:
+                yield f"{part}.{name}", entry, parameter

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
+from megatron.core.transformer.module import MegatronModule
 
 from megatron_kosmosg.checkpoint.checkpoint_errors import DamagedCheckpoint, load_state
 from megatron_kosmosg.checkpoint.description import read_description
@@ -22,7 +22,7 @@ MODEL = "model"
 """What the names of the model's chunks in a checkpoint's state begin with."""
 
 
-def model_state(chunks: list[torch.nn.Module], metadata: dict) -> dict[str, ShardedStateDict]:
+def model_state(chunks: Sequence[MegatronModule], metadata: dict) -> dict[str, ShardedStateDict]:
     """The model's state as {chunk name: sharded tensors by key}; the keys do not depend on the
     layout.
 
@@ -38,7 +38,7 @@ def model_state(chunks: list[torch.nn.Module], metadata: dict) -> dict[str, Shar
     }
 
 
-def set_model_state(chunks: list[torch.nn.Module], state: dict[str, dict]) -> None:
+def set_model_state(chunks: Sequence[MegatronModule], state: dict[str, dict]) -> None:
     """Loads what `dist_checkpointing.load` returned for `model_state`; every tensor must match."""
     for index, chunk in enumerate(chunks):
         current = chunk.state_dict()
@@ -48,7 +48,7 @@ def set_model_state(chunks: list[torch.nn.Module], state: dict[str, dict]) -> No
 
 def load_weights(
     path: Path,
-    chunks: list[torch.nn.Module],
+    chunks: Sequence[MegatronModule],
     metadata: dict,
     absent: Sequence[str] = (),
     unused: Sequence[str] = (),

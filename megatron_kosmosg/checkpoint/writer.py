@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -42,16 +43,18 @@ class ThreadSaveStrategy(SaveStrategy):
     def _get_save_and_finalize_callbacks(
         self, writer: FileSystemWriterAsync, save_state_dict_ret: tuple, *_: str
     ) -> AsyncRequest:
-        buckets = [self._on_cpu(bucket) for bucket in writer.write_buckets]
+        # A writer begins with None for both: the plan sets the first, and the second if there is
+        # something to write.
+        buckets = [self._on_cpu(bucket) for bucket in cast(list, writer.write_buckets)]
 
         def write() -> None:
             if buckets:
-                writer.results_queue.put(_write(buckets, [writer.transforms]))
+                cast(queue.Queue, writer.results_queue).put(_write(buckets, [writer.transforms]))
 
         def finish() -> None:
             save_state_dict_async_finalize(*save_state_dict_ret)
 
-        return AsyncRequest(write, [], [finish])
+        return AsyncRequest(write, (), [finish])
 
     def _on_cpu(self, bucket: tuple) -> tuple:
         path, key, (objects, tensors) = bucket
@@ -68,31 +71,32 @@ class BackgroundSave:
     """Writes checkpoints in a thread of its own; on every rank at most one save is under way."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._request: AsyncRequest | None = None
+        self._saving: tuple[threading.Thread, AsyncRequest] | None = None
 
     def start(self, request: AsyncRequest) -> None:
         """Writes in the background; `poll` or `wait` finish it."""
-        assert self._request is None, "a save is still under way"
-        self._request = request
-        self._thread = threading.Thread(target=request.async_fn, name="checkpoint", daemon=True)
-        self._thread.start()
+        assert self._saving is None, "a save is still under way"
+        thread = threading.Thread(target=request.async_fn, name="checkpoint", daemon=True)
+        self._saving = thread, request
+        thread.start()
 
     def poll(self, device: torch.device) -> None:
         """Finishes the save if all ranks have written; a collective while one is under way."""
-        if self._request is None:
+        if self._saving is None:
             return
-        writing = torch.tensor([int(self._thread.is_alive())], dtype=torch.int32, device=device)
+        thread, _ = self._saving
+        writing = torch.tensor([int(thread.is_alive())], dtype=torch.int32, device=device)
         dist.all_reduce(writing, op=dist.ReduceOp.MAX)
         if not writing.item():
             self.wait()
 
     def wait(self) -> None:
         """Returns when no save is under way; raises what went wrong while writing."""
-        if self._request is None:
+        if self._saving is None:
             return
-        self._thread.join()
-        request, self._request, self._thread = self._request, None, None
+        thread, request = self._saving
+        thread.join()
+        self._saving = None
         for finish in request.finalize_fns:
             finish()
 
@@ -105,8 +109,9 @@ def _write(buckets: list[tuple], transforms: list) -> dict[int, list] | Exceptio
         answers: queue.Queue = queue.Queue()
         work: queue.Queue = queue.Queue()
         work.put(number)
+        # Its annotations name queues between processes.
         FileSystemWriterAsync.write_preloaded_data(
-            transforms, number, bucket, answers, work, use_fsync=True
+            transforms, number, bucket, cast(Any, answers), cast(Any, work), use_fsync=True
         )
         results[number] = answers.get()[1]
         if isinstance(results[number], Exception):

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_kosmosg.checkpoint.optimizer_state import begin_state
+from megatron_kosmosg.checkpoint.optimizer_state import begin_state, updating_parts
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel import core_versions, fused_adam
@@ -42,7 +48,7 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
         )
 
 
-def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) -> ChainedOptimizer:
     """The optimizer of this rank's trainable parameters; empty but usable when all are frozen."""
     settings, precision = config.optimizer, config.training.precision
     mcore = OptimizerConfig(
@@ -77,12 +83,12 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) ->
     with warnings.catch_warnings():
         # It takes torch 2.13 for an older one than 2.3.
         warnings.filterwarnings("ignore", "CPU offload is recommended for PyTorch")
-        optimizer = get_megatron_optimizer(
-            mcore, chunks, config_overrides={}, use_gloo_process_groups=False
+        built = get_megatron_optimizer(
+            mcore, [*chunks], config_overrides={}, use_gloo_process_groups=False
         )
-    for part in optimizer.chained_optimizers:
-        if not part.is_stub_optimizer:  # a save before the first update needs Adam's state, too
-            begin_state(part)
+    optimizer = cast(ChainedOptimizer, built)  # it always is one, of one or of more
+    for part in updating_parts(optimizer):
+        begin_state(part)  # a save before the first update needs Adam's state, too
     return optimizer
 
 
@@ -107,7 +113,7 @@ def build_lr_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optim
     )
 
 
-def squared_gradient_norm(optimizer: MegatronOptimizer, device: torch.device) -> torch.Tensor:
+def squared_gradient_norm(optimizer: ChainedOptimizer, device: torch.device) -> torch.Tensor:
     """The squared norm of the gradients of all ranks, as `apply_update` will find them: a fp32
     scalar on `device`, infinite where fp16 gradients overflowed (their loss scale is then lowered).
 

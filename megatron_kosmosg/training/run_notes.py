@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_kosmosg.checkpoint.newest import Resumed
@@ -49,9 +51,9 @@ def note_straggler(
     display: ProgressDisplay, stragglers: Stragglers, record: dict[str, float | None]
 ) -> None:
     """Names the slowest rank of an interval where it is far behind the median."""
-    ratio = record.get("slowest_rank_ratio")
-    if ratio is not None and ratio > SLOW_RATIO:
-        rank = int(record["slowest_rank"])
+    ratio, slowest = record.get("slowest_rank_ratio"), record.get("slowest_rank")
+    if ratio is not None and slowest is not None and ratio > SLOW_RATIO:
+        rank = int(slowest)
         display.log(
             f"iteration {record['iteration']} | rank {rank} on {stragglers.nodes[rank]} takes "
             f"{ratio:.2f} x the median rank's time for its own work"
@@ -73,7 +75,7 @@ def note_trace(display: ProgressDisplay, config: RunConfig, was_written: bool) -
 
 
 def announce(
-    display: ProgressDisplay, resumed: Resumed | None, modules: list[torch.nn.Module]
+    display: ProgressDisplay, resumed: Resumed | None, modules: Sequence[torch.nn.Module]
 ) -> None:
     """The first lines of a start: what rank 0 holds, and what the run goes on from."""
     trained = sum(p.numel() for chunk in modules for p in chunk.parameters() if p.requires_grad)

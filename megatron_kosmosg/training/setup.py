@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
 
 from megatron_kosmosg.checkpoint.folder import find_checkpoint
 from megatron_kosmosg.checkpoint.save_and_resume import checkpoint_metadata
@@ -27,10 +28,10 @@ from megatron_kosmosg.training.wrapping import parameters_in, wrap_model
 class Trained:
     """A stage's model on this rank, and what updates it."""
 
-    modules: list[torch.nn.Module]
+    modules: Sequence[MegatronModule]
     """The model chunks without wrappers."""
     chunks: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
+    optimizer: ChainedOptimizer
     scheduler: OptimizerParamScheduler
     average: WeightAverage | None
     """Of the weights (`optimizer.ema_decay`); None keeps none."""
@@ -52,11 +53,11 @@ def build_trained(
     configure_schedules(chunks, optimizer, stage.remote_score)
     average, decay = None, config.optimizer.ema_decay
     if decay:
-        average = WeightAverage(decay, modules, optimizer, context.dp_group)
+        average = WeightAverage(decay, modules, optimizer, context.process_groups.dp)
     return Trained(modules, chunks, optimizer, scheduler, average)
 
 
-def _check_chunks(config: RunConfig, modules: list[torch.nn.Module]) -> None:
+def _check_chunks(config: RunConfig, modules: Sequence[MegatronModule]) -> None:
     needed = config.parallel.virtual_pipeline_model_parallel_size or 1
     if len(modules) != needed:
         raise ConfigError(
@@ -66,7 +67,7 @@ def _check_chunks(config: RunConfig, modules: list[torch.nn.Module]) -> None:
 
 
 def _take_initial_weights(
-    stage: Stage, modules: list[torch.nn.Module], context: ParallelContext
+    stage: Stage, modules: Sequence[MegatronModule], context: ParallelContext
 ) -> None:
     initial = stage.initial_weights()
     if initial is not None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kosmosg.checkpoint.weight_average import WeightAverage
@@ -53,7 +53,7 @@ class Update:
 
 def configure_schedules(
     chunks: list[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
+    optimizer: ChainedOptimizer,
     remote_score: RemoteScore | None,
 ) -> None:
     """Tells Megatron-Core's schedules how to scale the loss and finish the gradients.
@@ -74,7 +74,7 @@ def configure_schedules(
             num_items -= remote_score.left_out().to(num_items)
         # Given no number of items, Megatron-Core adds up the gradients and leaves the division to
         # the lines below: its own, in 0.16, waits for the device to see whether there is anything.
-        finalize_model_grads(model, None, pg_collection=pg_collection, **named)
+        finalize_model_grads([*model], None, pg_collection=pg_collection, **named)
         # Only the last pipeline stage counted the items: it tells the others, then replicas add up.
         pipeline = pg_collection.pp
         last = dist.get_global_rank(pipeline, pipeline.size() - 1)
@@ -82,7 +82,7 @@ def configure_schedules(
         dist.all_reduce(num_items, group=pg_collection.dp_cp)
         scaling = 1.0 / num_items.clamp(min=1)
         for chunk in model:
-            chunk.scale_gradients(scaling)
+            chunk.scale_gradients(cast(float, scaling))  # of a tensor, the host need not wait
 
     for chunk in chunks:
         chunk.config.grad_scale_func = optimizer.scale_loss
@@ -90,7 +90,8 @@ def configure_schedules(
     if chunks[0].ddp_config.overlap_grad_reduce:
         pauses = [chunk.no_sync for chunk in chunks]
         for chunk in chunks:
-            chunk.config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
+            # Annotated as one function, and wanted as a list of each chunk's where there are more.
+            chunk.config.no_sync_func = cast(Any, pauses if len(pauses) > 1 else pauses[0])
 
 
 class Reporter:
@@ -162,7 +163,7 @@ class Reporter:
         }
         *done, wait, loaders, waited, num_bytes, bad_samples = numbers[2 * len(means) : -5]
         idle, unanswered, ranks, queued, latency = numbers[-5:]
-        counts = map(int, (num_bytes, bad_samples, unanswered, ranks, queued))
+        counts = (int(num_bytes), int(bad_samples), int(unanswered), int(ranks), int(queued))
         score = ScoreWork(waited, idle, *counts, latency / context.dp_size)
         work = UpdateWork(*map(int, (*done, bad_samples)))
         return Totals(means, work, wait / loaders, score), known
@@ -173,7 +174,7 @@ def train_step(
     config: RunConfig,
     context: ParallelContext,
     chunks: list[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
+    optimizer: ChainedOptimizer,
     feed: BatchFeed,
     iterators: list[Iterator[Batch]],
     reporter: Reporter,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel.platform import torch_dtype
@@ -35,7 +36,9 @@ def parameters_in(precision: str) -> Iterator[None]:
         hook.remove()
 
 
-def wrap_model(chunks: list[torch.nn.Module], config: RunConfig) -> list[DistributedDataParallel]:
+def wrap_model(
+    chunks: Sequence[MegatronModule], config: RunConfig
+) -> list[DistributedDataParallel]:
     """The chunks in the training precision, gradients accumulated in fp32 and reduced over
     replicas. Chunks come as the stage built them, in fp32 or under `parameters_in`, each with its
     `config`."""
@@ -64,7 +67,8 @@ def _count_padding(chunk: DistributedDataParallel) -> None:
     parameter in it by a place that counts the padding: main parameters and moments of all but the
     first bucket would be saved shifted. Padding that counts as content leaves nothing out.
     """
-    for buffer in chunk.buffers:
+    # Megatron-Core's list is named as torch's method.
+    for buffer in cast(list[Any], chunk.buffers):
         for bucket in buffer.buckets:
             bucket.numel_unpadded = bucket.grad_data.numel()
         buffer.numel_unpadded = buffer.numel
