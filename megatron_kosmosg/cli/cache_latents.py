@@ -96,7 +96,7 @@ def _cache(args: argparse.Namespace) -> int:
     from megatron_kosmosg.data.store import SampleStore
     from megatron_kosmosg.launcher import find_rank_info
     from megatron_kosmosg.models.diffusion import load_vae, vae_fingerprint
-    from megatron_kosmosg.parallel.devices import choose_device
+    from megatron_kosmosg.parallel.devices import choose_device, on_device
     from megatron_kosmosg.parallel.platform import torch_dtype
     from megatron_kosmosg.preprocess.latent_moments import LatentJob, cache_latents
     from megatron_kosmosg.progress import Progress
@@ -105,7 +105,7 @@ def _cache(args: argparse.Namespace) -> int:
     device = choose_device(rank_info)
     folder = str(args.stable_diffusion)
     mark = vae_fingerprint(load_vae(folder, torch_dtype("fp32")))
-    vae = load_vae(folder, torch_dtype(args.dtype)).to(device)
+    vae = on_device(load_vae(folder, torch_dtype(args.dtype)), device)
     decoder = ImageDecoder(args.image_backend, device.index)
     # A dataset in shards gets a cache of each shard.
     for prefix in (p for name in args.prefixes for p in SampleStore(name).shards.prefixes):

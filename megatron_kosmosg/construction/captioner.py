@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, Blip2ForConditionalGeneration
 
 from megatron_kosmosg.construction.model_folders import loaded
+from megatron_kosmosg.parallel.devices import on_device
 
 
 class Blip2Captioner:
@@ -30,7 +31,7 @@ class Blip2Captioner:
                 f"--captions {folder}: config.json has no image_token_index; it is of an older "
                 "transformers, take the current files of that model"
             )
-        self._model = model.to(device).eval()
+        self._model = on_device(model, device).eval()
         self._max_tokens = max_tokens
 
     @torch.inference_mode()

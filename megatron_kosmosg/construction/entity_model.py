@@ -7,12 +7,14 @@ does not depend on chance.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_kosmosg.construction.entity_prompt import CAPTION
 from megatron_kosmosg.construction.model_folders import loaded
+from megatron_kosmosg.parallel.devices import on_device
 
 
 class EntityModel:
@@ -32,7 +34,8 @@ class EntityModel:
         if self._tokenizer.pad_token is None:
             raise ValueError(f"--entities {folder}: the tokenizer has no token to pad or end with")
         model = loaded(AutoModelForCausalLM.from_pretrained, folder, dtype=dtype)
-        self._model = model.to(device).eval()
+        # Any: transformers' annotation of what it loaded does not fit that of `generate`.
+        self._model: Any = on_device(model, device).eval()
         self._max_tokens, self._prompt = max_tokens, prompt
 
     @torch.inference_mode()

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPSegForImageSegmentation
 
 from megatron_kosmosg.construction.model_folders import loaded
+from megatron_kosmosg.parallel.devices import on_device
 
 
 class ClipSegmenter:
@@ -20,7 +21,7 @@ class ClipSegmenter:
         self._tokenizer = loaded(AutoTokenizer.from_pretrained, folder)
         self._processor = loaded(AutoImageProcessor.from_pretrained, folder)
         model = loaded(CLIPSegForImageSegmentation.from_pretrained, folder, dtype=dtype)
-        self._model = model.to(device).eval()
+        self._model = on_device(model, device).eval()
 
     @torch.inference_mode()
     def __call__(self, named: Sequence[tuple[Image.Image, str]]) -> list[np.ndarray]:

@@ -3,10 +3,14 @@ random state."""
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.launcher import RankInfo
+
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
 
 def choose_device(rank_info: RankInfo) -> torch.device:
@@ -29,6 +33,12 @@ def named_device(name: str | None, rank_info: RankInfo) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def on_device(module: ModuleT, device: torch.device) -> ModuleT:
+    """The module, moved. By the annotations of diffusers and transformers, `to` of their models
+    has lost its `self`; here it is that of every module."""
+    return module.to(device)
 
 
 def gpu_name_and_gib() -> tuple[str, float] | None:

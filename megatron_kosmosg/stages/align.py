@@ -7,9 +7,10 @@ the authors' code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import nn
@@ -19,13 +20,15 @@ from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.frozen_weights import TRANSFORMERS, weights_variant
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.untrusted_folders import check_model_config
-from megatron_kosmosg.data.samples import StreamDataset
+from megatron_kosmosg.data.samples import CaptionSample, Split, StreamDataset
 from megatron_kosmosg.data.streams import align_stream
 from megatron_kosmosg.evaluation.evaluator import Evaluator
 from megatron_kosmosg.losses import alignment_loss, reconstruction_loss
 from megatron_kosmosg.models.flops import align_flops
+from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.models.read_frozen import reading_frozen
 from megatron_kosmosg.parallel.context import ParallelContext
+from megatron_kosmosg.parallel.devices import on_device
 from megatron_kosmosg.score.remote import RemoteScore
 from megatron_kosmosg.stages.facts import ALIGN
 from megatron_kosmosg.stages.freezing import build_frozen
@@ -51,11 +54,11 @@ class AlignStage:
             load_text_encoder(config, context) if context.is_last_pipeline_stage else None
         )
 
-    def build_model(self, context: ParallelContext) -> list[nn.Module]:
+    def build_model(self, context: ParallelContext) -> list[KosmosG]:
         """Decoder without output head, and both halves of AlignerNet."""
         return build_frozen(ALIGN, self.config, context)
 
-    def build_dataset(self, split: str) -> StreamDataset:
+    def build_dataset(self, split: Split) -> StreamDataset[CaptionSample]:
         """Captions, as decoder tokens and as tokens of the text encoder."""
         return align_stream(self.config, split)
 
@@ -72,7 +75,7 @@ class AlignStage:
 
         def loss_func(output):
             with torch.no_grad():
-                target = self._text_encoder(batch["clip_tokens"]).last_hidden_state
+                target = self._text_states(batch["clip_tokens"])
             condition = output["condition"]
             mse = alignment_loss(condition, target)
             reconstruction = reconstruction_loss(
@@ -97,13 +100,16 @@ class AlignStage:
 
         return output, loss_func
 
+    def _text_states(self, clip_tokens: torch.Tensor) -> torch.Tensor:
+        assert self._text_encoder is not None, "the last pipeline stage alone computes the loss"
+        return self._text_encoder(clip_tokens).last_hidden_state
+
     def initial_weights(self) -> InitialWeights | None:
         """The decoder, resampler and image tower of `pretrain`; AlignerNet starts new."""
-        return InitialWeights(
-            self.config.checkpoint.load, stage="pretrain", absent=("aligner_m", "aligner_n")
-        )
+        path = cast(str, self.config.checkpoint.load)  # a setting that the stage needs (facts.py)
+        return InitialWeights(path, stage="pretrain", absent=("aligner_m", "aligner_n"))
 
-    def probe(self, model: list[nn.Module], iteration: int) -> Probe:
+    def probe(self, model: Sequence[nn.Module], iteration: int) -> Probe:
         """Nothing beyond the held-out losses and cosine."""
         return Probe()
 
@@ -139,4 +145,4 @@ def load_text_encoder(config: RunConfig, context: ParallelContext) -> CLIPTextMo
             f"{aligner.num_queries} x {aligner.hidden_size}; set model.aligner.num_queries and "
             "model.aligner.hidden_size to the text encoder's."
         )
-    return encoder.to(context.device)
+    return on_device(encoder, context.device)

@@ -36,7 +36,7 @@ def held_out_images(
     context: ParallelContext,
     generate: GenerateImages,
     dataset: StreamDataset,
-    model: list[nn.Module],
+    model: Sequence[nn.Module],
     evaluators: Mapping[str, Evaluator] = MappingProxyType({}),
     num_measured: int | None = None,
 ) -> Probe | None:
@@ -85,7 +85,7 @@ def _generated(
     context: ParallelContext,
     generate: GenerateImages,
     dataset: StreamDataset,
-    model: list[nn.Module],
+    model: Sequence[nn.Module],
     positions: Sequence[int],
 ) -> tuple[dict[str, torch.Tensor], GeneratedImages | None] | None:
     """The batch of these prompts with what was drawn for them, None for the latter where the run
@@ -140,7 +140,7 @@ def _prompt_images(
 def _collect_outputs(
     context: ParallelContext,
     forward: Callable[[dict[str, torch.Tensor], nn.Module], Any],
-    model: list[nn.Module],
+    model: Sequence[nn.Module],
     micro_batches: Iterator[dict[str, torch.Tensor]],
     num_microbatches: int,
 ) -> list[Any]:
@@ -162,7 +162,7 @@ def _collect_outputs(
     outputs = pipeline_schedule(context, get_model_config(model[0]))(
         forward_step_func=forward_step,
         data_iterator=[iter(batches) for _ in model],
-        model=model,
+        model=[*model],
         num_microbatches=len(batches),
         seq_length=1,  # shapes travel with the tensors (variable_seq_lengths)
         micro_batch_size=1,

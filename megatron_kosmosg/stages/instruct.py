@@ -6,8 +6,9 @@ the frozen U-Net. The null condition is `<s>` alone, an extra row of every micro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from megatron.core.utils import get_model_config
@@ -15,11 +16,12 @@ from torch import nn
 
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.random_keys import StreamName
-from megatron_kosmosg.data.samples import StreamDataset
+from megatron_kosmosg.data.samples import ImageStream, PromptSample, Split
 from megatron_kosmosg.evaluation.evaluator import Evaluator
 from megatron_kosmosg.models.diffusion import FrozenDiffusion, load_diffusion
 from megatron_kosmosg.models.faster_passes import take_faster_passes
 from megatron_kosmosg.models.flops import instruct_flops
+from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.models.lora import ADAPTERS
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.parallel.platform import torch_dtype
@@ -60,11 +62,11 @@ class InstructStage:
                 self._diffusion, context, config.score, config.training.seed
             )
 
-    def build_model(self, context: ParallelContext) -> list[nn.Module]:
+    def build_model(self, context: ParallelContext) -> list[KosmosG]:
         """Decoder without output head, and AlignerNet M."""
         return build_frozen(INSTRUCT, self.config, context)
 
-    def build_dataset(self, split: str) -> StreamDataset:
+    def build_dataset(self, split: Split) -> ImageStream[PromptSample]:
         """Prompts that mix text and images, on the U-Net's ranks with the image to be drawn."""
         reads = "prompts" if self._score is None else "all"
         context = self._context
@@ -93,7 +95,8 @@ class InstructStage:
                 drop = self._condition_drop(batch, stream)
                 condition = drop_condition(condition, null_condition, drop)
             if self.remote_score is not None:
-                return self._remote_loss(condition, batch, model, training)
+                return self._remote_loss(self.remote_score, condition, batch, model, training)
+            assert self._score is not None, "the last pipeline stage alone computes the loss"
             cached = "target_moments" in batch
             targets = batch["target_moments" if cached else "target_pixel_values"]
             weights = batch["target_weights"]
@@ -112,6 +115,7 @@ class InstructStage:
 
     def _remote_loss(
         self,
+        remote_score: RemoteScore,
         condition: torch.Tensor,
         batch: dict[str, torch.Tensor],
         model: nn.Module,
@@ -120,7 +124,7 @@ class InstructStage:
         """What `loss_func` returns, where the U-Net has ranks of its own; they answer later."""
         # Bad targets come off it when the score ranks have answered.
         count = torch.full((), len(condition), dtype=torch.int, device=condition.device)
-        loss, reported = self.remote_score.loss(
+        loss, reported = remote_score.loss(
             condition,
             batch["stream_positions"],
             batch["replacements"],
@@ -134,14 +138,14 @@ class InstructStage:
         """The model of `align` without N; or of `pretrain`, when asked, with a new AlignerNet."""
         new = ADAPTERS if self.config.lora.rank else ()
         load_stage = self.config.checkpoint.load_stage
-        path = self.config.checkpoint.load
+        path = cast(str, self.config.checkpoint.load)  # a setting that the stage needs (facts.py)
         if load_stage == "pretrain":
             return InitialWeights(path, stage="pretrain", absent=("aligner_m",), new=new)
         if load_stage == "instruct":
             return InitialWeights(path, stage="instruct", new=new)
         return InitialWeights(path, stage="align", unused=("aligner_n",), new=new)
 
-    def probe(self, model: list[nn.Module], iteration: int) -> Probe | None:
+    def probe(self, model: Sequence[nn.Module], iteration: int) -> Probe | None:
         """Images of fixed held-out prompts, and what the evaluators say of them when it is time.
 
         Nothing where the run has no held-out data.
@@ -166,10 +170,11 @@ class InstructStage:
     def _generate(
         self, condition: torch.Tensor, positions: torch.Tensor, size: int
     ) -> torch.Tensor | None:
-        if self.remote_score is None:
-            return generate_images(self.config, self._diffusion, condition, positions, size)
-        condition = condition.to(torch_dtype(self.config.training.precision))
-        return self.remote_score.generate(condition, positions, size)
+        if self.remote_score is not None:
+            condition = condition.to(torch_dtype(self.config.training.precision))
+            return self.remote_score.generate(condition, positions, size)
+        assert self._diffusion is not None, "the last pipeline stage alone draws"
+        return generate_images(self.config, self._diffusion, condition, positions, size)
 
     def flops_per_iteration(self, num_tokens: int, num_images: int, num_targets: int) -> float:
         return instruct_flops(self.config, num_tokens, num_images, num_targets)

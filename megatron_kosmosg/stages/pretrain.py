@@ -6,18 +6,19 @@ Trains the decoder, the resampler, the last CLIP block and the CLIP post-norm.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import nn
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.data.samples import StreamDataset
+from megatron_kosmosg.data.samples import ImageStream, PackedRow, Split
 from megatron_kosmosg.data.streams import pretrain_stream
 from megatron_kosmosg.evaluation.evaluator import Evaluator
 from megatron_kosmosg.losses import token_cross_entropy
 from megatron_kosmosg.models.flops import pretrain_flops
+from megatron_kosmosg.models.kosmosg import KosmosG
 from megatron_kosmosg.parallel.context import ParallelContext
 from megatron_kosmosg.score.remote import RemoteScore
 from megatron_kosmosg.stages.facts import PRETRAIN
@@ -41,7 +42,7 @@ class PretrainStage:
         self.remote_score = remote_score
         self._context = context
 
-    def build_model(self, context: ParallelContext) -> list[nn.Module]:
+    def build_model(self, context: ParallelContext) -> list[KosmosG]:
         """Decoder with tied output head, resampler and image tower."""
         is_new = self.config.checkpoint.load is None and self.config.model.vision.path is None
         if is_new and context.rank == 0:
@@ -52,7 +53,7 @@ class PretrainStage:
             )
         return build_frozen(PRETRAIN, self.config, context)
 
-    def build_dataset(self, split: str) -> StreamDataset:
+    def build_dataset(self, split: Split) -> ImageStream[PackedRow]:
         """Packed rows of text, captioned images and interleaved documents."""
         context = self._context
         return pretrain_stream(
@@ -85,7 +86,7 @@ class PretrainStage:
             return None
         return InitialWeights(self.config.checkpoint.load, stage="pretrain")
 
-    def probe(self, model: list[nn.Module], iteration: int) -> Probe:
+    def probe(self, model: Sequence[nn.Module], iteration: int) -> Probe:
         """Empty: nothing is reported beyond the held-out loss."""
         return Probe()
 
