@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 from megatron.core import parallel_state
@@ -74,12 +75,12 @@ def create_groups(
     """
     data_parallel_size(config, torch.distributed.get_world_size() + num_score_ranks)
     parallel: ParallelConfig = config.parallel
+    minutes = timedelta(seconds=parallel.timeout_seconds).total_seconds() / 60
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        distributed_timeout_minutes=timedelta(seconds=parallel.timeout_seconds).total_seconds()
-        / 60,
+        distributed_timeout_minutes=cast(int, minutes),  # annotated so, and takes parts of one
         # config/rank_grid.py keeps the pipeline stages of a replica together where it has score
         # ranks.
         order="tp-cp-ep-pp-dp" if num_score_ranks else "tp-cp-ep-dp-pp",

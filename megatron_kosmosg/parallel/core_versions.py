@@ -41,7 +41,8 @@ def backward_step(
     """Gradient of what a pipeline stage received. 0.17 took the model's type out of the
     arguments."""
     model_type = [get_model_type(model)] if _ASKS_FOR_TYPE else []
-    return schedules.backward_step(received, output, gradient, *model_type, config)
+    arguments = [received, output, gradient, *model_type, config]
+    return schedules.backward_step(*arguments)
 
 
 _ASKS_FOR_TYPE = "model_type" in inspect.signature(schedules.backward_step).parameters

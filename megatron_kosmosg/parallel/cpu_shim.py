@@ -62,7 +62,7 @@ def install() -> None:
     view = _cpu_view()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and vars(module).get("torch") is torch:
-            module.torch = view
+            vars(module)["torch"] = view
     _patch_random(view)
     _skip_collectives_of_one_rank()
     _keep_freed_memory()
@@ -140,12 +140,14 @@ def _patch_random(view: types.ModuleType) -> None:
     """
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     constant = torch.zeros(1, dtype=torch.uint8)
-    random.torch = _view_of(view, get_rng_state=lambda: constant, set_rng_state=lambda state: None)
-    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
-        torch.get_rng_state()
-    )
-    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(
-        new_state
+    vars(random).update(
+        torch=_view_of(view, get_rng_state=lambda: constant, set_rng_state=lambda state: None),
+        _get_cuda_rng_state=lambda device="cuda", clone=False, graph_safe=False: (
+            torch.get_rng_state()
+        ),
+        _set_cuda_rng_state=lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(
+            new_state
+        ),
     )
 
 

@@ -7,6 +7,7 @@ pass returned is gone when the next begins, and two passes may not be under way 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 
@@ -23,7 +24,9 @@ def record_passes(run: Pass, inputs: Sequence[torch.Tensor]) -> Pass:
     if inputs[0].device.type != "cuda":
         raise RuntimeError(f"CUDA graphs need a GPU, and this process runs on {inputs[0].device}")
     examples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
-    return _Recorded(run, torch.cuda.make_graphed_callables(run, examples), examples)
+    # For a function, a function: its annotation names all that it takes.
+    replay = cast(Pass, torch.cuda.make_graphed_callables(run, examples))
+    return _Recorded(run, replay, examples)
 
 
 class _Recorded:

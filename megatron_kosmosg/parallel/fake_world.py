@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_kosmosg.config.rank_grid import RankGrid
@@ -54,7 +56,8 @@ def _context(world: RankGrid, rank: int) -> ParallelContext:
     pipeline = world.pipeline_group(coordinates.replica, coordinates.tp_rank)
     ends = sorted({pipeline[0], pipeline[-1]})
     tensor, pipeline_group, data, alone = (
-        torch.distributed.new_group(ranks, backend=_BACKEND)
+        # Without the cast it might be a number, which stands for a group that this rank is not in.
+        cast(ProcessGroup, torch.distributed.new_group(ranks, backend=_BACKEND))
         for ranks in (
             world.tensor_group(coordinates.replica, coordinates.pp_rank),
             pipeline,
