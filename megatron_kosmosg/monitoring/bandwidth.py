@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -27,13 +28,13 @@ def measure_bandwidth(node: str, device: torch.device) -> Bandwidth:
     `node` is this rank's."""
     names: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(names, node)
-    local_speed = 0.0
-    for name in sorted(set(names)):
-        ranks = [rank for rank, other in enumerate(names) if other == name]
-        group = dist.new_group(ranks)  # every rank takes part in making every group
-        if name == node:
-            local_group, size = group, len(ranks)
+    groups = {  # every rank takes part in making every group
+        name: dist.new_group([rank for rank, other in enumerate(names) if other == name])
+        for name in sorted(set(names))
+    }
+    local_speed, size = 0.0, names.count(node)
     if size > 1:
+        local_group = cast(dist.ProcessGroup, groups[node])  # a number where this rank is outside
         local_speed = _all_reduce_speed(local_group, size, device)
     speeds: list[float] = [0.0] * len(names)
     dist.all_gather_object(speeds, local_speed)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol, TypeVar
 
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_kosmosg.config.paths import trace_file
 from megatron_kosmosg.config.schema import RunConfig
@@ -49,7 +49,7 @@ class DecoderTrace:
         config: RunConfig,
         context: ParallelContext,
         chunks: list[DistributedDataParallel],
-        optimizer: MegatronOptimizer,
+        optimizer: ChainedOptimizer,
         recorded: Recorded | None = None,
     ) -> None:
         """Collective with the score ranks' `ScoreTrace`, unless the config asks for no trace.
@@ -58,7 +58,7 @@ class DecoderTrace:
             recorded: what else names its stretches of time while a trace is made.
         """
         self._config, self._context, self._recorded = config, context, recorded
-        self._configs = [chunk.config for chunk in chunks]
+        self._configs: list[Any] = [chunk.config for chunk in chunks]
         self._configs += [part.config for part in (optimizer, *optimizer.chained_optimizers)]
         self._exchange = open_exchange(config)
         self._is_pending = False
@@ -82,7 +82,7 @@ class DecoderTrace:
 
     def write(self, *, only_all: bool) -> bool:
         """Whether this call wrote the file. only_all: not while parts of ranks are missing."""
-        if not self._is_pending:
+        if self._exchange is None or not self._is_pending:
             return False
         parts = self._exchange.collected(only_all=only_all)
         if not parts:

@@ -7,7 +7,7 @@ it, so a slow one shows in the time of all of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ class Stragglers:
         self._watch = Stopwatch(context.device)
         self._seconds: list[float] = []
         for chunk in chunks:
-            finish = chunk.config.finalize_model_grads_func
+            finish = cast(Callable[..., Any], chunk.config.finalize_model_grads_func)
             chunk.config.finalize_model_grads_func = self._stopping_before(finish)
         places: list[tuple[int, str]] = [(0, "")] * context.world_size
         node = node_name()

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 from megatron_kosmosg.launcher import RankInfo, node_name
 from megatron_kosmosg.monitoring.spans import Span
@@ -45,7 +45,8 @@ class TraceExchange:
     def publish(self, name: str, spans: Sequence[Span]) -> None:
         """Leaves this rank's part where rank 0 finds it."""
         part = TracePart(name, [self._on_shared_clock(span) for span in spans])
-        self._store.set(_key(self._rank), zlib.compress(json.dumps(asdict(part)).encode()))
+        packed = zlib.compress(json.dumps(asdict(part)).encode())
+        self._store.set(_key(self._rank), cast(str, packed))  # annotated so, and takes bytes too
 
     def collected(self, *, only_all: bool) -> dict[int, TracePart]:
         """The parts that have come, by rank; with only_all, none before all have come. Never

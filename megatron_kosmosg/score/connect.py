@@ -50,7 +50,7 @@ def open_remote_score(config: RunConfig, context: ParallelContext) -> RemoteScor
         open_fleet(config, context) if context.tp_rank == 0 else None,
         config.score.ranks_per_replica,
         num_microbatches(config, context.dp_size),
-        context.tp_group,
+        context.process_groups.tp,
         context.device,
     )
 

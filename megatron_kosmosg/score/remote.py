@@ -200,7 +200,8 @@ class RemoteScore:
     ) -> int:
         assert self._fleet is not None
         download = Download(condition, scale.float())
-        request = ScoreRequest(kind, rows, *download.tensors, image_size)
+        condition_copy, scale_copy = download.tensors
+        request = ScoreRequest(kind, rows, condition_copy, scale_copy, image_size)
         return self._fleet.submit(request, download.has_arrived)
 
     def _shares(self, num_rows: int) -> list[slice]:

@@ -62,7 +62,7 @@ def _one_forward_one_backward(
     shapes = get_tensor_shapes(
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
-        decoder_seq_length=None,
+        decoder_seq_length=seq_length,
         config=config,
         tp_group=groups.tp,
         cp_group=groups.cp,

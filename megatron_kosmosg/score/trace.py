@@ -30,13 +30,14 @@ class ScoreTrace:
 
     def received(self, request: ScoreRequest) -> None:
         """Notes a request; call it for every one, before it is answered."""
-        if self.record is no_record or request.kind is not Kind.GRADIENT:
+        traced = self._config.logging.trace_iteration
+        if traced is None or self.record is no_record or request.kind is not Kind.GRADIENT:
             return
         size = self._config.training.global_batch_size
         iteration = min(request.rows.positions) // size + 1
-        if iteration < self._config.logging.trace_iteration:
+        if iteration < traced:
             self._spans.clear()
-        if iteration > self._config.logging.trace_iteration:
+        if iteration > traced:
             self.ended()
 
     def ended(self) -> None:

@@ -218,7 +218,7 @@ def unpack_answer(parts: Sequence[Any], num_values: int) -> Answer:
 
 def memory(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous host tensor, not copied."""
-    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _numbers(rows: Rows) -> tuple[bytes, bytes]:
