@@ -83,7 +83,7 @@ def count_model(config: RunConfig) -> ModelCounts:
         trainable, frozen = trained_and_frozen(child)
         if trainable + frozen:
             parts[name] = ModelPart(trainable, frozen)
-    rows, width = model.embedding.word_embeddings.weight.shape
+    rows, width = model.get_parameter("embedding.word_embeddings.weight").shape
     padding = (rows - config.model.vocab_size) * width
     is_trained = parts["embedding"].trainable > 0
     parts["embedding"] = ModelPart(
@@ -167,7 +167,7 @@ def model_shares(config: RunConfig, model: torch.nn.Module) -> ModelShares:
 
 def _is_split(parameter: torch.nn.Parameter) -> bool:
     """Whether tensor-parallel ranks hold slices; Megatron-Core marks only its own modules."""
-    return hasattr(parameter, "tensor_model_parallel") and parameter.tensor_model_parallel
+    return getattr(parameter, "tensor_model_parallel", False)
 
 
 def _pipeline_stage(name: str, specs: list[PipelineStageSpec]) -> int:

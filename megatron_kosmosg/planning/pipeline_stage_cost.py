@@ -167,8 +167,9 @@ def pipeline_stage_cost(
     tensor_wire = comm.group_gb_s(world.tensor_group(0, pipeline_stage), gpu)
     pipeline_wire = comm.group_gb_s(world.pipeline_group(0, 0), gpu)
     forward, backward = [], []
-    parts = dict.fromkeys(("forward", "backward", "score", "tensor", "pipeline", "launches"), 0.0)
-    sent = dict.fromkeys(("tensor", "pipeline", "score_link"), 0.0)
+    names = ("forward", "backward", "score", "tensor", "pipeline", "launches")
+    parts: dict[str, float] = dict.fromkeys(names, 0.0)
+    sent: dict[str, float] = dict.fromkeys(("tensor", "pipeline", "score_link"), 0.0)
     first_forward = last_backward = 0.0
     known: dict[MicroBatch, _PassCost] = {}  # an update has few micro-batches that differ
     for index, batch in enumerate(batches):

@@ -56,9 +56,11 @@ def play(
     pointers = dict.fromkeys(free, 0)
     servers = [0.0] * score_ranks
     queue = [(i, replica) for i in range(count) for replica in range(replicas)]
-    waiting = [
-        [entry for entry in queue if entry[0] % score_ranks == s] for s in range(score_ranks)
-    ]
+    waiting: list[list[tuple[int, int]]] = []
+    scoring: Sequence[float] = ()
+    if score is not None:
+        scoring = score
+        waiting = [[e for e in queue if e[0] % score_ranks == s] for s in range(score_ranks)]
     left = len(free) * 2 * count
     while left:
         for (replica, pipeline_stage), pointer in pointers.items():
@@ -74,11 +76,11 @@ def play(
                 free[replica, pipeline_stage] = done[name, replica, pipeline_stage, i] = end
                 pointer, left = pointer + 1, left - 1
             pointers[replica, pipeline_stage] = pointer
-        for server, entries in enumerate(waiting if score is not None else []):
+        for server, entries in enumerate(waiting):
             while entries and ("F", entries[0][1], num_pipeline_stages - 1, entries[0][0]) in done:
                 i, replica = entries.pop(0)
                 arrived = done["F", replica, num_pipeline_stages - 1, i] + link
-                servers[server] = max(servers[server], arrived) + score[i]
+                servers[server] = max(servers[server], arrived) + scoring[i]
                 done["S", replica, num_pipeline_stages - 1, i] = servers[server] + link
     busy = sum(map(sum, forward)) + sum(map(sum, backward))
     scored = sum(score) * replicas / score_ranks if score is not None else 0.0

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.rank_grid import RankGrid
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
-from megatron_kosmosg.data.kinds import read_by
+from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.kinds.kind import UsualSize
 from megatron_kosmosg.data.manifest import dataset_kind
 from megatron_kosmosg.stages import stage_facts
@@ -103,8 +103,9 @@ def assumed_kinds(config: RunConfig) -> list[str]:
 def _kinds_read(config: RunConfig) -> dict[str, UsualSize]:
     """A usual sample (in `pretrain`, a packed row) of each kind that the stage reads, by kind."""
     return {
-        kind.name: kind.use(config.stage).usual_size(config.data.seq_length)
-        for kind in read_by(config.stage)
+        kind.name: use.usual_size(config.data.seq_length)
+        for kind in KINDS.values()
+        if (use := kind.use(config.stage)) is not None
     }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from megatron_kosmosg.data.latent_cache import (
 )
 from megatron_kosmosg.data.normalise import normalise
 from megatron_kosmosg.data.store import SampleStore
+from megatron_kosmosg.data.stored_sample import RawSample
 from megatron_kosmosg.files import exclusive, real_folder
 from megatron_kosmosg.models.diffusion import vae_moments
 from megatron_kosmosg.progress import ProgressCallback
@@ -119,11 +120,7 @@ def cache_latents(
             with other settings.
         TooManyBadImages: more targets than job.max_bad_images cannot be decoded, or none can.
     """
-    if job.store.sample_kind.instruct is None:
-        raise ValueError(
-            f"{job.store.prefix} is of kind {job.store.kind}; "
-            f"only {names_read_by('instruct')} have target images"
-        )
+    _find_target(job.store)
     prefix = latent_prefix(job.store.prefix, job.name)
     _refuse_to_overwrite(job, prefix)
     transform = describe_transform(job.transform)
@@ -221,12 +218,23 @@ def _encode_shard(
     return _with_more(job, bad_before, bad)
 
 
+def _find_target(store: SampleStore) -> Callable[[RawSample], memoryview]:
+    """Finds the target image of a stored sample. Raises ValueError for a kind that has none."""
+    prompts = store.sample_kind.instruct
+    if prompts is None:
+        raise ValueError(
+            f"{store.prefix} is of kind {store.kind}; "
+            f"only {names_read_by('instruct')} have target images"
+        )
+    return prompts.target
+
+
 def _decoded(
     job: LatentJob, samples: range, decoder: ImageDecoder, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[int, torch.Tensor, list[BadImage]]]:
     """Yields (first sample, pixels uint8, bad ones among them) for one batch after the other, read
     ahead."""
-    target = job.store.sample_kind.instruct.target
+    target = _find_target(job.store)
 
     def read(first: int) -> tuple[torch.Tensor, list[BadImage]]:
         batch = range(first, min(first + job.batch_size, samples.stop))

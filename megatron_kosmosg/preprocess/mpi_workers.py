@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from megatron_kosmosg.launcher import find_tasks
@@ -96,7 +97,7 @@ class MpiWorkers:
             nonlocal error
             results[number], failure = attempt
             if failure is None and error is None and done is not None:
-                _, failure = _attempt(lambda: done(len(results), attempt[0]))
+                _, failure = _attempt(partial(done, len(results), attempt[0]))
             if failure is not None and error is None:
                 error = failure
                 for rank in range(1, self.size):

@@ -11,6 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -152,10 +153,11 @@ class ShardWriter:
             "num_images": np.zeros(0, np.int64),
             "keys": np.zeros(0, KEY_TYPE),
         }
-        np.savez(
-            f"{self._prefix}.npz",
-            **{name: np.concatenate([empty[name], *self._arrays[name]]) for name in empty},
-        )
+        # Any: numpy also has options of its own there, of other types and names.
+        arrays: dict[str, Any] = {
+            name: np.concatenate([first, *self._arrays[name]]) for name, first in empty.items()
+        }
+        np.savez(f"{self._prefix}.npz", **arrays)
 
 
 def read_names(prefix: str) -> list[tuple[str, str]]:

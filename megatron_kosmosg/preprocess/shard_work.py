@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from megatron_kosmosg.data.kinds import KINDS
+from megatron_kosmosg.data.kinds.kind import Converted
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.data.tokenizer import Tokenizer
 from megatron_kosmosg.preprocess.convert import RecordConversion
@@ -83,7 +84,7 @@ class _ShardWork:
         self._job, self._kind = job, KINDS[job.kind]
         self._use = RecordConversion(tokenizer, job.options)
         self._writer = ShardWriter(job.prefix, self._kind)
-        self._texts = TextBatches(self._kind, tokenizer, words, self._writer)
+        self._texts = TextBatches(tokenizer, words, self._writer)
         self._rejects: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()
         self._notes: Counter[str] = Counter()
@@ -134,19 +135,18 @@ class _ShardWork:
             self._notes[record.note] += 1
         try:
             for found in canonical_records(job.kind, record, job.options, self._use.image_check):
-                if self._kind.is_plain_text:
-                    self._texts.add(found)
+                if self._kind.plain_text is not None:
+                    self._texts.add(found, self._kind.plain_text(found))
                     if self._texts.is_full:
                         self._flush_texts()
-                else:
-                    self._write(found)
+                elif self._kind.convert is not None:
+                    self._write(found, self._kind.convert(found, self._use))
         except UnicodeEncodeError as error:
             self._reject(record.source, record.key, Rejected("text is not Unicode", str(error)))
         except Rejected as rejected:
             self._reject(record.source, record.key, _with_members(rejected, record))
 
-    def _write(self, record: Record) -> None:
-        converted = self._kind.convert(record, self._use)
+    def _write(self, record: Record, converted: Converted) -> None:
         self._left_out.update(record.left_out + converted.left_out)
         self._writer.add(
             converted.parts,

@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from megatron_kosmosg.data.kinds.record import Record, Rejected, is_filled
 from megatron_kosmosg.foreign_files import MAX_FILE_BYTES
@@ -118,7 +118,7 @@ def _members_of_archive(file: IO[bytes], end: int) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.TarFile(fileobj=file) as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()
+                cast(Any, archive).members.clear()  # it would keep them all
                 if member.isreg() and member.offset_data + member.size > end:
                     raise Rejected("tar is truncated", member.name)
                 yield member

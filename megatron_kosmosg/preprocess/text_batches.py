@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_kosmosg.data.kinds.kind import SampleKind
 from megatron_kosmosg.data.kinds.record import Record, Rejected
 from megatron_kosmosg.data.stored_sample import TOKEN_TYPE
 from megatron_kosmosg.data.tokenizer import Tokenizer
@@ -20,10 +19,7 @@ MAX_DOCUMENTS, MAX_CHARACTERS = 256, 1 << 20
 class TextBatches:
     """Collects documents and writes each full batch."""
 
-    def __init__(
-        self, kind: SampleKind, tokenizer: Tokenizer, words: WordCache, writer: ShardWriter
-    ) -> None:
-        self._kind = kind
+    def __init__(self, tokenizer: Tokenizer, words: WordCache, writer: ShardWriter) -> None:
         self._tokenizer = tokenizer
         self._words = words
         self._writer = writer
@@ -31,9 +27,8 @@ class TextBatches:
         self._texts: list[str] = []
         self._characters = 0
 
-    def add(self, record: Record) -> None:
-        """Takes a document into the batch. Raises Rejected."""
-        text = self._kind.plain_text(record)
+    def add(self, record: Record, text: str) -> None:
+        """Takes the document `text` of a record into the batch."""
         self._records.append(record)
         self._texts.append(text)
         self._characters += len(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -89,7 +90,8 @@ class MadeUpStream:
 
     def _targets(self, rows: int) -> dict[str, torch.Tensor]:
         side = self._config.data.target_image_size
-        vae = json.loads((Path(self._config.model.diffusion.path) / "vae/config.json").read_text())
+        folder = Path(cast(str, self._config.model.diffusion.path))  # `instruct` needs the setting
+        vae = json.loads((folder / "vae/config.json").read_text())
         pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
         latents = (LATENT_CHANNELS, *[side // pixels_per_latent] * 2)
         batch = {

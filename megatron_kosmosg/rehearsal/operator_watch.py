@@ -96,11 +96,12 @@ class OperatorWatch(TorchDispatchMode):
     def _count_copy(self, name: str, args: tuple, kwargs: dict) -> bool:
         """Counts a copy between host and device, and says whether this is one."""
         if name == "_to_copy":
-            source = args[0]
+            source = first = args[0]
             target = torch.device(kwargs.get("device") or source.device)
             is_async = kwargs.get("non_blocking", False)
         elif name == "copy_":
-            source, target = args[1], args[0].device
+            source, first = args[1], args[0]
+            target = first.device
             is_async = len(args) > 2 and args[2]
         else:
             return False
@@ -112,7 +113,7 @@ class OperatorWatch(TorchDispatchMode):
             self._recorder.now.uploaded += source.nbytes
         if not is_async:
             self._recorder.wait(f"copy {way}")
-        elif not self._recorder.memory.is_pinned(source if is_upload else args[0]):
+        elif not self._recorder.memory.is_pinned(source if is_upload else first):
             self._recorder.now.pageable[f"{way} at {place()}"] += source.nbytes
         return True
 
