@@ -77,6 +77,11 @@ def command_parser(name: str, description: str | None, epilog: str = "") -> Comm
     return CommandParser(prog=as_typed(name), description=description, epilog=epilog)
 
 
+def first_line(docstring: str | None) -> str | None:
+    """The first line of a docstring; None where Python left docstrings out (`python -OO`)."""
+    return docstring.splitlines()[0] if docstring else None
+
+
 def nearest(wrong: str, names: Iterable[str]) -> str | None:
     """The one of `names` that was probably meant."""
     import difflib  # not needed where all is right

@@ -22,6 +22,7 @@ from megatron_kosmosg.command_line import (
     command_parser,
     existing_file,
     file_path,
+    first_line,
     number_from_zero,
     run_command,
 )
@@ -140,7 +141,7 @@ class Different(Exception):
 
 def build_parser() -> CommandParser:
     """The options of the commands; `work` of what they parse is what to do."""
-    parser = command_parser("convert", __doc__.splitlines()[0], EPILOG)
+    parser = command_parser("convert", first_line(__doc__), EPILOG)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_import_fairseq(commands)
     _add_import_kosmos2(commands)

@@ -15,6 +15,7 @@ from megatron_kosmosg.command_line import (
     add_tokenizer_model,
     command_parser,
     file_path,
+    first_line,
     number_from_zero,
     positive_int,
     run_command,
@@ -42,7 +43,7 @@ use this machine's GPU. Ctrl-C ends it and removes what was uploaded and drawn. 
 
 def build_parser() -> CommandParser:
     """The parser of the command, with its options grouped by what they are about."""
-    parser = command_parser("demo", __doc__.splitlines()[0], EPILOG)
+    parser = command_parser("demo", first_line(__doc__), EPILOG)
     parser.add_argument(
         "--model",
         type=file_path,

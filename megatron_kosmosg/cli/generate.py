@@ -20,6 +20,7 @@ from megatron_kosmosg.command_line import (
     add_tokenizer_model,
     command_parser,
     file_path,
+    first_line,
     natural_int,
     number_from_zero,
     positive_int,
@@ -59,7 +60,7 @@ written; 2 wrong arguments or input; 130 interrupted.
 
 def build_parser() -> CommandParser:
     """The parser of the command, with its options grouped by what they are about."""
-    parser = command_parser("generate", __doc__.splitlines()[0], EPILOG)
+    parser = command_parser("generate", first_line(__doc__), EPILOG)
     parser.add_argument(
         "--model",
         type=file_path,

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.command_line import (
@@ -83,7 +84,9 @@ def _inspect(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         model = None if args.tokenizer_model is None else str(args.tokenizer_model)
         config = inspection_config(args.prefix, args.config, model, args.seed, scratch)
-        store, tokenizer = SampleStore(args.prefix), Tokenizer(config.data.tokenizer_model)
+        store = SampleStore(args.prefix)
+        # `inspection_config` refuses what names no file.
+        tokenizer = Tokenizer(cast(str, config.data.tokenizer_model))
         store.check_tokenizer(tokenizer)
         print(printable_lines(summary_text(store, tokenizer, args.seed)))
         if not args.no_page:

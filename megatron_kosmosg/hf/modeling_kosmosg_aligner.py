@@ -57,9 +57,9 @@ class KosmosGAligner(ModelMixin, ConfigMixin):
     @property
     def longest_prompt(self) -> int | None:
         """The most positions that `forward` takes; None: any number."""
-        if self.config.kind == "none":
+        if self.config["kind"] == "none":
             return None
-        return self.config.max_positions - POSITION_OFFSET
+        return self.config["max_positions"] - POSITION_OFFSET
 
     def forward(self, hidden: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
         """The condition [b, num_queries, d] of hidden states [b, s, input_size]; padding_mask is
@@ -67,13 +67,11 @@ class KosmosGAligner(ModelMixin, ConfigMixin):
 
         Padding has no influence on the result. Raises ValueError when s exceeds longest_prompt.
         """
-        if self.config.kind == "none":
+        length, longest = hidden.shape[1], self.longest_prompt
+        if longest is None:
             return self._map_each_position(hidden, padding_mask)
-        length = hidden.shape[1]
-        if length > self.longest_prompt:
-            raise ValueError(
-                f"a prompt of {length} positions; this aligner has {self.longest_prompt}"
-            )
+        if length > longest:
+            raise ValueError(f"a prompt of {length} positions; this aligner has {longest}")
         # Through the module, not its weight: offloading and casting act when a module is called.
         rows = torch.arange(length, device=hidden.device) + POSITION_OFFSET
         states = self.input_projection(hidden) + self.positions(rows)
@@ -85,7 +83,7 @@ class KosmosGAligner(ModelMixin, ConfigMixin):
 
     def _map_each_position(self, hidden: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
         """The first positions through one linear map; zeros beyond the prompt's end."""
-        count = self.config.num_queries
+        count = self.config["num_queries"]
         first = self.projection(hidden[:, :count])
         first = first.masked_fill(padding_mask[:, :count, None], 0)
         return F.pad(first, (0, 0, 0, count - first.shape[1]))

@@ -134,17 +134,14 @@ class _Checker:
                 sizes.append(None)
                 yield f"image {i}: {error}"
         yield from kind.check(raw, sizes)
-        if self._sentences is not None:
-            yield from self._table(index, raw)
+        if self._sentences is not None and kind.pretrain is not None:
+            content = kind.pretrain.content(raw, self._tokenizer)
+            stored, _ = self._sentences.take(np.array([index]))
+            if not np.array_equal(stored, sentence_table(content, self._tokenizer)):
+                yield "the sentence table does not fit the tokens; preprocess the dataset again"
 
     def _tokens(self, ids: np.ndarray) -> Iterator[str]:
         ids = strip_document_end(ids, self._tokenizer)
         text = (ids >= self._tokenizer.unk_id) & (ids <= self._tokenizer.num_pieces)
         if not text.all():
             yield f"token id {int(ids[~text][0])} is no text token"
-
-    def _table(self, index: int, raw: RawSample) -> Iterator[str]:
-        content = self._store.sample_kind.pretrain.content(raw, self._tokenizer)
-        stored, _ = self._sentences.take(np.array([index]))
-        if not np.array_equal(stored, sentence_table(content, self._tokenizer)):
-            yield "the sentence table does not fit the tokens; preprocess the dataset again"

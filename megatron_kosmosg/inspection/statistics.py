@@ -93,6 +93,6 @@ def token_use(store: SampleStore, tokenizer: Tokenizer, most: int, seed: int) ->
         len(everything),
         int((everything == tokenizer.unk_id).sum()),
         len(values),
-        [(tokenizer.decode([values[i]]) or "(space)", int(counts[i])) for i in by_count],
+        [(tokenizer.decode([int(values[i])]) or "(space)", int(counts[i])) for i in by_count],
         len(everything) / max(num_words, 1),
     )
