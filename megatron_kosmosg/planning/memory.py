@@ -208,11 +208,12 @@ def unet_bytes(path: str | None, image_size: int, condition_length: int) -> tupl
     """(bytes that the U-Net saves for one image, the largest feature map of the VAE's encoder for
     one image), in float32."""
     unet, vae = unet_and_vae(path)
-    side = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
+    channels = vae.config["block_out_channels"]
+    side = image_size // 2 ** (len(channels) - 1)
     condition = torch.empty(
-        1, condition_length, unet.config.cross_attention_dim, device="meta", requires_grad=True
+        1, condition_length, unet.config["cross_attention_dim"], device="meta", requires_grad=True
     )
-    latents = torch.empty(1, unet.config.in_channels, side, side, device="meta")
+    latents = torch.empty(1, unet.config["in_channels"], side, side, device="meta")
     kept: dict[int, torch.Tensor] = {}
     held = {p.untyped_storage()._cdata for p in unet.parameters()}
 
@@ -225,7 +226,7 @@ def unet_bytes(path: str | None, image_size: int, condition_length: int) -> tupl
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
         unet(latents, torch.zeros(1, dtype=torch.int64, device="meta"), condition)
     saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    feature_map = image_size**2 * vae.config.block_out_channels[0] * latents.element_size()
+    feature_map = image_size**2 * channels[0] * latents.element_size()
     return saved, feature_map
 
 

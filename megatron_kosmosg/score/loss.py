@@ -7,6 +7,8 @@ Noise, timesteps and the posterior sample come from keyed_noise.py.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from megatron_kosmosg.config.schema import ScoreConfig
@@ -95,7 +97,9 @@ class DenoisingLoss:
             }
         timesteps, noise = keyed_noise["timesteps"], keyed_noise["noise"]
         latents = diffusion.sample_latents(moments, keyed_noise["posterior_noise"])
-        noisy_latents = diffusion.noise_scheduler.add_noise(latents, noise, timesteps)
+        # Integers of any kind will do, whatever its annotation says.
+        places = cast(torch.IntTensor, timesteps)
+        noisy_latents = diffusion.noise_scheduler.add_noise(latents, noise, places)
         prediction = diffusion.predict(noisy_latents, timesteps, condition)
         target = diffusion.target(latents, noise, timesteps)
         error = (prediction - target).square().mean(dim=(1, 2, 3))
@@ -108,5 +112,5 @@ class DenoisingLoss:
         weight_of_latent_error = (snr + shift).clamp(max=self._config.snr_gamma)
         # epsilon error = SNR * latent error and v error = (SNR + 1) * latent error.
         units = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}
-        prediction_type = self._diffusion.noise_scheduler.config.prediction_type
+        prediction_type = self._diffusion.noise_scheduler.config["prediction_type"]
         return weight_of_latent_error / units[prediction_type]
