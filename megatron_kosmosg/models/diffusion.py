@@ -1,7 +1,8 @@
 """The frozen half of the model: Stable Diffusion's U-Net, VAE and noise schedule.
 
 Nothing in here is ever trained or changed; gradients pass through the U-Net to its condition only
-(paper section 2.3, "score distillation"). Works with every `prediction_type`.
+(paper section 2.3, "score distillation"). Works with every `prediction_type`. Long because loading,
+latents, prediction and its target are of one model, which nothing else opens.
 """
 
 from __future__ import annotations
@@ -19,6 +20,16 @@ from diffusers.models.resnet import ResnetBlock2D
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.frozen_weights import weights_variant
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.models.diffusers_types import (
+    decoded,
+    load_noise_scheduler,
+    move,
+    posterior,
+    schedule_config,
+    unet_config,
+    vae_config,
+    velocity,
+)
 from megatron_kosmosg.models.read_frozen import reading_frozen
 from megatron_kosmosg.parallel.devices import convolution_format
 from megatron_kosmosg.parallel.platform import torch_dtype
@@ -73,8 +84,8 @@ def vae_moments(vae: AutoencoderKL, pixel_values: torch.Tensor) -> torch.Tensor:
 
     pixel_values: [b, 3, height, width] in [-1, 1].
     """
-    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    return torch.stack([posterior.mean.float(), posterior.std.float()], dim=1)
+    moments = posterior(vae, pixel_values.to(vae.dtype))
+    return torch.stack([moments.mean.float(), moments.std.float()], dim=1)
 
 
 def load_vae(path: str | Path | None, dtype: torch.dtype) -> AutoencoderKL:
@@ -146,32 +157,34 @@ class FrozenDiffusion:
             vae = AutoencoderKL.from_pretrained(
                 folder / "vae", torch_dtype=dtype, variant=weights_variant(folder / "vae")
             )
-            noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+            noise_scheduler = load_noise_scheduler(folder / "scheduler")
         if recompute:
             unet.enable_gradient_checkpointing()
         skip_scaling_by_one(unet)
         skip_scaling_by_one(vae)
-        unet.to(device, memory_format=convolution_format(device))
-        return cls(unet, vae.to(device), noise_scheduler)
+        move(unet, device, memory_format=convolution_format(device))
+        move(vae, device)
+        return cls(unet, vae, noise_scheduler)
 
     @property
     def num_timesteps(self) -> int:
-        return self.noise_scheduler.config.num_train_timesteps
+        return schedule_config(self.noise_scheduler).num_train_timesteps
 
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent position, along one side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 2 ** (len(vae_config(self.vae).block_out_channels) - 1)
 
     def latent_shape(self, image_size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """The (channels, height, width) of the latents of an image of `image_size` pixels.
 
         Without a size: at the size the U-Net was trained for.
         """
-        channels, size = self.unet.config.in_channels, self.unet.config.sample_size
+        unet = unet_config(self.unet)
         if image_size is None:
-            return channels, size, size
-        return channels, *(side // self.vae_scale_factor for side in image_size)
+            return unet.in_channels, unet.sample_size, unet.sample_size
+        (height, width), scale = image_size, self.vae_scale_factor
+        return unet.in_channels, height // scale, width // scale
 
     def moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Mean and standard deviation of the VAE's posterior, by `vae_moments` in float32."""
@@ -186,13 +199,15 @@ class FrozenDiffusion:
         """
         mean, std = moments.float().unbind(dim=1)
         latents = mean + std * posterior_noise
-        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        vae = vae_config(self.vae)
+        return (latents - (vae.shift_factor or 0.0)) * vae.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images [b, 3, height, width] in [-1, 1], float32, of scaled latents."""
-        latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        return self.vae.decode(latents.to(self.vae.dtype)).sample.float().clamp(-1, 1)
+        vae = vae_config(self.vae)
+        latents = latents / vae.scaling_factor + (vae.shift_factor or 0.0)
+        return decoded(self.vae, latents.to(self.vae.dtype)).float().clamp(-1, 1)
 
     def predict(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor
@@ -214,13 +229,13 @@ class FrozenDiffusion:
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
         """What the U-Net was trained to output, by the scheduler's `prediction_type`."""
-        prediction_type = self.noise_scheduler.config.prediction_type
+        prediction_type = schedule_config(self.noise_scheduler).prediction_type
         if prediction_type == "epsilon":
             return noise
         if prediction_type == "sample":
             return latents
         if prediction_type == "v_prediction":
-            return self.noise_scheduler.get_velocity(latents, noise, timesteps)
+            return velocity(self.noise_scheduler, latents, noise, timesteps)
         raise ConfigError(
             f"The scheduler's prediction_type is {prediction_type!r}; epsilon, sample and "
             "v_prediction are supported (scheduler/scheduler_config.json)."
@@ -240,7 +255,7 @@ def load_diffusion(config: RunConfig, device: torch.device) -> FrozenDiffusion:
         dtype=torch_dtype(config.training.precision),
         recompute=config.score.recompute,
     )
-    width = diffusion.unet.config.cross_attention_dim
+    width = unet_config(diffusion.unet).cross_attention_dim
     if width != config.model.aligner.hidden_size:
         raise ConfigError(
             f"The U-Net in {config.model.diffusion.path} reads conditions of width {width}, "

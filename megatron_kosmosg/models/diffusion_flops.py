@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -17,9 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.foreign_files import read_json
+from megatron_kosmosg.models.diffusers_types import from_config_of_folder, unet_config, vae_config
 
-SD_V1_5_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-SD_V1_5_VAE = {
+SD_V1_5_UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SD_V1_5_VAE: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -96,10 +101,8 @@ def unet_and_vae(path: str | None) -> tuple[UNet2DConditionModel, AutoencoderKL]
     folder = Path(path or "")
     with torch.device("meta"):
         if path is not None and (folder / "unet" / "config.json").is_file():
-            unet = UNet2DConditionModel.from_config(
-                UNet2DConditionModel.load_config(folder / "unet")
-            )
-            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
+            unet = from_config_of_folder(UNet2DConditionModel, folder / "unet")
+            vae = from_config_of_folder(AutoencoderKL, folder / "vae")
         else:
             unet = UNet2DConditionModel(**SD_V1_5_UNET)
             vae = AutoencoderKL(**SD_V1_5_VAE)
@@ -120,10 +123,11 @@ def diffusion_parameters(path: str | None) -> dict[str, int]:
 def diffusion_flops(path: str | None, image_size: int, condition_length: int) -> DiffusionFlops:
     """Counted on the meta device, once per process."""
     unet, vae = unet_and_vae(path)
-    latent_size = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
-    latents = torch.empty(1, unet.config.in_channels, latent_size, latent_size, device="meta")
+    sizes = unet_config(unet)
+    latent_size = image_size // 2 ** (len(vae_config(vae).block_out_channels) - 1)
+    latents = torch.empty(1, sizes.in_channels, latent_size, latent_size, device="meta")
     condition = torch.empty(
-        1, condition_length, unet.config.cross_attention_dim, device="meta", requires_grad=True
+        1, condition_length, sizes.cross_attention_dim, device="meta", requires_grad=True
     )
     timesteps = torch.zeros(1, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter:

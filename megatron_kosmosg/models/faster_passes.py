@@ -21,6 +21,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.models.diffusers_types import from_config, move
 from megatron_kosmosg.models.diffusion import (
     FrozenDiffusion,
     UNetPass,
@@ -135,9 +136,11 @@ def compile_frozen_blocks(encoder: VisionEncoder, config: RunConfig) -> None:
         for block in encoder.tower.encoder.layers
         if not any(parameter.requires_grad for parameter in block.parameters())
     ]
-    if not blocks or blocks[0].layer_norm1.weight.device.type == "meta":
+    if not blocks:
         return
-    dtype, device = torch_dtype(config.training.precision), blocks[0].layer_norm1.weight.device
+    dtype, device = torch_dtype(config.training.precision), next(blocks[0].parameters()).device
+    if device.type == "meta":
+        return
     block = copy.deepcopy(blocks[0]).to(dtype)
     shape = (2, encoder.tower.embeddings.num_positions, encoder.tower.config.hidden_size)
     states = fixed_normal(shape).to(device, dtype).requires_grad_()
@@ -185,7 +188,7 @@ def _with_gradient(run: UNetPass, batch: list[torch.Tensor]) -> list[torch.Tenso
 def _copy_on_the_same_weights(network: Network) -> Network:
     """Another network with the weights of this one, so that what is done to it is not to this."""
     with torch.device("meta"):
-        copy = type(network).from_config(network.config)
+        copy = from_config(type(network), network.config)
     copy.load_state_dict(network.state_dict(), assign=True)
     if getattr(network, "is_gradient_checkpointing", False):
         copy.enable_gradient_checkpointing()
@@ -215,7 +218,7 @@ def _use_nhwc_group_norm(unet: UNet2DConditionModel) -> None:
     """Replaces torch's GroupNorm modules by apex's, which read the same weight and bias. Raises
     ImportError where apex has none."""
     group_norm = importlib.import_module("apex.contrib.group_norm").GroupNorm
-    unet.to(memory_format=torch.channels_last)
+    move(unet, memory_format=torch.channels_last)
     for module in list(unet.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.GroupNorm):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
+from megatron_kosmosg.models.diffusers_types import from_config, previous_latents
 from megatron_kosmosg.models.diffusion import FrozenDiffusion
 
 
@@ -29,7 +30,7 @@ def sample_images(
         initial_noise: [n, channels, h, w], N(0, 1).
         guidance_scale: 1 or less samples without guidance, at half the cost.
     """
-    scheduler = DPMSolverMultistepScheduler.from_config(diffusion.noise_scheduler.config)
+    scheduler = from_config(DPMSolverMultistepScheduler, diffusion.noise_scheduler.config)
     scheduler.set_timesteps(num_inference_steps, device=condition.device)
     latents = initial_noise * scheduler.init_noise_sigma
     guided = guidance_scale > 1
@@ -41,5 +42,5 @@ def sample_images(
         if guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + guidance_scale * (conditional - unconditional)
-        latents = scheduler.step(output, timestep, latents).prev_sample
+        latents = previous_latents(scheduler, output, timestep, latents)
     return diffusion.decode(latents)
