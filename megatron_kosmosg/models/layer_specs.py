@@ -8,6 +8,7 @@ megatron-core 0.16.1 (tests/transformer_engine); tests/gpu compares numbers wher
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -42,6 +43,9 @@ class Provider:
     masked_attention: type
     norm: type
 
+
+_BIAS_DROPOUT_ADD = cast(type, get_bias_dropout_add)
+"""A function, which Megatron's layer takes although its annotation has classes alone."""
 
 LOCAL = Provider(
     column_parallel=ColumnParallelLinear,
@@ -81,7 +85,9 @@ def provider() -> Provider:
 
 def block_spec(num_layers: int, layer: ModuleSpec) -> TransformerBlockSubmodules:
     """A stack of `num_layers` equal layers; its final LayerNorm is built where the stack ends."""
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=provider().norm)
+    # The annotation has a norm itself; what Megatron takes is its class.
+    norm = cast(Any, provider().norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
 def causal_layer(lora: LoraConfig) -> ModuleSpec:
@@ -145,17 +151,17 @@ def _layer(
         cross = {
             "pre_cross_attn_layernorm": parts.norm,
             "cross_attention": cross_attention_spec(),
-            "cross_attn_bda": get_bias_dropout_add,
+            "cross_attn_bda": _BIAS_DROPOUT_ADD,
         }
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.norm,
             self_attention=self_attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=_BIAS_DROPOUT_ADD,
             pre_mlp_layernorm=parts.norm,
             mlp=feed_forward,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=_BIAS_DROPOUT_ADD,
             **cross,
         ),
     )

@@ -18,6 +18,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_pg_size
 
 from megatron_kosmosg.config.schema import LoraConfig
+from megatron_kosmosg.models.norms import mark_sequence_parallel
 
 if TYPE_CHECKING:
     from megatron.core.tensor_parallel.layers import RowParallelLinear as _Linear
@@ -65,9 +66,7 @@ class _Adapter(_Linear):
         for name, shape in shapes.items():
             parameter = torch.nn.Parameter(torch.zeros(shape, dtype=config.params_dtype))
             if name not in self.split_axes:
-                # A mark as Megatron's own, which finalize_model_grads looks for. By name, because
-                # type checkers know no such attribute of a parameter.
-                setattr(parameter, "sequence_parallel", self._is_sequence_split)  # noqa: B010 - see above
+                mark_sequence_parallel(parameter, self._is_sequence_split)
             self.register_parameter(name, parameter)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,8 @@ tensor parallelism that is the split axis, so the statistics span the ranks of t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
@@ -21,6 +23,18 @@ try:
 except ImportError:
     fused_layer_norm_affine = None
 
+if TYPE_CHECKING:
+    _Linear = RowParallelLinear
+else:
+    _Linear = object
+
+
+def mark_sequence_parallel(parameter: torch.nn.Parameter, is_split: bool) -> None:
+    """Megatron's own mark, for finalize_model_grads: whether each rank sees part of the positions,
+    so that gradients are summed over the group."""
+    # By name, because type checkers know no such attribute of a parameter.
+    setattr(parameter, "sequence_parallel", is_split)  # noqa: B010 - see above
+
 
 class LayerNorm(torch.nn.LayerNorm):
     """LayerNorm of Megatron's constructor signature; parameters replicated over the group.
@@ -31,8 +45,8 @@ class LayerNorm(torch.nn.LayerNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
-        self.bias.sequence_parallel = config.sequence_parallel
+        mark_sequence_parallel(self.weight, config.sequence_parallel)
+        mark_sequence_parallel(self.bias, config.sequence_parallel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalises the last axis: [..., h] -> the same shape."""
@@ -62,7 +76,9 @@ class ShardedLayerNorm(torch.nn.Module):
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         return _ShardedLayerNorm.apply(x, self.weight, self.bias, self.eps, self.tp_group)
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
+    def sharded_state_dict(
+        self, prefix: str, sharded_offsets: tuple, metadata: dict[str, Any]
+    ) -> dict[str, Any]:
         """The parameters for a distributed checkpoint; both are split along axis 0."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
@@ -118,18 +134,22 @@ class _ShardedLayerNorm(torch.autograd.Function):
         )
 
 
-class SubLN:
+class SubLN(_Linear):
     """Mixin over a row-parallel linear: a LayerNorm on its (split) input."""
 
-    def __init__(self, input_size: int, output_size: int, *, config, tp_group=None, **kwargs):
+    def __init__(
+        self, input_size: int, output_size: int, *, config: Any, tp_group: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(input_size, output_size, config=config, tp_group=tp_group, **kwargs)
         self.sub_norm = ShardedLayerNorm(config, input_size, tp_group)
 
-    def forward(self, x: torch.Tensor):
+    def forward(self, x: torch.Tensor) -> Any:
         """Maps the normalised input [s, b, input/tp] -> (output without bias, bias)."""
         return super().forward(self.sub_norm(x))
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None
+    ) -> Any:
         """The linear's own entries; its idea that the norm is replicated is replaced."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return state | self.sub_norm.sharded_state_dict(
