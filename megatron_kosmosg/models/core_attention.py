@@ -6,12 +6,12 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_kosmosg.models.packed_prompts import PackedPrompts
+from megatron_kosmosg.parallel.seeds import rng_tracker
 
 
 def additive(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -68,7 +68,7 @@ class CoreAttention(MegatronModule):
         # Heads are split over ranks, so each rank drops with the tracker's own stream. Under
         # sequence parallelism the whole block runs in that stream already.
         forks = dropout > 0 and not self.config.sequence_parallel
-        with get_cuda_rng_tracker().fork() if forks else nullcontext():
+        with rng_tracker().fork() if forks else nullcontext():
             context = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 
 from megatron_kosmosg.models.positions import SinusoidalPositions
 from megatron_kosmosg.parallel.platform import has_fused_weight_gradient_kernel
+from megatron_kosmosg.parallel.seeds import rng_tracker
 
 _ROW_MULTIPLE = 128
 """Padding of the vocabulary (matrix tiles). A power of two, so that tensor-parallel sizes 1, 2, 4,
@@ -33,6 +36,12 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
+def _init_method(config: TransformerConfig) -> Callable[..., Any]:
+    """The embedding's and the head's. Megatron's config fills it in, which its annotation leaves
+    open."""
+    return cast(Callable[..., Any], config.embedding_init_method)
+
+
 class MultimodalEmbedding(MegatronModule):
     """Tokens and image features -> [s, b, h], or this rank's [s/tp, b, h] of it."""
 
@@ -44,7 +53,7 @@ class MultimodalEmbedding(MegatronModule):
         self.word_embeddings = VocabParallelEmbedding(
             padded_vocab_size(vocab_size, get_pg_size(self.tp_group)),
             config.hidden_size,
-            init_method=config.embedding_init_method,
+            init_method=_init_method(config),
             config=config,
             tp_group=self.tp_group,
         )
@@ -91,7 +100,7 @@ class MultimodalEmbedding(MegatronModule):
             return F.dropout(hidden, self.config.hidden_dropout, self.training)
         hidden = F.pad(hidden, (0, 0, 0, 0, 0, -hidden.shape[0] % get_pg_size(self.tp_group)))
         hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
-        with tensor_parallel.get_cuda_rng_tracker().fork():
+        with rng_tracker().fork():
             return F.dropout(hidden, self.config.hidden_dropout, self.training)
 
 
@@ -119,7 +128,7 @@ class OutputHead(ColumnParallelLinear):
             config.hidden_size,
             padded,
             config=own,
-            init_method=config.embedding_init_method,
+            init_method=_init_method(config),
             bias=False,
             skip_weight_param_allocation=not holds_weight,
             tp_group=tp_group,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import cast
 
 import numpy as np
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
 from megatron_kosmosg.parallel.context import ParallelContext
 
@@ -30,3 +32,9 @@ def set_seeds(seed: int, context: ParallelContext) -> None:
     np.random.seed(rank_seed % 2**32)
     torch.manual_seed(rank_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(rank_seed, force_reset_rng=True)
+
+
+def rng_tracker() -> CudaRNGStatesTracker:
+    """Megatron's named random streams, made at the first call. Its own function is annotated as
+    giving None, which the variable that it returns starts as."""
+    return cast(CudaRNGStatesTracker, tensor_parallel.get_cuda_rng_tracker())
