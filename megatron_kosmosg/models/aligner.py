@@ -108,7 +108,7 @@ class AlignerN(MegatronModule):
         states = self.decoder(
             queries, attention_mask=hidden_keys, context=context, context_mask=None
         )
-        if self.encoder is not None:
+        if self.positions is not None and self.encoder is not None:
             states = self.positions(states.transpose(0, 1)).transpose(0, 1).contiguous()
             states = self.encoder(states, attention_mask=hidden_keys)
         return self.output_projection(states.transpose(0, 1))

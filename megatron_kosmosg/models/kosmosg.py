@@ -1,7 +1,8 @@
 """KOSMOS-G without its image decoder: image tower, resampler, language decoder, AlignerNet.
 
 Each rank builds what its pipeline stages hold (pipeline_stage_specs.py); an attribute of a part
-that lives elsewhere is None. Composition only: the parts are in their own files.
+that lives elsewhere is None. Composition only: the parts are in their own files. Long because what
+is built, received, sent on and saved depends alike on which parts a rank has.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from megatron_kosmosg.config.rank_grid import single_process_config
 from megatron_kosmosg.config.schema import RunConfig
@@ -42,6 +44,8 @@ class KosmosG(LanguageModule):
         aligner_parts: (), ("M",) or ("M", "N").
         chunk: which of this rank's pipeline stages, where it holds several.
     """
+
+    tp_group: ProcessGroup
 
     def __init__(
         self,
@@ -156,11 +160,12 @@ class KosmosG(LanguageModule):
         if packed is not None:
             multiple = self.tp_group.size() if self.config.sequence_parallel else 1
             prompts = pack_prompts(packed, padding_mask, multiple)
-        if self.pre_process:
-            images = self.resampler(self.vision_encoder(pixel_values))
-            hidden = self.embedding(tokens, image_mask, padding_mask, images, packed)
-        else:
+        tower, resampler, embedding = self.vision_encoder, self.resampler, self.embedding
+        if tower is None or resampler is None or embedding is None:  # all of them are, or none
             hidden, condition = self._receive()
+        else:
+            images = resampler(tower(pixel_values))
+            hidden = embedding(tokens, image_mask, padding_mask, images, packed)
         hidden = self._with_gradient(hidden)
         if self.decoder is not None:
             hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=prompts)
@@ -178,7 +183,7 @@ class KosmosG(LanguageModule):
             hidden_padding = None if packed is None else padding_mask
             output["reconstruction"] = self.aligner_n(condition, tokens.shape[1], hidden_padding)
         if self.output_layer is not None:
-            shared = self.embedding.word_embeddings.weight if self.pre_process else None
+            shared = None if embedding is None else embedding.word_embeddings.weight
             output["logits"] = self.output_layer(hidden, shared)
         return self._send(output, hidden)
 
@@ -190,8 +195,13 @@ class KosmosG(LanguageModule):
         trains = any(parameter.requires_grad for parameter in self.decoder.parameters())
         return hidden.detach().requires_grad_() if trains else hidden
 
+    def _received(self) -> torch.Tensor:
+        if self.input_tensor is None:
+            raise RuntimeError("nothing has come from the pipeline stage before")
+        return self.input_tensor
+
     def _receive(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        received = self.input_tensor
+        received = self._received()
         if self._is_upstream_frozen:
             received = received.detach()
         if "N" in self._spec.aligner_parts and self.aligner_m is None:
@@ -204,12 +214,12 @@ class KosmosG(LanguageModule):
             if self._is_upstream_frozen:
                 last = "reconstruction" if "reconstruction" in output else "condition"
                 last = last if last in output else "hidden"
-                output[last] = boundary.with_zero_gradient(output[last], self.input_tensor)
+                output[last] = boundary.with_zero_gradient(output[last], self._received())
             return output
         condition = output.get("condition")
         sent = hidden if condition is None else boundary.pack_boundary(hidden, condition)
         if self._is_upstream_frozen:
-            sent = boundary.with_zero_gradient(sent, self.input_tensor)
+            sent = boundary.with_zero_gradient(sent, self._received())
         return sent
 
     def _whole_sequence(self, hidden: torch.Tensor, length: int) -> torch.Tensor:

@@ -64,8 +64,8 @@ def load_tower(encoder: VisionEncoder, vision: VisionConfig) -> None:
 
     Raises ConfigError when the folder's sizes, activation or epsilon are not the config's.
     """
-    folder = Path(vision.path)
-    if not (folder / "config.json").is_file():
+    folder = Path(vision.path or "")
+    if vision.path is None or not (folder / "config.json").is_file():
         raise ConfigError(
             f"model.vision.path={vision.path!r} has no config.json; give the folder of a Hugging "
             "Face CLIPVisionModel"
