@@ -110,7 +110,7 @@ def _host_group(group: ProcessGroup, device: torch.device, timeout_seconds: floa
     """The same ranks over gloo, unless they talk through it anyway."""
     if device.type == "cpu" or group.size() == 1:
         return group
-    return torch.distributed.new_group(
+    hosts = torch.distributed.new_group(
         torch.distributed.get_process_group_ranks(group),
         timeout=timedelta(seconds=timeout_seconds),
         backend="gloo",
@@ -118,6 +118,7 @@ def _host_group(group: ProcessGroup, device: torch.device, timeout_seconds: floa
         use_local_synchronization=True,
         group_desc="pipeline of hosts",
     )
+    return cast(ProcessGroup, hosts)  # a number would be a group that this rank is not in
 
 
 def single_process_context(device: torch.device | str) -> ParallelContext:

@@ -28,7 +28,7 @@ class PipelineLink(P2PCommunicator):
     """Megatron-Core's exchange between neighbouring pipeline stages with shapes on the host."""
 
     def __init__(self, context: ParallelContext, config: ModelParallelConfig) -> None:
-        super().__init__(pp_group=context.pp_group, config=config)
+        super().__init__(pp_group=context.process_groups.pp, config=config)
         self._host_group = context.pp_host_group
 
     def _communicate_shapes(
@@ -40,20 +40,21 @@ class PipelineLink(P2PCommunicator):
     ) -> tuple[list[int], list[int]]:
         """(shape that the stage before sends, shape that the stage behind sends); zeros where
         nothing is received. The arguments are named as by Megatron-Core, which calls this."""
-        host = {"group": self._host_group}
+        group = self._host_group
         works, from_prev, from_next = [], _no_shape(), _no_shape()
         # Kept until they have left: the messages are read from these.
         to_prev, to_next = _shape(tensor_send_prev), _shape(tensor_send_next)
         if to_prev is not None:
-            works.append(dist.isend(to_prev, self.prev_rank, tag=_BACKWARD, **host))
+            works.append(dist.isend(to_prev, self.prev_rank, group=group, tag=_BACKWARD))
         if to_next is not None:
-            works.append(dist.isend(to_next, self.next_rank, tag=_FORWARD, **host))
+            works.append(dist.isend(to_next, self.next_rank, group=group, tag=_FORWARD))
         if recv_prev:
-            works.append(dist.irecv(from_prev, self.prev_rank, tag=_FORWARD, **host))
+            works.append(dist.irecv(from_prev, self.prev_rank, group=group, tag=_FORWARD))
         if recv_next:
-            works.append(dist.irecv(from_next, self.next_rank, tag=_BACKWARD, **host))
+            works.append(dist.irecv(from_next, self.next_rank, group=group, tag=_BACKWARD))
         for work in works:
-            work.wait()
+            if work is not None:  # as it would be outside the group
+                work.wait()
         return from_prev.tolist(), from_next.tolist()
 
 
