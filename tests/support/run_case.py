@@ -124,5 +124,6 @@ class Difference:
 BOUNDS = {
     "fp32": Difference(loss=1e-5, grad_norm=1e-5, update=1e-3),
     "bf16": Difference(loss=2e-3, grad_norm=3e-2, update=0.12),
-    "fp16": Difference(loss=4e-4, grad_norm=2e-3, update=0.07),
+    # Some CPUs multiply in fp16, others in fp32 and round: norms are 2.4e-3 apart on the former.
+    "fp16": Difference(loss=4e-4, grad_norm=5e-3, update=0.07),
 }
