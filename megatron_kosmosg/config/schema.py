@@ -375,7 +375,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    stage: Literal["pretrain", "align", "instruct"] = "???"  # type: ignore[assignment]  # omegaconf: required
+    stage: Literal["pretrain", "align", "instruct"] = "???"  # type: ignore[assignment]  # what omegaconf calls required
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
