@@ -121,7 +121,8 @@ class _OneByOne(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._source, self._infos, self._padded_rows = source, infos, padded_rows
         self._progress = progress
-        self._names: dict[tuple[str, int], str] = {}
+        self._shards: dict[MetadataIndex, tuple[str, torch.Size]] = {}
+        """Our name of each planned shard, and its shape in the checkpoint."""
         self._bytes_done = 0
         self._bytes_in_all = sum(map(num_bytes, infos.values()))
         self._report()
@@ -138,15 +139,14 @@ class _OneByOne(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         """The tensor of a planned shard, in the checkpoint's shape."""
-        index = write_item.index
-        name = self._names[index.fqn, index.offset[0] if len(index.offset) else 0]
+        name, shape = self._shards[write_item.index]
         tensor = self._source.read(name)
         self._bytes_done += tensor.nbytes
         if name == EMBEDDING:
             padding = tensor.new_zeros(self._padded_rows - len(tensor), *tensor.shape[1:])
             tensor = torch.cat([tensor, padding])
         self._report()
-        return tensor.contiguous().reshape(write_item.tensor_data.chunk.sizes)
+        return tensor.contiguous().reshape(shape)
 
     def _report(self) -> None:
         if self._progress is not None:
@@ -161,10 +161,11 @@ class _OneByOne(DefaultSavePlanner):
         if layer is not None:
             offsets, size = (layer, *offsets), (depth[key], *shape)
             shape = (1, *shape)
-        self._names[key, offsets[0] if offsets else 0] = name
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
+        index = MetadataIndex(key, chunk.offsets)
+        self._shards[index] = name, chunk.sizes
         return WriteItem(
-            MetadataIndex(key, chunk.offsets),
+            index,
             WriteItemType.SHARD,
             tensor_data=TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(size)),
         )

@@ -5,8 +5,9 @@ The libraries' own loading draws missing weights at random and says so in a log 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from transformers import Kosmos2ForConditionalGeneration
@@ -15,13 +16,17 @@ from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.untrusted_folders import check_model_config
 from megatron_kosmosg.hf.modeling_kosmosg_aligner import KosmosGAligner
 
+Model = TypeVar("Model", bound=torch.nn.Module)
+Report = Mapping[str, Collection]
+"""Names of weights by what is wrong with them."""
+
 
 def load_mllm(folder: Path, dtype: torch.dtype) -> Kosmos2ForConditionalGeneration:
     """The stock model in eval mode. Raises ConversionError unless every weight was there, and
     for a config that asks for code from elsewhere."""
     check_model_config(folder / "config.json")
-    model, report = Kosmos2ForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, local_files_only=True
+    model, report = load_with_report(
+        Kosmos2ForConditionalGeneration.from_pretrained, folder, dtype=dtype, local_files_only=True
     )
     _check(folder, "stock Kosmos-2", report)
     return model.eval()
@@ -29,14 +34,23 @@ def load_mllm(folder: Path, dtype: torch.dtype) -> Kosmos2ForConditionalGenerati
 
 def load_aligner(folder: Path, dtype: torch.dtype) -> KosmosGAligner:
     """The component in eval mode. Raises ConversionError unless every weight was there."""
-    model, report = KosmosGAligner.from_pretrained(
-        folder, torch_dtype=dtype, output_loading_info=True, local_files_only=True
+    model, report = load_with_report(
+        KosmosGAligner.from_pretrained, folder, torch_dtype=dtype, local_files_only=True
     )
     _check(folder, "aligner component", report)
     return model.eval()
 
 
-def _check(folder: Path, what: str, report: Mapping[str, Collection]) -> None:
+def load_with_report(
+    from_pretrained: Callable[..., Model], *args: Any, **settings: Any
+) -> tuple[Model, Report]:
+    """What a library's `from_pretrained` loads, and what it says of the weights."""
+    # Any: the libraries annotate the model alone.
+    found: Any = from_pretrained(*args, output_loading_info=True, **settings)
+    return found
+
+
+def _check(folder: Path, what: str, report: Report) -> None:
     problems = {kind: list(names) for kind, names in report.items() if names}
     if problems:
         raise ConversionError(f"{folder} is no whole {what}: {problems}")

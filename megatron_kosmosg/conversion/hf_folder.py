@@ -115,7 +115,7 @@ def write_processor(folder: Path, config: RunConfig) -> None:
     write_json(
         folder / "processor_config.json", {**processor, "num_patch_index_tokens": 0}, indent=2
     )
-    tokenizer = {"split_special_tokens": False}
+    tokenizer: dict[str, bool | int] = {"split_special_tokens": False}
     slots = config.model.resampler.num_latent_queries
     if slots != KOSMOS2_SLOTS:  # taken for the processor's default
         tokenizer["num_image_tokens"] = slots
@@ -159,10 +159,11 @@ def tokenizer_model(config: RunConfig, requested: Path | None) -> Path:
 
     Raises ConversionError when there is none or its vocabulary is not the model's.
     """
-    named = config.data.tokenizer_model
-    if requested is None and named is None:
+    path, named = requested, config.data.tokenizer_model
+    if path is None and named is not None:
+        path = Path(named)
+    if path is None:
         raise ConversionError("the checkpoint names no tokenizer; give --tokenizer-model")
-    path = requested or Path(named)
     checked_vocabulary(path, config.model.vocab_size)
     return path
 

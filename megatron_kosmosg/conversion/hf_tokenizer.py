@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
@@ -160,9 +161,11 @@ def _tokens_of_folder(folder: Path) -> dict[int, str]:
     return found
 
 
-def _model(path: Path) -> sentencepiece_model_pb2.ModelProto:
+def _model(path: Path) -> Any:
+    """The file's ModelProto. Any: protobuf makes this class when it is imported."""
     Tokenizer(path)  # refuses what is no model, or one with other ids for unk, bos and eos
-    model = sentencepiece_model_pb2.ModelProto()
+    messages: Any = sentencepiece_model_pb2
+    model = messages.ModelProto()
     model.ParseFromString(path.read_bytes())
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     plain = {model.SentencePiece.NORMAL, model.SentencePiece.CONTROL, model.SentencePiece.UNKNOWN}

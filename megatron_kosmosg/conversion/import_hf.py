@@ -157,10 +157,11 @@ def _language_facts(mllm: Path, processor: Path) -> tuple[dict[str, Any], dict[s
             "folder that export-hf or export-mllm wrote, or one of microsoft/kosmos-2"
         )
     found = Kosmos2Config.from_pretrained(mllm)
+    text, _ = kosmos2.text_and_vision(found)
     # Without attention_dropout: stock configs say 0.1, which the authors' kernel never applied.
     settings = {
-        "model.decoder.hidden_dropout": found.text_config.dropout,
-        "data.seq_length": found.text_config.max_position_embeddings,
+        "model.decoder.hidden_dropout": text.dropout,
+        "data.seq_length": text.max_position_embeddings,
     }
     if (processor / "preprocessor_config.json").is_file():
         images = read_model_json(processor / "preprocessor_config.json")

@@ -6,10 +6,11 @@ The two are numerically the same model (sinusoidal positions, sub-LayerNorm, tie
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
+from transformers.models.kosmos2.configuration_kosmos2 import Kosmos2TextConfig, Kosmos2VisionConfig
 
 from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.schema import ModelConfig, RunConfig
@@ -112,12 +113,19 @@ def kosmos2_config(config: RunConfig) -> Kosmos2Config:
     )
 
 
+def text_and_vision(stock: Kosmos2Config) -> tuple[Kosmos2TextConfig, Kosmos2VisionConfig]:
+    """The two parts of a stock config. Its annotations say what it may be given; it makes these
+    classes of that."""
+    text, vision = stock.text_config, stock.vision_config
+    return cast(Kosmos2TextConfig, text), cast(Kosmos2VisionConfig, vision)
+
+
 def model_sizes(found: Kosmos2Config, folder: Path) -> dict[str, Any]:
     """The sizes under `model` that a stock config states, by dotted key.
 
     Raises ConversionError for settings that would make it another model than ours.
     """
-    text, vision = found.text_config, found.vision_config
+    text, vision = text_and_vision(found)
     expected = {
         "text_config.activation_function": (text.activation_function, "gelu"),
         "text_config.scale_embedding": (text.scale_embedding, True),

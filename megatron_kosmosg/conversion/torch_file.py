@@ -12,7 +12,7 @@ import pickle
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -149,8 +149,9 @@ class _Storage:
         try:
             size = self._archive.getinfo(self._record).file_size
             flat = torch.empty(size // self.dtype.itemsize, dtype=self.dtype)
-            with self._archive.open(self._record) as stream:
-                if stream.readinto(flat.view(torch.uint8).numpy()) != size:
+            # What `open` gives for reading; it is annotated as IO[bytes], without readinto.
+            with cast(zipfile.ZipExtFile, self._archive.open(self._record)) as stream:
+                if stream.readinto(flat.view(torch.uint8).numpy().data) != size:
                     raise EOFError("the record is shorter than the index says")
         except _DAMAGE as error:
             raise self.damaged(error) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import Kosmos2Config
@@ -13,6 +14,7 @@ from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
 from megatron_kosmosg.conversion.exported_folder import exported_parts
 from megatron_kosmosg.conversion.import_fairseq import FairseqImport, open_fairseq
+from megatron_kosmosg.conversion.kosmos2 import text_and_vision
 from megatron_kosmosg.conversion.model_outputs import (
     PromptShape,
     outputs_of_folder,
@@ -130,9 +132,9 @@ def open_side(path: Path, config_file: Path | None, overrides: Sequence[str], tr
             lambda prompts: outputs_of_native(checkpoint.config, checkpoint.apart(), prompts),
         )
     stock = Kosmos2Config.from_pretrained(parts.mllm, local_files_only=True)
-    shape = PromptShape(
-        stock.text_config.vocab_size, stock.latent_query_num, stock.vision_config.image_size
-    )
+    text, vision = text_and_vision(stock)
+    # Square: the annotation has other vision towers' pairs, too.
+    shape = PromptShape(text.vocab_size, stock.latent_query_num, cast(int, vision.image_size))
     return Side(
         f"{path}: Hugging Face folder, with transformers"
         + ("" if parts.aligner is None else " and the aligner component"),
