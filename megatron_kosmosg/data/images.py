@@ -132,7 +132,9 @@ class ImageDecoder:
                 raise BrokenDecoder(backend, self._device_id, _reason(error)) from error
 
             self._backend = DaliBackend(self._device_id, self._pillow)
-        self._require_working(ImageTransform(_KNOWN_SIZE, "bilinear", (0.0,) * 3, (1.0,) * 3))
+        self._require_working(
+            ImageTransform(_KNOWN_SIZE, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        )
 
     def decode(self, images: Sequence[Encoded], transform: ImageTransform) -> Tensor:
         """The images as float32 [n, 3, size, size], normalised; n may be 0. Raises BadImage for

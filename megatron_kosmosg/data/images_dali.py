@@ -11,11 +11,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, math, types
+from nvidia.dali import math
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
@@ -23,6 +24,10 @@ from megatron_kosmosg.data.image_headers import dali_form, stored_layout
 from megatron_kosmosg.data.image_reading import fitted_mask
 from megatron_kosmosg.data.image_types import Backend, Encoded, ImageTransform
 from megatron_kosmosg.data.samples import EntityImage
+
+# Any: DALI fills these modules when they are imported, which a type checker does not see.
+fn: Any = import_module("nvidia.dali.fn")
+types: Any = import_module("nvidia.dali.types")
 
 MAX_BATCH = 64
 """Images that one pipeline run takes; longer lists are cut."""

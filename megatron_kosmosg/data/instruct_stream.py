@@ -233,8 +233,9 @@ class InstructStream:
     def _targets(self, samples: list[PromptSample]) -> tuple[dict[str, Tensor], list[BadImage]]:
         if self._reads == "prompts":
             return {}, []
-        caches = [self._sources[sample.dataset].latents for sample in samples]
-        if any(cache is None for cache in caches):
+        latents = [self._sources[sample.dataset].latents for sample in samples]
+        caches = [cache for cache in latents if cache is not None]
+        if len(caches) < len(samples):
             encoded = [bytes(s.prompt.target or b"") for s in samples]
             pixels, bad = self._decoder.try_levels(encoded, self._target_transform)
             targets = {"target_pixel_values": pixels}

@@ -108,7 +108,7 @@ class MicroBatchIterator(Iterator[Batch]):
     def prepare(self) -> None:
         """Returns when the first micro-batch is read, which may have to build an index first."""
         if self._pool is not None:
-            self._read_on()
+            self._read_on(self._pool)
             self._pending[0].result()
 
     def __next__(self) -> Batch:
@@ -116,7 +116,7 @@ class MicroBatchIterator(Iterator[Batch]):
         try:
             if self._pool is None:
                 return self._read(next(self._numbers))
-            self._read_on()
+            self._read_on(self._pool)
             return self._pending.popleft().result()
         except BaseException:
             self.close()
@@ -142,9 +142,9 @@ class MicroBatchIterator(Iterator[Batch]):
         if self._pool is not None:
             self._pool.shutdown(wait=wait, cancel_futures=True)
 
-    def _read_on(self) -> None:
+    def _read_on(self, pool: ThreadPoolExecutor) -> None:
         while len(self._pending) < self._read_ahead:
-            self._pending.append(self._pool.submit(self._read, next(self._numbers)))
+            self._pending.append(pool.submit(self._read, next(self._numbers)))
 
     def _read(self, number: int) -> Batch:
         local, whole = self.positions(number)

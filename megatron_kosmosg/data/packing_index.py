@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -90,8 +91,10 @@ class EpochIndexWriter:
 
     def __init__(self, folder: Path, capacity: int) -> None:
         self._folder = folder
-        self._files = {name: (folder / f"{name}.i64").open("wb") for name in _ARRAYS}
-        self._counts = dict.fromkeys(_ARRAYS, 0)
+        self._files: dict[str, BinaryIO] = {
+            name: (folder / f"{name}.i64").open("wb") for name in _ARRAYS
+        }
+        self._counts: dict[str, int] = dict.fromkeys(_ARRAYS, 0)
         self._packer = RowPacker(capacity)
         self._put("document_starts", np.zeros(1, np.int64))
         self._put("row_starts", np.zeros(1, np.int64))

@@ -40,7 +40,7 @@ def convert(record: Record, use: Conversion) -> Converted:
 
 def target_image(raw: RawSample) -> memoryview:
     """The encoded image that `instruct` learns to draw."""
-    return memoryview(raw.parts[1])
+    return raw.parts[1].data
 
 
 class CaptionPrompts:

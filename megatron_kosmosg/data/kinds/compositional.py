@@ -63,7 +63,7 @@ def convert(record: Record, use: Conversion) -> Converted:
 
 def target_image(raw: RawSample) -> memoryview:
     """The encoded image that `instruct` learns to draw."""
-    return memoryview(raw.parts[0])
+    return raw.parts[0].data
 
 
 class CompositionalPrompts:

@@ -46,7 +46,7 @@ def convert(record: Record, use: Conversion) -> Converted:
 
 def target_image(raw: RawSample) -> memoryview:
     """The encoded image that `instruct` learns to draw."""
-    return memoryview(raw.parts[3])
+    return raw.parts[3].data
 
 
 class EditPrompts:
