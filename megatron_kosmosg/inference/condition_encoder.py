@@ -54,10 +54,10 @@ class ConditionEncoder:
             )
         self._pipeline.to(self._device)
         try:
-            rows = self._pipeline.encode_prompt(
+            positive, null = self._pipeline.encode_prompt(
                 text, images=list(images), negative_prompt=negative, device=self._device
             )
         finally:
             self._pipeline.to(self._resting)
-        positive, null = (row.float().cpu() for row in rows)
-        return positive, null
+        assert null is not None, "guidance is on unless it is turned off"
+        return positive.float().cpu(), null.float().cpu()

@@ -57,11 +57,11 @@ def contact_sheet(rows: Sequence[SheetRow], cell: int) -> Image.Image:
 
 def _fit(image: Image.Image, cell: int) -> Image.Image:
     factor = cell / max(image.size)
-    size = tuple(max(1, round(side * factor)) for side in image.size)
-    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    width, height = (max(1, round(side * factor)) for side in image.size)
+    return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, Kosmos2ForConditiona
 from megatron_kosmosg.config.errors import ConversionError
 from megatron_kosmosg.config.schema import AlignerConfig
 from megatron_kosmosg.conversion.checkpoint_reader import CheckpointTensors
+from megatron_kosmosg.conversion.exported_models import load_with_report
 from megatron_kosmosg.conversion.hf_aligner import (
     NATIVE_PREFIXES,
     aligner_arguments,
@@ -103,12 +104,12 @@ def _language_model(
     checkpoint: CheckpointTensors, dtype: torch.dtype
 ) -> Kosmos2ForConditionalGeneration:
     weights = InDtype(kosmos2_weights(checkpoint, checkpoint.config), dtype)
-    model, report = Kosmos2ForConditionalGeneration.from_pretrained(
+    model, report = load_with_report(
+        Kosmos2ForConditionalGeneration.from_pretrained,
         None,
         config=kosmos2_config(checkpoint.config),
         state_dict=_tensors(weights),
         dtype=dtype,
-        output_loading_info=True,
     )
     wrong = {what: names for what, names in report.items() if names}
     assert not wrong, f"the rule table does not give stock Kosmos-2's weights: {wrong}"

@@ -89,17 +89,17 @@ class ImagePlan:
     def images(self, record: PromptRecord) -> list[PlannedImage]:
         """The images of the record in order. Raises PromptError naming it."""
         options = _filled(record.options, self._run.defaults)
-        assert options.seed is not None and options.num_images is not None, "see RunSettings"
-        first = options.seed
+        first, count = options.seed, options.num_images
+        assert first is not None and count is not None, "see RunSettings"
         if record.options.seed is None:
             # Prompts of a file start from noise of their own, wherever they stand in it.
-            first = stream_key(options.seed, STREAM, 0, str(record.id)) % 2**32
+            first = stream_key(first, STREAM, 0, str(record.id)) % 2**32
         try:
             options = self._sized(options)
             shared = self._shared_settings(record, options)
         except PromptError as error:
             raise PromptError(f"{record.id or '--prompt'}: {error}") from error
-        assert len(record.noise) in (0, options.num_images), "a row for each picture"
+        assert len(record.noise) in (0, count), "a row for each picture"
         return [
             PlannedImage(
                 record,
@@ -107,7 +107,7 @@ class ImagePlan:
                 dataclasses.replace(options, seed=first + index),
                 shared | _start_settings(record, index, first + index),
             )
-            for index in range(options.num_images)
+            for index in range(count)
         ]
 
     def named(self, record: PromptRecord) -> PromptRecord:

@@ -61,7 +61,8 @@ def open_generator(
     names = [f"lora_{i}" for i in range(len(source.loras))]
     for name, (file, _) in zip(names, source.loras, strict=True):
         _opened(
-            f"--lora {file}", lambda f=file, n=name: pipeline.load_lora_weights(f, adapter_name=n)
+            f"--lora {file}",
+            lambda f=str(file), n=name: pipeline.load_lora_weights(f, adapter_name=n),
         )
     if names:
         pipeline.set_adapters(names, [strength for _, strength in source.loras])
@@ -98,24 +99,25 @@ def open_pipeline(
             source.folder, stable_diffusion, dtype, device, source.tokenizer_model
         )
     check_pipeline_folder(source.folder)
-    parts = exported_parts(source.folder)
+    mllm, _, _, aligner = exported_parts(source.folder)
+    assert aligner is not None, "find_model saw the index that says so"
     # A file that is cut short is told apart from one that holds other weights.
-    SafetensorsFolder(parts.mllm, TRANSFORMERS)
-    SafetensorsFolder(parts.aligner, DIFFUSERS)
+    SafetensorsFolder(mllm, TRANSFORMERS)
+    SafetensorsFolder(aligner, DIFFUSERS)
     components: dict[str, Any] = {}
     if not draws:
         components = dict.fromkeys(DRAWING_PARTS)
     elif source.stable_diffusion is not None:
         from megatron_kosmosg.inference.from_checkpoint import diffusion_parts
 
-        sizes = aligner_sizes(parts.aligner)
+        sizes = aligner_sizes(aligner)
         read = AlignerConfig(
             hidden_size=sizes["model.aligner.hidden_size"],
             num_queries=sizes["model.aligner.num_queries"],
         )
         components = diffusion_parts(source.stable_diffusion, read, dtype)
-    components["mllm"] = load_mllm(parts.mllm, dtype)
-    components["aligner"] = load_aligner(parts.aligner, dtype)
+    components["mllm"] = load_mllm(mllm, dtype)
+    components["aligner"] = load_aligner(aligner, dtype)
     pipeline = KosmosGPipeline.from_pretrained(source.folder, torch_dtype=dtype, **components)
     return pipeline.to(device)
 

@@ -2,14 +2,15 @@
 noise or from a start image under noise.
 
 The start noise of every image comes from a generator on the CPU with the image's own seed, so
-that it is the same on every device and in every batch.
+that it is the same on every device and in every batch. Long because each way of drawing hands
+diffusers arguments of its own, and they are put together here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from megatron_kosmosg.inference.prompt_records import (
 OnStep = Callable[[int], None]
 """Called with the number of sampling steps that are done; what it raises ends the drawing."""
 SIDES = ("height", "width")
+Value = TypeVar("Value")
 
 
 class PipelineGenerator:
@@ -71,7 +73,8 @@ class PipelineGenerator:
         if before is not None and before is not controlnet:
             before.to("cpu")
         if controlnet is not None:
-            controlnet.to(self._pipeline._execution_device)
+            # Module: diffusers wraps its own `to` so that a type checker sees no method.
+            cast(torch.nn.Module, controlnet).to(self._pipeline._execution_device)
         self._controlnet, self._control_scale = controlnet, scale
         # Any: what diffusers says of its pipelines' arguments leaves out half of what they take.
         self._diffusers_pipelines: dict[bool, Any] = {}
@@ -106,8 +109,12 @@ class PipelineGenerator:
                     raise PromptError(
                         f"{record.id}: {name} {size} is not a multiple of {unit} pixels"
                     )
-            negative = [options.negative_prompt]
-            for what, parts in (("prompt", record.content), ("negative prompt", negative)):
+            # Any: an image counts as many positions as its file.
+            prompts: dict[str, Any] = {
+                "prompt": record.content,
+                "negative prompt": [options.negative_prompt],
+            }
+            for what, parts in prompts.items():
                 try:
                     self._pipeline.prompt_tokens(parts)
                 except ValueError as error:
@@ -120,19 +127,21 @@ class PipelineGenerator:
         """The images of a group of records that share `group_key`."""
         firsts = [planned for planned in planned_images if planned.index == 0]
         options = firsts[0].options
-        guided = options.guidance > 1
+        guided = _given(options.guidance) > 1
         embeds, negative_embeds = self._pipeline.encode_prompt(
             [_opened(planned.record) for planned in firsts],
             do_classifier_free_guidance=guided,
-            negative_prompt=[p.options.negative_prompt for p in firsts] if guided else None,
+            negative_prompt=[_given(p.options.negative_prompt) for p in firsts] if guided else None,
         )
+        seeds = [_given(planned.options.seed) for planned in planned_images]
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         drawn = self._diffusers_pipeline(options.start_image is not None)(
             prompt_embeds=embeds,
             negative_prompt_embeds=negative_embeds,
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,
             num_images_per_prompt=options.num_images,
-            generator=[torch.Generator("cpu").manual_seed(p.options.seed) for p in planned_images],
+            generator=generators,
             output_type="np" if firsts[0].rounds_down else "pil",
             **self._size_and_control(planned_images),
             callback_on_step_end=None if on_step is None else _step_callback(on_step),
@@ -182,7 +191,9 @@ class PipelineGenerator:
         arguments: dict[str, Any] = dict(self._size(options))
         has_start = options.start_image is not None
         if self._controlnet is not None:
-            controls = [open_image_file(planned.options.control_image) for planned in firsts]
+            controls = [
+                open_image_file(_given(planned.options.control_image)) for planned in firsts
+            ]
             arguments["control_image" if has_start else "image"] = controls
             arguments["controlnet_conditioning_scale"] = self._control_scale
         if not has_start:
@@ -192,7 +203,7 @@ class PipelineGenerator:
         if self._controlnet is None:  # diffusers takes the size from the image then
             arguments = {}
         # One for each image: of fewer, diffusers repeats the whole list.
-        starts = [open_image_file(planned.options.start_image) for planned in planned_images]
+        starts = [open_image_file(_given(p.options.start_image)) for p in planned_images]
         arguments["image"] = [ImageOps.fit(image, size) for image in starts]
         return arguments | {"strength": options.strength}
 
@@ -234,6 +245,12 @@ class PipelineGenerator:
         default = self._default_size()
         both = zip(sides.items(), default, strict=True)
         return {name: side or size for (name, side), size in both}
+
+
+def _given(value: Value | None) -> Value:
+    """A setting that ImagePlan has given the image, or has refused to do without."""
+    assert value is not None, "see image_plan.py"
+    return value
 
 
 def _step_callback(on_step: OnStep) -> Callable[..., dict[str, Any]]:

@@ -134,8 +134,8 @@ def read_records(path: Path, image_root: Path | None = None) -> list[PromptRecor
         except ValueError as error:
             raise PromptError(f"{place}: not JSON ({error})") from error
         record = parse_record(fields, path.parent, place, f"{number:06d}", image_root)
-        # Some file systems take "Cat" and "cat" for the same name.
-        earlier = seen.setdefault(record.id.casefold(), number)
+        # Some file systems take "Cat" and "cat" for the same name; here each record has one.
+        earlier = seen.setdefault(str(record.id).casefold(), number)
         if earlier != number:
             raise PromptError(f"{place}: id {record.id!r} is that of line {earlier}, too")
         records.append(record)

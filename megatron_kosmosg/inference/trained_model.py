@@ -15,6 +15,7 @@ from PIL import Image
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
 from megatron_kosmosg.checkpoint.save_and_resume import checkpoint_metadata
 from megatron_kosmosg.checkpoint.weights import load_weights
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_saved_config
 from megatron_kosmosg.config.rank_grid import single_process_config
 from megatron_kosmosg.config.schema import RunConfig
@@ -69,7 +70,10 @@ class TrainedModel:
         (self.model,) = self.stage.build_model(context)
         load_weights(checkpoint, [self.model], checkpoint_metadata(context))
         self.model.eval().requires_grad_(False)
-        self.tokenizer = Tokenizer(self.config.data.tokenizer_model)
+        model_file = self.config.data.tokenizer_model
+        if model_file is None:
+            raise ConfigError(f"{checkpoint / CONFIG_FILE} names no data.tokenizer_model")
+        self.tokenizer = Tokenizer(model_file)
         self.sequence_format = SequenceFormat(
             self.tokenizer, self.config.model.resampler.num_latent_queries
         )
