@@ -13,7 +13,7 @@ from megatron_kosmosg.toy.world import Entity, Scene, entity_masks, render_batch
 BATCH = 64
 JPEG_EVERY = 4
 """Every so many records have JPEG images, so that both decoders are used."""
-JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
+JPEG_OPTIONS: dict[str, Any] = {"quality": 95, "subsampling": 0}
 
 
 class ImageFiles:

@@ -98,7 +98,8 @@ def evaluate(args: argparse.Namespace) -> Results:
             )
         if "align" in models:
             print("align: words to images", flush=True)
-            toy.align(models["align"], TextEncoderModel(config.model.diffusion.path))
+            # Without a path `load_diffusion` has raised.
+            toy.align(models["align"], TextEncoderModel(config.model.diffusion.path or ""))
         print("instruct: images to images", flush=True)
         toy.instruct(models["instruct"], models.get("align"))
         if "align" in models:

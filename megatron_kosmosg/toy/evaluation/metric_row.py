@@ -34,4 +34,4 @@ class MetricRow:
 
     def to_json(self) -> dict[str, object]:
         """All fields and `passed`, as plain values."""
-        return asdict(self) | {"passed": self.passed}
+        return {**asdict(self), "passed": self.passed}

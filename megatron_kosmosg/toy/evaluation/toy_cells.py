@@ -10,14 +10,14 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from megatron_kosmosg.toy.evaluation.metric_row import MetricRow
-from megatron_kosmosg.toy.evaluation.scene_reader import SceneComparison
+from megatron_kosmosg.toy.evaluation.scene_reader import EntityComparison, SceneComparison
 from megatron_kosmosg.toy.evaluation.toy_generation import GeneratedScenes, true_images
 from megatron_kosmosg.toy.world import Scene
 
 Measure = Callable[[Sequence[SceneComparison]], float]
 
 
-def share(choose: Callable[[object], bool]) -> Measure:
+def share(choose: Callable[[EntityComparison], bool]) -> Measure:
     """Share of entities for which `choose(entity comparison)` holds."""
 
     def measure(comparisons: Sequence[SceneComparison]) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -21,7 +23,7 @@ class TextEncoderModel:
     @torch.no_grad()
     def conditions(self, prompts: list[Parts]) -> tuple[torch.Tensor, torch.Tensor]:
         """(conditions [n, c, d], null condition [1, c, d]) of prompts of words alone."""
-        captions = [" ".join(parts) for parts in prompts]
+        captions = [" ".join(cast(list[str], parts)) for parts in prompts]
         tokens = self._tokenizer(
             [*captions, ""],
             padding="max_length",

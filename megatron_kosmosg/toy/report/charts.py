@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ _COLOURS = ("#0f766e", "#c2410c", "#6d28d9", "#0369a1", "#a16207")
 _MOST_POINTS = 400
 _LOG_RANGE = 8.0
 """Ratio of largest to smallest value from which a logarithmic axis is clearer."""
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # Any: matplotlib's own names and values of settings
     "font.size": 8.5,
     "font.family": "sans-serif",
     "svg.fonttype": "none",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,7 +120,8 @@ def train(
     seed: int,
 ) -> dict[str, Tensor]:
     """Averaged weights; continues from RUN/decoder.pt and leaves its result there under `ema`."""
-    unet.to(memory_format=torch.channels_last).train()
+    network: Any = unet  # Any: no annotation of `to` takes a memory format alone
+    network.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )

@@ -37,12 +37,12 @@ def stable_diffusion(
 ) -> None:
     """Writes unet/ vae/ scheduler/ text_encoder/ tokenizer/ model_index.json under `folder`."""
     with checkpoint.replaced_folder(folder) as temporary:
-        unet = decoder.build(codec.config.latent_channels, text_model.config.hidden_size)
+        unet = decoder.build(codec.config["latent_channels"], text_model.config.hidden_size)
         unet.load_state_dict(unet_weights)
         unet.half().save_pretrained(temporary / "unet")
         # A loaded autoencoder would write the path it came from into its config.
         shipped = vae.build()
-        shipped.register_to_config(scaling_factor=codec.config.scaling_factor)
+        shipped.register_to_config(scaling_factor=codec.config["scaling_factor"])
         shipped.load_state_dict(codec.state_dict())
         shipped.half().save_pretrained(temporary / "vae")
         decoder.noise_scheduler().save_pretrained(temporary / "scheduler")

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from megatron_kosmosg.toy.training import checkpoint, pool
+from megatron_kosmosg.toy.training import checkpoint, pool, vae
 from megatron_kosmosg.toy.world import Scene, render_batch, sample_scene
 
 PER_FILE = 2048
@@ -59,10 +59,10 @@ def posteriors(run: Path, codec: AutoencoderKL, files: int, seed: int) -> Poster
 def encode(codec: AutoencoderKL, scenes: list[Scene]) -> dict[str, Tensor]:
     """The scaled posteriors of the scenes: {"mean", "std"}, float16 [n, channels, 8, 8]."""
     found = [
-        codec.encode(render_batch(scenes[start : start + pool.CHUNK])).latent_dist
+        vae.posterior(codec, render_batch(scenes[start : start + pool.CHUNK]))
         for start in range(0, len(scenes), pool.CHUNK)
     ]
-    scale = codec.config.scaling_factor
+    scale = codec.config["scaling_factor"]
     return {
         "mean": torch.cat([each.mean * scale for each in found]).half(),
         "std": torch.cat([each.std * scale for each in found]).half(),

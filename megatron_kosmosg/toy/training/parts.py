@@ -52,7 +52,7 @@ class Parts:
     def decoder(self) -> None:
         torch.manual_seed(1)
         codec, text_model = self._codec(), self._text_model()
-        unet = decoder.build(codec.config.latent_channels, text_model.config.hidden_size)
+        unet = decoder.build(codec.config["latent_channels"], text_model.config.hidden_size)
         decoder.train(
             self.run,
             latents.posteriors(self.run, codec, self.files, seed=777),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ IGNORED = -100
 
 def build(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """An untrained text model for this tokenizer."""
-    end = tokenizer.convert_tokens_to_ids(END)
+    end = id_of(tokenizer, END)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -39,7 +40,7 @@ def build(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         max_position_embeddings=NUM_POSITIONS,
         projection_dim=WIDTH,
         hidden_act="quick_gelu",
-        bos_token_id=tokenizer.convert_tokens_to_ids(START),
+        bos_token_id=id_of(tokenizer, START),
         eos_token_id=end,
         pad_token_id=end,
     )
@@ -49,6 +50,11 @@ def build(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             if "embedding" in name:
                 parameter.normal_(0, 0.3)
     return model
+
+
+def id_of(tokenizer: CLIPTokenizer, token: str) -> int:
+    """The id of one token; what transformers annotates is that of a list, too."""
+    return cast(int, tokenizer.convert_tokens_to_ids(token))
 
 
 class Heads(nn.Module):
@@ -77,6 +83,8 @@ def targets(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             pattern[i, k] = PATTERNS.index(entity.pattern)
             hues[i, 2 * k], hues[i, 2 * k + 1] = entity.hue_a, entity.hue_b
             named[i, 2 * k], named[i, 2 * k + 1] = True, entity.pattern != "plain"
+        if scene.background_hue is None:
+            raise ValueError("a white background has no hue to learn")
         hues[i, 4], named[i, 4] = scene.background_hue, True
     angle = hues * (math.pi / 180)
     return shape, pattern, torch.stack([angle.cos(), angle.sin()], -1), named
@@ -85,9 +93,9 @@ def targets(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def readable(ids: Tensor, tokenizer: CLIPTokenizer) -> Tensor:
     """Which hues (in the order of `targets`) the words so far have named, bool [n, positions,
     5]."""
-    joins = [tokenizer.convert_tokens_to_ids(word + "</w>") for word in ("and", "on")]
+    joins = [id_of(tokenizer, word + "</w>") for word in ("and", "on")]
     phrases = torch.isin(ids, torch.tensor(joins)).cumsum(1)
-    over = (ids == tokenizer.convert_tokens_to_ids(END)).cumsum(1)
+    over = (ids == id_of(tokenizer, END)).cumsum(1)
     return torch.stack([phrases > 0, phrases > 0, phrases > 1, phrases > 1, over > 0], -1)
 
 
@@ -122,7 +130,7 @@ def train(
         decay = 0.5 * (1.0 + math.cos(math.pi * step / steps))
         rate = learning_rate * min(1.0, (step + 1) / 50) * max(decay, 0.02)
         optimizer.param_groups[0]["lr"] = rate
-        sum(losses.values()).backward()
+        sum(losses.values(), start=torch.zeros(())).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

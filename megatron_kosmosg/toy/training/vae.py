@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from megatron_kosmosg.toy.training import checkpoint, pool
@@ -17,10 +19,13 @@ KL_WEIGHT = 3e-5
 
 def build() -> AutoencoderKL:
     """An untrained autoencoder with a spatial factor of 4."""
+    blocks: dict[str, Any] = {  # Any: diffusers annotates a single block
+        "block_out_channels": (24, 48, 48),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+    }
     return AutoencoderKL(
-        block_out_channels=(24, 48, 48),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        **blocks,
         latent_channels=LATENT_CHANNELS,
         layers_per_block=1,
         norm_num_groups=8,
@@ -29,18 +34,26 @@ def build() -> AutoencoderKL:
     )
 
 
+def posterior(model: AutoencoderKL, pixels: Tensor) -> DiagonalGaussianDistribution:
+    """The distribution of the latents of images [n, 3, 32, 32] in [-1, 1]."""
+    found: Any = model.encode(pixels)  # Any: annotated as a tuple, too (return_dict=False)
+    return found.latent_dist
+
+
 def loss_of(model: AutoencoderKL, pixels: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
     """Scalars: squared error per pixel value, and KL per latent value."""
-    posterior = model.encode(pixels).latent_dist
-    latents = posterior.sample(generator=noise)
-    error = (model.decode(latents).sample - pixels).square().mean()
-    return error, posterior.kl().mean() / latents[0].numel()
+    distribution = posterior(model, pixels)
+    latents = distribution.sample(generator=noise)
+    decode: Any = model.decode  # Any: annotated for FloatTensor, and as a tuple, too
+    error = (decode(latents).sample - pixels).square().mean()
+    return error, distribution.kl().mean() / latents[0].numel()
 
 
 def train(run: Path, steps: int, batch_size: int, learning_rate: float, seed: int) -> AutoencoderKL:
     """The trained autoencoder in fp32; continues from RUN/vae.pt and leaves its result there."""
     torch.manual_seed(seed)
-    model = build().to(memory_format=torch.channels_last)
+    untrained: Any = build()  # Any: no annotation of `to` takes a memory format alone
+    model: AutoencoderKL = untrained.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0
     )
@@ -83,7 +96,7 @@ def finish(weights: dict[str, Tensor], images: Tensor) -> AutoencoderKL:
     generator = torch.Generator().manual_seed(0)
     latents = torch.cat(
         [
-            model.encode(pool.from_bytes(part)).latent_dist.sample(generator=generator)
+            posterior(model, pool.from_bytes(part)).sample(generator=generator)
             for part in images.split(128)
         ]
     )
