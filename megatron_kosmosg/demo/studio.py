@@ -29,8 +29,9 @@ from megatron_kosmosg.inference.prompt_records import (
 DEFAULTS = GenerationOptions(
     negative_prompt="", seed=0, num_images=1, steps=50, guidance=6.0, height=None, width=None
 )
-ProgressCallback = Callable[[float, str], None]
-"""Called with the share that is done, 0 to 1, and words for people."""
+ProgressCallback = Callable[[float, str], object]
+"""Called with the share that is done, 0 to 1, and words for people; nothing is done with what it
+returns."""
 
 
 class Cancelled(Exception):
