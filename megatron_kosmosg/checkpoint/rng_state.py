@@ -6,14 +6,13 @@ Covers torch, the accelerator, numpy, Python, and Megatron-Core's tensor-paralle
 from __future__ import annotations
 
 import random
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
 from megatron_kosmosg.parallel.devices import device_rng_state, set_device_rng_state
+from megatron_kosmosg.parallel.seeds import rng_tracker
 
 
 def rng_state() -> dict[str, Any]:
@@ -23,7 +22,7 @@ def rng_state() -> dict[str, Any]:
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
         "device": device_rng_state(),
-        "tracker": {name: state.clone() for name, state in _tracker().get_states().items()},
+        "tracker": {name: state.clone() for name, state in rng_tracker().get_states().items()},
     }
 
 
@@ -34,9 +33,4 @@ def restore_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["device"] is not None:
         set_device_rng_state(state["device"])
-    _tracker().set_states({name: value.clone() for name, value in state["tracker"].items()})
-
-
-def _tracker() -> CudaRNGStatesTracker:
-    """Megatron-Core's states by name. It makes them when asked first, and is typed as if not."""
-    return cast(CudaRNGStatesTracker, get_cuda_rng_tracker())
+    rng_tracker().set_states({name: value.clone() for name, value in state["tracker"].items()})
