@@ -15,6 +15,7 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_kosmosg.checkpoint.base_record import CHECKSUM, TENSORS, read_base
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.import_advice import how_to_import
 from megatron_kosmosg.config.paths import COMPLETE_FILE
@@ -24,9 +25,6 @@ from megatron_kosmosg.foreign_files import inside, read_json
 CONFIG_FILE = "config.yaml"
 DAMAGED = ".damaged"
 """Ends the name of a checkpoint that was found unreadable."""
-_TENSORS = ".distcp"
-"""Ends the names of the files that grow with the model."""
-_CHECKSUM = ".crc32"
 _CHUNK = 1 << 24
 
 
@@ -50,7 +48,7 @@ def finish(temporary: Path, config_yaml: str) -> Path:
     for path in files:
         _flush(path)
     listing = temporary / COMPLETE_FILE
-    digests = {name: _digest(temporary / name) for name in sizes if not name.endswith(_TENSORS)}
+    digests = {name: _digest(temporary / name) for name in sizes if not name.endswith(TENSORS)}
     listing.write_text(json.dumps({"files": sizes, "digests": digests}, indent=1) + "\n")
     _flush(listing)
     _flush(temporary)
@@ -143,7 +141,7 @@ def find_checkpoint(path: Path, option: str = "checkpoint.load=") -> Path:
 
 def write_checksum(path: Path) -> None:
     """Puts the checksum of a file of tensors beside it."""
-    path.with_name(path.name + _CHECKSUM).write_text(f"{_checksum(path):08x}\n")
+    path.with_name(path.name + CHECKSUM).write_text(f"{_checksum(path):08x}\n")
 
 
 def damaged_tensors(folder: Path, share: int, num_shares: int) -> list[str]:
@@ -152,23 +150,33 @@ def damaged_tensors(folder: Path, share: int, num_shares: int) -> list[str]:
     Reads one share of the files. Those without a checksum, of before there were any, are not read.
     """
     found = []
-    for path in sorted(folder.glob(f"*{_TENSORS}"))[share::num_shares]:
-        noted = path.with_name(path.name + _CHECKSUM)
+    for path in sorted(folder.glob(f"*{TENSORS}"))[share::num_shares]:
+        noted = path.with_name(path.name + CHECKSUM)
         if noted.is_file() and noted.read_text() != f"{_checksum(path):08x}\n":
             found.append(f"{path.name} has other content than was written")
     return found
 
 
 def prune(save: Path, keep_last: int, keep_every: int = 0) -> None:
-    """Removes all whole checkpoints but the newest `keep_last` (0 keeps all) and those of
-    iterations that are multiples of `keep_every` (0 for none)."""
+    """Removes all whole checkpoints but the newest `keep_last` (0 keeps all), those of iterations
+    that are multiples of `keep_every` (0 for none), and those that one of these has as its base."""
     if keep_last == 0:
         return
     whole = [folder for folder in _iteration_folders(save) if is_valid(folder)]
-    for folder in whole[:-keep_last]:
-        if keep_every and _iteration(folder) % keep_every == 0:
-            continue
-        remove_folder(folder, only_writer=True)
+    multiples = [folder for folder in whole if keep_every and _iteration(folder) % keep_every == 0]
+    kept = {folder.resolve() for folder in (*whole[-keep_last:], *multiples)}
+    kept.update(*map(_bases, kept))
+    for folder in whole:
+        if folder.resolve() not in kept:
+            remove_folder(folder, only_writer=True)
+
+
+def _bases(folder: Path) -> list[Path]:
+    """The base of a checkpoint, that one's base, and so on, as far as they lie beside it."""
+    base = read_base(folder)
+    if base is None or Path(base.path).parent != folder.parent:
+        return []
+    return [Path(base.path), *_bases(Path(base.path))]
 
 
 def _iteration_folders(save: Path) -> list[Path]:

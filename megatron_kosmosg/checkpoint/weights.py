@@ -9,15 +9,12 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_kosmosg.checkpoint.base_checkpoint import weight_folders
 from megatron_kosmosg.checkpoint.checkpoint_errors import DamagedCheckpoint, load_state
-from megatron_kosmosg.checkpoint.description import read_description
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE
-from megatron_kosmosg.checkpoint.weight_average import AVERAGE
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_saved_config
 
-NOT_MODEL = ("optimizer.", "rng/", f"{AVERAGE}.")
-"""Prefixes of checkpoint keys that are not weights of the model."""
 MODEL = "model"
 """What the names of the model's chunks in a checkpoint's state begin with."""
 
@@ -74,24 +71,40 @@ def load_weights(
             f"checkpoint.load_stage={written_by} where the stage can start from it)"
         )
     state = model_state(chunks, metadata)
-    stored = {
-        key
-        for key in read_description(path).state_dict_metadata
-        if not key.startswith(NOT_MODEL) and "_extra_state" not in key
-    }
+    folders = weight_folders(path)
+    stored = set(folders)
     model_keys = _keys_of_all_ranks(state)
     started = {key for key in model_keys - stored if key.endswith(tuple(new))}
     _check_keys(path, written_by, model_keys - started, stored, tuple(absent), tuple(unused))
-    kept = [_split(part, stored) for part in state.values()]
-    sharded_state = {name: found for name, (found, _) in zip(state, kept, strict=True)}
-    try:
-        loaded = load_state(path, sharded_state)
-    except DamagedCheckpoint as error:
-        raise ConfigError(f"{error}; set checkpoint.load to another checkpoint") from error
-    for index, (chunk, (_, missing)) in enumerate(zip(chunks, kept, strict=True)):
+    loaded = read_model_state(state, folders)
+    for chunk, entries, found in zip(chunks, state.values(), loaded.values(), strict=True):
         current = chunk.state_dict()
-        loaded.setdefault(f"model{index}", {}).update({name: current[name] for name in missing})
+        found.update({name: current[name] for name in entries if name not in found})
     set_model_state(chunks, loaded)
+
+
+def read_model_state(
+    state: dict[str, ShardedStateDict], folders: dict[str, Path]
+) -> dict[str, dict]:
+    """The values of those entries of `model_state` that `folders` has, each read from the folder
+    under its key; a collective over all ranks. Raises ConfigError for a damaged one."""
+    loaded: dict[str, dict] = {name: {} for name in state}
+    for folder in dict.fromkeys(folders.values()):
+        part = {name: select(entries, folders, folder) for name, entries in state.items()}
+        try:
+            found = load_state(folder, part)
+        except DamagedCheckpoint as error:
+            raise ConfigError(f"{error}; set checkpoint.load to another checkpoint") from error
+        for name, values in loaded.items():
+            values.update(found.get(name, {}))
+    return loaded
+
+
+def select(
+    entries: dict[str, ShardedBase], folders: dict[str, Path], folder: Path
+) -> dict[str, ShardedBase]:
+    """The entries that lie in `folder`."""
+    return {name: value for name, value in entries.items() if folders.get(value.key) == folder}
 
 
 def _keys_of_all_ranks(state: dict[str, ShardedStateDict]) -> set[str]:
@@ -99,13 +112,6 @@ def _keys_of_all_ranks(state: dict[str, ShardedStateDict]) -> set[str]:
     gathered: list[set[str]] = [set() for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, local)
     return set().union(*gathered)
-
-
-def _split(
-    part: dict[str, ShardedBase], stored: set[str]
-) -> tuple[dict[str, ShardedBase], list[str]]:
-    found = {name: value for name, value in part.items() if value.key in stored}
-    return found, [name for name in part if name not in found]
 
 
 def _check_keys(

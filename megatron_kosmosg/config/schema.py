@@ -317,6 +317,10 @@ class CheckpointConfig:
     save_interval: int = 2000
     """Iterations between checkpoints; the last iteration is always saved."""
     async_save: bool = False
+    weights: Literal["auto", "all", "trained"] = "auto"
+    """Weights in a checkpoint: `all`, so that it stands alone, or those that are `trained`, with
+    the path and fingerprint of the checkpoint (`load`) that holds the others. `auto` is `trained`
+    with adapters (`lora.rank`) and `all` without."""
     keep_last: int = 2
     """Newest finished checkpoints kept; 0 keeps all."""
     keep_every: int = 0

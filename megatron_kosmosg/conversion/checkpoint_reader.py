@@ -24,10 +24,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_kosmosg.checkpoint.base_checkpoint import NOT_MODEL, weight_folders
+from megatron_kosmosg.checkpoint.base_record import read_base
 from megatron_kosmosg.checkpoint.description import DescriptionReader
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
 from megatron_kosmosg.checkpoint.weight_average import AVERAGE
-from megatron_kosmosg.checkpoint.weights import NOT_MODEL
 from megatron_kosmosg.config.errors import ConfigError, ConversionError
 from megatron_kosmosg.config.load import load_saved_config
 from megatron_kosmosg.conversion.stored_names import EMBEDDING, names_under, stored_key
@@ -36,23 +37,26 @@ from megatron_kosmosg.models.lora import ADAPTERS, LORA_A, LORA_B
 from megatron_kosmosg.parallel.platform import torch_dtype
 
 _AVERAGES = f"{AVERAGE}."
+_DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
 
 
 class CheckpointTensors:
     """The newest whole checkpoint of a run folder (or one `iter_` folder) as a TensorSource.
 
     Tensors are whole and without vocabulary padding; low-rank adapters are added to the weights
-    that they belong to, and are no tensors of their own (`adapter` gives them). `config` is the
-    run's, `stage` its stage.
+    that they belong to, and are no tensors of their own (`adapter` gives them). Frozen weights that
+    it left out are read from its base, in the dtype of the run. `config` is the run's, `stage` its
+    stage.
     """
 
-    def __init__(self, folder: Path, *, ema: bool = False) -> None:
-        """Opens a checkpoint. Raises ConversionError when there is no undamaged one, or none with
-        averages.
+    def __init__(self, folder: Path, *, ema: bool = False, with_base: bool = True) -> None:
+        """Opens a checkpoint. Raises ConversionError when there is no undamaged one, none with
+        averages, or not the base of it.
 
         Args:
             folder: a run's folder, its checkpoints, or one of them.
             ema: read the averages of the weights (float32) in place of those that trained.
+            with_base: False leaves out what the checkpoint left out.
         """
         try:
             self.path = find_checkpoint(Path(folder), option="")
@@ -61,7 +65,11 @@ class CheckpointTensors:
             raise ConversionError(str(error)) from None
         self.stage = self.config.stage
         self._reader = DescriptionReader(self.path)
-        self._stored, averages = self._read_metadata()
+        self._stored, averages = self._read_metadata(self._reader)
+        self._reader_of: dict[str, DescriptionReader] = {}
+        self._dtype_of: dict[str, torch.dtype] = {}
+        if with_base:
+            self._take_base()
         self._prefix_of: dict[str, str] = {}
         self.export_dtype: torch.dtype | None = None
         """In which an export is where none is asked for; None: each tensor's own. Averages are
@@ -91,7 +99,7 @@ class CheckpointTensors:
     def _stored_names(self) -> dict[str, TensorInfo]:
         found = {}
         for key, stored in self._stored.items():
-            dtype = stored.properties.dtype
+            dtype = self._dtype_of.get(key, stored.properties.dtype)
             stacked = names_under(key, stored.size[0]) if len(stored.size) else None
             if stacked is None:
                 found[key] = TensorInfo(self._unpadded_shape(key), dtype)
@@ -126,14 +134,33 @@ class CheckpointTensors:
             raise ConversionError(f"{self.path} holds only part of {name}")
         tensor = torch.empty(shape, dtype=stored.properties.dtype)
         try:
-            self._reader.read_data(LoadPlan(items), _Into(tensor)).wait()
+            reader = self._reader_of.get(key, self._reader)
+            reader.read_data(LoadPlan(items), _Into(tensor)).wait()
         except (OSError, EOFError, RuntimeError, BadZipFile, pickle.UnpicklingError) as error:
             raise ConversionError(f"{self.path}: {name} cannot be read: {error}") from error
+        tensor = tensor.to(self._dtype_of.get(key, tensor.dtype))
         return tensor if layer is None else tensor[0]
 
     def _unpadded_shape(self, key: str) -> tuple[int, ...]:
         shape = tuple(self._stored[key].size)
         return (self.config.model.vocab_size, *shape[1:]) if key == EMBEDDING else shape
+
+    def _take_base(self) -> None:
+        """Adds the weights that the checkpoint takes from others."""
+        try:
+            base, folders = read_base(self.path), weight_folders(self.path)
+        except ConfigError as error:
+            raise ConversionError(str(error)) from None
+        if base is None:
+            return
+        readers = {folder: DescriptionReader(folder) for folder in {*folders.values()}}
+        found = {folder: self._read_metadata(reader)[0] for folder, reader in readers.items()}
+        for key, dtype in base.weights.items():
+            if dtype not in _DTYPES:
+                raise ConversionError(f"{self.path} has {key} as {dtype}, which is no dtype")
+            self._stored[key] = found[folders[key]][key]
+            self._reader_of[key] = readers[folders[key]]
+            self._dtype_of[key] = _DTYPES[dtype]
 
     def _take_averages(self, averages: dict[str, TensorStorageMetadata]) -> None:
         if not averages:
@@ -145,15 +172,16 @@ class CheckpointTensors:
         self._stored.update(averages)
         self._prefix_of = dict.fromkeys(averages, _AVERAGES)
 
+    @staticmethod
     def _read_metadata(
-        self,
+        reader: DescriptionReader,
     ) -> tuple[dict[str, TensorStorageMetadata], dict[str, TensorStorageMetadata]]:
         """The weights, and averages under the names of their weights."""
         try:
-            metadata = self._reader.read_metadata()
+            metadata = reader.read_metadata()
         except ConfigError as error:
             raise ConversionError(str(error)) from None
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        reader.set_up_storage_reader(metadata, is_coordinator=True)
         tensors = {
             key: stored
             for key, stored in metadata.state_dict_metadata.items()

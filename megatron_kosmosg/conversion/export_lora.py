@@ -37,7 +37,7 @@ def export_lora(
     `export_hf`. Raises ConversionError for a run without adapters, and for one that also trained
     another part of the language model, which an adapter cannot carry.
     """
-    source = CheckpointTensors(checkpoint, ema=ema)
+    source = CheckpointTensors(checkpoint, ema=ema, with_base=False)
     dtype = dtype or source.export_dtype
     lora = source.config.lora
     if not lora.rank:

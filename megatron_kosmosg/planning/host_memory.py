@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_kosmosg.config.rank_grid import RankGrid
+from megatron_kosmosg.config.saved_weights import saves_trained_alone
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.planning.activations import ELEMENT_BYTES
 from megatron_kosmosg.planning.communication import bucket_elements
@@ -143,9 +144,8 @@ def _fullest(
 
 def checkpoint_bytes(config: RunConfig, trained: int, frozen: int) -> float:
     """Size of one checkpoint on disk, all ranks' files together."""
-    return ELEMENT_BYTES[config.training.precision] * (trained + frozen) + (
-        _state_bytes(config) * trained
-    )
+    saved = trained if saves_trained_alone(config) else trained + frozen
+    return ELEMENT_BYTES[config.training.precision] * saved + _state_bytes(config) * trained
 
 
 def _state_bytes(config: RunConfig) -> int:
@@ -162,16 +162,17 @@ def _decoder_rank(
     parallel, trained = config.parallel, held.gradient_elements
     element, states = ELEMENT_BYTES[config.training.precision], _state_bytes(config) * trained
     replicas = world.num_replicas
-    weights = element * (trained + held.frozen) / replicas  # this rank writes its part of them
+    weights = element * (trained + held.frozen) / replicas  # this rank reads its part of them
+    saved = element * trained / replicas if saves_trained_alone(config) else weights
     if parallel.use_distributed_optimizer:
         bucket = bucket_elements(config, world, trained, is_first=pipeline_stage == 0)
         # All states of this rank's weights; first with its own of a bucket and one state of all of
         # the bucket twice, then with what is copied for the writer.
-        copied = weights + (states / replicas if config.checkpoint.async_save else 0)
+        copied = saved + (states / replicas if config.checkpoint.async_save else 0)
         gathering = _STATE_BYTES * bucket / replicas + 2 * 4 * bucket
         saving = states + max(gathering, copied)
     else:
-        saving = weights + states / replicas
+        saving = saved + states / replicas
     helpers = _helpers(config) if not world.score_ranks_per_unit else 0.0
     settings = config.optimizer
     offloaded = trained * settings.optimizer_offload_fraction * settings.optimizer_cpu_offload

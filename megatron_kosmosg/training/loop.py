@@ -116,6 +116,7 @@ def _fit(
         scheduler,
         data.fingerprints(),
         trained.average,
+        trained.initial_from,
     )
     progress, resumed = TrainingProgress(), None
     if resume_from is not None:

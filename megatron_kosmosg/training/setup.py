@@ -35,6 +35,8 @@ class Trained:
     scheduler: OptimizerParamScheduler
     average: WeightAverage | None
     """Of the weights (`optimizer.ema_decay`); None keeps none."""
+    initial_from: Path | None
+    """The checkpoint that filled the model, if one did."""
 
 
 def build_trained(
@@ -45,8 +47,9 @@ def build_trained(
     with parameters_in(config.training.precision):
         modules = stage.build_model(context)
     _check_chunks(config, modules)
+    initial_from = None
     if takes_initial_weights:
-        _take_initial_weights(stage, modules, context)
+        initial_from = _take_initial_weights(stage, modules, context)
     chunks = wrap_model(modules, config)
     optimizer = build_optimizer(config, chunks)
     scheduler = build_lr_scheduler(config, optimizer)
@@ -54,7 +57,7 @@ def build_trained(
     average, decay = None, config.optimizer.ema_decay
     if decay:
         average = WeightAverage(decay, modules, optimizer, context.process_groups.dp)
-    return Trained(modules, chunks, optimizer, scheduler, average)
+    return Trained(modules, chunks, optimizer, scheduler, average, initial_from)
 
 
 def _check_chunks(config: RunConfig, modules: Sequence[MegatronModule]) -> None:
@@ -68,16 +71,18 @@ def _check_chunks(config: RunConfig, modules: Sequence[MegatronModule]) -> None:
 
 def _take_initial_weights(
     stage: Stage, modules: Sequence[MegatronModule], context: ParallelContext
-) -> None:
+) -> Path | None:
     initial = stage.initial_weights()
-    if initial is not None:
-        source = find_checkpoint(Path(initial.path))
-        load_weights(
-            source,
-            modules,
-            checkpoint_metadata(context),
-            initial.absent,
-            initial.unused,
-            initial.stage,
-            initial.new,
-        )
+    if initial is None:
+        return None
+    source = find_checkpoint(Path(initial.path))
+    load_weights(
+        source,
+        modules,
+        checkpoint_metadata(context),
+        initial.absent,
+        initial.unused,
+        initial.stage,
+        initial.new,
+    )
+    return source

@@ -38,10 +38,10 @@ class Ran:
     """The images of held-out prompts, where they were drawn."""
 
 
-def run_stage(config: RunConfig, defect: str | None = None) -> Ran | None:
-    """Trains from the initial weights on rows that need no files; None on score ranks.
+def run_stage(config: RunConfig, defect: str | None = None, *, loads: bool = False) -> Ran | None:
+    """Trains on rows that need no files, from the model as it is drawn; None on score ranks.
 
-    defect: see `_break`.
+    defect: see `_break`. loads: from `checkpoint.load`.
     """
     _read_tiny_streams()
     try:
@@ -51,7 +51,8 @@ def run_stage(config: RunConfig, defect: str | None = None) -> Ran | None:
         context = platform.initialize(config)
         remote_score = open_remote_score(config, context)
         stage = build_stage(config, context, remote_score, build_evaluators(config))
-        stage.initial_weights = lambda: None
+        if not loads:
+            stage.initial_weights = lambda: None
         kept: list[KosmosG] = []
         before: list[Share] = []
         build = stage.build_model
@@ -78,6 +79,11 @@ def run_stage(config: RunConfig, defect: str | None = None) -> Ran | None:
         return Ran(before[0], share_of(kept, context), grids[0] if grids else None)
     finally:
         platform.teardown()
+
+
+def run_loaded(config: RunConfig) -> Ran | None:
+    """`run_stage` from `checkpoint.load`."""
+    return run_stage(config, loads=True)
 
 
 def records(config: RunConfig) -> list[dict]:

@@ -7,6 +7,12 @@ import os
 import pytest
 
 from megatron_kosmosg.checkpoint import folder as folders
+from megatron_kosmosg.checkpoint.base_record import (
+    Base,
+    checkpoint_fingerprint,
+    read_base,
+    write_base,
+)
 from megatron_kosmosg.config.errors import ConfigError
 
 
@@ -86,6 +92,47 @@ def test_pruning_keeps_every_so_many_iterations(tmp_path):
         save(tmp_path, iteration)
     folders.prune(tmp_path, keep_last=1, keep_every=4)
     assert {path.name for path in tmp_path.iterdir()} == {f"iter_000000{i}" for i in (4, 8, 9)}
+
+
+def test_pruning_spares_what_kept_checkpoints_take_weights_from(tmp_path):
+    elsewhere = save(tmp_path / "elsewhere", 1)
+    bases = {2: elsewhere, 4: "iter_0000002", 5: "iter_0000001", 6: "iter_0000004"}
+    for iteration in range(1, 7):
+        temporary = folders.begin(tmp_path, iteration)
+        if iteration in bases:
+            write_base(temporary, Base(str(tmp_path / bases[iteration]), "0a1b", {"w": "float32"}))
+        folders.finish(temporary, "stage: instruct\n")
+    folders.prune(tmp_path, keep_last=1)
+    assert {path.name[-1] for path in tmp_path.glob("iter_*")} == {"2", "4", "6"}
+    assert folders.is_valid(elsewhere)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"path": "a", "fingerprint": "b"}'])
+def test_a_record_of_a_base_that_is_none_is_refused(text, tmp_path):
+    assert read_base(tmp_path) is None
+    (tmp_path / "base.json").write_text(text)
+    with pytest.raises(ConfigError, match="base.json is damaged"):
+        read_base(tmp_path)
+
+
+def test_a_fingerprint_is_of_tensors_alone_and_of_their_checksums_where_they_have_some(tmp_path):
+    found = {}
+    for name, content, other, has_checksum in (
+        ("one", b"weights", "a", False),
+        ("same", b"weights", "b", False),
+        ("changed", b"Weights", "a", False),
+        ("summed", b"weights", "a", True),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "0.distcp").write_bytes(content)
+        (folder / "config.yaml").write_text(other)
+        if has_checksum:
+            folders.write_checksum(folder / "0.distcp")
+        found[name] = checkpoint_fingerprint(folder)
+    assert found["one"] == found["same"] and len(set(found.values())) == 3
+    (tmp_path / "summed" / "0.distcp").write_bytes(b"what training would notice by its checksum")
+    assert checkpoint_fingerprint(tmp_path / "summed") == found["summed"]
 
 
 def test_a_run_folder_a_checkpoint_folder_and_an_iteration_all_name_the_same(tmp_path):

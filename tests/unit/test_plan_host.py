@@ -106,6 +106,9 @@ def test_the_fullest_node_counts_and_checkpoints_at_a_time():
     assert planned(averaged, 256).node.saving > 1.1 * plan.node.saving
     adapted = dataclasses.replace(config, lora=LoraConfig(rank=64))
     assert planned(adapted, 256).node.saving < 0.3 * plan.node.saving
+    alone = replace_section(adapted, "checkpoint", weights="all")
+    frozen = trained_and_frozen(whole_model(adapted))[1]
+    assert planned(alone, 256).checkpoint - planned(adapted, 256).checkpoint == 2 * frozen
     assert planned(replace_section(config, "checkpoint", keep_last=0), 256).kept is None
 
 

@@ -1,0 +1,77 @@
+"""Where the weights of a checkpoint lie: in its own folder, and in its base's.
+
+A base is looked for where it was, then in a folder or link named `base` beside the checkpoint, then
+in `checkpoint.load`; it counts by its content, and a run's folder by any checkpoint in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_kosmosg.checkpoint.base_record import Base, checkpoint_fingerprint, read_base
+from megatron_kosmosg.checkpoint.description import read_description
+from megatron_kosmosg.checkpoint.folder import damage
+from megatron_kosmosg.checkpoint.weight_average import AVERAGE
+from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.paths import COMPLETE_FILE
+
+NOT_MODEL = ("optimizer.", "rng/", f"{AVERAGE}.")
+"""Prefixes of checkpoint keys that are not weights of the model."""
+_BESIDE = "base"
+"""Name of a folder, or of a link to one, beside the checkpoints whose base was moved."""
+
+
+def weight_folders(folder: Path, load: str | None = None) -> dict[str, Path]:
+    """The folder that holds each weight of the checkpoint in `folder`, by its key.
+
+    Args:
+        load: the run's `checkpoint.load`, where the base is looked for, too.
+
+    Raises:
+        ConfigError: a base is not there any more, or has other content; the message says what to
+            do.
+    """
+    found = {
+        key: folder
+        for key in read_description(folder).state_dict_metadata
+        if not key.startswith(NOT_MODEL) and "_extra_state" not in key
+    }
+    base = read_base(folder)
+    if base is None:
+        return found
+    of_base = weight_folders(find_base(folder, base, load), load)
+    absent = base.weights.keys() - of_base.keys()
+    if absent:
+        raise ConfigError(f"{folder}: its base {base.path} has no {min(absent)}")
+    return found | {key: of_base[key] for key in base.weights}
+
+
+def find_base(folder: Path, base: Base, load: str | None = None) -> Path:
+    """Where the base of the checkpoint in `folder` lies now; arguments and errors are those of
+    `weight_folders`."""
+    beside = folder.resolve().parent / _BESIDE
+    there = "is not there"
+    for number, place in enumerate(_places(base, beside, load)):
+        if not (place / COMPLETE_FILE).is_file():
+            continue
+        problem = damage(place)
+        mark = None if problem else checkpoint_fingerprint(place)
+        if mark == base.fingerprint:
+            return place
+        if number == 0:
+            there = f"is damaged ({problem})" if problem else f"is another one now ({mark})"
+    raise ConfigError(
+        f"{folder} holds the weights that training changed, and not the frozen ones: those are of "
+        f"checkpoint {base.path} (fingerprint {base.fingerprint}), which {there}. Put that one "
+        f"back, or set checkpoint.load to where it was moved; for commands without settings, link "
+        f"it as {beside}"
+    )
+
+
+def _places(base: Base, beside: Path, load: str | None) -> Iterator[Path]:
+    yield Path(base.path)
+    for place in (beside, *([Path(load)] if load else [])):
+        yield place
+        yield from sorted(place.glob("iter_*"), reverse=True)
+        yield from sorted(place.glob("checkpoints/iter_*"), reverse=True)
