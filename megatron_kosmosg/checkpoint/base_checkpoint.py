@@ -64,8 +64,8 @@ def find_base(folder: Path, base: Base, load: str | None = None) -> Path:
     raise ConfigError(
         f"{folder} holds the weights that training changed, and not the frozen ones: those are of "
         f"checkpoint {base.path} (fingerprint {base.fingerprint}), which {there}. Put that one "
-        f"back, or set checkpoint.load to where it was moved; for commands without settings, link "
-        f"it as {beside}"
+        f"back, or link it as {beside}; a run that is continued also takes it from where "
+        "checkpoint.load says"
     )
 
 
