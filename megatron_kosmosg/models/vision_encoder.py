@@ -7,6 +7,7 @@ all without gradients or optimizer state). Replicas compute identical gradients 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.tower = CLIPVisionModel(tower_config(config.model.vision))
+        self._begun: _Begun | None = None
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The features [n, p+1, h_v] of normalised pixel_values [n, 3, H, W]; n may be 0."""
@@ -34,14 +36,62 @@ class VisionEncoder(nn.Module):
         if len(pixel_values) == 0:
             shape = (0, tower.embeddings.num_positions, tower.config.hidden_size)
             return no_images(pixel_values.new_empty(shape), self.parameters())
-        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
-        hidden = tower.encoder(inputs_embeds=hidden).last_hidden_state
+        if self._begun is not None and self.has_begun(pixel_values):
+            hidden, blocks = self._begun.hidden, self._begun.blocks_to_come
+            self._begun = None
+        else:
+            hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
+            blocks = list(tower.encoder.layers)
+        for block in blocks:
+            hidden = block(hidden, None)
         return F.normalize(tower.post_layernorm(hidden), dim=-1)
+
+    def frozen_blocks(self) -> list[nn.Module]:
+        """The blocks before the first one with a parameter that trains; none where what stands
+        before the blocks trains."""
+        frozen: list[nn.Module] = []
+        if any(_trains(part) for part in (self.tower.embeddings, self.tower.pre_layrnorm)):
+            return frozen
+        for block in self.tower.encoder.layers:
+            if _trains(block):
+                break
+            frozen.append(block)
+        return frozen
+
+    def has_begun(self, pixel_values: torch.Tensor) -> bool:
+        """Whether what `begin` computed for these images is kept."""
+        return self._begun is not None and self._begun.pixel_values is pixel_values
+
+    def begin(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Computes the frozen blocks for pixel_values [n, 3, H, W], n > 0, and keeps their output,
+        in the place of any that was kept before. Returns the images in the tower's precision:
+        `forward` has to get this very tensor, to go on from there."""
+        tower, frozen = self.tower, self.frozen_blocks()
+        images = pixel_values.to(tower.embeddings.patch_embedding.weight.dtype)
+        hidden = tower.pre_layrnorm(tower.embeddings(images))
+        for block in frozen:
+            hidden = block(hidden, None)
+        self._begun = _Begun(images, hidden, list(tower.encoder.layers)[len(frozen) :])
+        return images
 
     def trainable_modules(self, num_layers: int) -> list[nn.Module]:
         """The last `num_layers` blocks and the post-norm."""
         blocks = list(self.tower.encoder.layers)
         return [*blocks[len(blocks) - num_layers :], self.tower.post_layernorm]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A forward pass up to the first block that trains."""
+
+    pixel_values: torch.Tensor
+    hidden: torch.Tensor
+    """[n, p+1, h_v], without a graph."""
+    blocks_to_come: list[nn.Module]
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def tower_config(vision: VisionConfig) -> CLIPVisionConfig:

@@ -26,6 +26,8 @@ RecordSpan = Callable[..., AbstractContextManager[None]]
 
 SEND, WAIT = "send condition", "wait for answer"
 """What a decoder rank does with the score ranks, ..."""
+AHEAD = "images ahead"
+"""... and before it waits for them, ..."""
 IDLE, UNET, REPLY = "idle", "U-Net", "send answer"
 """... and they."""
 

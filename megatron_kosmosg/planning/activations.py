@@ -29,6 +29,8 @@ class StageActivations:
     passing: float
     """Largest that comes and goes with one micro-batch: the output head's logits, or a layer's
     gradients and recomputed tensors; the head's backward is over when the layers' begins."""
+    ahead: float = 0.0
+    """Of the micro-batch whose images are encoded before a wait for score ranks."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,11 @@ def pipeline_stage_activations(
     recompute = config.training.recompute == "full"
     decoder, aligner = _decoder(config, spec, element), _aligner(config, element)
     facts = stage_facts(config.stage)
-    saved, passing = 0.0, 0.0
+    saved, passing, ahead = 0.0, 0.0, 0.0
     if facts.trains_decoder and spec.first_decoder_layer == 0 and batch.prompt_images:
         saved += _image_tower(config, batch.prompt_images, element)
+        if config.score.placement == "dedicated":
+            ahead = _encoded_ahead(config, batch.prompt_images, element)
     if spec.num_decoder_layers:
         held = decoder.encoder(batch.positions, recompute)
         saved += held if facts.trains_decoder else 0
@@ -130,7 +134,7 @@ def pipeline_stage_activations(
         in_fp32 = 0 if element == _FP32 else min(logits, ELEMENTS_AT_ONCE) * _FP32
         of_head = config.model.decoder.hidden_size * tokens * element
         passing = max(passing, logits * element + max(in_fp32, of_head))
-    return StageActivations(saved, passing)
+    return StageActivations(saved, passing, ahead)
 
 
 def _decoder(config: RunConfig, spec: PipelineStageSpec, element: int) -> _Stack:
@@ -170,3 +174,12 @@ def _image_tower(config: RunConfig, prompt_images: float, element: int) -> float
     tower = patches * (block + 4 * vision.hidden_size)
     resampler = (patches + queries) * width * (1 + 2 / tp) + queries * width * (1 + 2 / tp)
     return prompt_images * (tower + resampler) * element
+
+
+def _encoded_ahead(config: RunConfig, prompt_images: float, element: int) -> float:
+    """Images, and what the image tower's frozen blocks have made of them."""
+    vision = config.model.vision
+    if vision.num_trainable_layers == vision.num_layers:
+        return 0.0
+    patches = (vision.image_size // vision.patch_size) ** 2 + 1
+    return prompt_images * (3 * vision.image_size**2 + patches * vision.hidden_size) * element

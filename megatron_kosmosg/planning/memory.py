@@ -103,7 +103,9 @@ def decoder_memory(
         # The decoder's backward starts when the U-Net's is over, and the update after both: the
         # larger counts.
         max(
-            activations.saved * in_flight + max(0, activations.passing - score_bytes),
+            activations.saved * in_flight
+            + activations.ahead
+            + max(0, activations.passing - score_bytes),
             count.gradient_elements / sharing * updating - score_bytes,
         ),
         helper_bytes,

@@ -29,15 +29,24 @@ from megatron_kosmosg.parallel.pipeline_link import PipelineLink, pipeline_sched
 
 
 def forward_backward_function(
-    config: RunConfig, context: ParallelContext, model: torch.nn.Module, *, forward_only: bool
+    config: RunConfig,
+    context: ParallelContext,
+    model: torch.nn.Module,
+    *,
+    forward_only: bool,
+    before_wait: Callable[[], None] = lambda: None,
 ) -> Callable[..., list]:
-    """What runs the micro-batches of a global batch; arguments as of Megatron-Core's schedules."""
+    """What runs the micro-batches of a global batch; arguments as of Megatron-Core's schedules.
+
+    before_wait: what a rank does before it waits for gradients from score ranks, its own or, at the
+        end of the update, those of a later pipeline stage; not in Megatron-Core's schedules.
+    """
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     if context.num_score_ranks == 0 or forward_only or virtual is not None:
         return pipeline_schedule(context, get_model_config(model))
 
     def run(**arguments: Any) -> list:
-        return _one_forward_one_backward(context, config.score.window - 1, **arguments)
+        return _one_forward_one_backward(context, config.score.window - 1, before_wait, **arguments)
 
     return run
 
@@ -45,6 +54,7 @@ def forward_backward_function(
 def _one_forward_one_backward(
     context: ParallelContext,
     extra: int,
+    before_wait: Callable[[], None],
     *,
     forward_step_func: Callable,
     data_iterator: Any,
@@ -113,6 +123,8 @@ def _one_forward_one_backward(
         output = forward(ahead + index, received)
         gradient = link.send_forward_recv_backward(output, shapes, last)
         keep(received, output)
+        if last:
+            before_wait()
         is_final = index == steady - 1
         if is_final and ahead == 0:
             quiet.close()
@@ -124,6 +136,7 @@ def _one_forward_one_backward(
     for index in range(ahead):
         if index == ahead - 1:
             quiet.close()
+        before_wait()
         gradient = link.recv_backward(shapes, last)
         link.send_backward(backward(gradient), first)
     quiet.close()

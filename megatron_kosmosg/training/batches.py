@@ -8,13 +8,15 @@ time spent waiting for them.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import cast
 
 import torch
 
+from megatron_kosmosg.config.batching import num_microbatches
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.loader import MicroBatchIterator
 from megatron_kosmosg.data.normalise import normalise_batch
@@ -42,6 +44,11 @@ class UpdateWork:
     bad_samples: int = 0
     """Images that could not be decoded."""
 
+    def add(self, other: UpdateWork) -> None:
+        """Counts what went through the model in `other`, too."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
 
 class BatchFeed:
     """Iterator of broadcast device batches that starts at stream position `start_sample`."""
@@ -53,6 +60,7 @@ class BatchFeed:
         context: ParallelContext,
         start_sample: int,
         split: Split = "train",
+        num_updates: int | None = None,
     ) -> None:
         """Begins to read at sample `start_sample`.
 
@@ -60,10 +68,16 @@ class BatchFeed:
             dataset: on ranks behind the first pipeline stage one that leaves images undecoded.
             start_sample: samples that all ranks have consumed.
             split: the split that the dataset is the stream of.
+            num_updates: how many global batches will be asked for, behind which `peek` does not
+                look; None: no end.
         """
         self._dataset, self._config, self._context, self._split = dataset, config, context, split
         self._exchange: ReplacementExchange | None = None
         self._work = UpdateWork()
+        self._peeked: tuple[Batch, UpdateWork] | None = None
+        self._left = math.inf
+        if num_updates is not None:
+            self._left = num_updates * num_microbatches(config, context.dp_size)
         self._loader: MicroBatchIterator | None = None
         if context.tp_rank == 0:  # the other tensor-parallel ranks get the batch by broadcast
             self._loader = MicroBatchIterator(
@@ -82,17 +96,32 @@ class BatchFeed:
         return self
 
     def __next__(self) -> Batch:
-        loaded = None
+        batch, work = self._peeked or self._read()
+        self._peeked = None
+        self._left -= 1
+        # Not when it is read: a batch belongs to the update that asks for it.
+        self._work.add(work)
+        return batch
+
+    def peek(self) -> Batch | None:
+        """The batch that the next `next` gives, read now; None behind the last one. On all ranks of
+        a tensor-parallel group together."""
+        if self._peeked is None and self._left > 0:
+            self._peeked = self._read()
+        return None if self._peeked is None else self._peeked[0]
+
+    def _read(self) -> tuple[Batch, UpdateWork]:
+        loaded, work = None, UpdateWork()
         if self._loader is not None:
             loaded = self._agreed(next(self._loader))
             if "packed" not in loaded:
-                self._work.padding += int(loaded["padding_mask"].sum())
+                work.padding = int(loaded["padding_mask"].sum())
         batch = normalise_batch(broadcast_batch(loaded, self._context), self._config)
-        self._work.tokens += batch["packed" if "packed" in batch else "tokens"].numel()
-        self._work.images += batch["pixel_values"].shape[0]
-        self._work.rows += batch["tokens"].shape[0]
-        self._work.bad_samples += int(batch["bad_samples"])
-        return batch
+        work.tokens = batch["packed" if "packed" in batch else "tokens"].numel()
+        work.images = batch["pixel_values"].shape[0]
+        work.rows = batch["tokens"].shape[0]
+        work.bad_samples = int(batch["bad_samples"])
+        return batch, work
 
     def _agreed(self, batch: Batch) -> Batch:
         """The batch as the first pipeline stage has it."""

@@ -1,6 +1,6 @@
 """The training loop: restore, iterate, log, evaluate, save, stop. It never asks which stage runs.
 
-Everything that a run does over its life is in `_fit`, in order.
+Everything that a run does over its life is in `_fit`, in order; the file is long because of it.
 """
 
 from __future__ import annotations
@@ -132,7 +132,13 @@ def _fit(
     display = ProgressDisplay(config, progress.iteration, enabled=writes)
     metrics = MetricsWriter(config, progress.iteration, enabled=writes)
     announce(display, resumed, trained.modules)
-    feed = BatchFeed(data, config, context, start_sample=progress.consumed_train_samples)
+    feed = BatchFeed(
+        data,
+        config,
+        context,
+        start_sample=progress.consumed_train_samples,
+        num_updates=config.training.train_iters - progress.iteration,
+    )
     iterators = feed.chunk_iterators(len(chunks))
     reporter = Reporter(context, stage.remote_score)
     for chunk in chunks:

@@ -2,12 +2,14 @@
 
 The loss is normalised by the number of items in the global batch (`calculate_per_token_loss`):
 a stage returns sums, Megatron-Core divides the gradients, `Totals` divides what is reported.
+Long because what a pass sums over the ranks stands beside the pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,6 +26,7 @@ from megatron_kosmosg.parallel.transfers import upload_numbers
 from megatron_kosmosg.score.remote import RemoteScore, ScoreWork
 from megatron_kosmosg.score.schedule import forward_backward_function
 from megatron_kosmosg.training.batches import Batch, BatchFeed, UpdateWork
+from megatron_kosmosg.training.images_ahead import encode_images_ahead
 from megatron_kosmosg.training.optimizer import apply_update, squared_gradient_norm
 from megatron_kosmosg.training.stage import Stage
 
@@ -192,7 +195,9 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    losses = _run_schedule(stage, config, context, chunks, iterators, forward_only=False)
+    ahead = partial(encode_images_ahead, feed, chunks)
+    schedule = stage, config, context, chunks, iterators
+    losses = _run_schedule(*schedule, forward_only=False, before_wait=ahead)
     # The norm is begun on the device before anything is read from it, so that the host waits once:
     # in `totals`, which brings the norm along. In fp16 this also unscales the gradients.
     squares = squared_gradient_norm(optimizer, context.device)
@@ -230,9 +235,12 @@ def _run_schedule(
     iterators: list[Iterator[Batch]],
     *,
     forward_only: bool,
+    before_wait: Callable[[], None] = lambda: None,
 ) -> list[dict[str, torch.Tensor]]:
     single = len(chunks) == 1
-    run = forward_backward_function(config, context, chunks[0], forward_only=forward_only)
+    run = forward_backward_function(
+        config, context, chunks[0], forward_only=forward_only, before_wait=before_wait
+    )
     losses = run(
         forward_step_func=stage.forward_step,
         data_iterator=iterators[0] if single else iterators,

@@ -89,6 +89,7 @@ def test_the_decoder_runs_ahead_of_the_score_rank(stable_diffusion, tmp_path):
         assert send[number + 1].end < wait[number].end
     assert any(overlaps(unet, forward))
     check_order(send, unet, wait)
+    check_images_ahead(got, send, wait, steady=MICRO_BATCHES - 1)
     check_contents(got, tmp_path)
 
 
@@ -100,6 +101,7 @@ def test_a_window_of_one_has_nothing_run_ahead(stable_diffusion, tmp_path):
         assert send[number + 1].begin > wait[number].end
     assert not any(overlaps(unet, forward))
     check_order(send, unet, wait)
+    check_images_ahead(got, send, wait, steady=MICRO_BATCHES)
 
 
 def test_two_pipeline_stages_and_the_score_rank_work_at_once(stable_diffusion, tmp_path):
@@ -111,6 +113,7 @@ def test_two_pipeline_stages_and_the_score_rank_work_at_once(stable_diffusion, t
     assert any(overlaps(unet, got.of(1, "forward")))
     check_order(send, unet, wait)
     assert got.named(1, "forward-recv") and got.named(0, "forward-send")  # Megatron's names
+    assert got.named(0, "images ahead") and not got.named(1, "images ahead")
     for sent, received in zip(
         got.named(0, "forward-send"), got.named(1, "forward-recv"), strict=True
     ):
@@ -127,6 +130,16 @@ def check_order(send, unet, wait):
     for number in range(MICRO_BATCHES):
         assert send[number].begin < unet[number].begin
         assert unet[number].end < wait[number].end
+
+
+def check_images_ahead(got: Trace, send, wait, steady: int):
+    """Each pass with one behind it has the next images on their way before it waits; the last one,
+    those of the next update."""
+    ahead = got.named(0, "images ahead")
+    assert len(ahead) == steady
+    for number, stretch in enumerate(ahead, start=MICRO_BATCHES - steady):
+        assert send[number].end < stretch.begin
+        assert stretch.end < wait[number - (MICRO_BATCHES - steady)].begin
 
 
 def check_contents(got: Trace, folder: Path):

@@ -48,6 +48,58 @@ def test_no_image_gives_trainable_parameters_a_zero_gradient(encoder: VisionEnco
     assert encoder.tower.encoder.layers[2].mlp.fc1.weight.grad is not None
 
 
+def with_last_block_to_train(encoder: VisionEncoder) -> VisionEncoder:
+    encoder.requires_grad_(False)
+    for module in encoder.trainable_modules(1):
+        module.requires_grad_(True)
+    return encoder
+
+
+def gradients(encoder: VisionEncoder, features: torch.Tensor) -> list[torch.Tensor]:
+    trained = [each for each in encoder.parameters() if each.requires_grad]
+    return list(torch.autograd.grad(features.square().mul(features).sum(), trained))
+
+
+def test_what_was_begun_goes_on_to_the_same_features_and_gradients(encoder: VisionEncoder) -> None:
+    with_last_block_to_train(encoder)
+    images = torch.randn(2, 3, 28, 28)
+    plain = encoder(images)
+    blocks: list[int] = []
+    for number, block in enumerate(encoder.tower.encoder.layers):
+        block.register_forward_hook(lambda *_, number=number: blocks.append(number))
+    begun = encoder.begin(images)
+    assert encoder.has_begun(begun) and blocks == [0, 1]
+    continued = encoder(begun)
+    assert blocks == [0, 1, 2], "the frozen blocks ran once"
+    assert torch.equal(continued, plain)
+    for found, expected in zip(
+        gradients(encoder, continued), gradients(encoder, plain), strict=True
+    ):
+        assert torch.equal(found, expected)
+    assert not encoder.has_begun(begun), "nothing is kept behind its use"
+    assert torch.equal(encoder(begun), plain)
+
+
+def test_what_was_begun_waits_while_other_images_are_encoded(encoder: VisionEncoder) -> None:
+    with_last_block_to_train(encoder)
+    images, others = torch.randn(2, 2, 3, 28, 28)
+    expected = encoder(images), encoder(others)
+    begun = encoder.begin(images)
+    assert torch.equal(encoder(others), expected[1])
+    assert encoder.has_begun(begun)
+    assert torch.equal(encoder(begun), expected[0])
+
+
+def test_blocks_behind_one_that_trains_are_not_frozen(encoder: VisionEncoder) -> None:
+    assert encoder.frozen_blocks() == []
+    encoder.requires_grad_(False)
+    assert len(encoder.frozen_blocks()) == len(encoder.tower.encoder.layers)
+    next(encoder.tower.encoder.layers[1].parameters()).requires_grad_(True)
+    assert encoder.frozen_blocks() == list(encoder.tower.encoder.layers)[:1]
+    encoder.tower.embeddings.requires_grad_(True)
+    assert encoder.frozen_blocks() == []
+
+
 def test_folder_fills_every_weight(encoder: VisionEncoder, tmp_path: Path) -> None:
     saved = CLIPVisionModel(tower_config(SIZES))
     saved.save_pretrained(tmp_path)

@@ -189,6 +189,7 @@ def test_the_order_of_passes_is_the_one_that_training_runs(
         score_schedule._one_forward_one_backward(
             context,
             window - 1,
+            lambda: None,
             forward_step_func=None,
             data_iterator=None,
             model=None,
