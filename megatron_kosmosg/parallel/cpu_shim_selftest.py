@@ -55,13 +55,13 @@ SITES: dict[str, tuple[str, ...]] = {
     "optimizer.distrib_optimizer": ("Tensor.cuda", "Tensor.type", "current_device"),
     "optimizer.grad_scaler": ("Tensor.cuda", "current_device", "tensor"),
     "optimizer.optimizer": ("tensor",),
-    "pipeline_parallel.p2p_communication": ("current_device", "synchronize"),
+    "pipeline_parallel.p2p_communication": ("current_device",),
     "pipeline_parallel.schedules": ("zeros",),
     "tensor_parallel.layers": ("current_device",),
     "tensor_parallel.mappings": ("current_device",),
     "tensor_parallel.random": ("get_rng_state", "manual_seed"),
     "timers": ("synchronize",),
-    "utils": ("current_device", "tensor"),
+    "utils": ("current_device",),
 }
 """What training asks each module of megatron.core for, on any supported release, as the trace of
 `tests/support/shim_sites.py` found it."""

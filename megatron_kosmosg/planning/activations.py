@@ -108,7 +108,8 @@ def pipeline_stage_activations(
     saved, passing, ahead = 0.0, 0.0, 0.0
     if facts.trains_decoder and spec.first_decoder_layer == 0 and batch.prompt_images:
         saved += _image_tower(config, batch.prompt_images, element)
-        if config.score.placement == "dedicated":
+        is_interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
+        if config.score.placement == "dedicated" and not is_interleaved:
             ahead = _encoded_ahead(config, batch.prompt_images, element)
     if spec.num_decoder_layers:
         held = decoder.encoder(batch.positions, recompute)

@@ -8,9 +8,12 @@ tensor ranks, which read a batch together, do not know what the one that asked h
 
 from __future__ import annotations
 
+from typing import cast
+
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import get_attr_wrapped_model
 
+from megatron_kosmosg.models.vision_encoder import VisionEncoder
 from megatron_kosmosg.monitoring.spans import AHEAD
 from megatron_kosmosg.training.batches import BatchFeed
 
@@ -18,7 +21,7 @@ from megatron_kosmosg.training.batches import BatchFeed
 def encode_images_ahead(feed: BatchFeed, chunks: list[DistributedDataParallel]) -> None:
     """Computes it for the batch that `feed` gives next, unless that is done already; nothing where
     this rank has no image tower, none of its blocks is frozen, or no batch is to come."""
-    encoder = get_attr_wrapped_model(chunks[0], "vision_encoder")
+    encoder = cast(VisionEncoder | None, get_attr_wrapped_model(chunks[0], "vision_encoder"))
     if encoder is None or not encoder.frozen_blocks():
         return
     batch = feed.peek()

@@ -40,11 +40,13 @@ def test_both_of_two_pipeline_stages(rehearse, stage):
         assert trained(first)
     assert trained(behind)
     group = "PIPELINE_MODEL_PARALLEL_GROUP of 2"
-    for report, sends, receives in ((first, 2, 2), (behind, 2, 2)):
+    for report in (first, behind):
         traffic = report.phase("exchange")["collectives"]
-        # Two micro-batches; the shape goes before the tensor.
-        assert traffic[f"send over {group}"]["calls"] == 2 * sends
-        assert traffic[f"receive over {group}"]["calls"] == 2 * receives
+        # Two micro-batches; the shape goes before the tensor, from host to host.
+        shapes = {"calls": 2, "num_bytes": 2 * 24}
+        for way in ("send", "receive"):
+            assert traffic[f"{way} over {group}"]["calls"] == 2
+            assert traffic[f"{way} over pipeline of hosts of 2"] == shapes
     forward, backward = (
         report.phase("exchange")["collectives"][f"send over {group}"]["num_bytes"]
         for report in (first, behind)

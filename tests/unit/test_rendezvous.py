@@ -60,7 +60,7 @@ def test_rank_zero_says_within_the_time_who_is_missing(capsys) -> None:
 def test_a_rank_whose_rank_zero_is_missing_says_so(capsys) -> None:
     rank_info = RankInfo(1, 2, 0, "127.0.0.1", free_port())
     with Arrivals(rank_info, seconds=0.2), suppress(ConfigError):
-        meet(rank_info, timedelta(seconds=12))
+        meet(rank_info, timedelta(seconds=4))
     assert (
         "rank 1 has waited" in (output := capsys.readouterr().err) and "for rank 0 of 2" in output
     )
