@@ -187,7 +187,7 @@ def test_a_worker_that_dies_is_an_error_not_a_hang(tmp_path, monkeypatch):
     model = str(write_tokenizer(tmp_path))
     monkeypatch.setattr(input_files, "MAX_RECORDS", 1)
     source = str(write_jsonl(tmp_path / "t.jsonl", text_records(3)))
-    monkeypatch.setattr(text_batches.TextBatches, "add", lambda self, record: os._exit(9))
+    monkeypatch.setattr(text_batches.TextBatches, "add", lambda *_: os._exit(9))
     with pytest.raises(ValueError, match="worker process ended unexpectedly"):
         quiet(PreprocessJob("text", (source,), model, str(tmp_path / "o"), workers=2))
     assert not list(tmp_path.glob("o.*"))

@@ -206,10 +206,10 @@ def train_and_die_saving(config: RunConfig, iteration: int, rank: int) -> None:
     dies = int(os.environ["RANK"]) == rank
     complete = Checkpointer._complete
 
-    def killed(self, temporary):
+    def killed(self, temporary, base):
         if dies and temporary.name.startswith(f"iter_{iteration:07d}"):
             os.kill(os.getpid(), signal.SIGKILL)
-        complete(self, temporary)
+        complete(self, temporary, base)
 
     Checkpointer._complete = killed
     train(config)
