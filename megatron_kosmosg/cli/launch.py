@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         address = args.address
         if address is None:
             listener.bind(("127.0.0.1", 0))
-            listener.listen(args.ranks)
+            listener.listen(socket.SOMAXCONN)  # the ranks ask while rank 0 is still loading
             address = listener.getsockname()
         ranks = [
             _start(

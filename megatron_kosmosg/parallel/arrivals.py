@@ -1,7 +1,8 @@
 """Who is missing while ranks wait for each other at the start.
 
-The store of the rendezvous waits for all ranks and says of none that it has not come. A thread
-beside that wait leaves a sign of each rank that is here; rank 0 says who has left none.
+The store of the rendezvous waits for all ranks and says of none that it has not come. Each rank
+that has met it leaves a sign there; a thread beside rank 0's wait says who has left none. Beside
+the wait of another rank, one says that rank 0 is not there.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from megatron_kosmosg.launcher import RankInfo
-from megatron_kosmosg.parallel.rendezvous import connect_to_store
+from megatron_kosmosg.parallel.rendezvous import connect_to_store, of_attempt
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 SECONDS = 25.0
 """Without all of them, before the first word; then after each time as long again."""
@@ -22,7 +27,7 @@ _TRY = timedelta(seconds=5)
 
 
 class Arrivals:
-    """Context manager around the first wait of one rank."""
+    """Context manager around the first wait of one rank, which ends with `sign`."""
 
     def __init__(self, rank_info: RankInfo, seconds: float = SECONDS) -> None:
         self._rank_info, self._seconds = rank_info, seconds
@@ -37,24 +42,21 @@ class Arrivals:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
 
+    def sign(self, store: Store) -> None:
+        """Says on the store that `meet` gave that this rank has come."""
+        of_attempt(store).set(_key(self._rank_info.rank), "here")
+
     def _watch(self) -> None:
         started, spoken = time.monotonic(), 0
-        signed = False
         missing: list[int] | None = None
         while True:
             try:
                 _knock(self._rank_info)
                 store = connect_to_store(self._rank_info, _TRY)
-                if not signed:
-                    store.set(_key(self._rank_info.rank), "here")
-                    signed = True
                 if self._rank_info.rank != 0:
                     return
-                missing = [
-                    rank
-                    for rank in range(self._rank_info.world_size)
-                    if not store.check([_key(rank)])
-                ]
+                others = range(1, self._rank_info.world_size)
+                missing = [rank for rank in others if not store.check([_key(rank)])]
                 if not missing:
                     return
             except (RuntimeError, OSError):  # rank 0 listens later, or has given up

@@ -54,8 +54,9 @@ def join(config: RunConfig) -> JoinedRank:
     rank_info = find_rank_info()
     world = rank_grid(config, rank_info.world_size)
     chosen = choose_device(rank_info)
-    with Arrivals(rank_info):
+    with Arrivals(rank_info) as arrivals:
         store = meet(rank_info, timedelta(seconds=config.parallel.timeout_seconds))
+        arrivals.sign(store)
     return JoinedRank(rank_info.rank, chosen, world, world.coordinates(rank_info.rank), store)
 
 

@@ -83,7 +83,9 @@ def _listener(rank_info: RankInfo) -> int | None:
             if error.errno != errno.EADDRNOTAVAIL:
                 raise
             return None  # in a container whose host has that address
-        made.listen(rank_info.world_size)
+        # Not as many as there are ranks: each asks several times before the store takes the socket,
+        # and who finds the queue full waits for seconds.
+        made.listen(socket.SOMAXCONN)
         return made.detach()
 
 
@@ -97,5 +99,12 @@ def connect_to_store(rank_info: RankInfo, timeout: timedelta) -> torch.distribut
     store = torch.distributed.TCPStore(
         rank_info.address, rank_info.port, is_master=False, timeout=timeout, wait_for_workers=False
     )
-    # torchrun's store outlives ranks that it starts again; what the former ones said is stale.
+    return of_attempt(store)
+
+
+def of_attempt(store: torch.distributed.Store) -> torch.distributed.Store:
+    """The part of a store in which nothing stands of an earlier start of the same ranks, as
+    torchrun's store outlives ranks that it starts again."""
+    import torch
+
     return torch.distributed.PrefixStore(f"attempt {attempt()}", store)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from contextlib import suppress
 from datetime import timedelta
 
@@ -38,23 +39,57 @@ def free_port() -> int:
         return unused.getsockname()[1]
 
 
-def test_rank_zero_says_within_the_time_who_is_missing(capsys) -> None:
-    """Ranks 0 and 2 of 4 are here; the wait for all four ends at its timeout."""
+def test_rank_zero_says_who_is_missing_until_all_have_come(capsys) -> None:
+    """Of 4 ranks 0 and 2 are here; the others come once they have been named."""
     port = free_port()
+    stores = []
 
     def begin(rank: int) -> None:
         rank_info = RankInfo(rank, 4, rank, "127.0.0.1", port)
-        with Arrivals(rank_info, seconds=1), suppress(ConfigError):
-            meet(rank_info, timedelta(seconds=6))
+        with Arrivals(rank_info, seconds=0.2) as arrivals:
+            stores.append(store := meet(rank_info, timedelta(seconds=60)))
+            arrivals.sign(store)
 
-    ranks = [threading.Thread(target=begin, args=(rank,)) for rank in (0, 2)]
-    for rank in ranks:
+    ranks = [threading.Thread(target=begin, args=(rank,)) for rank in (0, 2, 1, 3)]
+    for rank in ranks[:2]:
+        rank.start()
+    output, deadline = "", time.monotonic() + 50
+    while f"at 127.0.0.1:{port} for ranks 1, 3 of 4" not in output:
+        assert time.monotonic() < deadline, output
+        time.sleep(0.05)
+        output += capsys.readouterr().err
+    for rank in ranks[2:]:
         rank.start()
     for rank in ranks:
         rank.join()
-    output = capsys.readouterr().err.splitlines()
-    assert any(f"at 127.0.0.1:{port} for ranks 1, 3 of 4" in line for line in output), output
-    assert all("rank 0 has waited" in line for line in output)
+    assert len(stores) == 4
+    assert all("rank 0 has waited" in line for line in output.splitlines())
+
+
+def test_a_rank_that_came_before_rank_zero_is_not_named_missing(capsys) -> None:
+    """Its wait ends as soon as rank 0 listens, maybe before anything beside it looks again."""
+    port = free_port()
+    stores = []
+
+    def begin(rank: int) -> None:
+        rank_info = RankInfo(rank, 3, rank, "127.0.0.1", port)
+        with Arrivals(rank_info, seconds=0.5 if rank == 0 else 60) as arrivals:
+            stores.append(store := meet(rank_info, timedelta(seconds=60)))
+            arrivals.sign(store)
+
+    ranks = [threading.Thread(target=begin, args=(rank,)) for rank in (1, 0, 2)]
+    ranks[0].start()
+    time.sleep(0.3)  # rank 1 has knocked in vain, and looks again after a second
+    ranks[1].start()
+    output, deadline = "", time.monotonic() + 50
+    while "for rank 2 of 3" not in output:
+        assert "ranks 1, 2" not in output and time.monotonic() < deadline, output
+        time.sleep(0.05)
+        output += capsys.readouterr().err
+    ranks[2].start()
+    for rank in ranks:
+        rank.join()
+    assert len(stores) == 3
 
 
 def test_a_rank_whose_rank_zero_is_missing_says_so(capsys) -> None:
@@ -72,8 +107,9 @@ def test_nobody_speaks_where_all_come(capsys) -> None:
 
     def begin(rank: int) -> None:
         rank_info = RankInfo(rank, 2, rank, "127.0.0.1", port)
-        with Arrivals(rank_info, seconds=20):
-            stores.append(meet(rank_info, timedelta(seconds=20)))
+        with Arrivals(rank_info, seconds=20) as arrivals:
+            stores.append(store := meet(rank_info, timedelta(seconds=20)))
+            arrivals.sign(store)
 
     ranks = [threading.Thread(target=begin, args=(rank,)) for rank in (1, 0)]
     for rank in ranks:
