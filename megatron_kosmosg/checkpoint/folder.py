@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def damage(folder: Path) -> str | None:
     try:
         listing = read_json(folder / COMPLETE_FILE)
         sizes, digests = dict(listing["files"]), dict(listing.get("digests", {}))
-        paths = {name: inside(folder, name) for name in sizes}
+        paths = _paths(folder, sizes)
         missing = [name for name, path in paths.items() if not path.is_file()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{COMPLETE_FILE} is missing or damaged"
@@ -78,6 +79,16 @@ def damage(folder: Path) -> str | None:
         if name in digests and _digest(path) != digests[name]:
             return f"{name} has other content than was written"
     return None
+
+
+def listed_files(folder: Path) -> dict[str, Path]:
+    """The files of a whole checkpoint, by their names in it; `complete.json` comes last."""
+    names = read_json(folder / COMPLETE_FILE)["files"]
+    return _paths(folder, names) | {COMPLETE_FILE: folder / COMPLETE_FILE}
+
+
+def _paths(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    return {name: inside(folder, name) for name in names}
 
 
 def is_valid(folder: Path) -> bool:

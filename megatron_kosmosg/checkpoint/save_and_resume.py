@@ -31,7 +31,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_kosmosg.checkpoint import folder as checkpoint_folder
-from megatron_kosmosg.checkpoint.base_checkpoint import find_base, weight_folders
+from megatron_kosmosg.checkpoint.base_checkpoint import (
+    base_is_there,
+    find_base,
+    hold_base,
+    weight_folders,
+)
 from megatron_kosmosg.checkpoint.base_record import Base, read_base, write_base
 from megatron_kosmosg.checkpoint.changed_settings import check_resume
 from megatron_kosmosg.checkpoint.checkpoint_errors import explain_write_errors, load_state
@@ -57,7 +62,7 @@ from megatron_kosmosg.checkpoint.weights import (
 from megatron_kosmosg.checkpoint.writer import BackgroundSave, ThreadSaveStrategy
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.load import load_saved_config, to_yaml
-from megatron_kosmosg.config.paths import COMPLETE_FILE, save_folder
+from megatron_kosmosg.config.paths import save_folder
 from megatron_kosmosg.config.saved_weights import saves_trained_alone
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.parallel.context import ParallelContext
@@ -121,6 +126,8 @@ class Checkpointer:
         """Iteration of the latest save."""
         self._base: Base | None = None
         """What saves leave out."""
+        self._held: Base | None = None
+        """That of which this process has tried to hold the files."""
         if initial_from is not None and saves_trained_alone(config):
             models = model_state(chunks, checkpoint_metadata(context))
             self._base = frozen_weights(models, initial_from, weight_folders(initial_from).keys())
@@ -255,13 +262,26 @@ class Checkpointer:
     def _base_in_place(self) -> Base | None:
         """What this save leaves out: nothing where the base has been removed meanwhile, since the
         run's memory then has the only copy."""
-        if self._base is None or (Path(self._base.path) / COMPLETE_FILE).is_file():
-            return self._base
-        logger.warning(
-            "checkpoint %s is not there any more; this save holds the frozen weights, too",
-            self._base.path,
-        )
-        return None
+        base = self._base
+        if base is None:
+            return None
+        if not base_is_there(self._folder, base):
+            logger.warning(
+                "checkpoint %s is not there any more; this save holds the frozen weights, too",
+                base.path,
+            )
+            return None
+        if self._held != base:
+            self._held = base
+            try:
+                hold_base(self._folder, base)
+            except (OSError, ConfigError) as error:
+                logger.warning(
+                    "the checkpoints of this run need %s, which must stay: no links to it (%s)",
+                    base.path,
+                    error,
+                )
+        return base
 
     def _state(self, progress: TrainingProgress, *, is_loading: bool) -> dict[str, Any]:
         metadata = checkpoint_metadata(self._context)

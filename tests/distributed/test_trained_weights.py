@@ -4,7 +4,9 @@ what happens where the base that has the other weights is moved, changed or in t
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +120,11 @@ def test_exports_and_comparisons_take_it(runs, models, tmp_path):
     assert all(each.relative <= 1e-2 for each in verify(run, tmp_path / "out"))
 
 
+def forget(run: Path) -> None:
+    """Removes what the run holds of its base, as if no link could have been made."""
+    shutil.rmtree(run / "checkpoints" / "base")
+
+
 @pytest.fixture(scope="module")
 def moved(models, tmp_path_factory) -> tuple[Path, Path, Path]:
     """A run of one update, where its base was and where that is now."""
@@ -125,6 +132,7 @@ def moved(models, tmp_path_factory) -> tuple[Path, Path, Path]:
     shutil.copytree(models / "align", folder / "here" / "align")
     train(models, folder / "run", 1, {}, 1, load=str(folder / "here" / "align"))
     (folder / "here").rename(folder / "there")
+    forget(folder / "run")
     return folder / "run", folder / "here" / "align", folder / "there" / "align"
 
 
@@ -150,6 +158,7 @@ def test_a_moved_base_is_asked_for_and_taken_from_load_or_beside(moved, models, 
     assert read_base(find_checkpoint(run)).path == str(now / "iter_0000000")
     assert CheckpointTensors(run).names()
 
+    forget(run)
     shutil.rmtree(now)
     write_random(now, conversion_config("align", models), seed=1)
     with pytest.raises(ConfigError, match=r"which is another one now \([0-9a-f]{16}\)"):
@@ -172,7 +181,53 @@ def test_a_checkpoint_of_the_run_itself_is_a_base_and_stays(runs, models, tmp_pa
     last, before = CheckpointTensors(tmp_path / "again"), CheckpointTensors(tmp_path / "run")
     assert read_base(last.path).path == str(before.path)
     name = "embedding.word_embeddings.weight"
-    assert torch.equal(last.read(name), before.read(name))
+    value = before.read(name)
+    assert torch.equal(last.read(name), value)
+
+    # Its base and that one's are held, whatever becomes of the other run.
+    (tmp_path / "run").rename(tmp_path / "away")
+    assert torch.equal(CheckpointTensors(tmp_path / "again").read(name), value)
+    (tmp_path / "away").rename(tmp_path / "run")
+
     train(models, tmp_path / "again", 2, {}, 1, **again, weights="all")
     alone = CheckpointTensors(tmp_path / "again")
-    assert read_base(alone.path) is None and torch.equal(alone.read(name), before.read(name))
+    assert read_base(alone.path) is None and torch.equal(alone.read(name), value)
+
+
+def test_a_base_is_held_although_its_own_run_deletes_it(models, tmp_path):
+    run, origin = tmp_path / "run", tmp_path / "align"
+    shutil.copytree(models / "align", origin)
+    train(models, run, 1, {}, 1, load=str(origin))
+    of_origin, last = CheckpointTensors(origin), CheckpointTensors(run)
+    assert shared_files(run, of_origin.path) > 1
+    name = "embedding.word_embeddings.weight"
+    value, named = last.read(name), read_base(last.path)
+
+    shutil.rmtree(origin)
+    assert torch.equal(CheckpointTensors(run).read(name), value)
+    write_random(origin, conversion_config("align", models), seed=1)  # another one in its place
+    train(models, run, 2, {}, 1, load=str(origin))
+    held = read_base(find_checkpoint(run))
+    assert held == dataclasses.replace(named, path=held.path)
+    assert Path(held.path).is_relative_to(run / "checkpoints" / "base")
+    assert torch.equal(CheckpointTensors(run).read(name), value)
+    run.rename(tmp_path / "moved")
+    assert torch.equal(CheckpointTensors(tmp_path / "moved").read(name), value)
+
+
+def shared_files(run: Path, base: Path) -> int:
+    """How many files of the base the run's folder has links to."""
+    (held,) = (run / "checkpoints" / "base").iterdir()
+    assert {path.name for path in held.iterdir()} == {path.name for path in base.iterdir()}
+    return sum(path.samefile(base / path.name) for path in held.iterdir())
+
+
+def test_a_base_on_another_file_system_is_not_held_and_the_run_goes_on(models, tmp_path, capfd):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        if os.stat(elsewhere).st_dev == tmp_path.stat().st_dev:
+            pytest.skip("temporary files are in memory here: there is no other file system")
+        shutil.copytree(models / "align", Path(elsewhere, "align"))
+        train(models, tmp_path, 2, {}, 1, load=f"{elsewhere}/align")
+        assert CheckpointTensors(tmp_path).names()
+        assert not (tmp_path / "checkpoints" / "base").exists()
+    assert capfd.readouterr().err.count("which must stay") == 1
