@@ -6,7 +6,6 @@ parameters is that of a run that nobody disturbed. `KOSMOSG_FAULT_SEED` repeats 
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron_kosmosg.config.schema import RunConfig
 from tests.support.fake_stage import fake_config
 from tests.support.fault_harness import ITERATIONS, Ends, Start, Torment, World
 from tests.support.fault_runs import Kill, prepare_marks, read_death, run_marked
+from tests.support.moment_seeds import moment_seed
 from tests.support.ranks import run_ranks_until_they_end
 from tests.support.tiny_models import replace_section, tiny_config, write_stable_diffusion
 
@@ -89,9 +89,7 @@ def test_a_rank_killed_in_any_phase_costs_nothing_but_time(
 ):
     """Every phase is hit `times` times: 16 kills in both worlds, the same in every run; or 104 in
     all shards."""
-    drawn = random.SystemRandom().randrange(10**6) if fixed_seed is None else fixed_seed
-    seed, world = int(os.environ.get("KOSMOSG_FAULT_SEED") or drawn), worlds[name]
-    print(f"KOSMOSG_FAULT_SEED={seed}")
+    seed, world = moment_seed(fixed_seed), worlds[name]
     torment = Torment(world, tmp_path, seed, start_ranks(tmp_path / "marks"))
     targets = list(world.phases) * times
     random.Random(seed).shuffle(targets)

@@ -17,6 +17,7 @@ import pytest
 
 from megatron_kosmosg.checkpoint.folder import latest_valid
 from tests.support.local_slurm import LocalSlurm
+from tests.support.moment_seeds import moment_seed
 from tests.support.preloaded_python import PreloadedPython
 from tests.support.ranks import free_port
 from tests.support.toy_runs import REPOSITORY, arguments_of, records, write_data
@@ -154,9 +155,7 @@ def test_the_node_that_owns_the_run_folder_is_killed_four_times(
 ):
     """With the batch script and two ranks, at moments of chance; the lock it held stays behind."""
     run, straight = tmp_path / "run", tmp_path / "straight"
-    seed = int(os.environ.get("KOSMOSG_FAULT_SEED") or random.SystemRandom().randrange(10**6))
-    print(f"KOSMOSG_FAULT_SEED={seed}")
-    rng, kills, longer = random.Random(seed), 4, "training.train_iters=80"
+    rng, kills, longer = random.Random(moment_seed()), 4, "training.train_iters=80"
     elsewhere = {"KOSMOSG_HOME": str(REPOSITORY), "KOSMOSG_PREFLIGHT": "0"}
     number = submit(slurm, arguments(data, run, longer), run, cwd=tmp_path, env=elsewhere)
     for kill in range(1, kills + 1):

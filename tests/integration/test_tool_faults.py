@@ -20,6 +20,7 @@ import pytest
 
 from tests.support.data_helpers import image_records, write_jsonl, write_tokenizer
 from tests.support.digests import parameters_digest
+from tests.support.moment_seeds import moment_seed
 
 REPOSITORY = Path(__file__).parents[2]
 MPIRUN = Path(sys.executable).with_name("mpirun")
@@ -59,9 +60,7 @@ def _lives(session: int) -> bool:
 def torment(command: list[str], undo: Callable[[], None]) -> None:
     """Kills `command` KILLS times, then lets it end. `undo`: removes what it leaves when it has
     ended, so that there is something to be killed; does nothing before."""
-    seed = int(os.environ.get("KOSMOSG_FAULT_SEED") or random.SystemRandom().randrange(10**6))
-    print(f"KOSMOSG_FAULT_SEED={seed}")
-    rng, killed, ended, longest = random.Random(seed), 0, 0, 20.0
+    rng, killed, ended, longest = random.Random(moment_seed()), 0, 0, 20.0
     while killed < KILLS and ended < 2 * KILLS:
         took = finish(command, rng.uniform(0.2, 1) * longest)
         killed, ended = killed + (took is None), ended + (took is not None)
