@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,11 +33,11 @@ _ARRAYS = [
 ]
 
 
-_DAMAGE = (
-    *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile),
+DAMAGE = (
+    *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error),
     *(ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError),
 )
-"""What torch raises for a file that is cut short or changed."""
+"""What torch's own reader of pickles raises for a file that is cut short or changed."""
 
 
 def read_common(folder: Path) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def read_plain(path: Path) -> Any:
                 check_archive(file, path.stat().st_size)
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise ConfigError(f"{path} cannot be read as plain data: {_short(error)}") from error
 
 
@@ -72,7 +73,7 @@ class DataPlanner(MCoreLoadPlanner):
         try:
             with torch.serialization.safe_globals(_ARRAYS):
                 torch.load(value, weights_only=True)
-        except pickle.UnpicklingError as error:
+        except (pickle.UnpicklingError, struct.error) as error:
             raise pickle.UnpicklingError(f"{key} is no plain data: {_short(error)}") from None
         # The same bytes, of which it is known now that they build plain data in any reader.
         value.seek(0)

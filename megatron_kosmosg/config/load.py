@@ -56,6 +56,9 @@ def load_config(
             assert isinstance(merged, DictConfig)
         except OmegaConfBaseException as error:
             raise ConfigError(_explain(source, error)) from None
+        except OverflowError:  # that a whole number gives where a float is meant
+            key = next(_too_large(layer), "a setting")
+            raise ConfigError(f"{source}: {key}: the number is too large") from None
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise ConfigError(
@@ -265,6 +268,18 @@ def _is_interpolation(value: Any) -> bool:
     if isinstance(value, dict):
         return any(_is_interpolation(entry) for pair in value.items() for entry in pair)
     return isinstance(value, str) and "${" in value
+
+
+def _too_large(value: Any, key: str = "") -> Iterator[str]:
+    """Keys of the whole numbers in `value` that no float holds."""
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            yield from _too_large(entry, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _too_large(entry, key)
+    elif isinstance(value, int) and abs(value) > sys.float_info.max:
+        yield key
 
 
 def _explain(source: str, error: OmegaConfBaseException) -> str:

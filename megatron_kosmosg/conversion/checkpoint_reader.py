@@ -7,10 +7,8 @@ and random state stay on disk, and no process group is made.
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable
 from pathlib import Path
-from zipfile import BadZipFile
 
 import torch
 from torch.distributed.checkpoint import (
@@ -28,6 +26,7 @@ from megatron_kosmosg.checkpoint.base_checkpoint import NOT_MODEL, weight_folder
 from megatron_kosmosg.checkpoint.base_record import read_base
 from megatron_kosmosg.checkpoint.description import DescriptionReader
 from megatron_kosmosg.checkpoint.folder import CONFIG_FILE, find_checkpoint
+from megatron_kosmosg.checkpoint.plain_data import DAMAGE
 from megatron_kosmosg.checkpoint.weight_average import AVERAGE
 from megatron_kosmosg.config.errors import ConfigError, ConversionError
 from megatron_kosmosg.config.load import load_saved_config
@@ -136,7 +135,7 @@ class CheckpointTensors:
         try:
             reader = self._reader_of.get(key, self._reader)
             reader.read_data(LoadPlan(items), _Into(tensor)).wait()
-        except (OSError, EOFError, RuntimeError, BadZipFile, pickle.UnpicklingError) as error:
+        except DAMAGE as error:
             raise ConversionError(f"{self.path}: {name} cannot be read: {error}") from error
         tensor = tensor.to(self._dtype_of.get(key, tensor.dtype))
         return tensor if layer is None else tensor[0]

@@ -14,7 +14,17 @@ from pathlib import Path
 
 MEMORY_BYTES = 3 << 30
 """That a reader may take beyond what the process has."""
-_NUMBERS = (b"-1", b"1e999", b"NaN", b"9" * 5000, b"100000000000000000000", b"null", b"[]", b'""')
+_NUMBERS = (
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b"9" * 400,
+    b"9" * 5000,
+    b"100000000000000000000",
+    b"null",
+    b"[]",
+    b'""',
+)
 _TEXTS = (b"[" * 3000, b'{"a":' * 3000, b"../" * 8, b"/dev/zero", b"\0", b"\xff\xfe", b"\x1b[2J")
 
 

@@ -450,3 +450,12 @@ def test_a_longer_run_with_the_same_decay_resumes():
     saved = load_config(None, [*BASE, "training.train_iters=100"])
     longer = load_config(None, [*BASE, "training.train_iters=150", "optimizer.lr_decay_iters=100"])
     assert any("train_iters" in line for line in check_resume(saved, longer))
+
+
+def test_a_number_that_no_float_holds_is_an_error_that_names_the_key(tmp_path):
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: the number is too large"):
+        load_config(None, ["stage=pretrain", f"optimizer.lr={'9' * 400}"])
+    path = tmp_path / "config.yaml"
+    path.write_text(f"stage: pretrain\noptimizer: {{adam_beta1: {'9' * 400}}}\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml: optimizer\.adam_beta1: the number"):
+        load_config(path, [])

@@ -398,3 +398,11 @@ def test_a_fault_is_noticed(tmp_path):
     )
     assert str(outside) in str(fuzz(path, writes, (), path.parent, seed=0, count=1, seconds=1))
     assert "MemoryError" in str(fuzz(path, fills, (), path.parent, seed=0, count=1, seconds=1))
+
+
+def test_a_pickle_that_ends_within_a_number_is_damaged(tmp_path):
+    """What torch's own unpickler raises then is no error of pickle's."""
+    path = tmp_path / "common.pt"
+    path.write_bytes(b"\x80\x02j\x00")
+    with pytest.raises(ConfigError, match="cannot be read as plain data"):
+        read_common(tmp_path)
