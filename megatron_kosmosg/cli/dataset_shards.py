@@ -10,6 +10,7 @@ from megatron_kosmosg import exit_codes
 from megatron_kosmosg.command_line import CommandParser, command_parser, run_command, some_text
 from megatron_kosmosg.terminal_text import printable
 
+VERIFY = ("size", "blocks", "whole")
 EPILOG = """\
 A shard is a finished dataset of `kosmosg preprocess`. PREFIX.json lists them, nothing is copied;
 data.blend.NAME.path=PREFIX reads the same samples in the same order as from one joined dataset.
@@ -19,9 +20,16 @@ With SHARD ... the list is written. One that is there already may get other plac
 refused. Without, every shard is checked: its files, index, content and manifest. The exit code is
 then 1 when one is bad.
 
+With --remote the .bin files of all shards, or of those that are named, have been copied by you to
+FOLDER_URL/NAME.bin (NAME is the last part of a shard's prefix). Each is compared with the list and
+noted in SHARD.bin.url; it is read from there once SHARD.bin is gone. Runs and this command read
+what KOSMOSG_REMOTE_DATA allows, folder URLs with spaces or commas between them. Exit code 1 when
+one is not what the list says; that shard is left as it is.
+
 examples:
   kosmosg shards /data/laion /data/laion.shards/00000 /scratch2/laion/00001
   kosmosg shards /data/laion
+  kosmosg shards /data/laion --remote s3://bucket/laion --verify blocks
 """
 
 
@@ -32,18 +40,39 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "shards", nargs="*", type=some_text, metavar="SHARD", help="prefixes, in their order"
     )
+    remote = parser.add_argument_group("object storage")
+    remote.add_argument(
+        "--remote", type=some_text, metavar="FOLDER_URL", help="where the .bin files were copied to"
+    )
+    remote.add_argument(
+        "--verify",
+        choices=VERIFY,
+        default=VERIFY[0],
+        help="what is compared: sizes; also the fingerprint (256 blocks); also every byte with the "
+        "local file (size)",
+    )
+    remote.add_argument(
+        "--delete-local",
+        action="store_true",
+        help="delete each SHARD.bin whose copy is right, by its fingerprint at least",
+    )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when all is well, 1 when a shard is bad, 2 when the input cannot be used."""
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if args.remote is None and (args.verify != VERIFY[0] or args.delete_local):
+        parser.error("--verify and --delete-local need --remote")
     return run_command(lambda: _shards(args))
 
 
 def _shards(args: argparse.Namespace) -> int:
     from megatron_kosmosg.preprocess.shards_of_dataset import check_shards, list_shards
 
+    if args.remote is not None:
+        return _note_copies(args)
     if args.shards:
         made = list_shards(args.prefix, args.shards)
         size = sum(entry.num_bytes for entry in made.shards)
@@ -58,6 +87,19 @@ def _shards(args: argparse.Namespace) -> int:
         stands = f"{entry.path}: samples {entry.first_sample:,} to "
         stands += f"{entry.first_sample + entry.num_samples - 1:,}, {entry.num_bytes:,} bytes"
         print(printable(f"{stands}: {checked.problem or 'good'}"), flush=True)
+    print(f"{num_shards:,} shards, {num_bad:,} bad")
+    return exit_codes.FAILURE if num_bad else exit_codes.DONE
+
+
+def _note_copies(args: argparse.Namespace) -> int:
+    from megatron_kosmosg.preprocess.remote_shards import note_copies
+
+    num_bad = num_shards = 0
+    for found in note_copies(args.prefix, args.shards, args.remote, args.verify, args.delete_local):
+        num_shards += 1
+        num_bad += found.problem is not None
+        done = "noted, the local file is deleted" if found.is_deleted else "noted"
+        print(printable(f"{found.shard}: {found.url}: {found.problem or done}"), flush=True)
     print(f"{num_shards:,} shards, {num_bad:,} bad")
     return exit_codes.FAILURE if num_bad else exit_codes.DONE
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megatron_kosmosg.config.remote_data import allowed_url, url_path
 from megatron_kosmosg.foreign_files import read_json
 
 ENDINGS = (".bin", ".idx")
@@ -31,6 +32,16 @@ def stored_prefixes(prefix: str | Path) -> list[str]:
 
 
 def missing_files(prefix: str | Path) -> list[str]:
-    """The dataset's .bin and .idx files, or those of its shards, that do not exist."""
+    """The dataset's .bin and .idx files, or those of its shards, that do not exist. A .bin whose
+    URL is noted counts as there."""
     files = [f"{stored}{end}" for stored in stored_prefixes(prefix) for end in ENDINGS]
-    return [file for file in files if not os.path.isfile(file)]
+    absent = [file for file in files if not os.path.isfile(file)]
+    return [f for f in absent if not (f.endswith(".bin") and os.path.isfile(url_path(f)))]
+
+
+def remote_urls(prefix: str | Path) -> list[str]:
+    """The URLs of its .bin files that lie in object storage, or of its shards', all of which may be
+    read. Raises ConfigError and InputError for the first that may not; nothing is asked for."""
+    files = [f"{stored}.bin" for stored in stored_prefixes(prefix)]
+    away = [file for file in files if not os.path.isfile(file) and os.path.isfile(url_path(file))]
+    return [allowed_url(file) for file in away]

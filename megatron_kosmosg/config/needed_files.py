@@ -12,8 +12,8 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from megatron_kosmosg.config.dataset_prefixes import missing_files
-from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.dataset_prefixes import missing_files, remote_urls
+from megatron_kosmosg.config.errors import ConfigError, InputError
 from megatron_kosmosg.config.frozen_weights import missing_parts, one_file_advice
 from megatron_kosmosg.config.import_advice import how_to_import
 from megatron_kosmosg.config.paths import COMPLETE_FILE, output_folder, save_folder
@@ -51,6 +51,10 @@ def _missing_files(config: RunConfig, facts: StageFacts) -> Iterator[str]:
                     "write the dataset with `kosmosg preprocess` or correct the prefix (it has no "
                     "suffix)"
                 )
+            try:
+                remote_urls(entry.path)
+            except InputError as error:
+                yield f"{section}.{name}.path={entry.path}: {error}"
     for key in facts.folders:
         folder = _value(config, key)
         if folder is None:

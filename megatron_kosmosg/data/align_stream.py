@@ -76,7 +76,7 @@ class AlignStream:
             if num_tokens > limit:
                 continue
             limit = num_tokens  # what pad_to counted for this position
-            raw = store[index]
+            raw = store.first_parts(index, captions.tokens + 1)  # its image is not looked at
             clip_ids = self._clip_encode(captions.words(raw)).ids
             if len(clip_ids) <= self._num_queries:
                 tokens = np.concatenate([[self._tokenizer.bos_id], raw.parts[captions.tokens]])

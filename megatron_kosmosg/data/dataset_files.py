@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_kosmosg.config.dataset_prefixes import stored_prefixes
+from megatron_kosmosg.config.remote_data import url_path
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.manifest import manifest_path
 from megatron_kosmosg.data.sentences import sentence_paths
@@ -12,8 +13,14 @@ from megatron_kosmosg.data.sentences import sentence_paths
 
 def dataset_files(prefix: str | Path) -> list[Path]:
     """Every file of the dataset under a prefix, there or not; the manifest last."""
-    data = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
-    return [*data, *sentence_paths(prefix), manifest_path(prefix)]
+    data = Path(f"{prefix}.bin")
+    return [
+        data,
+        url_path(data),
+        Path(f"{prefix}.idx"),
+        *sentence_paths(prefix),
+        manifest_path(prefix),
+    ]
 
 
 def files_of_all_shards(prefix: str | Path) -> list[Path]:

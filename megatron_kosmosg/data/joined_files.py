@@ -7,11 +7,13 @@ cached latents of either belong to both.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 
 from megatron_kosmosg.data.fingerprint import StoredFile, fingerprint_of
 from megatron_kosmosg.data.index_file import SequenceIndex, index_header
+from megatron_kosmosg.data.remote_file import READS_TOGETHER
 from megatron_kosmosg.data.stored_shards import StoredShards
 
 
@@ -28,6 +30,7 @@ class _JoinedData:
         self._shards = shards
         self._starts = _ends_of([entry.num_bytes for entry in shards.entries])
         self.size = int(self._starts[-1])
+        self.reads_together = READS_TOGETHER if shards.remote else 1
 
     def read(self, start: int, length: int) -> bytes:
         """`length` bytes from `start` on of the joined .bin file."""
@@ -36,15 +39,21 @@ class _JoinedData:
         while start < stop:
             number = int(np.searchsorted(self._starts, start, "right")) - 1
             first, end = self._starts[number : number + 2].tolist()
-            file = StoredFile(f"{self._shards.prefixes[number]}.bin")
-            found += file.read(start - first, min(stop, end) - start)
-            file.close()
+            found += self._read_shard(number, start - first, min(stop, end) - first)
             start = end
         return found
+
+    def _read_shard(self, number: int, start: int, stop: int) -> bytes:
+        if number in self._shards.remote:
+            return self._shards[number].sequences.data.array(start, stop).tobytes()
+        with closing(StoredFile(f"{self._shards.prefixes[number]}.bin")) as file:
+            return file.read(start, stop - start)
 
 
 class _JoinedIndex:
     """Header, lengths, pointers, documents and modes; pointers and documents count on."""
+
+    reads_together = 1
 
     def __init__(self, shards: StoredShards) -> None:
         entries, index = shards.entries, shards[0].sequences.index

@@ -138,8 +138,8 @@ class LatentCache:
                 shard_store = SampleStore(store.shards.prefixes[number]) if in_shards else store
                 _require_opaque(shard_store, prefix, self._advice)
         entries = self._entries(store.shards.entries) if in_shards else []
-        check_shard_files(whole, entries, has_modes=True)
-        self._shards = StoredShards(whole, entries, has_modes=True)
+        remote = check_shard_files(whole, entries, has_modes=True)
+        self._shards = StoredShards(whole, entries, True, remote)
         if self._shards.num_samples != len(store):
             found = self._shards.num_samples
             raise InputError(f"{whole} has {found} entries for {len(store)} samples")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kosmosg.config.errors import ConfigError, InputError
+from megatron_kosmosg.config.remote_data import url_path
 from megatron_kosmosg.config.schema import BlendEntry
 from megatron_kosmosg.data.kinds.text import TEXT
 from megatron_kosmosg.data.shard_list import ShardEntry, check_order
@@ -114,7 +115,8 @@ def kind_on_disk(prefix: str | Path) -> str | None:
     """
     if manifest_path(prefix).exists():
         return Manifest.read(manifest_path(prefix)).kind
-    return TEXT.name if Path(f"{prefix}.bin").exists() else None
+    data = Path(f"{prefix}.bin")
+    return TEXT.name if data.exists() or url_path(data).exists() else None
 
 
 def dataset_kind(key: str, entry: BlendEntry) -> str | None:

@@ -1,4 +1,5 @@
-"""The sequences of a Megatron indexed dataset, mapped from disk: one pair of .bin and .idx files.
+"""The sequences of a Megatron indexed dataset: one pair of .bin and .idx files. Both are mapped;
+the .bin may lie in object storage (data_file.py).
 
 To open it costs the same whatever it holds: the sizes of the files are compared with the last entry
 of the index. Every other entry is checked when it is used, or by `check_entries`.
@@ -12,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_kosmosg.config.errors import InputError
+from megatron_kosmosg.data.data_file import open_data
 from megatron_kosmosg.data.index_file import read_index
-from megatron_kosmosg.data.mapped_file import map_file
 
 _BLOCK = 1 << 20
 """Entries that are checked together."""
@@ -23,8 +24,8 @@ class MappedSequences:
     """Random access to PREFIX.bin by PREFIX.idx; safe to use from several threads."""
 
     def __init__(self, prefix: str | Path, has_modes: bool) -> None:
-        """Maps both files. Raises OSError where a file cannot be opened, InputError where they do
-        not fit each other.
+        """Opens both files. Raises OSError where a file cannot be opened, InputError where they do
+        not fit each other, and what `open_data` raises.
 
         Args:
             has_modes: whether it is a multimodal dataset.
@@ -37,34 +38,58 @@ class MappedSequences:
                 f"{prefix}.idx is no whole index of a Megatron dataset ({error}); preprocess the "
                 "dataset again"
             ) from None
-        self._bytes = map_file(f"{prefix}.bin")
-        index, stored = self.index, len(self._bytes)
+        index = self.index
         if index.documents[0] != 0 or index.documents[-1] != len(self):
             raise self._out_of_order()
         needed = 0
         if len(self):
             needed = int(index.pointers[-1]) + int(index.lengths[-1]) * index.dtype.itemsize
-        if stored != needed:
-            raise InputError(f"{prefix}.bin has {stored} bytes, its index needs {needed}")
+        self.data = open_data(prefix, needed)
 
     def __len__(self) -> int:
         return len(self.index.lengths)
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
-        """(the sequence in the index's type, its mode or 0); the data is mapped and not copied.
+        """(the sequence in the index's type, its mode or 0), as `take` gives it."""
+        return next(self.take(range(number, number + 1)))
 
-        Raises InputError where the index says that it lies outside of the file.
+    def take(self, numbers: range) -> Iterator[tuple[np.ndarray, int]]:
+        """Yields (the sequence in the index's type, its mode or 0) for each of some sequences that
+        stand together, such as a document's; mapped data is not copied, other data is read at once.
+
+        Raises InputError where the index says that one lies outside of the file, StorageError.
         """
         index = self.index
+        if not numbers:
+            return
+        pieces = [self._place(number) for number in numbers]
+        first, last = pieces[0][0], pieces[-1][1]
+        if [start for start, _ in pieces[1:]] != [stop for _, stop in pieces[:-1]]:
+            if len(numbers) > 1:  # not written by this package, each by itself
+                for number in numbers:
+                    yield from self.take(range(number, number + 1))
+                return
+        data = self.data.array(first, last)
+        for number, (start, stop) in zip(numbers, pieces, strict=True):
+            mode = 0 if index.modes is None else int(index.modes[number])
+            yield data[start - first : stop - first].view(index.dtype), mode
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """The bytes [start, stop) of a sequence."""
+        index, size = self.index, self.data.size
         start, length = int(index.pointers[number]), int(index.lengths[number])
         stop = start + length * index.dtype.itemsize
-        if start < 0 or length < 0 or stop > len(self._bytes):
+        if start < 0 or length < 0 or stop > size:
             raise InputError(
                 f"{self.prefix}.idx is damaged: sequence {number} is said to be bytes {start} to "
-                f"{stop} of {len(self._bytes)}"
+                f"{stop} of {size}"
             )
-        mode = 0 if index.modes is None else int(index.modes[number])
-        return self._bytes[start:stop].view(index.dtype), mode
+        return start, stop
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the .bin file."""
+        return self.data.size
 
     @property
     def num_documents(self) -> int:
@@ -91,7 +116,7 @@ class MappedSequences:
             lengths = index.lengths[first : first + _BLOCK].astype(np.int64)
             pointers = index.pointers[first : first + _BLOCK]
             stops = pointers + lengths * index.dtype.itemsize
-            bad = np.flatnonzero((pointers < 0) | (lengths < 0) | (stops > len(self._bytes)))
+            bad = np.flatnonzero((pointers < 0) | (lengths < 0) | (stops > self.data.size))
             if bad.size:
                 yield f"{self.prefix}.idx is damaged: sequence {first + bad[0]} lies outside"
                 break

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_kosmosg.config.dataset_prefixes import shard_prefix
 from megatron_kosmosg.config.errors import InputError
+from megatron_kosmosg.config.remote_data import allowed_url
 from megatron_kosmosg.data.index_file import index_bytes
 
 MOST_SHARDS = 16_384
@@ -83,17 +84,26 @@ def check_doubled(entries: Sequence[ShardEntry]) -> None:
             raise ValueError(f"shard {entry.path} has the content of shard {other}")
 
 
-def check_shard_files(prefix: str | Path, entries: Sequence[ShardEntry], has_modes: bool) -> None:
-    """Raises FileNotFoundError or InputError, by name, where files of shards are missing, or have
-    another size than the manifest notes: two calls of the file system for a shard."""
-    missing, wrong = [], []
-    for entry in entries:
+def check_shard_files(
+    prefix: str | Path, entries: Sequence[ShardEntry], has_modes: bool
+) -> list[int]:
+    """The numbers of the shards whose .bin lies in object storage.
+
+    Raises FileNotFoundError or InputError, by name, where files of shards are missing, or have
+    another size than the manifest notes: two calls of the file system for a shard, four for one
+    whose .bin lies in object storage. That is asked for its size when the shard is first read;
+    ConfigError where it may not be read."""
+    missing, wrong, remote = [], [], []
+    for number, entry in enumerate(entries):
         stored_prefix = shard_prefix(prefix, entry.path)
         for end, size in ((".bin", entry.num_bytes), (".idx", entry.index_bytes(has_modes))):
             try:
                 stored = os.stat(f"{stored_prefix}{end}").st_size
             except OSError:
-                missing.append(f"{stored_prefix}{end}")
+                if end == ".bin" and _lies_elsewhere(f"{stored_prefix}{end}"):
+                    remote.append(number)
+                else:
+                    missing.append(f"{stored_prefix}{end}")
                 continue
             if stored != size:
                 wrong.append(f"{stored_prefix}{end} has {stored} bytes, not {size}")
@@ -107,6 +117,16 @@ def check_shard_files(prefix: str | Path, entries: Sequence[ShardEntry], has_mod
             f"shards of {prefix}: {named(wrong)}: a shard is cut, or another has its name; put it "
             "back, or preprocess it again"
         )
+    return remote
+
+
+def _lies_elsewhere(file: str) -> bool:
+    """Whether a URL is noted for a missing file. Raises ConfigError for one that may not be
+    read."""
+    try:
+        return bool(allowed_url(file))
+    except FileNotFoundError:
+        return False
 
 
 def named(texts: Sequence[str]) -> str:

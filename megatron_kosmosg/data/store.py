@@ -7,6 +7,7 @@ Plain text is an ordinary Megatron token dataset, so existing corpora work as th
 PREFIX.bin, PREFIX.idx  data and index
 PREFIX.json             manifest (kind, tokenizer fingerprint, counts), written last
 PREFIX.sentences.npy, PREFIX.sentence_offsets.npy  see sentences.py (kinds that `pretrain` packs)
+PREFIX.bin.url          in place of PREFIX.bin: where in object storage that is (data_file.py)
 
 A manifest may list shards in place of these files: each has all of them under a prefix of its own.
 Samples are then numbered through the shards, and all that depends on the numbers stays the same.
@@ -20,6 +21,7 @@ import numpy as np
 
 from megatron_kosmosg.config.dataset_prefixes import missing_files
 from megatron_kosmosg.config.errors import InputError
+from megatron_kosmosg.data.data_file import is_remote
 from megatron_kosmosg.data.fingerprint import dataset_fingerprint
 from megatron_kosmosg.data.joined_files import joined_fingerprint
 from megatron_kosmosg.data.kinds import TEXT, find_kind
@@ -50,6 +52,7 @@ class SampleStore:
     Raises:
         FileNotFoundError: the dataset is missing.
         InputError: it is damaged.
+        StorageError: a shard lies in object storage, which cannot be asked for it.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -70,8 +73,10 @@ class SampleStore:
         except InputError as error:
             raise InputError(f"{manifest_path(prefix)}: {error}") from None
         has_modes = not self.sample_kind.is_plain_text
-        check_shard_files(prefix, entries, has_modes)
-        self.shards = StoredShards(self.prefix, entries, has_modes)
+        remote = check_shard_files(prefix, entries, has_modes)
+        if not entries and is_remote(prefix):
+            remote = [0]
+        self.shards = StoredShards(self.prefix, entries, has_modes, remote)
         """Where the samples lie; one shard where the dataset is in one piece."""
         self._fingerprint: str | None = None
         self._check()
@@ -89,7 +94,13 @@ class SampleStore:
             return RawSample({"key": str(index)}, [self.text(index)], [TOKENS])
         shard, number = self.shards.locate(index)
         sequences = shard.sequences
-        return RawSample.of_bytes(sequences[i] for i in sequences.document(number))
+        return RawSample.of_bytes(sequences.take(sequences.document(number)))
+
+    def first_parts(self, index: int, count: int) -> RawSample:
+        """A sample of `count` parts beside the JSON one; those behind them are not read."""
+        shard, number = self.shards.locate(index)
+        found = shard.sequences.document(number)[: 1 + count]
+        return RawSample.of_bytes(shard.sequences.take(found))
 
     def fingerprint(self) -> str:
         """The fingerprint of the dataset's content (fingerprint.py). A dataset in shards has that
@@ -134,9 +145,10 @@ class SampleStore:
         return found
 
     def text(self, index: int) -> np.ndarray:
-        """Token ids of one document of a text dataset, mapped where it is one sequence."""
+        """Token ids of one document of a text dataset."""
         shard, number = self.shards.locate(index)
-        sequences = [shard.sequences[i][0] for i in shard.sequences.document(number)]
+        found = shard.sequences.take(shard.sequences.document(number))
+        sequences = [ids for ids, _ in found]
         return sequences[0] if len(sequences) == 1 else np.concatenate(sequences)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:

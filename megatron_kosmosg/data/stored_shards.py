@@ -7,7 +7,7 @@ shards asks for, not the number of samples.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -56,12 +56,20 @@ class StoredShard:
 class StoredShards:
     """All of them, in order; safe to use from several threads."""
 
-    def __init__(self, prefix: str, entries: Sequence[ShardEntry], has_modes: bool) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        entries: Sequence[ShardEntry],
+        has_modes: bool,
+        remote: Collection[int] = (),
+    ) -> None:
         """Lists the shards; each is opened when it is first asked for.
 
         Args:
             entries: the shards that the manifest lists; empty for a dataset in one piece, which is
                 opened at once.
+            remote: numbers of those whose .bin lies in object storage. The first of them is asked
+                for at once, so that a package or an account that is missing is not found out later.
         """
         self._has_modes, self.entries = has_modes, tuple(entries)
         self.prefixes = [shard_prefix(prefix, entry.path) for entry in entries] or [prefix]
@@ -70,6 +78,9 @@ class StoredShards:
         sizes = [e.num_samples for e in entries] or [self[0].sequences.num_documents]
         self.first_samples = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         """int64 [shards + 1], the last the number of samples."""
+        self.remote = frozenset(remote)
+        if self.remote:
+            self[min(self.remote)].sequences.data.check()
 
     def __len__(self) -> int:
         return len(self.prefixes)

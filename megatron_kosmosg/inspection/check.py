@@ -12,6 +12,7 @@ from megatron_kosmosg.data.fingerprint import dataset_fingerprint
 from megatron_kosmosg.data.image_reading import read_image
 from megatron_kosmosg.data.image_types import UnreadableImage
 from megatron_kosmosg.data.kinds.kind import ImageSize
+from megatron_kosmosg.data.remote_file import StorageError
 from megatron_kosmosg.data.samples import EntityImage
 from megatron_kosmosg.data.sentences import sentence_table
 from megatron_kosmosg.data.store import SampleStore
@@ -81,6 +82,8 @@ class _Checker:
                     len(strip_document_end(ids, self._tokenizer)) for ids in raw.tokens()
                 )
                 found.num_images += raw.modes.count(IMAGE)
+            except StorageError:
+                raise  # says nothing of the sample
             except (ValueError, KeyError, TypeError, OSError) as error:
                 reasons = [f"cannot be read: {error}"]
             found.problems += [Problem(index, key, reason) for reason in reasons]
@@ -96,6 +99,8 @@ class _Checker:
                     shards.entries[number].fingerprint
                 ):
                     reasons.append(f"shard {prefix} has another content than the manifest notes")
+            except StorageError:
+                raise  # nor of the shard
             except (ValueError, OSError) as error:
                 reasons = [str(error)]
             yield from (Problem(None, "", reason) for reason in reasons)

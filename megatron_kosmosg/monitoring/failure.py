@@ -23,6 +23,7 @@ from megatron_kosmosg import exit_codes
 from megatron_kosmosg.config.errors import ConfigError, InputError
 from megatron_kosmosg.config.paths import FAILURE_FILE
 from megatron_kosmosg.data.bad_images import TooManyBadImages
+from megatron_kosmosg.data.remote_file import StorageError
 from megatron_kosmosg.monitoring.lost_ranks import note_lost_rank
 from megatron_kosmosg.terminal_text import printable_lines
 
@@ -116,4 +117,5 @@ def _is_of_the_disk(error: BaseException) -> bool:
 
 def _explains_itself(error: BaseException) -> bool:
     """Whether the message is written for users: about a setting, an input or the numbers."""
-    return isinstance(error, (InputError, FloatingPointError, TooManyBadImages, KeyboardInterrupt))
+    known = (InputError, StorageError, FloatingPointError, TooManyBadImages, KeyboardInterrupt)
+    return isinstance(error, known)

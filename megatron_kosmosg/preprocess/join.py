@@ -14,6 +14,7 @@ from typing import IO
 
 import numpy as np
 
+from megatron_kosmosg.config.remote_data import url_path
 from megatron_kosmosg.data.dataset_files import dataset_files
 from megatron_kosmosg.data.index_file import write_index
 from megatron_kosmosg.data.kinds.kind import SampleKind
@@ -160,6 +161,8 @@ def move_into_place(joined: Path, prefix: Path) -> None:
     for source, target in zip(dataset_files(joined), dataset_files(prefix), strict=True):
         if source.exists():
             os.replace(source, target)
+    # The data is here now, whatever the dataset of that name had in object storage.
+    url_path(f"{prefix}.bin").unlink(missing_ok=True)
 
 
 def _first_of_each_key(indexes: list[ShardIndex], jobs: list[ShardJob]) -> list[np.ndarray]:

@@ -96,10 +96,10 @@ def refuse_other_forms(prefix: Path, in_shards: bool, folder: WorkFolder) -> Non
             f"{prefix} is a dataset in shards; give --shard-gib, another --output-prefix, or "
             f"delete {path}"
         )
-    if in_shards and os.path.lexists(f"{prefix}.bin"):
+    if in_shards and any(os.path.lexists(f"{prefix}{end}") for end in (".bin", ".bin.url")):
         raise InputError(
             f"{prefix} is a dataset in one piece; leave out --shard-gib, give another "
-            f"--output-prefix, or delete {prefix}.bin"
+            f"--output-prefix, or delete {prefix}.bin, and {prefix}.bin.url if it is there"
         )
     if in_shards and os.path.lexists(shards) and not listed and not is_joined(_joined(folder)):
         raise InputError(f"{shards} is there and {path} lists no shards; delete that folder")

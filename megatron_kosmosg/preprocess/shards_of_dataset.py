@@ -11,6 +11,7 @@ from megatron_kosmosg.config.dataset_prefixes import ENDINGS, shard_prefix
 from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.data.fingerprint import dataset_fingerprint
 from megatron_kosmosg.data.manifest import SHARDS_VERSION, Manifest, manifest_path
+from megatron_kosmosg.data.remote_file import StorageError
 from megatron_kosmosg.data.shard_list import ShardEntry, check_doubled, check_order, numbered
 from megatron_kosmosg.data.store import SampleStore
 
@@ -71,7 +72,7 @@ def shard_entry(prefix: str, shard: str) -> tuple[Manifest, ShardEntry]:
         first_sample=0,
         num_samples=len(store),
         num_sequences=len(sequences),
-        num_bytes=os.path.getsize(f"{shard}.bin"),
+        num_bytes=sequences.num_bytes,
         fingerprint=store.fingerprint(),
     )
 
@@ -112,6 +113,8 @@ def _problem(prefix: str, manifest: Manifest, entry: ShardEntry) -> str | None:
             return reason
         if dataset_fingerprint(shard) != entry.fingerprint:
             return f"{shard} has another content than {manifest_path(prefix)} notes of this shard"
+    except StorageError:
+        raise  # says nothing of the shard
     except (OSError, ValueError) as error:
         return str(error)
     return None

@@ -150,6 +150,7 @@ class Captions:
     tokens: int
     """Number of the part that holds the words' tokens."""
     words: Callable[[RawSample], str]
+    """Of a sample whose parts behind the tokens are left out."""
     usual: UsualSize
 
     def usual_size(self, seq_length: int) -> UsualSize:
