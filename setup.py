@@ -70,6 +70,9 @@ EXTRAS = {
     "docs": ["mkdocs-material>=9.6,<10"],
     # logging.wandb; no other version was tried.
     "wandb": ["wandb>=0.31,<1"],
+    # Shards in object storage. s3fs needs the fsspec of its own version; no other was tried. Not
+    # with constraints.txt: botocore, below s3fs, takes no python-dateutil from 3 on.
+    "remote": ["fsspec>=2026.9,<2027", "s3fs>=2026.9,<2027"],
     # The page of `kosmosg demo`. 7 may change what its controls are called.
     "web": ["gradio>=6.31,<7"],
     # Without extras it is an empty package that cannot be imported. The bounds are those of

@@ -54,7 +54,7 @@ class RemoteFile:
 
     def check(self) -> None:
         """Raises InputError where the file has another size than it should have, and what
-        `stored_size` raises; asks once."""
+        `stored_size` raises. It asks once; threads that come together may each ask."""
         if self._is_checked:
             return
         stored = self.stored_size()
@@ -101,7 +101,7 @@ class RemoteFile:
 
     def _request(self, start: int, stop: int) -> bytes:
         found = _file_system(self.url).cat_file(self.url, start=start, end=stop)
-        if len(found) != stop - start:
+        if not isinstance(found, bytes) or len(found) != stop - start:
             raise OSError(f"{len(found)} bytes came instead of {stop - start}")
         return found
 
