@@ -262,7 +262,7 @@ def test_a_run_does_not_replace_its_dataset(tmp_path, name):
     prefix = build_dataset(tmp_path, "caption", 2)
     moved = tmp_path / "run" / name
     moved.parent.mkdir(parents=True)
-    for file in dataset_files(prefix):
+    for file in filter(Path.exists, dataset_files(prefix)):
         file.rename(f"{moved}{str(file).removeprefix(prefix)}")
     data = DataConfig(
         blend={"caption": BlendEntry(str(moved))}, tokenizer_model=str(write_tokenizer(tmp_path))
