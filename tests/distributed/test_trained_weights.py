@@ -227,7 +227,8 @@ def test_a_base_on_another_file_system_is_not_held_and_the_run_goes_on(models, t
         if os.stat(elsewhere).st_dev == tmp_path.stat().st_dev:
             pytest.skip("temporary files are in memory here: there is no other file system")
         shutil.copytree(models / "align", Path(elsewhere, "align"))
-        train(models, tmp_path, 2, {}, 1, load=f"{elsewhere}/align")
+        config = config_of(models, tmp_path, 2, {}, load=f"{elsewhere}/align")
+        run_ranks(1, run_loaded, config, start_method="spawn")  # one that writes where pytest reads
         assert CheckpointTensors(tmp_path).names()
         assert not (tmp_path / "checkpoints" / "base").exists()
     assert capfd.readouterr().err.count("which must stay") == 1
