@@ -58,6 +58,8 @@ def find_base(folder: Path, base: Base, load: str | None = None) -> Path:
     """Where the base of the checkpoint in `folder` lies now; arguments and errors are those of
     `weight_folders`."""
     beside = folder.resolve().parent / _BESIDE
+    if not os.path.lexists(beside):  # the checkpoint itself was moved, and a link to it left
+        beside = folder.parent.resolve() / _BESIDE
     there = "is not there"
     for number, place in enumerate(_places(base, beside, load)):
         if not (place / COMPLETE_FILE).is_file():
@@ -79,7 +81,11 @@ def find_base(folder: Path, base: Base, load: str | None = None) -> Path:
 def base_is_there(save: Path, base: Base) -> bool:
     """Whether the base is where it was, or held in the folder of the checkpoints that need it."""
     places = (Path(base.path), save / _BESIDE / base.fingerprint)
-    return any((place / COMPLETE_FILE).is_file() for place in places)
+    return any(_is_base(place, base) for place in places)
+
+
+def _is_base(place: Path, base: Base) -> bool:
+    return damage(place) is None and checkpoint_fingerprint(place) == base.fingerprint
 
 
 def hold_base(save: Path, base: Base) -> None:
@@ -98,13 +104,18 @@ def hold_base(save: Path, base: Base) -> None:
         return
     held = beside / base.fingerprint
     if not held.exists():
+        problem = damage(path)
+        if problem is not None:
+            raise ConfigError(f"{path} is damaged: {problem}")
         try:
             with new_folder(held, only_writer=True) as folder:
                 for name, file in listed_files(path).items():
                     link = inside(folder, name)
                     link.parent.mkdir(parents=True, exist_ok=True)
                     os.link(os.path.realpath(file), link)
-        except OSError:
+                if not _is_base(folder, base):  # written anew since the run has read it
+                    raise ConfigError(f"{path} is another one now, or damaged")
+        except (OSError, ConfigError):
             with suppress(OSError):
                 beside.rmdir()  # unless there is something in it
             raise
