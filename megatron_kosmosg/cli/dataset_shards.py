@@ -47,14 +47,14 @@ def build_parser() -> CommandParser:
     remote.add_argument(
         "--verify",
         choices=VERIFY,
-        default=VERIFY[0],
         help="what is compared: sizes; also the fingerprint (256 blocks); also every byte with the "
-        "local file (size)",
+        "local file (size; with --delete-local whole)",
     )
     remote.add_argument(
         "--delete-local",
         action="store_true",
-        help="delete each SHARD.bin whose copy is right, by its fingerprint at least",
+        help="delete each SHARD.bin whose copy is right: every byte is compared, or with --verify "
+        "blocks the fingerprint",
     )
     return parser
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when all is well, 1 when a shard is bad, 2 when the input cannot be used."""
     parser = build_parser()
     args = parser.parse_args(arguments)
-    if args.remote is None and (args.verify != VERIFY[0] or args.delete_local):
+    if args.remote is None and (args.verify is not None or args.delete_local):
         parser.error("--verify and --delete-local need --remote")
     return run_command(lambda: _shards(args))
 

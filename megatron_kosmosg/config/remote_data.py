@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,8 +24,8 @@ _LONGEST = 2048
 _SMALL = 16 << 10
 """Bytes of a .url file, far more than it has."""
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
-_MEANS_MORE = re.compile(r"[\s\x00-\x1f\x7f%?#\\*\[\]{}]|::")
-"""Spaces, escapes, queries, patterns and fsspec's chains of file systems."""
+_MEANS_MORE = re.compile(r"[\s,\x00-\x1f\x7f%?#\\*\[\]{}]|::")
+"""What parts folders here, escapes, queries, patterns and fsspec's chains of file systems."""
 
 
 def url_path(file: str | Path) -> Path:
@@ -78,7 +79,7 @@ def check_allowed(url: str, environment: Mapping[str, str] | None = None) -> Non
     says = f"{VARIABLE}={value!r} does not allow" if value else f"{VARIABLE} is not set to allow"
     raise ConfigError(
         f"{says} reading {url}; where it is yours, allow its folder: "
-        f"export {VARIABLE}={url.rpartition('/')[0]}"
+        f"export {VARIABLE}={shlex.quote(url.rpartition('/')[0])}"
     )
 
 
@@ -91,9 +92,9 @@ def _parts(url: str) -> list[str]:
         raise ConfigError(f"{shown} is no URL such as s3://bucket/folder")
     scheme, rest = found.groups()
     host, *path = rest.split("/")
-    if _MEANS_MORE.search(rest) or "@" in host:
+    if _MEANS_MORE.search(rest) or not rest.isprintable() or "@" in host:
         raise ConfigError(
-            f"{shown} has more than plain names: no spaces, none of %?#\\*[]{{}}, no '::', no "
+            f"{shown} has more than plain names: no spaces, none of ,%?#\\*[]{{}}, no '::', no "
             "account before the host"
         )
     if any(name in ("", ".", "..") for name in path) or host in (".", ".."):

@@ -59,6 +59,7 @@ def open_data(prefix: str | Path, size: int) -> DataFile:
 
 
 def is_remote(prefix: str | Path) -> bool:
-    """Whether PREFIX.bin lies in object storage: a file of that name comes first."""
+    """Whether PREFIX.bin lies in object storage: a file of that name comes first, but no link that
+    leads nowhere."""
     path = f"{prefix}.bin"
-    return not os.path.lexists(path) and os.path.lexists(url_path(path))
+    return not os.path.exists(path) and os.path.lexists(url_path(path))

@@ -80,6 +80,23 @@ class RemoteFile:
             raise InputError(f"{url}: the server does not say how large it is")
         return size
 
+    def check_ranges(self) -> None:
+        """Raises InputError for a web server that would send the whole file for each of its
+        stretches: not all say so when they are asked for the size."""
+        if self.url.startswith(("http://", "https://")) and self.size > 1:
+            _again(f"one byte of {self.url}", self._ask_for_a_byte)
+
+    def _ask_for_a_byte(self) -> None:
+        # Not cat_file, which waits for whatever comes: this notices after the first piece.
+        with _file_system(self.url).open(self.url, cache_type="none") as opened:
+            opened.seek(1)
+            try:
+                opened.read(1)
+            except ValueError as error:
+                raise InputError(
+                    f"{self.url}: the server gives whole files only, no ranges of bytes ({error})"
+                ) from None
+
     def array(self, start: int, stop: int) -> np.ndarray:
         """Bytes [start, stop), which lie in the file, in one request: uint8, read-only. Raises
         StorageError, and what `check` raises."""
@@ -130,6 +147,11 @@ def _file_system_of(protocol: str, process: int) -> AbstractFileSystem:
         ) from error
     except ValueError as error:
         raise ConfigError(f"{protocol}:// is no protocol of fsspec: {error}") from None
+    except TypeError as error:
+        raise ConfigError(
+            f"{protocol}:// needs more than a URL says ({error}); fsspec's configuration files may "
+            "have it"
+        ) from None
 
 
 def _again(what: str, request: Callable[[], Result]) -> Result:
@@ -138,22 +160,36 @@ def _again(what: str, request: Callable[[], Result]) -> Result:
     for attempt, wait in enumerate((*WAITS, None), 1):
         try:
             return request()
-        except (FileNotFoundError, ConfigError):
+        except (ConfigError, InputError):
             raise
+        except FileNotFoundError as error:
+            if not _hides_another(error):
+                raise
+            problem: BaseException = error.__cause__ or error
         except PermissionError as error:
             raise StorageError(
                 f"{what}: access is denied ({_words(error)}); accounts are set up as fsspec's "
                 "package for the protocol takes them"
             ) from error
         except Exception as error:  # noqa: BLE001 - each protocol's package has errors of its own
-            if wait is None:
-                raise StorageError(
-                    f"{what} did not come in {attempt} attempts, the last: {_words(error)}"
-                ) from error
-            logger.warning("%s: %s; asked again in %g s", what, _words(error), wait)
-            time.sleep(wait)
+            problem = error
+        if wait is None:
+            raise StorageError(
+                f"{what} did not come in {attempt} attempts, the last: {_words(problem)}"
+            ) from problem
+        logger.warning("%s: %s; asked again in %g s", what, _words(problem), wait)
+        time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
 
-def _words(error: Exception) -> str:
+def _hides_another(error: FileNotFoundError) -> bool:
+    """Whether a web server's failure is behind it: fsspec's HTTP says of every size that it could
+    not ask for that nothing is there."""
+    cause = error.__cause__
+    module = type(cause).__module__.partition(".")[0]
+    is_of_web = isinstance(cause, (TimeoutError, ConnectionError)) or module == "aiohttp"
+    return is_of_web and getattr(cause, "status", None) not in (404, 410)
+
+
+def _words(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

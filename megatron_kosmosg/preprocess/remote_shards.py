@@ -14,13 +14,14 @@ from functools import partial
 from pathlib import Path
 
 from megatron_kosmosg.config.dataset_prefixes import shard_prefix
-from megatron_kosmosg.config.errors import InputError
-from megatron_kosmosg.config.remote_data import check_allowed, write_url
+from megatron_kosmosg.config.errors import ConfigError, InputError
+from megatron_kosmosg.config.remote_data import allowed_url, check_allowed, url_path, write_url
 from megatron_kosmosg.data.fingerprint import StoredFile, fingerprint_of
 from megatron_kosmosg.data.in_threads import results_in_order
 from megatron_kosmosg.data.manifest import Manifest, manifest_path
 from megatron_kosmosg.data.remote_file import RemoteFile
 from megatron_kosmosg.data.shard_list import ShardEntry, named
+from megatron_kosmosg.files import temporary_name
 
 _SHARDS_TOGETHER = 8
 _STRETCH = 16 << 20
@@ -41,15 +42,16 @@ class NotedCopy:
 
 
 def note_copies(
-    prefix: str, shards: Sequence[str], folder_url: str, verify: str, delete_local: bool
+    prefix: str, shards: Sequence[str], folder_url: str, verify: str | None, delete_local: bool
 ) -> Iterator[NotedCopy]:
     """Compares the copies FOLDER_URL/NAME.bin of the shards with the list PREFIX.json, one after
     the other, and notes those that are right.
 
     Args:
         shards: prefixes of those that were copied; empty for all.
-        verify: "size"; "blocks" compares the fingerprint, too; "whole" every byte with SHARD.bin.
-        delete_local: deletes SHARD.bin of a shard that is noted; "blocks" are then compared, too.
+        verify: "size"; "blocks" compares the fingerprint, too; "whole" every byte with SHARD.bin,
+            where that is still there. None: "whole" before a deletion, else "size".
+        delete_local: deletes SHARD.bin of a shard that is noted; "blocks" at least are compared.
 
     Raises InputError for shards that the list does not have or that would have one URL, and
     ConfigError for a folder that may not be read, before anything is noted.
@@ -74,7 +76,11 @@ def note_copies(
     folder_url = folder_url.rstrip("/")
     for name in names:
         check_allowed(f"{folder_url}/{name}.bin")
-    compare = partial(_problem, verify="blocks" if delete_local and verify == "size" else verify)
+    if verify is None:
+        verify = "whole" if delete_local else "size"
+    elif verify == "size" and delete_local:
+        verify = "blocks"
+    compare = partial(_problem, verify=verify)
     copies = [(shard, listed[shard], f"{folder_url}/{Path(shard).name}.bin") for shard in wanted]
     found = results_in_order(compare, copies, _SHARDS_TOGETHER, _SHARDS_TOGETHER, "compare")
     for (shard, _, url), problem in zip(copies, found, strict=True):
@@ -82,9 +88,34 @@ def note_copies(
         if problem is None:
             write_url(f"{shard}.bin", url)
             if delete_local and os.path.lexists(f"{shard}.bin"):
-                os.unlink(f"{shard}.bin")
-                is_deleted = True
+                problem = _delete(Path(f"{shard}.bin"), url)
+                is_deleted = problem is None
         yield NotedCopy(shard, url, problem, is_deleted)
+
+
+def _delete(local: Path, url: str) -> str | None:
+    """Deletes the file unless its copy is the file itself, under another name or behind a mount:
+    the copy must be there while the file has another name. Else says why it stays."""
+    aside = temporary_name(local)
+    local.rename(aside)
+    try:
+        RemoteFile(url)
+    except BaseException as error:
+        aside.rename(local)
+        if not isinstance(error, InputError):
+            raise
+        url_path(local).unlink(missing_ok=True)
+        return f"it is {local} itself, no copy"
+    aside.unlink()
+    return None
+
+
+def _is_noted(shard: str, url: str) -> bool:
+    """Whether the copy was compared before, and the local file is gone for that."""
+    try:
+        return allowed_url(f"{shard}.bin") == url
+    except (OSError, InputError, ConfigError):
+        return False
 
 
 def _problem(copy: tuple[str, ShardEntry, str], verify: str) -> str | None:
@@ -96,13 +127,17 @@ def _problem(copy: tuple[str, ShardEntry, str], verify: str) -> str | None:
         return str(error)
     if remote.size != entry.num_bytes:
         return f"it has {remote.size} bytes, not {entry.num_bytes}"
+    try:
+        remote.check_ranges()
+    except InputError as error:
+        return str(error)
     if verify != "size":
         with closing(StoredFile(f"{shard}.idx")) as index:
             if fingerprint_of(index, remote) != entry.fingerprint:
                 return "it has another content than the list notes"
     if verify == "whole":
         if not os.path.isfile(f"{shard}.bin"):
-            return f"{shard}.bin is not there to be compared"
+            return None if _is_noted(shard, url) else f"{shard}.bin is not there to be compared"
         with closing(StoredFile(f"{shard}.bin")) as local:
             for start in range(0, max(remote.size, local.size), _STRETCH):
                 if remote.read(start, _STRETCH) != local.read(start, _STRETCH):

@@ -30,7 +30,7 @@ from megatron_kosmosg.config.remote_data import VARIABLE
 from megatron_kosmosg.data import remote_file
 from megatron_kosmosg.data.index_file import write_index
 from megatron_kosmosg.data.manifest import Manifest
-from megatron_kosmosg.data.remote_file import RemoteFile, StorageError
+from megatron_kosmosg.data.remote_file import StorageError
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.streams import align_stream, instruct_stream, pretrain_stream
 from megatron_kosmosg.data.tokenizer import Tokenizer
@@ -217,10 +217,11 @@ def test_copies_are_compared_before_a_local_file_goes(captions, capsys):
         assert words in capsys.readouterr().out
         assert Path(f"{prefix}-1.bin").read_bytes() == whole and not notes[1].exists()
     (storage / "caption-1.bin").write_bytes(whole)
-    options = ("--verify", "whole", "--delete-local")
-    assert command.main([prefix, f"{prefix}-1", "--remote", address, *options]) == 0
+    arguments = [prefix, f"{prefix}-1", "--remote", address, "--verify", "whole", "--delete-local"]
+    assert command.main(arguments) == 0
     assert "noted, the local file is deleted" in capsys.readouterr().out
     assert not Path(f"{prefix}-1.bin").exists() and Path(f"{prefix}-0.bin").exists()
+    assert command.main(arguments) == 0, "as after an interruption"
     assert len(SampleStore(prefix)) == sum(SIZES)  # one here, one there
     assert [found.problem for found in check_shards(prefix)] == [None, None]
 
@@ -243,6 +244,29 @@ def test_every_byte_is_compared_where_that_is_asked(tmp_path, allow, capsys):
     assert command.main([*arguments, "whole"]) == 1
     assert "large.bin after byte 0" in capsys.readouterr().out
     assert command.main([*arguments, "blocks"]) == 0
+    assert command.main([*arguments[:-1], "--delete-local"]) == 1
+    assert (tmp_path / "large.bin").exists()
+    assert command.main([*arguments, "blocks", "--delete-local"]) == 0
+
+
+@pytest.mark.parametrize("address", ["file://{}/data", "file://{}/link", "bucket://{}/data"])
+def test_a_copy_that_is_the_file_itself_is_not_deleted(tmp_path, allow, capsys, address):
+    """The shards' own folder, by another name or as a bucket that is mounted there."""
+    prefix, address = written(tmp_path, "caption", "data"), address.format(tmp_path)
+    (tmp_path / "link").symlink_to(Path(prefix).parent)
+    allow(address)
+    before = {path: path.read_bytes() for path in Path(prefix).parent.iterdir()}
+    for options in ((), ("--verify", "blocks")):
+        assert command.main([prefix, "--remote", address, "--delete-local", *options]) == 1
+        assert capsys.readouterr().out.count("itself, no copy") == 2
+        assert {path: path.read_bytes() for path in Path(prefix).parent.iterdir()} == before
+
+
+def test_a_link_that_leads_nowhere_is_no_local_file(captions):
+    prefix, storage, address = captions
+    assert put_away(prefix, storage, address, "--delete-local") == 0
+    Path(f"{prefix}-0.bin").symlink_to(storage / "gone")
+    assert len(list(SampleStore(prefix))) == sum(SIZES)
 
 
 @pytest.mark.parametrize(
@@ -319,19 +343,6 @@ def test_storage_that_does_not_answer_ends_the_run_and_is_no_bad_image(
     bucket.failures[:] = [error] * 3
     with pytest.raises(StorageError):  # nor a bad sample of `inspect --check`
         list(check_dataset(store, tokenizer, 1, lambda *_: None))
-
-
-def test_a_package_that_is_missing_is_named_with_what_installs_it(monkeypatch, allow):
-    allow("s3://b nothing://b")
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(ConfigError, match=r"s3fs.*pip install 'megatron-kosmosg\[remote\]'"):
-        RemoteFile("s3://b/0.bin")
-    with pytest.raises(ConfigError, match="nothing:// is no protocol of fsspec"):
-        RemoteFile("nothing://b/0.bin")
-    monkeypatch.setitem(sys.modules, "fsspec", None)
-    remote_file._file_system_of.cache_clear()
-    with pytest.raises(ConfigError, match=r"needs fsspec: pip install 'megatron-kosmosg\[remote"):
-        RemoteFile("s3://b/0.bin")
 
 
 def test_nothing_is_imported_without_remote_shards(folder):
