@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megatron_kosmosg.launcher import RankInfo
-from megatron_kosmosg.parallel.rendezvous import connect_to_store, of_attempt
+from megatron_kosmosg.parallel.rendezvous import connect_to_store
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -24,6 +24,8 @@ SECONDS = 25.0
 """Without all of them, before the first word; then after each time as long again."""
 _NAMED = 8
 _TRY = timedelta(seconds=5)
+_END = 2.0
+"""Seconds for the thread to end, which takes as long only where nobody answers it."""
 
 
 class Arrivals:
@@ -41,10 +43,13 @@ class Arrivals:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        if self._thread.is_alive():
+            # A process that ends while a thread is inside torch is aborted, whatever its code was.
+            self._thread.join(_END)
 
     def sign(self, store: Store) -> None:
         """Says on the store that `meet` gave that this rank has come."""
-        of_attempt(store).set(_key(self._rank_info.rank), "here")
+        store.set(_key(self._rank_info.rank), "here")
 
     def _watch(self) -> None:
         started, spoken = time.monotonic(), 0

@@ -56,7 +56,7 @@ def meet(rank_info: RankInfo, timeout: timedelta) -> torch.distributed.Store:
             f"{reason}; choose a free one with torchrun --master-port or MASTER_PORT"
         ) from error
     store.set_timeout(timeout)
-    return store
+    return of_attempt(store)
 
 
 def _listener(rank_info: RankInfo) -> int | None:
