@@ -1,6 +1,7 @@
 """Names the phases of an update where they begin and end.
 
 forward, backward: a micro-batch's, without those of the U-Net. exchange: between pipeline stages.
+images ahead: the frozen part of a micro-batch's image tower, where it runs before a wait.
 Everything else keeps the name that the caller gave.
 """
 
@@ -15,7 +16,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
+from megatron_kosmosg.monitoring.spans import AHEAD
 from megatron_kosmosg.rehearsal.recorder import Recorder
+from megatron_kosmosg.training import images_ahead
 
 FORWARD, BACKWARD, EXCHANGE = "forward", "backward", "exchange"
 UNET_FORWARD, UNET_BACKWARD = "forward of the U-Net", "backward of the U-Net"
@@ -25,10 +28,11 @@ SERVE = "serve"
 
 def name_phases(recorder: Recorder) -> None:
     """Has the phases named for the rest of the process; has to come before anything takes names out
-    of Megatron-Core's schedules."""
+    of Megatron-Core's schedules, or out of `images_ahead`."""
     schedules.forward_step = _named(recorder, FORWARD, schedules.forward_step)
     schedules.backward_step = _named(recorder, BACKWARD, schedules.backward_step)
     P2PCommunicator._communicate = _named(recorder, EXCHANGE, P2PCommunicator._communicate)
+    images_ahead.encode_images_ahead = _named(recorder, AHEAD, images_ahead.encode_images_ahead)
     UNet2DConditionModel.forward = _watched(recorder, UNet2DConditionModel.forward)
 
 

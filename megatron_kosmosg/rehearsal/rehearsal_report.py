@@ -14,6 +14,7 @@ MICRO_BATCH_PHASES = (
     "backward",
     "backward of the U-Net",
     "exchange",
+    "images ahead",
     "serve",
 )
 """Phases that come once a micro-batch, named again because `phases.py` imports torch."""

@@ -27,3 +27,12 @@ def test_targets_are_encoded_while_the_condition_is_awaited(rehearse):
 def test_a_score_rank_encodes_every_target_once(rehearse):
     events = rehearse.answer(dedicated(rehearse, "score_rank_order", rank=1))["events"]
     assert sorted(events) == ["encode", "encode", "request", "request"]
+
+
+def test_images_that_are_encoded_before_a_wait_are_a_micro_batch_s(rehearse):
+    """And not the update's, in whose name a rank waits."""
+    settings = ("score.placement=dedicated", "training.precision=fp32")
+    case = rehearse.tiny("instruct", *settings, world_size=2, rank=0)
+    phases = rehearse.answer(case)["phases"]
+    assert phases["images ahead"]["kernels"]["convolution"] == 1
+    assert "convolution" not in phases["update"]["kernels"]
