@@ -7,10 +7,9 @@ Megatron-Core divides by the global count, so that no layout changes the loss.
 from __future__ import annotations
 
 import torch
-from megatron.core import tensor_parallel
 
 ELEMENTS_AT_ONCE = 2**26
-"""Of logits in half precision that are in float32 at a time: 256 MiB."""
+"""Of the logits, that have float32 copies at a time: 256 MiB."""
 
 
 def token_cross_entropy(
@@ -29,14 +28,11 @@ def token_cross_entropy(
         tp_group: the ranks that share the vocabulary.
     """
     own_labels = labels.transpose(0, 1).contiguous()
-    if logits.dtype is torch.float32:  # Megatron-Core's works in them; others it copies whole
-        losses = tensor_parallel.vocab_parallel_cross_entropy(logits, own_labels)
-    else:
-        losses = half_cross_entropy(logits, own_labels, tp_group, ELEMENTS_AT_ONCE)
+    losses = position_cross_entropy(logits, own_labels, tp_group, ELEMENTS_AT_ONCE)
     return (losses.transpose(0, 1) * loss_mask).sum()
 
 
-def half_cross_entropy(
+def position_cross_entropy(
     logits: torch.Tensor,
     labels: torch.Tensor,
     tp_group: torch.distributed.ProcessGroup,
@@ -44,11 +40,13 @@ def half_cross_entropy(
 ) -> torch.Tensor:
     """Cross-entropy of each position, float32 [s, b], of logits [s, b, v/tp] that stay in their
     dtype: some positions at a time are in float32, once for the loss and once for its gradient,
-    which takes the logits' place. labels: [s, b]."""
-    return _HalfCrossEntropy.apply(logits, labels, tp_group, elements_at_once)
+    which takes the logits' place. labels: [s, b].
+
+    Megatron-Core's `vocab_parallel_cross_entropy` copies logits in half precision whole."""
+    return _CrossEntropy.apply(logits, labels, tp_group, elements_at_once)
 
 
-class _HalfCrossEntropy(torch.autograd.Function):
+class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, group, elements_at_once):
         rows, width = logits.flatten(0, 1), logits.shape[-1]

@@ -1,6 +1,6 @@
 """Layer specs: Megatron-Core's stock transformer layer with MAGNETO's norms, in three forms.
 
-Two providers give the same parameters and checkpoint keys: `local` (Megatron's own linears and
+Two providers give the same parameters and checkpoint keys: `local` (Megatron's linears and
 torch's attention) and `transformer_engine`. Of the second, all but its kernels has been run with
 megatron-core 0.16.1 (tests/transformer_engine); tests/gpu compares numbers where there is a GPU.
 """
@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import (
     CrossAttention,
     CrossAttentionSubmodules,
@@ -26,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_kosmosg.config.schema import LoraConfig
 from megatron_kosmosg.models.core_attention import CoreAttention
+from megatron_kosmosg.models.linears import ColumnParallelLinear, RowParallelLinear
 from megatron_kosmosg.models.lora import adapted_column, adapted_row
 from megatron_kosmosg.models.norms import LayerNorm, SubLN, SubLNRowParallelLinear
 from megatron_kosmosg.parallel.core_versions import mlp_submodule

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_pg_size
+
+from megatron_kosmosg.models.linears import RowParallelLinear
 
 try:
     # The function imports its kernel when it is called: an apex built without CUDA has no more.
@@ -158,4 +159,4 @@ class SubLN(_Linear):
 
 
 class SubLNRowParallelLinear(SubLN, RowParallelLinear):
-    """Megatron's row-parallel linear with MAGNETO's sub-norm."""
+    """The row-parallel linear with MAGNETO's sub-norm."""

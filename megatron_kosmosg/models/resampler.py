@@ -49,4 +49,6 @@ class Resampler(MegatronModule):
             attention_mask=None,
             key_value_states=torch.cat([keys, latents]),
         )
-        return (output + bias).transpose(0, 1)
+        if bias is not None:
+            output = output + bias
+        return output.transpose(0, 1)

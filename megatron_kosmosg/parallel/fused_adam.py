@@ -13,8 +13,6 @@ import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.optimizer import distrib_optimizer
 
-from megatron_kosmosg.parallel.devices import has_stream
-
 
 def install() -> str:
     """Name of the Adam that Megatron's optimizers now use: transformer_engine, apex or own."""
@@ -63,31 +61,13 @@ class FusedLayoutAdamW(torch.optim.Optimizer):
                     self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
                     self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
             states = [self.state[p] for p in parameters]
-            update = fused_update if has_stream(parameters[0].device) else multi_tensor_update
-            update(group, parameters, [s["exp_avg"] for s in states],
-                   [s["exp_avg_sq"] for s in states])  # fmt: skip
-
-
-def multi_tensor_update(group: dict, parameters: list, exp_avgs: list, exp_avg_sqs: list) -> None:
-    """Updates in place, by a few operations over all tensors: a CPU's numbers stay those of any
-    version of torch."""
-    beta1, beta2 = group["betas"]
-    grads = [p.grad.to(p.dtype) for p in parameters]
-    correction1 = 1 - beta1 ** group["step"]
-    correction2 = 1 - beta2 ** group["step"]
-    torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominators, correction2**0.5)
-    torch._foreach_add_(denominators, group["eps"])
-    torch._foreach_addcdiv_(parameters, exp_avgs, denominators, -group["lr"] / correction1)
+            exp_avgs = [state["exp_avg"] for state in states]
+            fused_update(group, parameters, exp_avgs, [state["exp_avg_sq"] for state in states])
 
 
 def fused_update(group: dict, parameters: list, exp_avgs: list, exp_avg_sqs: list) -> None:
-    """The same update in place, by torch's kernel that reads and writes every tensor once: 28 bytes
-    a parameter instead of 80."""
+    """Updates in place, by torch's kernel that reads and writes every tensor once: 28 bytes a
+    parameter. Operations over all tensors, one after the other, move 80."""
     beta1, beta2 = group["betas"]
     step = torch.full((), float(group["step"]), device=parameters[0].device)
     torch._fused_adamw_(

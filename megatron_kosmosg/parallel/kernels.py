@@ -55,8 +55,7 @@ def kernel_choices(unusable: Mapping[str, Unusable]) -> list[KernelChoice]:
     adam = {
         "transformer_engine": "TransformerEngine's FusedAdam",
         "apex": "NVIDIA apex's FusedAdam",
-        "own": "our own AdamW around torch's "
-        + ("fused kernel" if on_gpu else "multi-tensor operations"),
+        "own": "our own AdamW around torch's fused kernel",
     }
     flags = platform.transformer_flags()
     norm_kernel = _why_not("fused_layer_norm_cuda", unusable) or apex

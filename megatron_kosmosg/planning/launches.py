@@ -22,9 +22,9 @@ class Launches(NamedTuple):
     backward: float
 
 
-DECODER_LAYER, SPLIT_DECODER_LAYER = Launches(20, 41), Launches(62, 75)
+DECODER_LAYER, SPLIT_DECODER_LAYER = Launches(16, 41), Launches(62, 75)
 """Alone, and shared by tensor ranks with sequence parallelism, exchanges counted."""
-ALIGNER_LAYER, SPLIT_ALIGNER_LAYER = Launches(46, 103), Launches(131, 172)
+ALIGNER_LAYER, SPLIT_ALIGNER_LAYER = Launches(36, 101), Launches(131, 172)
 """Of either half of AlignerNet."""
 IMAGE_BLOCK = Launches(14, 0)
 UNET = Launches(673, 953)
@@ -32,9 +32,9 @@ UNET = Launches(673, 953)
 VAE_ENCODER = Launches(106, 0)
 TEXT_ENCODER_LAYER = Launches(19, 0)
 ENDS = {
-    "pretrain": Launches(76, 116),
+    "pretrain": Launches(73, 116),
     "align": Launches(35, 47),
-    "instruct": Launches(95, 134),
+    "instruct": Launches(92, 134),
 }
 """Embeddings, resampler, final norms, output head, loss; half of them on the first pipeline stage
 and half on the last."""

@@ -1,4 +1,4 @@
-"""The loss of half-precision logits, which makes no float32 copy of them, against torch's own."""
+"""The loss of logits over all ranks that share the vocabulary, against torch's own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_kosmosg.losses import half_cross_entropy, token_cross_entropy
+from megatron_kosmosg.losses import position_cross_entropy, token_cross_entropy
 from megatron_kosmosg.parallel import platform
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import tiny_config
@@ -58,7 +58,7 @@ def of_dtype(
     shard = logits.chunk(group.size(), dim=2)[group.rank()]
     leaf = shard.clone().requires_grad_()
     head = leaf * 1  # the gradient takes the place of what a head returned
-    losses = half_cross_entropy(head, labels.T.contiguous(), group, 4 * shard.shape[2])
+    losses = position_cross_entropy(head, labels.T.contiguous(), group, 4 * shard.shape[2])
     (3 * losses * mask.T).sum().backward()
     total = token_cross_entropy(shard.clone(), labels, mask, group)
     return losses.detach().numpy(), leaf.grad.float().numpy(), float(total)

@@ -16,7 +16,7 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer, hybrid_optimizer
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.parallel.fused_adam import multi_tensor_update
+from megatron_kosmosg.parallel.fused_adam import fused_update
 from tests.support.training_runs import train
 
 
@@ -151,7 +151,7 @@ class LikeFusedAdam(torch.optim.Optimizer):
             }
             for weight, each in zip(values["master_param"], found, strict=True):
                 weight.grad = each.decoupled_grad.float()
-            multi_tensor_update(group, *values.values())
+            fused_update(group, *values.values())
             for name, after in values.items():
                 for each, value in zip(found, after, strict=True):
                     self.state[each][name].copy_(value)

@@ -1,4 +1,5 @@
-"""The stand-in for the fused AdamW: torch's numbers, the fused optimizers' state layout."""
+"""The stand-in for the fused AdamW: the numbers of torch's AdamW, which is another code on a CPU,
+in the fused optimizers' state layout."""
 
 from __future__ import annotations
 
@@ -29,15 +30,6 @@ def test_steps_are_those_of_torch() -> None:
     ours, _ = _train(FusedLayoutAdamW, 7)
     theirs, _ = _train(torch.optim.AdamW, 7)
     for mine, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, wanted, rtol=1e-6, atol=1e-7)
-
-
-def test_the_fused_kernel_updates_as_the_multi_tensor_operations_do(monkeypatch) -> None:
-    expected, _ = _train(FusedLayoutAdamW, 7)
-    monkeypatch.setattr(fused_adam, "has_stream", lambda device: True)
-    found, optimizer = _train(FusedLayoutAdamW, 7)
-    assert optimizer.param_groups[0]["step"] == 7
-    for mine, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-6, atol=1e-7)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -17,7 +18,7 @@ from megatron_kosmosg.config.needed_files import validate_files
 from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.config.validate import validate_layout
-from megatron_kosmosg.planning.estimate import estimate
+from megatron_kosmosg.planning.estimate import Estimate, estimate
 from megatron_kosmosg.planning.gpus import GPUS, Efficiency
 from megatron_kosmosg.planning.memory import GIB
 from megatron_kosmosg.planning.model_counts import model_shares, whole_model
@@ -27,6 +28,7 @@ from megatron_kosmosg.stages import stage_facts
 CARDS = {24: 22.5, 40: 39.4, 48: 44.5, 80: 79.1}
 """{what a card is called, GB: GiB that the driver reports of the smallest of them}: L4 and A10G,
 A100-40, L40S, A100-80 and H100."""
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes.md"
 ADVICE = re.compile(r"^#   (\d+) GB: (.+)$", re.MULTILINE)
 
 
@@ -43,14 +45,18 @@ CASES = [
 ]
 
 
-def largest_gib(config: RunConfig) -> float:
-    """Of the kinds of rank, planned."""
+def planned(config: RunConfig) -> Estimate:
+    """On A100-80."""
     size = config.parallel.world_size
     validate_layout(config, size, stage_facts(config.stage))
     config = with_default_layout(config)
     shares = model_shares(config, built(config.stage, config.lora.rank))
-    planned = estimate(config, rank_grid(config, size), GPUS["a100-80"], Efficiency(), shares)
-    return max(kind.memory.total for kind in planned.kinds) / GIB
+    return estimate(config, rank_grid(config, size), GPUS["a100-80"], Efficiency(), shares)
+
+
+def largest_gib(config: RunConfig) -> float:
+    """Of the kinds of rank, planned."""
+    return max(kind.memory.total for kind in planned(config).kinds) / GIB
 
 
 @cache
@@ -69,6 +75,24 @@ def test_a_tenth_of_the_card_stays_free(name, card):
 def test_all_that_trains_fits_24_gb_with_adams_states_on_the_host():
     config = load_config("instruct_1gpu", ["optimizer.optimizer_cpu_offload=true"])
     assert largest_gib(config) <= 0.9 * CARDS[24]
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
+def test_the_recipes_table_is_the_plan_s(name):
+    """Memory of the four cards, speed and hours of the first and last."""
+    (line,) = re.findall(rf"^\| `{name}` \|(.*)\|$", RECIPES.read_text(), re.MULTILINE)
+    *gib, _, speed = line.split(" | ")
+    configs = [load_config(name, settings) for settings in advice(name).values()]
+    assert [float(cell.split()[0]) for cell in gib] == [round(largest_gib(c), 1) for c in configs]
+    for config, number, hours in zip(
+        (configs[0], configs[-1]),
+        re.findall(r"([\d,]+)", speed)[:2],
+        re.findall(r"(\d+) (?:to|hours)", speed.split(": ")[1]),
+        strict=True,
+    ):
+        batch, seconds = config.training.global_batch_size, planned(config).seconds
+        assert number == f"{batch / seconds:,.0f}"
+        assert hours == f"{config.training.train_iters * seconds / 3600:.0f}"
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
