@@ -9,6 +9,7 @@ from contextlib import suppress
 from datetime import timedelta
 
 import pytest
+from torch.distributed import TCPStore
 
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.launcher import RankInfo
@@ -118,3 +119,21 @@ def test_nobody_speaks_where_all_come(capsys) -> None:
     for rank in ranks:
         rank.join()
     assert len(stores) == 2 and capsys.readouterr().err == ""
+
+
+def test_ranks_that_start_again_read_nothing_of_the_start_before(monkeypatch) -> None:
+    """torchrun's store outlives them; its agent listens at their address."""
+    port = free_port()
+    agent = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    place = RankInfo(0, 2, 0, "127.0.0.1", port)
+    started = {}
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        started[attempt] = meet(place, timedelta(seconds=5))
+        assert not started[attempt].check(["address"])
+        started[attempt].set("address", f"of start {attempt}")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert started["0"].get("address") == b"of start 0"
+    assert meet(place, timedelta(seconds=5)).get("address") == b"of start 0"
+    del agent
