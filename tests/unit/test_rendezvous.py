@@ -123,10 +123,9 @@ def test_nobody_speaks_where_all_come(capsys) -> None:
 
 def test_ranks_that_start_again_read_nothing_of_the_start_before(monkeypatch) -> None:
     """torchrun's store outlives them; its agent listens at their address."""
-    port = free_port()
-    agent = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    place = RankInfo(0, 2, 0, "127.0.0.1", port)
+    place = RankInfo(0, 2, 0, "127.0.0.1", agent.port)
     started = {}
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
@@ -136,4 +135,3 @@ def test_ranks_that_start_again_read_nothing_of_the_start_before(monkeypatch) ->
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert started["0"].get("address") == b"of start 0"
     assert meet(place, timedelta(seconds=5)).get("address") == b"of start 0"
-    del agent
