@@ -4,9 +4,12 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: bash benchmarks/gpu.sh [--minutes N] [--cpu-smoke] [--output DIR]
+usage: bash benchmarks/gpu.sh [--minutes N] [--parts PART,...] [--cpu-smoke] [--output DIR]
 
   --minutes N    stop after about N minutes (20); what there was no time for is a row "not run"
+  --parts PART,...
+                 these alone, of tests, unet, instruct, plain-loop, steps and data; rows that DIR has
+                 of other parts stay, if commit, card and versions are the same
   --cpu-smoke    tiny models on the CPU, to see that every part runs; its figures mean nothing
   --output DIR   where gpu.json and gpu.html are written (runs/gpu)
 

@@ -21,6 +21,8 @@ class Row:
     reason: str = ""
     """Of a row that was not measured."""
     details: dict[str, float | int | str] = field(default_factory=dict)
+    part: str = ""
+    """Of the run, by the name that `--parts` takes."""
 
     def line(self) -> str:
         """As JSON in one line."""

@@ -1,24 +1,25 @@
-"""Measures the sections that it is told, in one process, and writes each row as a line.
+"""Measures the parts that it is told, in one process, and writes each row as a line.
 
-python -m benchmarks.gpu.worker --sizes smoke --folder DIR --rows FILE SECTION...
+python -m benchmarks.gpu.worker --sizes smoke --folder DIR --rows FILE PART...
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.gpu.rows import failed, not_run
+from benchmarks.gpu.rows import Row, failed, not_run
 
-SECTIONS = {
-    "U-Net": ("parts", "unet_rows"),
+PARTS = {
+    "unet": ("unet", "unet_rows"),
     "instruct": ("steps", "instruct_rows"),
-    "plain loop": ("plain_loop", "plain_rows"),
+    "plain-loop": ("plain_loop", "plain_rows"),
     "steps": ("steps", "step_rows"),
-    "data": ("parts", "data_rows"),
+    "data": ("data", "data_rows"),
 }
-"""{section: (module, function)}, the most important first."""
+"""{part: (module, function)}, the most important first."""
 
 
 def main() -> None:
@@ -26,34 +27,35 @@ def main() -> None:
     parser.add_argument("--sizes", choices=("full", "smoke"), required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("sections", nargs="+")
+    parser.add_argument("parts", nargs="+", choices=PARTS)
     args = parser.parse_args()
     with args.rows.open("a") as out:
 
-        def write(row) -> None:
-            out.write(row.line() + "\n")
+        def write(row: Row, part: str) -> None:
+            out.write(replace(row, part=part).line() + "\n")
             out.flush()
 
         try:
             sizes, device = _prepare(args.sizes, args.folder)
         except ImportError as error:
-            for section in args.sections:
-                write(not_run(section, "all of it", f"{error} (see `kosmosg doctor`)"))
+            for part in args.parts:
+                write(not_run(part, "all of it", f"{error} (see `kosmosg doctor`)"), part)
             return
-        for section in args.sections:
-            module, function = SECTIONS[section]
+        for part in args.parts:
+            module, function = PARTS[part]
             try:
                 rows = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
                 for row in rows(sizes, args.folder, device):
-                    write(row)
+                    write(row, part)
             except ImportError as error:
                 is_in_checkout = (error.name or "").partition(".")[0] in (
                     "megatron_kosmosg",
                     "benchmarks",
                 )
-                write((failed if is_in_checkout else not_run)(section, "all of it", str(error)))
-            except Exception as error:  # noqa: BLE001 - the other sections have rows of their own
-                write(failed(section, "the rest of it", error))
+                state = failed if is_in_checkout else not_run
+                write(state(part, "all of it", str(error)), part)
+            except Exception as error:  # noqa: BLE001 - the other parts have rows of their own
+                write(failed(part, "the rest of it", error), part)
 
 
 def _prepare(name: str, folder: Path):

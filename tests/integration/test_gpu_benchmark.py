@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from benchmarks.gpu.processes import OUT_OF_TIME, last_words
 
 REPOSITORY = Path(__file__).parents[2]
 GPU_ALONE = {
     "frozen U-Net, forward and condition's gradient, CUDA graph",
     "decoder, rows of 32 text tokens, MFU",
+    *(
+        f"frozen U-Net, forward and condition's gradient, attention by {name}"
+        for name in ("cudnn", "flash", "efficient")
+    ),
 }
 MEASURED = {
     "U-Net": 2,
@@ -70,7 +78,7 @@ def test_a_library_that_is_missing_is_a_row(tmp_path):
     (tmp_path / "diffusers").mkdir()
     (tmp_path / "diffusers" / "__init__.py").write_text("raise ImportError('no diffusers here')")
     rows = tmp_path / "rows"
-    command = ["--sizes", "smoke", "--folder", str(tmp_path), "--rows", str(rows), "U-Net"]
+    command = ["--sizes", "smoke", "--folder", str(tmp_path), "--rows", str(rows), "unet"]
     subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.worker", *command],
         cwd=REPOSITORY,
@@ -84,3 +92,81 @@ def test_a_library_that_is_missing_is_a_row(tmp_path):
 def test_no_time_is_refused(tmp_path):
     done = run("--minutes", "0", "--output", str(tmp_path))
     assert done.returncode == 2 and "--minutes 0" in done.stderr
+
+
+def test_one_part_alone_keeps_the_rows_of_the_others(output, tmp_path):
+    folder = tmp_path / "figures"
+    shutil.copytree(output, folder)
+    before = json.loads((folder / "gpu.json").read_text())
+    known = [row for row in before["rows"] if row["part"] not in ("", "unet")]
+    done = run("--cpu-smoke", "--parts", "unet", "--output", str(folder))
+    assert done.returncode == 0 and done.stdout.startswith("unet: at most"), done.stderr
+    after = json.loads((folder / "gpu.json").read_text())
+    assert [row for row in after["rows"] if row["part"] not in ("", "unet")] == known
+    of_both = [
+        [row for row in found["rows"] if row["part"] == "unet" and row["state"] == "measured"]
+        for found in (before, after)
+    ]
+    names = [[row["name"] for row in rows] for rows in of_both]
+    assert names[0] == names[1] and of_both[0] != of_both[1]
+    assert len(after["rows"]) == len(before["rows"])
+    assert "--cpu-smoke --output" in after["command"] and "--parts unet" in after["command"]
+
+
+@pytest.mark.parametrize("fact", ["commit", "doctor"])
+def test_rows_of_another_state_are_not_mixed(output, tmp_path, fact):
+    found = json.loads((output / "gpu.json").read_text())
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(found | {fact: "another"}))
+    done = run("--cpu-smoke", "--parts", "unet", "--output", str(tmp_path))
+    assert done.returncode == 2 and f"of another {fact} (another)" in done.stderr
+    assert json.loads(path.read_text())[fact] == "another"
+
+
+def test_a_file_that_is_no_table_is_not_overwritten(tmp_path):
+    path = tmp_path / "gpu.json"
+    path.write_text('{"rows": [1]}')
+    done = run("--cpu-smoke", "--parts", "unet", "--output", str(tmp_path))
+    assert done.returncode == 2 and "not what this version writes" in done.stderr
+    assert path.read_text() == '{"rows": [1]}'
+
+
+def test_a_part_that_is_not_known_is_refused(tmp_path):
+    done = run("--parts", "unet,dali", "--output", str(tmp_path))
+    assert done.returncode == 2 and "'dali': no such part; there are tests, unet" in done.stderr
+
+
+INTERRUPTED = """
+import subprocess, sys, time
+child = subprocess.Popen(["sleep", "60"])
+print(child.pid, flush=True)
+while True:
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        if sys.argv[1] == "ends":
+            sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("what", ["ends", "goes on"])
+def test_what_takes_too_long_is_interrupted_then_killed_with_its_children(tmp_path, what):
+    started = time.monotonic()
+    command = [sys.executable, "-c", INTERRUPTED, what]
+    log = tmp_path / "log"
+    words = last_words(command, 2, log, cwd=tmp_path, env=dict(os.environ), to_write=1)
+    assert words.startswith(f"{OUT_OF_TIME} 2 s: ") and words.endswith("interrupted")
+    child = Path("/proc") / log.read_text().split()[0] / "cmdline"
+    until = time.monotonic() + 10
+    while child.exists() and child.read_bytes() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not (child.exists() and child.read_bytes())
+    assert time.monotonic() - started < 30
+
+
+def test_what_ends_well_says_nothing(tmp_path):
+    arguments = {"log": tmp_path / "log", "cwd": tmp_path, "env": dict(os.environ)}
+    assert last_words(["true"], 10, **arguments) == ""
+    assert last_words(["sh", "-c", "echo no; exit 4"], 10, **arguments) == "no"
+    assert last_words(["sh", "-c", "exit 4"], 10, **arguments) == "code 4"

@@ -1,4 +1,4 @@
-"""Parts of a run on their own: the frozen U-Net, image decoding, the cache of latents, the data."""
+"""The data of a run: image decoding, the cache of latents, the whole path of `instruct`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.gpu.rows import Row, failed, not_run
+from benchmarks.gpu.rows import Row, not_run
 from benchmarks.gpu.sizes import Sizes, run_config
 from benchmarks.gpu.steps import OneRank
-from benchmarks.gpu.timing import Speed, best_batch, free_memory, speed
+from benchmarks.gpu.timing import Speed, free_memory, speed
 from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from megatron_kosmosg.data.image_types import ImageTransform
@@ -27,7 +27,7 @@ from megatron_kosmosg.data.instruct_stream import InstructStream
 from megatron_kosmosg.data.store import SampleStore
 from megatron_kosmosg.data.streams import instruct_stream
 from megatron_kosmosg.data.tokenizer import Tokenizer
-from megatron_kosmosg.models.diffusion import load_diffusion, load_vae, vae_fingerprint
+from megatron_kosmosg.models.diffusion import load_vae, vae_fingerprint
 from megatron_kosmosg.preprocess.latent_moments import LatentJob, cache_latents
 from megatron_kosmosg.preprocess.preprocess_run import PreprocessJob, preprocess
 from megatron_kosmosg.toy import assets
@@ -36,88 +36,6 @@ _HALF = ((0.5,) * 3,) * 2
 """Mean and deviation of targets."""
 DECODED_AT_ONCE, CACHE = 16, "benchmark"
 DATA_PATH = "data path, cached latents"
-
-
-def unet_rows(sizes: Sizes, folder: Path, device: torch.device) -> Iterator[Row]:
-    """Forward pass and gradient of the condition, as the loss asks for them: eager, compiled, and
-    as a CUDA graph of the eager kernels."""
-    config = run_config(sizes, "instruct", folder)
-    diffusion = load_diffusion(config, device)
-    aligner = config.model.aligner
-    shape = (aligner.num_queries, aligner.hidden_size)
-
-    def pass_of(rows: int) -> Callable[[], torch.Tensor]:
-        side = sizes.latent_side
-        noisy = torch.randn(rows, 4, side, side, device=device)
-        timesteps = torch.randint(0, diffusion.num_timesteps, (rows,), device=device)
-        condition = torch.randn(rows, *shape, device=device, requires_grad=True)
-
-        def run() -> torch.Tensor:
-            loss = diffusion.predict(noisy, timesteps, condition).square().mean()
-            return torch.autograd.grad(loss, condition)[0]
-
-        return run
-
-    def measured(rows: int) -> Speed:
-        return speed(pass_of(rows), rows, device, sizes.seconds)
-
-    name = "frozen U-Net, forward and condition's gradient"
-    best, seen = best_batch(measured, sizes.batches["unet"])
-    details = best.details() | {"batches": seen}
-    yield Row("U-Net", name, value=best.per_second, unit="images/s", target=200, details=details)
-    if device.type == "cpu":
-        yield not_run("U-Net", f"{name}, CUDA graph", "no GPU")
-    else:
-        try:
-            replay, wrong = _graphed(pass_of(best.batch))
-            found = speed(replay, best.batch, device, sizes.seconds)
-            details = found.details() | {"largest difference from eager": wrong}
-            yield Row(
-                *("U-Net", f"{name}, CUDA graph"),
-                value=found.per_second,
-                unit="images/s",
-                details=details,
-            )
-            del replay
-        except Exception as error:  # noqa: BLE001 - a row of its own; the next one goes on
-            yield failed("U-Net", f"{name}, CUDA graph", error)
-    free_memory()
-    try:
-        run = pass_of(best.batch)
-        eager = run()
-        diffusion.unet.compile(backend=sizes.compiler, dynamic=False)
-        difference = _relative(run(), eager)
-        found = speed(run, best.batch, device, sizes.seconds)
-    except Exception as error:  # noqa: BLE001 - a compiler fails with whatever it likes
-        yield failed("U-Net", f"{name}, torch.compile", error)
-        return
-    details = found.details() | {"largest difference from eager": difference}
-    yield Row(
-        *("U-Net", f"{name}, torch.compile"),
-        value=found.per_second,
-        unit="images/s",
-        details=details,
-    )
-
-
-def _graphed(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], float]:
-    """(replays the captured kernels, how far their gradient is from the eager one)."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            eager = run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    graph.replay()
-    return graph.replay, _relative(captured, eager)
-
-
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, as a share of the largest entry."""
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def data_rows(sizes: Sizes, folder: Path, device: torch.device) -> Iterator[Row]:
