@@ -19,6 +19,7 @@ _START_OF_FRAME = (0xC0, 0xC1, 0xC2)
 """Baseline, extended and progressive; the rest are arithmetic or lossless codes."""
 _OTHER_FRAMES = (0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
 _EXIF_OR_XMP = 0xE1
+_ADOBE = 0xEE
 _SCAN = 0xDA
 _HIDDEN_NOTES = (b"Raw profile type", b"XML:com.adobe.xmp")
 
@@ -61,6 +62,7 @@ def _jpeg(data: bytes) -> bytes | None:
     """A JPEG as it is, or with the orientation that Pillow finds in it noted in the one place where
     DALI looks."""
     place, notes, is_known = 2, [], False
+    has_colour = may_be_rgb = False
     while place + 4 <= len(data):
         if data[place] != 0xFF:
             return None
@@ -78,10 +80,15 @@ def _jpeg(data: bytes) -> bytes | None:
         if marker in _START_OF_FRAME:
             bits, channels = data[place + 4 : place + 5], data[place + 9 : place + 10]
             is_known = bits == b"\x08" and channels in (b"\x01", b"\x03")
+            has_colour = channels == b"\x03"
+            may_be_rgb = may_be_rgb or data[place + 10 : place + 19 : 3] == b"RGB"
         elif marker == _EXIF_OR_XMP:
             notes.append((place, end))
+        elif marker == _ADOBE and data[place + 4 : place + 9] == b"Adobe":
+            may_be_rgb = may_be_rgb or data[place + 15 : place + 16] == b"\0"
         place = end
-    if not is_known or data.rfind(b"\xff\xd9", place) < 0:
+    # A GPU's decoder (nvImageCodec's) takes three channels for YCbCr, whatever the file says.
+    if not is_known or has_colour and may_be_rgb or data.rfind(b"\xff\xd9", place) < 0:
         return None
     if not notes:
         return data

@@ -89,6 +89,9 @@ class DaliBackend:
             yield
             return
         if "stream" not in self._local.__dict__:
+            # A thread begins on GPU 0, and would come back there from the stream of another one:
+            # every rank's readers would take memory of GPU 0.
+            self._streams.set_device(self._device)
             self._local.stream = self._streams.Stream(self._device)
         with self._streams.stream(self._local.stream):
             yield
@@ -152,7 +155,13 @@ def _build(transform: ImageTransform, has_mask: bool, device_id: int | None) -> 
     device = "cpu" if device_id is None else "mixed"
     with pipeline:
         encoded = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
-        image = fn.decoders.image(encoded, device=device, output_type=types.RGB)
+        image = fn.decoders.image(
+            encoded,
+            device=device,
+            output_type=types.RGB,
+            # As on a CPU, in libjpeg and in Pillow; a GPU's decoder repeats the colour otherwise.
+            jpeg_fancy_upsampling=True,
+        )
         if has_mask:
             mask = fn.external_source(name="mask", dtype=types.UINT8, ndim=3, layout="HWC")
             if device_id is not None:

@@ -85,6 +85,23 @@ def test_dali_is_given_three_formats_only():
         assert np.array_equal(read_image(given[name]), read_image(image_files()[name].data))
 
 
+def with_adobe_note(jpeg: bytes, transform: int) -> bytes:
+    note = b"\xff\xee\x00\x0eAdobe\x00\x64\0\0\0\0" + bytes([transform])
+    return jpeg[:2] + note + jpeg[2:]
+
+
+def test_a_jpeg_that_may_be_stored_as_rgb_is_not_given_to_dali():
+    """nvImageCodec, which decodes on a GPU, takes every three channels for YCbCr."""
+    files = image_files()
+    assert dali_form(files["JPEG, stored as RGB"].data) is None
+    assert dali_form(with_adobe_note(files["JPEG"].data, 0)) is None
+    for usual in (
+        with_adobe_note(files["JPEG"].data, 1),
+        with_adobe_note(files["JPEG, grey"].data, 0),
+    ):
+        assert dali_form(usual) is usual
+
+
 @pytest.mark.parametrize("name", ["JPEG, EXIF 6", "PNG, palette", "WebP"])
 def test_the_start_of_a_file_is_not_given_to_dali(name):
     data = image_files()[name].data
