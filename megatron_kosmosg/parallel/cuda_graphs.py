@@ -1,7 +1,8 @@
 """Forward and backward passes recorded as CUDA graphs, for inputs of one shape.
 
 A replay costs one launch instead of thousands. It writes into the memory of the one before: what a
-pass returned is gone when the next begins, and two passes may not be under way at once.
+pass with a gradient returned is gone when the next begins, and two of them may not be under way at
+once. What a pass without one returned is the caller's, who may keep it (score/targets.py).
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ class _Recorded:
         if self._is_under_way or [_form(x) for x in inputs] != self._forms:
             return self._run(*inputs)
         output = self._replay(*inputs)
-        if wants_gradient:
-            self._is_under_way = True
-            output.register_hook(self._arrived)
+        if not wants_gradient:
+            return output.clone()
+        self._is_under_way = True
+        output.register_hook(self._arrived)
         return output
 
     def _arrived(self, gradient: torch.Tensor) -> None:

@@ -205,6 +205,14 @@ def test_a_pass_is_not_replayed_over_one_that_is_under_way():
     assert passes(x)[0] == 2
 
 
+def test_what_a_pass_without_a_gradient_returned_outlives_the_next():
+    """A score rank encodes targets ahead, of several requests."""
+    memory = torch.zeros(2)
+    passes = _Recorded(lambda x: 3 * x, lambda x: memory.copy_(2 * x), [torch.ones(2)])
+    first, second = passes(torch.ones(2)), passes(torch.full((2,), 5.0))
+    assert (first[0], second[0]) == (2, 10)
+
+
 def test_graphs_need_a_gpu():
     with pytest.raises(RuntimeError, match="need a GPU"):
         record_passes(torch.sin, [torch.ones(1)])
