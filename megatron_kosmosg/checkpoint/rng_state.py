@@ -14,6 +14,8 @@ import torch
 from megatron_kosmosg.parallel.devices import device_rng_state, set_device_rng_state
 from megatron_kosmosg.parallel.seeds import rng_tracker
 
+OTHER_DEVICE = "saved on another kind of device: dropout masks differ from an unbroken run"
+
 
 def rng_state() -> dict[str, Any]:
     """Plain values and CPU tensors that `restore_rng_state` takes back."""
@@ -24,6 +26,12 @@ def rng_state() -> dict[str, Any]:
         "device": device_rng_state(),
         "tracker": {name: state.clone() for name, state in rng_tracker().get_states().items()},
     }
+
+
+def fits_this_device(state: dict[str, Any]) -> bool:
+    """Whether a `rng_state` is one of this kind of device: a generator of the CPU cannot take the
+    state of a GPU's, nor the other way round."""
+    return (state["device"] is None) == (device_rng_state() is None)
 
 
 def restore_rng_state(state: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 One checkpoint holds model, optimizer, learning-rate schedule, progress, the config and every
 rank's random state; any tensor/pipeline/data layout loads any other. Random state is only taken
-back on the layout that wrote it: elsewhere the streams restart from the seed and the iteration.
+back on the layout and kind of device that wrote it: elsewhere the streams restart from the seed and
+the iteration.
 Where only trained weights are saved (`checkpoint.weights`) the others are read from the checkpoint
 that they came from, which the save names (base_record.py).
 
@@ -50,7 +51,12 @@ from megatron_kosmosg.checkpoint.optimizer_state import (
     set_num_updates,
 )
 from megatron_kosmosg.checkpoint.plain_data import read_common
-from megatron_kosmosg.checkpoint.rng_state import restore_rng_state, rng_state
+from megatron_kosmosg.checkpoint.rng_state import (
+    OTHER_DEVICE,
+    fits_this_device,
+    restore_rng_state,
+    rng_state,
+)
 from megatron_kosmosg.checkpoint.weight_average import AVERAGE, WeightAverage
 from megatron_kosmosg.checkpoint.weights import (
     MODEL,
@@ -202,9 +208,11 @@ class Checkpointer:
         self._scheduler.load_state_dict(loaded["scheduler"])
         self._resume_average(loaded)
         self._leave_out(path, folders)
-        if same_layout:
+        if same_layout and fits_this_device(loaded["rng"]):
             restore_rng_state(loaded["rng"])
         else:
+            if same_layout:
+                notes.append(OTHER_DEVICE)
             set_seeds(self._config.training.seed + progress.iteration, self._context)
         return progress, notes
 

@@ -7,8 +7,12 @@ import random
 import shutil
 
 import pytest
+import torch
 
+from megatron_kosmosg.checkpoint import save_and_resume
 from megatron_kosmosg.checkpoint.folder import is_valid
+from megatron_kosmosg.checkpoint.rng_state import rng_state
+from megatron_kosmosg.parallel.seeds import rng_tracker
 from tests.support.fake_stage import BAD_ABOVE, FakeDataset, fake_config
 from tests.support.ranks import run_ranks
 from tests.support.run_metrics import curve, norms, train_lines
@@ -48,6 +52,33 @@ def test_resume_with_overlapped_gathering_is_bit_exact(tmp_path):
     run_ranks(2, train_until, broken, 3)
     run_ranks(2, train, broken)
     assert curve(tmp_path / "broken") == curve(tmp_path / "straight")
+
+
+def train_as_a_gpu_saves(config, iterations):
+    """Random states of a GPU: one more, and all of its generator's 16 bytes."""
+    of_gpu = torch.zeros(16, dtype=torch.uint8)
+
+    def state():
+        found = rng_state()
+        return found | {"device": of_gpu, "tracker": dict.fromkeys(found["tracker"], of_gpu)}
+
+    save_and_resume.rng_state = state
+    return train_until(config, iterations)
+
+
+def train_and_draw(config):
+    """As attention's dropout draws."""
+    train(config)
+    with rng_tracker().fork():
+        return torch.rand(1).item()
+
+
+def test_a_run_goes_on_from_a_gpu_to_a_cpu(tmp_path, capfd):
+    broken = fake_config(str(tmp_path / "broken"), checkpoint={"save_interval": 3})
+    run_ranks(1, train_as_a_gpu_saves, broken, 3, start_method="spawn")
+    run_ranks(1, train_and_draw, broken)
+    assert len(curve(tmp_path / "broken")) > 3
+    assert "another kind of device" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
