@@ -1,9 +1,12 @@
 """DALI on one CUDA device ("mixed" decoding) against Pillow. Without a GPU it is skipped.
 
-Mostly PNG: the JPEG decoders of GPUs round differently from the CPU's.
+Mostly PNG: the JPEG decoders of GPUs round differently from the CPU's. One decoder for all: each
+builds pipelines of its own for every transform, which is most of the time of such a test.
 """
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 import pytest
@@ -18,13 +21,18 @@ from tests.support.image_files import image_files
 pytestmark = [pytest.mark.gpu, needs_dali]
 
 
+@functools.cache
+def dali() -> ImageDecoder:
+    return ImageDecoder("dali", device_id=0)
+
+
 @pytest.mark.parametrize("transform", [CLIP, VAE], ids=["clip", "vae"])
 def test_gpu_decoding_equals_pillow_within_the_stated_tolerance(transform):
     mask = np.zeros(SIZES[3], np.uint8)
     mask[10:40, 20:50] = 255
     masked = EntityImage(noise_image(3, *SIZES[3]), encode_image(mask))
     images = [*(noise_image(i, *size) for i, size in enumerate(SIZES)), masked]
-    decoders = ImageDecoder("pillow"), ImageDecoder("dali", device_id=0)
+    decoders = ImageDecoder("pillow"), dali()
     a, b = (levels(decoder.decode(images, transform), transform) for decoder in decoders)
     mean, largest = np.abs(a - b).mean(axis=(1, 2, 3)), np.abs(a - b).max(axis=(1, 2, 3))
     assert mean.max() <= TOLERANCE[0] and largest.max() <= TOLERANCE[1]
@@ -34,7 +42,7 @@ def test_gpu_decoding_equals_pillow_within_the_stated_tolerance(transform):
 def test_every_format_is_read_or_refused_on_the_gpu_as_everywhere(name):
     """JPEG within the rounding of another decoder."""
     data = image_files()[name].data
-    pixels, bad = ImageDecoder("dali", device_id=0).try_decode([data], CLIP)
+    pixels, bad = dali().try_decode([data], CLIP)
     if image_files()[name].refused is not None:
         assert image_files()[name].refused in bad[0].reason
         return
@@ -44,7 +52,7 @@ def test_every_format_is_read_or_refused_on_the_gpu_as_everywhere(name):
 
 
 def test_a_bad_image_on_the_gpu_costs_one_image():
-    decoder = ImageDecoder("dali", device_id=0)
+    decoder = dali()
     good = [noise_image(i, 30, 40) for i in range(3)]
     expected = decoder.decode(good, CLIP)
     pixels, bad = decoder.try_decode([*good, b"no picture"], CLIP)
@@ -54,7 +62,7 @@ def test_a_bad_image_on_the_gpu_costs_one_image():
 
 def test_images_stay_where_they_are_decoded_and_are_whole():
     """Also while the device is busy, and when memory of earlier ones is used again."""
-    decoder = ImageDecoder("dali", device_id=0)
+    decoder = dali()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files = [noise_image(i, 30, 40) for i in range(70)]  # more than one run of a pipeline
     expected = ImageDecoder("pillow").try_levels(files, CLIP)[0].float()
@@ -72,6 +80,6 @@ def test_images_stay_where_they_are_decoded_and_are_whole():
 
 
 def test_a_list_with_a_bad_image_comes_to_the_cpu():
-    decoder = ImageDecoder("dali", device_id=0)
+    decoder = dali()
     pixels, bad = decoder.try_levels([noise_image(0, 30, 40), b"no picture"], CLIP)
     assert pixels.device.type == "cpu" and len(bad) == 1
