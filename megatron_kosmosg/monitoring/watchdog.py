@@ -101,7 +101,8 @@ class Watchdog:
 
     def _heartbeat(self) -> Heartbeat:
         iteration, phase, since = self._state
-        frame = sys._current_frames().get(self._main)
+        frames = working_frames(self._main)
+        places = [place for frame in frames if (place := innermost_line(frame)) != "?"]
         self._number += 1
         return Heartbeat(
             rank=self._rank_info.rank,
@@ -110,8 +111,8 @@ class Watchdog:
             iteration=iteration,
             phase=phase,
             seconds=time.monotonic() - since,
-            place=innermost_line(frame),
-            waits=is_waiting(frame),
+            place=places[0] if places else "?",
+            waits=any(is_waiting(frame) for frame in frames),
             may_go=self._may_go,
         )
 
@@ -127,6 +128,23 @@ class Watchdog:
             )
         except OSError:  # a full disk must not end the watch; the run itself will say it
             return
+
+
+def working_frames(main: int) -> list[FrameType]:
+    """The stacks of the threads that train: first those that torch began, then thread `main`.
+
+    On a GPU torch runs backward passes in a thread of its own, and a wait for a gradient is there.
+    """
+    ours = {
+        thread.ident
+        for thread in threading.enumerate()
+        if not isinstance(
+            thread, threading._DummyThread
+        )  # stands for one that Python did not begin
+    }
+    found = sys._current_frames()
+    torchs = [frame for number, frame in found.items() if number not in ours and number != main]
+    return [*torchs, found[main]] if main in found else torchs
 
 
 def innermost_line(frame: FrameType | None) -> str:
