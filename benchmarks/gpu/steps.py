@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from benchmarks.gpu.sizes import Sizes, run_config
 from benchmarks.gpu.timing import Speed, best_batch, free_memory, speed
 from megatron_kosmosg.config.schema import RunConfig
 from megatron_kosmosg.data.samples import StreamDataset
+from megatron_kosmosg.models import same_result
 from megatron_kosmosg.parallel import platform
 from megatron_kosmosg.planning.gpus import recognised_gpu
 from megatron_kosmosg.stages import build_stage
@@ -137,10 +140,28 @@ def instruct_rows(sizes: Sizes, folder: Path, device: torch.device) -> Iterator[
         config = run_config(sizes, "instruct", folder, *cached, faster, *rows)
         alone = dataclasses.replace(sizes, batches={"instruct": (best,)})
         try:
-            yield from _measured(alone, "instruct", name, config, images, "images/s", None, device)
+            with _refusals() as refused:
+                for row in _measured(
+                    alone, "instruct", name, config, images, "images/s", None, device
+                ):
+                    # What a trial left aside was not what was timed.
+                    yield failed("steps", name, "; ".join(refused)) if refused else row
         except Exception as error:  # noqa: BLE001 - a row of its own; the next one goes on
             yield failed("steps", name, error)
         free_memory()
+
+
+@contextmanager
+def _refusals() -> Iterator[list[str]]:
+    """Context with the lines of the faster passes that were tried inside and not taken."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    same_result.logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        same_result.logger.removeHandler(handler)
 
 
 def _measured(

@@ -11,8 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.gpu import steps
 from benchmarks.gpu.processes import OUT_OF_TIME, last_words
+from benchmarks.gpu.rows import Row
+from benchmarks.gpu.sizes import SMOKE
+from megatron_kosmosg.models import same_result
 
 REPOSITORY = Path(__file__).parents[2]
 GPU_ALONE = {
@@ -170,3 +175,15 @@ def test_what_ends_well_says_nothing(tmp_path):
     assert last_words(["true"], 10, **arguments) == ""
     assert last_words(["sh", "-c", "echo no; exit 4"], 10, **arguments) == "no"
     assert last_words(["sh", "-c", "exit 4"], 10, **arguments) == "code 4"
+
+
+def test_a_step_whose_faster_passes_were_left_aside_has_no_figure(tmp_path, monkeypatch):
+    def measured(sizes, which, name, config, *_):
+        if config.performance.compile == "cudagraph":
+            same_result.logger.warning("%s stays as it is, out of memory", "the U-Net")
+        yield Row("steps", name, value=1.0, details={"batch": 2})
+
+    monkeypatch.setattr(steps, "_measured", measured)
+    rows = [*steps.instruct_rows(SMOKE, tmp_path, torch.device("cuda", 0))]
+    assert [row.state for row in rows] == ["measured", "measured", "measured", "failed"]
+    assert "the U-Net stays as it is, out of memory" in rows[-1].reason
