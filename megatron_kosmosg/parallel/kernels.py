@@ -87,7 +87,7 @@ def kernel_choices(unusable: Mapping[str, Unusable]) -> list[KernelChoice]:
         KernelChoice(
             "bias, dropout and sum",
             "fused by torch's compiler" if flags["bias_dropout_fusion"] else "torch's kernels",
-            _others(("torch's compiler", needs_gpu)),
+            _others(("torch's compiler", needs_gpu or platform.why_no_compiler())),
         ),
     ]
 

@@ -9,8 +9,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import os
+import shutil
+import sysconfig
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch.distributed import Store
@@ -156,12 +160,29 @@ def transformer_flags(fuse_weight_gradients: bool = True) -> dict[str, bool]:
     on_gpu = torch.cuda.is_available()
     return {
         "bias_activation_fusion": False,
-        "bias_dropout_fusion": on_gpu,
+        "bias_dropout_fusion": on_gpu and why_no_compiler() is None,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": on_gpu
         and fuse_weight_gradients
         and (transformer_impl() == "transformer_engine" or has_fused_weight_gradient_kernel()),
     }
+
+
+def why_no_compiler() -> str | None:
+    """Why torch.compile cannot make a kernel for a GPU here; None where it can.
+
+    Its Triton builds a C module of its own first, with the compiler and the headers that it finds
+    as below; where one is missing, the first compiled function raises.
+    """
+    if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang"))):
+        return "there is no C compiler; to repair: install gcc, or set CC"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    places = [sysconfig.get_paths(scheme=scheme)["include"]]
+    for variable in ("CPATH", "C_INCLUDE_PATH"):
+        places += os.environ.get(variable, "").split(os.pathsep)
+    if any(place and Path(place, "Python.h").is_file() for place in places):
+        return None
+    return f"{places[0]} has no Python.h; to repair: install Python's headers (python3-dev)"
 
 
 def has_fused_weight_gradient_kernel() -> bool:
