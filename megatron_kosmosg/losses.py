@@ -79,6 +79,7 @@ class _CrossEntropy(torch.autograd.Function):
             shares = rows[part].float().sub_(log_sum[part, None]).exp_()
             shares.scatter_add_(1, own[part], at_label[part])
             torch.mul(shares, scale[part], out=rows[part])
+            del shares  # before the next ones come
         return rows.view_as(logits), None, None, None
 
 

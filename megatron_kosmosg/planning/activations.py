@@ -1,7 +1,7 @@
 """Bytes that one micro-batch keeps for its backward pass on a rank of each pipeline stage.
 
 Read off the modules: each term is a tensor that autograd saves in the project's layers (unfused
-GELU in float32, sub-norms, attention that never holds its matrix). The tests compare the sums with
+GELU, sub-norms, attention that never holds its matrix). The tests compare the sums with
 the bytes that a memory tracker sees.
 """
 
@@ -62,8 +62,8 @@ class _Stack:
         outer = positions / (self.tp if self.sequence_parallel else 1)
         inner = positions / self.tp * self.ffn_width
         kept = 2 * outer * self.width * self.element  # residual, normed
-        kept += inner * _FP32  # GELU computes in float32
-        kept += 2 * inner * self.element  # sub-norm's input (or what it normed), its output
+        # GELU's input, the sub-norm's (or what it normed), its output.
+        kept += 3 * inner * self.element
         return kept + (outer * self.width if self.dropout else 0)
 
     def cross_attention(self, queries: float, keys: float) -> float:
@@ -93,7 +93,7 @@ class _Stack:
         """Largest set of gradients within one layer, those of the feed-forward, and the layer's
         own tensors where they are recomputed."""
         inner = positions / self.tp * self.ffn_width
-        gradients = inner * (2 * _FP32 + self.element) + 2 * positions * self.width * self.element
+        gradients = 2 * inner * self.element + 2 * positions * self.width * self.element
         return gradients + (self.layer(positions) if recompute else 0)
 
 

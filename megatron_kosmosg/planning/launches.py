@@ -22,12 +22,12 @@ class Launches(NamedTuple):
     backward: float
 
 
-DECODER_LAYER, SPLIT_DECODER_LAYER = Launches(16, 41), Launches(62, 75)
+DECODER_LAYER, SPLIT_DECODER_LAYER = Launches(14, 39), Launches(60, 73)
 """Alone, and shared by tensor ranks with sequence parallelism, exchanges counted."""
-ALIGNER_LAYER, SPLIT_ALIGNER_LAYER = Launches(36, 101), Launches(131, 172)
+ALIGNER_LAYER, SPLIT_ALIGNER_LAYER = Launches(32, 97), Launches(127, 168)
 """Of either half of AlignerNet."""
 IMAGE_BLOCK = Launches(14, 0)
-UNET = Launches(673, 953)
+UNET = Launches(673, 695)
 """Stable Diffusion v1.5's, from the noisy latents to the loss and back to the condition."""
 VAE_ENCODER = Launches(106, 0)
 TEXT_ENCODER_LAYER = Launches(19, 0)

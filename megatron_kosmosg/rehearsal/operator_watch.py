@@ -36,6 +36,24 @@ _ONE_DTYPE = frozenset(
 """Operators that refuse a mixture on the device, and do not without memory."""
 
 
+_WHOLE = ("silu_backward", "mish_backward")
+"""Operators that a GPU has one kernel for, and that a torch without CUDA takes apart on its
+device: all that have a kernel for the CPU and a formula that autograd prefers on other devices."""
+
+
+def keep_operators_whole() -> torch.library.Library | None:
+    """Has autograd hand the operators that a GPU has one kernel for to OperatorWatch as they are.
+
+    The library must be kept as long as this is to hold; None where torch is built with CUDA.
+    """
+    if torch.version.cuda is not None:
+        return None
+    library = torch.library.Library("aten", "IMPL")
+    for name in _WHOLE:
+        library.impl(name, torch.library.fallthrough_kernel, "AutogradCUDA")
+    return library
+
+
 class OperatorWatch(TorchDispatchMode):
     """Counts the operators that run inside it; enter it inside FakeTensorMode."""
 

@@ -13,7 +13,7 @@ from megatron_kosmosg.rehearsal.attention_choice import answer_for_attention
 from megatron_kosmosg.rehearsal.fake_collectives import Collectives
 from megatron_kosmosg.rehearsal.fake_gpu import FakeGpu, answer_for_a_gpu
 from megatron_kosmosg.rehearsal.fake_numbers import Numbers, answer_for_tensors
-from megatron_kosmosg.rehearsal.operator_watch import OperatorWatch
+from megatron_kosmosg.rehearsal.operator_watch import OperatorWatch, keep_operators_whole
 from megatron_kosmosg.rehearsal.recorder import Recorder
 
 _NO_DRIVER = "avoid_device_init"
@@ -36,6 +36,8 @@ class StandIns:
     gpu: FakeGpu
     folder: Path
     """For sizes of frozen models that are not on this machine."""
+    operators: Any
+    """What holds some of torch's operators in their place."""
 
     def device(self) -> FakeDeviceMode:
         """Context in which tensors have no memory, and operators are counted."""
@@ -70,6 +72,7 @@ def install(folder: Path) -> StandIns:
     gpu = answer_for_a_gpu(recorder)
     answer_for_tensors(recorder, numbers)
     answer_for_attention(recorder)
+    operators = keep_operators_whole()
     collectives.install()
     files = importlib.import_module("megatron_kosmosg.rehearsal.frozen_files")
     files.answer_for_files()
@@ -81,4 +84,4 @@ def install(folder: Path) -> StandIns:
     connect: Any = importlib.import_module("megatron_kosmosg.score.connect")
     connect.open_fleet = lambda *_: links.FakeFleet(recorder)
     links.answer_every_request(importlib.import_module("megatron_kosmosg.training.step").Reporter)
-    return StandIns(recorder, numbers, collectives, gpu, folder)
+    return StandIns(recorder, numbers, collectives, gpu, folder, operators)
