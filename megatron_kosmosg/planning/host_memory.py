@@ -21,7 +21,7 @@ from megatron_kosmosg.planning.activations import ELEMENT_BYTES
 from megatron_kosmosg.planning.communication import bucket_elements
 from megatron_kosmosg.planning.memory import GIB
 from megatron_kosmosg.planning.model_counts import ModelShares, RankCount, frozen_helpers
-from megatron_kosmosg.planning.workload import MicroBatch
+from megatron_kosmosg.planning.workload import MicroBatch, latent_shape
 from megatron_kosmosg.stages import stage_facts
 
 PROCESS_BYTES = 3 * 2**30
@@ -196,7 +196,7 @@ def _batches(config: RunConfig, batches: Sequence[MicroBatch]) -> float:
     side = config.model.vision.image_size
     targets = 0
     if facts.has_unet:
-        latents = 4 * (data.target_image_size // 8) ** 2 * 4  # float32
+        latents = math.prod(latent_shape(config)) * 4  # float32
         pixels = 3 * data.target_image_size**2
         targets = 2 * latents + (2 * latents if data.latent_cache is not None else pixels)
     largest = max(

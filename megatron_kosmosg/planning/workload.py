@@ -9,13 +9,16 @@ condition's row.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from megatron_kosmosg.config.errors import ConfigError
+from megatron_kosmosg.config.errors import ConfigError, InputError
 from megatron_kosmosg.config.rank_grid import RankGrid
 from megatron_kosmosg.config.schema import BlendEntry, RunConfig
 from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.kinds.kind import UsualSize
 from megatron_kosmosg.data.manifest import dataset_kind
+from megatron_kosmosg.foreign_files import read_json
+from megatron_kosmosg.models.diffusion_flops import SD_V1_5_VAE
 from megatron_kosmosg.stages import stage_facts
 
 
@@ -50,6 +53,19 @@ class MicroBatch:
     def positions(self) -> int:
         """Positions of the decoder, padding included."""
         return self.rows * self.length
+
+
+def latent_shape(config: RunConfig) -> tuple[int, int, int]:
+    """The (channels, height, width) of a target's latents, by the VAE of the config's folder; by
+    Stable Diffusion v1.5's where that is not on this machine."""
+    file = Path(config.model.diffusion.path or "") / "vae" / "config.json"
+    is_here = config.model.diffusion.path is not None and file.is_file()
+    try:
+        vae = read_json(file) if is_here else SD_V1_5_VAE
+        side = config.data.target_image_size // 2 ** (len(vae["block_out_channels"]) - 1)
+        return int(vae["latent_channels"]), side, side
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{file} is no VAE's: {error!r}") from error
 
 
 def with_kinds(config: RunConfig) -> RunConfig:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 
 from megatron_kosmosg.config.schema import RunConfig
+from megatron_kosmosg.planning.workload import latent_shape
 from megatron_kosmosg.rehearsal.fake_numbers import Numbers
-
-LATENT_CHANNELS = 4
 
 
 class MadeUpStream:
@@ -90,10 +86,7 @@ class MadeUpStream:
 
     def _targets(self, rows: int) -> dict[str, torch.Tensor]:
         side = self._config.data.target_image_size
-        folder = Path(cast(str, self._config.model.diffusion.path))  # `instruct` needs the setting
-        vae = json.loads((folder / "vae/config.json").read_text())
-        pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
-        latents = (LATENT_CHANNELS, *[side // pixels_per_latent] * 2)
+        latents = latent_shape(self._config)
         batch = {
             "target_weights": torch.zeros(rows),
             "timesteps": torch.zeros(rows, dtype=torch.int64),

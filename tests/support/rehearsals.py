@@ -181,6 +181,16 @@ class Rehearsals:
             lambda *_: None,
         )  # fmt: skip
 
+    def shipped(self, name: str, *, num_gpus: int, with_tiny_models: bool) -> dict:
+        """What `kosmosg rehearse --config NAME` finds; with the tiny models in place of its own, or
+        as shipped."""
+        tiny = self._folder / "tiny"
+        models = [*_TINY_MODEL, f"model.diffusion.path={tiny}", f"model.clip_text.path={tiny}"]
+        return rehearse(
+            self._device, name, models if with_tiny_models else [], num_gpus, "h100-80",
+            lambda *_: None,
+        )  # fmt: skip
+
     def full(
         self,
         stage: str,

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_kosmosg.checkpoint.save_and_resume import Checkpointer, TrainingProgress
 from megatron_kosmosg.config.batching import num_microbatches
+from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.config.load import load_config
 from megatron_kosmosg.config.rank_grid import rank_grid
 from megatron_kosmosg.config.schema import LoraConfig, RunConfig
@@ -29,7 +30,7 @@ from megatron_kosmosg.planning.model_counts import (
     whole_model,
 )
 from megatron_kosmosg.planning.pipeline_stage_cost import pipeline_stage_work
-from megatron_kosmosg.planning.workload import MicroBatch, micro_batches
+from megatron_kosmosg.planning.workload import MicroBatch, latent_shape, micro_batches
 from megatron_kosmosg.stages import build_stage
 from megatron_kosmosg.training.setup import build_trained
 from tests.support.ranks import run_ranks
@@ -204,3 +205,19 @@ def test_adapters_and_frozen_weights_cost_what_their_real_passes_count():
     assert together < 0.9 * flops.instruct_flops(whole, 215, 2, 1)
     trained = dataclasses.replace(config, lora=LoraConfig(rank=64, trains=["vision_encoder"]))
     assert [flops.updates(trained, part) for part in ("resampler", "aligner_m")] == [2, 2]
+
+
+def test_latents_are_those_of_the_vae_in_the_folder():
+    """The toy's have three times the channels of Stable Diffusion v1.5's, a quarter of a side."""
+    toy = load_config("toy_instruct", [])
+    assert latent_shape(toy) == (12, 8, 8)
+    assert latent_shape(load_config("toy_instruct", ["model.diffusion.path=null"])) == (4, 4, 4)
+    assert latent_shape(load_config("instruct_256gpu", [])) == (4, 64, 64)
+
+
+def test_what_is_no_vae_s_config_is_named(tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"block_out_channels": 3}')
+    config = load_config("toy_instruct", [f"model.diffusion.path={tmp_path}"])
+    with pytest.raises(InputError, match=r"vae/config\.json is no VAE's"):
+        latent_shape(config)
