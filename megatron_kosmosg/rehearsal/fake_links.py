@@ -53,8 +53,15 @@ class FakeFleet:
 class FakeMembership:
     """Stands for score.member.Membership: decoder ranks that ask what they are told to, and end."""
 
-    def __init__(self, recorder: Recorder, requests: list[ScoreRequest]) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        requests: list[ScoreRequest],
+        has_replied: Callable[[int], None] = lambda num_replies: None,
+    ) -> None:
+        """has_replied: is called after each reply with their number."""
         self._recorder, self._requests = recorder, deque(requests)
+        self._has_replied, self._num_replies = has_replied, 0
         self.prepare: Callable[[Rows], None] = lambda rows: None
 
     def is_loaded(self, prints: dict[str, str]) -> None:
@@ -75,6 +82,8 @@ class FakeMembership:
 
     def reply(self, received: ReceivedRequest, answer: Answer) -> None:
         _count(self._recorder, "send to decoder ranks", answer.payload)
+        self._num_replies += 1
+        self._has_replied(self._num_replies)
 
     def wake(self) -> None: ...
 

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -64,9 +65,10 @@ class Phase:
     """The largest tensor that came into being: bytes, shape, dtype, place."""
 
     def as_dict(self) -> dict:
-        """The phase's counts as JSON holds them."""
-        collectives = {name: vars(traffic) for name, traffic in self.collectives.items()}
-        return vars(self) | {"collectives": collectives}
+        """The phase's counts so far as JSON holds them; later ones do not reach them."""
+        counts = deepcopy(vars(self))
+        collectives = {name: vars(traffic) for name, traffic in counts["collectives"].items()}
+        return counts | {"collectives": collectives}
 
 
 class Recorder:
@@ -147,7 +149,7 @@ class Recorder:
         return {
             "kernels": len(self._heights),
             "bytes": [max(self._heights[start : start + step]) for start in starts],
-            "spans": self._spans,
+            "spans": list(self._spans),
         }
 
     def _open(self) -> Phase:

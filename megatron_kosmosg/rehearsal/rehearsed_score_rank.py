@@ -25,7 +25,8 @@ from megatron_kosmosg.score.service import serve
 
 
 def run_service(case: RehearsalCase, stand_ins: StandIns) -> dict:
-    """Answers the requests of one global batch and leaves.
+    """Answers one request, which brings the constants to the device, then those of one global
+    batch, and leaves. Counted is from the first answer to the last.
 
     {"phases", "timeline", "num_micro_batches": answered, "held": bytes before the first request}.
     """
@@ -48,15 +49,20 @@ def run_service(case: RehearsalCase, stand_ins: StandIns) -> dict:
 
         stream: Any = MadeUpStream(config, case.length, case.images, reads="targets")
         requests = _requests(config, joined.world, joined.coordinates)
-        links: Any = FakeMembership(recorder, requests)
+        counted: dict[str, Any] = {}
+
+        def has_replied(num_replies: int) -> None:
+            if num_replies == 1:
+                recorder.forget()
+            elif num_replies == len(requests):
+                counted.update(phases=recorder.as_dict(), timeline=recorder.timeline())
+
+        links: Any = FakeMembership(recorder, requests, has_replied)
         rank = ScoreRank(joined.device, "score rank", links, joined.world, joined.coordinates)
-        recorder.forget()
         with recorder.phase(SERVE):
             serve(config, rank, denoise, generate, lambda _: stream, diffusion.moments)
-    return {
-        "phases": recorder.as_dict(),
-        "timeline": recorder.timeline(),
-        "num_micro_batches": len(requests),
+    return counted | {
+        "num_micro_batches": len(requests) - 1,
         "held": {"frozen_helpers": held, "total": held},
     }
 
@@ -64,7 +70,8 @@ def run_service(case: RehearsalCase, stand_ins: StandIns) -> dict:
 def _requests(
     config: RunConfig, world: RankGrid, coordinates: RankCoordinates
 ) -> list[ScoreRequest]:
-    """The requests of one global batch from all replicas that the rank is for, if none is late."""
+    """The requests of one global batch from all replicas that the rank is for, if none is late, and
+    before them one more."""
     total = num_microbatches(config, world.num_replicas)
     rows, ranks, index = (
         config.training.micro_batch_size,
@@ -79,13 +86,13 @@ def _requests(
     aligner = config.model.aligner
     shape = aligner.num_queries, aligner.hidden_size
     dtype = torch_dtype(config.training.precision)
+    asked = [size for size in sizes * world.replicas_per_unit if size]
     return [
         ScoreRequest(
             Kind.GRADIENT,
-            Rows(tuple(range(size)), (0,) * size),
+            Rows(tuple(range(number * size, (number + 1) * size)), (0,) * size),
             torch.zeros(size, *shape, dtype=dtype),
             torch.ones(()),
         )
-        for size in sizes * world.replicas_per_unit
-        if size
+        for number, size in enumerate([*asked[:1], *asked])
     ]

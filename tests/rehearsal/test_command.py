@@ -38,6 +38,24 @@ def test_every_kind_of_rank_is_rehearsed(report):
     assert not has_errors(report)
 
 
+def test_what_a_rank_uploads_once_belongs_to_no_micro_batch(report):
+    """The tables of the images' levels are among it, on every rank that has images."""
+    waited = {
+        kind["name"]: {
+            wait.where.partition(":")[0]: wait.calls
+            for wait in waits(kind["rehearsed"])
+            if wait.of == "micro-batch" and wait.what.startswith("host wait")
+        }
+        for kind in report["kinds"]
+    }
+    package = "megatron_kosmosg"
+    of_a_request = {f"{package}/monitoring/stopwatch.py": 1, f"{package}/score/service.py": 1}
+    assert waited == {"decoder_stage_0": {}, "decoder_stage_1": {}, "score": of_a_request}
+    score = report["kinds"][-1]["rehearsed"]["phases"]
+    answered = score["serve"]["collectives"]["send to decoder ranks"]["calls"]
+    assert answered == report["rehearsed"]
+
+
 def test_the_curve_of_the_memory_reaches_the_peak_of_the_update(report):
     for kind in report["kinds"]:
         answer = kind["rehearsed"]
