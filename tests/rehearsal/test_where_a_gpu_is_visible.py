@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_kosmosg.rehearsal.case import RehearsalCase
+from tests.support.image_cases import needs_dali
 from tests.support.rehearsals import Rehearsals
 
 
@@ -16,6 +17,13 @@ def task(rehearse: Rehearsals, stage: str, do: str, *overrides: str) -> Rehearsa
 def test_the_code_of_the_gpu_tests_runs_on_the_device(rehearse, stage):
     answer = rehearse.answer(task(rehearse, stage, "gradients_of_a_stage"))
     assert isinstance(answer["loss"], float) and len(answer["gradients"]) > 20
+
+
+@needs_dali
+def test_the_gpu_test_of_images_that_compares_no_pixels_runs_on_the_device(rehearse):
+    """With DALI's pipelines on the CPU; the others need pixels, which nothing has here."""
+    answer = rehearse.answer(task(rehearse, "instruct", "a_gpu_test_of_images"))
+    assert answer["good"] == ["cuda", 0]
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "align", "instruct"])

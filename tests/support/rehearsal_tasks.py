@@ -34,6 +34,7 @@ from megatron_kosmosg.score.member import ReceivedRequest
 from megatron_kosmosg.score.messages import Kind, Rows, ScoreRequest
 from megatron_kosmosg.score.service import serve
 from tests.support.data_helpers import noise_image
+from tests.support.image_cases import CLIP
 from tests.support.tiny_models import tiny_config, write_stable_diffusion
 
 _APEX = {
@@ -128,16 +129,32 @@ def update_with_a_bad_image(case: RehearsalCase, stand_ins: StandIns) -> dict:
     return _update_with_files(case, stand_ins, first=b"no image")
 
 
-def _update_with_files(case: RehearsalCase, stand_ins: StandIns, first: bytes) -> dict:
-    """DALI's pipelines decode on the CPU, and what is copied from them has the device alone."""
+def a_gpu_test_of_images(case: RehearsalCase, stand_ins: StandIns) -> dict:
+    """The one of tests/gpu that compares no pixels: which device a list with a bad image is on."""
+    _decode_for_the_device()
+    gpu_test = importlib.import_module("tests.gpu.test_images_on_gpu")
+    with stand_ins.device():
+        gpu_test.test_a_list_with_a_bad_image_comes_to_the_cpu()
+        pixels, bad = ImageDecoder("dali", device_id=0).try_levels([noise_image(0, 30, 40)], CLIP)
+    return {"good": [pixels.device.type, len(bad)]}
+
+
+def _decode_for_the_device() -> None:
+    """DALI's pipelines decode on the CPU, and what is copied from them has the device alone: its
+    own "mixed" decoder asks for a driver."""
     from megatron_kosmosg.data import images_dali  # where DALI is installed
 
-    build, seen = images_dali._build, []
+    build = images_dali._build
     images_dali._build = lambda transform, has_mask, _: build(transform, has_mask, None)
     images_dali._copied = lambda output, device: torch.zeros(
         output.as_tensor().shape(), dtype=torch.uint8, device=device
     )
     ImageDecoder._require_working = lambda *_: None  # which compares numbers
+
+
+def _update_with_files(case: RehearsalCase, stand_ins: StandIns, first: bytes) -> dict:
+    _decode_for_the_device()
+    seen = []
 
     class Files(MadeUpStream):
         def _prompts(self, rows: int, length: int) -> dict[str, torch.Tensor]:
