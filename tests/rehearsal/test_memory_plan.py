@@ -1,4 +1,5 @@
-"""Planned memory against the tensors of rehearsed updates, five of them at full size."""
+"""Planned memory against the tensors of rehearsed updates and of a score rank's requests, all of
+them at full size."""
 
 from __future__ import annotations
 
@@ -15,12 +16,40 @@ HELD |= {"optimizer": ("optimizer",)}
 """{counted: planned}, between updates."""
 
 
-def instruct(rehearse: Rehearsals) -> RehearsalCase:
-    return rehearse.full("instruct", micro_batch=4, length=215, images=6)
+SPLIT = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+
+
+def instruct(rehearse: Rehearsals, rows: int = 4, *overrides: str) -> RehearsalCase:
+    images = rows * 3 // 2
+    return rehearse.full("instruct", *overrides, micro_batch=rows, length=215, images=images)
+
+
+def instruct_16(rehearse: Rehearsals) -> RehearsalCase:
+    return instruct(rehearse, 16)
+
+
+def instruct_split(rehearse: Rehearsals) -> RehearsalCase:
+    """Eight rows on four replicas of two tensor ranks."""
+    return instruct(rehearse, 8, *SPLIT, "training.global_batch_size=32")
 
 
 def pretrain(rehearse: Rehearsals, rows: int = 1, *overrides: str) -> RehearsalCase:
     return rehearse.full("pretrain", *overrides, micro_batch=rows, length=2048, images=20 * rows)
+
+
+def pretrain_4(rehearse: Rehearsals) -> RehearsalCase:
+    return pretrain(rehearse, 4)
+
+
+def first_stage(rehearse: Rehearsals) -> RehearsalCase:
+    """Two replicas of two tensor ranks on each of two pipeline stages, two micro-batches."""
+    pipeline = "parallel.pipeline_model_parallel_size=2"
+    return pretrain(rehearse, 1, *SPLIT, pipeline, "training.global_batch_size=4")
+
+
+def second_stage(rehearse: Rehearsals) -> RehearsalCase:
+    first = first_stage(rehearse)
+    return rehearse.behind(first, first)
 
 
 def align(rehearse: Rehearsals) -> RehearsalCase:
@@ -50,7 +79,22 @@ def offloaded(rehearse: Rehearsals) -> RehearsalCase:
     return dataclasses.replace(align(rehearse), overrides=(*align(rehearse).overrides, states))
 
 
-CASES = {each.__name__: each for each in (instruct, pretrain, recomputed, align, offloaded, score)}
+CASES = {
+    each.__name__: each
+    for each in (
+        instruct,
+        instruct_16,
+        instruct_split,
+        pretrain,
+        pretrain_4,
+        first_stage,
+        second_stage,
+        recomputed,
+        align,
+        offloaded,
+        score,
+    )
+}
 
 
 def case(rehearse: Rehearsals, name: str) -> RehearsalCase:
@@ -61,7 +105,7 @@ def planned(rehearse: Rehearsals, rehearsed: RehearsalCase) -> dict:
     return rehearse.answer(dataclasses.replace(rehearsed, do="tests.support.rehearsal_tasks:plan"))
 
 
-@pytest.mark.parametrize("name", ["instruct", "pretrain", "recomputed", "offloaded"])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "score"])
 @pytest.mark.parametrize("part", HELD)
 def test_weights_gradients_and_optimizer_are_planned_exactly(rehearse, name, part):
     rehearsed = case(rehearse, name)
