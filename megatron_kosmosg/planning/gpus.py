@@ -183,10 +183,10 @@ class Efficiency:
     aligner: float = 0.25
     """AlignerNet, resampler and text encoder, in large micro-batches."""
     vision: float = 0.35
-    unet: float = 0.40
+    unet: float = 0.39
     """Products of the U-Net, forward and backward to the condition, in large batches: what makes
     154.8 images/s of an H200 together with `small_kernels`."""
-    vae: float = 0.31
+    vae: float = 0.32
     """Products of the VAE's encoder: 184.1 images/s of an H200 likewise."""
     half_tokens: float = 512
     """Positions of a micro-batch on one rank (divided by its tensor ranks) at which the stacks
@@ -196,12 +196,12 @@ class Efficiency:
     989 TFLOP/s (138.9 images/s of an H200 with 64, 132.1 with 16); with the peak of others."""
     bandwidth: float = 0.75
     """Share of link, network and memory bandwidth that is reached."""
-    small_kernels: float = 0.47
-    """Share of the memory's bandwidth that norms, elementwise arithmetic and copies reach: 842 GB,
+    small_kernels: float = 0.44
+    """Share of the memory's bandwidth that norms, elementwise arithmetic and copies reach: 783 GB,
     as a rehearsal counts them, in the 374 ms that an H200 took for them."""
     launch_us: float = 50
     """Microseconds of the host for each kernel of a rehearsal, Python included: an update of
-    `instruct` with 6,365 takes 310 ms on an H200's host even with few rows."""
+    `instruct` with 6,107 takes 310 ms on an H200's host even with few rows."""
     collective_us: float = 10
     """Microseconds that a collective takes whatever its size, for every doubling of its ranks."""
     score_link_gb_s: float = 0.23
