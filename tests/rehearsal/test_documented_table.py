@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks.rehearsal_table import HEAD, NAMES, rows
-from tests.rehearsal.test_memory_plan import planned, score
 from tests.support.rehearsals import Rehearsals
 
 SCALING = Path(__file__).parents[2] / "docs" / "scaling.md"
@@ -32,10 +31,10 @@ def documented() -> dict[str, list[str]]:
 
 
 def rehearsed_score(rehearse: Rehearsals) -> dict:
-    """The case of `test_memory_plan.py`, which has four replicas: a score rank does not see how
+    """A case of `test_memory_plan.py`, which has four replicas: a score rank does not see how
     many there are."""
-    case = score(rehearse)
-    kind = {"name": "score", "rehearsed": rehearse.answer(case), "planned": planned(rehearse, case)}
+    case = rehearse.score_rank()
+    kind = {"name": "score", "rehearsed": rehearse.answer(case), "planned": rehearse.planned(case)}
     return {"kinds": [kind]}
 
 

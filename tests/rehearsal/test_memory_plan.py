@@ -57,17 +57,7 @@ def align(rehearse: Rehearsals) -> RehearsalCase:
 
 
 def score(rehearse: Rehearsals) -> RehearsalCase:
-    return rehearse.full(
-        "instruct",
-        "score.placement=dedicated",
-        "score.ranks_per_replica=1",
-        "training.global_batch_size=32",
-        micro_batch=8,
-        length=215,
-        images=0,
-        rank=1,
-        do="megatron_kosmosg.rehearsal.rehearsed_score_rank:run_service",
-    )
+    return rehearse.score_rank()
 
 
 def recomputed(rehearse: Rehearsals) -> RehearsalCase:
@@ -101,16 +91,12 @@ def case(rehearse: Rehearsals, name: str) -> RehearsalCase:
     return CASES[name](rehearse)
 
 
-def planned(rehearse: Rehearsals, rehearsed: RehearsalCase) -> dict:
-    return rehearse.answer(dataclasses.replace(rehearsed, do="tests.support.rehearsal_tasks:plan"))
-
-
 @pytest.mark.parametrize("name", [name for name in CASES if name != "score"])
 @pytest.mark.parametrize("part", HELD)
 def test_weights_gradients_and_optimizer_are_planned_exactly(rehearse, name, part):
     rehearsed = case(rehearse, name)
     counted = rehearse.answer(rehearsed)["held"][part]
-    plan = planned(rehearse, rehearsed)
+    plan = rehearse.planned(rehearsed)
     # What the device still has of an optimizer on the host are counters, of 512 bytes each.
     assert sum(plan[name] for name in HELD[part]) == pytest.approx(counted, rel=1e-4, abs=1 << 14)
 
@@ -118,7 +104,7 @@ def test_weights_gradients_and_optimizer_are_planned_exactly(rehearse, name, par
 @pytest.mark.parametrize("name", CASES)
 def test_what_an_update_takes_beside_them_is_planned_within_five_percent(rehearse, name):
     rehearsed = case(rehearse, name)
-    answer, plan = rehearse.answer(rehearsed), planned(rehearse, rehearsed)
+    answer, plan = rehearse.answer(rehearsed), rehearse.planned(rehearsed)
     work = plan["activations"] + plan["score_activations"]
     counted = peak(answer) - answer["held"]["total"]
     assert work == pytest.approx(counted, rel=0.05)
@@ -128,7 +114,7 @@ def test_what_an_update_takes_beside_them_is_planned_within_five_percent(rehears
 def test_the_whole_is_planned_within_five_percent(rehearse, name):
     rehearsed = case(rehearse, name)
     counted = peak(rehearse.answer(rehearsed))
-    assert planned(rehearse, rehearsed)["tensors"] == pytest.approx(counted, rel=0.05)
+    assert rehearse.planned(rehearsed)["tensors"] == pytest.approx(counted, rel=0.05)
 
 
 @pytest.mark.parametrize("name", CASES)

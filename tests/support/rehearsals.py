@@ -215,6 +215,24 @@ class Rehearsals:
             **fields,
         )
 
+    def score_rank(self) -> RehearsalCase:
+        """A score rank of the paper's size beside four replicas, and eight images."""
+        return self.full(
+            "instruct",
+            "score.placement=dedicated",
+            "score.ranks_per_replica=1",
+            "training.global_batch_size=32",
+            micro_batch=8,
+            length=215,
+            images=0,
+            rank=1,
+            do="megatron_kosmosg.rehearsal.rehearsed_score_rank:run_service",
+        )
+
+    def planned(self, case: RehearsalCase) -> dict:
+        """What `rehearsal_tasks.plan` reckons for the case."""
+        return self.answer(dataclasses.replace(case, do="tests.support.rehearsal_tasks:plan"))
+
     def _settings(self, size: str, tp: int, pp: int, rows: int, samples: int) -> list[str]:
         frozen = self._folder / size  # at full size there is none: Stable Diffusion v1.5's sizes
         return [
