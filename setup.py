@@ -76,11 +76,12 @@ EXTRAS = {
     # The page of `kosmosg demo`. 7 may change what its controls are called.
     "web": ["gradio>=6.31,<7"],
     # Without extras it is an empty package that cannot be imported. The bounds are those of
-    # megatron-core 0.16.1, 0.19.2 has none; the CUDA version is that of DALI above and of torch's
-    # default wheel.
+    # megatron-core 0.16.1; 0.19.2 has none, and every stage was rehearsed there with the first and
+    # the last of these releases. The CUDA version is that of DALI above and of torch's default
+    # wheel.
     "gpu": [
         "transformer-engine[pytorch,core_cu13]>=2.9,<2.12; python_version < '3.12'",
-        "transformer-engine[pytorch,core_cu13]>=2.9; python_version >= '3.12'",
+        "transformer-engine[pytorch,core_cu13]>=2.11,<2.21; python_version >= '3.12'",
     ],
     "mpi": MPI,
 }

@@ -20,6 +20,9 @@ from importlib.util import find_spec
 _MEGATRON = "megatron.core"
 _READERS = (_MEGATRON, "peft")
 """Who imports them, and fails where they do not work."""
+ENGINE = {"3.11": ">=2.9,<2.12", "3.12": ">=2.11,<2.21"}
+"""Versions of TransformerEngine that the extra `gpu` takes, by version of Python."""
+_BOUNDS = ENGINE.get(f"{sys.version_info.major}.{sys.version_info.minor}", "")
 _APEX = "build NVIDIA's (github.com/NVIDIA/apex) with --cpp_ext --cuda_ext for the installed torch"
 
 
@@ -41,7 +44,7 @@ _PACKAGES = (
         "transformer_engine",
         "transformer-engine",
         (("transformer_engine.pytorch", ""),),
-        "pip install --no-build-isolation 'transformer-engine[pytorch,core_cu13]>=2.9,<2.12', or "
+        f"pip install --no-build-isolation 'transformer-engine[pytorch,core_cu13]{_BOUNDS}', or "
         "pip uninstall transformer-engine",
     ),
     _Package(

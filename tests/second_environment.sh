@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What must hold with the other supported pair of Python and megatron-core: in an environment of its
 # own, made from nothing and kept, the tests that the core can break, one stage of the quickstart,
-# and runs that cross from one core to the other and back.
+# the stages on its TransformerEngine, and runs that cross from one core to the other and back.
 set -euo pipefail
 
 usage() {
@@ -102,6 +102,8 @@ steps = plan(repository, out, fast=True, ablations=False)
 last = [step.name for step in steps].index("pretrain")
 Runner(steps[: last + 1], out, repository, "fast").run()
 END
+
+bash tests/transformer_engine.sh || failed+=("TransformerEngine's layers")
 
 echo
 echo "Second environment, Python $wanted ($((SECONDS / 60)) min $((SECONDS % 60)) s after its install)"

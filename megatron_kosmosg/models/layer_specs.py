@@ -1,8 +1,8 @@
 """Layer specs: Megatron-Core's stock transformer layer with MAGNETO's norms, in three forms.
 
 Two providers give the same parameters and checkpoint keys: `local` (Megatron's linears and
-torch's attention) and `transformer_engine`. Of the second, all but its kernels has been run with
-megatron-core 0.16.1 (tests/transformer_engine); tests/gpu compares numbers where there is a GPU.
+torch's attention) and `transformer_engine`. Of the second, all but its kernels is run in CI, with
+megatron-core 0.16.1 and 0.19.2 (tests/transformer_engine); tests/gpu compares numbers on a GPU.
 """
 
 from __future__ import annotations

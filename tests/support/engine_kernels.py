@@ -3,23 +3,41 @@
 A kernel gives a result of the right shape and dtype, counts its call, and refuses what the real one
 refuses: tensors on the host, of different dtypes, of shapes that do not fit. What the decoder,
 AlignerNet and the optimizer do not need is a name without content, which cannot be called.
+
+What is handed to them changed from 2.11 to 2.20: a name stands here with the release that brought
+it or did away with it.
 """
 
 from __future__ import annotations
 
 import enum
+import importlib.metadata
+import re
 from collections import Counter
 from typing import Any
 
 import torch
+from packaging.specifiers import SpecifierSet
 
 calls: Counter[str] = Counter()
 """Of the kernels, by name and kind."""
 
-DType = enum.IntEnum(
+_INSTALLED = importlib.metadata.version("transformer-engine")
+
+
+def _names(known: str) -> list[str]:
+    """Those of `known` that the installed version has: `name>=2.12` came with 2.12, `name<2.15`
+    went with 2.15."""
+    entries = re.findall(r"(\w+)(\S*)", known)
+    return [name for name, releases in entries if SpecifierSet(releases).contains(_INSTALLED)]
+
+
+DType: Any = enum.IntEnum(
     "DType",
-    "kByte kInt16 kInt32 kInt64 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat8E8M0 "
-    "kFloat4E2M1 kInt8",
+    _names(
+        "kByte kInt16<2.17 kInt32 kInt64<2.17 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 "
+        "kFloat8E8M0<2.17 kFloat4E2M1 kInt8<2.17"
+    ),
     start=0,
 )
 _TORCH = {
@@ -30,11 +48,11 @@ _TORCH = {
 _HALF = (DType.kFloat16, DType.kBFloat16)
 
 
-class NVTE_Fused_Attn_Backend(enum.IntEnum):  # noqa: N801 - its name there
-    NVTE_No_Backend = -1
-    NVTE_F16_max512_seqlen = 0
-    NVTE_F16_arbitrary_seqlen = 1
-    NVTE_FP8 = 2
+NVTE_Fused_Attn_Backend: Any = enum.IntEnum(
+    "NVTE_Fused_Attn_Backend",
+    _names("NVTE_No_Backend NVTE_F16_max512_seqlen<2.16 NVTE_F16_arbitrary_seqlen NVTE_FP8"),
+    start=-1,
+)
 
 
 class _Name:
@@ -54,6 +72,9 @@ class _Name:
         raise NotImplementedError(
             f"the stand-in for TransformerEngine's kernels lacks {self._name}"
         )
+
+    def __int__(self) -> int:
+        return 0  # asked for at import, of what numbers tensors of 8 bits
 
     def __repr__(self) -> str:
         return self._name
@@ -113,41 +134,57 @@ def get_cudnn_version() -> int:
     return 91400
 
 
-def get_fused_attn_backend(is_training, q_dtype, kv_dtype, *_: Any) -> NVTE_Fused_Attn_Backend:
-    """cuDNN's, for 16 bits; there is none for 32."""
-    if q_dtype in _HALF and q_dtype == kv_dtype:
-        return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
-    return NVTE_Fused_Attn_Backend.NVTE_No_Backend
+def get_fused_attn_backend(*given: Any) -> Any:
+    """cuDNN's, for 16 bits; there is none for 32. Since 2.20 with the reason why there is none."""
+    is_one_object = len(given) == 1
+    query, key = (given[0].qkv_dtype,) * 2 if is_one_object else given[1:3]
+    kinds = NVTE_Fused_Attn_Backend
+    is_taken = query in _HALF and query == key
+    kind = kinds.NVTE_F16_arbitrary_seqlen if is_taken else kinds.NVTE_No_Backend
+    return (kind, "it is not of 16 bits") if is_one_object else kind
 
 
-def fused_attn_fwd(
-    max_seqlen_q, max_seqlen_kv, is_training, attn_scale, dropout, fast_zero_fill, layout,
-    bias_type, mask_type, softmax_type, window_size, cu_seqlens_q, cu_seqlens_kv, q, k, v, *_: Any,
-):  # fmt: skip
+_FORWARD = _names(
+    "max_seqlen_q max_seqlen_kv is_training attn_scale dropout fast_zero_fill layout "
+    "o_format>=2.15 scale_format>=2.15 bias_type mask_type softmax_type window_size "
+    "bottom_right>=2.12 cu_seqlens_q cu_seqlens_kv q k v"
+)
+_BACKWARD = _names(
+    "max_seqlen_q max_seqlen_kv attn_scale dropout fast_zero_fill layout o_format>=2.15 "
+    "do_format>=2.15 dqkv_layout>=2.15 scale_format>=2.15 do_scale_format>=2.15 bias_type "
+    "mask_type softmax_type window_size bottom_right>=2.12 deterministic cu_seqlens_q "
+    "cu_seqlens_kv q k v o d_o"
+)
+"""The first arguments of attention; what follows them is not looked at."""
+
+
+def fused_attn_fwd(*arguments: Any) -> list[torch.Tensor]:
     """[the output, log-sum-exp of the scores, state of the random numbers]."""
-    calls[f"attention {layout} {mask_type}".replace("NVTE_", "")] += 1
-    _check_attention(cu_seqlens_q, cu_seqlens_kv, q, k, v)
+    given = dict(zip(_FORWARD, arguments, strict=False))
+    q, v, ends = given["q"], given["v"], given["cu_seqlens_q"]
+    calls[f"attention {given['layout']} {given['mask_type']}".replace("NVTE_", "")] += 1
+    _check_attention(given)
     out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
     heads = q.shape[-2]
-    rows = cu_seqlens_q.shape[0] - 1
-    lines = (len(q), heads, 1) if q.dim() == 3 else (rows, heads, max_seqlen_q, 1)
-    if not is_training:
+    rows = ends.shape[0] - 1
+    lines = (len(q), heads, 1) if q.dim() == 3 else (rows, heads, given["max_seqlen_q"], 1)
+    if not given["is_training"]:
         return [out]
     statistics = torch.empty(lines, dtype=torch.float32, device=q.device)
     return [out, statistics, torch.empty(2, dtype=torch.int64, device=q.device)]
 
 
-def fused_attn_bwd(
-    max_seqlen_q, max_seqlen_kv, attn_scale, dropout, fast_zero_fill, layout, bias_type, mask_type,
-    softmax_type, window_size, deterministic, cu_seqlens_q, cu_seqlens_kv, q, k, v, o, d_o, *_: Any,
-):  # fmt: skip
+def fused_attn_bwd(*arguments: Any) -> list[torch.Tensor | None]:
     """[gradients of query, key and value, None, None]."""
+    given = dict(zip(_BACKWARD, arguments, strict=False))
+    q, o, d_o = given["q"], given["o"], given["d_o"]
     calls["backward of attention"] += 1
-    _check_attention(cu_seqlens_q, cu_seqlens_kv, q, k, v)
+    _check_attention(given)
     _check_device("attention", [o, d_o])
     if o.shape != d_o.shape or d_o.dtype != q.dtype:
         raise RuntimeError(f"attention gave {tuple(o.shape)} and gets {tuple(d_o.shape)} back")
-    gradients = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    inputs = (q, given["k"], given["v"])
+    gradients = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
     return [*gradients, None, None]
 
 
@@ -192,7 +229,9 @@ def _lists(what: str, noop: torch.Tensor, lists: list, number: int | None) -> li
     return lists
 
 
-def _check_attention(cu_seqlens_q, cu_seqlens_kv, q, k, v) -> None:
+def _check_attention(given: dict[str, Any]) -> None:
+    names = ("cu_seqlens_q", "cu_seqlens_kv", "q", "k", "v")
+    cu_seqlens_q, cu_seqlens_kv, q, k, v = (given[name] for name in names)
     _check_device("attention", [q, k, v, cu_seqlens_q, cu_seqlens_kv])
     if not q.dtype == k.dtype == v.dtype:
         raise RuntimeError(f"attention of {q.dtype}, {k.dtype} and {v.dtype}")

@@ -1,7 +1,7 @@
 """The process with the fake GPU (`megatron_kosmosg.rehearsal.server`) where TransformerEngine is
 installed: its own Python, with `engine_kernels` for its compiled part, which needs a driver.
 
-The kernels stand in for those of one version in the calls that this project makes. `kosmosg
+The kernels stand in for those of 2.11 to 2.20 in the calls that this project makes. `kosmosg
 rehearse` does without them: for how many launches each stands, a GPU has to show first.
 """
 

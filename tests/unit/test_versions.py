@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import setuptools
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from megatron_kosmosg import unusable_packages
 from megatron_kosmosg.cli import doctor
 from megatron_kosmosg.conversion.model_card import TESTED
 
@@ -21,6 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 PAGE = REPOSITORY / "docs" / "versions.md"
+CORES = REPOSITORY / "docs" / "megatron_core.md"
 
 
 def pinned(path: Path, python: str = "3.11") -> dict[str, str]:
@@ -83,10 +86,34 @@ def test_ci_runs_the_oldest_versions() -> None:
     assert "tests/oldest_versions.sh" in (REPOSITORY / ".ci" / "run").read_text()
 
 
-def test_the_transformer_engine_that_is_tested_is_one_that_the_extra_takes(package) -> None:
-    tested = pinned(REPOSITORY / "constraints.txt")["transformer-engine"]
-    expected = map(Requirement, package["extras_require"]["gpu"])
-    assert all(requirement.specifier.contains(tested) for requirement in expected)
+def engine_of_the_extra(package: dict, python: str) -> Requirement:
+    """TransformerEngine, as the extra `gpu` asks for it with that Python."""
+    entries = [Requirement(entry) for entry in package["extras_require"]["gpu"]]
+    marked = ((entry, entry.marker) for entry in entries)
+    (found,) = (x for x, marker in marked if marker and marker.evaluate({"python_version": python}))
+    return found
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12"])
+def test_the_newest_transformer_engine_of_the_extra_is_the_tested_one(package, python) -> None:
+    tested = Version(pinned(REPOSITORY / "constraints.txt", python)["transformer-engine"])
+    taken = engine_of_the_extra(package, python).specifier
+    assert taken.contains(tested)
+    assert not taken.contains(f"{tested.major}.{tested.minor + 1}.0")
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12"])
+def test_what_repairs_a_transformer_engine_is_what_the_extra_takes(package, python) -> None:
+    expected = engine_of_the_extra(package, python).specifier
+    assert SpecifierSet(unusable_packages.ENGINE[python]) == expected
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12"])
+def test_the_docs_name_the_transformer_engine_that_is_tested(python) -> None:
+    tested = pinned(REPOSITORY / "constraints.txt", python)
+    row = f"| {python} | {tested['megatron-core']}"
+    (line,) = (x for x in CORES.read_text(encoding="utf-8").splitlines() if x.startswith(row))
+    assert f"| {tested['transformer-engine']} |" in line
 
 
 def test_doctor_names_the_versions_of_the_constraints() -> None:
