@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -33,7 +33,8 @@ from megatron_kosmosg.foreign_files import OutsideFolder, inside, parse_json, re
 PromptPart = str | Path
 """Words, or the file of an image."""
 
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
+MAX_ID_BYTES = 151
+"""In UTF-8. File systems allow names of 255, and some, encrypted, a hundred fewer."""
 _INTEGERS = {
     "seed": (0, MAX_SEED),
     "num_images": (1, 10_000),
@@ -135,7 +136,8 @@ def read_records(path: Path, image_root: Path | None = None) -> list[PromptRecor
             raise PromptError(f"{place}: not JSON ({error})") from error
         record = parse_record(fields, path.parent, place, f"{number:06d}", image_root)
         # Some file systems take "Cat" and "cat" for the same name; here each record has one.
-        earlier = seen.setdefault(str(record.id).casefold(), number)
+        folded = unicodedata.normalize("NFC", str(record.id).casefold())
+        earlier = seen.setdefault(folded, number)
         if earlier != number:
             raise PromptError(f"{place}: id {record.id!r} is that of line {earlier}, too")
         records.append(record)
@@ -156,10 +158,12 @@ def parse_record(
             near = difflib.get_close_matches(name, RECORD_FIELDS, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(RECORD_FIELDS)}"
             raise PromptError(f"{place}: unknown field {name!r}; {hint}")
-    name = fields.get("id", default_id)
-    if not isinstance(name, str) or not _ID.fullmatch(name):
+    given = fields.get("id", default_id)
+    name = file_id(given)
+    if name is None:
         raise PromptError(
-            f"{place}: id {_short(name)} cannot name a file; use letters, digits, '.', '_', '-'"
+            f"{place}: id {_short(given)} cannot name a file; use letters and digits, after the "
+            f"first also '.', '_' and '-', of at most {MAX_ID_BYTES} bytes in UTF-8"
         )
     if ("prompt" in fields) == ("content" in fields):
         raise PromptError(f"{place}: give either prompt (with images) or content")
@@ -174,6 +178,19 @@ def parse_record(
         if image is not None:
             _check_location(image, folder, place, image_root)
     return record
+
+
+def file_id(given: Any) -> str | None:
+    """The id as it names files, in composed letters (NFC); None if it cannot.
+
+    Letters and digits are those of any script, with their marks, as in names of Python. Some file
+    systems keep letters composed and others apart: one form here, so that two ids are two files.
+    """
+    if not isinstance(given, str) or not given[:1].isalnum():
+        return None
+    name = unicodedata.normalize("NFC", given)
+    is_safe = ("_" + name.replace(".", "_").replace("-", "_")).isidentifier()
+    return name if is_safe and len(name.encode()) <= MAX_ID_BYTES else None
 
 
 def _check_location(image: Path, folder: Path, place: str, image_root: Path | None) -> None:

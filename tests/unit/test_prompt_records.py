@@ -128,3 +128,32 @@ def test_images_are_opened_upright_or_named(tmp_path):
             open_image_file(tmp_path / name)
     with pytest.raises(PromptError, match="no image .*none.png"):
         open_image_file(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("name", ["Kätzchen-0", "红茶壶-1", "हिन्दी_किताब-2", "แมวน้ำ", "7.a_b"])
+def test_ids_are_letters_of_any_script(tmp_path, name):
+    """The message allowed letters and the rule those of ASCII alone."""
+    (record,) = read_records(write(tmp_path, {"id": name, "prompt": ""}))
+    assert record.id == name
+    (tmp_path / f"{record.id}-0.png").touch()
+
+
+def test_an_id_of_letters_in_parts_is_that_of_the_whole_letters(tmp_path):
+    """macOS takes both names for the same file."""
+    apart = {"id": "Ka\u0308tzchen", "prompt": ""}
+    (record,) = read_records(write(tmp_path, apart))
+    assert record.id == "K\u00e4tzchen"
+    with pytest.raises(PromptError, match="is that of line 1"):
+        read_records(write(tmp_path, apart, {"id": "K\u00c4TZCHEN", "prompt": ""}))
+
+
+@pytest.mark.parametrize("name", ["", "-a", ".a", "a b", "a/b", "a\u202eb", "a\u200bb", "\u0308a"])
+def test_ids_that_files_cannot_be_called_by(tmp_path, name):
+    with pytest.raises(PromptError, match="cannot name a file; use letters and digits, after"):
+        read_records(write(tmp_path, {"id": name, "prompt": ""}))
+
+
+def test_ids_are_as_long_as_file_systems_allow(tmp_path):
+    read_records(write(tmp_path, {"id": "a" * 151, "prompt": ""}))
+    with pytest.raises(PromptError, match="151 bytes"):
+        read_records(write(tmp_path, {"id": "壶" * 51, "prompt": ""}))
