@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from megatron_kosmosg.inference.sheet_font import Font, readable
 
 FONT_SIZE, LINE_PIXELS, GAP, MIN_WIDTH = 13, 18, 6, 560
 INK, FAINT, RULE = (20, 20, 20), (110, 110, 110), (205, 205, 205)
@@ -31,13 +33,12 @@ def contact_sheet(rows: Sequence[SheetRow], cell: int) -> Image.Image:
     before += 2 * GAP if before else 0
     width = GAP + before + max(len(row.results) for row in rows) * step
     width = max(width, MIN_WIDTH)
-    font = ImageFont.load_default(FONT_SIZE)
-    texts = [_wrap(row.text or "(no words)", font, width - 2 * GAP) for row in rows]
-    heights = [len(lines) * LINE_PIXELS + LINE_PIXELS + cell + 3 * GAP for lines in texts]
+    texts = [_lines(row.text or "(no words)", width - 2 * GAP) for row in rows]
+    heights = [len(lines) * LINE_PIXELS + LINE_PIXELS + cell + 3 * GAP for _, lines in texts]
     sheet = Image.new("RGB", (width, sum(heights) + GAP), "white")
     draw = ImageDraw.Draw(sheet)
     top = 0
-    for row, lines, height in zip(rows, texts, heights, strict=True):
+    for row, (font, lines), height in zip(rows, texts, heights, strict=True):
         y = top + GAP
         for line in lines:
             draw.text((GAP, y), line, fill=INK, font=font)
@@ -46,7 +47,8 @@ def contact_sheet(rows: Sequence[SheetRow], cell: int) -> Image.Image:
             for j, (label, image) in enumerate(images):
                 x = start + j * step
                 place = (x + cell / 2, y + LINE_PIXELS / 2)
-                draw.text(place, label, fill=FAINT, font=font, anchor="mm")
+                labelled, label = readable(label, FONT_SIZE)
+                draw.text(place, label, fill=FAINT, font=labelled, anchor="mm")
                 fitted = _fit(image, cell)
                 offset = ((cell - fitted.width) // 2, (cell - fitted.height) // 2)
                 sheet.paste(fitted, (x + offset[0], y + LINE_PIXELS + offset[1]))
@@ -61,7 +63,8 @@ def _fit(image: Image.Image, cell: int) -> Image.Image:
     return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _lines(text: str, width: int) -> tuple[Font, list[str]]:
+    font, text = readable(text, FONT_SIZE)
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -69,4 +72,4 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
             lines.append(word)
         else:
             lines[-1] = longer
-    return lines
+    return font, lines

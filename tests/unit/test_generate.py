@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from megatron_kosmosg.files import fingerprint
+from megatron_kosmosg.inference import sheet_font
 from megatron_kosmosg.inference.contact_sheet import SheetRow, contact_sheet
 from megatron_kosmosg.inference.generate import Job, generate, group_key, write_sheet
 from megatron_kosmosg.inference.image_files import is_finished
@@ -248,3 +249,23 @@ def test_a_image_that_is_not_ours_is_not_finished(records, tmp_path):
     assert not is_finished(planned, tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / planned.file_name)
     assert not is_finished(planned, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [("Kätzchen – dog", "Katzchen - dog"), ("红茶壶", r"\u7ea2\u8336\u58f6"), ("a dog", "a dog")],
+)
+def test_letters_that_no_font_has_are_spelled_on_a_sheet(monkeypatch, text, plain):
+    """They were empty boxes."""
+    monkeypatch.setattr(sheet_font, "_others", lambda size: iter(()))
+    font, drawn = sheet_font.readable(text, 13)
+    assert drawn == plain and font.getname() == ("Aileron", "Regular")
+
+
+def test_letters_beyond_ascii_are_drawn_where_a_font_has_them():
+    """matplotlib, of the extra `demo`, brings one."""
+    pytest.importorskip("matplotlib")
+    font, drawn = sheet_font.readable("Ka\u0308tzchen, Котёнок", 13)
+    assert drawn == "Kätzchen, Котёнок" and font.getname()[0] == "DejaVu Sans"
+    _, mixed = sheet_font.readable("Kätzchen हि", 13)
+    assert mixed.startswith("Kätzchen") and "\u25cc" not in mixed
