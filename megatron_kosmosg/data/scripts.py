@@ -6,6 +6,7 @@ Entities (kinds/entity_placement.py) and the cuts of packed rows (tokenizer.py) 
 from __future__ import annotations
 
 import re
+import unicodedata
 
 UNSPACED = re.compile(
     "["
@@ -47,6 +48,26 @@ def is_unspaced(letter: str) -> bool:
 def find_words(words: str, text: str) -> re.Match[str] | None:
     """The place where `words` stand in `text` as whole words, upper and lower case alike. Where
     they or their neighbours belong to a script without spaces, any place will do."""
-    left = "" if is_unspaced(words[0]) else rf"(?:\b|(?<={UNSPACED.pattern}))"
-    right = "" if is_unspaced(words[-1]) else rf"(?:\b|(?={UNSPACED.pattern}))"
-    return re.search(f"{left}{re.escape(words)}{right}", text, re.IGNORECASE)
+    sought = re.compile(re.escape(words), re.IGNORECASE)
+    found = sought.search(text)
+    while found is not None:
+        start, end = found.span()
+        if _parts(text[max(0, start - 1) : start], words[0]) and _parts(
+            text[end : end + 1], words[-1]
+        ):
+            return found
+        found = sought.search(text, start + 1)
+    return None
+
+
+def _parts(neighbour: str, letter: str) -> bool:
+    """Whether a word that ends, or begins, with `letter` is whole beside `neighbour` ("": none)."""
+    if is_unspaced(letter) or (neighbour and is_unspaced(neighbour)):
+        return True
+    return _is_of_word(neighbour) != _is_of_word(letter)
+
+
+def _is_of_word(letter: str) -> bool:
+    """Regular expressions take marks, among them the vowels of Indian scripts, for no letters."""
+    is_mark = letter != "" and unicodedata.category(letter)[0] == "M"
+    return letter.isalnum() or letter == "_" or is_mark
