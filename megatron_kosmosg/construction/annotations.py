@@ -48,7 +48,9 @@ class Annotations:
             raise ValueError(f"{path} holds no annotations")
 
     def find(self, key: str) -> dict[str, Any]:
-        """The annotation of an image. Raises Rejected where there is none."""
+        """The annotation of an image, by its key or its file's name. Raises Rejected where there
+        is none."""
+        key = plain_key(key)
         if key not in self._offsets:
             example = next(iter(self._offsets))
             raise Rejected(f"not in {self.path.name}", f"a key there is {example!r}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_kosmosg.construction.sources import Source, find_sources, plain_key
+from megatron_kosmosg.construction.sources import FOLDER, Source, find_sources, plain_key
 from megatron_kosmosg.construction.step_rows import StepFolder
 from megatron_kosmosg.data.kinds.caption import CAPTION
 from megatron_kosmosg.data.kinds.record import Record, Rejected
@@ -57,6 +57,9 @@ class BuildPlan:
         seen: set[str] = set()
         for found in source.reader(self._options).read(shard, self._options):
             planned = self._canonical(found)
+            if planned.key in seen and source.format == FOLDER:
+                # 1.png beside 1.jpg: a file's whole name is its own.
+                planned = replace(planned, key=_file_name(found, planned.key))
             if planned.key in seen:
                 unique = f"{planned.key} ({found.source})"
                 planned = PlannedRecord(unique, Rejected("duplicate key", planned.key))
@@ -125,6 +128,10 @@ def _stored(source: Source, shard: Shard) -> dict[str, Any]:
         "names": [name for name, _ in shard.entries],
         "label": source.label,
     }
+
+
+def _file_name(found: Record | BadRecord, key: str) -> str:
+    return str(found.fields["image"]) if isinstance(found, Record) else key
 
 
 def _shard_file(output: Path, number: int) -> Path:

@@ -77,7 +77,7 @@ class FolderReader:
 
     def shards(self, path: Path, limit: int | None, size: ShardSize) -> list[Shard]:
         """Cuts the folder into shards (Reader.shards): the images are listed here, read later."""
-        names = list(_image_names(path))[:limit]
+        names = list(image_names(path))[:limit]
         starts = range(0, len(names), size.records)
         parts = [(start, names[start : start + size.records]) for start in starts]
         return [
@@ -147,7 +147,8 @@ def _columns(path: Path) -> list[str]:
         return next(csv.reader(file), [])
 
 
-def _image_names(folder: Path) -> Iterator[str]:
+def image_names(folder: Path) -> Iterator[str]:
+    """The images below a folder by their endings, hidden ones left out, relative to it."""
     for place, folders, names in walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
