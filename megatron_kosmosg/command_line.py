@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_kosmosg import exit_codes
+from megatron_kosmosg.files import OF_THE_DISK
 from megatron_kosmosg.launcher import as_typed, is_first_rank
+from megatron_kosmosg.memory_errors import is_out_of_memory
 from megatron_kosmosg.terminal_text import printable_lines
 
 DTYPES = ("fp32", "bf16", "fp16")
@@ -92,22 +94,43 @@ def nearest(wrong: str, names: Iterable[str]) -> str | None:
 # ---- how a command ends --------------------------------------------------------------------------
 
 
-def run_command(work: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """The exit code of `work`, also where it raises for an input that cannot be used.
+def run_command(work: Callable[[], int], interrupted: str = "interrupted", writes: str = "") -> int:
+    """The exit code of `work`, also where it raises for an input that cannot be used, a disk that
+    cannot be written, or memory that does not suffice.
 
     Args:
         interrupted: what a user reads after Ctrl-C.
+        writes: the option that says where the command writes; "" where it has none.
     """
     quieten_imports()
     try:
         return work()
     except BrokenPipeError:
         return exit_codes.of_a_reader_that_left()
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return report_error(str(error))
+    except OSError as error:
+        return report_error(_of_the_disk(error, writes))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return report_error(
+            f"the memory does not suffice ({first_line(str(error))}); ask for less at once "
+            "(smaller images or a smaller --batch-size where the command has them)"
+        )
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return exit_codes.INTERRUPTED
+
+
+def _of_the_disk(error: OSError, writes: str) -> str:
+    """The error in words; of a disk that takes nothing more, where that is and what to do."""
+    if error.errno not in OF_THE_DISK:
+        return str(error)
+    where, another = "", f"give another {writes}" if writes else "write elsewhere"
+    if error.filename is None:
+        where = f", in {writes or 'the output'} or for temporary files ($TMPDIR, else /tmp)"
+    return f"{error}{where}; make room there, or {another}"
 
 
 def quieten_imports() -> None:
@@ -177,13 +200,13 @@ def name_part(text: str) -> str:
 
 
 def existing_file(text: str) -> Path:
-    if not Path(text).is_file():
+    if not Path(some_text(text)).is_file():
         raise argparse.ArgumentTypeError(f"{text} is not a file")
     return Path(text)
 
 
 def existing_folder(text: str) -> Path:
-    if not Path(text).is_dir():
+    if not Path(some_text(text)).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not a folder")
     return Path(text)
 
@@ -259,4 +282,5 @@ def add_config(parser: argparse._ActionsContainer, use: str = "", required: bool
 
 
 def add_overrides(parser: argparse._ActionsContainer, use: str) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=use)
+    # The default says that none need be given: argparse would call it required otherwise.
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=use)

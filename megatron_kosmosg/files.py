@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from filelock import FileLock
 from megatron_kosmosg.foreign_files import files_below
 
 logger = logging.getLogger(__name__)
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""Errors of a disk that is full, over its quota or read-only, and of a file that may not grow."""
+_OF_RUST = re.compile(r"\(os error (\d+)\)")
 
 
 @contextmanager
@@ -35,10 +39,12 @@ def replacing(path: Path, *, only_writer: bool = False) -> Iterator[Path]:
     temporary = temporary_name(path, only_writer=only_writer)
     if only_writer:
         temporary.unlink(missing_ok=True)
-    open_itself(temporary, "xb").close()
+    with naming_disk(path):
+        open_itself(temporary, "xb").close()
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming_disk(path):
+            yield temporary
+            os.replace(temporary, path)
     except BaseException:  # an interrupt too
         temporary.unlink(missing_ok=True)
         raise
@@ -52,13 +58,36 @@ def new_folder(path: Path, *, only_writer: bool = False, replaces: bool = False)
     until then goes, a link itself and not what it leads to; else FileExistsError is raised at the
     end, and what is there stays. Raises OSError where the folder cannot be written to.
     """
-    temporary = begin_folder(path, only_writer=only_writer)
+    with naming_disk(path):
+        temporary = begin_folder(path, only_writer=only_writer)
     try:
-        yield temporary
+        with naming_disk(path):
+            yield temporary
         finish_folder(temporary, path, only_writer=only_writer, replaces=replaces)
     except BaseException:  # an interrupt too
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def naming_disk(path: Path) -> Iterator[None]:
+    """What is written inside becomes `path`, or lies there: where the disk refuses it, the OSError
+    that is raised says so. A call that writes knows no name, safetensors, written in Rust, raises
+    no OSError at all, and torch.save hides it behind a RuntimeError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in OF_THE_DISK and error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        found = _OF_RUST.search(str(error))
+        code = int(found[1]) if found else None
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            code = error.__context__.errno
+        if code not in OF_THE_DISK:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def begin_folder(path: Path, *, only_writer: bool = False) -> Path:

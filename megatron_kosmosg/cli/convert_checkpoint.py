@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when all is done, 2 (with a message on stderr) when nothing was written, 3 when
     models differ."""
     args = build_parser().parse_args(arguments)
-    return run_command(lambda: _convert(args))
+    return run_command(lambda: _convert(args), writes="--output")
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -38,7 +38,12 @@ def build_parser() -> CommandParser:
     parser = command_parser("shards", __doc__, EPILOG)
     parser.add_argument("prefix", metavar="PREFIX", type=some_text, help="of the whole dataset")
     parser.add_argument(
-        "shards", nargs="*", type=some_text, metavar="SHARD", help="prefixes, in their order"
+        "shards",
+        nargs="*",
+        default=[],  # argparse would call it required otherwise
+        type=some_text,
+        metavar="SHARD",
+        help="prefixes, in their order",
     )
     remote = parser.add_argument_group("object storage")
     remote.add_argument(

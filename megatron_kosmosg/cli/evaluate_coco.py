@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--num-captions 1: FID needs two images or more")
     if args.only != "generate" and args.inception is None:
         parser.error("give --inception: what FID is computed with (or --only generate)")
-    return run_command(lambda: _evaluate(args), "stopped; the same command continues")
+    return run_command(lambda: _evaluate(args), "stopped; the same command continues", "--output")
 
 
 def _evaluate(args: argparse.Namespace) -> int:

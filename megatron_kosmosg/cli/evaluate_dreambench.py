@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--noise authors belongs to --num-images 4, as they drew")
     if args.only != "generate" and args.dino is None and args.clip is None:
         parser.error("give --dino, --clip or both: what to score with (or --only generate)")
-    return run_command(lambda: _evaluate(args), "stopped; the same command continues")
+    return run_command(lambda: _evaluate(args), "stopped; the same command continues", "--output")
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--image-root belongs to --pairs, whose images it allows")
     if args.dino is None and args.clip is None and args.inception is None:
         parser.error("give --dino, --clip or --inception: what to score with")
-    return run_command(lambda: _evaluate(args), "stopped; the same command continues")
+    return run_command(lambda: _evaluate(args), "stopped; the same command continues", "--output")
 
 
 def _evaluate(args: argparse.Namespace) -> int:

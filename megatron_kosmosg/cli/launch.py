@@ -67,7 +67,8 @@ def build_parser() -> CommandParser:
         help="where the ranks of several machines meet: the first machine, and a free port there",
     )
     parser.add_argument("command", help="a command of kosmosg, such as train")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own")
+    own = parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own")
+    own.required = False  # argparse would say that they are
     return parser
 
 

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when every kind of rank made its update, 1 when one did not, 2 for bad input."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     args = build_parser().parse_intermixed_args(words)
-    return run_command(lambda: _rehearse(args, words))
+    return run_command(lambda: _rehearse(args, words), writes="--json or --page")
 
 
 def _rehearse(args: argparse.Namespace, words: list[str]) -> int:

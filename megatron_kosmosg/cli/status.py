@@ -22,7 +22,8 @@ EPILOG = """\
 Reads the run's folder alone, so it works from any machine that sees it and disturbs nothing.
 
 exit codes: 0 the run starts, runs, or is done; 1 it failed, stalled, gives no sign of life, or was
-stopped before its end; 2 the folder is not that of a run.
+stopped before its end; 2 the folder is not that of a run;
+141 nobody read the answer to its end (`| head`).
 
 examples:
   kosmosg status /runs/instruct
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 where all is well with the run, 1 where somebody should look after it, 2 where
     there is no run."""
     args = build_parser().parse_args(arguments)
-    return run_command(lambda: _show(args.run, args.json))
+    return run_command(lambda: _show(args.run, args.json), writes="--json")
 
 
 def _show(folder: Path, file: Path | None) -> int:

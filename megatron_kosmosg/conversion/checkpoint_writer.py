@@ -31,6 +31,7 @@ from megatron_kosmosg.conversion.tensors import (
     in_files,
     num_bytes,
 )
+from megatron_kosmosg.files import naming_disk
 from megatron_kosmosg.models.kosmosg import meta_model
 from megatron_kosmosg.models.multimodal_lm import padded_vocab_size
 from megatron_kosmosg.progress import ProgressCallback
@@ -80,7 +81,8 @@ def write_checkpoint(
     is_new = not folder.exists()
     temporary = checkpoint_folder.begin(folder, 0)
     try:
-        _write(temporary, config, source, infos, progress)
+        with naming_disk(temporary):
+            _write(temporary, config, source, infos, progress)
         return checkpoint_folder.finish(temporary, to_yaml(config))
     except BaseException:  # an interrupt too
         shutil.rmtree(folder if is_new else temporary, ignore_errors=True)

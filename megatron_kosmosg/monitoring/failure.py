@@ -8,7 +8,6 @@ goes on is no failure of the run: it has a file of its own.
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import time
@@ -24,6 +23,7 @@ from megatron_kosmosg.config.errors import ConfigError, InputError
 from megatron_kosmosg.config.paths import FAILURE_FILE
 from megatron_kosmosg.data.bad_images import TooManyBadImages
 from megatron_kosmosg.data.remote_file import StorageError
+from megatron_kosmosg.files import OF_THE_DISK
 from megatron_kosmosg.monitoring.lost_ranks import note_lost_rank
 from megatron_kosmosg.terminal_text import printable_lines
 
@@ -112,7 +112,7 @@ def exit_code_of(error: BaseException) -> int:
 def _is_of_the_disk(error: BaseException) -> bool:
     """Whether the error is of a disk that is full, read-only or over its quota: no new start
     changes that."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
+    return isinstance(error, OSError) and error.errno in OF_THE_DISK
 
 
 def _explains_itself(error: BaseException) -> bool:

@@ -20,6 +20,7 @@ from megatron_kosmosg.data.kinds import KINDS, find_kind
 from megatron_kosmosg.data.kinds.record import Rejected
 from megatron_kosmosg.data.manifest import FORMAT_VERSION, Manifest, manifest_path
 from megatron_kosmosg.data.tokenizer import Tokenizer
+from megatron_kosmosg.files import naming_disk
 from megatron_kosmosg.preprocess.counts import Counts, summary
 from megatron_kosmosg.preprocess.folders import PROMPT_FILE, PROMPTS, SEEDS_FILE
 from megatron_kosmosg.preprocess.input_files import Input, find_inputs, limited, shard_size
@@ -137,12 +138,13 @@ def preprocess(
             )
             for number, stretches in enumerate(groups)
         ]
-        counts = _work(job, jobs, folder, progress, workers)
-        if job.shard_gib is None:
-            counts = _join(job, jobs, folder, counts, tokenizer, workers)
-        else:
-            check = partial(_check, job, folder)
-            counts = write_in_shards(prefix, jobs, folder, counts, check, workers)
+        with naming_disk(folder.path):
+            counts = _work(job, jobs, folder, progress, workers)
+            if job.shard_gib is None:
+                counts = _join(job, jobs, folder, counts, tokenizer, workers)
+            else:
+                check = partial(_check, job, folder)
+                counts = write_in_shards(prefix, jobs, folder, counts, check, workers)
         workers.lead(folder.remove)
     finally:
         folder.close()

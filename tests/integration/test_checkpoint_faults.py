@@ -29,19 +29,6 @@ def straight(tmp_path_factory) -> list[float]:
     return curve(folder)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder that is a disk of one megabyte."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    mounted = subprocess.run(mount, capture_output=True, text=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
 def start(config: RunConfig, settings: dict | None = None) -> tuple[list[int], str, str]:
     """(exit codes, the one error shown, what rank 0 said of its checkpoints)."""
     ends = run_ranks_until_they_end(2, run_program, config, settings)

@@ -51,8 +51,8 @@ INPUTS = {
     "--controlnet": ["missing", "folder", "text-file"],
     "--control-image": ["missing", "folder", "text-file"],
     "--captions": ["missing", "folder", "text-file", ""],
-    "--entities": ["missing", "folder", "text-file"],
-    "--masks": ["missing", "folder", "text-file"],
+    "--entities": ["missing", "folder", "text-file", ""],
+    "--masks": ["missing", "folder", "text-file", ""],
     "--a": ["missing", "folder", "text-file"],
     "--b": ["missing", "folder", "text-file"],
     "--pairs": ["missing", "folder", "text-file", "binary-file", ""],
@@ -82,7 +82,7 @@ INPUTS = {
     "--gpu": ["h100", "text-file", "missing.yaml", ""],
     "--score-ranks": ["64", "0xl40s", "1.5xl40s", "8xa100", "8xmissing.yaml", "8xl40s,", ""],
     "--page": ["text-file/below", "folder", ""],
-    "--device": ["x", "cuda:99", ""],
+    "--device": ["x", "cuda:99", "meta", ""],
     "--field": ["x", "=", "nothing=else", ""],
     "--assume": ["x", "x=y", "=", ""],
     "overrides": ["x", "=", "a.b=1", "training.train_iters=x", "training.train_iters=", "stage=x"],
@@ -90,6 +90,8 @@ INPUTS = {
     "--name": ["a/b", "", ".."],
     "--host": [""],
 }
+PATHS = ("existing_file", "existing_folder", "file_path", "some_text")
+"""Types of options that name files and folders."""
 FREE = {
     "--prompt", "--content", "--negative-prompt", "--drop", "arguments", "--part", "--assets",
     "--tokenizer-model",
@@ -210,8 +212,9 @@ def ring(number: int, frame: object) -> None:
     raise TookTooLong
 
 
-def problem_of(path: tuple[str, ...], words: list[str], capsys) -> str | None:
-    """What is wrong with how the command ended; None if it is as it should be."""
+def problem_of(path: tuple[str, ...], words: list[str], capsys, needed: str = "") -> str | None:
+    """What is wrong with how the command ended; None if it is as it should be, and says
+    `needed`."""
     names = [name for name in COMMANDS if " ".join(path).startswith(name)]
     name = max(names, key=len)
     module = importlib.import_module(f"megatron_kosmosg.{COMMANDS[name].module}")
@@ -234,7 +237,7 @@ def problem_of(path: tuple[str, ...], words: list[str], capsys) -> str | None:
         return f"exit code {code}: {stderr[-200:]!r}"
     if len(lines) != 1 or "Traceback" in stderr:
         return f"said {stderr[-300:]!r}"
-    return None
+    return None if needed in lines[0] else f"did not say {needed!r}: {lines[0]}"
 
 
 def replaced(words: list[str], action: argparse.Action, value: str) -> list[str]:
@@ -271,7 +274,9 @@ def test_a_wrong_value_is_one_error_and_code_2(path, files, monkeypatch, capsys)
         for value in wrong_values(action):
             tried += 1
             line = replaced(words, action, value)
-            problem = problem_of(path, line, capsys)
+            # An unset variable of a shell would otherwise be the current folder.
+            is_path = getattr(action.type, "__name__", "") in PATHS
+            problem = problem_of(path, line, capsys, "is empty" if is_path and not value else "")
             if problem is not None:
                 shown = action.option_strings[-1:] or action.dest
                 found.append(f"{shown} {value!r}: {problem}")

@@ -236,9 +236,21 @@ def test_kosmosg_is_a_module_and_a_program(tmp_path):
 
 
 def test_a_reader_that_has_seen_enough_gets_no_traceback():
-    program = f"{sys.executable} -u -m megatron_kosmosg --help | head -n 1"
+    program = f"{sys.executable} -u -m megatron_kosmosg --help | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
     assert done.stdout.startswith("usage: ") and not done.stderr
+    # 1 is the answer of `status` for a run that failed.
+    assert done.returncode in (0, 141), "141 where `head` had ended before all was printed"
+    program = f"{sys.executable} -m megatron_kosmosg --help | exec 0<&-; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (exit_codes.READER_LEFT, "", "")
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_what_may_be_left_out_is_not_called_required(name):
+    positional = [a for a in PARSERS[name]._actions if not a.option_strings]
+    optional = [a.dest for a in positional if a.nargs in ("*", "?", argparse.REMAINDER)]
+    assert not [a.dest for a in positional if a.dest in optional and a.required]
 
 
 def test_the_version_is_the_package_s(capsys):
@@ -398,7 +410,7 @@ def test_the_documents_list_every_command_and_its_tool():
 
 def test_the_documents_explain_every_exit_code():
     codes = {name: code for name, code in vars(exit_codes).items() if name.isupper()}
-    assert len(set(codes.values())) == len(codes) == 6
+    assert len(set(codes.values())) == len(codes) == 7
     text = (REPOSITORY / "docs" / "running.md").read_text()
     (table,) = re.findall(r"\| exit code \| of every command .*?\n\n", text, re.DOTALL)
     assert [int(code) for code in re.findall(r"^\| (\d+) ", table, re.MULTILINE)] == sorted(

@@ -28,6 +28,7 @@ LAYERS = (
     "pages",
     "progress",
     "exit_codes",
+    "memory_errors",
     "config",
     "launcher",
     "command_line",

@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [name for name, equals, folder in (r.partition("=") for r in args.run) if folder]
     if len(names) < len(args.run) or "instruct" not in names:
         parser.error("give runs as --run NAME=FOLDER, among them instruct=...")
-    return run_command(lambda: _evaluate(args))
+    return run_command(lambda: _evaluate(args), writes="--output")
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when the page is written, and 2, with a message on stderr, when the folder has not
     what it needs."""
     args = build_parser().parse_args(arguments)
-    return run_command(lambda: _report(args))
+    return run_command(lambda: _report(args), writes="--output")
 
 
 def _report(args: argparse.Namespace) -> int:

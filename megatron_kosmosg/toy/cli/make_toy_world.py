@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when the world is there, and 2, with a message on stderr, when it could not be
     written."""
     args = build_parser().parse_args(arguments)
-    return run_command(lambda: _make(args), "interrupted; the same command begins it anew")
+    return run_command(
+        lambda: _make(args), "interrupted; the same command begins it anew", "--output"
+    )
 
 
 def _make(args: argparse.Namespace) -> int:

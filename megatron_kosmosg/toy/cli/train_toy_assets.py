@@ -68,7 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.train_iters is not None and args.part not in ITERATIONS:
         parser.error(f"--train-iters {args.train_iters} goes with one of {', '.join(ITERATIONS)}")
-    return run_command(lambda: _train(args), "interrupted; the same command goes on from here")
+    return run_command(
+        lambda: _train(args),
+        "interrupted; the same command goes on from here",
+        "--run or --assets",
+    )
 
 
 def _train(args: argparse.Namespace) -> int:
