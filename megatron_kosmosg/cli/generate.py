@@ -6,6 +6,7 @@ Long because it is a help page, and what its options say in the terms of inferen
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,13 +49,15 @@ examples:
 A JSONL record is {"prompt": "<image> in snow", "images": ["cat.png"]} or {"content": [{"text": ..}
 or {"image": ..}, ...]}, images named relative to the file, in its folder or --image-root.
 Optional fields: id (names the results ID-0.png, ID-1.png, ..; the line's number if absent),
-negative_prompt, seed, num_images, steps, guidance, height, width, control_image. Drawing options
-are the defaults of all records.
+negative_prompt, seed, num_images, steps, guidance, height, width, control_image, start_image (which
+is drawn over) and strength (the share of the steps that is made on it, 0.75). Drawing options are
+the defaults of all records.
 
 The same command continues an interrupted run. An image is drawn again only if something that
 decides how it looks has changed. Ranks (launch or srun) share the records; the images are the
-same for any number of them. Exit codes: 0 this rank's images are there; 1 one could not be
-written; 2 wrong arguments or input; 130 interrupted.
+same for any number of them. Exit codes: 0 this rank's images are there; 1 a file
+server or the machine failed on the way; 2 wrong arguments or input, or a disk that cannot be
+written; 130 interrupted.
 """
 
 
@@ -184,7 +187,7 @@ def request_of(args: argparse.Namespace, rank_info: RankInfo) -> RunRequest:
     from megatron_kosmosg.inference.prompt_records import GenerationOptions
     from megatron_kosmosg.parallel.devices import named_device
 
-    if args.output.exists() and not args.output.is_dir():
+    if os.path.exists(args.output) and not os.path.isdir(args.output):
         raise ConfigError(f"--output {args.output} is a file; give a folder")
     strengths = args.lora_scale or [1.0] * len(args.lora)
     device = named_device(args.device, rank_info)
@@ -233,21 +236,22 @@ def _records(args: argparse.Namespace) -> list[PromptRecord]:
         root = None if args.image_root is None else Path(args.image_root)
         return read_records(args.prompts, root)
     if args.prompt is not None:
-        content = split_prompt(args.prompt, args.image, "--prompt")
+        place, content = "--prompt", split_prompt(args.prompt, args.image, "--prompt")
     else:
         try:
             listed = parse_json(args.content)
         except ValueError as error:
             raise PromptError(f"--content is not JSON: {error}") from error
-        content = interleaved_content(listed, Path(), "--content")
-    return [PromptRecord(None, content, GenerationOptions(seed=args.seed))]
+        place, content = "--content", interleaved_content(listed, Path(), "--content")
+    return [PromptRecord(None, content, GenerationOptions(seed=args.seed), place=place)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when this rank's images are all there; with a message on stderr 2 when nothing
-    was drawn, 1 when one could not be written, 130 on Ctrl-C."""
+    was drawn or the disk is full, 1 when a file server or the machine failed on the way, 130 on
+    Ctrl-C."""
     args = parse(arguments)
-    return run_command(lambda: _generate(args), "stopped; the same command continues")
+    return run_command(lambda: _generate(args), "stopped; the same command continues", "--output")
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -258,6 +262,8 @@ def _generate(args: argparse.Namespace) -> int:
     try:
         finished = draw(request_of(args, rank_info), rank_info)
     except OSError as error:
+        if exit_codes.of_os_error(error) != exit_codes.FAILURE:
+            raise
         return report_error(f"{error}; the same command continues", exit_codes.FAILURE)
     rank = f"rank {rank_info.rank}: " if rank_info.world_size > 1 else ""
     print(f"{rank}{finished.num_drawn} drawn, {finished.num_kept} kept in {args.output}")

@@ -6,6 +6,7 @@ records each; a block is drawn in the same calls on any number of ranks and in a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,11 +15,13 @@ from typing import Protocol
 
 from PIL import Image
 
+from megatron_kosmosg.config.errors import ConfigError
 from megatron_kosmosg.config.overwrites import refuse_to_overwrite
 from megatron_kosmosg.inference.contact_sheet import SheetRow, contact_sheet
 from megatron_kosmosg.inference.image_files import is_finished, save_atomically, write_image
 from megatron_kosmosg.inference.image_plan import ImagePlan, PlannedImage
-from megatron_kosmosg.inference.prompt_records import PromptRecord, open_image_file
+from megatron_kosmosg.inference.prompt_records import PromptError, PromptRecord, open_image_file
+from megatron_kosmosg.memory_errors import is_out_of_memory
 
 MIN_CELL, MAX_CELL = 128, 256
 
@@ -64,7 +67,8 @@ def generate(job: Job, open_generator: Callable[[], ImageGenerator], report: Ima
     image is missing.
 
     Raises PromptError before anything is written if one of this rank's prompts cannot be used, and
-    ConfigError if an image would be written over one that a prompt shows.
+    ConfigError if an image would be written over one that a prompt shows, or the folder cannot be
+    written to. PromptError, too, on the way where memory does not suffice.
     """
     groups = list(_groups(job))
     everything = [planned for group in groups for planned in group]
@@ -75,13 +79,14 @@ def generate(job: Job, open_generator: Callable[[], ImageGenerator], report: Ima
         report(done, done)
         return 0
     _refuse_to_overwrite(job, [planned for group in missing for planned in group])
+    _check_writable(job.folder)
     image_generator = open_generator()
     image_generator.check(everything)
     report(done, len(everything))
     for group, unfinished in zip(groups, missing, strict=True):
         if not unfinished:
             continue
-        for planned, image in zip(group, image_generator.generate(group), strict=True):
+        for planned, image in zip(group, _drawn(image_generator, group), strict=True):
             if planned in unfinished:
                 write_image(image, planned, job.folder)
                 done += 1
@@ -109,6 +114,37 @@ def write_sheet(job: Job, num_records: int) -> Path | None:
     path = job.folder / job.sheet_file
     save_atomically(contact_sheet(rows, min(MAX_CELL, max(MIN_CELL, *sizes))), path)
     return path
+
+
+def _drawn(image_generator: ImageGenerator, group: Sequence[PlannedImage]) -> list[Image.Image]:
+    """The images of a group. Raises PromptError where they do not fit into memory together."""
+    try:
+        return image_generator.generate(group)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        options = group[0].options
+        sides = (("--height", options.height), ("--width", options.width))
+        given = ", ".join(f"{name} {side}" for name, side in sides if side is not None)
+        size = given or "images of the model's own size"
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise PromptError(
+            f"{group[0].record.id}: {size} do not fit into memory, {len(group)} at once ({said}); "
+            "give a smaller --height and --width, fewer --num-images or a smaller --batch-size"
+        ) from error
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises ConfigError where no file can be made in `folder`, or the folder itself: before the
+    model is loaded."""
+    places = (folder.absolute(), *folder.absolute().parents)
+    above = next(place for place in places if os.path.exists(place))
+    as_now = os.access in os.supports_effective_ids
+    if not os.access(above, os.W_OK | os.X_OK, effective_ids=as_now):
+        raise ConfigError(
+            f"--output {folder}: nothing can be written to {above} (permissions, or a read-only "
+            "disk); give another --output"
+        )
 
 
 def _refuse_to_overwrite(job: Job, missing: Sequence[PlannedImage]) -> None:

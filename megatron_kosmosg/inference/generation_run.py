@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def run(request: RunRequest, rank_info: RankInfo) -> Finished:
     anything is written."""
     source = request.source
     output = request.output.absolute()
-    above = next(path for path in (output, *output.parents) if path.exists())
+    above = next(path for path in (output, *output.parents) if os.path.exists(path))
     if not above.is_dir():
         raise ConfigError(f"--output {request.output}: {above} is a file")
     plan = ImagePlan(

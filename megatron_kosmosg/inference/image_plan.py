@@ -98,7 +98,7 @@ class ImagePlan:
             options = self._sized(options)
             shared = self._shared_settings(record, options)
         except PromptError as error:
-            raise PromptError(f"{record.id or '--prompt'}: {error}") from error
+            raise PromptError(f"{record.id or record.place}: {error}") from error
         assert len(record.noise) in (0, count), "a row for each picture"
         return [
             PlannedImage(

@@ -50,13 +50,24 @@ def find_model(
     controlnet: tuple[Path, float] | None = None,
     draws: bool = True,
 ) -> ModelSource:
-    """The model at `path`. Raises ConfigError, naming the option, for what is not there.
+    """The model at `path`. Raises ConfigError, naming the option, for what is not there or may not
+    be read, and for a tokenizer beside an exported folder, which has its own.
 
     stable_diffusion: replaces the U-Net, VAE and scheduler; a checkpoint's default is its
     `model.diffusion.path`. draws=False: those of a checkpoint are not looked for.
     """
-    is_exported = (path / INDEX_FILE).is_file()
-    folder = path if is_exported else _checkpoint(path)
+    try:
+        is_exported = (path / INDEX_FILE).is_file()
+        folder = path if is_exported else _checkpoint(path)
+        if is_exported:
+            (path / INDEX_FILE).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--model {path} cannot be read: {error}") from error
+    if is_exported and tokenizer_model is not None:
+        raise ConfigError(
+            f"--tokenizer-model {tokenizer_model}: --model {path} is an exported folder, which has "
+            "its tokenizer; the option belongs to a checkpoint"
+        )
     if draws and not is_exported and stable_diffusion is None:
         named = load_saved_config(folder / CONFIG_FILE).model.diffusion.path
         if named is None:

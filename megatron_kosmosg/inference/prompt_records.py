@@ -95,6 +95,8 @@ class PromptRecord:
     options: GenerationOptions = field(default_factory=GenerationOptions)
     noise: tuple[NoiseRow, ...] = ()
     """Start noise of each of its images in place of what their seeds give."""
+    place: str = ""
+    """The option that gave it, for messages where it has no id."""
 
     @property
     def images(self) -> list[Path]:

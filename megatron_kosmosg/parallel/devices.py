@@ -26,13 +26,18 @@ def choose_device(rank_info: RankInfo) -> torch.device:
 
 def named_device(name: str | None, rank_info: RankInfo) -> torch.device:
     """The device of --device, `choose_device` without one. Raises ConfigError for one that is not
-    there."""
+    there, or does not compute, as "meta"."""
     if name is None:
         return choose_device(rank_info)
     try:
-        return torch.empty(0, device=name).device
+        one = torch.ones(1, device=name)
+        (one + one).item()
+        return one.device
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines()[0]
+        raise ConfigError(
+            f"--device {name} cannot be used ({said}); give cpu, cuda or cuda:N"
+        ) from error
 
 
 def on_device(module: ModuleT, device: torch.device) -> ModuleT:
