@@ -60,14 +60,21 @@ def build_parser() -> CommandParser:
     add(
         "--input",
         nargs="+",
+        type=some_text,
         required=True,
         metavar="IMAGES",
         help="folders, tar files, Open Images' CSV list, or whatever --kind caption reads",
     )
     add("--output", type=file_path, required=True, metavar="FOLDER", help="for records and report")
-    add("--captions", required=True, metavar="FROM", help="model folder, file, or input")
-    add("--entities", metavar="FROM", help="model folder, file, or noun-phrases")
-    add("--masks", metavar="FROM", help="model folder or file")
+    add(
+        "--captions",
+        type=some_text,
+        required=True,
+        metavar="FROM",
+        help="model folder, file, or input",
+    )
+    add("--entities", type=some_text, metavar="FROM", help="model folder, file, or noun-phrases")
+    add("--masks", type=some_text, metavar="FROM", help="model folder or file")
     add("--limit", type=positive_int, metavar="N", help="use only the first N images")
     add(
         "--image-root",
@@ -142,12 +149,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.masks is not None and args.entities is None:
         parser.error("--masks needs --entities: what is to be found in the images")
-    return run_command(lambda: _build(args), "interrupted; the same command goes on from here")
+    return run_command(
+        lambda: _build(args), "interrupted; the same command goes on from here", "--output"
+    )
 
 
 def _build(args: argparse.Namespace) -> int:
     from megatron_kosmosg.construction.build_run import SHEET_FILE, ModelSettings, build
-    from megatron_kosmosg.files import fingerprint
+    from megatron_kosmosg.files import fingerprint, naming_disk
     from megatron_kosmosg.launcher import find_worker
     from megatron_kosmosg.parallel.devices import choose_device
     from megatron_kosmosg.parallel.platform import torch_dtype
@@ -158,7 +167,8 @@ def _build(args: argparse.Namespace) -> int:
         lambda: choose_device(place),
         fingerprint,
     )
-    built = build(_job(args), place, models)
+    with naming_disk(args.output):
+        built = build(_job(args), place, models)
     if built.report is None:
         print("this process's share is done, others still work")
         return exit_codes.DONE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_kosmosg import exit_codes
 from megatron_kosmosg.command_line import (
@@ -17,6 +18,7 @@ from megatron_kosmosg.command_line import (
     positive_int,
     report_error,
     run_command,
+    some_text,
 )
 from megatron_kosmosg.terminal_text import printable
 
@@ -44,7 +46,7 @@ def build_parser() -> CommandParser:
     """The parser of the command and its options."""
     parser = command_parser("cache-latents", __doc__, EPILOG)
     add = parser.add_argument
-    add("prefixes", nargs="+", metavar="PREFIX", help="datasets to encode")
+    add("prefixes", nargs="+", type=some_text, metavar="PREFIX", help="datasets to encode")
     add_stable_diffusion(parser, "whose vae/ encodes", required=True)
     add("--name", type=name_part, default="latents", help="of the caches (latents)")
     add(
@@ -90,10 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cache(args: argparse.Namespace) -> int:
+    from megatron_kosmosg.data.store import SampleStore
+
+    # Before the libraries, which take seconds. A dataset in shards gets a cache of each shard.
+    prefixes = [p for name in args.prefixes for p in SampleStore(name).shards.prefixes]
+
     from megatron_kosmosg.data.bad_images import TooManyBadImages
     from megatron_kosmosg.data.images import ImageDecoder
     from megatron_kosmosg.data.normalise import target_pixels
-    from megatron_kosmosg.data.store import SampleStore
+    from megatron_kosmosg.files import naming_disk
     from megatron_kosmosg.launcher import find_rank_info
     from megatron_kosmosg.models.diffusion import load_vae, vae_fingerprint
     from megatron_kosmosg.parallel.devices import choose_device, on_device
@@ -107,8 +114,7 @@ def _cache(args: argparse.Namespace) -> int:
     mark = vae_fingerprint(load_vae(folder, torch_dtype("fp32")))
     vae = on_device(load_vae(folder, torch_dtype(args.dtype)), device)
     decoder = ImageDecoder(args.image_backend, device.index)
-    # A dataset in shards gets a cache of each shard.
-    for prefix in (p for name in args.prefixes for p in SampleStore(name).shards.prefixes):
+    for prefix in prefixes:
         job = LatentJob(
             store=SampleStore(prefix),
             name=args.name,
@@ -121,9 +127,10 @@ def _cache(args: argparse.Namespace) -> int:
         )
         shown = Progress(f"{prefix}.{args.name}", "sample", is_shared=rank_info.world_size > 1)
         try:
-            cached = cache_latents(
-                job, vae, mark, decoder, rank_info.rank, rank_info.world_size, shown
-            )
+            with naming_disk(Path(f"{prefix}.{args.name}")):
+                cached = cache_latents(
+                    job, vae, mark, decoder, rank_info.rank, rank_info.world_size, shown
+                )
         except TooManyBadImages as error:
             return report_error(str(error), exit_codes.MISSED)
         state = "this rank's share is done, others still work"

@@ -20,6 +20,7 @@ from megatron_kosmosg.command_line import (
     natural_int,
     positive_int,
     run_command,
+    some_text,
 )
 from megatron_kosmosg.terminal_text import printable, printable_lines
 
@@ -38,11 +39,17 @@ examples:
 def build_parser() -> CommandParser:
     """The parser of the command and its options."""
     parser = command_parser("inspect", __doc__, EPILOG)
-    parser.add_argument("prefix", metavar="PREFIX", help="dataset, without an extension")
+    parser.add_argument(
+        "prefix", type=some_text, metavar="PREFIX", help="dataset, without an extension"
+    )
     add_tokenizer_model(parser, "the config's")
     add_config(parser, "gives sizes, probabilities and the tokenizer (the paper's)")
     parser.add_argument(
-        "--samples", type=positive_int, default=24, metavar="N", help="on the page (24)"
+        "--samples",
+        type=positive_int,
+        default=24,
+        metavar="N",
+        help="on the page, or all (24)",
     )
     add_seed(parser, "draws the samples")
     parser.add_argument("--output", type=file_path, metavar="HTML", help="page (PREFIX.html)")
@@ -64,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.config is None and args.tokenizer_model is None:
         parser.error("give --tokenizer-model or --config")
-    return run_command(lambda: _inspect(args))
+    return run_command(lambda: _inspect(args), writes="--output")
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -73,6 +73,7 @@ def build_parser() -> CommandParser:
     add(
         "--input",
         nargs="+",
+        type=some_text,
         required=True,
         metavar="FILE",
         help="files, quoted globs, the authors' json/train.json, or the InstructPix2Pix folder",
@@ -168,7 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when the dataset is complete; otherwise there is a message on stderr and no new
     dataset."""
     args = build_parser().parse_args(arguments)
-    return run_command(lambda: _preprocess(args), "interrupted; --resume goes on from here")
+    return run_command(
+        lambda: _preprocess(args), "interrupted; --resume goes on from here", "--output-prefix"
+    )
 
 
 def _preprocess(args: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ from megatron_kosmosg.preprocess.tar import IMAGE_EXTENSIONS, OTHER_EXTENSIONS
 
 FOLDER, OPEN_IMAGES = "folder", "openimages"
 ENDINGS = (*IMAGE_EXTENSIONS, *OTHER_EXTENSIONS)
+_ADVICE = "give the folder that holds the images, or what `preprocess --kind caption` reads"
 ID_COLUMN, SUBSET_COLUMN, ROTATION_COLUMN = "ImageID", "Subset", "Rotation"
 
 
@@ -56,7 +57,8 @@ def find_sources(patterns: Sequence[str]) -> list[Source]:
         elif path.is_file() and path.suffix.lower() == ".csv":
             found = [Source(path, OPEN_IMAGES)]
         else:
-            found = [Source(i.path, i.format) for i in input_files.find_inputs([pattern], CAPTION)]
+            inputs = input_files.find_inputs([pattern], CAPTION, advice=_ADVICE)
+            found = [Source(each.path, each.format) for each in inputs]
         sources += [Source(source.path.resolve(), source.format) for source in found]
     repeated = {source.path for source in sources if sources.count(source) > 1}
     if repeated:

@@ -66,7 +66,7 @@ class SampleStore:
         if missing:
             raise FileNotFoundError(
                 f"no dataset at {prefix}: {' and '.join(missing)} missing; write it with "
-                "`kosmosg preprocess` or correct data.blend.NAME.path"
+                "`kosmosg preprocess`, or give the prefix of another (a run: data.blend.NAME.path)"
             )
         try:
             self.sample_kind = find_kind(self.manifest.kind) if self.manifest else TEXT

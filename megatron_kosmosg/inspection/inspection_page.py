@@ -100,7 +100,11 @@ def summary_text(store: SampleStore, tokenizer: Tokenizer, seed: int) -> str:
 def write_page(
     path: Path, store: SampleStore, tokenizer: Tokenizer, config: RunConfig, num_samples: int
 ) -> Path:
-    """Writes the page to `path`, which is replaced as a whole; the page refers to no other file."""
+    """Writes the page to `path`, which is replaced as a whole; the page refers to no other file.
+
+    num_samples: of each stream, at most as many as the dataset has: streams repeat without end.
+    """
+    num_samples = min(num_samples, len(store))
     streams = {}
     if store.sample_kind.pretrain is not None:
         streams["pretrain"] = pretrain_stream(config, "train")

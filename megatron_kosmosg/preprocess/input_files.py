@@ -78,9 +78,16 @@ class Input:
         }[self.format]()
 
 
-def find_inputs(patterns: Sequence[str], kind: SampleKind, requested: str = "auto") -> list[Input]:
+def find_inputs(
+    patterns: Sequence[str],
+    kind: SampleKind,
+    requested: str = "auto",
+    advice: str = "give --format",
+) -> list[Input]:
     """What the names and globs stand for, globs sorted and without our own products, listings
     opened.
+
+    advice: what the command has for a file whose name does not tell its format.
 
     Raises ValueError for a pattern that matches nothing, an input named twice and a format that
     cannot be told or does not go with `kind`.
@@ -90,7 +97,7 @@ def find_inputs(patterns: Sequence[str], kind: SampleKind, requested: str = "aut
         paths = [Path(pattern)] if Path(pattern).exists() else []
         paths = paths or _matches(pattern)
         for path in paths:
-            inputs.extend(_open(path, kind, requested))
+            inputs.extend(_open(path, kind, requested, advice))
     seen: dict[str, Path] = {}
     for source in inputs:
         if source.format not in kind.formats:
@@ -172,7 +179,7 @@ def _tails(paths: list[Path]) -> list[str]:
     return ["/".join(tail) for tail in apart]
 
 
-def _open(path: Path, kind: SampleKind, requested: str) -> list[Input]:
+def _open(path: Path, kind: SampleKind, requested: str, advice: str) -> list[Input]:
     """The inputs that a name stands for: a file, a folder, or the files that a folder or a listing
     names."""
     refuse_streams(path)
@@ -181,7 +188,7 @@ def _open(path: Path, kind: SampleKind, requested: str) -> list[Input]:
         if saved is not None:
             return [Input(file, "arrow") for file in saved]
         return [Input(path, folder_format(path, kind))]
-    return _open_listing(path, _format(path, requested))
+    return _open_listing(path, _format(path, requested, advice))
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -196,7 +203,7 @@ def _matches(pattern: str) -> list[Path]:
     return found
 
 
-def _format(path: Path, requested: str) -> str:
+def _format(path: Path, requested: str, advice: str) -> str:
     if requested != "auto":
         return requested
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -204,7 +211,7 @@ def _format(path: Path, requested: str) -> str:
     if is_packed:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in _ENDINGS:
-        raise ValueError(f"--input {path}: the name does not tell the format; give --format")
+        raise ValueError(f"--input {path}: the name does not tell the format; {advice}")
     found = _ENDINGS[suffixes[-1]]
     if is_packed and found not in _PACKED:
         raise ValueError(

@@ -128,7 +128,7 @@ def cache_latents(
     parts = ShardFolder(Path(f"{prefix}.parts"))
     lock = Path(f"{prefix}.lock")
     with exclusive(lock):
-        finished = _finished(prefix, source)
+        finished = _finished(prefix, source, job.precision)
         if finished is not None:
             return _of_finished(job, finished)
         real_folder(parts.path)
@@ -144,7 +144,7 @@ def cache_latents(
             done += len(_samples(job, shard))
             progress(done, total)
     with exclusive(lock):
-        finished = _finished(prefix, source)
+        finished = _finished(prefix, source, job.precision)
         if finished is not None:
             return _of_finished(job, finished)
         return _complete(job, prefix, parts, source)
@@ -275,9 +275,9 @@ def _notes(job: LatentJob, parts: ShardFolder) -> list[dict]:
     return [parts.read(shard) for shard in range(job.num_shards) if parts.is_done(shard)]
 
 
-def _finished(prefix: str, source: LatentSource) -> LatentManifest | None:
+def _finished(prefix: str, source: LatentSource, precision: str) -> LatentManifest | None:
     """The manifest of the cache that is there already. Raises ValueError when it is of another
-    source, or none."""
+    source or precision, or none."""
     path = Path(f"{prefix}.json")
     if not path.exists():
         return None
@@ -288,6 +288,11 @@ def _finished(prefix: str, source: LatentSource) -> LatentManifest | None:
         raise ValueError(
             f"{prefix} exists and was made from another {' and '.join(differ)}; delete it or give "
             "another --name"
+        )
+    if manifest.precision != precision:
+        raise ValueError(
+            f"{prefix} exists and was made with --dtype {manifest.precision}, not {precision}; "
+            "give that, delete it, or give another --name"
         )
     return manifest
 

@@ -104,7 +104,8 @@ def read_inputs(out: Path) -> ReportInputs:
     if not histories and not rows:
         raise ValueError(
             f"{out} holds no metrics.jsonl of a stage ({', '.join(STAGES)}) and no "
-            "evaluation/metrics.json; give the folder that examples/quickstart.sh wrote with --out"
+            "evaluation/metrics.json; give the folder that examples/quickstart.sh wrote with"
+            " --output"
         )
     figures = [_figure(entry, evaluation) for entry in _read_json(evaluation / "images.json", [])]
     grid = out / "generated" / "contact_sheet.png"
