@@ -147,7 +147,7 @@ def run(config: RunConfig) -> int:
         return report_error(str(error))
     except OSError as error:
         return report_error(
-            f"logging.output_dir={output_folder(config)}: {error}", exit_codes.FAILURE
+            f"logging.output_dir={output_folder(config)}: {error}", exit_codes.of_os_error(error)
         )
     except KeyboardInterrupt:
         return exit_codes.INTERRUPTED

@@ -35,9 +35,7 @@ def named_device(name: str | None, rank_info: RankInfo) -> torch.device:
         return one.device
     except (RuntimeError, AssertionError, ImportError) as error:
         said = str(error).splitlines()[0]
-        raise ConfigError(
-            f"--device {name} cannot be used ({said}); give cpu, cuda or cuda:N"
-        ) from error
+        raise ConfigError(f"--device {name}: {said}; give cpu, cuda or cuda:N") from error
 
 
 def on_device(module: ModuleT, device: torch.device) -> ModuleT:

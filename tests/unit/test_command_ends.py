@@ -106,7 +106,7 @@ def test_a_gpu_without_room_names_the_options(tmp_path, capsys, monkeypatch):
     [
         (["--content", '[{"image": "nix.png"}]'], "error: --content: no image nix.png"),
         (["--prompt", "<image>", "--image", "nix.png"], "error: --prompt: no image nix.png"),
-        (["--prompt", "a", "--device", "meta"], "--device meta cannot be used"),
+        (["--prompt", "a", "--device", "meta"], "error: --device meta: "),
         (["--prompt", "a", "--tokenizer-model", __file__], "belongs to a checkpoint"),
     ],
 )
@@ -176,3 +176,14 @@ def test_build_data_advises_what_it_has(name, tmp_path, capsys):
 def test_make_report_names_the_option_of_the_quickstart(tmp_path, capsys):
     assert make_report.main(["--output", str(tmp_path / "nowhere")]) == exit_codes.BAD_INPUT
     assert error_of(capsys).endswith("wrote with --output")
+
+
+def test_a_run_folder_that_cannot_be_made_is_bad_input():
+    settings = ["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"]
+    command = [sys.executable, "-m", "megatron_kosmosg", "train", "--config", "toy_pretrain"]
+    done = subprocess.run(
+        [*command, "logging.output_dir=/proc/none", *settings], capture_output=True, text=True
+    )
+    assert done.returncode == exit_codes.BAD_INPUT
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: logging.output_dir=/proc/none: ")
