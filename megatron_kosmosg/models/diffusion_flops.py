@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -18,20 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_kosmosg.config.errors import InputError
 from megatron_kosmosg.foreign_files import read_json
 from megatron_kosmosg.models.diffusers_types import from_config_of_folder, unet_config, vae_config
-
-SD_V1_5_UNET: dict[str, Any] = {
-    "sample_size": 64,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-SD_V1_5_VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 512,
-}
+from megatron_kosmosg.models.stable_diffusion_sizes import SD_V1_5_UNET, SD_V1_5_VAE
 
 
 class DiffusionFlops(NamedTuple):

@@ -183,7 +183,7 @@ class Efficiency:
     aligner: float = 0.25
     """AlignerNet, resampler and text encoder, in large micro-batches."""
     vision: float = 0.35
-    unet: float = 0.39
+    unet: float = 0.38
     """Products of the U-Net, forward and backward to the condition, in large batches: what makes
     154.8 images/s of an H200 together with `small_kernels`."""
     vae: float = 0.32

@@ -18,7 +18,7 @@ from megatron_kosmosg.data.kinds import KINDS
 from megatron_kosmosg.data.kinds.kind import UsualSize
 from megatron_kosmosg.data.manifest import dataset_kind
 from megatron_kosmosg.foreign_files import read_json
-from megatron_kosmosg.models.diffusion_flops import SD_V1_5_VAE
+from megatron_kosmosg.models.stable_diffusion_sizes import SD_V1_5_VAE
 from megatron_kosmosg.stages import stage_facts
 
 

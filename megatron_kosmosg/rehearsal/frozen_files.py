@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from megatron_kosmosg.config.schema import RunConfig
-from megatron_kosmosg.models.diffusion_flops import CLIP_VIT_L_TEXT, SD_V1_5_UNET, SD_V1_5_VAE
+from megatron_kosmosg.models.diffusion_flops import CLIP_VIT_L_TEXT
+from megatron_kosmosg.models.stable_diffusion_sizes import SD_V1_5_UNET, SD_V1_5_VAE
 from megatron_kosmosg.stages import stage_facts
 
 UNET, TEXT_ENCODER = "model.diffusion.path", "model.clip_text.path"
