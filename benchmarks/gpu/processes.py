@@ -36,6 +36,8 @@ def last_words(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Below nohup, or in a script's background, SIGINT is ignored, also by what is started.
+            preexec_fn=_hear_interrupts,
         )
         try:
             process.wait(seconds)
@@ -52,3 +54,7 @@ def last_words(
     if is_cut:
         return f"{OUT_OF_TIME} {seconds:.0f} s: {words}"
     return "" if process.returncode == 0 else words or f"code {process.returncode}"
+
+
+def _hear_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

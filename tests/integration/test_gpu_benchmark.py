@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -155,6 +157,17 @@ while True:
 """
 
 
+@pytest.fixture(params=["in front", "in the background"])
+def place(request) -> Iterator[None]:
+    """A shell's background has SIGINT ignored, in all that it starts."""
+    before = signal.getsignal(signal.SIGINT)
+    is_heard = request.param == "in front"
+    signal.signal(signal.SIGINT, signal.default_int_handler if is_heard else signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("what", ["ends", "goes on"])
 def test_what_takes_too_long_is_interrupted_then_killed_with_its_children(tmp_path, what):
     started = time.monotonic()
