@@ -168,12 +168,12 @@ class Roster:
         """The free rank that gets a waiting request; None: there is none."""
         job = self._open[number]
         expected = self._expected.get(job.request.rows)
-        chosen = None
-        if expected in self.members and expected not in job.spared | job.held_by:
+        chosen, others = None, self._others_than(job)
+        if expected in self.members and expected not in others:
             member = self.members[expected]
             chosen = expected if member.is_free and not member.is_late else None
         if chosen is None:
-            chosen = self._choose(job.spared | job.held_by, now)
+            chosen = self._choose(others, now)
         if chosen is None:
             return None
         self._expected.pop(job.request.rows, None)
@@ -213,7 +213,7 @@ class Roster:
             return self._compare(number, job, member, answer)
         if is_doubted and self._referee(identity) is not None:
             job.doubted = identity, answer
-            job.spared |= set(self.members) - {self._referee(identity)}
+            job.spared = {identity}
             if not job.held_by:
                 self._wait_again(number)
             return None
@@ -299,6 +299,13 @@ class Roster:
         others = {i: m for i, m in self.members.items() if i != doubted and m.is_ready}
         own = [i for i, m in others.items() if m.standing is not Standing.JOINED]
         return next(iter(own or others), None)
+
+    def _others_than(self, job: _Open) -> set[bytes]:
+        """Who does not get a request. An answer that is doubted is confirmed by its referee alone,
+        also where ranks have come or gone since: a liar would else confirm an honest one's."""
+        if job.doubted is None:
+            return job.spared | job.held_by
+        return (set(self.members) - {self._referee(job.doubted[0])}) | job.held_by
 
     def _has_referee(self, job: _Open) -> bool:
         assert job.doubted is not None

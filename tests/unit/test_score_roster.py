@@ -89,6 +89,30 @@ def test_an_answer_counts_for_the_hardware_whose_numbers_are_used():
     assert roster.answered == {"another": 1, "like": 1}
 
 
+@pytest.mark.parametrize("what", ["the referee went", "a guest came"])
+def test_a_guest_confirms_no_answer_while_the_job_has_ranks_of_its_own(what):
+    """A lie would otherwise get an honest rank evicted."""
+    roster = roster_of(b"honest")
+    number = roster.submit(request(0))
+    assert roster.assign(number, now=0.0) == b"honest"
+    for name in (b"own", b"second"):
+        roster.members[name] = Member(name.decode(), Standing.OWN, is_ready=True)
+    if what == "the referee went":
+        roster.members[b"liar"] = Member("liar", Standing.JOINED, is_ready=True)
+    roster.answer(b"honest", number, answer(), now=1.0, is_doubted=True)
+    if what == "the referee went":
+        assert roster.assign(number, now=1.0) == b"own"
+        roster.remove(b"own")
+        busy = b"second"
+    else:
+        roster.members[b"liar"] = Member("liar", Standing.JOINED, is_ready=True)
+        busy = b"own"
+    roster.members[busy].held |= {-1: 1.0, -2: 1.0}  # nothing more is given to it
+    assert roster.assign(number, now=1.0) is None, "it waits for the rank of the job"
+    roster.members[busy].held.clear()
+    assert roster.assign(number, now=1.0) == busy
+
+
 def test_replicas_do_not_all_choose_the_same_ranks():
     """Half of the speed that a fleet without queues would have is lost where they do."""
     times = score_fleet.Times([0.1] * 8, [0.2] * 8, spread=0.1)
