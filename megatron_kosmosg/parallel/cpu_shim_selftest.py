@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 
 import megatron.core
@@ -39,9 +40,15 @@ def run_self_test() -> list[str]:
 
 
 def _message(name: str, problem: str) -> str:
+    repair = "Install the megatron-core version of constraints.txt"
+    if sys.modules.get("transformer_engine") is not None:
+        repair = (
+            "TransformerEngine, which needs a GPU, is in use: import megatron_kosmosg before "
+            "megatron.core, so that it is left aside where there is none"
+        )
     return (
         f"The CPU shim does not fit megatron-core {megatron.core.__version__} at '{name}': "
-        f"{problem}. Install the megatron-core version of constraints.txt."
+        f"{problem}. {repair}."
     )
 
 

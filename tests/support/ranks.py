@@ -19,6 +19,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+# A spawned rank imports this module first, and the function that it runs after: that one's module
+# may import Megatron-Core before this package, which would hide nothing from it any more.
+import megatron_kosmosg  # noqa: F401 - hides what cannot run here, as the comment says
+
 _PRELOAD = [
     "megatron_kosmosg.parallel",
     "torch",

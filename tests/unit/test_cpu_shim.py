@@ -10,6 +10,7 @@ import os
 import resource
 import subprocess
 import sys
+import types
 from pathlib import Path
 from platform import libc_ver
 
@@ -80,6 +81,10 @@ def test_self_test_fails_loudly_when_a_place_moves(monkeypatch) -> None:
 
     monkeypatch.setattr(schedules, "torch", torch)
     with pytest.raises(RuntimeError, match="pipeline_parallel.schedules: zeros"):
+        cpu_shim_selftest.run_self_test()
+    # So it does where Megatron-Core saw TransformerEngine on a machine that shows no GPU.
+    monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
+    with pytest.raises(RuntimeError, match=r"import megatron_kosmosg before megatron\.core"):
         cpu_shim_selftest.run_self_test()
 
 
