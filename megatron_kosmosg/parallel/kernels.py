@@ -11,10 +11,20 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from megatron_kosmosg.parallel import fused_adam, platform
 from megatron_kosmosg.parallel.devices import collective_backend
 from megatron_kosmosg.unusable_packages import Unusable
+
+_ATTENTION = {
+    SDPBackend.CUDNN_ATTENTION: "cuDNN's",
+    SDPBackend.FLASH_ATTENTION: "torch's flash attention",
+    SDPBackend.EFFICIENT_ATTENTION: "torch's memory-efficient attention",
+    SDPBackend.MATH: "torch's matrix products",
+}
+_LARGEST_UNET_ATTENTION = (1, 8, 4096, 40)
+"""Stable Diffusion 1.5's at 512 x 512 pixels: heads, positions, width of a head."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class KernelChoice:
 
 
 def device_choices() -> list[KernelChoice]:
-    """The device and what carries collectives on it."""
+    """The device, what carries collectives on it, and torch's attention there."""
     device = platform.device()
     if device.type == "cpu":
         chosen = KernelChoice("device", "CPU", (f"a GPU: {_why_no_gpu()}",))
@@ -40,7 +50,11 @@ def device_choices() -> list[KernelChoice]:
             f"{facts.total_memory / 2**30:.0f} GiB, capability {facts.major}.{facts.minor}, "
             f"CUDA {torch.version.cuda}",
         )
-    return [chosen, KernelChoice("collectives", collective_backend(device))]
+    return [
+        chosen,
+        KernelChoice("collectives", collective_backend(device)),
+        KernelChoice("attention of the U-Net", unet_attention(device)),
+    ]
 
 
 def kernel_choices(unusable: Mapping[str, Unusable]) -> list[KernelChoice]:
@@ -90,6 +104,28 @@ def kernel_choices(unusable: Mapping[str, Unusable]) -> list[KernelChoice]:
             _others(("torch's compiler", needs_gpu or platform.why_no_compiler())),
         ),
     ]
+
+
+def unet_attention(device: torch.device) -> str:
+    """The kernel that torch takes for the U-Net's attention in this process, in half precision.
+
+    It depends on the card, on cuDNN and on what else is loaded: on an H200 torch took cuDNN's, and
+    flash attention, which took half as long again, where TransformerEngine was installed
+    (docs/gpu_results.md).
+    """
+    dtype = torch.bfloat16
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        dtype = torch.float16
+    states = torch.empty(_LARGEST_UNET_ATTENTION, dtype=dtype, device=device)
+    chosen = torch._fused_sdp_choice(states, states, states)
+    taken = next((name for which, name in _ATTENTION.items() if which.value == chosen), "another")
+    version = torch.backends.cudnn.version() if device.type == "cuda" else None
+    return taken if version is None else f"{taken}, with cuDNN {_dotted(version)}"
+
+
+def _dotted(version: int) -> str:
+    """cuDNN's number in its usual form: 91900 is 9.19.0."""
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
 def _weight_gradients(fused: bool) -> str:

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_kosmosg.parallel.kernels import unet_attention
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -137,6 +141,16 @@ def test_a_working_one_is_hidden_without_a_word_where_no_gpu_is_visible(tmp_path
     assert "transformer" not in done.stderr
 
 
+def test_a_spawned_rank_of_the_tests_hides_it_too(tmp_path):
+    """It imports the module of its function after its own, and that one Megatron-Core first."""
+    code = (
+        "import sys, tests.support.ranks, tests.support.stage_gradients\n"
+        "print(sys.modules['transformer_engine'])"
+    )
+    done = run(tmp_path, WORKING, "-c", code, CUDA_VISIBLE_DEVICES="")
+    assert done.stdout.split() == ["None"], done.stderr
+
+
 def test_doctor_says_that_it_needs_a_gpu(tmp_path):
     found = diagnosis(tmp_path, WORKING)
     assert "not TransformerEngine: it needs a GPU" in found["optimizer"]
@@ -160,6 +174,18 @@ def test_doctor_says_what_a_run_takes_and_why_not_what_is_broken(tmp_path):
     assert "it is not NVIDIA's (No module named 'pyramid')" in found["optimizer"]
     assert "not apex: undefined symbol: _ZN2at4_ops" in found["weight gradients"]
     assert found["layer norm"].startswith("torch's kernel; not apex: ")
+
+
+def test_doctor_names_the_attention_that_torch_takes(tmp_path):
+    """torch can be told which to take; the U-Net's has no mask."""
+    cpu = torch.device("cpu")
+    for backend, name in (
+        (SDPBackend.FLASH_ATTENTION, "torch's flash attention"),
+        (SDPBackend.MATH, "torch's matrix products"),
+    ):
+        with sdpa_kernel(backend):
+            assert unet_attention(cpu) == name
+    assert diagnosis(tmp_path, {})["attention of the U-Net"] == unet_attention(cpu)
 
 
 def test_doctor_sees_an_apex_that_imports_and_has_no_kernels(tmp_path):
