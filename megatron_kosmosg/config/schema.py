@@ -265,7 +265,7 @@ class PerformanceConfig:
     gradient_accumulation_fusion: bool = True
     """TransformerEngine's linears, and Megatron-Core's own where apex has its kernel, add the
     gradients of trained weights straight to the float32 sums over micro-batches. `false` makes each
-    gradient first (a GPU; has not run on one)."""
+    gradient first (a GPU)."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Which kernel `scaled_dot_product_attention` takes on the GPU, and what that kernel allocates.
 
 As torch 2.13 chooses: flash for half precision without a mask from compute capability 8.0 on, then
-memory-efficient, then the one that writes the matrix of weights out.
+memory-efficient, then the one that writes the matrix of weights out. On Hopper and Blackwell it
+asks cuDNN's first, which gives flash's tensors: it is called flash here, where no cuDNN is.
 """
 
 from __future__ import annotations
